@@ -1,0 +1,106 @@
+"""When and how a run is saved: whole files, between optimiser steps, and at Ctrl-C or SIGTERM."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from ghibli.module import GhibliModule
+from ghibli.progress import console
+from ghibli.run_dir import RunDir, write_atomically
+
+
+class StopRequested(BaseException):
+    """Ctrl-C or SIGTERM came and what could be saved is saved. No handler of errors catches it."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint to a temporary file, flushes and renames it: never half a file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        def write(file: BinaryIO) -> None:
+            torch.save(checkpoint, file)
+
+        write_atomically(Path(path), write)
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """last.ckpt every n optimiser steps, only between two steps and not at an epoch's end.
+
+    Within an accumulation gradients would be lost; the end of an epoch has its own checkpoint,
+    after validation and grid.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if between_steps(trainer, batch_idx) and not is_last:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def between_steps(trainer: L.Trainer, batch_idx: int) -> bool:
+    """True when an optimiser step has just been made."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class CleanStop(Callback):
+    """Around a run and inside its training: what Ctrl-C and SIGTERM do.
+
+    In training the first one finishes the optimiser step, saves and stops; a second one, or any
+    outside training, stops at once. Both end in StopRequested.
+    """
+
+    def __init__(self, run: RunDir):
+        self.run, self.received, self.in_training = run, 0, False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "CleanStop":
+        if threading.current_thread() is threading.main_thread():  # signals reach only that one
+            self.previous = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+            self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        for number in self.previous:
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        if self.received or not self.in_training:
+            raise StopRequested(number)
+        self.received = number
+        console.print("stopping after this step; once more to stop at once", style="yellow")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.in_training = True
+        if "SLURM_JOB_ID" not in os.environ:  # there Lightning's own handler requeues the job
+            self.install()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self.received and between_steps(trainer, batch_idx) and not is_last:
+            trainer.save_checkpoint(self.run.last_checkpoint)
+            raise StopRequested(self.received)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        if self.received:  # it came at the end of the epoch before, which has its own checkpoint
+            raise StopRequested(self.received)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.in_training = False

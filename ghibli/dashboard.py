@@ -1,0 +1,97 @@
+"""The W&B logger: online when logged in, else offline, never asking and never waiting long."""
+
+import logging
+import os
+import warnings
+from dataclasses import asdict
+
+from lightning.pytorch.loggers import WandbLogger
+
+from ghibli.mistakes import UserMistake
+from ghibli.progress import console
+from ghibli.run_dir import RunDir
+from ghibli.schema import Config
+
+START_SECONDS = 10  # an unreachable server is given up after this
+
+
+def make_logger(config: Config, run: RunDir, name: str) -> WandbLogger | None:
+    """A started logger for this run, or None with wandb.mode=disabled.
+
+    A resumed run goes on under the W&B id in its status.json.
+
+    Raises:
+        UserMistake: wandb.mode=online without a login or without an answer.
+    """
+    mode = config.wandb.mode
+    if mode == "disabled":
+        return None
+    if mode == "online" and not logged_in():
+        raise UserMistake("wandb.mode=online, but nobody is logged in: run `wandb login`, or use auto")
+    if mode == "online" or (mode == "auto" and logged_in()):
+        try:
+            return start(config, run, name, "online")
+        except Exception as error:  # wandb has no narrower common type for "no connection"
+            if mode == "online":
+                raise UserMistake(f"wandb.mode=online: no answer from W&B ({first_words(error)})") from error
+            console.print("W&B does not answer: logging offline", style="yellow")
+    return start(config, run, name, "offline")
+
+
+def logged_in() -> bool:
+    """True when an API key is in the environment or was stored by `wandb login`."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+        return False
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except Exception:  # a malformed key is as good as none
+        return False
+
+
+def start(config: Config, run: RunDir, name: str, mode: str) -> WandbLogger:
+    """Starts a W&B run in the run folder. Nothing of the console or the environment is recorded."""
+    import wandb
+
+    warnings.filterwarnings("ignore", ".*anonymous setting has no effect.*")
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    logger = WandbLogger(
+        name=config.wandb.name or name,
+        save_dir=run.path,
+        id=run.read_status().get("wandb_id"),
+        project=config.wandb.project,
+        group=config.wandb.group,
+        log_model=False,
+        config=asdict(config) | {"git_commit": run.read_status().get("git_commit")},
+        settings=wandb.Settings(
+            mode=mode,
+            init_timeout=START_SECONDS,
+            console="off",
+            silent=True,
+            x_disable_meta=True,
+            save_code=False,
+        ),
+    )
+    run.update_status(wandb_id=logger.experiment.id)
+    return logger
+
+
+def how_to_look(run: RunDir, logger: WandbLogger) -> str:
+    """Where a run's curves and pictures are: a page, or the commands for an offline run."""
+    if not logger.experiment.offline:
+        return f"W&B      {logger.experiment.url}"
+    folder = os.path.relpath(run.path / "wandb" / "latest-run")
+    return f"W&B      wandb beta leet {folder}\n         wandb sync {folder}   (once logged in)"
+
+
+def first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:100]
+
+
+def close() -> None:
+    """Ends the process's W&B run, so that the next trial of a sweep gets its own."""
+    import wandb
+
+    wandb.finish()

@@ -1,0 +1,249 @@
+"""GhibliDataModule: pictures -> held-out split -> latents in memory -> training examples."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ghibli import scenes
+from ghibli.base_model import BaseModel
+from ghibli.captions import CaptionedPicture, PictureFolder, read_folder, summarise
+from ghibli.latents import Moments, encode
+from ghibli.mistakes import UserMistake
+from ghibli.progress import console, counted
+from ghibli.randomness import Stream, chance, epoch_order, hash_fraction, normal, timestep
+from ghibli.run_dir import RunDir, write_json
+from ghibli.schema import Config
+from ghibli.validation import make_chunks
+
+
+def split_by_content(
+    pictures: list[CaptionedPicture], val_fraction: float
+) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
+    """(training pictures, held-out pictures), each by file hash alone: adding pictures moves none.
+
+    A very small set may have no picture below the threshold; then the lowest hash is held out.
+    """
+    held_out = {p.content_hash for p in pictures if hash_fraction(p.content_hash) < val_fraction}
+    if not held_out:
+        held_out = {min(p.content_hash for p in pictures)}
+    train = [p for p in pictures if p.content_hash not in held_out]
+    val = [p for p in pictures if p.content_hash in held_out]
+    return train, val
+
+
+class TrainExamples(Dataset):
+    """Running example number -> one training example, a pure function of it and the seed."""
+
+    def __init__(
+        self,
+        moments: Moments,
+        mirrored: Moments | None,
+        input_ids: torch.Tensor,
+        empty_ids: torch.Tensor,
+        names: list[str],
+        config: Config,
+        *,
+        examples_per_epoch: int,
+        num_train_timesteps: int,
+        scaling_factor: float,
+    ):
+        self.moments, self.mirrored = moments, mirrored
+        self.input_ids, self.empty_ids, self.names = input_ids, empty_ids, names
+        self.seed, self.loss = config.seed, config.loss
+        self.examples_per_epoch = examples_per_epoch
+        self.num_train_timesteps = num_train_timesteps
+        self.scaling_factor = scaling_factor
+        self._order: tuple[int, object] = (-1, None)
+
+    def __len__(self) -> int:
+        return self.examples_per_epoch
+
+    def picture_of(self, example: int) -> int:
+        """The index of the picture shown as this running example number."""
+        epoch, position = divmod(example, self.examples_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(len(self.names), self.seed, epoch))
+        return int(self._order[1][position])
+
+    def __getitem__(self, example: int) -> dict[str, object]:
+        """latents, noise (4, h, w); timesteps (); input_ids (L,); example and name as they are."""
+        picture, seed = self.picture_of(example), self.seed
+        flipped = self.mirrored is not None and chance(0.5, Stream.FLIP, seed, example)
+        moments = self.mirrored if flipped else self.moments
+        shape = tuple(moments.mean.shape[1:])
+        noise = normal(shape, Stream.NOISE, seed, example)
+        if self.loss.noise_offset > 0:
+            offset = normal((shape[0], 1, 1), Stream.OFFSET, seed, example)
+            noise = noise + self.loss.noise_offset * offset
+        dropped = chance(self.loss.caption_dropout, Stream.CAPTION, seed, example)
+        posterior_noise = normal(shape, Stream.POSTERIOR, seed, example)
+        return {
+            "latents": moments.sample(picture, posterior_noise, self.scaling_factor),
+            "noise": noise,
+            "timesteps": torch.tensor(timestep(example, self.num_train_timesteps, seed)),
+            "input_ids": self.empty_ids if dropped else self.input_ids[picture],
+            "example": example,
+            "name": self.names[picture],
+        }
+
+
+def collate(examples: list[dict[str, object]]) -> dict[str, object]:
+    """Stacks the tensors; `example` and `name` stay lists on the CPU."""
+    return {
+        key: torch.stack([e[key] for e in examples])
+        if isinstance(examples[0][key], torch.Tensor)
+        else [e[key] for e in examples]
+        for key in examples[0]
+    }
+
+
+class ExampleNumbers(Sampler[int]):
+    """The running example numbers of one device, in order, from any optimiser step on.
+
+    An epoch is a whole number of optimiser steps. In each forward pass the devices take
+    neighbouring batches, so together they see what one device with the same global batch sees.
+    """
+
+    def __init__(self, *, batches: int, batch_size: int, rank: int, world_size: int, start_batch: int):
+        self.batches, self.batch_size = batches, batch_size  # batches: forward passes in an epoch
+        self.rank, self.world_size = rank, world_size
+        self.first_epoch, self.first_batch = divmod(start_batch, batches)
+        self.epoch = self.first_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.first_batch if self.epoch == self.first_epoch else 0
+        for batch in range(first, self.batches):
+            start = ((self.epoch * self.batches + batch) * self.world_size + self.rank) * self.batch_size
+            yield from range(start, start + self.batch_size)
+
+
+class GhibliDataModule(L.LightningDataModule):
+    """Reads the folder, holds out pictures, encodes all once, hands out examples and probe items."""
+
+    def __init__(self, config: Config, base: BaseModel, run: RunDir, num_train_timesteps: int):
+        super().__init__()
+        self.config, self.base, self.run = config, base, run
+        self.num_train_timesteps = num_train_timesteps
+        self.is_ready = False
+
+    def prepare_data(self) -> None:
+        """Draws the demo's pictures when the folder is not there yet."""
+        draw, root = self.config.data.draw, Path(self.config.data.root)
+        if draw is None or (root / "captions.txt").exists():
+            return
+        seeds = {"drawn": scenes.FINETUNE_SEEDS, "photo": scenes.PRETRAIN_SEEDS}
+        with counted("drawing the demo pictures") as on_progress:
+            scenes.write_folder(root, draw.look, draw.count, seeds[draw.look].start, on_progress=on_progress)
+
+    def setup(self, stage: str) -> None:
+        """Reads, splits and encodes; writes split.json. Runs once."""
+        if self.is_ready:
+            return
+        data = self.config.data
+        with counted("checking the pictures") as on_progress:
+            folder = read_folder(
+                Path(data.root), style=data.style, default_caption=data.caption,
+                min_side=data.min_side, on_progress=on_progress,
+            )  # fmt: skip
+        if folder.unusable and self.trainer.is_global_zero:
+            console.print(f"pictures: {summarise(folder.unusable)}", style="yellow")
+        self.train_pictures, val = split_by_content(folder.pictures, data.val_fraction)
+        by_hash = sorted(val, key=lambda p: p.content_hash)
+        self.val_pictures = by_hash[: self.config.validation.max_pictures]
+        if not self.train_pictures:
+            raise UserMistake(f"data.root={data.root}: every picture is the same file; add others")
+        if self.trainer.is_global_zero:
+            self._write_split(folder, val)
+        self._encode()
+        self.is_ready = True
+
+    def _write_split(self, folder: PictureFolder, val: list[CaptionedPicture]) -> None:
+        def listed(pictures: list[CaptionedPicture]) -> dict[str, str]:
+            return {p.path.name: p.content_hash for p in pictures}
+
+        split = {
+            "train": listed(self.train_pictures),
+            "val": listed(val),
+            "unusable": folder.unusable,
+        }
+        write_json(self.run.split, split)
+
+    def _encode(self) -> None:
+        pictures = self.train_pictures + self.val_pictures
+        paths = [p.path for p in pictures]
+        size = {"resolution": self.config.model.resolution, "resize": self.config.data.resize}
+        self.base.vae.to(self.trainer.strategy.root_device)
+        with counted("encoding the pictures") as on_progress:
+            moments = encode(self.base, paths, on_progress=on_progress, **size)
+        self.moments, self.val_moments = _divide(moments, len(self.train_pictures))
+        self.mirrored = None
+        if self.config.data.flip:
+            train = paths[: len(self.train_pictures)]
+            with counted("encoding the mirrored pictures") as on_progress:
+                self.mirrored = encode(self.base, train, mirrored=True, on_progress=on_progress, **size)
+        input_ids = self.base.tokenize([p.caption for p in pictures])
+        self.input_ids = input_ids[: len(self.train_pictures)]
+        self.val_input_ids = input_ids[len(self.train_pictures) :]
+
+    def steps_per_epoch(self, accumulate: int, world_size: int) -> int:
+        """Optimiser steps in an epoch: floor(N / global batch), the remainder dropped.
+
+        Raises:
+            UserMistake: fewer training pictures than one optimiser step takes.
+        """
+        global_batch = self.config.data.batch_size * accumulate * world_size
+        steps = len(self.train_pictures) // global_batch
+        if steps == 0:
+            raise UserMistake(
+                f"data.batch_size={self.config.data.batch_size} x accumulation {accumulate} x devices "
+                f"{world_size} is more than the {len(self.train_pictures)} training pictures: lower "
+                "data.batch_size or data.accumulate"
+            )
+        return steps
+
+    def train_dataloader(self) -> DataLoader:
+        """Training batches from the trainer's current optimiser step on."""
+        trainer, data = self.trainer, self.config.data
+        accumulate = trainer.accumulate_grad_batches
+        batches = self.steps_per_epoch(accumulate, trainer.world_size) * accumulate
+        examples = TrainExamples(
+            self.moments, self.mirrored, self.input_ids, self.base.tokenize([""])[0],
+            [p.path.name for p in self.train_pictures], self.config,
+            examples_per_epoch=batches * data.batch_size * trainer.world_size,
+            num_train_timesteps=self.num_train_timesteps,
+            scaling_factor=self.base.vae.config.scaling_factor,
+        )  # fmt: skip
+        numbers = ExampleNumbers(
+            batches=batches, batch_size=data.batch_size, rank=trainer.global_rank,
+            world_size=trainer.world_size, start_batch=trainer.global_step * accumulate,
+        )  # fmt: skip
+        return DataLoader(
+            examples, data.batch_size, sampler=numbers, num_workers=data.workers, collate_fn=collate,
+            persistent_workers=data.workers > 0,
+        )  # fmt: skip
+
+    def val_dataloader(self) -> DataLoader:
+        """The fixed items of the held-out pictures; every device scores all of them."""
+        chunks = make_chunks(
+            self.val_pictures, self.val_moments, self.val_input_ids,
+            items_per_picture=self.config.validation.items_per_picture,
+            chunk=self.config.validation.chunk,
+            num_train_timesteps=self.num_train_timesteps,
+            scaling_factor=self.base.vae.config.scaling_factor,
+        )  # fmt: skip
+        return DataLoader(chunks, batch_size=None)
+
+
+def _divide(moments: Moments, count: int) -> tuple[Moments, Moments]:
+    first = Moments(moments.mean[:count], moments.logvar[:count])
+    return first, Moments(moments.mean[count:], moments.logvar[count:])

@@ -1,0 +1,96 @@
+"""The diffusion maths: tensors in, tensors out. Knows no model class, no config, no Lightning.
+
+Shapes: B examples, latents (B, C, H, W). One convention for guidance everywhere: 1 = off.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+Unet = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(noisy_latents (B, C, H, W), timesteps (B,), prompt_embeds (B, L, D)) -> noise_pred like latents."""
+
+
+def linear_betas(num_train_timesteps: int) -> torch.Tensor:
+    """Ho et al. 2020, section 4: betas (T,) from 1e-4 to 0.02. Not the schedule of SD 1.5."""
+    return torch.linspace(1e-4, 0.02, num_train_timesteps)
+
+
+def add_noise(
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+) -> torch.Tensor:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, equation 4).
+
+    Args:
+        latents, noise: (B, C, H, W) float.
+        timesteps: (B,) int64, 0 .. T-1.
+        alphas_cumprod: (T,) float, abar.
+    """
+    abar = per_example(alphas_cumprod, timesteps, latents)
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+
+
+def velocity(
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+) -> torch.Tensor:
+    """v_t = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, appendix D)."""
+    abar = per_example(alphas_cumprod, timesteps, latents)
+    return abar.sqrt() * noise - (1 - abar).sqrt() * latents
+
+
+def per_example(table: torch.Tensor, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """table[timesteps] as (B, 1, 1, 1), with the device and dtype of `like`."""
+    return table.to(like.device, like.dtype)[timesteps].view(-1, 1, 1, 1)
+
+
+def guided_noise(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """eps_uncond + s (eps_cond - eps_uncond) (Ho & Salimans 2022, with s = 1 + w). s = 1 is eps_cond."""
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def predict_noise(
+    unet: Unet,
+    noisy_latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """The UNet's guided prediction (B, C, H, W).
+
+    Guidance 1 is one call on B examples; otherwise one call on 2 B, the unconditional half first.
+    Gradients, when enabled, flow through both halves.
+
+    Args:
+        prompt_embeds, negative_prompt_embeds: (B, L, D); the second is unused at guidance 1.
+    """
+    if guidance_scale == 1:
+        return unet(noisy_latents, timesteps, prompt_embeds)
+    both = unet(
+        torch.cat([noisy_latents, noisy_latents]),
+        torch.cat([timesteps, timesteps]),
+        torch.cat([negative_prompt_embeds, prompt_embeds]),
+    )
+    uncond, cond = both.chunk(2)
+    return guided_noise(uncond, cond, guidance_scale)
+
+
+def denoising_losses(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each example, (B,) float32 (Ho et al. 2020, equation 14)."""
+    return (noise_pred.float() - target.float()).square().mean(dim=(1, 2, 3))
+
+
+def min_snr_weights(
+    timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, gamma: float, prediction_type: str
+) -> torch.Tensor:
+    """min(SNR, gamma) / SNR, or / (SNR + 1) for v-prediction, (B,) (Hang et al. 2023, section 3.4)."""
+    abar = alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = abar / (1 - abar)
+    divisor = snr if prediction_type == "epsilon" else snr + 1
+    return snr.clamp(max=gamma) / divisor

@@ -1,0 +1,104 @@
+"""The end of a run: best weights, adapter file, last grid, status, and the closing lines."""
+
+import os
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+
+from ghibli import dashboard, lora
+from ghibli.callbacks import SampleGrid, describe, read_rows
+from ghibli.checkpoints import StopRequested
+from ghibli.module import GhibliModule
+from ghibli.progress import console
+from ghibli.run_dir import RunDir, now
+from ghibli.schema import Config
+
+
+def finish(
+    config: Config,
+    run: RunDir,
+    trainer: L.Trainer,
+    module: GhibliModule,
+    logger: WandbLogger | None,
+) -> float:
+    """Exports the best weights, draws them, writes the status, says where all is.
+
+    Returns:
+        The best validation gain: the objective.
+    """
+    module.to(trainer.strategy.root_device)
+    grid_drawer = next(c for c in trainer.callbacks if isinstance(c, SampleGrid))
+    best = best_row(run)
+    lines = [f"trained  {describe(config)}, {trainer.global_step} steps, {trainer.current_epoch} epochs"]
+    if config.finetune == "none":
+        lines = ["measured the untouched base (finetune=none): nothing was trained"]
+    else:
+        load_weights(module, run.best_checkpoint)
+        lines.append(f"gain     {gain_in_words(best)}")
+    label = {"lora": "adapter", "full": "fine-tuned", "none": "base"}[config.finetune]
+    if grid_drawer.base_pictures is not None:
+        lines.append(f"grid     {shown(grid_drawer.save(trainer, module, label, label))}")
+    if config.finetune == "lora":
+        lines.append(f"adapter  {shown(lora.save_adapter(module.base, run.adapter))}")
+    elif config.finetune == "full":
+        module.base.unet.save_pretrained(run.unet)
+        lines.append(f"UNet     {shown(run.unet)}")
+    lines.append(f"run      {shown(run.path)}")
+    gain = float(best["probe/val_gain"])
+    run.update_status(
+        state="finished", ended=now(), step=trainer.global_step, epoch=trainer.current_epoch,
+        gain=gain, gain_se=float(best["probe/val_gain_se"]), best_epoch=int(best["epoch"]) + 1,
+    )  # fmt: skip
+    if logger is not None:
+        logger.experiment.summary.update({"best/val_gain": gain, "best/epoch": int(best["epoch"]) + 1})
+        lines.append(dashboard.how_to_look(run, logger))
+    console.print("\n".join(["", *lines, f"next     {next_command(config)}"]))
+    return gain
+
+
+def best_row(run: RunDir) -> dict[str, str]:
+    """The row of metrics.csv with the lowest validation loss."""
+    scored = [row for row in read_rows(run.metrics) if row["probe/val_loss"]]
+    return min(scored, key=lambda row: float(row["probe/val_loss"]))
+
+
+def load_weights(module: GhibliModule, checkpoint: Path) -> None:
+    """Puts a checkpoint's trainable weights into the module."""
+    weights = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
+    with torch.no_grad():
+        for name, parameter in module.trainable.items():
+            parameter.copy_(weights[name])
+
+
+def gain_in_words(best: dict[str, str]) -> str:
+    """The best validation as a sentence."""
+    gain, error = 100 * float(best["probe/val_gain"]), 100 * float(best["probe/val_gain_se"])
+    word = "better" if gain >= 0 else "WORSE"
+    where = f"on held-out pictures, epoch {int(best['epoch']) + 1}"
+    return f"{abs(gain):.1f} % +- {error:.1f} % {word} than the base {where}"
+
+
+def next_command(config: Config) -> str:
+    """What to try after this run."""
+    if config.finetune == "none":
+        return "python train.py"
+    if config.loss.guidance == 1:
+        return "python train.py loss.guidance=7.5   (the slides' other training), then: ghibli list"
+    return "ghibli list"
+
+
+def interrupted(run: RunDir, request: StopRequested) -> int:
+    """Notes the interruption, says how to go on, and returns the exit code (130 or 143)."""
+    run.update_status(state="interrupted", reason=str(request), ended=now())
+    if run.last_checkpoint.exists():
+        console.print(f"stopped; go on with: python train.py resume={shown(run.path)}")
+    else:
+        console.print("stopped before the first checkpoint: start the same command again")
+    return 128 + request.signal_number
+
+
+def shown(path: Path) -> str:
+    """The path as a person would type it from here."""
+    return os.path.relpath(path)

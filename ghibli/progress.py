@@ -1,0 +1,31 @@
+"""What a person sees while waiting: one console, one kind of bar, with the time left."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def make_bar() -> Progress:
+    """A bar with label, count, a free text and the time left; nothing at all when piped."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def counted(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a loop: yields the function to call with (done, total)."""
+    with make_bar() as bar:
+        task = bar.add_task(label, total=None, note="")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

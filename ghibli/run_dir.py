@@ -1,0 +1,156 @@
+"""The files of a run folder: their names, their states, and writing them whole or not at all."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ghibli.mistakes import UserMistake
+
+OUTPUTS = Path("outputs")
+LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft", "wandb")
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Lets `write` fill a temporary file, flushes it to disk and renames it to `path`.
+
+    A reader sees the old file or the new one, never a part. Nothing is left on failure.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes indented JSON atomically."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder, `outputs/train/DATE_TIME` or a trial of a sweep."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def split(self) -> Path:
+        return self.path / "split.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def unet(self) -> Path:
+        """The whole UNet of a run with finetune=full, as a diffusers folder."""
+        return self.path / "unet"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def read_status(self) -> dict[str, Any]:
+        """The content of status.json; empty when there is none or it cannot be read."""
+        try:
+            return json.loads(self.status.read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def update_status(self, **changes: Any) -> None:
+        """Writes status.json with these entries added or replaced."""
+        write_json(self.status, self.read_status() | changes)
+
+
+def now() -> str:
+    """The time as an ISO 8601 string in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def all_runs(root: Path = OUTPUTS) -> list[RunDir]:
+    """Every run folder below `root`, oldest first by the time its status says it started."""
+    runs = [RunDir(path.parent) for path in root.glob("**/status.json")]
+    return sorted(runs, key=lambda run: (run.read_status().get("started", ""), str(run.path)))
+
+
+def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
+    """The run folder called `name`, or the newest run with a checkpoint for `latest`.
+
+    Raises:
+        UserMistake: no such folder, or nothing in it to go on from.
+    """
+    if name == "latest":
+        runs = [run for run in all_runs(root) if run.last_checkpoint.exists()]
+        if not runs:
+            raise UserMistake(f"resume=latest: no run with a checkpoint below {root}/")
+        return runs[-1]
+    run = RunDir(Path(name))
+    if not run.path.is_dir():
+        raise UserMistake(f"resume={name}: no such folder (`ghibli list` shows the runs)")
+    if not run.config.exists() or not run.last_checkpoint.exists():
+        raise UserMistake(
+            f"resume={name}: this folder holds no checkpoints/last.ckpt to go on from; "
+            "start the run anew (`ghibli list` shows the runs)"
+        )
+    return run
+
+
+def provenance() -> dict[str, Any]:
+    """Git commit and whether the tree was changed, library versions, machine."""
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+    }
+
+
+def _git(*words: str) -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,167 @@
+"""DDPM and DDIM sampling with the live UNet, and the labelled grid of what it draws."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageDraw, ImageFont
+
+from ghibli.base_model import BaseModel
+from ghibli.diffusion import predict_noise
+from ghibli.schema import SampleConfig
+
+SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of sampling: a column of a grid."""
+
+    sampler: str  # ddpm or ddim
+    guidance: float  # 1 = off
+
+    @property
+    def label(self) -> str:
+        return f"{self.sampler.upper()}  guidance {self.guidance:g}"
+
+
+def make_scheduler(sampler: str, base: BaseModel) -> DDPMScheduler | DDIMScheduler:
+    """diffusers' scheduler with the base's own betas.
+
+    What a base's file leaves out is set as SD 1.5 has it, where diffusers' defaults differ:
+    clipping latents to -1 .. 1 would spoil them, and the last step ends at abar_0, not at 1.
+    """
+    wanted = {"clip_sample": False, "prediction_type": base.prediction_type}
+    if sampler == "ddim":
+        wanted["set_alpha_to_one"] = base.scheduler_config.get("set_alpha_to_one", False)
+    else:
+        wanted["variance_type"] = "fixed_small"
+    wanted["steps_offset"] = base.scheduler_config.get("steps_offset", 1)
+    return SAMPLERS[sampler].from_config(base.scheduler_config, **wanted)
+
+
+@torch.no_grad()
+def sample(
+    base: BaseModel,
+    prompts: list[str],
+    cell: Cell,
+    *,
+    num_inference_steps: int,
+    seeds: list[int],
+    resolution: int,
+    on_step: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Pictures (B, 3, resolution, resolution), float32 in 0 .. 1 on the CPU, one for each prompt.
+
+    Start noise, and DDPM's noise, come from one CPU generator per picture, so a picture does not
+    depend on its neighbours in the batch or (but for rounding) on the device. DDPM with skipped
+    timesteps uses beta = 1 - abar_t / abar_{t-k} (Ho et al. 2020, equations 6 and 7); DDIM is
+    eta = 0 (Song et al. 2021, equation 12).
+
+    Args:
+        seeds: one for each prompt.
+        on_step: called after every denoising step.
+    """
+    device = next(base.unet.parameters()).device
+    scheduler = make_scheduler(cell.sampler, base)
+    scheduler.set_timesteps(num_inference_steps)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    side = resolution // base.vae_factor
+    shape = (len(prompts), base.unet.config.in_channels, side, side)
+    latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+    prompt_embeds = base.encode_prompts(base.tokenize(prompts).to(device))
+    negative_prompt_embeds = None
+    if cell.guidance != 1:
+        negative_prompt_embeds = base.encode_prompts(base.tokenize([""] * len(prompts)).to(device))
+    for t in scheduler.timesteps:
+        noise_pred = predict_noise(
+            lambda *inputs: base.unet(*inputs, return_dict=False)[0],
+            latents, t.to(device).expand(len(prompts)), prompt_embeds, negative_prompt_embeds, cell.guidance,
+        )  # fmt: skip
+        extra = {"generator": generators} if cell.sampler == "ddpm" else {"eta": 0.0}
+        latents = scheduler.step(noise_pred.float(), t, latents, **extra).prev_sample
+        on_step()
+    return base.decode(latents).cpu()
+
+
+def cells_of(config: SampleConfig, training_guidance: float) -> list[Cell]:
+    """The grid's columns: every sampler at every guidance.
+
+    A run trained with guidance w is also drawn at 7.5 w (the largest listed scale times w): its
+    conditional and unconditional branches lie w times closer together than an ordinary model's.
+    """
+    scales = list(config.guidance)
+    if training_guidance != 1:
+        scales.append(max(scales) * training_guidance)
+    return [Cell(sampler, scale) for sampler in config.samplers for scale in scales]
+
+
+def draw_cells(
+    base: BaseModel,
+    config: SampleConfig,
+    cells: list[Cell],
+    resolution: int,
+    on_step: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Pictures (prompts, cells, 3, resolution, resolution), 0 .. 1, for the grid's prompts.
+
+    Prompt i starts from the noise of seed `config.seed + i` in every cell.
+    """
+    was_training = base.unet.training, base.text_encoder.training
+    base.unet.eval()
+    base.text_encoder.eval()
+    base.vae.to(next(base.unet.parameters()).device)
+    seeds = [config.seed + i for i in range(len(config.prompts))]
+    pictures = [
+        sample(
+            base, config.prompts, cell, num_inference_steps=config.num_inference_steps,
+            seeds=seeds, resolution=resolution, on_step=on_step,
+        )
+        for cell in cells
+    ]  # fmt: skip
+    base.unet.train(was_training[0])
+    base.text_encoder.train(was_training[1])
+    return torch.stack(pictures, dim=1)
+
+
+def to_image(picture: torch.Tensor) -> Image.Image:
+    """(3, H, W) in 0 .. 1 -> 8-bit RGB picture, rounded to the nearest level."""
+    levels = (picture * 255).round().to(torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).numpy()))
+
+
+def compose_grid(
+    rows: list[tuple[str, torch.Tensor]], prompts: list[str], cells: list[Cell], title: str
+) -> Image.Image:
+    """One picture of all samples: for each prompt a block of rows, a column for each cell.
+
+    Args:
+        rows: (label, pictures (prompts, cells, 3, H, W) in 0 .. 1), such as base first, adapter
+            below; all with the same start noise.
+        prompts, cells: the labels of blocks and columns.
+    """
+    side = rows[0][1].shape[-1]
+    tile = side if side >= 256 else 2 * side
+    font, small = ImageFont.load_default(size=17), ImageFont.load_default(size=15)
+    gap, left, head, line = 6, 120, 78, 30
+    block = line + len(rows) * (tile + gap)
+    width = left + len(cells) * (tile + gap) + gap
+    grid = Image.new("RGB", (width, head + len(prompts) * block + gap), "white")
+    draw = ImageDraw.Draw(grid)
+    draw.text((12, 12), title, fill="black", font=font)
+    for column, cell in enumerate(cells):
+        center = left + column * (tile + gap) + tile // 2
+        draw.text((center, head - 18), cell.label, fill="black", font=small, anchor="mm")
+    for p, prompt in enumerate(prompts):
+        top = head + p * block
+        draw.text((12, top + line // 2), prompt, fill="#444444", font=small, anchor="lm")
+        for r, (label, pictures) in enumerate(rows):
+            y = top + line + r * (tile + gap)
+            draw.text((12, y + tile // 2), label, fill="black", font=small, anchor="lm")
+            for c in range(len(cells)):
+                one = to_image(pictures[p, c]).resize((tile, tile), Image.Resampling.LANCZOS)
+                grid.paste(one, (left + c * (tile + gap), y))
+    return grid

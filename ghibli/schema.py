@@ -1,0 +1,289 @@
+"""The typed schema of conf/: what each key means, its type, and what is accepted.
+
+Values stand in conf/*.yaml only; no field here has a default. No torch, no Hydra.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ghibli.mistakes import UserMistake, did_you_mean
+
+RESERVED_TRAINER_FLAGS = {
+    "callbacks",
+    "logger",
+    "plugins",
+    "default_root_dir",
+    "enable_checkpointing",
+}
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+
+
+def require(ok: bool, key: str, value: Any, accepted: str) -> None:
+    """Raises a UserMistake that names the key, the value and what is accepted."""
+    if not ok:
+        raise UserMistake(f"{key}={value} is out of range: {accepted}")
+
+
+def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises a UserMistake unless the value is one of the choices."""
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise UserMistake(f"{key}={value} is unknown: choose one of {', '.join(choices)}{hint}")
+
+
+@dataclass
+class LocalConfig:
+    """Paths on this machine, from conf/local/default.yaml (git-ignored)."""
+
+    sd15: str  # diffusers folder, hub id or single .safetensors file of Stable Diffusion 1.5
+    ghibli: str | None  # folder of the Ghibli pictures
+
+
+@dataclass
+class ModelConfig:
+    """The base model that is adapted."""
+
+    path: str  # "demo", a diffusers folder, a hub id or a single .safetensors file
+    resolution: int  # side of a training picture in px
+    lr: float  # peak learning rate that suits this base
+
+    def __post_init__(self) -> None:
+        require(
+            self.resolution >= 64 and self.resolution % 64 == 0,
+            "model.resolution", self.resolution, "a multiple of 64 (the UNet halves the latents thrice)",
+        )  # fmt: skip
+
+
+@dataclass
+class DrawConfig:
+    """Pictures drawn by ghibli/scenes.py when the folder is not there yet."""
+
+    look: str  # drawn or photo
+    count: int  # number of pictures
+
+    def __post_init__(self) -> None:
+        require_choice("data.draw.look", self.look, ("drawn", "photo"))
+        require(self.count >= 2, "data.draw.count", self.count, "at least 2")
+
+
+@dataclass
+class DataConfig:
+    """The picture set and how it reaches the model."""
+
+    root: str | None  # folder of pictures and captions
+    draw: DrawConfig | None
+    style: str  # appended to every caption
+    caption: str | None  # stands in for a missing caption
+    val_fraction: float  # share of pictures held out
+    resize: str
+    flip: bool
+    min_side: int  # px
+    batch_size: int  # examples in one forward pass on one device
+    accumulate: int  # forward passes in one optimiser step
+    workers: int
+
+    def __post_init__(self) -> None:
+        require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
+        require_choice("data.resize", self.resize, ("squash", "center_crop"))
+        for name, least in (("min_side", 1), ("batch_size", 1), ("accumulate", 1), ("workers", 0)):
+            value = getattr(self, name)
+            require(value >= least, f"data.{name}", value, f"at least {least}")
+
+
+@dataclass
+class LoraConfig:
+    """The adapter, after Hu et al. 2021: W' = W + (alpha / rank) B A."""
+
+    rank: int  # rows of A, columns of B
+    alpha: float
+    dropout: float
+    text_encoder: bool
+    targets: list[str]  # name endings of the UNet layers that get an adapter
+
+    def __post_init__(self) -> None:
+        require(1 <= self.rank <= 1024, "lora.rank", self.rank, "a whole number from 1 to 1024")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "more than 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "from 0 to less than 1")
+        require(len(self.targets) > 0, "lora.targets", self.targets, "at least one layer name")
+
+
+@dataclass
+class LossConfig:
+    """The training loss."""
+
+    guidance: float  # 1 = off
+    caption_dropout: float
+    snr_gamma: float | None
+    noise_offset: float
+    noise_schedule: str
+
+    def __post_init__(self) -> None:
+        require(
+            self.guidance >= 1, "loss.guidance", self.guidance,
+            "1 (off) or more; 7.5 is the slides' second value",
+        )  # fmt: skip
+        require(
+            0 <= self.caption_dropout <= 1,
+            "loss.caption_dropout",
+            self.caption_dropout,
+            "from 0 to 1",
+        )
+        require(
+            self.snr_gamma is None or self.snr_gamma > 0,
+            "loss.snr_gamma",
+            self.snr_gamma,
+            "more than 0, or null",
+        )
+        require(0 <= self.noise_offset <= 1, "loss.noise_offset", self.noise_offset, "from 0 to 1")
+        require_choice("loss.noise_schedule", self.noise_schedule, ("base", "linear"))
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimiser and the course of its learning rate."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    betas: list[float]
+    schedule: str
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        require_choice("optimizer.name", self.name, ("adamw",))
+        require(0 < self.lr <= 1, "optimizer.lr", self.lr, "more than 0 and at most 1")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "optimizer.betas", self.betas, "two numbers from 0 to less than 1",
+        )  # fmt: skip
+        require_choice("optimizer.schedule", self.schedule, ("cosine_epochs", "cosine", "constant"))
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+
+
+@dataclass
+class ValidationConfig:
+    """The fixed items that are scored every epoch."""
+
+    items_per_picture: int
+    max_pictures: int
+    chunk: int
+
+    def __post_init__(self) -> None:
+        for name in ("items_per_picture", "max_pictures", "chunk"):
+            require(getattr(self, name) >= 1, f"validation.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """When to stop without progress."""
+
+    patience: int | None
+
+    def __post_init__(self) -> None:
+        ok = self.patience is None or self.patience >= 1
+        require(ok, "early_stopping.patience", self.patience, "at least 1, or null for never")
+
+
+@dataclass
+class CheckpointConfig:
+    """When last.ckpt is written besides every epoch."""
+
+    every_n_steps: int
+
+    def __post_init__(self) -> None:
+        require(self.every_n_steps >= 1, "checkpoint.every_n_steps", self.every_n_steps, "at least 1")
+
+
+@dataclass
+class SampleConfig:
+    """The picture grids drawn in training."""
+
+    every_n_epochs: int
+    prompts: list[str]
+    samplers: list[str]
+    guidance: list[float]
+    num_inference_steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        require(
+            self.every_n_epochs >= 0,
+            "sample.every_n_epochs",
+            self.every_n_epochs,
+            "0 (none) or more",
+        )
+        for sampler in self.samplers:
+            require_choice("sample.samplers", sampler, ("ddpm", "ddim"))
+        for name in ("prompts", "samplers", "guidance"):
+            require(len(getattr(self, name)) > 0, f"sample.{name}", "[]", "at least one entry")
+        for scale in self.guidance:
+            require(scale >= 1, "sample.guidance", scale, "1 (off) or more")
+        require(
+            1 <= self.num_inference_steps <= 1000,
+            "sample.num_inference_steps", self.num_inference_steps, "from 1 to 1000",
+        )  # fmt: skip
+
+
+@dataclass
+class WandbConfig:
+    """The dashboard."""
+
+    mode: str
+    project: str
+    group: str | None
+    name: str | None
+
+    def __post_init__(self) -> None:
+        require_choice("wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
+
+
+@dataclass
+class Config:
+    """Everything `train.py` takes; see conf/train.yaml for meanings and defaults."""
+
+    seed: int
+    finetune: str
+    resume: str | None
+    cache_dir: str
+    local: LocalConfig
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    trainer: dict[str, Any]
+    validation: ValidationConfig
+    early_stopping: EarlyStoppingConfig
+    checkpoint: CheckpointConfig
+    sample: SampleConfig
+    wandb: WandbConfig
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
+        require_choice("finetune", self.finetune, ("lora", "full", "none"))
+        require(
+            bool(self.data.root), "data.root", self.data.root,
+            "say which picture folder: data.root=DIR (or use data=demo)",
+        )  # fmt: skip
+        require(
+            bool(self.model.path), "model.path", self.model.path,
+            "say which base model: model.path=DIR (or use model=demo)",
+        )  # fmt: skip
+        check_trainer(self.trainer)
+
+
+def check_trainer(trainer: dict[str, Any]) -> None:
+    """Checks the Trainer flags that have a meaning of ours; Lightning checks the others."""
+    precision = str(trainer["precision"])
+    if precision in ("bf16-true", "16-true"):
+        raise UserMistake(
+            f"trainer.precision={precision} would hold the LoRA weights in 16 bits, where small "
+            f"updates round to nothing (0.05 + 0.0001 is 0.05 in bf16): choose one of {', '.join(PRECISIONS)}"
+        )
+    require_choice("trainer.precision", precision, PRECISIONS)
+    for key in ("max_epochs", "accumulate_grad_batches", "log_every_n_steps"):
+        value = trainer[key]
+        require(isinstance(value, int) and value >= 1, f"trainer.{key}", value, "a whole number from 1")
+    for key in RESERVED_TRAINER_FLAGS & set(trainer):
+        raise UserMistake(f"trainer.{key} is set by train.py itself and cannot be given")

@@ -1,0 +1,108 @@
+"""Builds the Lightning Trainer of a run: precision, callbacks, checkpoints."""
+
+import inspect
+import logging
+import warnings
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+
+from ghibli.callbacks import MetricsWriter, Narrator, SampleGrid, StatusWriter
+from ghibli.checkpoints import CleanStop, StepCheckpoint, WholeCheckpoints
+from ghibli.mistakes import UserMistake, did_you_mean
+from ghibli.run_dir import RunDir
+from ghibli.schema import Config
+
+
+def make_trainer(
+    config: Config, run: RunDir, stop: CleanStop, logger: WandbLogger | None, resumes: bool
+) -> L.Trainer:
+    """The Trainer with our callbacks around the flags of `config.trainer`.
+
+    Raises:
+        UserMistake: a flag Lightning does not know or refuses.
+    """
+    hush()
+    flags = dict(config.trainer)
+    known = set(inspect.signature(L.Trainer.__init__).parameters)
+    for name in set(flags) - known:
+        raise UserMistake(f"trainer.{name} is no flag of lightning.Trainer{did_you_mean(name, known)}")
+    flags["precision"] = choose_precision(str(flags["precision"]), str(flags["accelerator"]))
+    resume_step = checkpoint_step(run) if resumes else 0
+    try:
+        return L.Trainer(
+            **flags,
+            callbacks=make_callbacks(config, run, stop, resume_step),
+            logger=logger or False,
+            plugins=[WholeCheckpoints()],
+            default_root_dir=run.path,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserMistake(f"trainer: Lightning refuses these flags: {error}") from error
+
+
+def make_callbacks(config: Config, run: RunDir, stop: CleanStop, resume_step: int) -> list[Callback]:
+    """All callbacks; Lightning runs the checkpoints last, so they see what the others did."""
+    metrics = MetricsWriter(run, resume_step)
+    callbacks = [metrics, SampleGrid(config, run), StatusWriter(run), Narrator(metrics), stop]
+    if config.finetune == "none":
+        return callbacks
+    if config.early_stopping.patience is not None:
+        callbacks.append(
+            EarlyStopping(
+                "probe/val_loss",
+                patience=config.early_stopping.patience,
+                check_on_train_epoch_end=True,
+            )
+        )
+    common = {"dirpath": run.checkpoints, "enable_version_counter": False}
+    best = ModelCheckpoint(monitor="probe/val_loss", filename="best", save_on_train_epoch_end=True, **common)
+    epoch = ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common)
+    step = StepCheckpoint(filename="last", every_n_train_steps=config.checkpoint.every_n_steps, **common)
+    return [*callbacks, best, epoch, step]
+
+
+def choose_precision(wanted: str, accelerator: str) -> str:
+    """Lightning's precision for `auto`: the fastest that is safe on this device.
+
+    Raises:
+        UserMistake: 16-mixed on a CPU, which would silently be bf16.
+    """
+    has_gpu = torch.cuda.is_available() and accelerator not in ("cpu",)
+    if wanted == "16-mixed" and not has_gpu:
+        raise UserMistake(
+            "trainer.precision=16-mixed needs a GPU: use 32-true (or bf16-mixed) on this machine"
+        )
+    if wanted != "auto":
+        return wanted
+    if not has_gpu:
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def checkpoint_step(run: RunDir) -> int:
+    """The optimiser step that last.ckpt was written after."""
+    return int(torch.load(run.last_checkpoint, weights_only=True, map_location="cpu")["global_step"])
+
+
+def hush() -> None:
+    """Silences what Lightning says about choices that are made on purpose here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*ended before the epoch ended and your dataloader is not resumable.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*The number of training batches .* is smaller than the logging interval.*",
+        ".*have modified the .* flags.*",
+        ".*GPU available but not used.*",
+        ".*module.s. in eval mode at the start of training.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,78 @@
+"""Trains one run: `python train.py KEY=VALUE ...`; with -m a sweep. See conf/train.yaml."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ghibli.config import (
+    from_yaml,
+    hydra_entry,
+    overrides_beside_resume,
+    this_run,
+    to_config,
+    to_yaml,
+)
+from ghibli.mistakes import UserMistake
+from ghibli.run_dir import RunDir, now, provenance, write_text
+from ghibli.schema import Config
+
+
+def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
+    """Trains as the configuration says and writes everything into the run folder.
+
+    Args:
+        resumes: go on from checkpoints/last.ckpt of the folder.
+
+    Returns:
+        The objective of sweeps: the best share by which the held-out loss is below the base's.
+    """
+    import torch
+
+    from ghibli import base_model, dashboard, finish
+    from ghibli.callbacks import describe
+    from ghibli.checkpoints import CleanStop, StopRequested
+    from ghibli.data import GhibliDataModule
+    from ghibli.module import GhibliModule
+    from ghibli.trainer import make_trainer
+
+    write_text(run_dir.config, to_yaml(config))
+    run_dir.update_status(
+        state="running", reason=None, started=run_dir.read_status().get("started", now()),
+        settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
+        threads=torch.get_num_threads(), **provenance(),
+    )  # fmt: skip
+    with CleanStop(run_dir) as stop:
+        try:
+            base = base_model.load(config.model.path)
+            module = GhibliModule(config, base)
+            data = GhibliDataModule(config, base, run_dir, module.num_train_timesteps)
+            logger = dashboard.make_logger(config, run_dir, describe(config))
+            trainer = make_trainer(config, run_dir, stop, logger, resumes)
+            if config.finetune == "none":
+                trainer.validate(module, data, verbose=False)
+            else:
+                checkpoint = run_dir.last_checkpoint if resumes else None
+                trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+            return finish.finish(config, run_dir, trainer, module, logger)
+        except StopRequested as request:
+            raise SystemExit(finish.interrupted(run_dir, request)) from None
+        except BaseException as error:
+            run_dir.update_status(state="failed", reason=str(error) or type(error).__name__, ended=now())
+            raise
+        finally:
+            dashboard.close()
+
+
+def main(cfg: Any) -> float:
+    """One Hydra job: checks the composed settings, then trains or resumes; returns the objective."""
+    run_dir, overrides = this_run()
+    if cfg.resume is None:
+        return run(to_config(cfg), run_dir)
+    ignored = overrides_beside_resume(overrides)
+    if ignored:
+        raise UserMistake(f"resume goes on with the run's own settings: drop {', '.join(ignored)}")
+    return run(from_yaml(run_dir.config), run_dir, resumes=True)
+
+
+if __name__ == "__main__":
+    hydra_entry(Path(__file__).parent / "conf", "train", main)
