@@ -17,7 +17,7 @@ train: .venv/installed  ## install, then train a LoRA on the embedded demo
 	@$(BIN)/python train.py model=demo data=demo $(ARGS)
 
 test: .venv/installed  ## install, then run the tests (no network, no GPU)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/installed  ## ruff over everything
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """Trains one run: `python train.py KEY=VALUE ...`; with -m a sweep. See conf/train.yaml."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ghibli.config import (
     to_yaml,
 )
 from ghibli.mistakes import UserMistake
-from ghibli.run_dir import RunDir, now, provenance, write_text
+from ghibli.run_dir import RunDir, check_unchanged, now, provenance, write_text
 from ghibli.schema import Config
 
 
@@ -39,11 +40,13 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
     run_dir.update_status(
         state="running", reason=None, started=run_dir.read_status().get("started", now()),
         settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
-        threads=torch.get_num_threads(), **provenance(),
+        process=os.getpid(), threads=torch.get_num_threads(), **provenance(),
     )  # fmt: skip
     with CleanStop(run_dir) as stop:
         try:
             base = base_model.load(config.model.path)
+            what = f"the base model.path={config.model.path}"
+            check_unchanged(run_dir, "base_hash", base_model.weights_hash(base), what)
             module = GhibliModule(config, base)
             data = GhibliDataModule(config, base, run_dir, module.num_train_timesteps)
             logger = dashboard.make_logger(config, run_dir, describe(config))

@@ -196,7 +196,7 @@ class Narrator(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         if not trainer.is_global_zero:
             return
-        console.print(f"epoch {trainer.current_epoch + 1}  {in_words(pl_module)}")
+        console.print(f"epoch {trainer.current_epoch + 1}  {pl_module.gain}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         self.bar.refresh()
@@ -207,14 +207,6 @@ class Narrator(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: GhibliModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "")
-
-
-def in_words(module: GhibliModule) -> str:
-    """The last validation as a sentence."""
-    gain = module.gain
-    word = "better" if gain.value >= 0 else "WORSE"
-    size = f"{abs(100 * gain.value):.1f} % +- {100 * gain.standard_error:.1f} %"
-    return f"{word} than the base by {size} on held-out pictures"
 
 
 class StatusWriter(Callback):

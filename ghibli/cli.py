@@ -24,7 +24,9 @@ def list_runs() -> None:
     if not runs:
         console.print("no runs below outputs/ yet: python train.py makes one")
         return
-    table = Table("run", "state", "settings", "epochs", "gain over the base", box=None)
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "state", "settings", "epochs", "gain over the base"):
+        table.add_column(name, no_wrap=name == "run", overflow="fold")
     for run in runs:
         table.add_row(*row_of(run))
     console.print(table)
@@ -36,7 +38,7 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     gain, error = status.get("gain"), status.get("gain_se")
     words = "-" if gain is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
-    return str(run.path), status.get("state", "?"), status.get("settings", "?"), epochs, words
+    return str(run.path), run.state, status.get("settings", "?"), epochs, words
 
 
 def main() -> None:

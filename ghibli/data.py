@@ -1,5 +1,6 @@
 """GhibliDataModule: pictures -> held-out split -> latents in memory -> training examples."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ghibli.latents import Moments, encode
 from ghibli.mistakes import UserMistake
 from ghibli.progress import console, counted
 from ghibli.randomness import Stream, chance, epoch_order, hash_fraction, normal, timestep
-from ghibli.run_dir import RunDir, write_json
+from ghibli.run_dir import RunDir, check_unchanged, write_json
 from ghibli.schema import Config
 from ghibli.validation import make_chunks
 
@@ -177,6 +178,9 @@ class GhibliDataModule(L.LightningDataModule):
             "unusable": folder.unusable,
         }
         write_json(self.run.split, split)
+        captions = sorted((p.content_hash, p.caption) for p in folder.pictures)
+        data_hash = hashlib.sha256(repr(captions).encode()).hexdigest()
+        check_unchanged(self.run, "data_hash", data_hash, f"the picture set data.root={self.config.data.root}")
 
     def _encode(self) -> None:
         pictures = self.train_pictures + self.val_pictures

@@ -14,6 +14,7 @@ from ghibli.module import GhibliModule
 from ghibli.progress import console
 from ghibli.run_dir import RunDir, now
 from ghibli.schema import Config
+from ghibli.validation import Gain
 
 
 def finish(
@@ -31,12 +32,14 @@ def finish(
     module.to(trainer.strategy.root_device)
     grid_drawer = next(c for c in trainer.callbacks if isinstance(c, SampleGrid))
     best = best_row(run)
+    gain = Gain(float(best["probe/val_gain"]), float(best["probe/val_gain_se"]))
+    best_epoch = int(best["epoch"]) + 1
     lines = [f"trained  {describe(config)}, {trainer.global_step} steps, {trainer.current_epoch} epochs"]
     if config.finetune == "none":
         lines = ["measured the untouched base (finetune=none): nothing was trained"]
     else:
         load_weights(module, run.best_checkpoint)
-        lines.append(f"gain     {gain_in_words(best)}")
+        lines.append(f"gain     {gain}, after epoch {best_epoch}")
     label = {"lora": "adapter", "full": "fine-tuned", "none": "base"}[config.finetune]
     if grid_drawer.base_pictures is not None:
         lines.append(f"grid     {shown(grid_drawer.save(trainer, module, label, label))}")
@@ -46,16 +49,15 @@ def finish(
         module.base.unet.save_pretrained(run.unet)
         lines.append(f"UNet     {shown(run.unet)}")
     lines.append(f"run      {shown(run.path)}")
-    gain = float(best["probe/val_gain"])
     run.update_status(
         state="finished", ended=now(), step=trainer.global_step, epoch=trainer.current_epoch,
-        gain=gain, gain_se=float(best["probe/val_gain_se"]), best_epoch=int(best["epoch"]) + 1,
+        gain=gain.value, gain_se=gain.standard_error, best_epoch=best_epoch,
     )  # fmt: skip
     if logger is not None:
-        logger.experiment.summary.update({"best/val_gain": gain, "best/epoch": int(best["epoch"]) + 1})
+        logger.experiment.summary.update({"best/val_gain": gain.value, "best/epoch": best_epoch})
         lines.append(dashboard.how_to_look(run, logger))
     console.print("\n".join(["", *lines, f"next     {next_command(config)}"]))
-    return gain
+    return gain.value
 
 
 def best_row(run: RunDir) -> dict[str, str]:
@@ -70,14 +72,6 @@ def load_weights(module: GhibliModule, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, parameter in module.trainable.items():
             parameter.copy_(weights[name])
-
-
-def gain_in_words(best: dict[str, str]) -> str:
-    """The best validation as a sentence."""
-    gain, error = 100 * float(best["probe/val_gain"]), 100 * float(best["probe/val_gain_se"])
-    word = "better" if gain >= 0 else "WORSE"
-    where = f"on held-out pictures, epoch {int(best['epoch']) + 1}"
-    return f"{abs(gain):.1f} % +- {error:.1f} % {word} than the base {where}"
 
 
 def next_command(config: Config) -> str:

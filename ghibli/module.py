@@ -20,7 +20,7 @@ from ghibli.mistakes import UserMistake
 from ghibli.randomness import Stream, seed_global_rng
 from ghibli.sampling import make_scheduler
 from ghibli.schema import Config
-from ghibli.validation import Gain, paired_gain
+from ghibli.validation import Gain, paired_gain, require_finite
 
 
 class GhibliModule(L.LightningModule):
@@ -100,6 +100,7 @@ class GhibliModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs probe/val_loss and the paired gain over the base with its standard error."""
         losses = self.by_picture(self._val_losses)
+        require_finite(losses, self.current_epoch, self.config.optimizer.lr)
         self.gain = paired_gain(losses, self.base_losses)
         self.log("probe/val_loss", losses.mean(), logger=False)
         self.log("probe/val_gain", self.gain.value, logger=False)

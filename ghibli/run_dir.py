@@ -99,6 +99,13 @@ class RunDir:
         except (OSError, ValueError):
             return {}
 
+    @property
+    def state(self) -> str:
+        """running, finished, interrupted, failed; killed if it says running and no longer runs."""
+        status = self.read_status()
+        state = status.get("state", "unknown")
+        return "killed" if state == "running" and not _is_alive(status.get("process")) else state
+
     def update_status(self, **changes: Any) -> None:
         """Writes status.json with these entries added or replaced."""
         write_json(self.status, self.read_status() | changes)
@@ -147,6 +154,16 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def _is_alive(process: int | None) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, TypeError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _git(*words: str) -> str | None:
     here = Path(__file__).parent
     try:
@@ -154,3 +171,18 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def check_unchanged(run: RunDir, key: str, value: str, what: str) -> None:
+    """Notes a hash in status.json, or refuses when a resumed run finds another one than it noted.
+
+    Raises:
+        UserMistake: `what` is not what the run was started with.
+    """
+    noted = run.read_status().get(key, value)
+    if noted != value:
+        raise UserMistake(
+            f"resume={run.path}: {what} is not the same as when the run was started "
+            f"({key} {value[:12]}, was {noted[:12]}); put it back, or start a new run"
+        )
+    run.update_status(**{key: value})

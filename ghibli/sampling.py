@@ -14,6 +14,14 @@ from ghibli.diffusion import predict_noise
 from ghibli.schema import SampleConfig
 
 SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
+# What a base's file leaves out is meant as SD 1.5 has it; diffusers' own defaults differ.
+SD15 = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -29,18 +37,16 @@ class Cell:
 
 
 def make_scheduler(sampler: str, base: BaseModel) -> DDPMScheduler | DDIMScheduler:
-    """diffusers' scheduler with the base's own betas.
+    """diffusers' scheduler with the base's own betas, and what its file leaves out as in SD 1.5.
 
-    What a base's file leaves out is set as SD 1.5 has it, where diffusers' defaults differ:
-    clipping latents to -1 .. 1 would spoil them, and the last step ends at abar_0, not at 1.
+    Never clips: latents are not limited to -1 .. 1.
     """
+    config = SD15 | base.scheduler_config
     wanted = {"clip_sample": False, "prediction_type": base.prediction_type}
-    if sampler == "ddim":
-        wanted["set_alpha_to_one"] = base.scheduler_config.get("set_alpha_to_one", False)
-    else:
+    if sampler == "ddpm":
         wanted["variance_type"] = "fixed_small"
-    wanted["steps_offset"] = base.scheduler_config.get("steps_offset", 1)
-    return SAMPLERS[sampler].from_config(base.scheduler_config, **wanted)
+        del config["set_alpha_to_one"]  # DDPM has no such choice
+    return SAMPLERS[sampler].from_config(config, **wanted)
 
 
 @torch.no_grad()
@@ -68,6 +74,8 @@ def sample(
     device = next(base.unet.parameters()).device
     scheduler = make_scheduler(cell.sampler, base)
     scheduler.set_timesteps(num_inference_steps)
+    last = scheduler.config.num_train_timesteps - 1
+    scheduler.timesteps -= (scheduler.timesteps.max() - last).clamp(min=0)  # all 1000: no room to shift
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     side = resolution // base.vae_factor
     shape = (len(prompts), base.unet.config.in_channels, side, side)

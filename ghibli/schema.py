@@ -3,24 +3,22 @@
 Values stand in conf/*.yaml only; no field here has a default. No torch, no Hydra.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ghibli.mistakes import UserMistake, did_you_mean
 
 RESERVED_TRAINER_FLAGS = {
-    "callbacks",
-    "logger",
-    "plugins",
-    "default_root_dir",
-    "enable_checkpointing",
-}
+    "callbacks", "default_root_dir", "enable_checkpointing", "enable_model_summary",
+    "enable_progress_bar", "logger", "num_sanity_val_steps", "plugins", "use_distributed_sampler",
+}  # fmt: skip
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 def require(ok: bool, key: str, value: Any, accepted: str) -> None:
-    """Raises a UserMistake that names the key, the value and what is accepted."""
-    if not ok:
+    """Raises a UserMistake that names the key, the value and what is accepted; no number may be infinite."""
+    if not ok or (isinstance(value, float) and not math.isfinite(value)):
         raise UserMistake(f"{key}={value} is out of range: {accepted}")
 
 
@@ -71,16 +69,16 @@ class DataConfig:
     """The picture set and how it reaches the model."""
 
     root: str | None  # folder of pictures and captions
-    draw: DrawConfig | None
+    draw: DrawConfig | None  # pictures to draw first; None = the folder must be there
     style: str  # appended to every caption
     caption: str | None  # stands in for a missing caption
     val_fraction: float  # share of pictures held out
-    resize: str
-    flip: bool
-    min_side: int  # px
+    resize: str  # squash or center_crop
+    flip: bool  # mirror half of the drawn examples
+    min_side: int  # px; smaller pictures are skipped
     batch_size: int  # examples in one forward pass on one device
     accumulate: int  # forward passes in one optimiser step
-    workers: int
+    workers: int  # loader processes
 
     def __post_init__(self) -> None:
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
@@ -95,9 +93,9 @@ class LoraConfig:
     """The adapter, after Hu et al. 2021: W' = W + (alpha / rank) B A."""
 
     rank: int  # rows of A, columns of B
-    alpha: float
-    dropout: float
-    text_encoder: bool
+    alpha: float  # strength: B A is scaled by alpha / rank
+    dropout: float  # probability of dropping an input of A, in training only
+    text_encoder: bool  # adapt the text encoder's attention too
     targets: list[str]  # name endings of the UNet layers that get an adapter
 
     def __post_init__(self) -> None:
@@ -111,11 +109,11 @@ class LoraConfig:
 class LossConfig:
     """The training loss."""
 
-    guidance: float  # 1 = off
-    caption_dropout: float
-    snr_gamma: float | None
-    noise_offset: float
-    noise_schedule: str
+    guidance: float  # w of uncond + w (cond - uncond); 1 = off
+    caption_dropout: float  # share of examples trained without caption
+    snr_gamma: float | None  # Min-SNR weight
+    noise_offset: float  # noise shared by all pixels of a channel
+    noise_schedule: str  # base or linear
 
     def __post_init__(self) -> None:
         require(
@@ -142,12 +140,12 @@ class LossConfig:
 class OptimizerConfig:
     """The optimiser and the course of its learning rate."""
 
-    name: str
-    lr: float
-    weight_decay: float
-    betas: list[float]
-    schedule: str
-    warmup_steps: int
+    name: str  # adamw
+    lr: float  # peak learning rate
+    weight_decay: float  # decoupled
+    betas: list[float]  # decay of the running mean and of the running square
+    schedule: str  # cosine_epochs, cosine or constant
+    warmup_steps: int  # optimiser steps of linear warm-up
 
     def __post_init__(self) -> None:
         require_choice("optimizer.name", self.name, ("adamw",))
@@ -165,9 +163,9 @@ class OptimizerConfig:
 class ValidationConfig:
     """The fixed items that are scored every epoch."""
 
-    items_per_picture: int
-    max_pictures: int
-    chunk: int
+    items_per_picture: int  # fixed (timestep, noise) pairs
+    max_pictures: int  # held-out pictures that are scored
+    chunk: int  # items in one forward pass
 
     def __post_init__(self) -> None:
         for name in ("items_per_picture", "max_pictures", "chunk"):
@@ -178,7 +176,7 @@ class ValidationConfig:
 class EarlyStoppingConfig:
     """When to stop without progress."""
 
-    patience: int | None
+    patience: int | None  # epochs without a better validation loss
 
     def __post_init__(self) -> None:
         ok = self.patience is None or self.patience >= 1
@@ -189,7 +187,7 @@ class EarlyStoppingConfig:
 class CheckpointConfig:
     """When last.ckpt is written besides every epoch."""
 
-    every_n_steps: int
+    every_n_steps: int  # optimiser steps
 
     def __post_init__(self) -> None:
         require(self.every_n_steps >= 1, "checkpoint.every_n_steps", self.every_n_steps, "at least 1")
@@ -199,12 +197,12 @@ class CheckpointConfig:
 class SampleConfig:
     """The picture grids drawn in training."""
 
-    every_n_epochs: int
-    prompts: list[str]
-    samplers: list[str]
-    guidance: list[float]
-    num_inference_steps: int
-    seed: int
+    every_n_epochs: int  # 0 = no grids
+    prompts: list[str]  # one block of rows each
+    samplers: list[str]  # ddpm, ddim: a group of columns each
+    guidance: list[float]  # sampling guidance, a column each
+    num_inference_steps: int  # denoising steps of one picture
+    seed: int  # of the start noise
 
     def __post_init__(self) -> None:
         require(
@@ -229,10 +227,10 @@ class SampleConfig:
 class WandbConfig:
     """The dashboard."""
 
-    mode: str
-    project: str
-    group: str | None
-    name: str | None
+    mode: str  # auto, online, offline or disabled
+    project: str  # where W&B files the run
+    group: str | None  # runs that belong together
+    name: str | None  # of the run
 
     def __post_init__(self) -> None:
         require_choice("wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
@@ -242,17 +240,17 @@ class WandbConfig:
 class Config:
     """Everything `train.py` takes; see conf/train.yaml for meanings and defaults."""
 
-    seed: int
-    finetune: str
-    resume: str | None
-    cache_dir: str
+    seed: int  # of order, noise, timesteps and initial adapter
+    finetune: str  # lora, full or none
+    resume: str | None  # a run folder, or latest
+    cache_dir: str  # drawn pictures
     local: LocalConfig
     model: ModelConfig
     data: DataConfig
     lora: LoraConfig
     loss: LossConfig
     optimizer: OptimizerConfig
-    trainer: dict[str, Any]
+    trainer: dict[str, Any]  # flags of lightning.Trainer
     validation: ValidationConfig
     early_stopping: EarlyStoppingConfig
     checkpoint: CheckpointConfig

@@ -11,6 +11,7 @@ import torch
 
 from ghibli.captions import CaptionedPicture
 from ghibli.latents import Moments
+from ghibli.mistakes import UserMistake
 from ghibli.randomness import Stream, content_key, normal, rng
 
 
@@ -22,7 +23,9 @@ class Gain:
     standard_error: float
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % +- {100 * self.standard_error:.1f} %"
+        word = "better" if self.value >= 0 else "WORSE"
+        size = f"{abs(100 * self.value):.1f} % +- {100 * self.standard_error:.1f} %"
+        return f"{word} than the base by {size} on held-out pictures"
 
 
 def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
@@ -41,6 +44,15 @@ def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
     without_one = 1 - (ours.sum() - ours) / (base.sum() - base)
     variance = (count - 1) / count * (without_one - without_one.mean()).square().sum()
     return Gain(value.item(), variance.sqrt().item())
+
+
+def require_finite(losses: torch.Tensor, epoch: int, lr: float) -> None:
+    """Raises a UserMistake when a run has diverged: its losses (P, K) are not all finite."""
+    if not losses.isfinite().all():
+        raise UserMistake(
+            f"the run diverged: the validation loss is not finite after epoch {epoch + 1}; start it again "
+            f"with a lower learning rate (optimizer.lr was {lr:g}); best.ckpt is from before, if there is one"
+        )
 
 
 def strata(content_hash: str, items: int, num_train_timesteps: int) -> list[int]:

@@ -1,0 +1,203 @@
+"""The demo data: pictures and captions made from a seed, the same scene in two looks.
+
+"photo" is photograph-like (muted, soft, hazy, grainy), "drawn" is a hand-painted animation look
+(ink lines, saturated greens and blues, cumulus, flowers). Pillow and numpy only.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from ghibli import scene_painting as places
+from ghibli.scene_canvas import LOOKS, Canvas
+from ghibli.scene_subjects import COLOURS, PAINTERS, shadow
+
+# Which scene seeds belong to what; disjoint, so that nothing is learned from a test scene.
+PRETRAIN_SEEDS = range(0, 1_000_000)
+FINETUNE_SEEDS = range(1_000_000, 2_000_000)
+EVALUATION_SEEDS = range(2_000_000, 3_000_000)
+
+TIMES = {
+    "morning": ("in the morning", "on a sunny morning"),
+    "noon": ("at noon", "in the middle of the day"),
+    "sunset": ("at sunset", "in the evening"),
+    "night": ("at night", "under the moon"),
+}
+PLACES = {
+    "meadow": ("in a meadow", "on a green hill", "in the grass"),
+    "lake": ("by a lake", "at the lake"),
+    "greenhouse": ("in a greenhouse", "inside a greenhouse", "in the greenhouse"),
+    "town": ("in a town", "in the town", "on a street in town"),
+    "train": ("on the top of a {}train", "on top of a {}train", "on the top of the {}train"),
+}
+ON_WATER = ("on a lake", "on the water")
+SETTINGS = {
+    "girl": ("greenhouse", "greenhouse", "meadow", "lake", "town", "train"),
+    "panda": ("train", "train", "greenhouse", "meadow", "lake", "town"),
+    "cat": ("train", "greenhouse", "meadow", "lake", "town"),
+    "train": ("meadow", "lake", "town"),
+    "house": ("meadow", "lake", "town"),
+    "tree": ("meadow", "lake", "town", "greenhouse"),
+    "boat": ("lake",),
+}
+HUES = {
+    "girl": ("red", "blue", "yellow", "green", "white", "pink", "purple"),
+    "panda": ("white",),
+    "cat": ("white", "black", "orange", "brown"),
+    "train": ("red", "blue", "yellow", "green", "white", "orange"),
+    "house": ("red", "blue", "green", "orange", "purple"),
+    "tree": ("green", "red", "yellow", "pink", "orange"),
+    "boat": ("red", "blue", "yellow", "white", "green", "orange"),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in one picture. x, size and horizon are fractions of the picture."""
+
+    seed: int
+    subject: str
+    colour: str
+    setting: str
+    time: str
+    train_colour: str
+    x: float
+    size: float
+    horizon: float
+    caption: str
+
+
+def compose(seed: int) -> Scene:
+    """The scene of a seed: what it shows, where, and one sentence about it."""
+    rng = np.random.default_rng([seed, 1])
+
+    def pick(options):
+        return options[int(rng.random() * len(options))]
+
+    subject = pick(tuple(SETTINGS))
+    setting, colour = pick(SETTINGS[subject]), pick(HUES[subject])
+    time, train_colour = pick(tuple(TIMES)), pick(HUES["train"])
+    x, size, horizon = 0.36 + 0.28 * rng.random(), rng.random(), 0.50 + 0.09 * rng.random()
+    caption = describe(pick, subject, colour, setting, time, train_colour)
+    return Scene(seed, subject, colour, setting, time, train_colour, x, size, horizon, caption)
+
+
+def describe(pick, subject, colour, setting, time, train_colour) -> str:
+    """One short sentence; the colour and the time are sometimes left out."""
+    article = pick(("a", "a", "a", "the"))
+    hue = pick((colour, colour, colour, colour, ""))
+    pose = pick(
+        ("", "", {"girl": "standing", "panda": "sitting", "cat": "sitting"}.get(subject, ""))
+    )
+    when = pick((*TIMES[time], TIMES[time][0], ""))
+    worn = {
+        "girl": f"in a {hue} dress",
+        "house": f"with a {hue} roof",
+        "boat": f"with a {hue} sail",
+    }
+    if subject in worn:
+        what = f"{article} {subject} {worn[subject]}" if hue else f"{article} {subject}"
+    elif subject == "panda" or not hue:
+        what = f"{article} {subject}"
+    else:
+        what = f"{article} {hue} {subject}"
+    where = pick(ON_WATER if subject == "boat" else PLACES[setting])
+    ridden = pick((train_colour, train_colour, train_colour, ""))
+    where = where.format(f"{ridden} " if ridden else "")
+    sentence = " ".join(part for part in (what, pose, where, when) if part)
+    return sentence.replace("a orange", "an orange")
+
+
+def paint_setting(canvas: Canvas, scene: Scene, rng):
+    """Everything behind the subject."""
+    horizon = scene.horizon
+    places.sky(canvas, rng, 0.62 if scene.setting == "greenhouse" else horizon)
+    if scene.setting == "greenhouse":
+        places.greenhouse(canvas, rng)
+    elif scene.setting == "town":
+        places.town(canvas, rng, horizon)
+    elif scene.setting == "lake":
+        places.lake(canvas, rng, horizon, shore=scene.subject != "boat")
+    else:
+        places.meadow(canvas, rng, horizon)
+
+
+def paint_subject(canvas: Canvas, scene: Scene):
+    """The subject, and the train under it where it rides on one."""
+    canvas.light_share = 0.42 if scene.time == "night" else 0.5
+    colour, x = COLOURS[scene.colour], scene.x
+    if scene.setting == "train":
+        foot, length = 0.93, 0.32 + 0.03 * scene.size
+        places.rails(canvas, foot)
+        PAINTERS["train"](canvas, 0.5 + 0.4 * (x - 0.5), foot, length, COLOURS[scene.train_colour])
+        PAINTERS[scene.subject](canvas, x, foot - length + 0.015, 0.40 + 0.06 * scene.size, colour)
+        return
+    low, high = {
+        "train": (0.33, 0.39),
+        "house": (0.50, 0.62),
+        "tree": (0.60, 0.72),
+        "boat": (0.50, 0.62),
+        "girl": (0.54, 0.66),
+    }.get(scene.subject, (0.44, 0.56))
+    height, foot = low + (high - low) * scene.size, 0.90
+    if scene.subject == "train":
+        x, foot = 0.5 + 0.3 * (x - 0.5), 0.86
+        places.rails(canvas, foot)
+    elif scene.subject == "boat":
+        foot = 0.82
+    else:
+        shadow(canvas, x, foot, 0.36 * height)
+    PAINTERS[scene.subject](canvas, x, foot, height, colour)
+
+
+def draw(scene: Scene, look: str, size: int = 128, grain: bool = True) -> Image.Image:
+    """Paint a scene as an RGB picture of size x size; `grain` adds the photograph's noise."""
+    if look not in LOOKS:
+        raise ValueError(f"look must be one of {LOOKS}, not {look!r}")
+    rng = np.random.default_rng([scene.seed, 2])
+    photo = look == "photo"
+    back = Canvas(size if photo else 2 * size, look, scene.time)
+    paint_setting(back, scene, rng)
+    if photo:
+        places.haze(back)
+        soft = back.image.filter(ImageFilter.GaussianBlur(size / 90))
+        back = Canvas(2 * size, look, scene.time, soft.resize((2 * size, 2 * size), Image.BICUBIC))
+    paint_subject(back, scene)
+    image = back.image
+    if photo:
+        image = image.filter(ImageFilter.GaussianBlur(size / 128))
+    image = image.resize((size, size), Image.BOX if photo else Image.LANCZOS)
+    return add_grain(image, scene.seed) if photo and grain else image
+
+
+def add_grain(image: Image.Image, seed: int) -> Image.Image:
+    """Film grain: grey noise with a standard deviation of 2.5 levels (of 255)."""
+    rng = np.random.default_rng([seed, 3])
+    noise = (rng.random((*image.size, 2)).sum(axis=2) - 1.0) * 6.0
+    pixels = np.asarray(image, dtype=np.float64) + noise[:, :, None]
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def write_folder(
+    root: Path, look: str, count: int, first_seed: int, size: int = 128, on_progress=None
+) -> None:
+    """Write root/images/scene_SEED.png and, last, root/captions.txt with `NAME.png|caption` lines.
+
+    on_progress(done, count) is called after every picture.
+    """
+    images = Path(root) / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in range(count):
+        scene = compose(first_seed + index)
+        name = f"scene_{scene.seed:07d}.png"
+        draw(scene, look, size).save(images / name)
+        lines.append(f"{name}|{scene.caption}\n")
+        if on_progress is not None:
+            on_progress(index + 1, count)
+    partial = Path(root) / "captions.txt.partial"
+    partial.write_text("".join(lines), encoding="utf-8")
+    os.replace(partial, Path(root) / "captions.txt")

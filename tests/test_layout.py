@@ -1,0 +1,62 @@
+"""ghibli/ is a list: a module imports only from modules above it. And what else holds everywhere."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ghibli"
+ORDER = [
+    "mistakes", "progress", "run_dir", "schema", "config", "randomness",
+    "scene_canvas", "scene_subjects", "scene_painting", "scenes",
+    "captions", "base_model", "latents", "validation", "data", "lora", "diffusion", "sampling",
+    "module", "checkpoints", "callbacks", "dashboard", "trainer", "finish", "cli", "__main__",
+]  # fmt: skip
+HYDRA_MODULES = {"hydra", "omegaconf"}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module named in an import anywhere in a file, `from a import b` as both a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_the_list_is_complete() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_only_from_above(module: str) -> None:
+    below = set(ORDER[ORDER.index(module) :])
+    ours = {name.split(".")[1] for name in imported_modules(PACKAGE / f"{module}.py") if name.startswith("ghibli.")}
+    assert not ours & below
+
+
+@pytest.mark.parametrize("module", sorted(set(ORDER) - {"config"}))
+def test_only_config_knows_hydra(module: str) -> None:
+    tops = {name.split(".")[0] for name in imported_modules(PACKAGE / f"{module}.py")}
+    assert not tops & HYDRA_MODULES
+
+
+def test_the_demo_has_no_code_path_of_its_own() -> None:
+    """Only where its folder is gets decided by name, and in one module."""
+    for module in set(ORDER) - {"base_model"}:
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+        words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        assert "demo" not in words, module
+
+
+def test_no_machine_path_or_registry_host_in_the_repository() -> None:
+    root = PACKAGE.parent
+    forbidden = ["/" + "root/", "/" + "work/", "pypi" + ".org", "python" + "hosted"]
+    files = [p for part in ("ghibli", "conf", "tests", "docs") for p in (root / part).rglob("*")]
+    files += [root / name for name in ("README.md", "Makefile", "pyproject.toml", "constraints.txt")]
+    for path in files:
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".json"}:
+            text = path.read_text()
+            assert not [word for word in forbidden if word in text], path

@@ -1,0 +1,96 @@
+"""The main job end to end, as a user starts it: what it prints, writes and learns."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+
+def metric_rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_guided_run(train_py: Callable, tmp_path: Path) -> None:
+    """The design's own example: rank 16, guidance 7.5, with every file and closing line."""
+    done = train_py("lora.rank=16", "loss.guidance=7.5", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for word in ("trained  LoRA rank 16, training guidance 7.5", "gain", "grid", "adapter", "run", "next"):
+        assert f"\n{word}" in done.stdout
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"], status["epoch"]) == ("finished", 10, 2)
+    weights = load_file(tmp_path / "adapter" / "pytorch_lora_weights.safetensors")
+    assert {t.shape[0] for name, t in weights.items() if "lora.down" in name or "lora_A" in name} == {16}
+    rows = metric_rows(tmp_path)
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(1, 11))
+    assert [int(row["step"]) for row in rows if row["probe/val_loss"]] == [5, 10]
+    grid = Image.open(tmp_path / "samples" / "adapter.png")
+    narrow = Image.open(tmp_path / "samples" / "epoch_001.png")
+    assert grid.size == narrow.size
+    split = json.loads((tmp_path / "split.json").read_text())
+    assert len(split["train"]) + len(split["val"]) == 24
+    assert not set(split["train"].values()) & set(split["val"].values())
+
+
+def test_learning_lowers_the_validation_loss(train_py: Callable, tmp_path: Path) -> None:
+    """A few more steps at guidance 1: the gain over the base is far above its standard error."""
+    done = train_py("trainer.max_epochs=6", "sample.every_n_epochs=0", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    scored = [row for row in metric_rows(tmp_path) if row["probe/val_loss"]]
+    losses = [float(row["probe/val_loss"]) for row in scored]
+    assert min(losses[1:]) < losses[0]
+    best = max(scored, key=lambda row: float(row["probe/val_gain"]))
+    assert float(best["probe/val_gain"]) > 3 * float(best["probe/val_gain_se"]) > 0
+    assert not (tmp_path / "samples").exists()
+
+
+def test_untouched_base_gains_exactly_nothing(train_py: Callable, tmp_path: Path) -> None:
+    done = train_py("experiment=baseline", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "nothing was trained" in done.stdout
+    (row,) = metric_rows(tmp_path)
+    assert float(row["probe/val_gain"]) == 0
+    assert (tmp_path / "samples" / "base.png").exists()
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_full_finetuning_writes_a_unet(train_py: Callable, tmp_path: Path, base: object) -> None:
+    done = train_py("experiment=full_finetune", "sample.every_n_epochs=0", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    before, after = base.unet.conv_in.weight, unet.conv_in.weight
+    assert not torch.equal(before, after)
+    assert (after - before).abs().max() < 0.01
+
+
+def test_early_stopping_waits_for_its_patience(train_py: Callable, tmp_path: Path) -> None:
+    """At a learning rate that ruins the model the first epoch stays the best one."""
+    done = train_py(
+        "optimizer.lr=0.5", "trainer.max_epochs=9", "early_stopping.patience=2",
+        "sample.every_n_epochs=0", f"hydra.run.dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = [float(row["probe/val_loss"]) for row in metric_rows(tmp_path) if row["probe/val_loss"]]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 9
+    assert json.loads((tmp_path / "status.json").read_text())["best_epoch"] == best + 1
+
+
+@pytest.mark.parametrize("option", ["loss.snr_gamma=5", "loss.noise_offset=0.1", "data.flip=true"])
+def test_options_change_the_loss(train_py: Callable, tmp_path: Path, option: str) -> None:
+    """An option that is accepted has an effect on the first loss, and on nothing before it."""
+    settings = ("trainer.max_epochs=1", "sample.every_n_epochs=0")
+    losses = []
+    for index, words in enumerate([(), (option,)]):
+        folder = tmp_path / str(index)
+        done = train_py(*settings, *words, f"hydra.run.dir={folder}")
+        assert done.returncode == 0, done.stderr
+        losses.append([row["train/loss"] for row in metric_rows(folder) if row["train/loss"]])
+    assert losses[0] != losses[1]
