@@ -5,15 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ghibli.config import (
-    from_yaml,
-    hydra_entry,
-    overrides_beside_resume,
-    this_run,
-    to_config,
-    to_yaml,
-)
-from ghibli.mistakes import UserMistake
+from ghibli.config import from_yaml, hydra_entry, this_run, to_config, to_yaml
 from ghibli.run_dir import RunDir, check_unchanged, now, provenance, write_text
 from ghibli.schema import Config
 
@@ -29,7 +21,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
     """
     import torch
 
-    from ghibli import base_model, dashboard, finish
+    from ghibli import base_model, dashboard, finish, lora
     from ghibli.callbacks import describe
     from ghibli.checkpoints import CleanStop, StopRequested
     from ghibli.data import GhibliDataModule
@@ -45,6 +37,8 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
     with CleanStop(run_dir) as stop:
         try:
             base = base_model.load(config.model.path)
+            if config.model.adapter is not None:
+                lora.merge(base, base_model.place_of(config.model.adapter), config.model.adapter_scale)
             what = f"the base model.path={config.model.path}"
             check_unchanged(run_dir, "base_hash", base_model.weights_hash(base), what)
             module = GhibliModule(config, base)
@@ -67,13 +61,10 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
 
 
 def main(cfg: Any) -> float:
-    """One Hydra job: checks the composed settings, then trains or resumes; returns the objective."""
-    run_dir, overrides = this_run()
+    """One Hydra job: trains with the composed settings, or resumes with the run's; returns the objective."""
+    run_dir = this_run()
     if cfg.resume is None:
         return run(to_config(cfg), run_dir)
-    ignored = overrides_beside_resume(overrides)
-    if ignored:
-        raise UserMistake(f"resume goes on with the run's own settings: drop {', '.join(ignored)}")
     return run(from_yaml(run_dir.config), run_dir, resumes=True)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from ghibli.mistakes import UserMistake
+from ghibli.schema import check_base
 
 DEMO = Path(__file__).parent / "demo"
-PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-RENAMED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 
 
 @dataclass
@@ -75,50 +74,80 @@ def load(path: str) -> BaseModel:
     Raises:
         UserMistake: nothing usable there; the text says what was expected.
     """
-    if path in RENAMED:
-        raise UserMistake(f"model.path={path} is gone from the hub: use {RENAMED[path]}")
-    place = DEMO if path == "demo" else Path(path).expanduser()
-    if place.is_file():
+    place = place_of(path)
+    check_base(place, path)
+    if place.is_dir():
+        parts = load_folder(place, path)
+    elif place.is_file():
+        check_whole(place, path)
         parts = load_single_file(place)
-    elif place.is_dir():
-        check_folder(place, path)
-        parts = load_folder(str(place), path)
-    elif path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        parts = load_from_hub(path)
     else:
-        raise UserMistake(f"model.path={path}: no such folder or file, and no hub id (OWNER/NAME)")
+        parts = load_from_hub(path)
     return checked(BaseModel(*parts), path)
 
 
-def check_folder(place: Path, path: str) -> None:
-    """Raises a UserMistake unless the folder has every part that is needed."""
-    missing = [part for part in PARTS if not (place / part).is_dir()]
-    if missing:
-        raise UserMistake(
-            f"model.path={path} is no diffusers folder of Stable Diffusion 1.5: "
-            f"missing {', '.join(f'{part}/' for part in missing)}"
-        )
+def place_of(path: str) -> Path:
+    """A path as typed; `demo` and what is below it lie in this package."""
+    return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else Path(path).expanduser()
 
 
-def load_folder(source: str, path: str) -> tuple[Any, ...]:
-    """The five parts from a diffusers folder (or hub id) `source`; `path` is named in messages."""
+def load_folder(folder: Path, path: str) -> tuple[Any, ...]:
+    """The five parts from a diffusers folder; `path` is what the user typed.
+
+    Raises:
+        UserMistake: a damaged file, or one that is not what its config.json describes.
+    """
     try:
         with quiet("transformers", "diffusers"):
-            return (
-                AutoTokenizer.from_pretrained(source, subfolder="tokenizer"),
-                CLIPTextModel.from_pretrained(
-                    source, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
-                ),
-                AutoencoderKL.from_pretrained(
-                    source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
-                ),
-                UNet2DConditionModel.from_pretrained(
-                    source, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
-                ),
-                DDPMScheduler.load_config(source, subfolder="scheduler"),
-            )
-    except (OSError, ValueError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+            schedule = DDPMScheduler.load_config(folder / "scheduler")
+    except Exception as error:  # each library raises many types; each means the same to the user
         raise UserMistake(f"model.path={path} cannot be loaded: {first_line(error)}") from error
+    text_encoder = load_part(
+        CLIPTextModel, folder / "text_encoder", path, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
+    vae = load_part(AutoencoderKL, folder / "vae", path, torch_dtype=torch.float32)
+    unet = load_part(UNet2DConditionModel, folder / "unet", path, torch_dtype=torch.float32)
+    return tokenizer, text_encoder, vae, unet, schedule
+
+
+def load_part(part_class: Any, folder: Path, path: str, **options: Any) -> Any:
+    """One network from its folder, every weight from the file: the libraries would make missing ones up."""
+    for file in sorted(folder.glob("*.safetensors")):
+        check_whole(file, path)
+    try:
+        with quiet("transformers", "diffusers"):
+            part, report = part_class.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **options
+            )
+    except Exception as error:
+        raise UserMistake(
+            f"model.path={path}: {folder.name}/ cannot be loaded: {first_line(error)}"
+        ) from error
+    lacking = sorted([*report["missing_keys"], *(mismatch[0] for mismatch in report["mismatched_keys"])])
+    if lacking:
+        raise UserMistake(
+            f"model.path={path}: {folder.name}/ lacks weights that its config.json asks for, or has them in "
+            f"another shape: {', '.join(lacking[:3])}{f' and {len(lacking) - 3} more' * (len(lacking) > 3)}"
+        )
+    return part
+
+
+def check_whole(file: Path, path: str) -> None:
+    """Raises a UserMistake for a .safetensors file that is cut off, damaged or only a git-lfs pointer."""
+    with open(file, "rb") as opened:
+        is_pointer = opened.read(19) == b"version https://git"
+    if is_pointer:
+        raise UserMistake(
+            f"model.path={path}: {file} is not the weights but their git-lfs pointer: git lfs pull"
+        )
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise UserMistake(
+            f"model.path={path}: {file} is cut off or damaged; get it anew ({error})"
+        ) from error
 
 
 def load_from_hub(name: str) -> tuple[Any, ...]:
@@ -128,32 +157,34 @@ def load_from_hub(name: str) -> tuple[Any, ...]:
 
     wanted = ["*/config.json", "*/scheduler_config.json", "tokenizer/*", "*/*.safetensors"]
     unwanted = ["safety_checker/*", "*fp16*", "*non_ema*"]
+    online = hub_answers()
     try:
         folder = snapshot_download(
             name, allow_patterns=wanted, ignore_patterns=unwanted, etag_timeout=5,
-            local_files_only=not hub_answers(),
+            local_files_only=not online,
         )  # fmt: skip
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        hub = f"does not give it ({first_line(error)[:100]})" if online else "cannot be reached"
         raise UserMistake(
-            f"model.path={name}: not in the local cache, and the hub cannot be reached or has no such "
-            f"repository; give a folder with model.path=DIR ({first_line(error)[:100]})"
+            f"model.path={name}: no such folder here, not downloaded yet, and the hub {hub}: "
+            "give a folder, model.path=DIR, or use model=demo"
         ) from error
-    check_folder(Path(folder), name)
-    return load_folder(folder, name)
+    check_base(Path(folder), name)
+    return load_folder(Path(folder), name)
 
 
 def hub_answers(timeout: float = 5.0) -> bool:
     """True when the hub can be asked at all: the libraries would retry a dead network for minutes."""
     import socket
     from urllib.parse import urlparse
+    from urllib.request import getproxies
 
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # a proxy resolves names for us
-    address = urlparse(constants.ENDPOINT)
+    proxies = getproxies()
+    address = urlparse(proxies.get("https") or proxies.get("all") or constants.ENDPOINT)
     try:
         with socket.create_connection((address.hostname, address.port or 443), timeout):
             return True
@@ -163,23 +194,17 @@ def hub_answers(timeout: float = 5.0) -> bool:
 
 def load_single_file(file: Path) -> tuple[Any, ...]:
     """The five parts from one .safetensors checkpoint; its tokenizer and configs come from the hub."""
-    if file.suffix != ".safetensors":
-        raise UserMistake(
-            f"model.path={file}: only .safetensors files are read (others can run code when loaded); "
-            "convert it with `safetensors` first"
-        )
+    online = hub_answers()
     try:
         with quiet("transformers", "diffusers"):
             pipeline = StableDiffusionPipeline.from_single_file(
-                str(file),
-                torch_dtype=torch.float32,
-                safety_checker=None,
-                local_files_only=not hub_answers(),
+                str(file), torch_dtype=torch.float32, safety_checker=None, local_files_only=not online
             )
     except Exception as error:  # diffusers raises many types here; each means the same to the user
+        reason = first_line(error) if online else "its configs and tokenizer are on the hub, out of reach now"
         raise UserMistake(
-            f"model.path={file} cannot be loaded as one Stable Diffusion 1.5 file "
-            f"(its configs and tokenizer come from the hub): {first_line(error)}"
+            f"model.path={file} cannot be loaded as Stable Diffusion 1.5 in one file ({reason}); "
+            "a diffusers folder has everything"
         ) from error
     return (
         pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet,
@@ -193,16 +218,22 @@ def checked(base: BaseModel, path: str) -> BaseModel:
     Raises:
         UserMistake: another model family, or a tokenizer that does not fit its text encoder.
     """
-    vocabulary = base.text_encoder.config.vocab_size
-    if len(base.tokenizer) != vocabulary:
+    unet, text_encoder = base.unet.config, base.text_encoder.config
+    if unet.in_channels != base.vae.config.latent_channels:
+        raise UserMistake(
+            f"model.path={path}: its UNet takes {unet.in_channels} channels, its VAE makes "
+            f"{base.vae.config.latent_channels}: an inpainting or depth model, not Stable Diffusion 1.5"
+        )
+    if unet.cross_attention_dim != text_encoder.hidden_size or unet.addition_embed_type is not None:
+        raise UserMistake(
+            f"model.path={path}: its UNet expects text embeddings of width {unet.cross_attention_dim}, its "
+            f"text encoder makes {text_encoder.hidden_size}: SDXL, or parts of two models, but not SD 1.5"
+        )
+    if len(base.tokenizer) != text_encoder.vocab_size:
         raise UserMistake(
             f"model.path={path}: the tokenizer knows {len(base.tokenizer)} tokens, the text encoder "
-            f"{vocabulary}: the tokenizer files are missing or belong to another model"
+            f"{text_encoder.vocab_size}: the tokenizer files are missing or belong to another model"
         )
-    if base.unet.config.in_channels != base.vae.config.latent_channels:
-        raise UserMistake(f"model.path={path} is an inpainting or image-conditioned model, not SD 1.5")
-    if base.unet.config.cross_attention_dim != base.text_encoder.config.hidden_size:
-        raise UserMistake(f"model.path={path}: its UNet and text encoder do not belong together")
     if base.prediction_type not in ("epsilon", "v_prediction"):
         raise UserMistake(f"model.path={path} predicts {base.prediction_type}, which is not supported")
     base.tokenizer.model_max_length = base.text_encoder.config.max_position_embeddings
@@ -222,8 +253,9 @@ def weights_hash(base: BaseModel) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, for one-line messages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's text, without advice to programmers, for one-line messages."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(". If you want")[0]
 
 
 @contextmanager

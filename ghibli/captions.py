@@ -2,17 +2,22 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ghibli.mistakes import UserMistake
+from ghibli.mistakes import UserMistake, require_folder
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 LAYOUTS = "images/ beside captions.txt (lines `file|caption`), or pictures with a .txt beside each"
+
+
+class Unusable(Exception):
+    """A picture that cannot be trained on; its text says why."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class PictureFolder:
     """What was found in a folder."""
 
     pictures: list[CaptionedPicture]
-    unusable: dict[str, str]  # file name -> why it is skipped
+    unusable: dict[str, str]  # path inside the picture folder -> why it is skipped
 
 
 def read_folder(
@@ -43,129 +48,170 @@ def read_folder(
     """Reads every caption and checks every picture of a folder, in the order of their names.
 
     Args:
-        root: a folder in one of the supported layouts.
+        root: a folder in one of the supported layouts; `~` is the home folder.
         style: text appended to every caption, such as ", Studio Ghibli style".
         default_caption: stands in for a missing caption; None makes such a picture unusable.
         min_side: px; a picture whose shorter side is smaller is unusable.
         on_progress: called with (pictures checked, pictures in all).
 
     Raises:
-        UserMistake: no such folder, no pictures, or none of them usable.
+        UserMistake: no such folder, no pictures, or fewer than two of them usable.
     """
-    if not root.is_dir():
-        raise UserMistake(f"data.root={root}: no such folder")
+    require_folder("data.root", root)
     pictures: list[CaptionedPicture] = []
     unusable: dict[str, str] = {}
-    listed = list(list_pictures(root))
-    for done, (path, caption) in enumerate(listed, start=1):
-        caption = caption or default_caption
-        trouble = (
-            problem_with(path, min_side) if caption else "it has no caption (data.caption=TEXT gives one)"
-        )
-        if trouble:
-            unusable[path.name] = trouble
-        else:
+    listed = list_pictures(root.expanduser())
+    for done, (name, path, caption) in enumerate(listed, start=1):
+        try:
+            caption = (read_beside(path) if caption is None else caption) or default_caption
+            check_picture(path, min_side)
+            if not caption:
+                raise Unusable("it has no caption (data.caption=TEXT gives one)")
             content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
             pictures.append(CaptionedPicture(path, f"{caption}{style}", content_hash))
+        except (Unusable, OSError) as reason:
+            unusable[name] = str(reason)
         on_progress(done, len(listed))
-    if not pictures and not unusable:
+    if not listed:
         raise UserMistake(f"data.root={root}: no pictures found; supported layouts: {LAYOUTS}")
     if len(pictures) < 2:
         raise UserMistake(
-            f"data.root={root}: {len(pictures)} usable pictures, at least 2 are needed "
-            f"(one to train on, one to hold out); {summarise(unusable)}"
+            f"data.root={root}: {len(pictures) or 'no'} usable picture{'' if len(pictures) == 1 else 's'}, "
+            f"at least 2 are needed (one to train on, one to hold out); {summarise(unusable, elsewhere='')}"
         )
     return PictureFolder(pictures, unusable)
 
 
-def list_pictures(root: Path) -> Iterator[tuple[Path, str | None]]:
-    """Yields (picture file, caption or None) in the order of names; the files need not exist."""
+def list_pictures(root: Path) -> list[tuple[str, Path, str | None]]:
+    """(name, picture file, caption of captions.txt or None) in the order of names.
+
+    The name is the path inside the picture folder. Files that captions.txt names need not exist;
+    pictures that it does not name are listed too, hidden files are not. A name may be spelled with
+    other bytes than the file's, as macOS does with accents.
+    """
     table = root / "captions.txt"
     folder = root / "images" if (root / "images").is_dir() else root
-    if table.is_file():
-        captions = read_caption_table(table)
-        yield from sorted((folder / name, caption) for name, caption in captions.items())
-        return
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in PICTURE_ENDINGS:
-            beside = path.with_suffix(".txt")
-            yield path, read_text(beside).strip() or None if beside.is_file() else None
+    try:
+        captions = read_caption_table(table) if table.is_file() else {}
+        found = {path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS}
+    except OSError as error:
+        raise UserMistake(f"data.root={root} cannot be read: {error}") from error
+    found = {name for name in found if not name.startswith(".")}
+    spelled = {normalize("NFC", name): name for name in found}
+    named = {spelled.get(normalize("NFC", name), name): caption for name, caption in captions.items()}
+    return [(name, folder / name, named.get(name)) for name in sorted(found | set(named))]
 
 
 def read_caption_table(table: Path) -> dict[str, str]:
     """captions.txt as file name -> caption; of several lines for one file the last counts.
 
     Raises:
-        UserMistake: a line without `|`, named by its number.
+        UserMistake: not UTF-8, or a line that is not `file|caption`, named by its number.
     """
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserMistake(f"{table} line {line} is not UTF-8 text: save the file as UTF-8") from None
     captions = {}
-    for number, line in enumerate(read_text(table).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(text.split("\n"), start=1):
         name, bar, caption = line.partition("|")
-        if not bar:
-            raise UserMistake(f"{table} line {number}: expected `file|caption`, found `{line[:60]}`")
-        captions[name.strip()] = caption.strip()
+        if bar and name.strip():
+            captions[name.strip()] = " ".join(caption.split())
+        elif line.strip():
+            raise UserMistake(f"{table} line {number}: expected `file|caption`, found `{line.strip()[:60]}`")
     return captions
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 text file's content, with or without a byte order mark.
-
-    Raises:
-        UserMistake: the file is not UTF-8 text.
-    """
+def read_beside(path: Path) -> str | None:
+    """The caption in the .txt file beside a picture, in one line; None without such a file."""
+    beside = path.with_suffix(".txt")
+    if not beside.is_file():
+        return None
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return " ".join(beside.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError:
-        raise UserMistake(f"{path} is not UTF-8 text: save it as UTF-8") from None
+        raise Unusable(f"{beside.name} is not UTF-8 text: save it as UTF-8") from None
 
 
-def problem_with(path: Path, min_side: int) -> str | None:
-    """Why a picture cannot be used, or None. Reads the whole file, so a truncated one is found."""
+def check_picture(path: Path, min_side: int) -> None:
+    """Raises Unusable with the reason; reads the whole file, so a cut-off one is found."""
     if not path.is_file():
-        return "the file is missing"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                width, height = file.size
-                file.draft("RGB", (min_side, min_side))  # JPEG: decode small, which is quick
-                file.load()
-    except Exception as error:  # Pillow raises many types on broken files; each becomes a line
-        return f"it cannot be read ({error})"
+        raise Unusable("that is a folder" if path.is_dir() else "the file is missing")
+    if path.stat().st_size == 0:
+        raise Unusable("the file is empty")
+    width, height = read_picture(path, at_least=min_side)[1]
     if min(width, height) < min_side:
-        return f"it is too small: {width}x{height} px, data.min_side={min_side}"
-    return None
+        raise Unusable(f"it is too small: {width}x{height} px, data.min_side={min_side}")
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The whole picture as 8-bit RGB, turned as its EXIF says, transparency on white."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that is still refused
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            picture.load()
-    if picture.mode.startswith("I") or picture.mode == "F":
+    """The whole picture as 8-bit RGB, turned as its EXIF says, transparency on white.
+
+    Raises:
+        UserMistake: the file was changed since it was checked.
+    """
+    try:
+        return read_picture(path)[0]
+    except (Unusable, OSError) as reason:
+        raise UserMistake(f"{path} was readable a moment ago and is not any more: {reason}") from reason
+
+
+def read_picture(path: Path, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """(picture as 8-bit RGB, its size in the file).
+
+    Args:
+        at_least: px; a JPEG may be decoded that small, which is quick. None: the whole picture.
+
+    Raises:
+        Unusable: Pillow cannot read the file, or makes no colours of it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about size and damaged EXIF; twice that size is still refused
+            with Image.open(path) as file:
+                size = file.size
+                if at_least is not None:
+                    file.draft("RGB", (at_least, at_least))
+                file.load()
+                ImageOps.exif_transpose(file, in_place=True)
+                return to_rgb(file), size
+    except UnidentifiedImageError:
+        raise Unusable("it is no picture, whatever its name says") from None
+    except Image.DecompressionBombError:
+        raise Unusable(f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many types on broken files; each becomes a line
+        raise Unusable(f"it is damaged or of an unknown kind: {error}") from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """8-bit RGB; transparency becomes white, 16 bits are scaled to 8."""
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
+    if picture.mode.startswith("I"):
         return sixteen_bit_to_rgb(picture)
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
+    if picture.has_transparency_data:
+        opaque = Image.new("RGB", picture.size, "white")
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        opaque.paste(picture, mask=picture)
+        return opaque
     return picture.convert("RGB")
 
 
 def sixteen_bit_to_rgb(picture: Image.Image) -> Image.Image:
     """A 16-bit grey picture (0 .. 65535) as 8-bit RGB; Pillow's own conversion clips at 255."""
-    grey = np.asarray(picture, dtype=np.float64)
-    eight_bit = np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8)
-    return Image.fromarray(eight_bit).convert("RGB")
+    grey = np.asarray(picture).astype(np.float32)
+    np.clip(grey, 0, 65535, out=grey)
+    grey /= 257  # in place: a large scan is many megabytes
+    return Image.fromarray(np.rint(grey, out=grey).astype(np.uint8)).convert("RGB")
 
 
-def summarise(unusable: dict[str, str], most: int = 5) -> str:
+def summarise(unusable: dict[str, str], most: int = 5, elsewhere: str = ", all in split.json") -> str:
     """`2 skipped: a.jpg (the file is missing), b.png (...)` in one line; empty if there are none."""
     if not unusable:
         return ""
     named = [f"{name} ({why})" for name, why in list(unusable.items())[:most]]
-    more = f" and {len(unusable) - most} more, all in split.json" if len(unusable) > most else ""
+    more = f" and {len(unusable) - most} more{elsewhere}" if len(unusable) > most else ""
     return f"{len(unusable)} skipped: {', '.join(named)}{more}"

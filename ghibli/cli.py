@@ -1,10 +1,14 @@
 """The `ghibli` command line: a thin frame, one verb a function."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 from rich.table import Table
 
-from ghibli.mistakes import one_line_mistakes
-from ghibli.progress import console
+from ghibli import scenes
+from ghibli.mistakes import UserMistake, one_line_mistakes
+from ghibli.progress import console, counted
 from ghibli.run_dir import RunDir, all_runs
 
 app = typer.Typer(
@@ -12,9 +16,26 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def frame() -> None:
-    """Keeps `ghibli VERB` the form even while there is one verb."""
+demo = typer.Typer(no_args_is_help=True, help="The embedded demo.")
+app.add_typer(demo, name="demo")
+
+
+@demo.command("draw")
+def draw(
+    folder: Annotated[Path, typer.Argument(help="folder to fill; made if missing")],
+    look: Annotated[str, typer.Option(help="drawn or photo")] = "drawn",
+    count: Annotated[int, typer.Option(help="number of pictures", min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="first scene; the default is used by no training")] = 2_000_000,
+    size: Annotated[int, typer.Option(help="side in px", min=32, max=1024)] = 128,
+) -> None:
+    """Draws pictures with captions into a folder that `data.root=` reads."""
+    if look not in scenes.LOOKS:
+        raise UserMistake(f"--look {look} is unknown: choose one of {', '.join(scenes.LOOKS)}")
+    if (folder / "captions.txt").exists():
+        raise UserMistake(f"{folder} holds captions.txt already: choose another folder")
+    with counted("drawing") as on_progress:
+        scenes.write_folder(folder, look, count, seed, size=size, on_progress=on_progress)
+    console.print(f"{count} {look} pictures in {folder}: train.py data=ghibli data.root={folder}")
 
 
 @app.command("list")

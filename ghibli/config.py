@@ -3,28 +3,34 @@
 No torch import: a typo is answered before anything heavy is loaded.
 """
 
+import ast
 import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import main as hydra_main
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ghibli import schema
-from ghibli.mistakes import UserMistake, did_you_mean, fail, one_line_mistakes
+from ghibli.mistakes import UserMistake, did_you_mean, one_line_mistakes
 from ghibli.run_dir import RunDir, find_run
-from ghibli.schema import Config
+from ghibli.schema import Config, check_places
 
 
 def reject_unknown_keys(node: Any, section: type, prefix: str = "") -> None:
@@ -32,11 +38,46 @@ def reject_unknown_keys(node: Any, section: type, prefix: str = "") -> None:
     fields = {field.name: field for field in dataclasses.fields(section)}
     for key in node:
         if key not in fields:
-            hint = did_you_mean(str(key), fields)
-            raise UserMistake(f"unknown key {prefix}{key}{hint} (known here: {', '.join(fields)})")
+            raise UserMistake(unknown_key(f"{prefix}{key}", fields))
         inner = fields[key].type
         if dataclasses.is_dataclass(inner) and node._get_node(key) is not None:
             reject_unknown_keys(node[key], inner, f"{prefix}{key}.")
+
+
+def unknown_key(key: str, known: Any) -> str:
+    """The sentence for a key that is not there: one of that name elsewhere, or a similar one here."""
+    prefix, _, name = key.rpartition(".")
+    elsewhere = [full for full in all_keys(Config) if full.endswith(f".{name}") and full != key]
+    hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(name, known)
+    here = f"in {prefix}" if prefix else "at the top"
+    return f"unknown key {key}{hint} (known {here}: {', '.join(known)})"
+
+
+def all_keys(section: type, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema in full, such as lora.rank."""
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.type):
+            yield from all_keys(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def reject_unknown_flags(trainer: Any) -> None:
+    """Raises for a key below `trainer` that is no argument of lightning.Trainer."""
+    known = trainer_flags()
+    for flag in trainer:
+        if flag not in known:
+            raise UserMistake(f"trainer.{flag} is no flag of lightning.Trainer{did_you_mean(flag, known)}")
+
+
+@functools.cache
+def trainer_flags() -> list[str]:
+    """The arguments of lightning.Trainer, read from its source: importing it takes seconds."""
+    package = Path(find_spec("lightning").submodule_search_locations[0])
+    source = (package / "pytorch" / "trainer" / "trainer.py").read_text(encoding="utf-8")
+    trainer = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Trainer")
+    start = next(node for node in trainer.body if getattr(node, "name", "") == "__init__")
+    return [argument.arg for argument in start.args.kwonlyargs]
 
 
 def to_config(cfg: Any) -> Config:
@@ -47,9 +88,14 @@ def to_config(cfg: Any) -> Config:
     """
     plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("hydra", "experiment")])
     reject_unknown_keys(plain, Config)
+    reject_unknown_flags(plain.trainer)
+    return checked(OmegaConf.to_container(plain, resolve=True))
+
+
+def checked(content: Any) -> Config:
+    """Nested dictionaries as a `Config`, whose types and ranges are thereby checked."""
     try:
-        resolved = OmegaConf.to_container(plain, resolve=True)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), resolved))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserMistake):
             raise error.__cause__ from None
@@ -62,8 +108,16 @@ def to_yaml(config: Config) -> str:
 
 
 def from_yaml(path: Path) -> Config:
-    """The configuration that a run wrote to its config.yaml."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    """The configuration that a run wrote to its config.yaml.
+
+    Raises:
+        UserMistake: the file is damaged or was written by another version of this project.
+    """
+    try:
+        return checked(OmegaConf.load(path))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split("full_key:")[0].split())
+        raise UserMistake(f"{path} is not the configuration of a run of this version: {reason}") from error
 
 
 def run_dir_for(resume: str | None) -> str:
@@ -92,17 +146,70 @@ def register() -> None:
         OmegaConf.register_new_resolver(name, function, replace=True, use_cache=cached)
 
 
-def this_run() -> tuple[RunDir, list[str]]:
-    """The run folder that Hydra chose for the running job, and the overrides the user typed."""
-    hydra = HydraConfig.get()
-    return RunDir(Path(hydra.runtime.output_dir)), list(hydra.overrides.task)
+def this_run() -> RunDir:
+    """The run folder that Hydra chose for the running job."""
+    return RunDir(Path(HydraConfig.get().runtime.output_dir))
 
 
-def overrides_beside_resume(overrides: list[str]) -> list[str]:
-    """The overrides that a resumed run would ignore: all but `resume` itself."""
+class CheckFirst(Callback):
+    """Hydra calls this before it makes the run folder, so that a mistake leaves nothing behind."""
+
+    def on_run_start(self, config: Any, **_: Any) -> None:
+        one_line_mistakes(lambda: check_first(config))
+
+    def on_multirun_start(self, config: Any, **_: Any) -> None:
+        one_line_mistakes(lambda: reject_resume(config))
+
+
+def check_first(cfg: Any) -> None:
+    """Checks all of a command that can be checked before anything is loaded or written.
+
+    Raises:
+        UserMistake: a value that is not accepted, a place that is not there, a folder that is taken.
+    """
+    with hydra_mistakes():
+        if cfg.resume is not None:
+            run = find_run(cfg.resume)
+            reject_beside_resume(cfg, run)
+            check_places(from_yaml(run.config))
+            return
+        check_places(to_config(cfg))
+        run = RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir")))
+        if run.last_checkpoint.exists():
+            raise UserMistake(
+                f"hydra.run.dir={run.path} already holds a run: go on with it by resume={run.path}, "
+                "or choose another folder"
+            )
+
+
+def reject_beside_resume(cfg: Any, run: RunDir) -> None:
+    """Raises for overrides that a resumed run would ignore; the groups it was started with may be named."""
     parser = OverridesParser.create()
-    keys = [(parser.parse_override(text).key_or_group, text) for text in overrides]
-    return [text for key, text in keys if key not in ("resume", "model", "data")]
+    own = run.path / ".hydra" / "hydra.yaml"
+    choices = OmegaConf.load(own).hydra.runtime.choices if own.exists() else {}
+    ignored = [text for text in cfg.hydra.overrides.hydra if not text.startswith("hydra.mode=")]
+    for text in cfg.hydra.overrides.task:
+        override = parser.parse_override(text)
+        key = override.key_or_group
+        if key != "resume" and (key not in ("model", "data") or choices.get(key) != override.value()):
+            ignored.append(text)
+    if ignored:
+        raise UserMistake(f"resume goes on with the run's own settings: drop {', '.join(ignored)}")
+
+
+def reject_resume(cfg: Any) -> None:
+    """Raises for `-m resume=...`."""
+    if any(text.startswith("resume=") for text in cfg.hydra.overrides.task):
+        raise UserMistake("resume goes on with one run at a time: drop -m")
+
+
+@contextmanager
+def hydra_mistakes() -> Iterator[None]:
+    """Turns the exceptions of Hydra and OmegaConf into a UserMistake."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserMistake(explain(error)) from error
 
 
 def explain(error: Exception) -> str:
@@ -111,14 +218,20 @@ def explain(error: Exception) -> str:
     own = re.search(r"UserMistake raised while resolving interpolation: (.*)", text)
     if own:
         return own[1]
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read `{error.override}`: expected KEY=VALUE without spaces around =; a text with commas "
+            """or spaces needs quotes twice, 'KEY="a, b"', and a list brackets, 'KEY=["a, b",c]'"""
+        )
     override = re.search(r"Could not override '([^']+)'", text)
     unknown = re.search(r"Key '([^']+)' not in '(\w+)'", text)
     if unknown and hasattr(schema, unknown[2]):
         known = [field.name for field in dataclasses.fields(getattr(schema, unknown[2]))]
-        name = override[1] if override else unknown[1]
-        return f"unknown key {name}{did_you_mean(unknown[1], known)} (known here: {', '.join(known)})"
+        return unknown_key(override[1] if override else getattr(error, "full_key", unknown[1]), known)
     if override and override[1].startswith("trainer."):
-        return f"{override[1]} has no default here: give more Lightning Trainer flags as +{override[1]}=..."
+        flag = override[1].removeprefix("trainer.")
+        reject_unknown_flags([flag])
+        return f"trainer.{flag} has no default here: give it with a plus, +trainer.{flag}=..."
     group = re.search(r"Could not find '(\w+)/([^']+)'\s+Available options in '\w+':(.*)", text, re.S)
     if group:
         choices = group[3].split("Config search path")[0].split()
@@ -126,10 +239,37 @@ def explain(error: Exception) -> str:
         return f"{group[1]}={group[2]} is unknown: choose one of {', '.join(choices)}{hint}"
     merging = re.match(r"Error merging override (.*)", str(error))
     if merging:
-        return f"{merging[1]}: {str(error.__cause__).splitlines()[0]}"
-    full_key = re.search(r"full_key: (\S+)", text)
-    first = str(error).split("full_key:")[0].split("See https")[0]
-    return f"{full_key[1]}: {first}" if full_key and full_key[1] not in first else first
+        return f"{merging[1].lstrip('+')}: {expected(str(error.__cause__))}"
+    ambiguous = re.search(r"Ambiguous value for argument '([^']+)'", text)
+    if ambiguous:
+        return f"{ambiguous[1]} could be several things: a list is KEY=[a,b], a grid of runs needs -m"
+    if isinstance(error, InterpolationKeyError):
+        reason = str(error).splitlines()[0]
+        return f"{error.full_key} depends on a key that is not set ({reason}): give {error.full_key}=VALUE"
+    if str(error).startswith("Multiple values for"):
+        return f"{str(error).split('.')[0]}: give it once, as GROUP=NAME without a plus"
+    return f"{key_of(error)}{re.split('full_key:|See https|Config search path', str(error))[0]}"
+
+
+def expected(text: str) -> str:
+    """OmegaConf's words for a value of the wrong type, as what is expected instead."""
+    section = re.search(r"is not a subclass of (\w+)Config", text)
+    if section and hasattr(schema, f"{section[1]}Config"):
+        fields = dataclasses.fields(getattr(schema, f"{section[1]}Config"))
+        return f"expected a section; set its keys one by one ({', '.join(f.name for f in fields)})"
+    kinds = {
+        "converted to Integer": "a whole number", "converted to Float": "a number",
+        "not a valid bool": "true or false", "is not a ListConfig": "a list: [VALUE,VALUE]",
+        "is not Optional": "a value, not null",
+    }  # fmt: skip
+    kind = next((words for sign, words in kinds.items() if sign in text), None)
+    return f"expected {kind}" if kind else text.splitlines()[0]
+
+
+def key_of(error: Exception) -> str:
+    """`KEY: ` of an OmegaConf error that knows its key, unless its text names it."""
+    key = getattr(error, "full_key", None)
+    return f"{key}: " if key and key not in str(error).split("full_key:")[0] else ""
 
 
 def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -> None:
@@ -137,20 +277,22 @@ def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -
     register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us instead of being printed
 
+    def explained(cfg: Any) -> Any:
+        with hydra_mistakes():
+            return job(cfg)
+
     @functools.wraps(job)
     def guarded(cfg: Any) -> Any:
-        try:
-            return job(cfg)
-        except UserMistake as mistake:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # the other trials go on; Hydra reports this one at the end
-            fail(str(mistake))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return explained(cfg)  # the other trials go on; Hydra reports this one at the end
+        return one_line_mistakes(lambda: explained(cfg))
 
     def run() -> None:
+        for word in sys.argv[1:]:
+            if word.startswith("="):
+                raise UserMistake(f"cannot read `{word}`: expected KEY=VALUE without spaces around =")
         decorate = hydra_main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
-        try:
+        with hydra_mistakes():
             decorate(guarded)()
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserMistake(explain(error)) from error
 
     one_line_mistakes(run)

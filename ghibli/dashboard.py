@@ -2,7 +2,6 @@
 
 import logging
 import os
-import warnings
 from dataclasses import asdict
 
 from lightning.pytorch.loggers import WandbLogger
@@ -55,27 +54,25 @@ def start(config: Config, run: RunDir, name: str, mode: str) -> WandbLogger:
     """Starts a W&B run in the run folder. Nothing of the console or the environment is recorded."""
     import wandb
 
-    warnings.filterwarnings("ignore", ".*anonymous setting has no effect.*")
     logging.getLogger("wandb").setLevel(logging.ERROR)
-    logger = WandbLogger(
-        name=config.wandb.name or name,
-        save_dir=run.path,
-        id=run.read_status().get("wandb_id"),
+    status = run.read_status()
+    experiment = wandb.init(
         project=config.wandb.project,
         group=config.wandb.group,
-        log_model=False,
-        config=asdict(config) | {"git_commit": run.read_status().get("git_commit")},
+        name=config.wandb.name or name,
+        id=status.get("wandb_id"),
+        resume="allow",
+        dir=run.path,
+        config=asdict(config) | {"git_commit": status.get("git_commit")},
         settings=wandb.Settings(
-            mode=mode,
-            init_timeout=START_SECONDS,
-            console="off",
-            silent=True,
-            x_disable_meta=True,
-            save_code=False,
+            mode=mode, init_timeout=START_SECONDS, console="off", silent=True,
+            x_disable_meta=True, save_code=False,
         ),
-    )
-    run.update_status(wandb_id=logger.experiment.id)
-    return logger
+    )  # fmt: skip
+    experiment.define_metric("trainer/global_step")
+    experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    run.update_status(wandb_id=experiment.id)
+    return WandbLogger(experiment=experiment, log_model=False)
 
 
 def how_to_look(run: RunDir, logger: WandbLogger) -> str:

@@ -9,12 +9,12 @@ Hu et al. 2021, "LoRA", section 4.1. PEFT builds the layers; here is which, how 
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
-from ghibli.base_model import BaseModel
+from ghibli.base_model import BaseModel, first_line, quiet
 from ghibli.mistakes import UserMistake
 from ghibli.randomness import Stream, seed_global_rng
 from ghibli.run_dir import write_atomically
@@ -56,6 +56,35 @@ def attach(
             base.text_encoder.add_adapter(settings(TEXT_ENCODER_TARGETS), adapter_name=NAME)
     for parameter in trainable(base).values():
         parameter.data = parameter.data.float()
+    for part in (base.unet, base.text_encoder):
+        part.train(part.training)  # new layers come in training mode, with their dropout on
+
+
+def merge(base: BaseModel, folder: Path, scale: float) -> None:
+    """Adds `scale` times an adapter to the base's own weights, for good: W + scale (alpha / rank) B A.
+
+    Args:
+        folder: holds pytorch_lora_weights.safetensors, in any layout diffusers reads.
+
+    Raises:
+        UserMistake: no such file, or an adapter that does not fit this base.
+    """
+    if not (folder / ADAPTER_FILE).is_file():
+        raise UserMistake(f"model.adapter={folder}: no {ADAPTER_FILE} there")
+    pipeline = StableDiffusionPipeline(
+        base.vae, base.text_encoder, base.tokenizer, base.unet,
+        DDPMScheduler.from_config(base.scheduler_config),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    try:
+        with quiet("diffusers", "transformers", "peft"):
+            pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE)
+            pipeline.fuse_lora(lora_scale=scale)
+            pipeline.unload_lora_weights()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserMistake(f"model.adapter={folder} does not fit the base: {first_line(error)}") from error
+    for part in (base.text_encoder, base.unet):
+        part.requires_grad_(False).eval()
 
 
 def check_targets(unet: nn.Module, targets: list[str]) -> None:
@@ -93,15 +122,20 @@ def save_adapter(base: BaseModel, folder: Path) -> Path:
     """Writes the adapter as diffusers safetensors; `load_lora_weights(folder)` reads it anywhere.
 
     The file carries rank and alpha, without which a loader would take alpha = rank. Dropout is
-    written as 0: some loaders would leave it on and draw random pictures.
+    written as 0: some loaders would leave it on and draw random pictures. The same weights give
+    the same bytes, whatever the process and the machine.
     """
     layers, metadata = {}, {}
     for part, module in (("unet", base.unet), ("text_encoder", base.text_encoder)):
         if getattr(module, "peft_config", None):
             state = get_peft_model_state_dict(module, adapter_name=NAME, save_embedding_layers=False)
             state = convert_state_dict_to_diffusers(state)
+            if part == "text_encoder":  # the name in every published file, dropped by transformers 5.6
+                state = {f"text_model.{key.removeprefix('text_model.')}": state[key] for key in state}
             layers[f"{part}_lora_layers"] = {key: value.detach().cpu() for key, value in state.items()}
-            plain = module.peft_config[NAME].to_dict() | {"lora_dropout": 0.0}
+            plain = module.peft_config[NAME].to_dict()
+            plain |= {"lora_dropout": 0.0, "base_model_name_or_path": None}  # that is a path of this machine
+            plain["target_modules"] = sorted(plain["target_modules"])  # a set: its order is random
             metadata[f"{part}_lora_adapter_metadata"] = plain
     written = folder / "new"
     StableDiffusionPipeline.save_lora_weights(written, **layers, **metadata)

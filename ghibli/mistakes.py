@@ -4,6 +4,8 @@ import difflib
 import errno
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 
 class UserMistake(ValueError):
@@ -16,14 +18,28 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def require_folder(key: str, folder: str | Path) -> None:
+    """Raises a UserMistake unless the folder is there; `~` is the home folder."""
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        what = "that is a file, not a folder" if place.exists() else "no such folder"
+        raise UserMistake(f"{key}={folder}: {what}")
+
+
 def disk_trouble(error: OSError) -> str | None:
     """One line for a full disk or a folder that cannot be written; None for any other error."""
+    elsewhere = "choose another place with hydra.run.dir=DIR (the cache: cache_dir=DIR)"
     reasons = {
         errno.ENOSPC: "the disk is full: free some space",
         errno.EDQUOT: "the disk quota is used up: free some space",
-        errno.EROFS: "the file system is read-only: choose another folder with hydra.run.dir=DIR",
-        errno.EACCES: "no permission to write there: choose another folder with hydra.run.dir=DIR",
-        errno.EPERM: "no permission to write there: choose another folder with hydra.run.dir=DIR",
+        errno.EIO: "the disk does not answer",
+        errno.EROFS: f"the file system is read-only: {elsewhere}",
+        errno.EACCES: f"no permission: {elsewhere}",
+        errno.EPERM: f"no permission: {elsewhere}",
+        errno.ENOENT: f"no such folder, and none can be made there: {elsewhere}",
+        errno.ENOTDIR: f"a file stands where a folder is needed: {elsewhere}",
+        errno.EEXIST: f"a file stands where a folder is needed: {elsewhere}",
+        errno.ENAMETOOLONG: f"the name is too long: {elsewhere}",
     }
     if error.errno not in reasons:
         return None
@@ -36,10 +52,13 @@ def fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def one_line_mistakes(entry: Callable[[], None]) -> None:
-    """Runs an entry point; a user's mistake or a full disk ends it with one line, no traceback."""
+def one_line_mistakes(entry: Callable[[], Any]) -> Any:
+    """Runs an entry point; a user's mistake, a full disk or Ctrl-C ends it with one line, no traceback."""
     try:
-        entry()
+        return entry()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserMistake as mistake:
         fail(str(mistake))
     except OSError as error:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -95,9 +96,10 @@ class RunDir:
     def read_status(self) -> dict[str, Any]:
         """The content of status.json; empty when there is none or it cannot be read."""
         try:
-            return json.loads(self.status.read_text())
+            content = json.loads(self.status.read_text())
         except (OSError, ValueError):
             return {}
+        return content if isinstance(content, dict) else {}
 
     @property
     def state(self) -> str:
@@ -119,7 +121,7 @@ def now() -> str:
 def all_runs(root: Path = OUTPUTS) -> list[RunDir]:
     """Every run folder below `root`, oldest first by the time its status says it started."""
     runs = [RunDir(path.parent) for path in root.glob("**/status.json")]
-    return sorted(runs, key=lambda run: (run.read_status().get("started", ""), str(run.path)))
+    return sorted(runs, key=lambda run: (str(run.read_status().get("started", "")), str(run.path)))
 
 
 def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
@@ -141,6 +143,8 @@ def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
             f"resume={name}: this folder holds no checkpoints/last.ckpt to go on from; "
             "start the run anew (`ghibli list` shows the runs)"
         )
+    if not zipfile.is_zipfile(run.last_checkpoint):  # PyTorch's checkpoints are zip files
+        raise UserMistake(f"resume={name}: {run.last_checkpoint} is damaged or cut off; start the run anew")
     return run
 
 

@@ -45,7 +45,6 @@ def make_scheduler(sampler: str, base: BaseModel) -> DDPMScheduler | DDIMSchedul
     wanted = {"clip_sample": False, "prediction_type": base.prediction_type}
     if sampler == "ddpm":
         wanted["variance_type"] = "fixed_small"
-        del config["set_alpha_to_one"]  # DDPM has no such choice
     return SAMPLERS[sampler].from_config(config, **wanted)
 
 

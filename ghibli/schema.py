@@ -5,21 +5,29 @@ Values stand in conf/*.yaml only; no field here has a default. No torch, no Hydr
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ghibli.mistakes import UserMistake, did_you_mean
+from ghibli.mistakes import UserMistake, did_you_mean, require_folder
 
 RESERVED_TRAINER_FLAGS = {
     "callbacks", "default_root_dir", "enable_checkpointing", "enable_model_summary",
     "enable_progress_bar", "logger", "num_sanity_val_steps", "plugins", "use_distributed_sampler",
 }  # fmt: skip
+BASE_FILES = (
+    "tokenizer/*.json", "text_encoder/config.json", "text_encoder/*.safetensors", "vae/config.json",
+    "vae/*.safetensors", "unet/config.json", "unet/*.safetensors", "scheduler/scheduler_config.json",
+)  # fmt: skip
+RENAMED_BASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+NO_PICKLE = "only .safetensors files are read, because loading a .ckpt or .bin file can run code hidden in it"
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 def require(ok: bool, key: str, value: Any, accepted: str) -> None:
     """Raises a UserMistake that names the key, the value and what is accepted; no number may be infinite."""
     if not ok or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserMistake(f"{key}={value} is out of range: {accepted}")
+        shown = f"{value:g}" if isinstance(value, float) else value
+        raise UserMistake(f"{key}={shown} is out of range: {accepted}")
 
 
 def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -44,6 +52,8 @@ class ModelConfig:
     path: str  # "demo", a diffusers folder, a hub id or a single .safetensors file
     resolution: int  # side of a training picture in px
     lr: float  # peak learning rate that suits this base
+    adapter: str | None  # folder of an adapter that is merged into the base first; None = none
+    adapter_scale: float  # how much of it
 
     def __post_init__(self) -> None:
         require(
@@ -260,14 +270,10 @@ class Config:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
         require_choice("finetune", self.finetune, ("lora", "full", "none"))
-        require(
-            bool(self.data.root), "data.root", self.data.root,
-            "say which picture folder: data.root=DIR (or use data=demo)",
-        )  # fmt: skip
-        require(
-            bool(self.model.path), "model.path", self.model.path,
-            "say which base model: model.path=DIR (or use model=demo)",
-        )  # fmt: skip
+        if not self.data.root:
+            raise UserMistake("data.root is not set: give a picture folder, data.root=DIR, or use data=demo")
+        if not self.model.path:
+            raise UserMistake("model.path is not set: give a base model, model.path=DIR, or use model=demo")
         check_trainer(self.trainer)
 
 
@@ -285,3 +291,41 @@ def check_trainer(trainer: dict[str, Any]) -> None:
         require(isinstance(value, int) and value >= 1, f"trainer.{key}", value, "a whole number from 1")
     for key in RESERVED_TRAINER_FLAGS & set(trainer):
         raise UserMistake(f"trainer.{key} is set by train.py itself and cannot be given")
+
+
+def check_places(config: Config) -> None:
+    """Checks what data.root and model.path name on this machine, as far as a look at the disk tells.
+
+    A path without a slash may be a base of this package; base_model.load looks that up.
+    """
+    root = config.data.root
+    if config.data.draw is None:
+        require_folder("data.root", root)
+    elif not (Path(root) / "captions.txt").is_file() and not Path(root).is_relative_to(config.cache_dir):
+        raise UserMistake(
+            f"data.root={root}: data=demo would draw its own pictures there; "
+            f"for yours use data=ghibli data.root={root}"
+        )
+    if "/" in config.model.path:
+        check_base(Path(config.model.path).expanduser(), config.model.path)
+
+
+def check_base(place: Path, path: str) -> None:
+    """Raises a UserMistake unless `place`, typed as `path`, can be a base or a hub id."""
+    if path in RENAMED_BASES:
+        raise UserMistake(f"model.path={path} is gone from the hub: use {RENAMED_BASES[path]}")
+    if place.is_dir():
+        missing = [pattern for pattern in BASE_FILES if not any(place.glob(pattern))]
+        if missing:
+            hint = f" ({NO_PICKLE})" if any(place.glob("*/*.bin")) else ""
+            raise UserMistake(
+                f"model.path={path} is no diffusers folder of Stable Diffusion 1.5: it has no "
+                f"{', '.join(missing)}{hint}"
+            )
+    elif place.is_file():
+        if place.suffix != ".safetensors":
+            raise UserMistake(f"model.path={path}: {NO_PICKLE}; get the .safetensors of the same model")
+    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserMistake(
+            f"model.path={path}: no such folder or file, and no hub id (OWNER/NAME); model=demo needs neither"
+        )

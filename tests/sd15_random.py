@@ -106,7 +106,7 @@ def random_weights(part: nn.Module) -> dict[str, torch.Tensor]:
             weights[name] = fill(parameter.shape, dtype=torch.float16)
         else:
             inputs = parameter[0].numel()
-            weights[name] = torch.randn(parameter.shape, dtype=torch.float16) / inputs**0.5
+            weights[name] = (torch.randn(parameter.shape) / inputs**0.5).half()
     return weights
 
 

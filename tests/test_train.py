@@ -94,3 +94,28 @@ def test_options_change_the_loss(train_py: Callable, tmp_path: Path, option: str
         assert done.returncode == 0, done.stderr
         losses.append([row["train/loss"] for row in metric_rows(folder) if row["train/loss"]])
     assert losses[0] != losses[1]
+
+
+def test_batch_4_equals_batch_1_accumulated_4_times(train_py: Callable, tmp_path: Path) -> None:
+    """Without dropout in the network the same examples, noise and timesteps give the same adapter."""
+    common = ("lora.dropout=0", "trainer.max_epochs=1", "sample.every_n_epochs=0")
+    for name, batch, accumulate in (("a", 4, 1), ("b", 1, 4)):
+        words = (f"data.batch_size={batch}", f"data.accumulate={accumulate}")
+        done = train_py(*common, *words, f"hydra.run.dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+    rows = [[row for row in metric_rows(tmp_path / name) if row["train/loss"]] for name in "ab"]
+    left, right = ([float(row["train/loss"]) for row in side] for side in rows)
+    assert left == pytest.approx(right, rel=1e-4)
+    left, right = (torch.load(tmp_path / n / "checkpoints" / "last.ckpt")["state_dict"] for n in "ab")
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=2e-4, rtol=0)
+
+
+def test_weights_stay_fp32_in_mixed_precision(train_py: Callable, tmp_path: Path) -> None:
+    words = ("trainer.precision=bf16-mixed", "trainer.max_epochs=1", "sample.every_n_epochs=0")
+    done = train_py(*words, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    (row,) = [row for row in metric_rows(tmp_path) if row["probe/val_loss"]]
+    assert float(row["probe/val_gain"]) != 0

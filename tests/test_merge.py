@@ -1,0 +1,56 @@
+"""model.adapter: an adapter merged into the base at load."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ghibli import base_model, lora
+from ghibli.mistakes import UserMistake
+
+OPTIONS = {
+    "rank": 4, "alpha": 8, "dropout": 0.1, "targets": ["to_q", "to_v"], "text_encoder": True, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> tuple[Path, base_model.BaseModel]:
+    """A folder with an adapter whose B is not zero, and the live model that wears it."""
+    live = base_model.load("demo")
+    lora.attach(live, **OPTIONS)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in lora.trainable(live).items():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    lora.save_adapter(live, tmp_path)
+    return tmp_path, live
+
+
+@torch.no_grad()
+def predict(base: base_model.BaseModel) -> torch.Tensor:
+    base.unet.eval()
+    base.text_encoder.eval()
+    latents = torch.randn((2, 4, 16, 16), generator=torch.Generator().manual_seed(2))
+    prompt_embeds = base.encode_prompts(base.tokenize(["a panda on a train", "a red boat"]))
+    return base.unet(latents, torch.tensor([10, 700]), prompt_embeds, return_dict=False)[0]
+
+
+def test_merged_base_equals_base_with_adapter(adapter: tuple, base: base_model.BaseModel) -> None:
+    folder, live = adapter
+    before = predict(base)
+    lora.merge(base, folder, 1.0)
+    torch.testing.assert_close(predict(base), predict(live), atol=1e-5, rtol=1e-4)
+    assert (predict(base) - before).abs().max() > 1e-3
+    assert not lora.trainable(base)
+    assert not [name for name, _ in base.unet.named_parameters() if "lora" in name]
+
+
+def test_scale_zero_is_the_base(adapter: tuple, base: base_model.BaseModel) -> None:
+    before = predict(base)
+    lora.merge(base, adapter[0], 0.0)
+    assert torch.equal(predict(base), before)
+
+
+def test_a_missing_adapter_is_named(base: base_model.BaseModel, tmp_path: Path) -> None:
+    with pytest.raises(UserMistake, match="no pytorch_lora_weights.safetensors there"):
+        lora.merge(base, tmp_path, 1.0)
