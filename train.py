@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ghibli.config import from_yaml, hydra_entry, this_run, to_config, to_yaml
+from ghibli.mistakes import UserMistake
 from ghibli.run_dir import RunDir, check_unchanged, now, provenance, write_text
 from ghibli.schema import Config
+
+TOO_SHORT = (
+    "training ended before its first epoch did, so nothing was validated and there is no result: "
+    "give it more trainer.max_steps or trainer.max_time"
+)
 
 
 def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
@@ -26,6 +32,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
     from ghibli.checkpoints import CleanStop, StopRequested
     from ghibli.data import GhibliDataModule
     from ghibli.module import GhibliModule
+    from ghibli.progress import console
     from ghibli.trainer import make_trainer
 
     write_text(run_dir.config, to_yaml(config))
@@ -34,8 +41,8 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
         settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
         process=os.getpid(), threads=torch.get_num_threads(), **provenance(),
     )  # fmt: skip
-    with CleanStop(run_dir) as stop:
-        try:
+    try:
+        with CleanStop(run_dir) as stop:
             base = base_model.load(config.model.path)
             if config.model.adapter is not None:
                 lora.merge(base, base_model.place_of(config.model.adapter), config.model.adapter_scale)
@@ -50,14 +57,39 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             else:
                 checkpoint = run_dir.last_checkpoint if resumes else None
                 trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+                if not run_dir.best_checkpoint.exists():
+                    raise UserMistake(TOO_SHORT)
             return finish.finish(config, run_dir, trainer, module, logger)
-        except StopRequested as request:
-            raise SystemExit(finish.interrupted(run_dir, request)) from None
-        except BaseException as error:
-            run_dir.update_status(state="failed", reason=str(error) or type(error).__name__, ended=now())
+    except StopRequested as request:
+        raise SystemExit(finish.interrupted(run_dir, request)) from None
+    except BaseException as error:
+        mistake = as_mistake(error)
+        run_dir.update_status(state="failed", reason=str(mistake) or type(error).__name__, ended=now())
+        if run_dir.last_checkpoint.exists() and not isinstance(mistake, UserMistake):
+            folder = finish.shown(run_dir.path)
+            console.print(f"what was trained is kept; go on with: python train.py resume={folder}")
+        if mistake is error:
             raise
-        finally:
-            dashboard.close()
+        raise mistake from error
+    finally:
+        dashboard.close()
+
+
+def as_mistake(error: BaseException) -> BaseException:
+    """The error as a UserMistake where other settings help, else itself."""
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    if isinstance(error, MisconfigurationException):
+        return UserMistake(f"trainer: Lightning refuses these settings: {error}")
+    if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+        return UserMistake(TOO_SHORT)
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserMistake(
+            "the GPU has too little memory: lower data.batch_size and raise data.accumulate instead, "
+            "or lower model.resolution"
+        )
+    return error
 
 
 def main(cfg: Any) -> float:

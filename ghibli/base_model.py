@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from ghibli.mistakes import UserMistake
-from ghibli.schema import check_base
+from ghibli.places import check_base
 
 DEMO = Path(__file__).parent / "demo"
 

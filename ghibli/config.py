@@ -29,8 +29,9 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ghibli import schema
 from ghibli.mistakes import UserMistake, did_you_mean, one_line_mistakes
+from ghibli.places import check_places
 from ghibli.run_dir import RunDir, find_run
-from ghibli.schema import Config, check_places
+from ghibli.schema import Config
 
 
 def reject_unknown_keys(node: Any, section: type, prefix: str = "") -> None:
@@ -180,6 +181,12 @@ def check_first(cfg: Any) -> None:
                 f"hydra.run.dir={run.path} already holds a run: go on with it by resume={run.path}, "
                 "or choose another folder"
             )
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserMistake(
+                f"cannot make the run folder {run.path} ({error.strerror}): choose another, hydra.run.dir=DIR"
+            ) from error
 
 
 def reject_beside_resume(cfg: Any, run: RunDir) -> None:

@@ -180,7 +180,9 @@ class GhibliDataModule(L.LightningDataModule):
         write_json(self.run.split, split)
         captions = sorted((p.content_hash, p.caption) for p in folder.pictures)
         data_hash = hashlib.sha256(repr(captions).encode()).hexdigest()
-        check_unchanged(self.run, "data_hash", data_hash, f"the picture set data.root={self.config.data.root}")
+        check_unchanged(
+            self.run, "data_hash", data_hash, f"the picture set data.root={self.config.data.root}"
+        )
 
     def _encode(self) -> None:
         pictures = self.train_pictures + self.val_pictures

@@ -26,8 +26,10 @@ def require_folder(key: str, folder: str | Path) -> None:
         raise UserMistake(f"{key}={folder}: {what}")
 
 
-def disk_trouble(error: OSError) -> str | None:
+def disk_trouble(error: Exception) -> str | None:
     """One line for a full disk or a folder that cannot be written; None for any other error."""
+    if not isinstance(error, OSError):  # safetensors has an error of its own
+        return "the disk is full: free some space" if "No space left on device" in str(error) else None
     elsewhere = "choose another place with hydra.run.dir=DIR (the cache: cache_dir=DIR)"
     reasons = {
         errno.ENOSPC: "the disk is full: free some space",
@@ -36,10 +38,6 @@ def disk_trouble(error: OSError) -> str | None:
         errno.EROFS: f"the file system is read-only: {elsewhere}",
         errno.EACCES: f"no permission: {elsewhere}",
         errno.EPERM: f"no permission: {elsewhere}",
-        errno.ENOENT: f"no such folder, and none can be made there: {elsewhere}",
-        errno.ENOTDIR: f"a file stands where a folder is needed: {elsewhere}",
-        errno.EEXIST: f"a file stands where a folder is needed: {elsewhere}",
-        errno.ENAMETOOLONG: f"the name is too long: {elsewhere}",
     }
     if error.errno not in reasons:
         return None
@@ -61,7 +59,7 @@ def one_line_mistakes(entry: Callable[[], Any]) -> Any:
         raise SystemExit(130) from None
     except UserMistake as mistake:
         fail(str(mistake))
-    except OSError as error:
+    except Exception as error:
         message = disk_trouble(error)
         if message is None:
             raise

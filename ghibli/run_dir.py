@@ -22,6 +22,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Lets `write` fill a temporary file, flushes it to disk and renames it to `path`.
 
     A reader sees the old file or the new one, never a part. Nothing is left on failure.
+
+    Raises:
+        OSError: the disk is full, read-only and so on; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -31,8 +34,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        trouble = error if isinstance(error, OSError) else error.__context__
+        if isinstance(trouble, OSError):  # torch.save hides it behind an error of its own
+            trouble.filename = str(path)
+            raise trouble from None
         raise
 
 

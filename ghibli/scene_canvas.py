@@ -169,14 +169,10 @@ class Canvas:
         """A plain disc in a final colour: sun or moon."""
         pen = ImageDraw.Draw(self.image)
         p = self.pixels
-        pen.ellipse(
-            [(x - radius) * p, (y - radius) * p, (x + radius) * p, (y + radius) * p], fill=colour
-        )
+        pen.ellipse([(x - radius) * p, (y - radius) * p, (x + radius) * p, (y + radius) * p], fill=colour)
 
     def plain_blob(self, circles, colour):
         """Circles in a final colour, neither lit nor outlined: clouds."""
         pen, p = ImageDraw.Draw(self.image), self.pixels
         for x, y, r in circles:
-            pen.ellipse(
-                [(x - r) * p, (y - r) * p, (x + r) * p, (y + r) * p], fill=clip_colour(colour)
-            )
+            pen.ellipse([(x - r) * p, (y - r) * p, (x + r) * p, (y + r) * p], fill=clip_colour(colour))

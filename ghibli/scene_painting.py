@@ -73,9 +73,7 @@ def sky(canvas: Canvas, rng, horizon: float):
     y = {"morning": 0.30, "noon": 0.10, "sunset": horizon - 0.09, "night": 0.15}[canvas.time]
     radius = {"morning": 0.055, "noon": 0.05, "sunset": 0.085, "night": 0.075}[canvas.time]
     canvas.glow(x, y, 0.42, SUN[canvas.time], 0.30 if canvas.time == "night" else 0.55)
-    disc = clip_colour(
-        SUN[canvas.time] if canvas.drawn else blend(SUN[canvas.time], (225, 220, 210), 0.4)
-    )
+    disc = clip_colour(SUN[canvas.time] if canvas.drawn else blend(SUN[canvas.time], (225, 220, 210), 0.4))
     canvas.disc(x, y, radius, disc)
     clouds(canvas, rng, horizon, right=left)
 
@@ -105,17 +103,13 @@ def clouds(canvas: Canvas, rng, horizon: float, right: bool):
                     )
                 )
         canvas.plain_blob(circles, shade)
-        canvas.plain_blob(
-            [(cx - 0.16 * r, cy - 0.20 * r, r * 0.80) for cx, cy, r in circles], light
-        )
+        canvas.plain_blob([(cx - 0.16 * r, cy - 0.20 * r, r * 0.80) for cx, cy, r in circles], light)
 
 
 def meadow(canvas: Canvas, rng, horizon: float):
     """Far hills, a bright near hill and flowers in the grass."""
     canvas.polygon(curve(horizon - 0.10, 0.13 * rng.random(5)), FAR_HILL, 0.1, ink=False)
-    canvas.polygon(
-        curve(horizon, 0.07 * rng.random(4)), blend(GRASS, (190, 214, 90), 0.45), 0.15, ink=False
-    )
+    canvas.polygon(curve(horizon, 0.07 * rng.random(4)), blend(GRASS, (190, 214, 90), 0.45), 0.15, ink=False)
     canvas.polygon(curve(horizon + 0.13, 0.05 * rng.random(3)), GRASS, 0.35, ink=False)
     flowers(canvas, rng, horizon + 0.24)
 
@@ -147,9 +141,7 @@ def lake(canvas: Canvas, rng, horizon: float, shore: bool):
     for x, y, length in rng.random((6, 3)):
         depth = horizon + 0.05 + (0.95 - horizon) * y
         half = 0.05 + 0.09 * length
-        canvas.line(
-            [(x - half, depth), (x + half, depth)], blend(WATER, (235, 248, 255), 0.6), 0.014
-        )
+        canvas.line([(x - half, depth), (x + half, depth)], blend(WATER, (235, 248, 255), 0.6), 0.014)
     heights = 0.04 * rng.random(4)
     if shore:
         canvas.polygon(curve(0.77, heights), GRASS, 0.35, ink=False)
@@ -188,12 +180,9 @@ def greenhouse(canvas: Canvas, rng):
     side = canvas.pixels
     canvas.polygon(curve(0.50, 0.10 * rng.random(5)), blend(FAR_HILL, haze, 0.35), 0.1, ink=False)
     if canvas.drawn:
-        canvas.glow(
-            0.5, 0.2, 0.9, (190, 230, 235) if canvas.time != "night" else (60, 70, 120), 0.25
-        )
+        canvas.glow(0.5, 0.2, 0.9, (190, 230, 235) if canvas.time != "night" else (60, 70, 120), 0.25)
     arch = [
-        (0.5 - 0.62 * math.cos(a * math.pi / 12), 0.42 - 0.40 * math.sin(a * math.pi / 12))
-        for a in range(13)
+        (0.5 - 0.62 * math.cos(a * math.pi / 12), 0.42 - 0.40 * math.sin(a * math.pi / 12)) for a in range(13)
     ]
     outside = [(-0.1, -0.1), (1.1, -0.1), (1.1, 0.42), *reversed(arch), (-0.1, 0.42)]
     canvas.polygon(outside, (120, 170, 150), 0.2, ink=False)

@@ -77,9 +77,7 @@ def girl(canvas: Canvas, x, foot, h, colour):
         ink=False,
     )
     for side in (-1, 1):
-        canvas.ellipse(
-            x + side * 0.075 * h, head + 0.065 * h, 0.024 * h, 0.034 * h, DARK, 0, ink=False
-        )
+        canvas.ellipse(x + side * 0.075 * h, head + 0.065 * h, 0.024 * h, 0.034 * h, DARK, 0, ink=False)
 
 
 def panda(canvas: Canvas, x, foot, h, colour):
@@ -93,12 +91,8 @@ def panda(canvas: Canvas, x, foot, h, colour):
         canvas.ellipse(x + side * 0.19 * h, foot - 0.09 * h, 0.14 * h, 0.095 * h, DARK, 0.1)
     canvas.ellipse(x, foot - 0.68 * h, 0.30 * h, 0.26 * h, white, 0.25)
     for side in (-1, 1):
-        canvas.ellipse(
-            x + side * 0.125 * h, foot - 0.69 * h, 0.072 * h, 0.085 * h, DARK, 0, ink=False
-        )
-        canvas.ellipse(
-            x + side * 0.115 * h, foot - 0.70 * h, 0.026 * h, 0.028 * h, white, 0, ink=False
-        )
+        canvas.ellipse(x + side * 0.125 * h, foot - 0.69 * h, 0.072 * h, 0.085 * h, DARK, 0, ink=False)
+        canvas.ellipse(x + side * 0.115 * h, foot - 0.70 * h, 0.026 * h, 0.028 * h, white, 0, ink=False)
     canvas.ellipse(x, foot - 0.57 * h, 0.05 * h, 0.034 * h, DARK, 0, ink=False)
 
 
@@ -122,9 +116,7 @@ def cat(canvas: Canvas, x, foot, h, colour):
     canvas.ellipse(x, foot - 0.66 * h, 0.29 * h, 0.23 * h, colour, 0.25)
     eye = (250, 214, 90) if sum(colour) < 260 else DARK
     for side in (-1, 1):
-        canvas.ellipse(
-            x + side * 0.12 * h, foot - 0.68 * h, 0.036 * h, 0.048 * h, eye, 0, ink=False
-        )
+        canvas.ellipse(x + side * 0.12 * h, foot - 0.68 * h, 0.036 * h, 0.048 * h, eye, 0, ink=False)
     canvas.ellipse(x, foot - 0.58 * h, 0.035 * h, 0.026 * h, (226, 120, 120), 0, ink=False)
 
 
@@ -134,9 +126,7 @@ def train(canvas: Canvas, x, foot, h, colour):
     for place in (-0.62, -0.26, 0.26, 0.62):
         canvas.ellipse(x + place * half, foot - 0.11 * h, 0.13 * h, 0.13 * h, DARK, 0.2)
     canvas.box(x - half, top + 0.10 * h, x + half, foot - 0.14 * h, colour, 0.3, radius=0.10 * h)
-    canvas.box(
-        x - half * 0.97, foot - 0.40 * h, x + half * 0.97, foot - 0.31 * h, CREAM, 0.1, ink=False
-    )
+    canvas.box(x - half * 0.97, foot - 0.40 * h, x + half * 0.97, foot - 0.31 * h, CREAM, 0.1, ink=False)
     canvas.box(
         x - half * 0.96,
         top,

@@ -89,9 +89,7 @@ def describe(pick, subject, colour, setting, time, train_colour) -> str:
     """One short sentence; the colour and the time are sometimes left out."""
     article = pick(("a", "a", "a", "the"))
     hue = pick((colour, colour, colour, colour, ""))
-    pose = pick(
-        ("", "", {"girl": "standing", "panda": "sitting", "cat": "sitting"}.get(subject, ""))
-    )
+    pose = pick(("", "", {"girl": "standing", "panda": "sitting", "cat": "sitting"}.get(subject, "")))
     when = pick((*TIMES[time], TIMES[time][0], ""))
     worn = {
         "girl": f"in a {hue} dress",

@@ -5,21 +5,17 @@ Values stand in conf/*.yaml only; no field here has a default. No torch, no Hydr
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ghibli.mistakes import UserMistake, did_you_mean, require_folder
+from ghibli.mistakes import UserMistake, did_you_mean
 
 RESERVED_TRAINER_FLAGS = {
     "callbacks", "default_root_dir", "enable_checkpointing", "enable_model_summary",
     "enable_progress_bar", "logger", "num_sanity_val_steps", "plugins", "use_distributed_sampler",
 }  # fmt: skip
-BASE_FILES = (
-    "tokenizer/*.json", "text_encoder/config.json", "text_encoder/*.safetensors", "vae/config.json",
-    "vae/*.safetensors", "unet/config.json", "unet/*.safetensors", "scheduler/scheduler_config.json",
-)  # fmt: skip
-RENAMED_BASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-NO_PICKLE = "only .safetensors files are read, because loading a .ckpt or .bin file can run code hidden in it"
+VALIDATION_FLAGS = {
+    "barebones", "check_val_every_n_epoch", "fast_dev_run", "limit_val_batches", "overfit_batches",
+}  # fmt: skip
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -289,43 +285,13 @@ def check_trainer(trainer: dict[str, Any]) -> None:
     for key in ("max_epochs", "accumulate_grad_batches", "log_every_n_steps"):
         value = trainer[key]
         require(isinstance(value, int) and value >= 1, f"trainer.{key}", value, "a whole number from 1")
+    clip = trainer["gradient_clip_val"]
+    ok = clip is None or (isinstance(clip, int | float) and clip > 0)
+    require(ok, "trainer.gradient_clip_val", clip, "more than 0, or null for no clipping")
+    for key in VALIDATION_FLAGS & set(trainer):
+        raise UserMistake(
+            f"trainer.{key} cannot be given: a run is judged by all held-out pictures after every "
+            "epoch; for a quick try lower trainer.max_epochs or validation.max_pictures"
+        )
     for key in RESERVED_TRAINER_FLAGS & set(trainer):
         raise UserMistake(f"trainer.{key} is set by train.py itself and cannot be given")
-
-
-def check_places(config: Config) -> None:
-    """Checks what data.root and model.path name on this machine, as far as a look at the disk tells.
-
-    A path without a slash may be a base of this package; base_model.load looks that up.
-    """
-    root = config.data.root
-    if config.data.draw is None:
-        require_folder("data.root", root)
-    elif not (Path(root) / "captions.txt").is_file() and not Path(root).is_relative_to(config.cache_dir):
-        raise UserMistake(
-            f"data.root={root}: data=demo would draw its own pictures there; "
-            f"for yours use data=ghibli data.root={root}"
-        )
-    if "/" in config.model.path:
-        check_base(Path(config.model.path).expanduser(), config.model.path)
-
-
-def check_base(place: Path, path: str) -> None:
-    """Raises a UserMistake unless `place`, typed as `path`, can be a base or a hub id."""
-    if path in RENAMED_BASES:
-        raise UserMistake(f"model.path={path} is gone from the hub: use {RENAMED_BASES[path]}")
-    if place.is_dir():
-        missing = [pattern for pattern in BASE_FILES if not any(place.glob(pattern))]
-        if missing:
-            hint = f" ({NO_PICKLE})" if any(place.glob("*/*.bin")) else ""
-            raise UserMistake(
-                f"model.path={path} is no diffusers folder of Stable Diffusion 1.5: it has no "
-                f"{', '.join(missing)}{hint}"
-            )
-    elif place.is_file():
-        if place.suffix != ".safetensors":
-            raise UserMistake(f"model.path={path}: {NO_PICKLE}; get the .safetensors of the same model")
-    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise UserMistake(
-            f"model.path={path}: no such folder or file, and no hub id (OWNER/NAME); model=demo needs neither"
-        )

@@ -35,7 +35,7 @@ def test_list_shows_state_settings_and_gain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("look", ["drawn", "photo"])
 def test_demo_draw_writes_a_folder_that_is_read(tmp_path: Path, look: str) -> None:
-    code, out, _ = ghibli("demo", "draw", "set", "--look", look, "--count", "3", "--size", "64", cwd=tmp_path)
+    code, _, _ = ghibli("demo", "draw", "set", "--look", look, "--count", "3", "--size", "64", cwd=tmp_path)
     assert code == 0
     folder = read_folder(tmp_path / "set", style="", default_caption=None, min_side=32)
     assert [p.path.name for p in folder.pictures] == [f"scene_200000{i}.png" for i in range(3)]

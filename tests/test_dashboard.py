@@ -42,16 +42,22 @@ def test_offline_run_holds_settings_curves_and_grids(train_py: Callable, tmp_pat
     done = train_py("wandb.mode=auto", f"hydra.run.dir={tmp_path}", env=environment(HOME=str(tmp_path)))
     assert done.returncode == 0, done.stderr
     records = json.dumps(offline_records(tmp_path))
-    for word in ("train/loss", "probe/val_gain", "samples", "loss", "guidance", "git_commit", "best/val_gain"):
+    for word in (
+        "train/loss",
+        "probe/val_gain",
+        "samples",
+        "loss",
+        "guidance",
+        "git_commit",
+        "best/val_gain",
+    ):
         assert word in records
     media = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/*.png"))
     assert len(media) == 2  # after epoch 1, and the end
 
 
 def test_online_without_a_login_is_refused(train_py: Callable, tmp_path: Path) -> None:
-    done = train_py(
-        "wandb.mode=online", f"hydra.run.dir={tmp_path}", env=environment(HOME=str(tmp_path))
-    )
+    done = train_py("wandb.mode=online", f"hydra.run.dir={tmp_path}", env=environment(HOME=str(tmp_path)))
     assert done.returncode == 2
     assert done.stderr.startswith("error: wandb.mode=online")
     assert len(done.stderr.splitlines()) == 1

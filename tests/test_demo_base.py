@@ -112,7 +112,7 @@ def test_the_vae_stage_continues_exactly(tmp_path):
         for stop in stops:
             torch.manual_seed(0)
             vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-            loss = stages.VaeLoss(vae, [pool, pool], batch=2, whole_from=9)
+            loss = stages.VaeLoss(vae, [pool, pool], batch=3, whole_from=9)
             train("vae", vae, loss, Plan(steps=2, learning_rate=1e-3, save_every=1),
                   tmp_path / f"{name}.pt", stop_at=stop)
         results.append(vae.state_dict())

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ghibli"
 ORDER = [
-    "mistakes", "progress", "run_dir", "schema", "config", "randomness",
+    "mistakes", "progress", "run_dir", "schema", "places", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "captions", "base_model", "latents", "validation", "data", "lora", "diffusion", "sampling",
     "module", "checkpoints", "callbacks", "dashboard", "trainer", "finish", "cli", "__main__",
@@ -33,7 +33,11 @@ def test_the_list_is_complete() -> None:
 @pytest.mark.parametrize("module", ORDER)
 def test_imports_only_from_above(module: str) -> None:
     below = set(ORDER[ORDER.index(module) :])
-    ours = {name.split(".")[1] for name in imported_modules(PACKAGE / f"{module}.py") if name.startswith("ghibli.")}
+    ours = {
+        name.split(".")[1]
+        for name in imported_modules(PACKAGE / f"{module}.py")
+        if name.startswith("ghibli.")
+    }
     assert not ours & below
 
 

@@ -52,5 +52,5 @@ def test_scale_zero_is_the_base(adapter: tuple, base: base_model.BaseModel) -> N
 
 
 def test_a_missing_adapter_is_named(base: base_model.BaseModel, tmp_path: Path) -> None:
-    with pytest.raises(UserMistake, match="no pytorch_lora_weights.safetensors there"):
+    with pytest.raises(UserMistake, match="no pytorch_lora_weights[.]safetensors there"):
         lora.merge(base, tmp_path, 1.0)

@@ -78,9 +78,7 @@ MOMENTS = [
 def test_killed_and_resumed_equals_undisturbed(
     undisturbed: Path, pictures: Path, tmp_path: Path, where: str, call: int
 ) -> None:
-    killed = run_python(
-        str(REPO / "tests" / "killed.py"), where, str(call), *overrides(pictures, tmp_path)
-    )
+    killed = run_python(str(REPO / "tests" / "killed.py"), where, str(call), *overrides(pictures, tmp_path))
     assert killed.returncode == -9, killed.stderr
     assert not (tmp_path / "adapter").exists()
     resumed = run_python(str(REPO / "train.py"), f"resume={tmp_path}")

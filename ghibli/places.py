@@ -1,0 +1,51 @@
+"""Do the folders and files of a configuration exist? A look at the disk, before anything is loaded."""
+
+from pathlib import Path
+
+from ghibli.mistakes import UserMistake, require_folder
+from ghibli.schema import Config
+
+BASE_FILES = (
+    "tokenizer/*.json", "text_encoder/config.json", "text_encoder/*.safetensors", "vae/config.json",
+    "vae/*.safetensors", "unet/config.json", "unet/*.safetensors", "scheduler/scheduler_config.json",
+)  # fmt: skip
+RENAMED_BASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+NO_PICKLE = "only .safetensors files are read, because loading a .ckpt or .bin file can run code hidden in it"
+
+
+def check_places(config: Config) -> None:
+    """Checks what data.root and model.path name on this machine, as far as a look at the disk tells.
+
+    A path without a slash may be a base of this package; base_model.load looks that up.
+    """
+    root = config.data.root
+    if config.data.draw is None:
+        require_folder("data.root", root)
+    elif not (Path(root) / "captions.txt").is_file() and not Path(root).is_relative_to(config.cache_dir):
+        raise UserMistake(
+            f"data.root={root}: data=demo would draw its own pictures there; "
+            f"for yours use data=ghibli data.root={root}"
+        )
+    if "/" in config.model.path:
+        check_base(Path(config.model.path).expanduser(), config.model.path)
+
+
+def check_base(place: Path, path: str) -> None:
+    """Raises a UserMistake unless `place`, typed as `path`, can be a base or a hub id."""
+    if path in RENAMED_BASES:
+        raise UserMistake(f"model.path={path} is gone from the hub: use {RENAMED_BASES[path]}")
+    if place.is_dir():
+        missing = [pattern for pattern in BASE_FILES if not any(place.glob(pattern))]
+        if missing:
+            hint = f" ({NO_PICKLE})" if any(place.glob("*/*.bin")) else ""
+            raise UserMistake(
+                f"model.path={path} is no diffusers folder of Stable Diffusion 1.5: it has no "
+                f"{', '.join(missing)}{hint}"
+            )
+    elif place.is_file():
+        if place.suffix != ".safetensors":
+            raise UserMistake(f"model.path={path}: {NO_PICKLE}; get the .safetensors of the same model")
+    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserMistake(
+            f"model.path={path}: no such folder or file, and no hub id (OWNER/NAME); model=demo needs neither"
+        )
