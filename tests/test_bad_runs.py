@@ -21,6 +21,7 @@ from ghibli.checkpoints import WholeCheckpoints
 from ghibli.module import GhibliModule
 from ghibli.run_dir import RunDir, write_atomically
 
+QUICK = ("data.draw=null", "sample.every_n_epochs=0")
 Said = tuple[int, str, str]  # exit code, stdout, stderr
 
 
@@ -32,9 +33,7 @@ def command(
 
     def run(*words: str) -> Said:
         resumes = any(word.startswith("resume=") for word in words)
-        small = (
-            [] if resumes else [*SMALL, f"data.root={pictures}", "data.draw=null", "sample.every_n_epochs=0"]
-        )
+        small = [] if resumes else [*SMALL, f"data.root={pictures}", *QUICK]
         monkeypatch.setattr(sys, "argv", ["train.py", *small, *words])
         code = 0
         try:
@@ -90,10 +89,7 @@ def test_a_batch_larger_than_the_training_set(command: Callable[..., Said], tmp_
         ("+trainer.strategy=teleport", "Lightning refuses these flags: You selected an invalid strategy"),
         ("+trainer.gradient_clip_algorithm=x", "Lightning refuses these settings: `gradient_clip_algorithm`"),
         ("+trainer.max_steps=3", "training ended before its first epoch did"),
-        (
-            "early_stopping.patience=null +trainer.max_time=00:00:00:00",
-            "training ended before its first epoch",
-        ),
+        ("early_stopping.patience=null +trainer.max_time=00:00:00:00", "training ended before its first"),
         ("model.adapter=nowhere", "model.adapter=nowhere: no pytorch_lora_weights.safetensors there"),
         ("model.path=nowhere", "model.path=nowhere: no such folder or file, and no hub id (OWNER/NAME)"),
     ],
@@ -188,10 +184,9 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path, sp
     """torch.save reports a full disk as `unexpected pos`; here it is what it is."""
     path = tmp_path / "last.ckpt"
     WholeCheckpoints().save_checkpoint({"weights": torch.ones(3)}, path)
+    larger = {"weights": torch.ones(90_000)}
     with pytest.raises(OSError, match="No space left on device") as caught:
-        write_atomically(
-            path, lambda file: torch.save({"weights": torch.ones(90_000)}, FullDisk(file, space))
-        )
+        write_atomically(path, lambda file: torch.save(larger, FullDisk(file, space)))
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(path)
     assert torch.equal(torch.load(path)["weights"], torch.ones(3))
@@ -272,14 +267,8 @@ def test_an_error_in_training_says_that_the_checkpoint_is_kept(
 
 def start(pictures: Path, run: Path, cwd: Path) -> subprocess.Popen:
     """train.py in a process of its own, long enough to be stopped."""
-    words = [
-        *SMALL,
-        f"data.root={pictures}",
-        "data.draw=null",
-        "trainer.max_epochs=1000",
-        f"hydra.run.dir={run}",
-    ]
-    words += ["sample.every_n_epochs=0", "early_stopping.patience=null"]
+    words = [*SMALL, f"data.root={pictures}", *QUICK, f"hydra.run.dir={run}"]
+    words += ["trainer.max_epochs=1000", "early_stopping.patience=null"]
     return subprocess.Popen(
         [sys.executable, str(REPO / "train.py"), *words],
         cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

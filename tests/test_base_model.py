@@ -281,7 +281,7 @@ def test_a_hub_that_cannot_be_reached_costs_seconds(tmp_path: Path) -> None:
         "error: model.path=nobody/nothing: no such folder here, not downloaded yet, and the hub cannot be "
         "reached: give a folder, model.path=DIR, or use model=demo\n"
     )
-    assert float(done.stdout) < 10
+    assert float(done.stdout) < 20
 
 
 @pytest.mark.parametrize("proxy", [None, "http://127.0.0.1:9"])

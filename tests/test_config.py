@@ -182,14 +182,14 @@ from ghibli.config import hydra_entry
 answers = []
 for words in json.load(sys.stdin):
     sys.argv[1:] = words
-    said, start = io.StringIO(), time.monotonic()
+    said, start = io.StringIO(), time.process_time()
     try:
         with contextlib.redirect_stderr(said):
             hydra_entry(train.Path(train.__file__).parent / "conf", "train", train.main)
         code = 0
     except SystemExit as leave:
         code = leave.code
-    answers.append((code, said.getvalue(), time.monotonic() - start))
+    answers.append((code, said.getvalue(), time.process_time() - start))
 print(json.dumps([answers, "torch" in sys.modules]))
 """
 
@@ -285,7 +285,7 @@ def make_run(folder: Path, settings: Config) -> None:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, float]]:
-    """Every mistake made in one process: exit code, stderr, seconds. No folder may appear, no torch."""
+    """Every mistake made in one process: exit code, stderr, CPU seconds. No folder may appear, no torch."""
     here = tmp_path_factory.mktemp("user")
     (here / "file").write_text("")
     (here / "model.ckpt").write_text("")
@@ -322,7 +322,7 @@ def test_a_mistake_is_answered_by_one_line(answers: dict, command: str) -> None:
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert MISTAKES[command] in said
-    assert seconds < 5  # a fifth of one on a quiet machine
+    assert seconds < 2  # besides the half second in which Hydra is imported
 
 
 def test_the_real_command_answers_before_torch_is_imported(tmp_path: Path) -> None:

@@ -21,8 +21,11 @@ def tokenizer():
 
 
 def test_all_files_together_are_at_most_24_mb():
-    size = sum(file.stat().st_size for file in FOLDER.rglob("*")
-               if file.is_file() and "__pycache__" not in file.parts)
+    size = sum(
+        file.stat().st_size
+        for file in FOLDER.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    )
     assert size <= 24e6
 
 
@@ -37,8 +40,10 @@ def test_vocabulary_fits_the_text_encoder(tokenizer):
 
 def test_every_caption_word_is_one_piece(tokenizer):
     texts = [scenes.compose(seed).caption for seed in range(500)]
-    texts += ["A panda on the top of the train, Studio Ghibli style",
-              "A girl standing in a greenhouse, Studio Ghibli style"]
+    texts += [
+        "A panda on the top of the train, Studio Ghibli style",
+        "A girl standing in a greenhouse, Studio Ghibli style",
+    ]
     for word in {word for text in texts for word in text.replace(",", "").split()}:
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
 
@@ -50,13 +55,14 @@ def test_an_unknown_word_falls_back_to_pieces(tokenizer):
 
 
 def test_the_pipeline_loads_and_draws_without_our_code(tmp_path):
-    code = (f"import sys; from diffusers import StableDiffusionPipeline as P;"
-            f"p = P.from_pretrained({str(FOLDER)!r});"
-            "image = p('a panda', num_inference_steps=2).images[0];"
-            "assert image.size == (128, 128) and p.safety_checker is None;"
-            "assert not any(name.split('.')[0] == 'ghibli' for name in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True)
+    code = (
+        f"import sys; from diffusers import StableDiffusionPipeline as P;"
+        f"p = P.from_pretrained({str(FOLDER)!r});"
+        "image = p('a panda', num_inference_steps=2).images[0];"
+        "assert image.size == (128, 128) and p.safety_checker is None;"
+        "assert not any(name.split('.')[0] == 'ghibli' for name in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -113,7 +119,13 @@ def test_the_vae_stage_continues_exactly(tmp_path):
             torch.manual_seed(0)
             vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
             loss = stages.VaeLoss(vae, [pool, pool], batch=3, whole_from=9)
-            train("vae", vae, loss, Plan(steps=2, learning_rate=1e-3, save_every=1),
-                  tmp_path / f"{name}.pt", stop_at=stop)
+            train(
+                "vae",
+                vae,
+                loss,
+                Plan(steps=2, learning_rate=1e-3, save_every=1),
+                tmp_path / f"{name}.pt",
+                stop_at=stop,
+            )
         results.append(vae.state_dict())
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])

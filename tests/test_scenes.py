@@ -17,8 +17,9 @@ def test_the_same_seed_gives_the_same_picture_to_the_byte(look):
 
 
 def test_seed_ranges_are_disjoint():
-    ranges = sorted((scenes.PRETRAIN_SEEDS, scenes.FINETUNE_SEEDS, scenes.EVALUATION_SEEDS),
-                    key=lambda seeds: seeds.start)
+    ranges = sorted(
+        (scenes.PRETRAIN_SEEDS, scenes.FINETUNE_SEEDS, scenes.EVALUATION_SEEDS), key=lambda seeds: seeds.start
+    )
     for left, right in zip(ranges, ranges[1:], strict=False):
         assert left.stop <= right.start
     assert scenes.FINETUNE_SEEDS.start == 1_000_000
@@ -36,8 +37,9 @@ def test_captions_say_what_is_in_the_scene():
         assert colours <= {scene.colour, scene.train_colour}
         if scene.subject != "boat":
             start = scene.caption.split(scene.subject, 1)[1]
-            assert any(phrase.format("").strip().split()[-1] in start
-                       for phrase in scenes.PLACES[scene.setting])
+            assert any(
+                phrase.format("").strip().split()[-1] in start for phrase in scenes.PLACES[scene.setting]
+            )
         for time, phrases in scenes.TIMES.items():
             if time != scene.time:
                 assert not any(phrase in scene.caption for phrase in phrases)
@@ -45,8 +47,7 @@ def test_captions_say_what_is_in_the_scene():
 
 def test_every_subject_place_time_and_colour_occurs_often():
     world = [scenes.compose(seed) for seed in range(1500)]
-    for kind, values in (("subject", scenes.SETTINGS), ("setting", scenes.PLACES),
-                         ("time", scenes.TIMES)):
+    for kind, values in (("subject", scenes.SETTINGS), ("setting", scenes.PLACES), ("time", scenes.TIMES)):
         for value in values:
             assert sum(getattr(scene, kind) == value for scene in world) > 60
 
@@ -69,8 +70,9 @@ def test_an_unknown_look_is_named():
 
 def test_a_folder_holds_pictures_and_captions(tmp_path):
     seen = []
-    scenes.write_folder(tmp_path, "drawn", 3, 1_000_000, size=64,
-                        on_progress=lambda done, count: seen.append((done, count)))
+    scenes.write_folder(
+        tmp_path, "drawn", 3, 1_000_000, size=64, on_progress=lambda done, count: seen.append((done, count))
+    )
     lines = (tmp_path / "captions.txt").read_text().splitlines()
     assert lines[0] == f"scene_1000000.png|{scenes.compose(1_000_000).caption}"
     assert seen == [(1, 3), (2, 3), (3, 3)] and len(lines) == 3
