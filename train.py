@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ghibli.config import from_yaml, hydra_entry, this_run, to_config, to_yaml
-from ghibli.mistakes import UserMistake
+from ghibli.mistakes import UserMistake, stop_at_once
 from ghibli.run_dir import RunDir, check_unchanged, now, provenance, write_text
 from ghibli.schema import Config
 
@@ -25,15 +25,17 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
     Returns:
         The objective of sweeps: the best share by which the held-out loss is below the base's.
     """
-    import torch
+    with stop_at_once():
+        import torch
+        import wandb  # noqa: F401  (dashboard would import it later)
 
-    from ghibli import base_model, dashboard, finish, lora
-    from ghibli.callbacks import describe
-    from ghibli.checkpoints import CleanStop, StopRequested
-    from ghibli.data import GhibliDataModule
-    from ghibli.module import GhibliModule
-    from ghibli.progress import console
-    from ghibli.trainer import make_trainer
+        from ghibli import base_model, dashboard, finish, lora
+        from ghibli.callbacks import describe
+        from ghibli.checkpoints import CleanStop, StopRequested
+        from ghibli.data import GhibliDataModule
+        from ghibli.module import GhibliModule
+        from ghibli.progress import console
+        from ghibli.trainer import make_trainer
 
     write_text(run_dir.config, to_yaml(config))
     run_dir.update_status(

@@ -2,8 +2,12 @@
 
 import difflib
 import errno
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,24 @@ def fail(message: str) -> None:
     """Prints the mistake as one line on stderr and leaves with exit code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Around imports: Ctrl-C leaves the process there and then; a library may swallow its exception."""
+
+    def leave(*_: Any) -> None:
+        os.write(2, b"stopped\n")
+        os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach only that one
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def one_line_mistakes(entry: Callable[[], Any]) -> Any:
