@@ -84,12 +84,19 @@ class DataConfig:
     min_side: int  # px; smaller pictures are skipped
     batch_size: int  # examples in one forward pass on one device
     accumulate: int  # forward passes in one optimiser step
+    epochs: int  # passes over the training pictures
     workers: int  # loader processes
 
     def __post_init__(self) -> None:
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
         require_choice("data.resize", self.resize, ("squash", "center_crop"))
-        for name, least in (("min_side", 1), ("batch_size", 1), ("accumulate", 1), ("workers", 0)):
+        for name, least in (
+            ("min_side", 1),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("epochs", 1),
+            ("workers", 0),
+        ):
             value = getattr(self, name)
             require(value >= least, f"data.{name}", value, f"at least {least}")
 

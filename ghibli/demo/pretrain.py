@@ -150,7 +150,7 @@ def train_unet(tokenizer, work: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("outputs/pretrain"))
-    parser.add_argument("--stages", default="clip,vae,unet,decoder", help="which, comma separated")
+    parser.add_argument("--stages", default="clip,vae,unet", help="which, comma separated")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch likes")
     settings = parser.parse_args()
     if settings.threads:
