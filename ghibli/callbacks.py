@@ -153,7 +153,7 @@ class SampleGrid(Callback):
     def title(self) -> str:
         sample = self.config.sample
         return (
-            f"{describe(self.config)}    {sample.num_inference_steps} steps, "
+            f"{describe(self.config)}\n{sample.num_inference_steps} steps, "
             f"seeds {sample.seed} to {sample.seed + len(sample.prompts) - 1}, same start noise in a block"
         )
 

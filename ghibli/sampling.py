@@ -153,12 +153,12 @@ def compose_grid(
     side = rows[0][1].shape[-1]
     tile = side if side >= 256 else 2 * side
     font, small = ImageFont.load_default(size=17), ImageFont.load_default(size=15)
-    gap, left, head, line = 6, 120, 78, 30
+    gap, left, head, line = 6, 120, 100, 30
     block = line + len(rows) * (tile + gap)
     width = left + len(cells) * (tile + gap) + gap
     grid = Image.new("RGB", (width, head + len(prompts) * block + gap), "white")
     draw = ImageDraw.Draw(grid)
-    draw.text((12, 12), title, fill="black", font=font)
+    draw.multiline_text((12, 12), title, fill="black", font=font, spacing=8)
     for column, cell in enumerate(cells):
         center = left + column * (tile + gap) + tile // 2
         draw.text((center, head - 18), cell.label, fill="black", font=small, anchor="mm")

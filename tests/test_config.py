@@ -70,7 +70,8 @@ def test_the_slides_settings_are_the_defaults() -> None:
     assert (settings.finetune, settings.seed, settings.resume) == ("lora", 0, None)
     demo = composed(*DEMO)
     assert (demo.lora, demo.loss, demo.sample) == (lora, settings.loss, settings.sample)
-    assert demo.trainer == settings.trainer | {"accumulate_grad_batches": 1}
+    own = {"accumulate_grad_batches": demo.data.accumulate, "max_epochs": demo.data.epochs}
+    assert demo.trainer == settings.trainer | own
 
 
 def test_experiment_slides_changes_nothing() -> None:
