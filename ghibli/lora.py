@@ -6,6 +6,7 @@
 Hu et al. 2021, "LoRA", section 4.1. PEFT builds the layers; here is which, how wide and in which file.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -139,8 +140,18 @@ def save_adapter(base: BaseModel, folder: Path) -> Path:
             metadata[f"{part}_lora_adapter_metadata"] = plain
     written = folder / "new"
     StableDiffusionPipeline.save_lora_weights(written, **layers, **metadata)
-    content = (written / ADAPTER_FILE).read_bytes()
+    content = with_sorted_metadata((written / ADAPTER_FILE).read_bytes())
     (written / ADAPTER_FILE).unlink()
     written.rmdir()
     write_atomically(folder / ADAPTER_FILE, lambda file: file.write(content))
     return folder / ADAPTER_FILE
+
+
+def with_sorted_metadata(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in order of the keys; the library's order is random."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
