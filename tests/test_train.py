@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from lightning.pytorch.callbacks import EarlyStopping
 from PIL import Image
 from safetensors.torch import load_file
+
+from ghibli.checkpoints import CleanStop
+from ghibli.run_dir import RunDir
+from ghibli.trainer import make_callbacks
 
 
 def metric_rows(folder: Path) -> list[dict[str, str]]:
@@ -70,17 +75,25 @@ def test_full_finetuning_writes_a_unet(train_py: Callable, tmp_path: Path, base:
     assert (after - before).abs().max() < 0.01
 
 
-def test_early_stopping_waits_for_its_patience(train_py: Callable, tmp_path: Path) -> None:
-    """At a learning rate that ruins the model the first epoch stays the best one."""
+def test_a_diverged_run_says_so(train_py: Callable, tmp_path: Path) -> None:
+    """A learning rate that ruins the model ends in one line that names it."""
     done = train_py(
-        "optimizer.lr=0.5", "trainer.max_epochs=9", "early_stopping.patience=2",
-        "sample.every_n_epochs=0", f"hydra.run.dir={tmp_path}",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    losses = [float(row["probe/val_loss"]) for row in metric_rows(tmp_path) if row["probe/val_loss"]]
-    best = losses.index(min(losses))
-    assert len(losses) == best + 3 < 9
-    assert json.loads((tmp_path / "status.json").read_text())["best_epoch"] == best + 1
+        "optimizer.lr=0.5", "trainer.max_epochs=9", "sample.every_n_epochs=0", f"hydra.run.dir={tmp_path}"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the run diverged")
+    assert "optimizer.lr was 0.5" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def test_early_stopping_watches_the_validation_loss(make_config: Callable, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    callbacks = make_callbacks(make_config(), run, CleanStop(run), 0)
+    (stopping,) = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
+    assert (stopping.monitor, stopping.mode, stopping.patience) == ("probe/val_loss", "min", 3)
+    none = make_callbacks(make_config("early_stopping.patience=null"), run, CleanStop(run), 0)
+    assert not [callback for callback in none if isinstance(callback, EarlyStopping)]
 
 
 @pytest.mark.parametrize("option", ["loss.snr_gamma=5", "loss.noise_offset=0.1", "data.flip=true"])
