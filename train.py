@@ -48,9 +48,9 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             base = base_model.load(config.model.path)
             if config.model.adapter is not None:
                 lora.merge(base, base_model.place_of(config.model.adapter), config.model.adapter_scale)
-            what = f"the base model.path={config.model.path}"
-            check_unchanged(run_dir, "base_hash", base_model.weights_hash(base), what)
             module = GhibliModule(config, base)
+            what = f"the base model.path={config.model.path}"
+            check_unchanged(run_dir, "base_hash", module.base_hash, what)
             data = GhibliDataModule(config, base, run_dir, module.num_train_timesteps)
             logger = dashboard.make_logger(config, run_dir, describe(config))
             trainer = make_trainer(config, run_dir, stop, logger, resumes)

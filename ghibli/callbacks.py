@@ -1,8 +1,5 @@
-"""What Lightning lacks to look at a run: exact metric rows, sample grids, plain words, status."""
+"""What Lightning lacks to look at a run: sample grids, the doctor, plain words, status."""
 
-import csv
-import io
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,93 +7,16 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
-from PIL import Image
 
+from ghibli import dashboard, doctor
 from ghibli.checkpoints import between_steps
+from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule
 from ghibli.progress import console, counted, make_bar
-from ghibli.run_dir import RunDir, now, write_atomically, write_text
+from ghibli.records import Records
+from ghibli.run_dir import RunDir, now, write_atomically
 from ghibli.sampling import cells_of, compose_grid, draw_cells
 from ghibli.schema import Config
-
-COLUMNS = (
-    "step", "epoch", "train/loss", "lr", "probe/val_loss", "probe/val_gain", "probe/val_gain_se",
-    "time/images_per_second",
-)  # fmt: skip
-
-
-class MetricsWriter(Callback):
-    """metrics.csv and the dashboard: one row every n optimiser steps, one after every validation.
-
-    A row's train/loss is the mean over all examples since the row before. The file is written
-    before every checkpoint, and a resumed run drops the rows after its checkpoint, so the rows
-    are those of a run that was never stopped.
-    """
-
-    def __init__(self, run: RunDir, resume_step: int = 0):
-        self.run = run
-        self.rows = [row for row in read_rows(run.metrics) if int(row["step"]) <= resume_step]
-        self.losses: torch.Tensor | float = 0.0
-        self.batches = 0
-        self.examples, self.since = 0, time.monotonic()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"losses": float(self.losses), "batches": self.batches}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.losses, self.batches = state_dict["losses"], state_dict["batches"]
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        self.examples, self.since = 0, time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.losses = self.losses + outputs["loss"].detach().double() * trainer.accumulate_grad_batches
-        self.batches += 1
-        self.examples += len(batch["example"]) * trainer.world_size
-        if between_steps(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0:
-            self.write_train_row(trainer)
-
-    def write_train_row(self, trainer: L.Trainer) -> None:
-        loss = torch.as_tensor(self.losses / self.batches, device=trainer.strategy.root_device)
-        loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        speed = self.examples / (time.monotonic() - self.since)
-        row = {"train/loss": float(loss), "lr": trainer.optimizers[0].param_groups[0]["lr"]}
-        self.add(trainer, row | {"time/images_per_second": round(speed, 2)})
-        self.losses, self.batches = 0.0, 0
-        self.examples, self.since = 0, time.monotonic()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        names = [name for name in COLUMNS if name.startswith("probe/")]
-        self.add(trainer, {name: float(trainer.callback_metrics[name]) for name in names})
-        self.flush(trainer)
-        self.since = time.monotonic()
-
-    def add(self, trainer: L.Trainer, values: dict[str, float]) -> None:
-        self.rows.append({"step": trainer.global_step, "epoch": trainer.current_epoch} | values)
-        for logger in trainer.loggers:
-            logger.log_metrics(values | {"epoch": trainer.current_epoch}, step=trainer.global_step)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
-        self.flush(trainer)
-
-    def flush(self, trainer: L.Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.run.metrics, text.getvalue())
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, every value as its text; empty when there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 class SampleGrid(Callback):
@@ -129,7 +49,7 @@ class SampleGrid(Callback):
         write_atomically(path, lambda file: grid.save(file, format="PNG"))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                log_grid(logger, grid, label, trainer.global_step)
+                dashboard.log_grid(logger, grid, label, trainer.global_step)
         return path
 
     def draw(self, trainer: L.Trainer, pl_module: GhibliModule, label: str) -> torch.Tensor:
@@ -158,11 +78,6 @@ class SampleGrid(Callback):
         )
 
 
-def log_grid(logger: WandbLogger, grid: Image.Image, caption: str, step: int) -> None:
-    """Sends a grid to the dashboard."""
-    logger.log_image("samples", [grid], step=step, caption=[caption])
-
-
 def describe(config: Config) -> str:
     """A run's settings in a few words: `lora rank 32, guidance 1, lr 0.0005`."""
     what = {"lora": f"LoRA rank {config.lora.rank}", "full": "full fine-tuning", "none": "base"}
@@ -172,31 +87,105 @@ def describe(config: Config) -> str:
     return ", ".join(words)
 
 
+class Doctor(Callback):
+    """Looks at a run before it starts, before every optimiser step and after every epoch, and speaks up.
+
+    Each finding is said once: in the terminal, in status.json, as an alert of the dashboard.
+    """
+
+    def __init__(self, config: Config, run: RunDir):
+        self.config, self.run = config, run
+        self.findings: list[doctor.Finding] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        found = doctor.at_the_start(
+            self.config, pl_module.alphas_cumprod, pl_module.base_alphas_cumprod, pl_module.trainable.values()
+        )
+        self.report(trainer, found)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: GhibliModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Stops before an update that would destroy the weights; fp16's scaler skips those by itself."""
+        if str(trainer.precision) == "16-mixed":
+            return
+        gradients = [p.grad for p in pl_module.trainable.values() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise UserMistake(self.not_finite(trainer, pl_module))
+
+    def not_finite(self, trainer: L.Trainer, pl_module: GhibliModule) -> str:
+        names = [name for examples in pl_module.seen for name in examples.names]
+        timesteps = torch.cat([examples.timesteps for examples in pl_module.seen]).tolist()
+        losses = torch.cat([examples.losses for examples in pl_module.seen]).tolist()
+        text = doctor.not_finite(names, timesteps, losses, trainer.global_step, self.config.optimizer.lr)
+        self.report(trainer, [doctor.Finding("not finite", text)], say=False)
+        return text
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if between_steps(trainer, batch_idx):
+            pl_module.seen.clear()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.report(trainer, doctor.after_epoch(pl_module.history, self.config))
+
+    def report(self, trainer: L.Trainer, found: list[doctor.Finding], say: bool = True) -> None:
+        """Tells what has not been told before."""
+        known = {finding.name for finding in self.findings}
+        new = [finding for finding in found if finding.name not in known]
+        self.findings += new
+        if not trainer.is_global_zero:
+            return
+        self.run.update_status(findings=[vars(finding) for finding in self.findings])
+        for finding in new:
+            if say:
+                console.print(f"doctor: {finding.name}: {finding.text}", style="yellow")
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    dashboard.alert(logger, finding.name, finding.text)
+
+
 class Narrator(Callback):
     """The terminal: one bar over the whole run with loss and time left, one line an epoch."""
 
-    def __init__(self, metrics: MetricsWriter):
-        self.metrics, self.bar = metrics, None
+    def __init__(self, records: Records):
+        self.records, self.bar = records, None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        if trainer.is_global_zero and trainer.global_step == 0:
+            self.say_start(pl_module)
         self.bar = make_bar()
         self.bar.start()
         total = int(trainer.estimated_stepping_batches)
         self.task = self.bar.add_task("training", total=total, completed=trainer.global_step, note="")
 
+    def say_start(self, pl_module: GhibliModule) -> None:
+        """Where a guided training starts; at guidance 1 that is the base itself, and zero."""
+        guidance = pl_module.config.loss.guidance
+        if guidance == 1:
+            return
+        start = pl_module.history[0]
+        console.print(
+            f"start    at guidance {guidance:g} the untouched base scores {start.val.mean():.2f}, at 1 "
+            f"{start.base_val.mean():.2f}: guided, it is no predictor of the noise, so the gain starts at "
+            f"{100 * start.val_gain.value:.0f} %"
+        )
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        last = next((row for row in reversed(self.metrics.rows) if row.get("train/loss")), None)
         note = f"epoch {trainer.current_epoch + 1}"
-        if last:
-            note += f"  loss {float(last['train/loss']):.4f}"
+        if self.records.rows:
+            note += f"  loss {float(self.records.rows[-1]['train/loss']):.4f}"
         self.bar.update(self.task, completed=trainer.global_step, note=note)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or len(pl_module.history) < 2:
             return
-        console.print(f"epoch {trainer.current_epoch + 1}  {pl_module.gain}")
+        probe = pl_module.history[-1]
+        train = f"(train {100 * probe.train_gain.value:.1f} %)"
+        console.print(f"epoch {len(pl_module.history) - 1}  {probe.val_gain} {train}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         self.bar.refresh()
@@ -217,7 +206,7 @@ class StatusWriter(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
         if trainer.is_global_zero:
-            gain = pl_module.gain
+            gain = pl_module.history[-1].val_gain if len(pl_module.history) > 1 else None
             self.run.update_status(
                 step=trainer.global_step, epoch=trainer.current_epoch, updated=now(),
                 gain=gain.value if gain else None, gain_se=gain.standard_error if gain else None,

@@ -5,11 +5,13 @@ import os
 from dataclasses import asdict
 
 from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
 
 from ghibli.mistakes import UserMistake
 from ghibli.progress import console
 from ghibli.run_dir import RunDir
 from ghibli.schema import Config
+from ghibli.validation import Gain
 
 START_SECONDS = 10  # an unreachable server is given up after this
 
@@ -81,6 +83,26 @@ def how_to_look(run: RunDir, logger: WandbLogger) -> str:
         return f"W&B      {logger.experiment.url}"
     folder = os.path.relpath(run.path / "wandb" / "latest-run")
     return f"W&B      wandb beta leet {folder}\n         wandb sync {folder}   (once logged in)"
+
+
+def log_grid(logger: WandbLogger, grid: Image.Image, caption: str, step: int) -> None:
+    """Sends a picture grid."""
+    logger.log_image("samples", [grid], step=step, caption=[caption])
+
+
+def log_gain_by_timestep(logger: WandbLogger, gains: dict[str, Gain], step: int) -> None:
+    """Sends the gain at each part of the timesteps as a bar chart."""
+    import wandb
+
+    rows = [[part, gain.value, gain.standard_error] for part, gain in gains.items()]
+    table = wandb.Table(columns=["timesteps", "gain", "standard error"], data=rows)
+    chart = wandb.plot.bar(table, "timesteps", "gain", title="held-out gain by timestep")
+    logger.experiment.log({"probe/gain_by_timestep": chart, "trainer/global_step": step})
+
+
+def alert(logger: WandbLogger, name: str, text: str) -> None:
+    """Sends a finding of the doctor as an alert."""
+    logger.experiment.alert(title=name, text=text, level="WARN")
 
 
 def first_words(error: Exception) -> str:

@@ -14,10 +14,18 @@ from ghibli.captions import CaptionedPicture, PictureFolder, read_folder, summar
 from ghibli.latents import Moments, encode
 from ghibli.mistakes import UserMistake
 from ghibli.progress import console, counted
-from ghibli.randomness import Stream, chance, epoch_order, hash_fraction, normal, timestep
+from ghibli.randomness import (
+    Stream,
+    chance,
+    epoch_order,
+    hash_fraction,
+    independent_timestep,
+    normal,
+    timestep,
+)
 from ghibli.run_dir import RunDir, check_unchanged, write_json
 from ghibli.schema import Config
-from ghibli.validation import make_chunks
+from ghibli.validation import make_items
 
 
 def split_by_content(
@@ -33,6 +41,11 @@ def split_by_content(
     train = [p for p in pictures if p.content_hash not in held_out]
     val = [p for p in pictures if p.content_hash in held_out]
     return train, val
+
+
+def first_by_content(pictures: list[CaptionedPicture], count: int) -> list[CaptionedPicture]:
+    """The `count` pictures with the lowest content hash: a fixed part, whatever the folder's order."""
+    return sorted(pictures, key=lambda p: p.content_hash)[:count]
 
 
 class TrainExamples(Dataset):
@@ -54,6 +67,7 @@ class TrainExamples(Dataset):
         self.moments, self.mirrored = moments, mirrored
         self.input_ids, self.empty_ids, self.names = input_ids, empty_ids, names
         self.seed, self.loss = config.seed, config.loss
+        self.timestep = {"spread": timestep, "independent": independent_timestep}[config.loss.timesteps]
         self.examples_per_epoch = examples_per_epoch
         self.num_train_timesteps = num_train_timesteps
         self.scaling_factor = scaling_factor
@@ -84,7 +98,7 @@ class TrainExamples(Dataset):
         return {
             "latents": moments.sample(picture, posterior_noise, self.scaling_factor),
             "noise": noise,
-            "timesteps": torch.tensor(timestep(example, self.num_train_timesteps, seed)),
+            "timesteps": torch.tensor(self.timestep(example, self.num_train_timesteps, seed)),
             "input_ids": self.empty_ids if dropped else self.input_ids[picture],
             "example": example,
             "name": self.names[picture],
@@ -159,10 +173,12 @@ class GhibliDataModule(L.LightningDataModule):
         if folder.unusable and self.trainer.is_global_zero:
             console.print(f"pictures: {summarise(folder.unusable)}", style="yellow")
         self.train_pictures, val = split_by_content(folder.pictures, data.val_fraction)
-        by_hash = sorted(val, key=lambda p: p.content_hash)
-        self.val_pictures = by_hash[: self.config.validation.max_pictures]
         if not self.train_pictures:
             raise UserMistake(f"data.root={data.root}: every picture is the same file; add others")
+        self.val_pictures = first_by_content(val, self.config.validation.max_pictures)
+        self.probe_pictures = self.val_pictures + first_by_content(
+            self.train_pictures, len(self.val_pictures)
+        )
         if self.trainer.is_global_zero:
             self._write_split(folder, val)
         self._encode()
@@ -191,7 +207,8 @@ class GhibliDataModule(L.LightningDataModule):
         self.base.vae.to(self.trainer.strategy.root_device)
         with counted("encoding the pictures") as on_progress:
             moments = encode(self.base, paths, on_progress=on_progress, **size)
-        self.moments, self.val_moments = _divide(moments, len(self.train_pictures))
+        count = len(self.train_pictures)
+        self.moments = Moments(moments.mean[:count], moments.logvar[:count])
         self.mirrored = None
         if self.config.data.flip:
             train = paths[: len(self.train_pictures)]
@@ -199,7 +216,13 @@ class GhibliDataModule(L.LightningDataModule):
                 self.mirrored = encode(self.base, train, mirrored=True, on_progress=on_progress, **size)
         input_ids = self.base.tokenize([p.caption for p in pictures])
         self.input_ids = input_ids[: len(self.train_pictures)]
-        self.val_input_ids = input_ids[len(self.train_pictures) :]
+        rows = [pictures.index(picture) for picture in self.probe_pictures]
+        self.probe_batches = make_items(
+            self.probe_pictures, Moments(moments.mean[rows], moments.logvar[rows]), input_ids[rows],
+            items_per_picture=self.config.validation.items_per_picture,
+            num_train_timesteps=self.num_train_timesteps,
+            scaling_factor=self.base.vae.config.scaling_factor,
+        )  # fmt: skip
 
     def steps_per_epoch(self, accumulate: int, world_size: int) -> int:
         """Optimiser steps in an epoch: floor(N / global batch), the remainder dropped.
@@ -239,17 +262,5 @@ class GhibliDataModule(L.LightningDataModule):
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:
-        """The fixed items of the held-out pictures; every device scores all of them."""
-        chunks = make_chunks(
-            self.val_pictures, self.val_moments, self.val_input_ids,
-            items_per_picture=self.config.validation.items_per_picture,
-            chunk=self.config.validation.chunk,
-            num_train_timesteps=self.num_train_timesteps,
-            scaling_factor=self.base.vae.config.scaling_factor,
-        )  # fmt: skip
-        return DataLoader(chunks, batch_size=None)
-
-
-def _divide(moments: Moments, count: int) -> tuple[Moments, Moments]:
-    first = Moments(moments.mean[:count], moments.logvar[:count])
-    return first, Moments(moments.mean[count:], moments.logvar[count:])
+        """The probe: a batch for each held-out picture, then the training ones; every device scores all."""
+        return DataLoader(self.probe_batches, batch_size=None)

@@ -54,6 +54,30 @@ def guided_noise(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float
     return uncond + guidance_scale * (cond - uncond)
 
 
+def predict_branches(
+    unet: Unet,
+    noisy_latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(uncond, cond), each (B, C, H, W): one call on 2 B, the unconditional half first.
+
+    Without negative_prompt_embeds one call on B, and uncond is None.
+
+    Args:
+        prompt_embeds, negative_prompt_embeds: (B, L, D).
+    """
+    if negative_prompt_embeds is None:
+        return None, unet(noisy_latents, timesteps, prompt_embeds)
+    both = unet(
+        torch.cat([noisy_latents, noisy_latents]),
+        torch.cat([timesteps, timesteps]),
+        torch.cat([negative_prompt_embeds, prompt_embeds]),
+    )
+    return both.chunk(2)
+
+
 def predict_noise(
     unet: Unet,
     noisy_latents: torch.Tensor,
@@ -64,21 +88,14 @@ def predict_noise(
 ) -> torch.Tensor:
     """The UNet's guided prediction (B, C, H, W).
 
-    Guidance 1 is one call on B examples; otherwise one call on 2 B, the unconditional half first.
-    Gradients, when enabled, flow through both halves.
+    Guidance 1 skips the unconditional branch. Gradients, when enabled, flow through both.
 
     Args:
         prompt_embeds, negative_prompt_embeds: (B, L, D); the second is unused at guidance 1.
     """
-    if guidance_scale == 1:
-        return unet(noisy_latents, timesteps, prompt_embeds)
-    both = unet(
-        torch.cat([noisy_latents, noisy_latents]),
-        torch.cat([timesteps, timesteps]),
-        torch.cat([negative_prompt_embeds, prompt_embeds]),
-    )
-    uncond, cond = both.chunk(2)
-    return guided_noise(uncond, cond, guidance_scale)
+    negative = None if guidance_scale == 1 else negative_prompt_embeds
+    uncond, cond = predict_branches(unet, noisy_latents, timesteps, prompt_embeds, negative)
+    return cond if uncond is None else guided_noise(uncond, cond, guidance_scale)
 
 
 def denoising_losses(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

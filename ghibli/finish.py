@@ -8,10 +8,11 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from ghibli import dashboard, lora
-from ghibli.callbacks import SampleGrid, describe, read_rows
+from ghibli.callbacks import Doctor, SampleGrid, describe
 from ghibli.checkpoints import StopRequested
 from ghibli.module import GhibliModule
 from ghibli.progress import console
+from ghibli.records import read_rows
 from ghibli.run_dir import RunDir, now
 from ghibli.schema import Config
 from ghibli.validation import Gain
@@ -33,11 +34,13 @@ def finish(
     grid_drawer = next(c for c in trainer.callbacks if isinstance(c, SampleGrid))
     best = best_row(run)
     gain = Gain(float(best["probe/val_gain"]), float(best["probe/val_gain_se"]))
-    best_epoch = int(best["epoch"]) + 1
+    best_epoch = int(best["epoch"])
     lines = [f"trained  {describe(config)}, {trainer.global_step} steps, {trainer.current_epoch} epochs"]
     if config.finetune == "none":
         lines = ["measured the untouched base (finetune=none): nothing was trained"]
     else:
+        if config.finetune == "lora":
+            lora.save_adapter(module.base, run.last_adapter)
         load_weights(module, run.best_checkpoint)
         lines.append(f"gain     {gain}, after epoch {best_epoch}")
     label = {"lora": "adapter", "full": "fine-tuned", "none": "base"}[config.finetune]
@@ -56,14 +59,17 @@ def finish(
     if logger is not None:
         logger.experiment.summary.update({"best/val_gain": gain.value, "best/epoch": best_epoch})
         lines.append(dashboard.how_to_look(run, logger))
+    findings = next(c for c in trainer.callbacks if isinstance(c, Doctor)).findings
+    lines.append(f"doctor   {', '.join(f.name for f in findings) or 'nothing to report'}")
     console.print("\n".join(["", *lines, f"next     {next_command(config)}"]))
     return gain.value
 
 
 def best_row(run: RunDir) -> dict[str, str]:
-    """The row of metrics.csv with the lowest validation loss."""
-    scored = [row for row in read_rows(run.metrics) if row["probe/val_loss"]]
-    return min(scored, key=lambda row: float(row["probe/val_loss"]))
+    """The row of probe.csv with the highest gain after an epoch; of the base when nothing was trained."""
+    rows = read_rows(run.probe)
+    trained = [row for row in rows if int(row["epoch"]) > 0]
+    return max(trained or rows, key=lambda row: float(row["probe/val_gain"]))
 
 
 def load_weights(module: GhibliModule, checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from ghibli.base_model import BaseModel
 from ghibli.captions import open_picture
+from ghibli.mistakes import UserMistake
 
 CHUNK = 8  # pictures encoded at once; always the same, so a picture's code never depends on others
 
@@ -71,6 +72,9 @@ def encode(
         if mirrored:
             pixel_values = pixel_values.flip(-1)
         posterior = base.vae.encode(pixel_values.to(device)).latent_dist
+        for path, mean in zip(paths[start : start + CHUNK], posterior.mean, strict=False):
+            if not mean.isfinite().all():
+                raise UserMistake(f"{path}: the VAE makes no finite latents of it; take this picture out")
         means.append(posterior.mean[: len(chunk)].cpu())
         logvars.append(posterior.logvar[: len(chunk)].cpu())
         on_progress(min(start + CHUNK, len(paths)), len(paths))

@@ -1,26 +1,39 @@
 """GhibliModule: wires base, adapter and loss for Lightning. No maths of its own."""
 
+import hashlib
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 
 from ghibli import lora
-from ghibli.base_model import BaseModel
+from ghibli.base_model import BaseModel, weights_hash
+from ghibli.base_scores import cached_scores
 from ghibli.diffusion import (
     add_noise,
     denoising_losses,
+    guided_noise,
     linear_betas,
     min_snr_weights,
-    predict_noise,
+    predict_branches,
     velocity,
 )
 from ghibli.mistakes import UserMistake
+from ghibli.progress import counted
 from ghibli.randomness import Stream, seed_global_rng
 from ghibli.sampling import make_scheduler
 from ghibli.schema import Config
-from ghibli.validation import Gain, paired_gain, require_finite
+from ghibli.validation import Probe, expected_losses, significant_best
+
+
+class Examples(NamedTuple):
+    """One forward pass of training: which pictures, at which timesteps, with which losses (B,)."""
+
+    names: list[str]
+    timesteps: torch.Tensor
+    losses: torch.Tensor
 
 
 class GhibliModule(L.LightningModule):
@@ -36,8 +49,11 @@ class GhibliModule(L.LightningModule):
     def __init__(self, config: Config, base: BaseModel):
         super().__init__()
         self.config, self.base = config, base
+        self.base_hash = weights_hash(base)
         self.unet, self.text_encoder = base.unet, base.text_encoder
-        self.register_buffer("alphas_cumprod", training_schedule(config, base), persistent=False)
+        own = make_scheduler("ddpm", base).alphas_cumprod
+        self.register_buffer("base_alphas_cumprod", own, persistent=False)
+        self.register_buffer("alphas_cumprod", training_schedule(config, own), persistent=False)
         self.register_buffer("empty_ids", base.tokenize([""]), persistent=False)
         if config.finetune == "lora":
             options = vars(config.lora)
@@ -45,26 +61,42 @@ class GhibliModule(L.LightningModule):
         elif config.finetune == "full":
             lora.unfreeze_unet(base)
         self.trainable = lora.trainable(base)
-        self.base_losses: torch.Tensor | None = None  # (P, K) of the untouched base at guidance 1
-        self.gain: Gain | None = None  # of the last validation
-        self._val_losses: list[torch.Tensor] = []
+        self.history: list[Probe] = []  # of the untouched model, then after every epoch
+        self.seen: list[Examples] = []  # since the last optimiser step
+        self._scores: list[torch.Tensor] = []
 
     @property
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
-    def losses(self, batch: dict[str, Any], guidance_scale: float) -> torch.Tensor:
-        """The denoising loss of each example, (B,) float32, at this guidance."""
+    def branches(
+        self, batch: dict[str, Any], guidance_scale: float, alphas_cumprod: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """(uncond or None at guidance 1, cond, target), each (B, C, H, W)."""
         latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
-        noisy_latents = add_noise(latents, noise, timesteps, self.alphas_cumprod)
+        noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
         prompt_embeds, negative_prompt_embeds = self.embed(batch["input_ids"], guidance_scale)
-        noise_pred = predict_noise(
+        uncond, cond = predict_branches(
             lambda *inputs: self.unet(*inputs, return_dict=False)[0],
-            noisy_latents, timesteps, prompt_embeds, negative_prompt_embeds, guidance_scale,
+            noisy_latents, timesteps, prompt_embeds, negative_prompt_embeds,
         )  # fmt: skip
         if self.base.prediction_type == "epsilon":
-            return denoising_losses(noise_pred, noise)
-        return denoising_losses(noise_pred, velocity(latents, noise, timesteps, self.alphas_cumprod))
+            return uncond, cond, noise
+        return uncond, cond, velocity(latents, noise, timesteps, alphas_cumprod)
+
+    def losses(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The training loss of each example before any weighting, (B,) float32."""
+        guidance = self.config.loss.guidance
+        uncond, cond, target = self.branches(batch, guidance, self.alphas_cumprod)
+        return denoising_losses(cond if uncond is None else guided_noise(uncond, cond, guidance), target)
+
+    def scores(self, batch: dict[str, Any], guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+        """Losses of a probe batch, (2, K): at this guidance, and of the conditional branch alone."""
+        uncond, cond, target = self.branches(batch, guidance, alphas_cumprod)
+        alone = denoising_losses(cond, target)
+        if uncond is None:
+            return torch.stack([alone, alone])
+        return torch.stack([denoising_losses(guided_noise(uncond, cond, guidance), target), alone])
 
     def embed(
         self, input_ids: torch.Tensor, guidance_scale: float
@@ -80,51 +112,79 @@ class GhibliModule(L.LightningModule):
         self.unet.train()
         self.text_encoder.train()
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        """The mean loss of the batch at the training guidance."""
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
+        """The batch's mean loss, and what the base is expected to score at its timesteps."""
         seed_global_rng(Stream.DROPOUT, self.config.seed, batch["example"][0])
-        losses = self.losses(batch, self.config.loss.guidance)
-        gamma = self.config.loss.snr_gamma
+        losses = self.losses(batch)
+        self.seen.append(Examples(batch["name"], batch["timesteps"], losses.detach()))
+        weighted, gamma = losses, self.config.loss.snr_gamma
         if gamma is not None:
-            losses = losses * min_snr_weights(
+            weighted = losses * min_snr_weights(
                 batch["timesteps"], self.alphas_cumprod, gamma, self.base.prediction_type
             )
-        return losses.mean()
+        expected = self.expected.to(losses.device)[batch["timesteps"]].mean()
+        return {"loss": weighted.mean(), "plain": losses.detach().mean(), "expected": expected}
 
     def on_validation_epoch_start(self) -> None:
-        self._val_losses = []
+        self._scores = []
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._val_losses.append(self.losses(batch, self.config.loss.guidance))
+        self._scores.append(self.scores(batch, self.config.loss.guidance, self.base_alphas_cumprod))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs probe/val_loss and the paired gain over the base with its standard error."""
-        losses = self.by_picture(self._val_losses)
-        require_finite(losses, self.current_epoch, self.config.optimizer.lr)
-        self.gain = paired_gain(losses, self.base_losses)
-        self.log("probe/val_loss", losses.mean(), logger=False)
-        self.log("probe/val_gain", self.gain.value, logger=False)
-        self.log("probe/val_gain_se", self.gain.standard_error, logger=False)
+        """Adds a Probe to the history and logs what stops early and chooses the best epoch."""
+        probe = self.probe(torch.stack(self._scores).cpu())
+        probe.require_finite(len(self.history), self.config.optimizer.lr)
+        self.history.append(probe)
+        self.log("probe/val_gain", probe.val_gain.value, logger=False)
+        self.log("probe/significant_best", significant_best(self.history).value, logger=False)
 
     @torch.no_grad()
     def setup(self, stage: str) -> None:
-        """Scores the still untouched base at guidance 1: the reference of all later gains.
+        """Scores the still untouched base, or reads that from the cache: the reference of all gains.
 
         Lightning calls this before it restores a checkpoint, so a resumed run scores the same.
         """
         self.to(self.trainer.strategy.root_device)
         self.eval()
-        batches = (
-            self.transfer_batch_to_device(b, self.device, 0) for b in self.trainer.datamodule.val_dataloader()
-        )
-        with self.trainer.precision_plugin.forward_context():
-            self.base_losses = self.by_picture([self.losses(batch, 1) for batch in batches])
+        guidance, own = self.config.loss.guidance, self.base_alphas_cumprod
+        self.base_losses = self.score_base(1, own)[:, 0]
+        self.start_scores = self.score_base(guidance, own)
+        on_training_schedule = self.score_base(guidance, self.alphas_cumprod)[:, 0]
+        timesteps = torch.cat([batch["timesteps"] for batch in self.trainer.datamodule.probe_batches])
+        self.expected = expected_losses(timesteps, on_training_schedule.flatten(), self.num_train_timesteps)
+        if stage == "fit":
+            self.history = [self.probe(self.start_scores)]
 
-    def by_picture(self, losses: list[torch.Tensor]) -> torch.Tensor:
-        """The probe's chunks of losses as (P, K) on the CPU, the filling of the last chunk cut off."""
-        items = self.config.validation.items_per_picture
-        pictures = len(self.trainer.datamodule.val_pictures)
-        return torch.cat(losses).cpu()[: pictures * items].view(pictures, items)
+    def score_base(self, guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+        """The base's scores on the whole probe, (P + Q, 2, K), from the cache where they are known."""
+        data, trainer = self.trainer.datamodule, self.trainer
+        settings = {
+            "version": 1,  # to be raised when the probe's items or the scoring change
+            "base": self.base_hash, "guidance": guidance, "resolution": self.config.model.resolution,
+            "resize": self.config.data.resize, "items": self.config.validation.items_per_picture,
+            "schedule": hashlib.sha256(alphas_cumprod.cpu().numpy().tobytes()).hexdigest()[:16],
+            "precision": str(trainer.precision), "device": self.device.type,
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+        }  # fmt: skip
+        folder = Path(self.config.cache_dir) / "base_scores"
+        with counted("scoring the base") as on_progress, trainer.precision_plugin.forward_context():
+
+            def score(index: int) -> torch.Tensor:
+                batch = self.transfer_batch_to_device(data.probe_batches[index], self.device, 0)
+                scores = self.scores(batch, guidance, alphas_cumprod)
+                on_progress(index + 1, len(data.probe_batches))
+                return scores
+
+            return cached_scores(folder, settings, data.probe_pictures, score)
+
+    def probe(self, scores: torch.Tensor) -> Probe:
+        """Scores of the whole probe, (P + Q, 2, K), beside the base's."""
+        held_out = len(self.trainer.datamodule.val_pictures)
+        return Probe(
+            val=scores[:held_out, 0], val_g1=scores[:held_out, 1], train=scores[held_out:, 0],
+            base_val=self.base_losses[:held_out], base_train=self.base_losses[held_out:],
+        )  # fmt: skip
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the trainable weights; the learning rate is a pure function of the step."""
@@ -148,8 +208,9 @@ class GhibliModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trainable weights only."""
+        """Keeps the trainable weights only, and the probe's history."""
         checkpoint["state_dict"] = {name: value.detach() for name, value in self.trainable.items()}
+        checkpoint["probe"] = [vars(probe) for probe in self.history]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of other trainable weights: loading it would change nothing."""
@@ -160,11 +221,11 @@ class GhibliModule(L.LightningModule):
                 f"the checkpoint does not fit this run: {len(different)} weights differ, "
                 f"the first is {different[0]}"
             )
+        self.history = [Probe(**stored) for stored in checkpoint["probe"]]
 
 
-def training_schedule(config: Config, base: BaseModel) -> torch.Tensor:
+def training_schedule(config: Config, own: torch.Tensor) -> torch.Tensor:
     """alphas_cumprod (T,) of training: the base's own, or the slides' linear betas on purpose."""
-    own = make_scheduler("ddpm", base).alphas_cumprod
     if config.loss.noise_schedule == "base":
         return own
     return torch.cumprod(1 - linear_betas(len(own)), dim=0)

@@ -60,6 +60,14 @@ def timestep(example: int, num_train_timesteps: int, seed: int) -> int:
     return fraction * num_train_timesteps >> 64
 
 
+def independent_timestep(example: int, num_train_timesteps: int, seed: int) -> int:
+    """A timestep drawn for this running example number alone: 0 .. num_train_timesteps-1.
+
+    What most trainers do; the mean loss of an epoch then wanders far more.
+    """
+    return int(rng(Stream.TIMESTEP, seed, example).integers(num_train_timesteps))
+
+
 def seed_global_rng(stream: Stream, *key: int) -> None:
     """Sets torch's global generators from the key, for what only reads those: dropout, initial A."""
     torch.manual_seed(int(rng(stream, *key).integers(2**63)))

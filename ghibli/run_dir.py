@@ -76,6 +76,10 @@ class RunDir:
         return self.path / "metrics.csv"
 
     @property
+    def probe(self) -> Path:
+        return self.path / "probe.csv"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -89,7 +93,13 @@ class RunDir:
 
     @property
     def adapter(self) -> Path:
+        """The adapter of the best epoch."""
         return self.path / "adapter"
+
+    @property
+    def last_adapter(self) -> Path:
+        """The adapter as training left it."""
+        return self.path / "adapter_last"
 
     @property
     def unet(self) -> Path:

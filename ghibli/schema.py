@@ -16,7 +16,7 @@ RESERVED_TRAINER_FLAGS = {
 VALIDATION_FLAGS = {
     "barebones", "check_val_every_n_epoch", "fast_dev_run", "limit_val_batches", "overfit_batches",
 }  # fmt: skip
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("auto", "auto-16", "32-true", "bf16-mixed", "16-mixed")
 
 
 def require(ok: bool, key: str, value: Any, accepted: str) -> None:
@@ -127,6 +127,7 @@ class LossConfig:
     snr_gamma: float | None  # Min-SNR weight
     noise_offset: float  # noise shared by all pixels of a channel
     noise_schedule: str  # base or linear
+    timesteps: str  # spread or independent
 
     def __post_init__(self) -> None:
         require(
@@ -147,6 +148,7 @@ class LossConfig:
         )
         require(0 <= self.noise_offset <= 1, "loss.noise_offset", self.noise_offset, "from 0 to 1")
         require_choice("loss.noise_schedule", self.noise_schedule, ("base", "linear"))
+        require_choice("loss.timesteps", self.timesteps, ("spread", "independent"))
 
 
 @dataclass
@@ -177,11 +179,10 @@ class ValidationConfig:
     """The fixed items that are scored every epoch."""
 
     items_per_picture: int  # fixed (timestep, noise) pairs
-    max_pictures: int  # held-out pictures that are scored
-    chunk: int  # items in one forward pass
+    max_pictures: int  # held-out pictures that are scored, and as many training pictures
 
     def __post_init__(self) -> None:
-        for name in ("items_per_picture", "max_pictures", "chunk"):
+        for name in ("items_per_picture", "max_pictures"):
             require(getattr(self, name) >= 1, f"validation.{name}", getattr(self, name), "at least 1")
 
 
@@ -189,9 +190,11 @@ class ValidationConfig:
 class EarlyStoppingConfig:
     """When to stop without progress."""
 
-    patience: int | None  # epochs without a better validation loss
+    patience: int | None  # epochs without an improvement
+    watch: str  # probe or train_loss
 
     def __post_init__(self) -> None:
+        require_choice("early_stopping.watch", self.watch, ("probe", "train_loss"))
         ok = self.patience is None or self.patience >= 1
         require(ok, "early_stopping.patience", self.patience, "at least 1, or null for never")
 

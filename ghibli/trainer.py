@@ -9,11 +9,17 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
-from ghibli.callbacks import MetricsWriter, Narrator, SampleGrid, StatusWriter
+from ghibli.callbacks import Doctor, Narrator, SampleGrid, StatusWriter
 from ghibli.checkpoints import CleanStop, StepCheckpoint, WholeCheckpoints
 from ghibli.mistakes import UserMistake, did_you_mean
+from ghibli.records import Records
 from ghibli.run_dir import RunDir
 from ghibli.schema import Config
+
+WATCHED = {  # early_stopping.watch -> what is logged, and which way is better
+    "probe": ("probe/significant_best", "max"),
+    "train_loss": ("train/epoch_loss", "min"),
+}
 
 
 def make_trainer(
@@ -30,7 +36,7 @@ def make_trainer(
     for name in set(flags) - known:
         raise UserMistake(f"trainer.{name} is no flag of lightning.Trainer{did_you_mean(name, known)}")
     flags["precision"] = choose_precision(str(flags["precision"]), str(flags["accelerator"]))
-    resume_step = checkpoint_step(run) if resumes else 0
+    resume_step = checkpoint_step(run) if resumes else None
     try:
         return L.Trainer(
             **flags,
@@ -47,29 +53,28 @@ def make_trainer(
         raise UserMistake(f"trainer: Lightning refuses these flags: {error}") from error
 
 
-def make_callbacks(config: Config, run: RunDir, stop: CleanStop, resume_step: int) -> list[Callback]:
+def make_callbacks(config: Config, run: RunDir, stop: CleanStop, resume_step: int | None) -> list[Callback]:
     """All callbacks; Lightning runs the checkpoints last, so they see what the others did."""
-    metrics = MetricsWriter(run, resume_step)
-    callbacks = [metrics, SampleGrid(config, run), StatusWriter(run), Narrator(metrics), stop]
+    records = Records(run, resume_step)
+    callbacks = [
+        records, SampleGrid(config, run), StatusWriter(run), Narrator(records), Doctor(config, run), stop,
+    ]  # fmt: skip
     if config.finetune == "none":
         return callbacks
     if config.early_stopping.patience is not None:
-        callbacks.append(
-            EarlyStopping(
-                "probe/val_loss",
-                patience=config.early_stopping.patience,
-                check_on_train_epoch_end=True,
-            )
-        )
-    common = {"dirpath": run.checkpoints, "enable_version_counter": False}
-    best = ModelCheckpoint(monitor="probe/val_loss", filename="best", save_on_train_epoch_end=True, **common)
-    epoch = ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common)
+        monitor, mode = WATCHED[config.early_stopping.watch]
+        patience = config.early_stopping.patience
+        callbacks.append(EarlyStopping(monitor, mode=mode, patience=patience, check_on_train_epoch_end=True))
+    common = {"dirpath": run.checkpoints, "enable_version_counter": False, "save_on_train_epoch_end": True}
+    best = ModelCheckpoint(monitor="probe/val_gain", mode="max", filename="best", **common)
+    epoch = ModelCheckpoint(filename="last", every_n_epochs=1, **common)
+    common["save_on_train_epoch_end"] = None
     step = StepCheckpoint(filename="last", every_n_train_steps=config.checkpoint.every_n_steps, **common)
     return [*callbacks, best, epoch, step]
 
 
 def choose_precision(wanted: str, accelerator: str) -> str:
-    """Lightning's precision for `auto`: the fastest that is safe on this device.
+    """Lightning's precision for `auto`: the fastest that is safe on this device; auto-16: fp16 on a GPU.
 
     Raises:
         UserMistake: 16-mixed on a CPU, which would silently be bf16.
@@ -79,10 +84,12 @@ def choose_precision(wanted: str, accelerator: str) -> str:
         raise UserMistake(
             "trainer.precision=16-mixed needs a GPU: use 32-true (or bf16-mixed) on this machine"
         )
-    if wanted != "auto":
+    if wanted not in ("auto", "auto-16"):
         return wanted
     if not has_gpu:
         return "32-true"
+    if wanted == "auto-16":
+        return "16-mixed"
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
 
 

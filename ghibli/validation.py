@@ -1,12 +1,14 @@
-"""The fixed items that are scored every epoch, and what a score says about learning.
+"""The paired probe: fixed items that are scored every epoch, and what the scores say about learning.
 
-For each held-out picture K pairs (timestep, noise) follow from the picture's content alone:
-stratified over the timesteps, the same in every epoch, run and machine. The base is scored on the
-same items, so the difference is paired: the spread between timesteps and noises cancels out.
+For each picture K pairs (timestep, noise) follow from the picture's content alone: stratified over
+the timesteps, the same in every epoch, run and machine. The base is scored on the same items, so
+the difference is paired: the spread between timesteps and noises cancels out. One forward pass
+holds the items of one picture, so no other picture can change a score, not even its rounding.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ghibli.captions import CaptionedPicture
@@ -17,15 +19,28 @@ from ghibli.randomness import Stream, content_key, normal, rng
 
 @dataclass(frozen=True)
 class Gain:
-    """How much better than the base, as a share of the base's loss (0.25 = 25 %)."""
+    """How much better than a reference, as a share of the reference's loss (0.25 = 25 %)."""
 
     value: float
     standard_error: float
 
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.value - 1.96 * self.standard_error
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval."""
+        return self.value + 1.96 * self.standard_error
+
+    @property
+    def size(self) -> str:
+        return f"{abs(100 * self.value):.1f} % +- {100 * self.standard_error:.1f} %"
+
     def __str__(self) -> str:
         word = "better" if self.value >= 0 else "WORSE"
-        size = f"{abs(100 * self.value):.1f} % +- {100 * self.standard_error:.1f} %"
-        return f"{word} than the base by {size} on held-out pictures"
+        return f"{word} than the base by {self.size} on held-out pictures"
 
 
 def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
@@ -46,13 +61,81 @@ def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
     return Gain(value.item(), variance.sqrt().item())
 
 
-def require_finite(losses: torch.Tensor, epoch: int, lr: float) -> None:
-    """Raises a UserMistake when a run has diverged: its losses (P, K) are not all finite."""
-    if not losses.isfinite().all():
-        raise UserMistake(
-            f"the run diverged: the validation loss is not finite after epoch {epoch + 1}; start it again "
-            f"with a lower learning rate (optimizer.lr was {lr:g}); best.ckpt is from before, if there is one"
-        )
+def paired_difference(losses: torch.Tensor, others: torch.Tensor) -> tuple[float, float]:
+    """Mean of losses - others, both (P, K), and its standard error over pictures."""
+    difference = (losses.double() - others.double()).mean(1)
+    if len(difference) < 2:
+        return difference.mean().item(), 0.0
+    return difference.mean().item(), (difference.std() / len(difference) ** 0.5).item()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One look at a model: its losses on the items, beside the untouched base's at guidance 1."""
+
+    val: torch.Tensor  # (P, K) held-out pictures, at the training guidance
+    val_g1: torch.Tensor  # (P, K) the same, the conditional branch alone
+    train: torch.Tensor  # (Q, K) a fixed part of the training pictures, at the training guidance
+    base_val: torch.Tensor  # (P, K) the base at guidance 1
+    base_train: torch.Tensor  # (Q, K)
+
+    @property
+    def val_gain(self) -> Gain:
+        return paired_gain(self.val, self.base_val)
+
+    @property
+    def train_gain(self) -> Gain:
+        return paired_gain(self.train, self.base_train)
+
+    @property
+    def gain_by_timestep(self) -> list[Gain]:
+        """Held-out gain in each of the K equal parts of the timesteps, low noise first."""
+        items = self.val.shape[1]
+        return [paired_gain(self.val[:, k : k + 1], self.base_val[:, k : k + 1]) for k in range(items)]
+
+    def require_finite(self, epoch: int, lr: float) -> None:
+        """Raises a UserMistake when the run has diverged: its losses are not all finite."""
+        if not (self.val.isfinite().all() and self.train.isfinite().all()):
+            raise UserMistake(
+                f"the run diverged: the validation loss is not finite after epoch {epoch}; start it again "
+                f"with a lower learning rate (optimizer.lr was {lr:g}); best.ckpt is from before, "
+                "if there is one"
+            )
+
+
+def best_epoch(history: list[Probe]) -> int:
+    """The finished epoch (1, 2, ...) with the lowest held-out loss; 0 when there is none."""
+    losses = [probe.val.double().sum().item() for probe in history]
+    return min(range(1, len(history)), key=losses.__getitem__, default=0)
+
+
+def significant_best(history: list[Probe]) -> Gain:
+    """The best gain so far, which only moves by more than the paired difference's standard error.
+
+    An epoch that is better by chance alone does not count, so waiting for it to move ends
+    once learning has.
+    """
+    best = history[0]
+    for probe in history[1:]:
+        difference, error = paired_difference(probe.val, best.val)
+        if difference < -error:
+            best = probe
+    return best.val_gain
+
+
+def expected_losses(timesteps: torch.Tensor, losses: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """What a model is expected to score at each timestep, (T,): means over items, interpolated.
+
+    Args:
+        timesteps, losses: (N,) of scored items.
+    """
+    parts = min(20, max(1, len(timesteps) // 8))
+    part = (timesteps * parts // num_train_timesteps).numpy()
+    filled = np.unique(part)
+    means = [losses.double().numpy()[part == i].mean() for i in filled]
+    centers = (filled + 0.5) * num_train_timesteps / parts
+    table = np.interp(np.arange(num_train_timesteps), centers, means)
+    return torch.from_numpy(table).float()
 
 
 def strata(content_hash: str, items: int, num_train_timesteps: int) -> list[int]:
@@ -61,36 +144,33 @@ def strata(content_hash: str, items: int, num_train_timesteps: int) -> list[int]
     return [int((k + place) * num_train_timesteps / items) for k, place in enumerate(places)]
 
 
-def make_chunks(
+def make_items(
     pictures: list[CaptionedPicture],
     moments: Moments,
     input_ids: torch.Tensor,
     *,
     items_per_picture: int,
-    chunk: int,
     num_train_timesteps: int,
     scaling_factor: float,
 ) -> list[dict[str, torch.Tensor]]:
-    """All items of all pictures, picture by picture, in batches of exactly `chunk` items.
+    """For each picture one batch of its K items, with the keys of a training batch.
 
-    The last batch is filled up with copies; a fixed size makes a score independent of any
-    batch size. `input_ids` is (P, L); each batch has the keys of a training batch.
+    Args:
+        moments, input_ids: of the pictures, in their order; input_ids is (P, L).
     """
-    items = []
+    shape = tuple(moments.mean.shape[1:])
+    batches = []
     for index, picture in enumerate(pictures):
-        for k, t in enumerate(strata(picture.content_hash, items_per_picture, num_train_timesteps)):
-            key = (content_key(picture.content_hash), k)
-            shape = tuple(moments.mean.shape[1:])
-            posterior_noise = normal(shape, Stream.POSTERIOR, *key)
-            item = {
-                "latents": moments.sample(index, posterior_noise, scaling_factor),
-                "noise": normal(shape, Stream.NOISE, *key),
-                "timesteps": torch.tensor(t),
-                "input_ids": input_ids[index],
-            }
-            items.append(item)
-    items += [items[-1]] * (-len(items) % chunk)
-    return [
-        {key: torch.stack([item[key] for item in items[start : start + chunk]]) for key in items[0]}
-        for start in range(0, len(items), chunk)
-    ]
+        keys = [(content_key(picture.content_hash), k) for k in range(items_per_picture)]
+        latents = [
+            moments.sample(index, normal(shape, Stream.POSTERIOR, *key), scaling_factor) for key in keys
+        ]
+        timesteps = strata(picture.content_hash, items_per_picture, num_train_timesteps)
+        batch = {
+            "latents": torch.stack(latents),
+            "noise": torch.stack([normal(shape, Stream.NOISE, *key) for key in keys]),
+            "timesteps": torch.tensor(timesteps),
+            "input_ids": input_ids[index].expand(items_per_picture, -1),
+        }
+        batches.append(batch)
+    return batches

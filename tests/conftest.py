@@ -1,8 +1,11 @@
 """Fixtures: the demo base, the real configuration shrunk, and train.py in a process of its own."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +21,13 @@ from ghibli import base_model, config, scenes
 from ghibli.schema import Config
 
 REPO = Path(__file__).parents[1]
+CACHE = tempfile.mkdtemp(prefix="ghibli-tests-")  # scores of the base, shared by the runs of this process
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 SMALL = (
     "model=demo", "data=demo", "data.batch_size=2", "data.accumulate=2", "trainer.max_epochs=2",
     "sample.num_inference_steps=2", "sample.every_n_epochs=1", "checkpoint.every_n_steps=2",
-    "trainer.log_every_n_steps=1", "validation.items_per_picture=2", "validation.chunk=4",
-    "wandb.mode=disabled",
+    "trainer.log_every_n_steps=1", "validation.items_per_picture=2", "wandb.mode=disabled",
+    f"cache_dir={CACHE}",
 )  # fmt: skip
 
 

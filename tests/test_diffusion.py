@@ -183,6 +183,11 @@ def branches(module: GhibliModule, batch: dict[str, Any]) -> tuple[torch.Tensor,
     return outputs[0], outputs[1]
 
 
+def losses_at(module: GhibliModule, batch: dict[str, Any], guidance: float) -> torch.Tensor:
+    module.config.loss.guidance = guidance
+    return module.losses(batch)
+
+
 def gradients(module: GhibliModule, loss: torch.Tensor) -> torch.Tensor:
     """The gradients of all trainable weights in one vector."""
     found = torch.autograd.grad(loss, list(module.trainable.values()), retain_graph=True)
@@ -195,7 +200,7 @@ def relative(left: torch.Tensor, right: torch.Tensor) -> float:
 
 def test_loss_at_guidance_1_is_mse(module: GhibliModule, batch: dict[str, Any]) -> None:
     cond = branches(module, batch)[1]
-    losses = module.losses(batch, 1)
+    losses = losses_at(module, batch, 1)
     torch.testing.assert_close(losses.mean(), F.mse_loss(cond, batch["noise"]), rtol=1e-5, atol=0)
     for i in range(2):
         torch.testing.assert_close(losses[i], F.mse_loss(cond[i], batch["noise"][i]), rtol=1e-5, atol=0)
@@ -205,7 +210,7 @@ def test_guided_loss_and_its_gradients_are_those_of_two_calls(
     module: GhibliModule, batch: dict[str, Any]
 ) -> None:
     assert any(name.startswith("text_encoder.") for name in trainable(module.base))
-    ours = module.losses(batch, 7.5).mean()
+    ours = losses_at(module, batch, 7.5).mean()
     uncond, cond = branches(module, batch)
     written = F.mse_loss(uncond + 7.5 * (cond - uncond), batch["noise"])
     torch.testing.assert_close(ours, written, rtol=1e-5, atol=0)
@@ -214,7 +219,7 @@ def test_guided_loss_and_its_gradients_are_those_of_two_calls(
 
 def test_guided_gradient_flows_through_both_branches(module: GhibliModule, batch: dict[str, Any]) -> None:
     """The gradient is the sum of the two branches' shares, and neither share is small."""
-    ours = gradients(module, module.losses(batch, 7.5).mean())
+    ours = gradients(module, losses_at(module, batch, 7.5).mean())
     uncond, cond = branches(module, batch)
     shares = []
     for u, c in ((uncond.detach(), cond), (uncond, cond.detach())):
@@ -230,4 +235,25 @@ def test_loss_of_a_v_prediction_base_is_mse_of_the_velocity(
     scheduler = DDPMScheduler.from_config(module.base.scheduler_config)
     target = scheduler.get_velocity(batch["latents"], batch["noise"], batch["timesteps"])
     cond = branches(module, batch)[1]
-    torch.testing.assert_close(module.losses(batch, 1).mean(), F.mse_loss(cond, target), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        losses_at(module, batch, 1).mean(), F.mse_loss(cond, target), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("guidance", [1, 7.5])
+def test_the_probes_scores_are_the_guided_loss_and_the_conditional_one(
+    module: GhibliModule, batch: dict[str, Any], guidance: float
+) -> None:
+    guided, alone = module.scores(batch, guidance, module.base_alphas_cumprod)
+    torch.testing.assert_close(guided, losses_at(module, batch, guidance))
+    torch.testing.assert_close(alone, losses_at(module, batch, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_probe_keeps_to_the_bases_schedule(make_config: Callable, batch: dict[str, Any]) -> None:
+    """Whatever schedule trains, samplers use the base's, so that is what is judged."""
+    wrong = GhibliModule(make_config("loss.noise_schedule=linear"), base_model.load("demo"))
+    right = GhibliModule(make_config(), base_model.load("demo"))
+    assert torch.equal(wrong.base_alphas_cumprod, right.alphas_cumprod)
+    assert not torch.allclose(wrong.alphas_cumprod, right.alphas_cumprod)
+    own = wrong.scores(batch, 1, wrong.base_alphas_cumprod)
+    assert torch.equal(own, right.scores(batch, 1, right.base_alphas_cumprod))

@@ -48,16 +48,17 @@ def checkpoint(folder: Path, name: str) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != "callbacks"}
 
 
-def metric_rows(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without the columns that measure time."""
-    with open(folder / "metrics.csv", newline="") as file:
+def rows_of(file: Path) -> list[dict[str, str]]:
+    """A CSV file's rows without the columns that measure time."""
+    with open(file, newline="") as file:
         return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
 
 
 def assert_equal_runs(left: Path, right: Path) -> None:
     for name in ("last", "best"):
         assert not list(differences(checkpoint(left, name), checkpoint(right, name), name))
-    assert metric_rows(left) == metric_rows(right)
+    for file in ("metrics.csv", "probe.csv"):
+        assert rows_of(left / file) == rows_of(right / file)
     adapter = Path("adapter") / "pytorch_lora_weights.safetensors"
     grids = sorted(path.relative_to(left) for path in (left / "samples").iterdir())
     assert grids == sorted(path.relative_to(right) for path in (right / "samples").iterdir())

@@ -10,7 +10,16 @@ import torch
 from ghibli import base_model
 from ghibli.captions import CaptionedPicture
 from ghibli.latents import Moments, encode
-from ghibli.validation import Gain, make_chunks, paired_gain, strata
+from ghibli.validation import (
+    Gain,
+    Probe,
+    best_epoch,
+    expected_losses,
+    make_items,
+    paired_gain,
+    significant_best,
+    strata,
+)
 
 T, SCALING = 1000, 0.18215
 
@@ -89,6 +98,57 @@ def test_many_small_losses_are_summed_in_float64() -> None:
     assert paired_gain(base * (1 - 2**-20), base).value == pytest.approx(2**-20, rel=0.05)
 
 
+# A run's history
+
+
+def history_of(*val_gains: float, pictures: int = 40, noise: float = 0.01) -> list[Probe]:
+    """Probes with about these gains over the base, the first of them the untouched model's."""
+    rng = np.random.default_rng(5)
+    base = torch.from_numpy(rng.gamma(4, 0.05, (pictures, 4)))
+
+    def probe(gain: float) -> Probe:
+        share = 1 - gain + noise * torch.from_numpy(rng.standard_normal((pictures, 1))) * (gain != 0)
+        return Probe(val=base * share, val_g1=base * share, train=base, base_val=base, base_train=base)
+
+    return [probe(gain) for gain in val_gains]
+
+
+def test_best_epoch_is_the_lowest_loss_and_never_the_start() -> None:
+    assert best_epoch(history_of(0, 0.1, 0.3, 0.2)) == 2
+    assert best_epoch(history_of(0, -0.1, -0.3)) == 1
+    assert best_epoch(history_of(0)) == 0
+
+
+def test_significant_best_moves_by_more_than_chance_only() -> None:
+    steps = history_of(0, 0.10, 0.1001, 0.2, 0.19, 0.15)
+    moved = [significant_best(steps[:count]).value for count in range(1, 7)]
+    assert moved[0] == 0
+    assert moved[1] == pytest.approx(0.10, abs=0.01)
+    assert moved[2] == moved[1]  # 0.0001 better is within the error
+    assert moved[3] == pytest.approx(0.2, abs=0.01)
+    assert moved[5] == moved[4] == moved[3]
+
+
+def test_gain_by_timestep_is_the_gain_of_each_part() -> None:
+    base = torch.rand(9, 4) + 0.1
+    ours = base * torch.tensor([1.0, 0.9, 0.5, 2.0])
+    probe = Probe(val=ours, val_g1=ours, train=ours, base_val=base, base_train=base)
+    assert [gain.value for gain in probe.gain_by_timestep] == pytest.approx([0, 0.1, 0.5, -1], abs=1e-6)
+
+
+def test_expected_losses_follow_the_timestep() -> None:
+    """A loss that falls with the timestep is met everywhere, from scattered noisy items."""
+    rng = np.random.default_rng(0)
+    timesteps = torch.from_numpy(rng.integers(0, T, 800))
+    truth = torch.linspace(1.0, 0.1, T)
+    losses = truth[timesteps] * torch.from_numpy(1 + 0.1 * rng.standard_normal(800)).float()
+    table = expected_losses(timesteps, losses, T)
+    assert table.shape == (T,)
+    assert (table - truth).abs().max() < 0.05
+    few = expected_losses(torch.tensor([10, 900]), torch.tensor([0.8, 0.2]), T)
+    assert torch.equal(few, torch.full((T,), 0.5))
+
+
 # The items
 
 
@@ -121,67 +181,50 @@ def test_strata_follow_from_content_alone() -> None:
     assert strata(one, 8, T) == strata(str(one), 8, T)
 
 
-def items_of(
-    names: list[str], chunk: int, items_per_picture: int = 4
-) -> tuple[list[dict], dict[str, list[dict]]]:
-    """(chunks, picture name -> its items); a picture's latents and caption follow from its name."""
+def items_of(names: list[str], items_per_picture: int = 4) -> dict[str, dict[str, torch.Tensor]]:
+    """Picture name -> its batch of items; a picture's latents and caption follow from its name."""
     pictures = [picture(name) for name in names]
     seeds = [int(p.content_hash[:8], 16) for p in pictures]
     drawn = [torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     moments = Moments(torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn]))
     input_ids = torch.tensor([[seed % 800] * 77 for seed in seeds])
-    chunks = make_chunks(
-        pictures, moments, input_ids, items_per_picture=items_per_picture, chunk=chunk,
+    batches = make_items(
+        pictures, moments, input_ids, items_per_picture=items_per_picture,
         num_train_timesteps=T, scaling_factor=SCALING,
     )  # fmt: skip
-    items = [{key: value[i] for key, value in c.items()} for c in chunks for i in range(chunk)]
-    parts = {name: items[n * items_per_picture : (n + 1) * items_per_picture] for n, name in enumerate(names)}
-    return chunks, parts
+    return dict(zip(names, batches, strict=True))
 
 
-def assert_same_items(left: list[dict], right: list[dict]) -> None:
-    assert len(left) == len(right) > 0
-    for one, other in zip(left, right, strict=True):
-        assert one.keys() == other.keys() == {"latents", "noise", "timesteps", "input_ids"}
-        assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 4, 16])
-def test_items_do_not_depend_on_other_pictures_or_the_chunk(chunk: int) -> None:
-    reference = items_of(["a", "b", "c"], 5)[1]
+def test_items_do_not_depend_on_other_pictures() -> None:
+    reference = items_of(["a", "b", "c"])
     torch.manual_seed(3)
     for names in (["c"], ["b", "a"], ["x", "c", "y", "a", "z", "b"]):
-        parts = items_of(names, chunk)[1]
+        batches = items_of(names)
         for name in set(names) & set(reference):
-            assert_same_items(parts[name], reference[name])
-
-
-def test_chunks_have_one_size_and_end_in_copies() -> None:
-    chunks, parts = items_of(["a", "b", "c"], 5)
-    assert [len(chunk["timesteps"]) for chunk in chunks] == [5, 5, 5]  # 12 items and 3 copies
-    last = parts["c"][-1]
-    for i in (2, 3, 4):
-        assert_same_items([{key: value[i] for key, value in chunks[2].items()}], [last])
+            assert batches[name].keys() == {"latents", "noise", "timesteps", "input_ids"}
+            assert len(batches[name]["timesteps"]) == 4
+            for key, value in batches[name].items():
+                assert torch.equal(value, reference[name][key])
 
 
 def test_items_of_a_picture_differ_from_each_other() -> None:
-    items = items_of(["a"], 1, items_per_picture=8)[1]["a"]
-    for i, one in enumerate(items):
-        for other in items[i + 1 :]:
-            assert one["timesteps"] < other["timesteps"]
-            assert not torch.equal(one["noise"], other["noise"])
-            assert not torch.equal(one["latents"], other["latents"])
+    batch = items_of(["a"], items_per_picture=8)["a"]
+    for i in range(8):
+        for j in range(i + 1, 8):
+            assert batch["timesteps"][i] < batch["timesteps"][j]
+            assert not torch.equal(batch["noise"][i], batch["noise"][j])
+            assert not torch.equal(batch["latents"][i], batch["latents"][j])
 
 
 def test_probe_noise_is_not_the_noise_of_its_latents() -> None:
     """The posterior's draw and the added noise are two streams of random numbers."""
     pictures = [picture(str(n)) for n in range(40)]
     flat = Moments(torch.zeros(40, 4, 8, 8), torch.zeros(40, 4, 8, 8))  # so latents are the draw itself
-    chunks = make_chunks(
-        pictures, flat, torch.zeros(40, 77, dtype=torch.int64), items_per_picture=2, chunk=80,
+    batches = make_items(
+        pictures, flat, torch.zeros(40, 77, dtype=torch.int64), items_per_picture=2,
         num_train_timesteps=T, scaling_factor=1.0,
     )  # fmt: skip
-    latents, noise = chunks[0]["latents"], chunks[0]["noise"]
+    latents, noise = (torch.cat([batch[key] for batch in batches]) for key in ("latents", "noise"))
     standard_error = noise.numel() ** -0.5
     assert abs((latents * noise).mean()) < 5 * standard_error
     for drawn in (latents, noise):

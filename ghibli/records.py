@@ -1,0 +1,184 @@
+"""The exact rows of a run: metrics.csv within the epochs, probe.csv after each, and the dashboard."""
+
+import csv
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+
+from ghibli import dashboard
+from ghibli.checkpoints import between_steps
+from ghibli.module import GhibliModule
+from ghibli.run_dir import RunDir, write_text
+from ghibli.validation import Gain, Probe
+
+METRICS = ("step", "epoch", "train/loss", "train/loss_normalised", "lr", "time/images_per_second")
+
+
+class Records(Callback):
+    """One row in metrics.csv every n optimiser steps, one in probe.csv before training and every epoch.
+
+    A row's train/loss is the mean over all examples since the row before. The files are written
+    before every checkpoint, and a resumed run drops the rows after its checkpoint, so the rows
+    are those of a run that was never stopped.
+    """
+
+    def __init__(self, run: RunDir, resume_step: int | None = None):
+        self.run = run
+        self.rows, self.probe_rows = (
+            [] if resume_step is None else [row for row in read_rows(file) if int(row["step"]) <= resume_step]
+            for file in (run.metrics, run.probe)
+        )
+        self.row, self.epoch = Sums(), Sums()
+        self.examples, self.since = 0, time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": vars(self.row), "epoch": vars(self.epoch)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.row, self.epoch = Sums(**state_dict["row"]), Sums(**state_dict["epoch"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.examples, self.since = 0, time.monotonic()
+        if not self.probe_rows:
+            self.add_probe(trainer, pl_module.history)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"].detach().double() * trainer.accumulate_grad_batches
+        for sums in (self.row, self.epoch):
+            sums.add(loss, outputs["plain"].double(), outputs["expected"].double())
+        self.examples += len(batch["example"]) * trainer.world_size
+        if between_steps(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0:
+            self.write_train_row(trainer)
+
+    def write_train_row(self, trainer: L.Trainer) -> None:
+        speed = self.examples / (time.monotonic() - self.since)
+        values = self.row.means(trainer)
+        row = {
+            "train/loss": values["loss"], "train/loss_normalised": values["normalised"],
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+        }  # fmt: skip
+        self.rows.append(numbered(trainer, row | {"time/images_per_second": round(speed, 2)}))
+        log(trainer, self.rows[-1])
+        self.row = Sums()
+        self.examples, self.since = 0, time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.add_probe(trainer, pl_module.history)
+        self.flush(trainer)
+        self.epoch, self.since = Sums(), time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        """For early stopping on the training loss, as the slides had it."""
+        pl_module.log("train/epoch_loss", float(self.probe_rows[-1]["train/epoch_loss"]), logger=False)
+
+    def add_probe(self, trainer: L.Trainer, history: list[Probe]) -> None:
+        """A row of probe.csv and of the dashboard for the newest probe."""
+        losses = self.epoch.means(trainer) if self.epoch.batches else {}
+        values = probe_values(history[-1], trainer.datamodule.num_train_timesteps)
+        values["train/epoch_loss"] = losses.get("loss", "")
+        values["train/epoch_loss_se"] = losses.get("error", "")
+        row = {"step": trainer.global_step, "epoch": len(history) - 1}
+        self.probe_rows.append(row | values)
+        log(trainer, row | {key: value for key, value in values.items() if value != ""})
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
+                dashboard.log_gain_by_timestep(logger, bars, trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
+        self.flush(trainer)
+
+    def flush(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            write_rows(self.run.metrics, METRICS, self.rows)
+            if self.probe_rows:
+                write_rows(self.run.probe, tuple(self.probe_rows[0]), self.probe_rows)
+
+
+class Sums:
+    """Running sums over forward passes: of the loss, its square, and what makes it readable."""
+
+    def __init__(
+        self, batches: int = 0, loss: Any = 0.0, square: Any = 0.0, plain: Any = 0.0, expected: Any = 0.0
+    ):
+        self.batches, self.loss, self.square, self.plain, self.expected = (
+            batches,
+            loss,
+            square,
+            plain,
+            expected,
+        )
+
+    def add(self, loss: torch.Tensor, plain: torch.Tensor, expected: torch.Tensor) -> None:
+        self.batches += 1
+        self.loss, self.square = self.loss + loss, self.square + loss.square()
+        self.plain, self.expected = self.plain + plain, self.expected + expected
+
+    def means(self, trainer: L.Trainer) -> dict[str, float]:
+        """Over all devices: loss, its standard error were all passes drawn alone, loss over expected."""
+        sums = torch.stack([torch.as_tensor(x) for x in (self.loss, self.square, self.plain, self.expected)])
+        sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="mean").tolist()
+        loss, square, plain, expected = sums
+        mean = loss / self.batches
+        variance = max(0.0, square / self.batches - mean**2)
+        error = (variance / max(1, self.batches - 1) / trainer.world_size) ** 0.5
+        return {"loss": mean, "error": error, "normalised": plain / expected}
+
+
+def probe_values(probe: Probe, num_train_timesteps: int) -> dict[str, float]:
+    """A probe as the columns of probe.csv."""
+    val, train = probe.val_gain, probe.train_gain
+    values = {
+        "probe/val_loss": probe.val.double().mean().item(),
+        "probe/val_loss_g1": probe.val_g1.double().mean().item(),
+        "probe/val_gain": val.value, "probe/val_gain_se": val.standard_error,
+        "probe/val_gain_low": val.low, "probe/val_gain_high": val.high,
+        "probe/train_loss": probe.train.double().mean().item(),
+        "probe/train_gain": train.value, "probe/train_gain_se": train.standard_error,
+    }  # fmt: skip
+    for part, gain in gain_by_timestep(probe, num_train_timesteps).items():
+        values[f"probe/val_gain_t{part}"] = gain.value
+        values[f"probe/val_gain_t{part}_se"] = gain.standard_error
+    return values
+
+
+def gain_by_timestep(probe: Probe, num_train_timesteps: int) -> dict[str, Gain]:
+    """`0-249` -> the held-out gain at those timesteps."""
+    gains = probe.gain_by_timestep
+    edges = [k * num_train_timesteps // len(gains) for k in range(len(gains) + 1)]
+    return {f"{edges[k]}-{edges[k + 1] - 1}": gain for k, gain in enumerate(gains)}
+
+
+def numbered(trainer: L.Trainer, values: dict[str, float]) -> dict[str, float]:
+    return {"step": trainer.global_step, "epoch": trainer.current_epoch} | values
+
+
+def log(trainer: L.Trainer, row: dict[str, float]) -> None:
+    """Sends a row to the dashboard."""
+    for logger in trainer.loggers:
+        logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+
+def write_rows(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """Writes a CSV file atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, every value as its text; empty when there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))

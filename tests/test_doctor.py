@@ -1,0 +1,145 @@
+"""The run doctor: runs that are really broken, each in one way, and a healthy one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CACHE
+
+import train
+from ghibli import latents, scenes
+from ghibli.mistakes import UserMistake
+from ghibli.module import GhibliModule
+from ghibli.run_dir import RunDir
+
+QUIET = ("sample.every_n_epochs=0", "early_stopping.patience=null", "data.batch_size=4", "data.accumulate=1")
+
+
+@pytest.fixture(scope="module")
+def half_held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pictures, to be split in halves: enough held-out ones for small standard errors."""
+    root = tmp_path_factory.mktemp("doctor")
+    scenes.write_folder(root, "drawn", 40, scenes.FINETUNE_SEEDS.start + 500)
+    return root
+
+
+@pytest.fixture
+def findings(make_config: Callable, half_held_out: Path, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Trains in this process and returns what the doctor found, name -> text, from status.json."""
+
+    def run(*overrides: str) -> dict[str, str]:
+        words = (f"data.root={half_held_out}", "data.val_fraction=0.5", f"cache_dir={CACHE}", *QUIET)
+        try:
+            train.run(make_config(*words, *overrides), RunDir(tmp_path))
+        finally:
+            found = json.loads((tmp_path / "status.json").read_text()).get("findings", [])
+        return {finding["name"]: finding["text"] for finding in found}
+
+    return run
+
+
+def test_a_healthy_run_has_no_finding(findings: Callable, capsys: pytest.CaptureFixture) -> None:
+    assert findings("trainer.max_epochs=4") == {}
+    assert "doctor   nothing to report" in capsys.readouterr().out
+
+
+def test_noise_schedule(findings: Callable, capsys: pytest.CaptureFixture) -> None:
+    found = findings("experiment=slides_asrun", "trainer.max_epochs=1", "data.epochs=1")
+    assert (
+        "at timestep 500 the base expects 85.1 % noise and this training gives it 96.0 %"
+        in (found["noise schedule"])
+    )
+    assert "doctor: noise schedule: at timestep 500" in capsys.readouterr().out
+
+
+def test_learning_rate_too_low(findings: Callable) -> None:
+    found = findings("trainer.max_epochs=3", "optimizer.lr=1e-8")
+    assert set(found) == {"no learning"}
+    assert "after 3 epochs" in found["no learning"] and "try optimizer.lr=3e-08" in found["no learning"]
+
+
+def test_an_adapter_without_effect(findings: Callable) -> None:
+    found = findings("trainer.max_epochs=1", "optimizer.lr=1e-30")
+    assert set(found) == {"no effect"}
+
+
+def test_learning_rate_too_high(findings: Callable) -> None:
+    found = findings("trainer.max_epochs=1", "optimizer.lr=0.022")
+    assert set(found) == {"learning rate too high"}
+    assert (
+        "start again with a third of the learning rate, optimizer.lr=0.002"
+        in (found["learning rate too high"])
+    )
+
+
+def test_collapse(findings: Callable) -> None:
+    found = findings("trainer.max_epochs=3", "optimizer.lr=0.03")
+    assert set(found) == {"collapse"}
+    assert "1.0 is what predicting nothing scores" in found["collapse"]
+    assert "optimizer.lr=0.003" in found["collapse"]
+
+
+def test_overfitting(findings: Callable) -> None:
+    found = findings("data.val_fraction=0.85", "trainer.max_epochs=60", "optimizer.lr=0.003")
+    assert set(found) == {"overfitting"}
+    assert "best.ckpt and adapter/ are those of epoch" in found["overfitting"]
+
+
+def test_guided_training_wants_another_sampling_scale(findings: Callable) -> None:
+    found = findings("trainer.max_epochs=1", "loss.guidance=4")
+    assert set(found) == {"sampling scale"}
+    assert "sample it at about 30 for what 7.5 gives elsewhere" in found["sampling scale"]
+
+
+def test_weights_in_16_bits(findings: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = GhibliModule.__init__
+
+    def halved(module: GhibliModule, *arguments: object) -> None:
+        attach(module, *arguments)
+        for weight in module.trainable.values():
+            weight.data = weight.data.bfloat16()
+
+    monkeypatch.setattr(GhibliModule, "__init__", halved)
+    found = findings("trainer.max_epochs=1", "trainer.precision=bf16-mixed")
+    assert "the trained weights are bfloat16" in found["weights in 16 bits"]
+
+
+def test_a_loss_that_is_no_number_names_the_picture(
+    findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One picture's latents turn to nan after two steps: no update is made, the checkpoint is whole."""
+    step = GhibliModule.training_step
+    names: list[str] = []
+
+    def broken(module: GhibliModule, batch: dict, batch_idx: int) -> dict:
+        if module.trainer.global_step == 2:
+            batch["latents"][1] = torch.nan
+            names.append(batch["name"][1])
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(GhibliModule, "training_step", broken)
+    with pytest.raises(UserMistake, match="step 2: the loss is not finite for ") as caught:
+        findings("trainer.max_epochs=1")
+    for name in names:
+        assert f"{name} at timestep " in str(caught.value)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(weight.isfinite().all() for weight in state.values())
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["findings"][0]["text"] == status["reason"] == str(caught.value)
+
+
+def test_latents_that_are_no_numbers_name_the_picture(
+    findings: Callable, monkeypatch: pytest.MonkeyPatch, half_held_out: Path
+) -> None:
+    original = latents.preprocess
+
+    def broken(picture: object, resolution: int, resize: str) -> torch.Tensor:
+        monkeypatch.setattr(latents, "preprocess", original)
+        return torch.full((3, resolution, resolution), torch.nan)
+
+    monkeypatch.setattr(latents, "preprocess", broken)
+    with pytest.raises(UserMistake, match=r"scene_\d+.png: the VAE makes no finite latents of it"):
+        findings()
