@@ -53,11 +53,13 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             check_unchanged(run_dir, "base_hash", module.base_hash, what)
             data = GhibliDataModule(config, base, run_dir, module.num_train_timesteps)
             logger = dashboard.make_logger(config, run_dir, describe(config))
-            trainer = make_trainer(config, run_dir, stop, logger, resumes)
+            checkpoint = run_dir.usable_checkpoint() if resumes else None
+            if checkpoint == run_dir.previous_checkpoint:
+                console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
+            trainer = make_trainer(config, run_dir, stop, logger, checkpoint)
             if config.finetune == "none":
                 trainer.validate(module, data, verbose=False)
             else:
-                checkpoint = run_dir.last_checkpoint if resumes else None
                 trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
                 if not run_dir.best_checkpoint.exists():
                     raise UserMistake(TOO_SHORT)

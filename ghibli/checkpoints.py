@@ -1,6 +1,7 @@
 """When and how a run is saved: whole files, between optimiser steps, and at Ctrl-C or SIGTERM."""
 
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ghibli.module import GhibliModule
 from ghibli.progress import console
-from ghibli.run_dir import RunDir, write_atomically
+from ghibli.run_dir import RunDir, write_sealed
 
 
 class StopRequested(BaseException):
@@ -25,13 +26,31 @@ class StopRequested(BaseException):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary file, flushes and renames it: never half a file."""
+    """Writes a checkpoint to a temporary file, flushes and renames it: never half a file.
+
+    Its last bytes are a checksum. The last.ckpt before the new one stays as previous.ckpt.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        if path.name == "last.ckpt" and path.exists():
+            keep_previous(path)
+
         def write(file: BinaryIO) -> None:
             torch.save(checkpoint, file)
 
-        write_atomically(Path(path), write)
+        write_sealed(path, write)
+
+
+def keep_previous(last: Path) -> None:
+    """Gives last.ckpt a second name, previous.ckpt; last.ckpt itself stays until it is replaced."""
+    second = last.with_name(f".previous.ckpt.{os.getpid()}.tmp")
+    second.unlink(missing_ok=True)
+    try:
+        os.link(last, second)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(last, second)
+    os.replace(second, RunDir(last.parents[1]).previous_checkpoint)
 
 
 class StepCheckpoint(ModelCheckpoint):

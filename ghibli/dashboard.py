@@ -100,6 +100,17 @@ def log_gain_by_timestep(logger: WandbLogger, gains: dict[str, Gain], step: int)
     logger.experiment.log({"probe/gain_by_timestep": chart, "trainer/global_step": step})
 
 
+def log_gain_curve(logger: WandbLogger, rows: list[dict[str, float]], step: int) -> None:
+    """Sends the gain of all epochs so far with its 95 % band, from rows of probe.csv."""
+    import wandb
+
+    lines = [[float(row[f"probe/val_gain{end}"]) for row in rows] for end in ("", "_low", "_high")]
+    epochs = [int(row["epoch"]) for row in rows]
+    keys = ["gain", "95 % low", "95 % high"]
+    chart = wandb.plot.line_series(epochs, lines, keys, title="held-out gain over the base", xname="epoch")
+    logger.experiment.log({"probe/gain_curve": chart, "trainer/global_step": step})
+
+
 def alert(logger: WandbLogger, name: str, text: str) -> None:
     """Sends a finding of the doctor as an alert."""
     logger.experiment.alert(title=name, text=text, level="WARN")

@@ -10,10 +10,11 @@ from lightning.pytorch.loggers import WandbLogger
 from ghibli import dashboard, lora
 from ghibli.callbacks import Doctor, SampleGrid, describe
 from ghibli.checkpoints import StopRequested
+from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule
 from ghibli.progress import console
 from ghibli.records import read_rows
-from ghibli.run_dir import RunDir, now
+from ghibli.run_dir import RunDir, is_whole, now
 from ghibli.schema import Config
 from ghibli.validation import Gain
 
@@ -73,7 +74,13 @@ def best_row(run: RunDir) -> dict[str, str]:
 
 
 def load_weights(module: GhibliModule, checkpoint: Path) -> None:
-    """Puts a checkpoint's trainable weights into the module."""
+    """Puts a checkpoint's trainable weights into the module.
+
+    Raises:
+        UserMistake: the file is missing or was damaged after it was written.
+    """
+    if not is_whole(checkpoint):
+        raise UserMistake(f"{checkpoint} is missing or damaged: the weights of that epoch are lost")
     weights = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
     with torch.no_grad():
         for name, parameter in module.trainable.items():

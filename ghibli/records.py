@@ -3,6 +3,7 @@
 import csv
 import io
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class Records(Callback):
             if isinstance(logger, WandbLogger):
                 bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
                 dashboard.log_gain_by_timestep(logger, bars, trainer.global_step)
+                dashboard.log_gain_curve(logger, self.probe_rows, trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
         self.flush(trainer)
@@ -103,19 +105,15 @@ class Records(Callback):
                 write_rows(self.run.probe, tuple(self.probe_rows[0]), self.probe_rows)
 
 
+@dataclass
 class Sums:
     """Running sums over forward passes: of the loss, its square, and what makes it readable."""
 
-    def __init__(
-        self, batches: int = 0, loss: Any = 0.0, square: Any = 0.0, plain: Any = 0.0, expected: Any = 0.0
-    ):
-        self.batches, self.loss, self.square, self.plain, self.expected = (
-            batches,
-            loss,
-            square,
-            plain,
-            expected,
-        )
+    batches: int = 0
+    loss: torch.Tensor | float = 0.0
+    square: torch.Tensor | float = 0.0
+    plain: torch.Tensor | float = 0.0  # before any weighting
+    expected: torch.Tensor | float = 0.0  # what the base scores at these timesteps
 
     def add(self, loss: torch.Tensor, plain: torch.Tensor, expected: torch.Tensor) -> None:
         self.batches += 1

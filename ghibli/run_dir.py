@@ -1,10 +1,10 @@
 """The files of a run folder: their names, their states, and writing them whole or not at all."""
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from ghibli.mistakes import UserMistake
 
 OUTPUTS = Path("outputs")
+SEAL = b"sha256:"  # the digest follows
 LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft", "wandb")
 
 
@@ -41,6 +42,48 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             trouble.filename = str(path)
             raise trouble from None
         raise
+
+
+class _Hashing:
+    """A file that keeps the sha256 of what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_sealed(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Like write_atomically, with the sha256 of all that `write` wrote in the last bytes of the file."""
+
+    def sealed(file: BinaryIO) -> None:
+        hashing = _Hashing(file)
+        write(hashing)
+        file.write(SEAL + hashing.sha256.digest())
+
+    write_atomically(path, sealed)
+
+
+def is_whole(path: Path) -> bool:
+    """True for a file of write_sealed in which no byte has changed since."""
+    length = len(SEAL) + 32
+    try:
+        with open(path, "rb") as file:
+            left = file.seek(0, os.SEEK_END) - length
+            file.seek(0)
+            found = hashlib.sha256()
+            while left > 0:
+                part = file.read(min(left, 2**20))
+                found.update(part)
+                left -= len(part) or left
+            return file.read() == SEAL + found.digest()
+    except OSError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,6 +129,16 @@ class RunDir:
     @property
     def last_checkpoint(self) -> Path:
         return self.checkpoints / "last.ckpt"
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        """The last.ckpt before the present one, for when that is damaged."""
+        return self.checkpoints / "previous.ckpt"
+
+    def usable_checkpoint(self) -> Path | None:
+        """Where to go on from: last.ckpt, else previous.ckpt; None when neither is whole."""
+        both = (self.last_checkpoint, self.previous_checkpoint)
+        return next((checkpoint for checkpoint in both if is_whole(checkpoint)), None)
 
     @property
     def best_checkpoint(self) -> Path:
@@ -160,7 +213,7 @@ def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
             f"resume={name}: this folder holds no checkpoints/last.ckpt to go on from; "
             "start the run anew (`ghibli list` shows the runs)"
         )
-    if not zipfile.is_zipfile(run.last_checkpoint):  # PyTorch's checkpoints are zip files
+    if run.usable_checkpoint() is None:
         raise UserMistake(f"resume={name}: {run.last_checkpoint} is damaged or cut off; start the run anew")
     return run
 

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import warnings
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -23,9 +24,12 @@ WATCHED = {  # early_stopping.watch -> what is logged, and which way is better
 
 
 def make_trainer(
-    config: Config, run: RunDir, stop: CleanStop, logger: WandbLogger | None, resumes: bool
+    config: Config, run: RunDir, stop: CleanStop, logger: WandbLogger | None, checkpoint: Path | None
 ) -> L.Trainer:
     """The Trainer with our callbacks around the flags of `config.trainer`.
+
+    Args:
+        checkpoint: what the run will go on from; None for a new one.
 
     Raises:
         UserMistake: a flag Lightning does not know or refuses.
@@ -36,7 +40,7 @@ def make_trainer(
     for name in set(flags) - known:
         raise UserMistake(f"trainer.{name} is no flag of lightning.Trainer{did_you_mean(name, known)}")
     flags["precision"] = choose_precision(str(flags["precision"]), str(flags["accelerator"]))
-    resume_step = checkpoint_step(run) if resumes else None
+    resume_step = None if checkpoint is None else checkpoint_step(checkpoint)
     try:
         return L.Trainer(
             **flags,
@@ -93,9 +97,9 @@ def choose_precision(wanted: str, accelerator: str) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
 
 
-def checkpoint_step(run: RunDir) -> int:
-    """The optimiser step that last.ckpt was written after."""
-    return int(torch.load(run.last_checkpoint, weights_only=True, map_location="cpu")["global_step"])
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimiser step that a checkpoint was written after."""
+    return int(torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"])
 
 
 def hush() -> None:

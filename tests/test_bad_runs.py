@@ -19,7 +19,7 @@ import train
 from ghibli import cli, config
 from ghibli.checkpoints import WholeCheckpoints
 from ghibli.module import GhibliModule
-from ghibli.run_dir import RunDir, write_atomically
+from ghibli.run_dir import RunDir, is_whole, write_atomically
 
 QUICK = ("data.draw=null", "sample.every_n_epochs=0")
 Said = tuple[int, str, str]  # exit code, stdout, stderr
@@ -191,6 +191,48 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path, sp
     assert caught.value.filename == str(path)
     assert torch.equal(torch.load(path)["weights"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
+
+
+# Damaged checkpoints
+
+
+def test_one_changed_byte_anywhere_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"weights": torch.arange(50.0)}, path)
+    whole = path.read_bytes()
+    assert is_whole(path)
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        assert not is_whole(path), place
+    for length in (0, 10, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert not is_whole(path)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on from previous.ckpt, says so, and ends with the same bits."""
+    stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
+    assert command(f"hydra.run.dir={undisturbed}")[0] == 0
+    signal_at_step(monkeypatch, signal.SIGINT, 15)
+    assert command(f"hydra.run.dir={stopped}")[0] == 130
+    monkeypatch.undo()
+    run = RunDir(stopped)
+    last, previous = (
+        torch.load(file)["global_step"] for file in (run.last_checkpoint, run.previous_checkpoint)
+    )
+    assert (last, previous) == (8, 7)
+    damaged = bytearray(run.last_checkpoint.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    run.last_checkpoint.write_bytes(damaged)
+    code, out, err = command(f"resume={stopped}")
+    assert (code, err) == (0, "")
+    assert "last.ckpt is damaged: going on from the checkpoint before it" in out
+    assert weights(stopped) == weights(undisturbed)
+    for file in (run.last_checkpoint, run.previous_checkpoint):
+        file.write_bytes(b"damaged")
+    assert "last.ckpt is damaged or cut off; start the run anew" in one_line(command(f"resume={stopped}"))
 
 
 # Ctrl-C and SIGTERM

@@ -74,6 +74,26 @@ def test_the_slides_settings_are_the_defaults() -> None:
     assert demo.trainer == settings.trainer | own
 
 
+def test_the_probe_is_cheap() -> None:
+    """In UNet passes, a training example being three: forward, and backward twice that."""
+    real = composed("model=sd15", "data=ghibli", "data.root=pictures").validation
+    assert 2 * real.max_pictures * real.items_per_picture / (3 * 2250) <= 0.12
+    demo = composed(*DEMO)
+    held_out = min(demo.validation.max_pictures, 57)  # a tenth of 500, give or take one deviation
+    assert 2 * held_out * demo.validation.items_per_picture / (3 * (500 - held_out)) <= 0.35
+
+
+def test_experiment_slides_asrun_repeats_the_mistakes_only() -> None:
+    asrun, plain = composed(*DEMO, "experiment=slides_asrun"), composed(*DEMO)
+    assert (asrun.loss.noise_schedule, asrun.loss.timesteps, asrun.loss.caption_dropout) == (
+        "linear", "independent", 0,
+    )  # fmt: skip
+    assert (asrun.early_stopping.watch, asrun.early_stopping.patience) == ("train_loss", 3)
+    assert (asrun.lora, asrun.optimizer, asrun.model, asrun.data) == (
+        plain.lora, plain.optimizer, plain.model, plain.data,
+    )  # fmt: skip
+
+
 def test_experiment_slides_changes_nothing() -> None:
     assert composed(*DEMO, "experiment=slides") == composed(*DEMO)
 

@@ -45,6 +45,8 @@ def test_offline_run_holds_settings_curves_and_grids(train_py: Callable, tmp_pat
     for word in (
         "train/loss",
         "probe/val_gain",
+        "probe/gain_by_timestep",
+        "probe/gain_curve",
         "samples",
         "loss",
         "guidance",

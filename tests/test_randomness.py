@@ -13,7 +13,16 @@ from scipy import stats
 
 from ghibli.data import ExampleNumbers, TrainExamples, collate
 from ghibli.latents import Moments
-from ghibli.randomness import Stream, chance, epoch_order, hash_fraction, normal, rng, timestep
+from ghibli.randomness import (
+    Stream,
+    chance,
+    epoch_order,
+    hash_fraction,
+    independent_timestep,
+    normal,
+    rng,
+    timestep,
+)
 from ghibli.schema import Config
 
 PHI = (1 + 5**0.5) / 2
@@ -36,6 +45,15 @@ def test_timesteps_of_neighbouring_examples_are_uniform(seed: int, start: int) -
     assert stats.chisquare(observed).statistic < stats.chi2.ppf(0.001, df=999)
     assert observed.min() >= 2
     assert observed.max() <= 6  # 4 is exact; independent draws reach from 0 to about 13
+
+
+def test_independent_timesteps_are_uniform_and_know_nothing_of_their_neighbours() -> None:
+    drawn = np.array([independent_timestep(e, 1000, 3) for e in range(8000)])
+    assert (drawn.min(), drawn.max()) >= (0, 900) and drawn.max() <= 999
+    assert stats.chisquare(np.bincount(drawn // 10, minlength=100)).pvalue > 1e-4
+    pairs = (drawn[:-1] // 200) * 5 + drawn[1:] // 200
+    assert stats.chisquare(np.bincount(pairs, minlength=25)).pvalue > 1e-4
+    assert drawn[:50].tolist() == [independent_timestep(e, 1000, 3) for e in range(50)]
 
 
 def test_one_examples_timestep_is_uniform_over_seeds() -> None:

@@ -1,11 +1,14 @@
 """The main job end to end, as a user starts it: what it prints, writes and learns."""
 
 import csv
+import itertools
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,7 +16,9 @@ from lightning.pytorch.callbacks import EarlyStopping
 from PIL import Image
 from safetensors.torch import load_file
 
+import train
 from ghibli.checkpoints import CleanStop
+from ghibli.module import GhibliModule
 from ghibli.run_dir import RunDir
 from ghibli.trainer import make_callbacks
 
@@ -118,7 +123,66 @@ def test_early_stopping_watches_the_probe(make_config: Callable, tmp_path: Path)
     assert not [callback for callback in none if isinstance(callback, EarlyStopping)]
 
 
-@pytest.mark.parametrize("option", ["loss.snr_gamma=5", "loss.noise_offset=0.1", "data.flip=true"])
+def test_a_run_without_progress_stops_early(train_py: Callable, tmp_path: Path) -> None:
+    """Patience 1 and weights that do not move: the second epoch is the last."""
+    words = ("optimizer.lr=1e-30", "trainer.max_epochs=6", "early_stopping.patience=1")
+    done = train_py(*words, "sample.every_n_epochs=0", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert [int(row["epoch"]) for row in probe_rows(tmp_path)] == [0, 1, 2]
+
+
+def test_early_stopping_can_watch_the_training_loss(train_py: Callable, tmp_path: Path) -> None:
+    """The slides' way: chance alone decides when the mean loss of an epoch first fails to fall."""
+    words = ("optimizer.lr=1e-30", "trainer.max_epochs=8", "early_stopping.patience=1")
+    words += ("early_stopping.watch=train_loss", "loss.timesteps=independent", "sample.every_n_epochs=0")
+    done = train_py(*words, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    rows = probe_rows(tmp_path)[1:]
+    losses = [float(row["train/epoch_loss"]) for row in rows]
+    falls = [later < earlier for earlier, later in itertools.pairwise(losses)]
+    assert len(losses) < 8 and not falls[-1] and all(falls[:-1])
+    steps = [float(row["train/loss"]) for row in metric_rows(tmp_path)]
+    assert losses[0] == pytest.approx(sum(steps[:5]) / 5, rel=1e-6)
+
+
+def test_the_normalised_loss_is_about_1_without_learning(train_py: Callable, tmp_path: Path) -> None:
+    """The step's loss over what the base scores at its timesteps: far steadier than the loss."""
+    words = ("optimizer.lr=1e-30", "trainer.max_epochs=4", "early_stopping.patience=null", "lora.dropout=0")
+    words += ("validation.items_per_picture=40", "loss.caption_dropout=0", "sample.every_n_epochs=0")
+    done = train_py(*words, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    rows = metric_rows(tmp_path)
+    normalised = np.array([float(row["train/loss_normalised"]) for row in rows])
+    plain = np.array([float(row["train/loss"]) for row in rows])
+    assert normalised.mean() == pytest.approx(1, abs=0.2)
+    assert normalised.std() / normalised.mean() < plain.std() / plain.mean()
+
+
+def test_nothing_depends_on_global_generators(make_config: Callable, tmp_path: Path) -> None:
+    """Scrambled between all steps, with dropout of weights and of captions: the same weights to the bit."""
+    step = GhibliModule.training_step
+
+    def scrambled(module: GhibliModule, batch: dict, batch_idx: int) -> dict:
+        number = random.SystemRandom().randrange(2**32)
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        return step(module, batch, batch_idx)
+
+    settings = ("trainer.max_epochs=1", "lora.dropout=0.3", "loss.caption_dropout=0.5", "data.flip=true")
+    for name, replacement in (("plain", step), ("scrambled", scrambled)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GhibliModule, "training_step", replacement)
+            train.run(make_config(*settings), RunDir(tmp_path / name))
+    left, right = (torch.load(tmp_path / n / "checkpoints" / "last.ckpt") for n in ("plain", "scrambled"))
+    assert all(torch.equal(value, right["state_dict"][key]) for key, value in left["state_dict"].items())
+    grids = [(tmp_path / n / "samples" / "adapter.png").read_bytes() for n in ("plain", "scrambled")]
+    assert grids[0] == grids[1]
+
+
+@pytest.mark.parametrize(
+    "option", ["loss.snr_gamma=5", "loss.noise_offset=0.1", "data.flip=true", "loss.timesteps=independent"]
+)
 def test_options_change_the_loss(train_py: Callable, tmp_path: Path, option: str) -> None:
     """An option that is accepted has an effect on the first loss, and on nothing before it."""
     settings = ("trainer.max_epochs=1", "sample.every_n_epochs=0")

@@ -18,9 +18,8 @@ from ghibli.demo.training_loop import Plan, train
 PICTURES = 8000  # scenes of the UNet; CLIP and VAE see the first half in both looks
 PLANS = {
     "clip": Plan(steps=600, learning_rate=1e-3, warmup=100, ema=0.99, save_every=200),
-    "vae": Plan(steps=2120, learning_rate=4e-3, warmup=30, muon=True, look_every=200),
-    "decoder": Plan(steps=900, learning_rate=2e-3, warmup=30, muon=True, look_every=150),
-    "unet": Plan(steps=1460, learning_rate=4e-3, warmup=50, muon=True, ema=0.996, look_every=500),
+    "vae": Plan(steps=5600, learning_rate=4e-3, warmup=30, muon=True, look_every=400),
+    "unet": Plan(steps=3800, learning_rate=4e-3, warmup=50, muon=True, look_every=500),
 }
 LOOK_PROMPTS = (
     "a panda on the top of a red train at sunset",
@@ -58,19 +57,19 @@ def clean_pools(work: Path):
     return pools, held_out
 
 
-def vae_look(vae, held_out, name: str, work: Path):
+def vae_look(vae, held_out, work: Path):
     """A function that prints the PSNR and saves originals above reconstructions."""
 
     def look(step: int):
         photo, drawn = (stages.psnr(vae, pictures) for pictures in held_out)
-        print(f"{name} step {step}: PSNR photo {photo:.2f} dB, drawn {drawn:.2f} dB", flush=True)
+        print(f"vae step {step}: PSNR photo {photo:.2f} dB, drawn {drawn:.2f} dB", flush=True)
         rows = []
         for pictures in held_out:
             clean = stages.to_pixel_values(pictures[:8])
             with torch.no_grad():
                 result = vae.decode(vae.encode(clean).latent_dist.mean).sample
             rows += [stages.to_pictures(clean), stages.to_pictures(result)]
-        stages.sheet(rows, work / f"{name}_{step:05d}.png")
+        stages.sheet(rows, work / f"vae_{step:05d}.png")
 
     return look
 
@@ -81,25 +80,11 @@ def train_vae(work: Path):
     pools, held_out = clean_pools(work)
     plan = PLANS["vae"]
     loss = stages.VaeLoss(vae, pools, batch=6, whole_from=plan.steps - 120)
-    train("vae", vae, loss, plan, work / "vae.pt", look=vae_look(vae, held_out, "vae", work))
+    train("vae", vae, loss, plan, work / "vae.pt", look=vae_look(vae, held_out, work))
     moments = stages.encode_pool(vae, pools[0][:1000], work / "moments_for_scale.pt").float()
     spread = (moments[:, :4].var() + moments[:, 4:].square().mean()).sqrt().item()
     vae.register_to_config(scaling_factor=round(1 / spread, 5))
     print(f"vae: latents spread {spread:.4f}", flush=True)
-    architecture.save_part("vae", vae)
-
-
-def train_decoder(work: Path):
-    """The VAE's decoder alone goes on learning; latents, and so the UNet, stay as they are."""
-    vae = AutoencoderKL.from_pretrained(architecture.FOLDER / "vae")
-    vae = vae.to(memory_format=torch.channels_last)
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
-    pools, held_out = clean_pools(work)
-    plan = PLANS["decoder"]
-    loss = stages.VaeLoss(vae, pools, batch=6, whole_from=plan.steps - 150)
-    decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv})
-    train("decoder", decoder, loss, plan, work / "decoder.pt", look=vae_look(vae, held_out, "decoder", work))
     architecture.save_part("vae", vae)
 
 
@@ -160,10 +145,10 @@ def main():
     architecture.write_scheduler_and_index()
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     for stage in settings.stages.split(","):
-        if stage in ("clip", "unet"):
-            {"clip": train_clip, "unet": train_unet}[stage](tokenizer, settings.work)
+        if stage == "vae":
+            train_vae(settings.work)
         else:
-            {"vae": train_vae, "decoder": train_decoder}[stage](settings.work)
+            {"clip": train_clip, "unet": train_unet}[stage](tokenizer, settings.work)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,334 @@
+"""Re-make the figures and numbers of docs/loss-anomaly.md: `python docs/loss_anomaly.py [PART ...]`.
+
+Parts: curves, epochs, schedule, diverged, guidance, error; all of them without a word. Runs lie in
+outputs/loss-anomaly/ and are trained once; a finished one is read again.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torchmetrics.image.kid import poly_mmd
+from transformers import CLIPModel
+
+from ghibli import base_model, lora, scenes
+from ghibli.captions import CaptionedPicture
+from ghibli.config import from_yaml, register
+from ghibli.finish import load_weights
+from ghibli.latents import Moments
+from ghibli.module import GhibliModule
+from ghibli.progress import counted
+from ghibli.records import read_rows
+from ghibli.run_dir import RunDir, write_json
+from ghibli.sampling import Cell, sample, to_image
+from ghibli.validation import make_items, paired_gain
+
+HERE = Path(__file__).parent
+FIGURES = HERE / "loss-anomaly"
+WORK = Path("outputs/loss-anomaly")
+QUIET = (
+    "data=demo", "wandb.mode=disabled", "early_stopping.patience=null", "sample.every_n_epochs=0",
+    f"cache_dir={WORK}/cache",
+)  # fmt: skip
+NEAR, DEMO = ("model=demo_near", *QUIET), ("model=demo", *QUIET)
+GUIDED = [(w, d) for w in (1, 7.5) for d in (0, 0.1)]
+RUNS = {
+    **{
+        f"{name}-{epochs}": (*NEAR, f"experiment={name}", f"trainer.max_epochs={epochs}")
+        for name in ("slides", "slides_asrun")
+        for epochs in (10, 50)
+    },
+    "full": (*DEMO, "experiment=full_finetune", "trainer.max_epochs=6"),
+    "full-too-fast": (*DEMO, "experiment=full_finetune", "trainer.max_epochs=6", "optimizer.lr=0.03"),
+    **{
+        f"guidance-{w:g}-dropout-{d:g}": (
+            *DEMO, f"loss.guidance={w:g}", f"loss.caption_dropout={d:g}", "trainer.max_epochs=6",
+        )
+        for w, d in GUIDED
+    },
+}  # fmt: skip
+SCALES = (1, 2, 4, 7.5, 15, 30, 45, 60)
+BLUE, ORANGE, GREY = "#1f6fb4", "#d9731a", "#777777"
+
+
+def run_of(name: str) -> RunDir:
+    """The finished run of this name; trained first when it is not there."""
+    run = RunDir(WORK / name)
+    if run.state != "finished":
+        resume = [f"resume={run.path}"] if run.last_checkpoint.exists() else None
+        words = resume or [*RUNS[name], f"hydra.run.dir={run.path}"]
+        print("training", name, flush=True)
+        subprocess.run([sys.executable, "train.py", *words], check=True)
+    return run
+
+
+def column(run: RunDir, name: str, first: int = 0) -> np.ndarray:
+    """A column of probe.csv from epoch `first` on."""
+    rows = read_rows(run.probe)
+    return np.array([float(row[name]) for row in rows if int(row["epoch"]) >= first])
+
+
+def model_of(run: RunDir, weights: Path | None = None) -> GhibliModule:
+    """The model of a run, best weights or these, ready to predict; without weights (`base`) untouched."""
+    config = from_yaml(run.config)
+    base = base_model.load(config.model.path)
+    if config.model.adapter is not None:
+        lora.merge(base, base_model.place_of(config.model.adapter), config.model.adapter_scale)
+    module = GhibliModule(config, base)
+    if weights != Path("base"):
+        load_weights(module, weights or run.best_checkpoint)
+    return module.eval()
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURES / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def note(part: str, **numbers: object) -> None:
+    """Adds numbers to numbers.json and prints them."""
+    file = FIGURES / "numbers.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    write_json(file, known | {part: numbers})
+    print(part, json.dumps(numbers, indent=1), flush=True)
+
+
+def curves() -> None:
+    """The unpaired loss the students saw, and the paired gain of the same runs."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex="col", layout="constrained")
+    numbers = {}
+    for col, epochs in enumerate((10, 50)):
+        for name, colour in (("slides_asrun", ORANGE), ("slides", BLUE)):
+            run = run_of(f"{name}-{epochs}")
+            losses, errors = column(run, "train/epoch_loss", 1), column(run, "train/epoch_loss_se", 1)
+            x = np.arange(1, len(losses) + 1)
+            axes[0, col].plot(x, losses, color=colour, lw=1.2, marker=".", label=name)
+            middle, error = losses.mean(), errors.mean()
+            band = (middle - 1.96 * error, middle + 1.96 * error)
+            axes[0, col].axhspan(*band, color=colour, alpha=0.13, lw=0)
+            gain = 100 * column(run, "probe/val_gain")
+            low, high = (100 * column(run, f"probe/val_gain_{end}") for end in ("low", "high"))
+            axes[1, col].plot(np.arange(len(gain)), gain, color=colour, lw=1.4, label=name)
+            axes[1, col].fill_between(np.arange(len(gain)), low, high, color=colour, alpha=0.2, lw=0)
+            third = column(run, "probe/val_gain")[3], column(run, "probe/val_gain_se")[3]
+            numbers[f"{name}-{epochs}"] = {
+                "epoch loss": [round(losses.min(), 4), round(losses.max(), 4)],
+                "its standard error": round(error, 4),
+                "epochs outside the band": int(((losses < band[0]) | (losses > band[1])).sum()),
+                "unpaired change, epoch 1 to 3": [
+                    round(losses[2] - losses[0], 4), round(float(np.hypot(errors[2], errors[0])), 4),
+                ],
+                "gain after 3 epochs": [round(v, 4) for v in third],
+                "gain at the end": round(column(run, "probe/val_gain")[-1], 4),
+                "its error": round(column(run, "probe/val_gain_se")[-1], 4),
+            }  # fmt: skip
+        axes[1, col].axhline(0, color=GREY, lw=0.8)
+        axes[1, col].set_xlabel("epoch")
+        axes[0, col].set_title(f"{epochs} epochs")
+    axes[0, 0].set_ylabel("mean training loss of an epoch")
+    axes[1, 0].set_ylabel("paired gain, held-out pictures (%)")
+    axes[0, 1].legend(frameon=False)
+    save(figure, "curves")
+    note("curves", **numbers)
+
+
+def epochs() -> None:
+    """How many epochs of unpaired loss show a gain of 1 % (95 %, as many before as after)."""
+    numbers = {}
+    for name in ("slides_asrun-50", "slides-50"):
+        run = run_of(name)
+        loss = column(run, "train/epoch_loss", 1).mean()
+        error = column(run, "train/epoch_loss_se", 1).mean()
+        needed = (1.96 * 2**0.5 * error / (0.01 * loss)) ** 2
+        numbers[name] = {
+            "loss": round(loss, 4),
+            "error of an epoch": round(error, 5),
+            "epochs": round(needed, 1),
+        }
+        paired = column(run, "probe/val_gain_se")[1]
+        numbers[name]["paired error after one epoch, %"] = round(100 * paired, 3)
+    note("epochs", **numbers)
+
+
+def probe_items(module: GhibliModule, first: int, count: int, items: int) -> list[dict]:
+    """Probe batches of freshly drawn scenes, one a picture."""
+    pictures, means, logvars = [], [], []
+    for seed in range(first, first + count):
+        scene = scenes.compose(seed)
+        array = np.asarray(scenes.draw(scene, "drawn"), dtype=np.float32) / 127.5 - 1
+        posterior = module.base.vae.encode(torch.from_numpy(array).permute(2, 0, 1)[None]).latent_dist
+        means.append(posterior.mean)
+        logvars.append(posterior.logvar)
+        text = f"{scene.caption}, Studio Ghibli style"
+        pictures.append(CaptionedPicture(Path(str(seed)), text, f"{seed:064x}"))
+    input_ids = module.base.tokenize([p.caption for p in pictures])
+    return make_items(
+        pictures, Moments(torch.cat(means), torch.cat(logvars)), input_ids, items_per_picture=items,
+        num_train_timesteps=module.num_train_timesteps,
+        scaling_factor=module.base.vae.config.scaling_factor,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def schedule() -> None:
+    """What the wrong betas do: the base's loss by timestep, and pictures."""
+    run = run_of("slides_asrun-10")
+    module = model_of(run, Path("base"))
+    batches = probe_items(module, scenes.EVALUATION_SEEDS.start, 48, 20)
+    tables = {
+        "the base's own schedule": module.base_alphas_cumprod,
+        "linear 1e-4 .. 0.02": module.alphas_cumprod,
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    numbers = {}
+    for (label, table), colour in zip(tables.items(), (BLUE, ORANGE), strict=True):
+        losses = losses_of(module, batches, table).mean(0)
+        axes[0].plot(np.arange(25, 1000, 50), losses, color=colour, marker=".", label=label)
+        axes[1].plot((1 - table).sqrt(), color=colour, label=label)
+        numbers[label] = {"mean loss of the base": round(losses.mean().item(), 4)}
+    axes[0].set(xlabel="timestep", ylabel="loss of the untouched base", yscale="log")
+    axes[1].set(xlabel="timestep", ylabel="share of noise in the noisy latents", ylim=(0, 1.02))
+    axes[1].legend(frameon=False, loc="lower right")
+    save(figure, "schedule")
+    own, linear = (list(numbers.values())[i]["mean loss of the base"] for i in (0, 1))
+    numbers["the base at the wrong schedule is worse by a factor of"] = round(linear / own, 2)
+    note("schedule", **numbers)
+    models = {"base (demo_near)": module, "slides": model_of(run_of("slides-10"))}
+    for name in ("slides_asrun-10", "slides_asrun-50"):
+        models[name.replace("-", ", ") + " epochs"] = model_of(run_of(name), run_of(name).last_checkpoint)
+    pictures("schedule-pictures", models)
+
+
+def pictures(name: str, models: dict[str, GhibliModule], scale: float = 7.5) -> None:
+    """A row of six pictures for each model, same prompts and start noise."""
+    prompts = [
+        f"{scenes.compose(scenes.EVALUATION_SEEDS.start + i).caption}, Studio Ghibli style" for i in range(6)
+    ]
+    figure, axes = plt.subplots(len(models), 6, figsize=(10, 1.72 * len(models)), layout="constrained")
+    for row, (label, module) in enumerate(models.items()):
+        drawn = sample(
+            module.base,
+            prompts,
+            Cell("ddim", scale),
+            num_inference_steps=30,
+            seeds=list(range(6)),
+            resolution=128,
+        )
+        for col in range(6):
+            axes[row, col].imshow(to_image(drawn[col]))
+            axes[row, col].set(xticks=[], yticks=[])
+        axes[row, 0].set_ylabel(label.replace(", ", ",\n"), fontsize=8)
+    save(figure, name)
+
+
+def diverged() -> None:
+    """Full fine-tuning: a learning rate that destroys the model, beside one that works."""
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    numbers = {}
+    for name, colour in (("full-too-fast", ORANGE), ("full", BLUE)):
+        run = run_of(name)
+        losses, probe = column(run, "train/epoch_loss", 1), column(run, "probe/val_loss")
+        axis.plot(np.arange(1, len(losses) + 1), losses, color=colour, marker=".", label=f"{name}, training")
+        axis.plot(np.arange(len(probe)), probe, color=colour, ls="--", label=f"{name}, held out")
+        found = [finding["name"] for finding in run.read_status().get("findings", [])]
+        numbers[name] = {"epoch losses": [round(v, 3) for v in losses], "doctor": found}
+    axis.axhline(1, color=GREY, lw=0.8)
+    axis.text(0, 1.02, "predicting nothing", color=GREY, fontsize=8, va="bottom")
+    axis.set(xlabel="epoch", ylabel="loss")
+    axis.legend(frameon=False)
+    save(figure, "diverged")
+    note("diverged", **numbers)
+    models = {"full": model_of(run_of("full")), "full-too-fast": model_of(run_of("full-too-fast"))}
+    pictures("diverged-pictures", models)
+
+
+@torch.no_grad()
+def guidance(count: int = 48) -> None:
+    """The kernel distance to drawn pictures over the sampling scale, for four trainings."""
+    clip = CLIPModel.from_pretrained(base_model.DEMO / "clip").eval()
+
+    def features(pictures: torch.Tensor) -> torch.Tensor:
+        output = clip.vision_model(pixel_values=pictures * 2 - 1).pooler_output
+        return torch.nn.functional.normalize(output, dim=1) * 4
+
+    def scene(seed: int) -> torch.Tensor:
+        array = np.array(scenes.draw(scenes.compose(seed), "drawn"), dtype=np.float32) / 255
+        return torch.from_numpy(array).permute(2, 0, 1)
+
+    first = scenes.EVALUATION_SEEDS.start
+    reference = features(torch.stack([scene(first + 1000 + i) for i in range(300)]))
+    floor = poly_mmd(reference[:150], reference[150:]).item()
+    prompts = [f"{scenes.compose(first + i).caption}, Studio Ghibli style" for i in range(count)]
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    numbers: dict[str, object] = {"two sets of real pictures": round(floor, 5)}
+    for w, d in GUIDED:
+        name = f"guidance-{w:g}-dropout-{d:g}"
+        module = model_of(run_of(name))
+        values = []
+        with counted(f"sampling {name}") as on_progress:
+            for done, scale in enumerate(SCALES):
+                drawn = sample(
+                    module.base, prompts, Cell("ddim", scale), num_inference_steps=20,
+                    seeds=list(range(count)), resolution=128,
+                )  # fmt: skip
+                values.append(poly_mmd(reference, features(drawn)).item())
+                on_progress(done + 1, len(SCALES))
+        style = {"color": BLUE if w == 1 else ORANGE, "ls": "-" if d else "--", "marker": "."}
+        axis.plot(SCALES, values, label=f"trained with guidance {w:g}, caption dropout {d:g}", **style)
+        numbers[name] = {f"{s:g}": round(v, 5) for s, v in zip(SCALES, values, strict=True)}
+        numbers[name]["best scale"] = SCALES[int(np.argmin(values))]
+    axis.axhline(max(floor, 0), color=GREY, lw=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="sampling scale", ylabel="kernel distance to drawn pictures")
+    axis.set_xticks(SCALES, [f"{s:g}" for s in SCALES])
+    axis.minorticks_off()
+    axis.legend(frameon=False, fontsize=8)
+    save(figure, "guidance")
+    note("guidance", **numbers)
+
+
+def losses_of(
+    module: GhibliModule, batches: list[dict], schedule: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The losses (P, K) at guidance 1, on the base's own schedule or this one."""
+    alphas_cumprod = module.base_alphas_cumprod if schedule is None else schedule
+    return torch.stack([module.scores(batch, 1, alphas_cumprod)[0] for batch in batches])
+
+
+@torch.no_grad()
+def error(redraws: int = 100, pictures: int = 30) -> None:
+    """Is the standard error right? Pictures and items redrawn, the gain's spread beside its error."""
+    run = run_of("slides-10")
+    ours, base = model_of(run), model_of(run, Path("base"))
+    gains = []
+    with counted("redrawing") as on_progress:
+        for redraw in range(redraws):
+            first = scenes.EVALUATION_SEEDS.start + 10_000 + redraw * pictures
+            batches = probe_items(base, first, pictures, 4)
+            gains.append(paired_gain(losses_of(ours, batches), losses_of(base, batches)))
+            on_progress(redraw + 1, redraws)
+    values = np.array([gain.value for gain in gains])
+    errors = np.array([gain.standard_error for gain in gains])
+    note(
+        "error", redraws=redraws, pictures=pictures, mean_gain=round(values.mean(), 5),
+        spread=round(values.std(ddof=1), 5), mean_reported_error=round(errors.mean(), 5),
+        ratio=round(errors.mean() / values.std(ddof=1), 3),
+    )  # fmt: skip
+
+
+def main() -> None:
+    register()
+    parts = {f.__name__: f for f in (curves, epochs, schedule, diverged, guidance, error)}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main()

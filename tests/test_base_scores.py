@@ -1,0 +1,157 @@
+"""The base's scores: computed once, the same whatever else is scored, and the zero of every gain."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from ghibli import scenes
+from ghibli.base_scores import cached_scores
+from ghibli.captions import CaptionedPicture
+from ghibli.module import GhibliModule
+from ghibli.run_dir import RunDir
+from ghibli.validation import Probe
+
+SETTINGS = {"base": "abc", "guidance": 1}
+
+
+def picture(number: int, caption: str = "a cat") -> CaptionedPicture:
+    return CaptionedPicture(Path(f"{number}.png"), caption, f"{number:064x}")
+
+
+class Scorer:
+    """Scores a picture by its number and counts how often it was asked."""
+
+    def __init__(self, pictures: list[CaptionedPicture]):
+        self.pictures, self.asked = pictures, 0
+
+    def __call__(self, index: int) -> torch.Tensor:
+        self.asked += 1
+        return torch.tensor([1 / 3, 1.0]) * int(self.pictures[index].content_hash, 16)
+
+
+def scored(folder: Path, pictures: list[CaptionedPicture], settings: dict[str, Any] = SETTINGS) -> tuple:
+    """(scores, how many pictures had to be computed)."""
+    scorer = Scorer(pictures)
+    return cached_scores(folder, settings, pictures, scorer), scorer.asked
+
+
+def test_only_what_is_not_known_is_computed(tmp_path: Path) -> None:
+    first, asked = scored(tmp_path, [picture(1), picture(2)])
+    assert asked == 2
+    assert torch.equal(first, torch.tensor([[1 / 3, 1.0], [2 / 3, 2.0]]))  # float32, to the bit
+    again, asked = scored(tmp_path, [picture(3), picture(2), picture(1)])
+    assert asked == 1
+    assert torch.equal(again[[2, 1]], first)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "settings"),
+    [
+        ([picture(1, "a dog")], SETTINGS),
+        ([picture(1)], SETTINGS | {"guidance": 7.5}),
+        ([picture(1)], SETTINGS | {"base": "abd"}),
+    ],
+    ids=["caption", "guidance", "base"],
+)
+def test_another_caption_base_or_guidance_is_scored_anew(
+    tmp_path: Path, pictures: list[CaptionedPicture], settings: dict[str, Any]
+) -> None:
+    scored(tmp_path, [picture(1)])
+    assert scored(tmp_path, pictures, settings)[1] == 1
+
+
+def test_a_damaged_cache_is_computed_again(tmp_path: Path) -> None:
+    """Each byte of the file flipped in turn: never a score that is not the right one."""
+    right, _ = scored(tmp_path, [picture(1)])
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert torch.equal(scored(tmp_path, [picture(1)])[0], right)
+
+
+# In a run
+
+
+@pytest.fixture
+def probe_of(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[Probe, list[str], int]]:
+    """Starts a run with finetune=none: (its probe, held-out pictures, pictures scored for the base)."""
+
+    def start(root: Path, *overrides: str) -> tuple[Probe, list[str], int]:
+        seen: dict[str, Any] = {"asked": 0}
+        original = GhibliModule.scores
+
+        def counting(module: GhibliModule, batch: dict, *arguments: Any) -> torch.Tensor:
+            seen["asked"] += 1
+            seen["module"] = module
+            return original(module, batch, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GhibliModule, "scores", counting)
+            words = (f"data.root={root}", f"cache_dir={tmp_path / 'cache'}", "sample.every_n_epochs=0")
+            train.run(make_config("finetune=none", *words, *overrides), RunDir(tmp_path / "run"))
+        module = seen["module"]
+        names = [p.path.name for p in module.trainer.datamodule.probe_pictures]
+        return module.history[-1], names, seen["asked"] - len(names)  # validation itself asks for each
+
+    return start
+
+
+def test_scores_are_bit_equal_whatever_the_batch_size_workers_and_added_pictures(
+    probe_of: Callable, tmp_path: Path
+) -> None:
+    few, many = tmp_path / "few", tmp_path / "many"
+    scenes.write_folder(few, "drawn", 14, scenes.FINETUNE_SEEDS.start)
+    scenes.write_folder(many, "drawn", 22, scenes.FINETUNE_SEEDS.start)
+    reference, names, _ = probe_of(few, "data.val_fraction=0.4")
+    other, more, _ = probe_of(
+        many, "data.val_fraction=0.4", "data.batch_size=5", "data.workers=1", f"cache_dir={tmp_path / 'new'}"
+    )
+    held_out = len(reference.val)
+    assert 2 <= held_out < len(other.val)
+    for row, name in enumerate(names[:held_out]):
+        place = more.index(name)
+        assert torch.equal(reference.val[row], other.val[place])
+        assert torch.equal(reference.base_val[row], other.base_val[place])
+
+
+def test_the_base_is_scored_once_and_read_by_the_next_run(probe_of: Callable, pictures: Path) -> None:
+    first, names, asked = probe_of(pictures)
+    again, _, later = probe_of(pictures)
+    assert (asked, later) == (len(names), 0)
+    assert all(torch.equal(vars(first)[key], vars(again)[key]) for key in vars(first))
+    assert first.val_gain.value == first.train_gain.value == 0
+    assert [gain.value for gain in first.gain_by_timestep] == [0, 0]
+
+
+def test_a_switched_off_adapter_gains_exactly_nothing(make_config: Callable, tmp_path: Path) -> None:
+    """A trained adapter, then disabled: its items score what the base scored, to the bit."""
+    seen: list[GhibliModule] = []
+    original = GhibliModule.on_validation_epoch_end
+
+    def keep(module: GhibliModule) -> None:
+        seen.append(module)
+        original(module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GhibliModule, "on_validation_epoch_end", keep)
+        words = ("trainer.max_epochs=1", "sample.every_n_epochs=0", f"cache_dir={tmp_path / 'cache'}")
+        train.run(make_config(*words), RunDir(tmp_path / "run"))
+    module = seen[0]
+    assert module.history[-1].val_gain.value != 0
+    for part in (module.unet, module.text_encoder):
+        part.disable_adapters()
+        part.eval()
+    with torch.no_grad():
+        batches = module.trainer.datamodule.probe_batches
+        scores = torch.stack([module.scores(batch, 1, module.base_alphas_cumprod) for batch in batches])
+    probe = module.probe(scores)
+    assert torch.equal(probe.val, probe.base_val)
+    assert probe.val_gain.value == 0
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["gain"] == module.history[-1].val_gain.value
