@@ -156,12 +156,12 @@ def no_learning(history: list[Probe], rate: float) -> Finding | None:
 
 
 def overfitting(history: list[Probe]) -> Finding | None:
-    """Held-out pictures are worse than at the best epoch by 2 standard errors, training ones better."""
+    """Two epochs in a row, held-out pictures are worse than at the best epoch, training ones better."""
     best = best_epoch(history)
-    now, then = history[-1], history[best]
-    difference, error = paired_difference(now.val, then.val)
-    if best == len(history) - 1 or difference <= 2 * error or now.train.sum() >= then.train.sum():
+    since = history[best + 1 :]
+    if len(since) < 2 or not all(memorising(probe, history[best]) for probe in since[-2:]):
         return None
+    now, then = history[-1], history[best]
     return Finding(
         "overfitting",
         f"since epoch {best} held-out pictures get worse (gain {percent(then.val_gain.value)}, now "
@@ -170,6 +170,12 @@ def overfitting(history: list[Probe]) -> Finding | None:
         f"by heart; best.ckpt and adapter/ are those of epoch {best}; more pictures, fewer epochs or a lower "
         "lora.rank help",
     )
+
+
+def memorising(now: Probe, then: Probe) -> bool:
+    """Held-out pictures worse by more than 2 standard errors of the difference, training ones better."""
+    difference, error = paired_difference(now.val, then.val)
+    return difference > 2 * error and bool(now.train.sum() < then.train.sum())
 
 
 def not_finite(names: list[str], timesteps: list[int], losses: list[float], step: int, rate: float) -> str:

@@ -161,7 +161,7 @@ class GhibliModule(L.LightningModule):
         data, trainer = self.trainer.datamodule, self.trainer
         settings = {
             "version": 1,  # to be raised when the probe's items or the scoring change
-            "base": self.base_hash, "guidance": guidance, "resolution": self.config.model.resolution,
+            "base": self.base_hash, "guidance": float(guidance), "resolution": self.config.model.resolution,
             "resize": self.config.data.resize, "items": self.config.validation.items_per_picture,
             "schedule": hashlib.sha256(alphas_cumprod.cpu().numpy().tobytes()).hexdigest()[:16],
             "precision": str(trainer.precision), "device": self.device.type,

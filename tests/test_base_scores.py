@@ -84,6 +84,7 @@ def probe_of(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[Probe
 
     def start(root: Path, *overrides: str) -> tuple[Probe, list[str], int]:
         seen: dict[str, Any] = {"asked": 0}
+        run = RunDir(tmp_path / f"run{len(list(tmp_path.glob('run*')))}")
         original = GhibliModule.scores
 
         def counting(module: GhibliModule, batch: dict, *arguments: Any) -> torch.Tensor:
@@ -94,7 +95,7 @@ def probe_of(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[Probe
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GhibliModule, "scores", counting)
             words = (f"data.root={root}", f"cache_dir={tmp_path / 'cache'}", "sample.every_n_epochs=0")
-            train.run(make_config("finetune=none", *words, *overrides), RunDir(tmp_path / "run"))
+            train.run(make_config("finetune=none", *words, *overrides), run)
         module = seen["module"]
         names = [p.path.name for p in module.trainer.datamodule.probe_pictures]
         return module.history[-1], names, seen["asked"] - len(names)  # validation itself asks for each

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
@@ -20,6 +19,7 @@ from omegaconf import OmegaConf
 
 import train
 from ghibli import config
+from ghibli.run_dir import write_sealed
 from ghibli.schema import Config
 
 CONF = REPO / "conf"
@@ -229,7 +229,7 @@ MISTAKES = {
     "+trainer.fast_dev_run=true": "trainer.fast_dev_run cannot be given: a run is judged by all held-out",
     "+trainer.limit_val_batches=0": "trainer.limit_val_batches cannot be given",
     # names that are not there
-    "model=sd16": "model=sd16 is unknown: choose one of demo, sd15; did you mean sd15?",
+    "model=sd16": "model=sd16 is unknown: choose one of demo, demo_near, sd15; did you mean sd15?",
     "data=gibli": "data=gibli is unknown: choose one of demo, ghibli; did you mean ghibli?",
     "experiment=slide": "experiment=slide is unknown: choose one of",
     "+experiment=slides": "Multiple values for experiment: give it once, as GROUP=NAME without a plus",
@@ -257,7 +257,7 @@ MISTAKES = {
     "trainer.max_epochs=0": "trainer.max_epochs=0 is out of range: a whole number from 1",
     "trainer.gradient_clip_val=-1": "trainer.gradient_clip_val=-1 is out of range: more than 0, or null",
     "trainer.precision=bf16-true": "trainer.precision=bf16-true would hold the LoRA weights in 16 bits",
-    "trainer.precision=16": "trainer.precision=16 is unknown: choose one of auto, 32-true,",
+    "trainer.precision=16": "trainer.precision=16 is unknown: choose one of auto, auto-16, 32-true,",
     "seed=-1": "seed=-1 is out of range",
     # spelling
     "lora.rank=[": "cannot read `lora.rank=[`: expected KEY=VALUE without spaces around =",
@@ -297,8 +297,7 @@ def make_run(folder: Path, settings: Config) -> None:
     """A run folder with all that `resume` looks at before it loads anything."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml(settings))
-    with zipfile.ZipFile(folder / "checkpoints" / "last.ckpt", "w") as file:
-        file.writestr("data.pkl", "")
+    write_sealed(folder / "checkpoints" / "last.ckpt", lambda file: file.write(b"weights"))
     (folder / ".hydra").mkdir()
     choices = {"hydra": {"runtime": {"choices": {"model": "demo", "data": "demo"}}}}
     OmegaConf.save(OmegaConf.create(choices), folder / ".hydra" / "hydra.yaml")
@@ -378,7 +377,12 @@ def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
 
 def test_help_is_worth_reading(printed: Callable[..., str]) -> None:
     text = printed("--help")
-    for words in ("python train.py resume=latest", "python train.py -m", "--cfg job", "model: demo, sd15"):
+    for words in (
+        "python train.py resume=latest",
+        "python train.py -m",
+        "--cfg job",
+        "model: demo, demo_near, sd15",
+    ):
         assert words in text
     assert "Hydra" not in text
     assert max(map(len, text.splitlines())) <= 110

@@ -69,9 +69,9 @@ def test_the_pipeline_loads_and_draws_without_our_code(tmp_path):
 @pytest.mark.parametrize(("look", "bar"), [("photo", 28.0), ("drawn", 26.0)])
 def test_the_vae_keeps_held_out_scenes(look, bar):
     vae = AutoencoderKL.from_pretrained(FOLDER / "vae").eval()
-    pictures = stages.draw_pictures(12, look, scenes.EVALUATION_SEEDS.start, grain=False)
+    pictures = stages.draw_pictures(64, look, scenes.EVALUATION_SEEDS.start, grain=False)
     assert stages.psnr(vae, pictures) >= bar
-    posterior = vae.encode(stages.to_pixel_values(pictures)).latent_dist
+    posterior = vae.encode(stages.to_pixel_values(pictures[:8])).latent_dist
     assert 0.6 < posterior.mean.std().item() * vae.config.scaling_factor < 1.5
 
 

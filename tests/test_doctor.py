@@ -66,7 +66,7 @@ def test_an_adapter_without_effect(findings: Callable) -> None:
 
 
 def test_learning_rate_too_high(findings: Callable) -> None:
-    found = findings("trainer.max_epochs=1", "optimizer.lr=0.022")
+    found = findings("trainer.max_epochs=1", "optimizer.lr=0.027", "validation.items_per_picture=8")
     assert set(found) == {"learning rate too high"}
     assert (
         "start again with a third of the learning rate, optimizer.lr=0.002"
@@ -82,7 +82,9 @@ def test_collapse(findings: Callable) -> None:
 
 
 def test_overfitting(findings: Callable) -> None:
-    found = findings("data.val_fraction=0.85", "trainer.max_epochs=60", "optimizer.lr=0.003")
+    """Six pictures, long and fast, on a base that knows the look already."""
+    few = ("model=demo_near", "data.val_fraction=0.85", "optimizer.lr=0.005", "optimizer.schedule=constant")
+    found = findings(*few, "trainer.max_epochs=30")
     assert set(found) == {"overfitting"}
     assert "best.ckpt and adapter/ are those of epoch" in found["overfitting"]
 
