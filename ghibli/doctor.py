@@ -54,9 +54,10 @@ def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
         return []
     rate = config.optimizer.lr
     collapse = collapsed(history, rate) if config.loss.guidance == 1 else None
+    explained = collapse or config.loss.noise_schedule != "base"  # then the rate is not what makes it worse
     found = [
         collapse,
-        None if collapse else rate_too_high(history, rate),
+        None if explained else rate_too_high(history, rate),
         no_effect(history),
         no_learning(history, rate),
         overfitting(history),
