@@ -1,6 +1,6 @@
 """Re-make the figures and numbers of docs/loss-anomaly.md: `python docs/loss_anomaly.py [PART ...]`.
 
-Parts: curves, epochs, schedule, diverged, guidance, error; all of them without a word. Runs lie in
+Parts: curves, epochs, schedule, diverged, error, guidance, curves50; all of them without a word. Runs lie in
 outputs/loss-anomaly/ and are trained once; a finished one is read again.
 """
 
@@ -101,61 +101,56 @@ def note(part: str, **numbers: object) -> None:
     print(part, json.dumps(numbers, indent=1), flush=True)
 
 
-def curves() -> None:
+def curves(epochs: int = 10) -> None:
     """The unpaired loss the students saw, and the paired gain of the same runs."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex="col", layout="constrained")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6.4), sharex=True, layout="constrained")
     numbers = {}
-    for col, epochs in enumerate((10, 50)):
-        for name, colour in (("slides_asrun", ORANGE), ("slides", BLUE)):
-            run = run_of(f"{name}-{epochs}")
-            losses, errors = column(run, "train/epoch_loss", 1), column(run, "train/epoch_loss_se", 1)
-            x = np.arange(1, len(losses) + 1)
-            axes[0, col].plot(x, losses, color=colour, lw=1.2, marker=".", label=name)
-            middle, error = losses.mean(), errors.mean()
-            band = (middle - 1.96 * error, middle + 1.96 * error)
-            axes[0, col].axhspan(*band, color=colour, alpha=0.13, lw=0)
-            gain = 100 * column(run, "probe/val_gain")
-            low, high = (100 * column(run, f"probe/val_gain_{end}") for end in ("low", "high"))
-            axes[1, col].plot(np.arange(len(gain)), gain, color=colour, lw=1.4, label=name)
-            axes[1, col].fill_between(np.arange(len(gain)), low, high, color=colour, alpha=0.2, lw=0)
-            third = column(run, "probe/val_gain")[3], column(run, "probe/val_gain_se")[3]
-            numbers[f"{name}-{epochs}"] = {
-                "epoch loss": [round(losses.min(), 4), round(losses.max(), 4)],
-                "its standard error": round(error, 4),
-                "epochs outside the band": int(((losses < band[0]) | (losses > band[1])).sum()),
-                "unpaired change, epoch 1 to 3": [
-                    round(losses[2] - losses[0], 4), round(float(np.hypot(errors[2], errors[0])), 4),
-                ],
-                "gain after 3 epochs": [round(v, 4) for v in third],
-                "gain at the end": round(column(run, "probe/val_gain")[-1], 4),
-                "its error": round(column(run, "probe/val_gain_se")[-1], 4),
-            }  # fmt: skip
-        axes[1, col].axhline(0, color=GREY, lw=0.8)
-        axes[1, col].set_xlabel("epoch")
-        axes[0, col].set_title(f"{epochs} epochs")
-    axes[0, 0].set_ylabel("mean training loss of an epoch")
-    axes[1, 0].set_ylabel("paired gain, held-out pictures (%)")
-    axes[0, 1].legend(frameon=False)
-    save(figure, "curves")
-    note("curves", **numbers)
+    for name, colour in (("slides_asrun", ORANGE), ("slides", BLUE)):
+        run = run_of(f"{name}-{epochs}")
+        losses, errors = column(run, "train/epoch_loss", 1), column(run, "train/epoch_loss_se", 1)
+        above.plot(np.arange(1, len(losses) + 1), losses, color=colour, lw=1.2, marker=".", label=name)
+        middle, error = losses.mean(), errors.mean()
+        band = (middle - 1.96 * error, middle + 1.96 * error)
+        above.axhspan(*band, color=colour, alpha=0.13, lw=0)
+        gain, gain_error = column(run, "probe/val_gain"), column(run, "probe/val_gain_se")
+        low, high = (100 * column(run, f"probe/val_gain_{end}") for end in ("low", "high"))
+        below.plot(np.arange(len(gain)), 100 * gain, color=colour, lw=1.4, label=name)
+        below.fill_between(np.arange(len(gain)), low, high, color=colour, alpha=0.2, lw=0)
+        numbers[name] = {
+            "epoch loss, least and most": [round(losses.min(), 4), round(losses.max(), 4)],
+            "its standard error": round(error, 4),
+            "epochs outside the band": f"{((losses < band[0]) | (losses > band[1])).sum()} of {len(losses)}",
+            "unpaired change, epoch 1 to 3": round(losses[2] - losses[0], 4),
+            "its error": round(float(np.hypot(errors[2], errors[0])), 4),
+            "paired gain after epochs 1, 2, 3, % +- %": [
+                f"{100 * g:.2f} +- {100 * e:.2f}" for g, e in zip(gain[1:4], gain_error[1:4], strict=True)
+            ],
+            "paired gain at the end": f"{100 * gain[-1]:.2f} +- {100 * gain_error[-1]:.2f}",
+        }
+    below.axhline(0, color=GREY, lw=0.8)
+    below.set(xlabel="epoch", ylabel="paired gain, held-out pictures (%)")
+    above.set_ylabel("mean training loss of an epoch")
+    above.legend(frameon=False)
+    save(figure, f"curves-{epochs}")
+    note(f"curves-{epochs}", **numbers)
+
+
+def curves50() -> None:
+    """The same over 50 epochs."""
+    curves(50)
 
 
 def epochs() -> None:
     """How many epochs of unpaired loss show a gain of 1 % (95 %, as many before as after)."""
-    numbers = {}
-    for name in ("slides_asrun-50", "slides-50"):
-        run = run_of(name)
-        loss = column(run, "train/epoch_loss", 1).mean()
-        error = column(run, "train/epoch_loss_se", 1).mean()
-        needed = (1.96 * 2**0.5 * error / (0.01 * loss)) ** 2
-        numbers[name] = {
-            "loss": round(loss, 4),
-            "error of an epoch": round(error, 5),
-            "epochs": round(needed, 1),
-        }
-        paired = column(run, "probe/val_gain_se")[1]
-        numbers[name]["paired error after one epoch, %"] = round(100 * paired, 3)
-    note("epochs", **numbers)
+    run = run_of("slides_asrun-10")
+    loss, error = (column(run, f"train/epoch_loss{end}", 1).mean() for end in ("", "_se"))
+    needed = (1.96 * 2**0.5 * error / (0.01 * loss)) ** 2
+    students = (1.96 * 2**0.5 * 0.002 / (0.01 * 0.126)) ** 2
+    paired = column(run_of("slides-10"), "probe/val_gain_se")[1]
+    note(
+        "epochs", loss=round(loss, 4), error_of_an_epoch=round(error, 5), epochs=round(needed, 1),
+        epochs_of_the_slides=round(students, 1), paired_error_after_one_epoch=round(paired, 5),
+    )  # fmt: skip
 
 
 def probe_items(module: GhibliModule, first: int, count: int, items: int) -> list[dict]:
@@ -202,8 +197,7 @@ def schedule() -> None:
     numbers["the base at the wrong schedule is worse by a factor of"] = round(linear / own, 2)
     note("schedule", **numbers)
     models = {"base (demo_near)": module, "slides": model_of(run_of("slides-10"))}
-    for name in ("slides_asrun-10", "slides_asrun-50"):
-        models[name.replace("-", ", ") + " epochs"] = model_of(run_of(name), run_of(name).last_checkpoint)
+    models["slides_asrun"] = model_of(run, run.last_checkpoint)
     pictures("schedule-pictures", models)
 
 
@@ -325,7 +319,7 @@ def error(redraws: int = 100, pictures: int = 30) -> None:
 
 def main() -> None:
     register()
-    parts = {f.__name__: f for f in (curves, epochs, schedule, diverged, guidance, error)}
+    parts = {f.__name__: f for f in (curves, epochs, schedule, diverged, error, guidance, curves50)}
     for name in sys.argv[1:] or parts:
         parts[name]()
 

@@ -78,7 +78,9 @@ class Records(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         """For early stopping on the training loss, as the slides had it."""
-        pl_module.log("train/epoch_loss", float(self.probe_rows[-1]["train/epoch_loss"]), logger=False)
+        loss = self.probe_rows[-1]["train/epoch_loss"]
+        if loss != "":  # else training ended within its first epoch
+            pl_module.log("train/epoch_loss", float(loss), logger=False)
 
     def add_probe(self, trainer: L.Trainer, history: list[Probe]) -> None:
         """A row of probe.csv and of the dashboard for the newest probe."""
