@@ -97,6 +97,12 @@ class Doctor(Callback):
         self.config, self.run = config, run
         self.findings: list[doctor.Finding] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"findings": [vars(finding) for finding in self.findings]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.findings = [doctor.Finding(**stored) for stored in state_dict["findings"]]
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         found = doctor.at_the_start(
             self.config, pl_module.alphas_cumprod, pl_module.base_alphas_cumprod, pl_module.trainable.values()

@@ -13,6 +13,8 @@ from ghibli.validation import Probe, best_epoch, paired_difference, paired_gain
 
 EPOCHS_TO_LEARN = 3  # a learning rate that fits shows within the first; three leave room for doubt
 NOTHING = 0.001  # a gain below this is nothing, even where pairing proves that it is not zero
+VISIBLE = 0.01  # a gain that 2 standard errors must be able to show before its absence means anything
+FEWEST_PICTURES = 5  # held out; with fewer a standard error is worth nothing
 COLLAPSED = 0.9  # always predicting zero scores 1.0, the variance of the noise
 
 
@@ -49,19 +51,22 @@ def at_the_start(
 
 
 def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
-    """What the newest probe says. `history` starts with the untouched model."""
+    """What the newest probe says. `history` starts with the untouched model.
+
+    With fewer than FEWEST_PICTURES held-out pictures only what needs no standard error is asked.
+    """
     if len(history) < 2 or not history[-1].base_val.isfinite().all():
         return []
     rate = config.optimizer.lr
     collapse = collapsed(history, rate) if config.loss.guidance == 1 else None
-    explained = collapse or config.loss.noise_schedule != "base"  # then the rate is not what makes it worse
-    found = [
-        collapse,
-        None if explained else rate_too_high(history, rate),
-        no_effect(history),
-        no_learning(history, rate),
-        overfitting(history),
-    ]
+    found = [collapse, no_effect(history, config.finetune)]
+    enough = len(history[-1].val) >= FEWEST_PICTURES
+    # trained with other noise than it is judged with, it may get worse whatever the rate is
+    same_noise = config.loss.noise_schedule == "base" and config.loss.noise_offset == 0
+    if enough and same_noise and not any(found):
+        found += [rate_too_high(history, rate), no_learning(history, rate)]
+    if enough:
+        found.append(overfitting(history, config.finetune))
     return [finding for finding in found if finding is not None]
 
 
@@ -118,10 +123,11 @@ def collapsed(history: list[Probe], rate: float) -> Finding | None:
 
 
 def rate_too_high(history: list[Probe], rate: float) -> Finding | None:
-    """Worse than at the start by more than 3 standard errors, and worse than an epoch before."""
+    """Worse than at the start by more than 3 standard errors and rising; training pictures are worse too."""
     gain = paired_gain(history[-1].val, history[0].val)
-    falling = history[-1].val.sum() > history[-2].val.sum()
-    if not (gain.value < -3 * gain.standard_error and falling):
+    rises = history[-1].val.sum() > history[-2].val.sum()
+    by_heart = history[-1].train.sum() < history[0].train.sum()  # that is overfitting
+    if not (gain.value < -3 * gain.standard_error and rises) or by_heart:
         return None
     return Finding(
         "learning rate too high",
@@ -131,45 +137,49 @@ def rate_too_high(history: list[Probe], rate: float) -> Finding | None:
     )
 
 
-def no_effect(history: list[Probe]) -> Finding | None:
+def no_effect(history: list[Probe], finetune: str) -> Finding | None:
     """Every score is still the untouched model's, to the bit."""
     if not torch.equal(history[-1].val, history[0].val):
         return None
+    switched_off = " or an adapter that is switched off" if finetune == "lora" else ""
     return Finding(
         "no effect",
         "every score is exactly that of the untouched model: what is trained does not reach the prediction "
-        "(a learning rate of almost 0, or an adapter that is switched off); check optimizer.lr and "
-        "lora.targets",
+        f"(a learning rate of almost 0{switched_off}); check optimizer.lr",
     )
 
 
 def no_learning(history: list[Probe], rate: float) -> Finding | None:
-    """Within 2 standard errors of the start, or next to it, after EPOCHS_TO_LEARN epochs."""
+    """Within 2 standard errors of the start, or next to it, after EPOCHS_TO_LEARN epochs.
+
+    Not asked where the standard error is so large that a gain of VISIBLE could hide in it.
+    """
     gain = paired_gain(history[-1].val, history[0].val)
-    if len(history) - 1 < EPOCHS_TO_LEARN or abs(gain.value) > max(2 * gain.standard_error, NOTHING):
+    error = gain.standard_error
+    if len(history) - 1 < EPOCHS_TO_LEARN or abs(gain.value) > max(2 * error, NOTHING) or 2 * error > VISIBLE:
         return None
     return Finding(
         "no learning",
-        f"after {len(history) - 1} epochs the held-out loss is lower by {percent(gain.value)} +- "
-        f"{percent(gain.standard_error)}, which is nothing: the learning rate is too low or captions and "
-        f"pictures do not belong together; try optimizer.lr={3 * rate:.2g}, and look at split.json",
+        f"after {len(history) - 1} epochs the gain since the start is {percent(gain.value)} +- "
+        f"{percent(error)}, which is nothing: the learning rate is too low, or captions and pictures do not "
+        f"belong together; try optimizer.lr={3 * rate:.2g}, and look at the captions in data.root",
     )
 
 
-def overfitting(history: list[Probe]) -> Finding | None:
+def overfitting(history: list[Probe], finetune: str) -> Finding | None:
     """Two epochs in a row, held-out pictures are worse than at the best epoch, training ones better."""
     best = best_epoch(history)
     since = history[best + 1 :]
     if len(since) < 2 or not all(memorising(probe, history[best]) for probe in since[-2:]):
         return None
     now, then = history[-1], history[best]
+    smaller = " or a lower lora.rank" if finetune == "lora" else ""
     return Finding(
         "overfitting",
         f"since epoch {best} held-out pictures get worse (gain {percent(then.val_gain.value)}, now "
         f"{percent(now.val_gain.value)}) while training pictures get better "
         f"({percent(then.train_gain.value)}, now {percent(now.train_gain.value)}): it learns these pictures "
-        f"by heart; best.ckpt and adapter/ are those of epoch {best}; more pictures, fewer epochs or a lower "
-        "lora.rank help",
+        f"by heart; best.ckpt keeps the best epoch; more pictures, fewer epochs{smaller} help",
     )
 
 
@@ -189,7 +199,7 @@ def not_finite(names: list[str], timesteps: list[int], losses: list[float], step
     broken = [e for e in examples if e[2] - e[2] != 0]  # inf and nan
     if broken:
         what = "the loss is not finite for " + listed(broken)
-        cure = "if it is always these, look at the pictures; else lower"
+        cure = "run it again, and if it is the same pictures, look at them; else lower"
     else:
         what = "a gradient is not finite, after the losses of " + listed(examples)
         cure = "lower"

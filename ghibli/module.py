@@ -164,8 +164,8 @@ class GhibliModule(L.LightningModule):
             "base": self.base_hash, "guidance": float(guidance), "resolution": self.config.model.resolution,
             "resize": self.config.data.resize, "items": self.config.validation.items_per_picture,
             "schedule": hashlib.sha256(alphas_cumprod.cpu().numpy().tobytes()).hexdigest()[:16],
-            "precision": str(trainer.precision), "device": self.device.type,
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "precision": str(trainer.precision), "device": device_name(self.device),
+            "torch": torch.__version__,
         }  # fmt: skip
         folder = Path(self.config.cache_dir) / "base_scores"
         with counted("scoring the base") as on_progress, trainer.precision_plugin.forward_context():
@@ -222,6 +222,13 @@ class GhibliModule(L.LightningModule):
                 f"the first is {different[0]}"
             )
         self.history = [Probe(**stored) for stored in checkpoint["probe"]]
+
+
+def device_name(device: torch.device) -> str:
+    """What rounding depends on: the GPU's model, or the number of CPU threads."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {torch.get_float32_matmul_precision()}"
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def training_schedule(config: Config, own: torch.Tensor) -> torch.Tensor:

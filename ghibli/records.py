@@ -44,8 +44,10 @@ class Records(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.row, self.epoch = Sums(**state_dict["row"]), Sums(**state_dict["epoch"])
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         self.examples, self.since = 0, time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         if not self.probe_rows:
             self.add_probe(trainer, pl_module.history)
 
@@ -74,7 +76,7 @@ class Records(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         self.add_probe(trainer, pl_module.history)
         self.flush(trainer)
-        self.epoch, self.since = Sums(), time.monotonic()
+        self.epoch = Sums()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         """For early stopping on the training loss, as the slides had it."""
@@ -123,7 +125,7 @@ class Sums:
         self.plain, self.expected = self.plain + plain, self.expected + expected
 
     def means(self, trainer: L.Trainer) -> dict[str, float]:
-        """Over all devices: loss, its standard error were all passes drawn alone, loss over expected."""
+        """Over all devices: loss, its error as if every pass were an independent draw, loss / expected."""
         sums = torch.stack([torch.as_tensor(x) for x in (self.loss, self.square, self.plain, self.expected)])
         sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="mean").tolist()
         loss, square, plain, expected = sums

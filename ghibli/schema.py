@@ -15,6 +15,7 @@ RESERVED_TRAINER_FLAGS = {
 }  # fmt: skip
 VALIDATION_FLAGS = {
     "barebones", "check_val_every_n_epoch", "fast_dev_run", "limit_val_batches", "overfit_batches",
+    "val_check_interval",
 }  # fmt: skip
 PRECISIONS = ("auto", "auto-16", "32-true", "bf16-mixed", "16-mixed")
 

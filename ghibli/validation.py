@@ -6,6 +6,7 @@ the difference is paired: the spread between timesteps and noises cancels out. O
 holds the items of one picture, so no other picture can change a score, not even its rounding.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,9 @@ class Gain:
 
     @property
     def size(self) -> str:
-        return f"{abs(100 * self.value):.1f} % +- {100 * self.standard_error:.1f} %"
+        """`4.1 % +- 0.3 %`, without the error where one picture gives none."""
+        error = "" if math.isnan(self.standard_error) else f" +- {100 * self.standard_error:.1f} %"
+        return f"{abs(100 * self.value):.1f} %{error}"
 
     def __str__(self) -> str:
         word = "better" if self.value >= 0 else "WORSE"
@@ -62,10 +65,10 @@ def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
 
 
 def paired_difference(losses: torch.Tensor, others: torch.Tensor) -> tuple[float, float]:
-    """Mean of losses - others, both (P, K), and its standard error over pictures."""
+    """Mean of losses - others, both (P, K), and its standard error over pictures; nan for one picture."""
     difference = (losses.double() - others.double()).mean(1)
     if len(difference) < 2:
-        return difference.mean().item(), 0.0
+        return difference.mean().item(), float("nan")
     return difference.mean().item(), (difference.std() / len(difference) ** 0.5).item()
 
 
@@ -95,7 +98,7 @@ class Probe:
 
     def require_finite(self, epoch: int, lr: float) -> None:
         """Raises a UserMistake when the run has diverged: its losses are not all finite."""
-        if not (self.val.isfinite().all() and self.train.isfinite().all()):
+        if epoch > 0 and not (self.val.isfinite().all() and self.train.isfinite().all()):
             raise UserMistake(
                 f"the run diverged: the validation loss is not finite after epoch {epoch}; start it again "
                 f"with a lower learning rate (optimizer.lr was {lr:g}); best.ckpt is from before, "
@@ -113,12 +116,12 @@ def significant_best(history: list[Probe]) -> Gain:
     """The best gain so far, which only moves by more than the paired difference's standard error.
 
     An epoch that is better by chance alone does not count, so waiting for it to move ends
-    once learning has.
+    once learning has. With one held-out picture there is no error, and any improvement counts.
     """
     best = history[0]
     for probe in history[1:]:
         difference, error = paired_difference(probe.val, best.val)
-        if difference < -error:
+        if difference < (0 if math.isnan(error) else -error):
             best = probe
     return best.val_gain
 

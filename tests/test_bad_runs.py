@@ -209,6 +209,18 @@ def test_one_changed_byte_anywhere_is_found(tmp_path: Path) -> None:
         assert not is_whole(path)
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    """After going on from previous.ckpt, the next save must not keep the damaged last.ckpt instead."""
+    run = RunDir(tmp_path)
+    for step in (1, 2):
+        WholeCheckpoints().save_checkpoint({"step": step}, run.last_checkpoint)
+    run.last_checkpoint.write_bytes(b"damaged")
+    assert run.usable_checkpoint() == run.previous_checkpoint
+    WholeCheckpoints().save_checkpoint({"step": 3}, run.last_checkpoint)
+    assert torch.load(run.previous_checkpoint)["step"] == 1
+    assert torch.load(run.usable_checkpoint())["step"] == 3
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
