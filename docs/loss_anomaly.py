@@ -93,11 +93,15 @@ def save(figure: plt.Figure, name: str) -> None:
     plt.close(figure)
 
 
+def known_numbers() -> dict[str, dict]:
+    """What numbers.json holds."""
+    file = FIGURES / "numbers.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def note(part: str, **numbers: object) -> None:
     """Adds numbers to numbers.json and prints them."""
-    file = FIGURES / "numbers.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    write_json(file, known | {part: numbers})
+    write_json(FIGURES / "numbers.json", known_numbers() | {part: numbers})
     print(part, json.dumps(numbers, indent=1), flush=True)
 
 
@@ -261,31 +265,37 @@ def guidance(count: int = 48) -> None:
     reference = features(torch.stack([scene(first + 1000 + i) for i in range(300)]))
     floor = poly_mmd(reference[:150], reference[150:]).item()
     prompts = [f"{scenes.compose(first + i).caption}, Studio Ghibli style" for i in range(count)]
-    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    numbers: dict[str, object] = {"two sets of real pictures": round(floor, 5)}
+    numbers = known_numbers().get("guidance", {"two sets of real pictures": round(floor, 5)})
     for w, d in GUIDED:
         name = f"guidance-{w:g}-dropout-{d:g}"
-        module = model_of(run_of(name))
-        values = []
+        if name in numbers:
+            continue
+        module, numbers[name] = model_of(run_of(name)), {}
         with counted(f"sampling {name}") as on_progress:
             for done, scale in enumerate(SCALES):
                 drawn = sample(
                     module.base, prompts, Cell("ddim", scale), num_inference_steps=20,
                     seeds=list(range(count)), resolution=128,
                 )  # fmt: skip
-                values.append(poly_mmd(reference, features(drawn)).item())
+                numbers[name][f"{scale:g}"] = round(poly_mmd(reference, features(drawn)).item(), 5)
                 on_progress(done + 1, len(SCALES))
+        note("guidance", **numbers)
+    plot_guidance(numbers)
+
+
+def plot_guidance(numbers: dict[str, dict[str, float]]) -> None:
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for w, d in GUIDED:
+        values = numbers[f"guidance-{w:g}-dropout-{d:g}"]
         style = {"color": BLUE if w == 1 else ORANGE, "ls": "-" if d else "--", "marker": "."}
-        axis.plot(SCALES, values, label=f"trained with guidance {w:g}, caption dropout {d:g}", **style)
-        numbers[name] = {f"{s:g}": round(v, 5) for s, v in zip(SCALES, values, strict=True)}
-        numbers[name]["best scale"] = SCALES[int(np.argmin(values))]
-    axis.axhline(max(floor, 0), color=GREY, lw=0.8)
-    axis.set(xscale="log", yscale="log", xlabel="sampling scale", ylabel="kernel distance to drawn pictures")
+        label = f"trained with guidance {w:g}, caption dropout {d:g}"
+        axis.plot([float(scale) for scale in values], list(values.values()), label=label, **style)
+    axis.axhline(0, color=GREY, lw=0.8)
+    axis.set(xscale="log", xlabel="sampling scale", ylabel="kernel distance to drawn pictures")
     axis.set_xticks(SCALES, [f"{s:g}" for s in SCALES])
     axis.minorticks_off()
     axis.legend(frameon=False, fontsize=8)
     save(figure, "guidance")
-    note("guidance", **numbers)
 
 
 def losses_of(
