@@ -1,6 +1,6 @@
 """Re-make the figures and numbers of docs/loss-anomaly.md: `python docs/loss_anomaly.py [PART ...]`.
 
-Parts: curves, epochs, schedule, diverged, error, guidance, curves50; all of them without a word. Runs lie in
+Parts: curves, epochs, schedule, diverged, error, curves50; all of them without a word. Runs lie in
 outputs/loss-anomaly/ and are trained once; a finished one is read again.
 """
 
@@ -15,8 +15,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torchmetrics.image.kid import poly_mmd
-from transformers import CLIPModel
 
 from ghibli import base_model, lora, scenes
 from ghibli.captions import CaptionedPicture
@@ -38,7 +36,6 @@ QUIET = (
     f"cache_dir={WORK}/cache",
 )  # fmt: skip
 NEAR, DEMO = ("model=demo_near", *QUIET), ("model=demo", *QUIET)
-GUIDED = [(w, d) for w in (1, 7.5) for d in (0, 0.1)]
 RUNS = {
     **{
         f"{name}-{epochs}": (*NEAR, f"experiment={name}", f"trainer.max_epochs={epochs}")
@@ -47,14 +44,7 @@ RUNS = {
     },
     "full": (*DEMO, "experiment=full_finetune", "trainer.max_epochs=6"),
     "full-too-fast": (*DEMO, "experiment=full_finetune", "trainer.max_epochs=6", "optimizer.lr=0.03"),
-    **{
-        f"guidance-{w:g}-dropout-{d:g}": (
-            *DEMO, f"loss.guidance={w:g}", f"loss.caption_dropout={d:g}", "trainer.max_epochs=6",
-        )
-        for w, d in GUIDED
-    },
 }  # fmt: skip
-SCALES = (1, 2, 4, 7.5, 15, 30, 45, 60)
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9731a", "#777777"
 
 
@@ -248,56 +238,6 @@ def diverged() -> None:
     pictures("diverged-pictures", models)
 
 
-@torch.no_grad()
-def guidance(count: int = 48) -> None:
-    """The kernel distance to drawn pictures over the sampling scale, for four trainings."""
-    clip = CLIPModel.from_pretrained(base_model.DEMO / "clip").eval()
-
-    def features(pictures: torch.Tensor) -> torch.Tensor:
-        output = clip.vision_model(pixel_values=pictures * 2 - 1).pooler_output
-        return torch.nn.functional.normalize(output, dim=1) * 4
-
-    def scene(seed: int) -> torch.Tensor:
-        array = np.array(scenes.draw(scenes.compose(seed), "drawn"), dtype=np.float32) / 255
-        return torch.from_numpy(array).permute(2, 0, 1)
-
-    first = scenes.EVALUATION_SEEDS.start
-    reference = features(torch.stack([scene(first + 1000 + i) for i in range(300)]))
-    floor = poly_mmd(reference[:150], reference[150:]).item()
-    prompts = [f"{scenes.compose(first + i).caption}, Studio Ghibli style" for i in range(count)]
-    numbers = known_numbers().get("guidance", {"two sets of real pictures": round(floor, 5)})
-    for w, d in GUIDED:
-        name = f"guidance-{w:g}-dropout-{d:g}"
-        if name in numbers:
-            continue
-        module, numbers[name] = model_of(run_of(name)), {}
-        with counted(f"sampling {name}") as on_progress:
-            for done, scale in enumerate(SCALES):
-                drawn = sample(
-                    module.base, prompts, Cell("ddim", scale), num_inference_steps=20,
-                    seeds=list(range(count)), resolution=128,
-                )  # fmt: skip
-                numbers[name][f"{scale:g}"] = round(poly_mmd(reference, features(drawn)).item(), 5)
-                on_progress(done + 1, len(SCALES))
-        note("guidance", **numbers)
-    plot_guidance(numbers)
-
-
-def plot_guidance(numbers: dict[str, dict[str, float]]) -> None:
-    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for w, d in GUIDED:
-        values = numbers[f"guidance-{w:g}-dropout-{d:g}"]
-        style = {"color": BLUE if w == 1 else ORANGE, "ls": "-" if d else "--", "marker": "."}
-        label = f"trained with guidance {w:g}, caption dropout {d:g}"
-        axis.plot([float(scale) for scale in values], list(values.values()), label=label, **style)
-    axis.axhline(0, color=GREY, lw=0.8)
-    axis.set(xscale="log", xlabel="sampling scale", ylabel="kernel distance to drawn pictures")
-    axis.set_xticks(SCALES, [f"{s:g}" for s in SCALES])
-    axis.minorticks_off()
-    axis.legend(frameon=False, fontsize=8)
-    save(figure, "guidance")
-
-
 def losses_of(
     module: GhibliModule, batches: list[dict], schedule: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -329,7 +269,7 @@ def error(redraws: int = 100, pictures: int = 30) -> None:
 
 def main() -> None:
     register()
-    parts = {f.__name__: f for f in (curves, epochs, schedule, diverged, error, guidance, curves50)}
+    parts = {f.__name__: f for f in (curves, epochs, schedule, diverged, error, curves50)}
     for name in sys.argv[1:] or parts:
         parts[name]()
 
