@@ -56,6 +56,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             checkpoint = run_dir.usable_checkpoint() if resumes else None
             if checkpoint == run_dir.previous_checkpoint:
                 console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
+                checkpoint = checkpoint.replace(run_dir.last_checkpoint)  # so no save can lose it
             trainer = make_trainer(config, run_dir, stop, logger, checkpoint)
             if config.finetune == "none":
                 trainer.validate(module, data, verbose=False)

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ghibli.module import GhibliModule
 from ghibli.progress import console
-from ghibli.run_dir import RunDir, is_whole, write_sealed
+from ghibli.run_dir import RunDir, write_sealed
 
 
 class StopRequested(BaseException):
@@ -33,7 +33,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
-        if path.name == "last.ckpt" and is_whole(path):
+        if path.name == "last.ckpt" and path.exists():
             keep_previous(path)
 
         def write(file: BinaryIO) -> None:

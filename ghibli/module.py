@@ -122,7 +122,7 @@ class GhibliModule(L.LightningModule):
             weighted = losses * min_snr_weights(
                 batch["timesteps"], self.alphas_cumprod, gamma, self.base.prediction_type
             )
-        expected = self.expected.to(losses.device)[batch["timesteps"]].mean()
+        expected = self.expected[batch["timesteps"]].mean()
         return {"loss": weighted.mean(), "plain": losses.detach().mean(), "expected": expected}
 
     def on_validation_epoch_start(self) -> None:
@@ -149,12 +149,13 @@ class GhibliModule(L.LightningModule):
         self.eval()
         guidance, own = self.config.loss.guidance, self.base_alphas_cumprod
         self.base_losses = self.score_base(1, own)[:, 0]
-        self.start_scores = self.score_base(guidance, own)
+        start_scores = self.score_base(guidance, own)
         on_training_schedule = self.score_base(guidance, self.alphas_cumprod)[:, 0]
         timesteps = torch.cat([batch["timesteps"] for batch in self.trainer.datamodule.probe_batches])
-        self.expected = expected_losses(timesteps, on_training_schedule.flatten(), self.num_train_timesteps)
+        expected = expected_losses(timesteps, on_training_schedule.flatten(), self.num_train_timesteps)
+        self.expected = expected.to(self.device)
         if stage == "fit":
-            self.history = [self.probe(self.start_scores)]
+            self.history = [self.probe(start_scores)]
 
     def score_base(self, guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
         """The base's scores on the whole probe, (P + Q, 2, K), from the cache where they are known."""

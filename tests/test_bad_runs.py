@@ -209,18 +209,6 @@ def test_one_changed_byte_anywhere_is_found(tmp_path: Path) -> None:
         assert not is_whole(path)
 
 
-def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path: Path) -> None:
-    """After going on from previous.ckpt, the next save must not keep the damaged last.ckpt instead."""
-    run = RunDir(tmp_path)
-    for step in (1, 2):
-        WholeCheckpoints().save_checkpoint({"step": step}, run.last_checkpoint)
-    run.last_checkpoint.write_bytes(b"damaged")
-    assert run.usable_checkpoint() == run.previous_checkpoint
-    WholeCheckpoints().save_checkpoint({"step": 3}, run.last_checkpoint)
-    assert torch.load(run.previous_checkpoint)["step"] == 1
-    assert torch.load(run.usable_checkpoint())["step"] == 3
-
-
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,9 +226,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     damaged = bytearray(run.last_checkpoint.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     run.last_checkpoint.write_bytes(damaged)
-    code, out, err = command(f"resume={stopped}")
-    assert (code, err) == (0, "")
+    signal_at_step(monkeypatch, signal.SIGINT, 1)  # stopped again before the next epoch: nothing is lost
+    code, out, err = command(f"resume={stopped}", "model=demo")
+    assert (code, err) == (130, "")
+    monkeypatch.undo()
+    assert is_whole(run.last_checkpoint) and is_whole(run.previous_checkpoint)
     assert "last.ckpt is damaged: going on from the checkpoint before it" in out
+    assert command(f"resume={stopped}")[:1] == (0,)
     assert weights(stopped) == weights(undisturbed)
     for file in (run.last_checkpoint, run.previous_checkpoint):
         file.write_bytes(b"damaged")
