@@ -1,7 +1,7 @@
 """The `ghibli` command line: a thin frame, one verb a function."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -51,6 +51,59 @@ def list_runs() -> None:
     for run in runs:
         table.add_row(*row_of(run))
     console.print(table)
+
+
+@app.command("evaluate")
+def evaluate(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RUN... [KEY=VALUE...]", help="run folders, settings")
+    ],
+) -> None:
+    """Samples finished runs and their base in every cell and measures the distance to real pictures."""
+    runs = [RunDir(Path(word)) for word in words if "=" not in word]
+    if not runs:
+        raise UserMistake("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
+    from ghibli import evaluation, trained  # torch takes seconds to load
+    from ghibli.config import changed
+
+    settings = [word for word in words if "=" in word]
+    configs = [changed(trained.config_of(run), settings, evaluation.CHANGEABLE) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        result = evaluation.evaluate(run, config)
+        console.print(evaluation_table(run, result))
+        for finding in result["findings"]:
+            console.print(f"{finding['name']}: {finding['text']}", style="yellow")
+        console.print(f"numbers {run.evaluation}, pictures {run.evaluation_pictures}\n")
+
+
+def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
+    """The slides' table of one run: a row for each model and cell."""
+    counts = f"{result['samples']} samples, {result['reference_pictures']} real pictures"
+    table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
+    for name in ("model", "cell", "kernel distance", "below base", "Frechet", "captions", "recall"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
+    for model, rows in result["models"].items():
+        for row in rows:
+            cell = f"{row['sampler'].upper()} {row['guidance']:g}"
+            table.add_row(model, cell, *evaluation_cells(row))
+    table.add_row("real", "training", *evaluation_cells(result["real"]))
+    return table
+
+
+def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Kernel distance, paired difference, Frechet distance, caption fit and recall as text."""
+
+    def with_error(pair: list[float] | None, digits: int) -> str:
+        return "-" if pair is None else f"{pair[0]:.{digits}f} +- {pair[1]:.{digits}f}"
+
+    difference = row.get("kernel_minus_base")
+    return (
+        with_error(row["kernel"], 2),
+        with_error(difference and [-difference[0], difference[1]], 2),
+        f"{row['frechet']:.1f}",
+        with_error(row["caption_fit"], 1),
+        f"{100 * row['recall']:.0f} %",
+    )
 
 
 def row_of(run: RunDir) -> tuple[str, ...]:

@@ -121,6 +121,24 @@ def from_yaml(path: Path) -> Config:
         raise UserMistake(f"{path} is not the configuration of a run of this version: {reason}") from error
 
 
+def changed(config: Config, words: list[str], allowed: tuple[str, ...]) -> Config:
+    """The configuration with KEY=VALUE words applied, such as evaluate.samples=100.
+
+    Args:
+        allowed: keys and sections that may be changed.
+
+    Raises:
+        UserMistake: another key, or a value that is not accepted.
+    """
+    for word in words:
+        key = word.partition("=")[0]
+        if not any(key == name or key.startswith(f"{name}.") for name in allowed):
+            raise UserMistake(f"{word}: only {', '.join(allowed)} can be changed after a run")
+    with hydra_mistakes():
+        merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(words))
+        return checked(OmegaConf.to_container(merged))
+
+
 def run_dir_for(resume: str | None) -> str:
     """The folder this command writes to: a new one, or the one it resumes."""
     if resume is not None:

@@ -24,7 +24,7 @@ from ghibli.randomness import (
     timestep,
 )
 from ghibli.run_dir import RunDir, check_unchanged, write_json
-from ghibli.schema import Config
+from ghibli.schema import Config, DrawConfig
 from ghibli.validation import make_items
 
 
@@ -46,6 +46,20 @@ def split_by_content(
 def first_by_content(pictures: list[CaptionedPicture], count: int) -> list[CaptionedPicture]:
     """The `count` pictures with the lowest content hash: a fixed part, whatever the folder's order."""
     return sorted(pictures, key=lambda p: p.content_hash)[:count]
+
+
+def draw_missing(root: str, draw: DrawConfig | None, seeds: range | None = None) -> None:
+    """Draws the pictures of a folder that is to be drawn and is not there yet.
+
+    Args:
+        seeds: of the scenes; None: those that training is for.
+    """
+    if draw is None or (Path(root) / "captions.txt").exists():
+        return
+    usual = {"drawn": scenes.FINETUNE_SEEDS, "photo": scenes.PRETRAIN_SEEDS}
+    first = (seeds or usual[draw.look]).start
+    with counted("drawing the demo pictures") as on_progress:
+        scenes.write_folder(Path(root), draw.look, draw.count, first, on_progress=on_progress)
 
 
 class TrainExamples(Dataset):
@@ -153,12 +167,7 @@ class GhibliDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Draws the demo's pictures when the folder is not there yet."""
-        draw, root = self.config.data.draw, Path(self.config.data.root)
-        if draw is None or (root / "captions.txt").exists():
-            return
-        seeds = {"drawn": scenes.FINETUNE_SEEDS, "photo": scenes.PRETRAIN_SEEDS}
-        with counted("drawing the demo pictures") as on_progress:
-            scenes.write_folder(root, draw.look, draw.count, seeds[draw.look].start, on_progress=on_progress)
+        draw_missing(self.config.data.root, self.config.data.draw)
 
     def setup(self, stage: str) -> None:
         """Reads, splits and encodes; writes split.json. Runs once."""

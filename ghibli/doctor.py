@@ -183,6 +183,23 @@ def overfitting(history: list[Probe], finetune: str) -> Finding | None:
     )
 
 
+def few_pictures(pictures: int, features: int, real_frechet: float) -> list[Finding]:
+    """A Frechet distance asked of too few pictures for a covariance of that many features.
+
+    Args:
+        pictures: the smaller of the two sets.
+        real_frechet: the distance of two sets of real pictures of about that size.
+    """
+    if pictures > features:
+        return []
+    text = (
+        f"the Frechet distance is taken from {pictures} pictures in a space of {features} features, where it "
+        f"is mostly bias (two sets of real pictures are {real_frechet:.3g} apart): judge by the kernel "
+        f"distance, which has none, or give more than {features} pictures (evaluate.samples, data.reference)"
+    )
+    return [Finding("few pictures", text)]
+
+
 def memorising(now: Probe, then: Probe) -> bool:
     """Held-out pictures worse by more than 2 standard errors of the difference, training ones better."""
     difference, error = paired_difference(now.val, then.val)

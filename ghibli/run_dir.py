@@ -160,6 +160,14 @@ class RunDir:
         return self.path / "unet"
 
     @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_pictures(self) -> Path:
+        return self.path / "evaluation.png"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

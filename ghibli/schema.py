@@ -49,6 +49,7 @@ class ModelConfig:
     path: str  # "demo", a diffusers folder, a hub id or a single .safetensors file
     resolution: int  # side of a training picture in px
     lr: float  # peak learning rate that suits this base
+    clip: str | None  # folder or hub id of the CLIP model that scores captions
     adapter: str | None  # folder of an adapter that is merged into the base first; None = none
     adapter_scale: float  # how much of it
 
@@ -77,6 +78,8 @@ class DataConfig:
 
     root: str | None  # folder of pictures and captions
     draw: DrawConfig | None  # pictures to draw first; None = the folder must be there
+    reference: str | None  # folder of further pictures that evaluation compares with
+    reference_draw: DrawConfig | None  # pictures to draw there first; None = the folder must be there
     style: str  # appended to every caption
     caption: str | None  # stands in for a missing caption
     val_fraction: float  # share of pictures held out
@@ -241,6 +244,27 @@ class SampleConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """`ghibli evaluate`: the cells of `sample` again, with many pictures and measured."""
+
+    samples: int  # pictures of each cell
+    scan_samples: int  # pictures at each scale of the guidance scan
+    scales: list[float]  # sampling scales of the guidance scan
+    batch_size: int  # pictures sampled together
+    features: str  # style or inception
+    inception: str | None  # file with the FID network's weights
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 3), ("scan_samples", 3), ("batch_size", 1)):
+            require(
+                getattr(self, name) >= least, f"evaluate.{name}", getattr(self, name), f"at least {least}"
+            )
+        for scale in self.scales:
+            require(scale >= 1, "evaluate.scales", scale, "1 (off) or more")
+        require_choice("evaluate.features", self.features, ("style", "inception"))
+
+
+@dataclass
 class WandbConfig:
     """The dashboard."""
 
@@ -272,6 +296,7 @@ class Config:
     early_stopping: EarlyStoppingConfig
     checkpoint: CheckpointConfig
     sample: SampleConfig
+    evaluate: EvaluateConfig
     wandb: WandbConfig
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ ORDER = [
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "captions", "base_model", "latents", "validation", "base_scores", "data", "lora", "diffusion",
     "sampling", "module", "checkpoints", "dashboard", "records", "doctor", "callbacks", "trainer",
-    "finish", "features", "metrics", "cli", "__main__",
+    "finish", "features", "metrics", "yardstick", "trained", "evaluation", "cli", "__main__",
 ]  # fmt: skip
 HYDRA_MODULES = {"hydra", "omegaconf"}
 

@@ -129,7 +129,7 @@ def test_features_do_not_depend_on_the_batch(base: BaseModel) -> None:
     pictures = drawn(features.BATCH + 3)
     together, alone = style_of(base, pictures), style_of(base, pictures[-1:])
     assert torch.allclose(together[-1:], alone, rtol=1e-4, atol=1e-5)
-    assert together.shape == (len(pictures), 2 * (16 + 16 + 32 + 96 + 128 + 128))
+    assert together.shape == (len(pictures), 2 * (16 + 16 + 32 + 96))
 
 
 @pytest.fixture(scope="module")
