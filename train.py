@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ghibli.config import from_yaml, hydra_entry, this_run, to_config, to_yaml
+from ghibli import trial
+from ghibli.config import hydra_entry, job_config, this_run, to_yaml
 from ghibli.mistakes import UserMistake, stop_at_once
 from ghibli.run_dir import RunDir, check_unchanged, now, provenance, write_text
 from ghibli.schema import Config
@@ -19,12 +20,20 @@ TOO_SHORT = (
 def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
     """Trains as the configuration says and writes everything into the run folder.
 
+    A folder that holds this very trial already is gone on with, or has the answer if it is finished.
+
     Args:
-        resumes: go on from checkpoints/last.ckpt of the folder.
+        resumes: go on from checkpoints/last.ckpt of the folder, whatever code it was started by.
 
     Returns:
         The objective of sweeps: the best share by which the held-out loss is below the base's.
     """
+    if resumes:
+        trial.say_what_changed(run_dir)
+    else:
+        objective, resumes = trial.take_up(config, run_dir)
+        if objective is not None:
+            return objective
     with stop_at_once():
         import torch
         import wandb  # noqa: F401  (dashboard would import it later)
@@ -41,7 +50,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
     run_dir.update_status(
         state="running", reason=None, started=run_dir.read_status().get("started", now()),
         settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
-        process=os.getpid(), threads=torch.get_num_threads(), **provenance(),
+        process=os.getpid(), threads=torch.get_num_threads(), **provenance(), **trial.marks(config, run_dir),
     )  # fmt: skip
     try:
         with CleanStop(run_dir) as stop:
@@ -99,10 +108,7 @@ def as_mistake(error: BaseException) -> BaseException:
 
 def main(cfg: Any) -> float:
     """One Hydra job: trains with the composed settings, or resumes with the run's; returns the objective."""
-    run_dir = this_run()
-    if cfg.resume is None:
-        return run(to_config(cfg), run_dir)
-    return run(from_yaml(run_dir.config), run_dir, resumes=True)
+    return run(job_config(cfg), this_run(), resumes=cfg.resume is not None)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ghibli import schema
+from ghibli import schema, trial
 from ghibli.mistakes import UserMistake, did_you_mean, one_line_mistakes
 from ghibli.places import check_places
 from ghibli.run_dir import RunDir, find_run
@@ -188,17 +188,12 @@ def check_first(cfg: Any) -> None:
     """
     with hydra_mistakes():
         if cfg.resume is not None:
-            run = find_run(cfg.resume)
-            reject_beside_resume(cfg, run)
-            check_places(from_yaml(run.config))
+            check_places(resumed(find_run(cfg.resume), cfg.hydra.overrides))
             return
-        check_places(to_config(cfg))
+        config = to_config(cfg)
+        check_places(config)
         run = RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir")))
-        if run.last_checkpoint.exists():
-            raise UserMistake(
-                f"hydra.run.dir={run.path} already holds a run: go on with it by resume={run.path}, "
-                "or choose another folder"
-            )
+        trial.require_same(config, run)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -207,19 +202,59 @@ def check_first(cfg: Any) -> None:
             ) from error
 
 
-def reject_beside_resume(cfg: Any, run: RunDir) -> None:
-    """Raises for overrides that a resumed run would ignore; the groups it was started with may be named."""
-    parser = OverridesParser.create()
+def job_config(cfg: Any) -> Config:
+    """What the running job trains with: the composed settings, or with resume=RUN the run's own."""
+    if cfg.resume is None:
+        return to_config(cfg)
+    return resumed(this_run(), HydraConfig.get().overrides)
+
+
+def resumed(run: RunDir, overrides: Any) -> Config:
+    """The run's own settings, with what may change on the way as it was asked for beside `resume`.
+
+    Raises:
+        UserMistake: anything else was asked for than what the run has; all of it is listed.
+    """
+    dropped = [text for text in overrides.hydra if not text.startswith("hydra.mode=")]
+    if dropped:
+        raise UserMistake(f"resume goes on in the run's own folder: drop {', '.join(dropped)}")
+    own = from_yaml(run.config)
+    values, refused = asked_beside_resume(run, overrides.task)
+    content = OmegaConf.structured(own)
+    for key, value in values.items():
+        OmegaConf.update(content, key, value, force_add=key.startswith("trainer."))
+    if "trainer.max_epochs" not in values and own.trainer["max_epochs"] == own.data.epochs:
+        content.trainer.max_epochs = content.data.epochs  # as conf/train.yaml has it
+    asked = checked(OmegaConf.to_container(content, resolve=True))
+    reject_unknown_flags(asked.trainer)
+    sides = [trial.flat(dataclasses.asdict(config)) for config in (own, asked)]
+    different = list(trial.differences(*sides))
+    more = asked.trainer["max_epochs"] > own.trainer["max_epochs"]
+    growing = ("trainer.max_epochs", "data.epochs") if more else ()
+    refused += [d for d in different if d[0] not in growing and not trial.is_free(d[0])]
+    if refused:
+        raise UserMistake(
+            f"resume={run.path}: {trial.listed(refused, 'in this run')}; only trainer.max_epochs may change, "
+            "and only grow: start a new run for other settings"
+        )
+    return asked
+
+
+def asked_beside_resume(run: RunDir, words: list[str]) -> tuple[dict[str, Any], list[trial.Difference]]:
+    """(key -> value, groups of another choice than the run was started with) of the overrides."""
     own = run.path / ".hydra" / "hydra.yaml"
-    choices = OmegaConf.load(own).hydra.runtime.choices if own.exists() else {}
-    ignored = [text for text in cfg.hydra.overrides.hydra if not text.startswith("hydra.mode=")]
-    for text in cfg.hydra.overrides.task:
-        override = parser.parse_override(text)
+    groups = OmegaConf.load(own).hydra.runtime.choices if own.exists() else {}
+    values, refused = {}, []
+    for override in OverridesParser.create().parse_overrides(list(words)):
         key = override.key_or_group
-        if key != "resume" and (key not in ("model", "data") or choices.get(key) != override.value()):
-            ignored.append(text)
-    if ignored:
-        raise UserMistake(f"resume goes on with the run's own settings: drop {', '.join(ignored)}")
+        if override.is_delete():
+            raise UserMistake(f"resume goes on with the run's own settings: drop {override.input_line}")
+        if key not in ("model", "data", "experiment"):
+            values[key] = override.value()
+        elif groups.get(key) != override.value():
+            refused.append((key, groups.get(key), override.value()))
+    values.pop("resume")
+    return values, refused
 
 
 def reject_resume(cfg: Any) -> None:

@@ -16,7 +16,10 @@ from ghibli.mistakes import UserMistake
 
 OUTPUTS = Path("outputs")
 SEAL = b"sha256:"  # the digest follows
-LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft", "wandb")
+LIBRARIES = (
+    "torch", "torchvision", "lightning", "diffusers", "transformers", "peft", "accelerate", "safetensors",
+    "numpy", "pillow", "hydra-core", "wandb",
+)  # fmt: skip
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -233,7 +236,18 @@ def provenance() -> dict[str, Any]:
         "git_dirty": bool(_git("status", "--porcelain")),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "processor": processor_name(),
     }
+
+
+def processor_name() -> str:
+    """The processor's model; rounding may depend on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _is_alive(process: int | None) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ghibli.mistakes import UserMistake, did_you_mean
 
+CONFIG_VERSION = 1  # to be raised when a key is renamed, removed or means something else
 RESERVED_TRAINER_FLAGS = {
     "callbacks", "default_root_dir", "enable_checkpointing", "enable_model_summary",
     "enable_progress_bar", "logger", "num_sanity_val_steps", "plugins", "use_distributed_sampler",

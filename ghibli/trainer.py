@@ -14,6 +14,7 @@ from ghibli.callbacks import Doctor, Narrator, SampleGrid, StatusWriter
 from ghibli.checkpoints import CleanStop, StepCheckpoint, WholeCheckpoints
 from ghibli.mistakes import UserMistake, did_you_mean
 from ghibli.records import Records
+from ghibli.resume_check import ResumeCheck
 from ghibli.run_dir import RunDir
 from ghibli.schema import Config
 
@@ -61,7 +62,8 @@ def make_callbacks(config: Config, run: RunDir, stop: CleanStop, resume_step: in
     """All callbacks; Lightning runs the checkpoints last, so they see what the others did."""
     records = Records(run, resume_step)
     callbacks = [
-        records, SampleGrid(config, run), StatusWriter(run), Narrator(records), Doctor(config, run), stop,
+        ResumeCheck(run), records, SampleGrid(config, run), StatusWriter(run), Narrator(records),
+        Doctor(config, run), stop,
     ]  # fmt: skip
     if config.finetune == "none":
         return callbacks
