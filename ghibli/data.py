@@ -152,10 +152,14 @@ class GhibliDataModule(L.LightningDataModule):
         self.is_ready = False
 
     def prepare_data(self) -> None:
-        """Draws the demo's pictures when the folder is not there yet."""
+        """Draws the demo's pictures when the folder is not there yet, or damaged."""
         draw, root = self.config.data.draw, Path(self.config.data.root)
-        if draw is None or (root / "captions.txt").exists():
+        if draw is None:
             return
+        if (root / "captions.txt").exists():
+            if not (root.is_relative_to(self.config.cache_dir) and scenes.damaged(root)):
+                return
+            console.print(f"the drawn pictures in {root} are damaged: drawing them again", style="yellow")
         seeds = {"drawn": scenes.FINETUNE_SEEDS, "photo": scenes.PRETRAIN_SEEDS}
         with counted("drawing the demo pictures") as on_progress:
             scenes.write_folder(root, draw.look, draw.count, seeds[draw.look].start, on_progress=on_progress)

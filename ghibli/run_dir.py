@@ -1,5 +1,6 @@
 """The files of a run folder: their names, their states, and writing them whole or not at all."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -178,9 +179,38 @@ class RunDir:
         state = status.get("state", "unknown")
         return "killed" if state == "running" and not _is_alive(status.get("process")) else state
 
+    def lock(self) -> BinaryIO:
+        """Makes this run the only one that writes the folder, until the process ends or closes the result.
+
+        Removes what a process that was killed left half written.
+
+        Raises:
+            UserMistake: another process is at work here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = open(self.path / ".lock", "ab")  # noqa: SIM115
+        if not is_first_process():
+            return file
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; loader processes have none
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UserMistake(
+                f"another process is at work in {self.path}: wait for its end, or choose another folder "
+                "with hydra.run.dir=DIR"
+            ) from None
+        for unfinished in self.path.rglob(".*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        return file
+
     def update_status(self, **changes: Any) -> None:
         """Writes status.json with these entries added or replaced."""
         write_json(self.status, self.read_status() | changes)
+
+
+def is_first_process() -> bool:
+    """False in a process that Lightning, torchrun or SLURM started for a further device of one run."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def now() -> str:
@@ -231,7 +261,7 @@ def provenance() -> dict[str, Any]:
 def _is_alive(process: int | None) -> bool:
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, TypeError):
+    except (ProcessLookupError, TypeError, OverflowError):  # the last two: status.json is damaged
         return False
     except PermissionError:
         return True
