@@ -207,8 +207,7 @@ def check_first(cfg: Any) -> None:
 def reject_beside_resume(cfg: Any, run: RunDir) -> None:
     """Raises for overrides that a resumed run would ignore; the groups it was started with may be named."""
     parser = OverridesParser.create()
-    own = run.path / ".hydra" / "hydra.yaml"
-    choices = OmegaConf.load(own).hydra.runtime.choices if own.exists() else {}
+    choices = chosen_groups(run)
     ignored = [text for text in cfg.hydra.overrides.hydra if not text.startswith("hydra.mode=")]
     for text in cfg.hydra.overrides.task:
         override = parser.parse_override(text)
@@ -217,6 +216,14 @@ def reject_beside_resume(cfg: Any, run: RunDir) -> None:
             ignored.append(text)
     if ignored:
         raise UserMistake(f"resume goes on with the run's own settings: drop {', '.join(ignored)}")
+
+
+def chosen_groups(run: RunDir) -> dict[str, str]:
+    """Group -> choice that a run was started with; empty when Hydra's file is gone or damaged."""
+    try:
+        return dict(OmegaConf.load(run.path / ".hydra" / "hydra.yaml").hydra.runtime.choices)
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException):
+        return {}
 
 
 def reject_resume(cfg: Any) -> None:

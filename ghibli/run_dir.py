@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -37,7 +38,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk says so even where there is no such file
+            temporary.unlink()
         trouble = error if isinstance(error, OSError) else error.__context__
         if isinstance(trouble, OSError):  # torch.save hides it behind an error of its own
             trouble.filename = str(path)
@@ -165,12 +167,15 @@ class RunDir:
         return self.path / "samples"
 
     def read_status(self) -> dict[str, Any]:
-        """The content of status.json; empty when there is none or it cannot be read."""
+        """The content of status.json; empty when there is none or it was damaged."""
         try:
             content = json.loads(self.status.read_text())
         except (OSError, ValueError):
             return {}
-        return content if isinstance(content, dict) else {}
+        if not isinstance(content, dict):
+            return {}
+        checksum = content.pop("sha256", None)
+        return content if checksum in (None, _checksum(content)) else {}
 
     @property
     def state(self) -> str:
@@ -204,13 +209,18 @@ class RunDir:
         return file
 
     def update_status(self, **changes: Any) -> None:
-        """Writes status.json with these entries added or replaced."""
-        write_json(self.status, self.read_status() | changes)
+        """Writes status.json with these entries added or replaced, and a checksum."""
+        content = self.read_status() | changes
+        write_json(self.status, content | {"sha256": _checksum(content)})
 
 
 def is_first_process() -> bool:
     """False in a process that Lightning, torchrun or SLURM started for a further device of one run."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def now() -> str:
