@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
         from ghibli.progress import console
         from ghibli.trainer import make_trainer
 
+    lock = run_dir.lock()
     write_text(run_dir.config, to_yaml(config))
     run_dir.update_status(
         state="running", reason=None, started=run_dir.read_status().get("started", now()),
@@ -66,7 +68,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             if checkpoint == run_dir.previous_checkpoint:
                 console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
                 checkpoint = checkpoint.replace(run_dir.last_checkpoint)  # so no save can lose it
-            trainer = make_trainer(config, run_dir, stop, logger, checkpoint)
+            trainer = make_trainer(config, run_dir, stop, logger)
             if config.finetune == "none":
                 trainer.validate(module, data, verbose=False)
             else:
@@ -78,7 +80,8 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
         raise SystemExit(finish.interrupted(run_dir, request)) from None
     except BaseException as error:
         mistake = as_mistake(error)
-        run_dir.update_status(state="failed", reason=str(mistake) or type(error).__name__, ended=now())
+        with suppress(OSError):  # a full disk, which `error` already tells
+            run_dir.update_status(state="failed", reason=str(mistake) or type(error).__name__, ended=now())
         if run_dir.last_checkpoint.exists() and not isinstance(mistake, UserMistake):
             folder = finish.shown(run_dir.path)
             console.print(f"what was trained is kept; go on with: python train.py resume={folder}")
@@ -87,6 +90,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
         raise mistake from error
     finally:
         dashboard.close()
+        lock.close()
 
 
 def as_mistake(error: BaseException) -> BaseException:

@@ -110,7 +110,7 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     """One run as the cells of the table."""
     status = run.read_status()
     gain, error = status.get("gain"), status.get("gain_se")
-    words = "-" if gain is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
+    words = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
     return str(run.path), run.state, status.get("settings", "?"), epochs, words
 

@@ -6,6 +6,8 @@ No torch import: a typo is answered before anything heavy is loaded.
 import ast
 import dataclasses
 import functools
+import hashlib
+import io
 import os
 import re
 import sys
@@ -32,6 +34,8 @@ from ghibli.mistakes import UserMistake, did_you_mean, one_line_mistakes
 from ghibli.places import check_places
 from ghibli.run_dir import RunDir, find_run
 from ghibli.schema import Config
+
+SEAL = "# sha256 of the lines above: "
 
 
 def reject_unknown_keys(node: Any, section: type, prefix: str = "") -> None:
@@ -104,8 +108,9 @@ def checked(content: Any) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration, resolved, as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole configuration, resolved, as YAML; the last line is a checksum."""
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def from_yaml(path: Path) -> Config:
@@ -115,7 +120,16 @@ def from_yaml(path: Path) -> Config:
         UserMistake: the file is damaged or was written by another version of this project.
     """
     try:
-        return checked(OmegaConf.load(path))
+        text = path.read_text(encoding="utf-8")
+        settings, seal, digest = text.partition(SEAL)
+        if seal and digest.strip() != hashlib.sha256(settings.encode()).hexdigest():
+            raise UserMistake(
+                f"{path} was changed or damaged after the run wrote it, and its result would be another: put "
+                "it back (its last line is a checksum), or start a new run"
+            )
+        return checked(OmegaConf.load(io.StringIO(text)))
+    except UserMistake:
+        raise
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split("full_key:")[0].split())
         raise UserMistake(f"{path} is not the configuration of a run of this version: {reason}") from error
@@ -188,14 +202,16 @@ def check_first(cfg: Any) -> None:
     """
     with hydra_mistakes():
         if cfg.resume is not None:
-            check_places(resumed(find_run(cfg.resume), cfg.hydra.overrides))
+            run = find_run(cfg.resume)
+            run.lock().close()
+            check_places(resumed(run, cfg.hydra.overrides))
             return
         config = to_config(cfg)
         check_places(config)
         run = RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir")))
         trial.require_same(config, run)
         try:
-            run.path.mkdir(parents=True, exist_ok=True)
+            run.lock().close()
         except OSError as error:
             raise UserMistake(
                 f"cannot make the run folder {run.path} ({error.strerror}): choose another, hydra.run.dir=DIR"
@@ -242,8 +258,7 @@ def resumed(run: RunDir, overrides: Any) -> Config:
 
 def asked_beside_resume(run: RunDir, words: list[str]) -> tuple[dict[str, Any], list[trial.Difference]]:
     """(key -> value, groups of another choice than the run was started with) of the overrides."""
-    own = run.path / ".hydra" / "hydra.yaml"
-    groups = OmegaConf.load(own).hydra.runtime.choices if own.exists() else {}
+    groups = chosen_groups(run)
     values, refused = {}, []
     for override in OverridesParser.create().parse_overrides(list(words)):
         key = override.key_or_group
@@ -255,6 +270,14 @@ def asked_beside_resume(run: RunDir, words: list[str]) -> tuple[dict[str, Any], 
             refused.append((key, groups.get(key), override.value()))
     values.pop("resume")
     return values, refused
+
+
+def chosen_groups(run: RunDir) -> dict[str, str]:
+    """Group -> choice that a run was started with; empty when Hydra's file is gone or damaged."""
+    try:
+        return dict(OmegaConf.load(run.path / ".hydra" / "hydra.yaml").hydra.runtime.choices)
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException):
+        return {}
 
 
 def reject_resume(cfg: Any) -> None:

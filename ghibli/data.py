@@ -48,18 +48,23 @@ def first_by_content(pictures: list[CaptionedPicture], count: int) -> list[Capti
     return sorted(pictures, key=lambda p: p.content_hash)[:count]
 
 
-def draw_missing(root: str, draw: DrawConfig | None, seeds: range | None = None) -> None:
-    """Draws the pictures of a folder that is to be drawn and is not there yet.
+def draw_missing(root: str, draw: DrawConfig | None, cache_dir: str, seeds: range | None = None) -> None:
+    """Draws the pictures of a folder that is to be drawn and is not there yet, or damaged in the cache.
 
     Args:
         seeds: of the scenes; None: those that training is for.
     """
-    if draw is None or (Path(root) / "captions.txt").exists():
+    place = Path(root)
+    if draw is None:
         return
+    if (place / "captions.txt").exists():
+        if not (place.is_relative_to(cache_dir) and scenes.damaged(place)):
+            return
+        console.print(f"the drawn pictures in {root} are damaged: drawing them again", style="yellow")
     usual = {"drawn": scenes.FINETUNE_SEEDS, "photo": scenes.PRETRAIN_SEEDS}
     first = (seeds or usual[draw.look]).start
     with counted("drawing the demo pictures") as on_progress:
-        scenes.write_folder(Path(root), draw.look, draw.count, first, on_progress=on_progress)
+        scenes.write_folder(place, draw.look, draw.count, first, on_progress=on_progress)
 
 
 class TrainExamples(Dataset):
@@ -166,8 +171,8 @@ class GhibliDataModule(L.LightningDataModule):
         self.is_ready = False
 
     def prepare_data(self) -> None:
-        """Draws the demo's pictures when the folder is not there yet."""
-        draw_missing(self.config.data.root, self.config.data.draw)
+        """Draws the demo's pictures when the folder is not there yet, or damaged."""
+        draw_missing(self.config.data.root, self.config.data.draw, self.config.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Reads, splits and encodes; writes split.json. Runs once."""

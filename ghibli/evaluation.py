@@ -111,12 +111,12 @@ def real_pictures(config: Config) -> tuple[list[CaptionedPicture], list[Captione
     """
     data = config.data
     options = {"style": data.style, "default_caption": data.caption, "min_side": data.min_side}
-    draw_missing(data.root, data.draw)
+    draw_missing(data.root, data.draw, config.cache_dir)
     with counted("checking the pictures") as on_progress:
         found = read_folder(Path(data.root), on_progress=on_progress, **options).pictures
     training, held_out = split_by_content(found, data.val_fraction)
     if data.reference is not None:
-        draw_missing(data.reference, data.reference_draw, EVALUATION_SEEDS)
+        draw_missing(data.reference, data.reference_draw, config.cache_dir, EVALUATION_SEEDS)
         with counted("checking the reference") as on_progress:
             held_out = read_folder(Path(data.reference), on_progress=on_progress, **options).pictures
     return first_by_content(held_out, len(held_out)), first_by_content(training, len(training))

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,7 +14,7 @@ from ghibli.checkpoints import StopRequested
 from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule
 from ghibli.progress import console
-from ghibli.records import read_rows
+from ghibli.records import Records
 from ghibli.run_dir import RunDir, is_whole, now
 from ghibli.schema import Config
 from ghibli.validation import Gain
@@ -33,9 +34,8 @@ def finish(
     """
     module.to(trainer.strategy.root_device)
     grid_drawer = next(c for c in trainer.callbacks if isinstance(c, SampleGrid))
-    best = best_row(run)
-    gain = Gain(float(best["probe/val_gain"]), float(best["probe/val_gain_se"]))
-    best_epoch = int(best["epoch"])
+    best = best_row(next(c for c in trainer.callbacks if isinstance(c, Records)).probe_rows)
+    gain, best_epoch = Gain(best["probe/val_gain"], best["probe/val_gain_se"]), best["epoch"]
     lines = [f"trained  {describe(config)}, {trainer.global_step} steps, {trainer.current_epoch} epochs"]
     if config.finetune == "none":
         lines = ["measured the untouched base (finetune=none): nothing was trained"]
@@ -67,11 +67,10 @@ def finish(
     return gain.value
 
 
-def best_row(run: RunDir) -> dict[str, str]:
+def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The row of probe.csv with the highest gain after an epoch; of the base when nothing was trained."""
-    rows = read_rows(run.probe)
-    trained = [row for row in rows if int(row["epoch"]) > 0]
-    return max(trained or rows, key=lambda row: float(row["probe/val_gain"]))
+    trained = [row for row in rows if row["epoch"] > 0]
+    return max(trained or rows, key=lambda row: row["probe/val_gain"])
 
 
 def load_weights(module: GhibliModule, checkpoint: Path) -> None:

@@ -48,6 +48,16 @@ def disk_trouble(error: Exception) -> str | None:
     return f"cannot write {error.filename or 'a file of the run'}: {reasons[error.errno]}"
 
 
+def loader_trouble(error: Exception) -> str | None:
+    """One line for a loader process that was killed; None for any other error."""
+    if "DataLoader worker" not in str(error):  # torch's own words, in a plain RuntimeError
+        return None
+    return (
+        "a loader process was killed, most often for want of memory: close other programs and go on, or "
+        "start anew with data.workers=0"
+    )
+
+
 def fail(message: str) -> None:
     """Prints the mistake as one line on stderr and leaves with exit code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -73,7 +83,7 @@ def stop_at_once() -> Iterator[None]:
 
 
 def one_line_mistakes(entry: Callable[[], Any]) -> Any:
-    """Runs an entry point; a user's mistake, a full disk or Ctrl-C ends it with one line, no traceback."""
+    """Runs an entry point; a mistake, trouble of the machine or Ctrl-C ends it in one line, no traceback."""
     try:
         return entry()
     except KeyboardInterrupt:
@@ -82,7 +92,7 @@ def one_line_mistakes(entry: Callable[[], Any]) -> Any:
     except UserMistake as mistake:
         fail(str(mistake))
     except Exception as error:
-        message = disk_trouble(error)
+        message = disk_trouble(error) or loader_trouble(error)
         if message is None:
             raise
         fail(message)

@@ -24,25 +24,30 @@ METRICS = ("step", "epoch", "train/loss", "train/loss_normalised", "lr", "time/i
 class Records(Callback):
     """One row in metrics.csv every n optimiser steps, one in probe.csv before training and every epoch.
 
-    A row's train/loss is the mean over all examples since the row before. The files are written
-    before every checkpoint, and a resumed run drops the rows after its checkpoint, so the rows
-    are those of a run that was never stopped.
+    A row's train/loss is the mean over all examples since the row before. A checkpoint carries the
+    rows up to it, and a resumed run writes the files anew from those: the rows are those of a run
+    that was never stopped, whatever has become of the files.
     """
 
-    def __init__(self, run: RunDir, resume_step: int | None = None):
+    def __init__(self, run: RunDir):
         self.run = run
-        self.rows, self.probe_rows = (
-            [] if resume_step is None else [row for row in read_rows(file) if int(row["step"]) <= resume_step]
-            for file in (run.metrics, run.probe)
-        )
+        self.rows: list[dict[str, Any]] = []
+        self.probe_rows: list[dict[str, Any]] = []
         self.row, self.epoch = Sums(), Sums()
         self.examples, self.since = 0, time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"row": vars(self.row), "epoch": vars(self.epoch)}
+        sums = {"row": vars(self.row), "epoch": vars(self.epoch)}
+        return sums | {"rows": self.rows, "probe_rows": self.probe_rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.row, self.epoch = Sums(**state_dict["row"]), Sums(**state_dict["epoch"])
+        self.rows, self.probe_rows = list(state_dict["rows"]), list(state_dict["probe_rows"])
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        """Lightning calls this after it has restored a checkpoint."""
+        if self.probe_rows:
+            self.flush(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         self.examples, self.since = 0, time.monotonic()

@@ -1,11 +1,13 @@
 """The files of a run folder: their names, their states, and writing them whole or not at all."""
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -39,7 +41,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk says so even where there is no such file
+            temporary.unlink()
         trouble = error if isinstance(error, OSError) else error.__context__
         if isinstance(trouble, OSError):  # torch.save hides it behind an error of its own
             trouble.filename = str(path)
@@ -175,12 +178,15 @@ class RunDir:
         return self.path / "samples"
 
     def read_status(self) -> dict[str, Any]:
-        """The content of status.json; empty when there is none or it cannot be read."""
+        """The content of status.json; empty when there is none or it was damaged."""
         try:
             content = json.loads(self.status.read_text())
         except (OSError, ValueError):
             return {}
-        return content if isinstance(content, dict) else {}
+        if not isinstance(content, dict):
+            return {}
+        checksum = content.pop("sha256", None)
+        return content if checksum in (None, _checksum(content)) else {}
 
     @property
     def state(self) -> str:
@@ -189,9 +195,43 @@ class RunDir:
         state = status.get("state", "unknown")
         return "killed" if state == "running" and not _is_alive(status.get("process")) else state
 
+    def lock(self) -> BinaryIO:
+        """Makes this run the only one that writes the folder, until the process ends or closes the result.
+
+        Removes what a process that was killed left half written.
+
+        Raises:
+            UserMistake: another process is at work here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = open(self.path / ".lock", "ab")  # noqa: SIM115
+        if not is_first_process():
+            return file
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; loader processes have none
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UserMistake(
+                f"another process is at work in {self.path}: wait for its end, or choose another folder "
+                "with hydra.run.dir=DIR"
+            ) from None
+        for unfinished in self.path.rglob(".*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        return file
+
     def update_status(self, **changes: Any) -> None:
-        """Writes status.json with these entries added or replaced."""
-        write_json(self.status, self.read_status() | changes)
+        """Writes status.json with these entries added or replaced, and a checksum."""
+        content = self.read_status() | changes
+        write_json(self.status, content | {"sha256": _checksum(content)})
+
+
+def is_first_process() -> bool:
+    """False in a process that Lightning, torchrun or SLURM started for a further device of one run."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def now() -> str:
@@ -253,7 +293,7 @@ def processor_name() -> str:
 def _is_alive(process: int | None) -> bool:
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, TypeError):
+    except (ProcessLookupError, TypeError, OverflowError):  # the last two: status.json is damaged
         return False
     except PermissionError:
         return True

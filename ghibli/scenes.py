@@ -4,6 +4,7 @@
 (ink lines, saturated greens and blues, cumulus, flowers). Pillow and numpy only.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,18 +185,39 @@ def write_folder(
 ) -> None:
     """Write root/images/scene_SEED.png and, last, root/captions.txt with `NAME.png|caption` lines.
 
+    checksums.txt has the sha256 of each, as `sha256sum --check checksums.txt` reads it.
     on_progress(done, count) is called after every picture.
     """
     images = Path(root) / "images"
     images.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines, checksums = [], []
     for index in range(count):
         scene = compose(first_seed + index)
         name = f"scene_{scene.seed:07d}.png"
         draw(scene, look, size).save(images / name)
         lines.append(f"{name}|{scene.caption}\n")
+        checksums.append(f"{sha256(images / name)}  images/{name}\n")
         if on_progress is not None:
             on_progress(index + 1, count)
     partial = Path(root) / "captions.txt.partial"
     partial.write_text("".join(lines), encoding="utf-8")
+    checksums.append(f"{sha256(partial)}  captions.txt\n")
+    (Path(root) / "checksums.txt").write_text("".join(checksums), encoding="utf-8")
     os.replace(partial, Path(root) / "captions.txt")
+
+
+def damaged(root: Path) -> bool:
+    """True for a folder of write_folder in which a file is not what was written; False for any other."""
+    checksums = Path(root) / "checksums.txt"
+    if not checksums.is_file():
+        return False
+    try:
+        lines = [line.split("  ", 1) for line in checksums.read_text(encoding="utf-8").splitlines()]
+        return any(sha256(Path(root) / name) != digest for digest, name in lines)
+    except (OSError, ValueError):
+        return True
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

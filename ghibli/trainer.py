@@ -3,7 +3,6 @@
 import inspect
 import logging
 import warnings
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -24,13 +23,8 @@ WATCHED = {  # early_stopping.watch -> what is logged, and which way is better
 }
 
 
-def make_trainer(
-    config: Config, run: RunDir, stop: CleanStop, logger: WandbLogger | None, checkpoint: Path | None
-) -> L.Trainer:
+def make_trainer(config: Config, run: RunDir, stop: CleanStop, logger: WandbLogger | None) -> L.Trainer:
     """The Trainer with our callbacks around the flags of `config.trainer`.
-
-    Args:
-        checkpoint: what the run will go on from; None for a new one.
 
     Raises:
         UserMistake: a flag Lightning does not know or refuses.
@@ -41,11 +35,10 @@ def make_trainer(
     for name in set(flags) - known:
         raise UserMistake(f"trainer.{name} is no flag of lightning.Trainer{did_you_mean(name, known)}")
     flags["precision"] = choose_precision(str(flags["precision"]), str(flags["accelerator"]))
-    resume_step = None if checkpoint is None else checkpoint_step(checkpoint)
     try:
         return L.Trainer(
             **flags,
-            callbacks=make_callbacks(config, run, stop, resume_step),
+            callbacks=make_callbacks(config, run, stop),
             logger=logger or False,
             plugins=[WholeCheckpoints()],
             default_root_dir=run.path,
@@ -58,9 +51,9 @@ def make_trainer(
         raise UserMistake(f"trainer: Lightning refuses these flags: {error}") from error
 
 
-def make_callbacks(config: Config, run: RunDir, stop: CleanStop, resume_step: int | None) -> list[Callback]:
+def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> list[Callback]:
     """All callbacks; Lightning runs the checkpoints last, so they see what the others did."""
-    records = Records(run, resume_step)
+    records = Records(run)
     callbacks = [
         ResumeCheck(run), records, SampleGrid(config, run), StatusWriter(run), Narrator(records),
         Doctor(config, run), stop,
@@ -97,11 +90,6 @@ def choose_precision(wanted: str, accelerator: str) -> str:
     if wanted == "auto-16":
         return "16-mixed"
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The optimiser step that a checkpoint was written after."""
-    return int(torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"])
 
 
 def hush() -> None:

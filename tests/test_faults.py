@@ -1,0 +1,124 @@
+"""The fault harness in short: two random kills, a damage to each kind of file, two commands at once."""
+
+import random
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from faults import table
+from faults.compare import different_parts
+from faults.corrupt import BROKEN, HARMLESS, REFUSED, RIGHTED, SETTINGS, Corrupter, in_process
+from faults.kill import Killed, Killer
+
+from ghibli.config import from_yaml
+from ghibli.mistakes import UserMistake
+from ghibli.run_dir import RunDir
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory: pytest.TempPathFactory) -> Corrupter:
+    """A run killed in its second epoch, and its undisturbed end."""
+    corrupter = Corrupter(tmp_path_factory.mktemp("faults"))
+    began = time.monotonic()
+    corrupter.prepare()
+    corrupter.seconds = time.monotonic() - began
+    return corrupter
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_a_random_moment(half_done: Corrupter, tmp_path: Path, seed: int) -> None:
+    killer, run, report = Killer(tmp_path, SETTINGS), tmp_path / "run" / "run", Killed(seed)
+    killer.kill_once(run, random.Random(seed).uniform(0.3, 0.9) * half_done.seconds, report)
+    code, _, error = in_process(*killer.command(run)[2:])
+    assert (code, error) == (0, "")
+    assert not different_parts(half_done.done, run), report
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("run/checkpoints/last.ckpt", {RIGHTED}),
+        ("run/config.yaml", {REFUSED, HARMLESS}),  # harmless: the checksum's own line
+        ("run/status.json", {HARMLESS}),
+        ("run/split.json", {HARMLESS}),
+        ("run/metrics.csv", {HARMLESS}),
+        ("run/probe.csv", {HARMLESS}),
+        ("run/.hydra/hydra.yaml", {HARMLESS}),
+        ("cache/base_scores/*.json", {HARMLESS}),
+        ("cache/scenes-*/captions.txt", {RIGHTED}),
+        ("cache/scenes-*/images/*.png", {RIGHTED}),
+    ],
+)
+def test_damaged_files_are_noticed_or_harmless(
+    half_done: Corrupter, pattern: str, expected: set[str]
+) -> None:
+    found = half_done.damage(pattern, random.Random(pattern))
+    assert found["outcome"] in expected, found
+    assert found["outcome"] != BROKEN
+
+
+# What the promises rest on
+
+
+def test_every_changed_byte_of_config_yaml_is_noticed(half_done: Corrupter, tmp_path: Path) -> None:
+    """Or it changes no setting, as in the checksum's own line."""
+    path = tmp_path / "config.yaml"
+    whole = (half_done.done / "config.yaml").read_bytes()
+    path.write_bytes(whole)
+    right = from_yaml(path)
+    for place in range(0, len(whole), 11):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with suppress(UserMistake):
+            assert from_yaml(path) == right, place
+
+
+def test_a_damaged_status_is_an_empty_one(tmp_path: Path) -> None:
+    """No flipped digit of a hash may refuse a resume, none of a gain may be shown."""
+    run = RunDir(tmp_path)
+    run.update_status(state="finished", gain=0.25, base_hash="abc")
+    assert run.read_status() == {"state": "finished", "gain": 0.25, "base_hash": "abc"}
+    whole = run.status.read_bytes()
+    for place in range(len(whole)):
+        run.status.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        content = run.read_status()
+        assert {key: content[key] for key in content if key in ("state", "gain", "base_hash")} in (
+            {}, {"state": "finished", "gain": 0.25, "base_hash": "abc"},
+        )  # fmt: skip
+
+
+HOLD = "import sys; from pathlib import Path; from ghibli.run_dir import RunDir; "
+HOLD += "lock = RunDir(Path(sys.argv[1])).lock(); print('held', flush=True); input()"
+
+
+def test_a_run_folder_has_one_writer(tmp_path: Path) -> None:
+    """Until it dies, however it dies; what it left half written is removed."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=REPO, **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        left = tmp_path / "checkpoints" / ".last.ckpt.123.tmp"
+        left.parent.mkdir()
+        left.write_bytes(b"half")
+        with pytest.raises(UserMistake, match="another process is at work in .*: wait for its end"):
+            RunDir(tmp_path).lock()
+        assert left.exists()
+        other.kill()
+    RunDir(tmp_path).lock().close()
+    assert not left.exists()
+
+
+def test_the_table_has_a_row_for_each_fault() -> None:
+    made = {"commit": "abc1234", "date": "2026-01-01"}
+    kill = {"seconds": 21.4, "twice": 1, "where": {"in epoch 1": 3}, "kills": 3, "runs": 2, "equal": 2} | made
+    corrupt = {"files": {"a": {HARMLESS: 2}, "b": {}}, "sound": 2, "damages": 2} | made
+    machine = {"faults": [{"fault": "A full disk.", "outcome": "survived", "detail": "error: x|y"}]} | made
+    assert table.table({"kill": kill, "corrupt": corrupt, "machine": machine}).splitlines()[2:] == [
+        "| SIGKILL at a random moment of a run of 21 s, 1 of the runs once more after they had been resumed "
+        "(3 in epoch 1) | 3 times in 2 runs | **2 of 2 bit-equal** | abc1234, 2026-01-01 |",
+        "| random damage to `a` | 2 | 2 harmless | abc1234, 2026-01-01 |",
+        "| random damage to any file, in all | 2 | **2 of 2 detected or harmless** | abc1234, 2026-01-01 |",
+        "| A full disk. | 1 | survived: error: x/y | abc1234, 2026-01-01 |",
+    ]
