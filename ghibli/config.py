@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ghibli import schema
+from ghibli import devices, schema
 from ghibli.mistakes import UserMistake, did_you_mean, one_line_mistakes
 from ghibli.places import check_places
 from ghibli.run_dir import RunDir, find_run
@@ -175,6 +175,12 @@ def check_first(cfg: Any) -> None:
             check_places(from_yaml(run.config))
             return
         check_places(to_config(cfg))
+        chosen = any(text.startswith("hydra.run.dir=") for text in cfg.hydra.overrides.hydra)
+        if devices.started_outside() and not chosen:
+            raise UserMistake(
+                "several processes of this command were started at once (srun, torchrun): "
+                "give them one folder, hydra.run.dir=DIR"
+            )
         run = RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir")))
         if run.last_checkpoint.exists():
             raise UserMistake(
