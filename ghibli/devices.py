@@ -176,7 +176,9 @@ def leave_with(first: int) -> None:
 
 
 def give_up(run: RunDir, reason: str) -> None:
-    """Leaves the reason for the first process and ends this one at once, whatever its threads do."""
-    rank = max(int(os.environ.get(name, 0)) for name in RANKS)
-    write_text(last_words(run, rank), reason)
+    """Leaves the reason for the process that started this one and ends at once, whatever the threads do."""
+    if JOINS in os.environ:
+        write_text(last_words(run, int(os.environ["LOCAL_RANK"])), reason)
+    else:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
     os._exit(2)
