@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ghibli import schema, trial
+from ghibli import devices, schema, trial
 from ghibli.mistakes import UserMistake, did_you_mean, one_line_mistakes
 from ghibli.places import check_places
 from ghibli.run_dir import RunDir, find_run
@@ -208,6 +208,12 @@ def check_first(cfg: Any) -> None:
             return
         config = to_config(cfg)
         check_places(config)
+        chosen = any(text.startswith("hydra.run.dir=") for text in cfg.hydra.overrides.hydra)
+        if devices.started_outside() and not chosen:
+            raise UserMistake(
+                "several processes of this command were started at once (srun, torchrun): "
+                "give them one folder, hydra.run.dir=DIR"
+            )
         run = RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir")))
         trial.require_same(config, run)
         try:

@@ -161,6 +161,15 @@ class ExampleNumbers(Sampler[int]):
             yield from range(start, start + self.batch_size)
 
 
+def share_of_probe(count: int, rank: int, world_size: int) -> list[int]:
+    """Which of `count` pictures a device scores: every world_size-th, and as many on each device.
+
+    Laid side by side the shares are the pictures in their order, and behind them the first few again.
+    """
+    each = -(-count // world_size)
+    return [index % count for index in range(rank, each * world_size, world_size)]
+
+
 class GhibliDataModule(L.LightningDataModule):
     """Reads the folder, holds out pictures, encodes all once, hands out examples and probe items."""
 
@@ -276,5 +285,6 @@ class GhibliDataModule(L.LightningDataModule):
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:
-        """The probe: a batch for each held-out picture, then the training ones; every device scores all."""
-        return DataLoader(self.probe_batches, batch_size=None)
+        """This device's share of the probe: a batch for each held-out picture, then the training ones."""
+        mine = share_of_probe(len(self.probe_batches), self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader([self.probe_batches[index] for index in mine], batch_size=None)

@@ -15,10 +15,12 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
+from ghibli import base_model
 from ghibli.base_model import BaseModel, first_line, quiet
 from ghibli.mistakes import UserMistake
 from ghibli.randomness import Stream, seed_global_rng
 from ghibli.run_dir import write_atomically
+from ghibli.schema import ModelConfig
 
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -59,6 +61,14 @@ def attach(
         parameter.data = parameter.data.float()
     for part in (base.unet, base.text_encoder):
         part.train(part.training)  # new layers come in training mode, with their dropout on
+
+
+def load_base(model: ModelConfig) -> BaseModel:
+    """The base that a run starts from: model.path, with model.adapter merged into it."""
+    base = base_model.load(model.path)
+    if model.adapter is not None:
+        merge(base, base_model.place_of(model.adapter), model.adapter_scale)
+    return base
 
 
 def merge(base: BaseModel, folder: Path, scale: float) -> None:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from ghibli.mistakes import UserMistake
 
 OUTPUTS = Path("outputs")
+RANKS = ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")  # what launchers set
 SEAL = b"sha256:"  # the digest follows
 LIBRARIES = (
     "torch", "torchvision", "lightning", "diffusers", "transformers", "peft", "accelerate", "safetensors",
@@ -205,7 +206,7 @@ class RunDir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = open(self.path / ".lock", "ab")  # noqa: SIM115
-        if not is_first_process():
+        if not is_first():
             return file
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; loader processes have none
@@ -225,13 +226,9 @@ class RunDir:
         write_json(self.status, content | {"sha256": _checksum(content)})
 
 
-def is_first_process() -> bool:
-    """False in a process that Lightning, torchrun or SLURM started for a further device of one run."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def is_first() -> bool:
+    """True for the only process of a run, or the first of several: the one that writes and speaks."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in RANKS)
 
 
 def now() -> str:

@@ -18,6 +18,13 @@ VALIDATION_FLAGS = {
     "barebones", "check_val_every_n_epoch", "fast_dev_run", "limit_val_batches", "overfit_batches",
     "val_check_interval",
 }  # fmt: skip
+REFUSED_STRATEGIES = {  # a part of trainer.strategy -> why
+    "spawn": "a run needs processes with a command of their own",
+    "fork": "a run needs processes with a command of their own",
+    "notebook": "a run needs processes with a command of their own",
+    "fsdp": "it shards weights that are too large for one device, and a checkpoint here holds whole ones",
+    "deepspeed": "it writes checkpoints of its own format, which resume and export do not read",
+}
 PRECISIONS = ("auto", "auto-16", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -325,6 +332,10 @@ def check_trainer(trainer: dict[str, Any]) -> None:
     clip = trainer["gradient_clip_val"]
     ok = clip is None or (isinstance(clip, int | float) and clip > 0)
     require(ok, "trainer.gradient_clip_val", clip, "more than 0, or null for no clipping")
+    strategy = str(trainer.get("strategy", "auto"))  # runs made before this key was one
+    for part, why in REFUSED_STRATEGIES.items():
+        if part in strategy:
+            raise UserMistake(f"trainer.strategy={strategy} is not for this trainer ({why}): use ddp")
     for key in VALIDATION_FLAGS & set(trainer):
         raise UserMistake(
             f"trainer.{key} cannot be given: a run is judged by all held-out pictures after every "

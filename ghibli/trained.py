@@ -1,8 +1,5 @@
 """The model that a run has made, as a base that anything can sample: adapter merged, or UNet replaced."""
 
-import hashlib
-from pathlib import Path
-
 import torch
 
 from ghibli import base_model, lora
@@ -28,9 +25,7 @@ def config_of(run: RunDir) -> Config:
 
 def starting_base(config: Config) -> BaseModel:
     """The base that a run trains: model.path with model.adapter merged into it, on the fastest device."""
-    base = base_model.load(config.model.path)
-    if config.model.adapter is not None:
-        lora.merge(base, base_model.place_of(config.model.adapter), config.model.adapter_scale)
+    base = lora.load_base(config.model)
     return base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -43,23 +38,3 @@ def trained_base(run: RunDir, config: Config) -> BaseModel:
         device = base.unet.device
         base.unet = base_model.load_part(type(base.unet), run.unet, str(run.unet)).to(device).eval()
     return base
-
-
-def weights_file(run: RunDir, config: Config) -> Path | None:
-    """The file that holds what the run learned; None for finetune=none."""
-    if config.finetune == "none":
-        return None
-    file = run.adapter / lora.ADAPTER_FILE
-    if config.finetune == "full":
-        file = next(
-            iter(sorted(run.unet.glob("*.safetensors"))), run.unet / "diffusion_pytorch_model.safetensors"
-        )
-    if not file.is_file():
-        raise UserMistake(f"{file} is missing: the run's result was deleted")
-    return file
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

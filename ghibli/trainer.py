@@ -105,5 +105,7 @@ def hush() -> None:
         ".*GPU available but not used.*",
         ".*module.s. in eval mode at the start of training.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*It is recommended to use .*sync_dist=True.*",  # what is logged is the same on all devices
+        ".*functional.all_gather is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)

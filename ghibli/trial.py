@@ -16,11 +16,11 @@ import yaml
 
 from ghibli.mistakes import UserMistake
 from ghibli.progress import console
-from ghibli.run_dir import RunDir
+from ghibli.run_dir import RunDir, is_first
 from ghibli.schema import CONFIG_VERSION, Config
 
 CODE = (  # train.py and all it imports; tests/test_trial.py compares with the imports
-    "mistakes", "progress", "run_dir", "schema", "trial", "places", "config", "randomness",
+    "mistakes", "progress", "run_dir", "devices", "schema", "trial", "places", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "captions", "base_model", "latents", "validation", "base_scores", "data", "lora", "diffusion",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
@@ -107,12 +107,6 @@ def finished_objective(run: RunDir) -> float | None:
     return status["objective"] if is_finished else None
 
 
-def is_follower() -> bool:
-    """True in every process of a run on several devices but the first, which answers for all."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return any(rank not in (None, "0") for rank in ranks)
-
-
 def has_something_to_lose(run: RunDir) -> bool:
     """True for a folder with weights or with a result."""
     weights = (run.last_checkpoint, run.previous_checkpoint, run.best_checkpoint)
@@ -126,7 +120,7 @@ def require_same(config: Config, run: RunDir) -> None:
         UserMistake: it holds another trial, or one that is being trained.
     """
     status = run.read_status()
-    if is_follower() or not has_something_to_lose(run):
+    if not is_first() or not has_something_to_lose(run):
         return
     if run.state == "running" and status.get("process") != os.getpid():
         raise UserMistake(
@@ -175,8 +169,6 @@ def take_up(config: Config, run: RunDir) -> tuple[float | None, bool]:
     Raises:
         UserMistake: the folder holds another trial.
     """
-    if is_follower():
-        return None, run.usable_checkpoint() is not None
     require_same(config, run)
     objective = finished_objective(run)
     if objective is not None:

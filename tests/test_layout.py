@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ghibli"
 ORDER = [
-    "mistakes", "progress", "run_dir", "schema", "trial", "places", "config", "randomness",
+    "mistakes", "progress", "run_dir", "devices", "schema", "trial", "places", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "captions", "base_model", "latents", "validation", "base_scores", "data", "lora", "diffusion",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
