@@ -29,7 +29,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
         import torch
         import wandb  # noqa: F401  (dashboard would import it later)
 
-        from ghibli import base_model, dashboard, finish, lora
+        from ghibli import base_model, dashboard, finish, lora, preflight
         from ghibli.callbacks import describe
         from ghibli.checkpoints import CleanStop, StopRequested
         from ghibli.data import GhibliDataModule
@@ -58,6 +58,8 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
                 console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
                 checkpoint = checkpoint.replace(run_dir.last_checkpoint)  # so no save can lose it
             trainer = make_trainer(config, run_dir, stop, logger, checkpoint)
+            if not resumes:
+                preflight.before_training(module, data, trainer, run_dir)
             if config.finetune == "none":
                 trainer.validate(module, data, verbose=False)
             else:

@@ -28,7 +28,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         OSError: the disk is full, read-only and so on; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unique = f"{os.getpid()}-{os.urandom(4).hex()}"  # a cache may be shared by machines with equal numbers
+    temporary = path.with_name(f".{path.name}.{unique}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

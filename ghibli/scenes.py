@@ -4,14 +4,15 @@
 (ink lines, saturated greens and blues, cumulus, flowers). Pillow and numpy only.
 """
 
-import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from ghibli import scene_painting as places
+from ghibli.run_dir import write_atomically, write_text
 from ghibli.scene_canvas import LOOKS, Canvas
 from ghibli.scene_subjects import COLOURS, PAINTERS, shadow
 
@@ -184,18 +185,16 @@ def write_folder(
 ) -> None:
     """Write root/images/scene_SEED.png and, last, root/captions.txt with `NAME.png|caption` lines.
 
-    on_progress(done, count) is called after every picture.
+    A picture follows from its seed and each file is written whole, so several processes may fill one
+    folder at the same time. on_progress(done, count) is called after every picture.
     """
-    images = Path(root) / "images"
-    images.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
         scene = compose(first_seed + index)
         name = f"scene_{scene.seed:07d}.png"
-        draw(scene, look, size).save(images / name)
+        picture = draw(scene, look, size)
+        write_atomically(Path(root) / "images" / name, partial(picture.save, format="PNG"))
         lines.append(f"{name}|{scene.caption}\n")
         if on_progress is not None:
             on_progress(index + 1, count)
-    partial = Path(root) / "captions.txt.partial"
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, Path(root) / "captions.txt")
+    write_text(Path(root) / "captions.txt", "".join(lines))

@@ -9,9 +9,10 @@ PACKAGE = Path(__file__).parents[1] / "ghibli"
 ORDER = [
     "mistakes", "progress", "run_dir", "schema", "places", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
-    "captions", "base_model", "latents", "validation", "base_scores", "data", "lora", "diffusion",
+    "near_duplicates", "captions", "base_model", "convert", "latents", "validation", "base_scores", "data",
+    "lora", "diffusion",
     "sampling", "module", "checkpoints", "dashboard", "records", "doctor", "callbacks", "trainer",
-    "finish", "cli", "__main__",
+    "finish", "data_lint", "footprint", "preflight", "cli", "__main__",
 ]  # fmt: skip
 HYDRA_MODULES = {"hydra", "omegaconf"}
 
