@@ -1,5 +1,6 @@
 """Pickled weights -> safetensors. The one place that reads a pickle, and only tensors come out of it."""
 
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -24,7 +25,9 @@ def to_safetensors(file: Path) -> Path:
     if target.exists():
         raise UserMistake(f"{target} is there already: move it away first")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how it was pickled
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, FileNotFoundError) as error:
         raise UserMistake(
             f"{file} cannot be read without running code hidden in it, or is damaged: get the .safetensors "

@@ -188,7 +188,7 @@ def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Fin
     found = [Finding("plan", text, "note")]
     if options.warmup_steps >= total:
         text = (
-            f"optimizer.warmup_steps={options.warmup_steps}, but the run has {total} steps: the learning rate "
+            f"optimizer.warmup_steps={options.warmup_steps}, but there are {total} steps: the learning rate "
             "never gets to its peak; lower it"
         )
         found.append(Finding("warm-up", text))
