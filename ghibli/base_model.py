@@ -182,6 +182,20 @@ def load_from_hub(name: str) -> tuple[Any, ...]:
     return load_folder(Path(folder), name)
 
 
+def is_here(path: str) -> bool:
+    """False for a hub id whose files are not all downloaded; whether the rest loads is load's business."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if "/" not in path or place_of(path).exists():
+        return True
+    try:
+        check_base(Path(snapshot_download(path, local_files_only=True)), path)
+    except (LocalEntryNotFoundError, OSError, ValueError):  # a UserMistake is one: files are missing
+        return False
+    return True
+
+
 def hub_answers(timeout: float = 5.0) -> bool:
     """True when the hub can be asked at all: the libraries would retry a dead network for minutes."""
     import socket

@@ -12,7 +12,7 @@ from ghibli.captions import NO_CAPTION, CaptionedPicture, PictureFolder, summari
 from ghibli.doctor import Finding
 from ghibli.near_duplicates import near_duplicates
 
-STUTTER = re.compile(r"\b(\w+(?: \w+){0,3})(?: \1\b){2,}", re.IGNORECASE)  # a phrase three times in a row
+STUTTER = re.compile(r"\b(\w+(?: \w+){0,3})(?:\W+\1\b){2,}", re.IGNORECASE)  # a phrase three times in a row
 SHARED = 0.5  # share of the pictures with another one's caption from which the words teach little
 NAMED = 3  # examples in one sentence
 
@@ -112,7 +112,7 @@ def stuttering_captions(pictures: list[CaptionedPicture]) -> Finding | None:
 def too_long(pictures: list[CaptionedPicture], tokenizer: Any) -> Finding | None:
     """Captions of more tokens than the text encoder takes, with the words it never sees."""
     limit = tokenizer.model_max_length
-    rows = tokenizer([picture.caption for picture in pictures]).input_ids
+    rows = tokenizer([picture.caption for picture in pictures], verbose=False).input_ids
     lost = [
         (picture, tokenizer.decode(row[limit - 1 : -1]).strip())  # the end token keeps the last place
         for picture, row in zip(pictures, rows, strict=True)

@@ -18,6 +18,9 @@ from ghibli.schema import Config
 MEMORY_LIMITS = Path("/sys/fs/cgroup")  # of the container this process is in
 CHECKPOINTS = 4  # last, previous, best, and the one that is being written
 CUDA_CONTEXT = 2**29  # bytes that a GPU's own libraries take
+FRAGMENTS = 1.35  # what a process takes for a byte of live tensors: room between them, the libraries' own
+MIXED = 0.56  # what mixed precision keeps for training of what fp32 keeps, counted on the demo
+BESIDE = 40 * 2**20  # bytes, whatever the tensors: what Lightning and the loggers load as training starts
 
 
 class Live(TorchDispatchMode):
@@ -53,32 +56,30 @@ class Live(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one step as fixed + batch (example + area side^2)."""
+    """Bytes of one step: for each example and for each px of its picture."""
 
-    fixed: float
     example: float
-    area: float
+    pixel: float
 
     def at(self, side: int, batch: int) -> float:
-        return self.fixed + batch * (self.example + self.area * side**2)
+        return batch * (self.example + self.pixel * side**2)
 
 
 def measured(step: Callable[[int, int], Any], side: int) -> Cost:
-    """The cost of step(side, batch), from its highest need at three small sizes.
+    """The cost of step(height, width), which works on one example, from its need at two small sizes.
 
     Every layer's tensors grow with the batch, and with the picture's area or not at all: attention
     is computed in blocks and keeps no table of all pairs.
     """
 
-    def bytes_of(side: int, batch: int) -> int:
+    def bytes_of(height: int, width: int) -> int:
         with Live() as live:
-            kept = step(side, batch)
+            kept = step(height, width)
         del kept
         return live.peak
 
-    one, large, two = bytes_of(side, 1), bytes_of(2 * side, 1), bytes_of(side, 2)
-    area = (large - one) / (3 * side**2)
-    return Cost(max(0, 2 * one - two), two - one - area * side**2, area)
+    one, two = bytes_of(side, side), bytes_of(side, 2 * side)
+    return Cost(2 * one - two, (two - one) / side**2)
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,18 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.kept + self.phases[self.highest]
+        return BESIDE + FRAGMENTS * (self.kept + self.phases[self.highest])
 
 
 def memory(module: GhibliModule, pictures: int, precision: str) -> Memory:
-    """What training, probe and grids of this run will take, at its batch size and resolution.
+    """What training, probe and grids of this run will take beside what the process holds already.
 
-    The model is run at 64 and 128 px, which takes a second on the demo, and what its operations
-    keep alive is counted and scaled up. The rest of the process (libraries and base, 0.7 GB on the
-    demo, 5 GB with SD 1.5) is there already when this is asked.
+    The model is run on 64 x 64 and 64 x 128 px; what its operations keep alive is counted and scaled
+    up, then multiplied by FRAGMENTS. That and BESIDE were fitted to the demo on a CPU, whose process
+    held 985 MiB when it was asked and grew by 97, 302 and 1104 MiB with batch 1, 18 and 72; this says
+    98, 321 and 1124. Elsewhere expect to be wrong by a third: SD 1.5 at 64 px and batch 1 was said to
+    take 0.25 GiB more than the 5.2 it held and took 0.1 more, while loading it had taken 6.5 (and 6.9
+    on another machine) before anything could be asked. On a GPU it was never compared.
 
     Args:
         module: on the CPU, before training; left as it was.
@@ -111,52 +115,52 @@ def memory(module: GhibliModule, pictures: int, precision: str) -> Memory:
         precision: Lightning's, such as 32-true or bf16-mixed.
     """
     config, side = module.config, module.config.model.resolution
-    cost = costs(module, precision)
+    cost, loss = costs(module), config.loss
     weights = sum(p.numel() for p in module.trainable.values())
-    latents = (3 if config.data.flip else 2) * pictures * 2 * 4 * 4 * (side // 8) ** 2  # mean, log-variance
-    kept = 12.0 * weights + latents
+    latents = (2 if config.data.flip else 1) * pictures * 2 * 4 * 4 * (side // 8) ** 2  # mean, log-variance
+    branches = 1 if loss.guidance == 1 else 2
     phases = {
         "encoding the pictures": cost["encode"].at(side, CHUNK),
-        "the probe": cost["score"].at(side, config.validation.items_per_picture),
+        "the probe": cost["score"].at(side, branches * config.validation.items_per_picture),
     }
     if config.finetune != "none":
-        phases["training"] = cost["train"].at(side, config.data.batch_size)
+        phases["training"] = cost["train"].at(side, branches * config.data.batch_size)
+        if precision.endswith("mixed"):
+            frozen = sum(p.numel() for part in (module.unet, module.text_encoder) for p in part.parameters())
+            phases["training"] = MIXED * phases["training"] + 2 * frozen  # and a 16-bit copy of each weight
     if config.sample.every_n_epochs > 0:
-        pair = cost["guided"].at(side, len(config.sample.prompts))
-        phases["drawing the grid"] = max(pair, cost["decode"].at(side, 1))
-    return Memory(kept, phases)
+        both = 1 if max(config.sample.guidance) == 1 else 2
+        denoising = cost["score"].at(side, both * len(config.sample.prompts))
+        phases["drawing the grid"] = max(denoising, cost["decode"].at(side, 1))
+    return Memory(12.0 * weights + latents, phases)
 
 
-def costs(module: GhibliModule, precision: str) -> dict[str, Cost]:
-    """The cost of each kind of step, measured on the CPU; leaves no trace in any random generator."""
-    base, config = module.base, module.config
+def costs(module: GhibliModule) -> dict[str, Cost]:
+    """The cost of each kind of step in fp32, measured on the CPU; leaves no trace in a random generator."""
+    base, channels = module.base, module.base.vae.config.latent_channels
     was_training = module.unet.training, module.text_encoder.training
 
-    def batch(side: int, size: int) -> dict[str, Any]:
-        latents = torch.zeros(size, base.vae.config.latent_channels, side // 8, side // 8)
-        return {
-            "latents": latents, "noise": latents, "timesteps": torch.zeros(size, dtype=torch.long),
-            "input_ids": module.empty_ids.expand(size, -1),
-        }  # fmt: skip
+    def latents(height: int, width: int) -> torch.Tensor:
+        return torch.zeros(1, channels, height // base.vae_factor, width // base.vae_factor)
 
-    def scores(guidance: float) -> Callable[[int, int], Any]:
-        return lambda side, size: module.scores(batch(side, size), guidance, module.base_alphas_cumprod)
+    def predict(height: int, width: int) -> torch.Tensor:
+        prompt_embeds = base.encode_prompts(module.empty_ids)
+        timestep = torch.zeros(1, dtype=torch.long)
+        return base.unet(latents(height, width), timestep, prompt_embeds, return_dict=False)[0]
 
-    found = {}
     with torch.random.fork_rng(devices=[]):
         with torch.no_grad():
-            found["encode"] = measured(lambda s, n: base.vae.encode(torch.zeros(n, 3, s, s)).latent_dist, 32)
-            found["decode"] = measured(lambda s, n: base.decode(batch(s, n)["latents"]), 32)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision.endswith("mixed")):
-            with torch.no_grad():
-                found["score"] = measured(scores(config.loss.guidance), 64)
-                found["guided"] = measured(scores(2), 64)
-            if config.finetune != "none":
-                module.unet.train()
-                module.text_encoder.train()
-                found["train"] = measured(lambda s, n: module.losses(batch(s, n)), 64)
-                module.unet.train(was_training[0])
-                module.text_encoder.train(was_training[1])
+            found = {
+                "encode": measured(lambda h, w: base.vae.encode(torch.zeros(1, 3, h, w)).latent_dist, 32),
+                "decode": measured(lambda h, w: base.decode(latents(h, w)), 32),
+                "score": measured(predict, 64),
+            }
+        if module.trainable:
+            module.unet.train()
+            module.text_encoder.train()
+            found["train"] = measured(predict, 64)
+            module.unet.train(was_training[0])
+            module.text_encoder.train(was_training[1])
     return found
 
 

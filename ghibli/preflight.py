@@ -35,7 +35,7 @@ def check(words: list[str]) -> list[Finding]:
     if config is None:
         return [Finding("config", mistake, "error") for mistake in mistakes]
     found = [Finding("config", f"{describe(config)}, seed {config.seed}; every value is in range", "note")]
-    base = attempt(found, "base", lambda: load_base(config))
+    base = attempt(found, "base", lambda: load_base(config, found))
     data = GhibliDataModule(config, base, run, 0)
     is_read = attempt(found, "pictures", lambda: read(data))
     trainer = attempt(found, "device", lambda: make_trainer(config, run, CleanStop(run), None, None))
@@ -94,10 +94,17 @@ def attempt(found: list[Finding], name: str, part: Callable[[], Part]) -> Part |
         return None
 
 
-def load_base(config: Config) -> BaseModel:
-    """The base as train.py loads it, with the adapter that belongs to it."""
+def load_base(config: Config, found: list[Finding]) -> BaseModel | None:
+    """The base as train.py loads it, with the adapter that belongs to it; None where it would download."""
     model = config.model
     check_typed_base(model.path)
+    if not base_model.is_here(model.path) and base_model.hub_answers():
+        text = (
+            f"model.path={model.path} is not downloaded yet, so it and what depends on it are not checked; "
+            "train.py downloads it first (4 GB for Stable Diffusion 1.5)"
+        )
+        found.append(Finding("base", text))
+        return None
     base = base_model.load(model.path)
     if model.adapter is not None:
         check_adapter(Path(model.adapter))
