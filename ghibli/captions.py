@@ -67,12 +67,11 @@ def read_folder(
     for done, (name, path, caption) in enumerate(listed, start=1):
         try:
             caption = (read_beside(path) if caption is None else caption) or default_caption
-            picture = check_picture(path, min_side)
+            on_picture(path, check_picture(path, min_side))
             if not caption:
                 raise Unusable(f"{NO_CAPTION} (data.caption=TEXT gives one)")
             content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
             pictures.append(CaptionedPicture(path, f"{caption}{style}", content_hash))
-            on_picture(path, picture)
         except (Unusable, OSError) as reason:
             unusable[name] = str(reason)
         on_progress(done, len(listed))

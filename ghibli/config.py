@@ -30,7 +30,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ghibli import schema
 from ghibli.mistakes import UserMistake, did_you_mean, one_line_mistakes
-from ghibli.places import check_places
+from ghibli.places import check_places, check_typed_base
 from ghibli.run_dir import RunDir, find_run
 from ghibli.schema import Config, check_trainer
 
@@ -219,9 +219,12 @@ def look_at(words: list[str]) -> tuple[Config | None, RunDir | None, list[str]]:
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         found = mistakes_in(lambda: composed(words))
-        if found:
-            alone = [text for word in words for text in mistakes_in(lambda word=word: composed([word]))]
-            return None, None, alone or found
+        if found:  # each word alone, then what is right together
+            alone = {word: mistakes_in(lambda word=word: composed([word])) for word in words}
+            found = [text for texts in alone.values() for text in texts] or found
+            words = [word for word in words if not alone[word]]
+            if mistakes_in(lambda: composed(words)):
+                return None, None, found
         cfg = composed(words)
     for section in dataclasses.fields(Config):
         if dataclasses.is_dataclass(section.type):
@@ -229,7 +232,7 @@ def look_at(words: list[str]) -> tuple[Config | None, RunDir | None, list[str]]:
     for check in (lambda: reject_beside_check(cfg), lambda: to_config(cfg)):
         found += [text for text in mistakes_in(check) if text not in found]
     if found:
-        return None, None, found
+        return None, None, found + mistakes_in(lambda: check_typed_base(cfg.model.path or ""))
     return to_config(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
 
 

@@ -83,8 +83,8 @@ def test_the_command_prints_all_and_says_by_its_exit_code(
     ("words", "messages"),
     [
         (
-            ["lora.rnak=3", "lora.rank=1.5", "data=gibli"],
-            ["unknown key lora.rnak", "lora.rank=1.5: expected a whole", "data=gibli is unknown"],
+            ["lora.rnak=3", "lora.rank=1.5", "data.val_fraction=2", "model.path=./nowhere"],
+            ["unknown key lora.rnak", "lora.rank=1.5: expected a", "val_fraction=2 is", "nowhere: no such"],
         ),
         (
             ["lora.rank=0", "optimizer.lr=2", "data.val_fraction=2", "trainer.precision=16", "seed=-1"],
