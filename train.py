@@ -50,7 +50,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         import torch
         import wandb  # noqa: F401  (dashboard would import it later)
 
-        from ghibli import dashboard, finish, lora
+        from ghibli import dashboard, finish, lora, preflight
         from ghibli.callbacks import describe
         from ghibli.checkpoints import CleanStop, StopRequested
         from ghibli.data import GhibliDataModule
@@ -77,6 +77,8 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
                 console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
                 checkpoint = checkpoint.replace(run_dir.last_checkpoint)  # so no save can lose it
             trainer = make_trainer(config, run_dir, stop, logger)
+            if not resumes:
+                preflight.before_training(module, data, trainer, run_dir)
             with devices.together(trainer, run_dir, SCRIPT):
                 train(config, trainer, module, data, checkpoint)
             if config.finetune != "none" and not run_dir.best_checkpoint.exists():

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from ghibli import scenes
-from ghibli.mistakes import UserMistake, one_line_mistakes
+from ghibli.mistakes import UserMistake, one_line_mistakes, stop_at_once
 from ghibli.progress import console, counted
 from ghibli.run_dir import RunDir, all_runs
 
@@ -36,6 +36,33 @@ def draw(
     with counted("drawing") as on_progress:
         scenes.write_folder(folder, look, count, seed, size=size, on_progress=on_progress)
     console.print(f"{count} {look} pictures in {folder}: train.py data=ghibli data.root={folder}")
+
+
+@app.command("check")
+def check(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as for train.py")
+    ] = None,
+) -> None:
+    """Looks at settings, base, pictures, memory and disk of a run before it starts; trains nothing."""
+    with stop_at_once():
+        from ghibli import preflight
+
+    found = preflight.check(words or [])
+    preflight.tell(found)
+    if any(finding.level == "error" for finding in found):
+        raise typer.Exit(2)
+
+
+@app.command("convert")
+def convert(
+    files: Annotated[list[Path], typer.Argument(help="weights as .bin, .ckpt, .pt or .pth")],
+) -> None:
+    """Writes a .safetensors file beside each pickled file of weights; runs no code hidden in them."""
+    from ghibli.convert import to_safetensors
+
+    for file in files:
+        console.print(f"wrote {to_safetensors(file)}")
 
 
 @app.command("list")

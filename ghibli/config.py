@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra import main as hydra_main
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -31,9 +32,9 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ghibli import devices, schema, trial
 from ghibli.mistakes import UserMistake, did_you_mean, one_line_mistakes
-from ghibli.places import check_places
+from ghibli.places import check_places, check_typed_base
 from ghibli.run_dir import RunDir, find_run
-from ghibli.schema import Config
+from ghibli.schema import Config, check_trainer
 
 SEAL = "# sha256 of the lines above: "
 
@@ -97,10 +98,10 @@ def to_config(cfg: Any) -> Config:
     return checked(OmegaConf.to_container(plain, resolve=True))
 
 
-def checked(content: Any) -> Config:
-    """Nested dictionaries as a `Config`, whose types and ranges are thereby checked."""
+def checked(content: Any, kind: type = Config) -> Any:
+    """Nested dictionaries as a `Config` or a part of it, whose types and ranges are thereby checked."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), content))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserMistake):
             raise error.__cause__ from None
@@ -292,6 +293,78 @@ def reject_resume(cfg: Any) -> None:
         raise UserMistake("resume goes on with one run at a time: drop -m")
 
 
+def look_at(words: list[str]) -> tuple[Config | None, RunDir | None, list[str]]:
+    """(configuration, run folder, mistakes) of `train.py WORDS`; nothing is written.
+
+    With any mistake there is no configuration, and the mistakes are as many as can be told apart.
+    """
+    register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        found = mistakes_in(lambda: composed(words))
+        if found:  # each word alone, then what is right together
+            alone = {word: mistakes_in(lambda word=word: composed([word])) for word in words}
+            found = [text for texts in alone.values() for text in texts] or found
+            words = [word for word in words if not alone[word]]
+            if mistakes_in(lambda: composed(words)):
+                return None, None, found
+        cfg = composed(words)
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(section.type):
+            found += mistakes_in(lambda section=section: to_section(cfg[section.name], section.type))
+    for check in (lambda: reject_beside_check(cfg), lambda: to_config(cfg)):
+        found += [text for text in mistakes_in(check) if text not in found]
+    if found:
+        return None, None, found + mistakes_in(lambda: check_typed_base(cfg.model.path or ""))
+    return to_config(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
+
+
+def mistakes_in(check: Callable[[], Any]) -> list[str]:
+    """The mistake that `check` finds, if any."""
+    try:
+        with hydra_mistakes():
+            check()
+    except UserMistake as mistake:
+        return [str(mistake)]
+    return []
+
+
+def composed(words: list[str]) -> Any:
+    """conf/train.yaml with these overrides, as train.py gets it."""
+    reject_misspelled(words)
+    return compose("train", overrides=words, return_hydra_config=True)
+
+
+def conf_folder() -> Path:
+    """conf/ of the folder one is in, else that beside this package.
+
+    Raises:
+        UserMistake: neither is there.
+    """
+    for place in (Path("conf"), Path(__file__).parents[1] / "conf"):
+        if (place / "train.yaml").is_file():
+            return place.resolve()
+    raise UserMistake("no conf/train.yaml here: go to the project's folder first")
+
+
+def to_section(node: Any, section: type) -> Any:
+    """One part of the configuration, such as `lora`, with its types and ranges checked."""
+    return checked(OmegaConf.to_container(node, resolve=True), section)
+
+
+def reject_beside_check(cfg: Any) -> None:
+    """Raises for `ghibli check resume=...`, and for flags the trainer does not take."""
+    if cfg.resume is not None:
+        raise UserMistake("ghibli check looks at a new run, a resumed one was checked: drop resume")
+    check_trainer(OmegaConf.to_container(cfg.trainer, resolve=True))
+
+
+def reject_misspelled(words: list[str]) -> None:
+    """Raises for `KEY =VALUE`, which the shell cuts in two words."""
+    for word in words:
+        if word.startswith("="):
+            raise UserMistake(f"cannot read `{word}`: expected KEY=VALUE without spaces around =")
+
+
 @contextmanager
 def hydra_mistakes() -> Iterator[None]:
     """Turns the exceptions of Hydra and OmegaConf into a UserMistake."""
@@ -377,9 +450,7 @@ def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -
         return one_line_mistakes(lambda: explained(cfg))
 
     def run() -> None:
-        for word in sys.argv[1:]:
-            if word.startswith("="):
-                raise UserMistake(f"cannot read `{word}`: expected KEY=VALUE without spaces around =")
+        reject_misspelled(sys.argv[1:])
         decorate = hydra_main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
         with hydra_mistakes():
             decorate(guarded)()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -13,6 +14,7 @@ from ghibli.base_model import BaseModel
 from ghibli.captions import CaptionedPicture, PictureFolder, read_folder, summarise
 from ghibli.latents import Moments, encode
 from ghibli.mistakes import UserMistake
+from ghibli.near_duplicates import thumbnail
 from ghibli.progress import console, counted
 from ghibli.randomness import (
     Stream,
@@ -177,33 +179,43 @@ class GhibliDataModule(L.LightningDataModule):
         super().__init__()
         self.config, self.base, self.run = config, base, run
         self.num_train_timesteps = num_train_timesteps
+        self.folder: PictureFolder | None = None
         self.is_ready = False
 
     def prepare_data(self) -> None:
         """Draws the demo's pictures when the folder is not there yet, or damaged."""
         draw_missing(self.config.data.root, self.config.data.draw, self.config.cache_dir)
 
-    def setup(self, stage: str) -> None:
-        """Reads, splits and encodes; writes split.json. Runs once."""
-        if self.is_ready:
+    def read(self) -> None:
+        """Reads and splits the folder, once; what is held out does not depend on anything else."""
+        if self.folder is not None:
             return
         data = self.config.data
+        thumbnails: dict[Path, np.ndarray] = {}
         with counted("checking the pictures") as on_progress:
             folder = read_folder(
                 Path(data.root), style=data.style, default_caption=data.caption,
                 min_side=data.min_side, on_progress=on_progress,
+                on_picture=lambda path, picture: thumbnails.update({path: thumbnail(picture)}),
             )  # fmt: skip
-        if folder.unusable and self.trainer.is_global_zero:
-            console.print(f"pictures: {summarise(folder.unusable)}", style="yellow")
-        self.train_pictures, val = split_by_content(folder.pictures, data.val_fraction)
+        self.train_pictures, self.held_out = split_by_content(folder.pictures, data.val_fraction)
         if not self.train_pictures:
             raise UserMistake(f"data.root={data.root}: every picture is the same file; add others")
-        self.val_pictures = first_by_content(val, self.config.validation.max_pictures)
+        self.val_pictures = first_by_content(self.held_out, self.config.validation.max_pictures)
         self.probe_pictures = self.val_pictures + first_by_content(
             self.train_pictures, len(self.val_pictures)
         )
+        self.folder, self.thumbnails = folder, thumbnails
+
+    def setup(self, stage: str) -> None:
+        """Reads, splits and encodes; writes split.json. Runs once."""
+        if self.is_ready:
+            return
+        self.read()
         if self.trainer.is_global_zero:
-            self._write_split(folder, val)
+            if self.folder.unusable:
+                console.print(f"pictures: {summarise(self.folder.unusable)}", style="yellow")
+            self._write_split(self.folder, self.held_out)
         self._encode()
         self.is_ready = True
 

@@ -24,6 +24,7 @@ class Finding:
 
     name: str
     text: str
+    level: str = "warning"  # or error, or note
 
 
 def percent(share: float) -> str:

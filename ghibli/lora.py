@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
 from ghibli import base_model
-from ghibli.base_model import BaseModel, first_line, quiet
+from ghibli.base_model import BaseModel, check_whole, first_line, quiet
 from ghibli.mistakes import UserMistake
 from ghibli.randomness import Stream, seed_global_rng
 from ghibli.run_dir import write_atomically
@@ -82,6 +82,7 @@ def merge(base: BaseModel, folder: Path, scale: float) -> None:
     """
     if not (folder / ADAPTER_FILE).is_file():
         raise UserMistake(f"model.adapter={folder}: no {ADAPTER_FILE} there")
+    check_whole(folder / ADAPTER_FILE, f"model.adapter={folder}")
     pipeline = StableDiffusionPipeline(
         base.vae, base.text_encoder, base.tokenizer, base.unet,
         DDPMScheduler.from_config(base.scheduler_config),
@@ -89,7 +90,7 @@ def merge(base: BaseModel, folder: Path, scale: float) -> None:
     )  # fmt: skip
     try:
         with quiet("diffusers", "transformers", "peft"):
-            pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE)
+            pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE, use_safetensors=True)
             pipeline.fuse_lora(lora_scale=scale)
             pipeline.unload_lora_weights()
     except (RuntimeError, ValueError, KeyError) as error:

@@ -34,7 +34,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         OSError: the disk is full, read-only and so on; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unique = f"{os.getpid()}-{os.urandom(4).hex()}"  # a cache may be shared by machines with equal numbers
+    temporary = path.with_name(f".{path.name}.{unique}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -229,6 +230,10 @@ class RunDir:
 def is_first() -> bool:
     """True for the only process of a run, or the first of several: the one that writes and speaks."""
     return all(int(os.environ.get(name, 0)) == 0 for name in RANKS)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def now() -> str:

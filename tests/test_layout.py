@@ -9,9 +9,11 @@ PACKAGE = Path(__file__).parents[1] / "ghibli"
 ORDER = [
     "mistakes", "progress", "run_dir", "devices", "schema", "trial", "places", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
-    "captions", "base_model", "latents", "validation", "base_scores", "data", "lora", "diffusion",
+    "near_duplicates", "captions", "base_model", "convert", "latents", "validation", "base_scores", "data",
+    "lora", "diffusion",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
-    "trainer", "finish", "features", "metrics", "yardstick", "trained", "evaluation", "cli", "__main__",
+    "trainer", "finish", "features", "metrics", "yardstick", "trained", "evaluation",
+    "data_lint", "footprint", "preflight", "cli", "__main__",
 ]  # fmt: skip
 HYDRA_MODULES = {"hydra", "omegaconf"}
 
