@@ -201,8 +201,7 @@ def write_folder(
         if on_progress is not None:
             on_progress(index + 1, count)
     captions = "".join(lines)
-    checksums.append(f"{hashlib.sha256(captions.encode()).hexdigest()}  captions.txt
-")
+    checksums.append(f"{hashlib.sha256(captions.encode()).hexdigest()}  captions.txt\n")
     write_text(root / "checksums.txt", "".join(checksums))
     write_text(root / "captions.txt", captions)
 
