@@ -25,7 +25,7 @@ def near_duplicates(train: np.ndarray, held_out: np.ndarray) -> list[tuple[int, 
     pairs first, as unlike. On 1000 drawn scenes, which share their layouts, the highest is 0.978 (two
     trains of one colour at one place, under other clouds), while that hash calls a girl in pink and
     another in yellow equal. The stills saved again as a poor JPEG (quality 30) give at least 0.994, at
-    half the size 0.999, a fifth brighter 0.980. So this finds one picture saved twice; it does not
+    half the size 0.998, a fifth brighter 0.980. So this finds one picture saved twice; it does not
     find a cut (2 % off each side: 0.89 to 0.99) or a mirrored one.
 
     Args:
