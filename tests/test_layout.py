@@ -11,7 +11,7 @@ ORDER = [
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "captions", "base_model", "latents", "validation", "base_scores", "data", "lora", "diffusion",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
-    "trainer", "finish", "cli", "__main__",
+    "trainer", "finish", "compare", "cli", "__main__",
 ]  # fmt: skip
 HYDRA_MODULES = {"hydra", "omegaconf"}
 
