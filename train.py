@@ -54,7 +54,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         from ghibli.callbacks import describe
         from ghibli.checkpoints import CleanStop, StopRequested
         from ghibli.data import GhibliDataModule
-        from ghibli.module import GhibliModule
+        from ghibli.module import GhibliModule, device_name
         from ghibli.progress import console
         from ghibli.trainer import make_trainer
 
@@ -77,6 +77,10 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
                 console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
                 checkpoint = checkpoint.replace(run_dir.last_checkpoint)  # so no save can lose it
             trainer = make_trainer(config, run_dir, stop, logger)
+            run_dir.note_start(
+                code=trial.code_hash(), device=device_name(trainer.strategy.root_device),
+                devices=trainer.world_size, precision=str(trainer.precision),
+            )  # fmt: skip
             if not resumes:
                 preflight.before_training(module, data, trainer, run_dir)
             with devices.together(trainer, run_dir, SCRIPT):

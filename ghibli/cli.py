@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ghibli import scenes
+from ghibli import compare, scenes
 from ghibli.mistakes import UserMistake, one_line_mistakes, stop_at_once
 from ghibli.progress import console, counted
 from ghibli.run_dir import RunDir, all_runs
@@ -140,6 +140,23 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     words = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
     return str(run.path), run.state, status.get("settings", "?"), epochs, words
+
+
+@app.command("compare")
+def compare_runs(
+    one: Annotated[str, typer.Argument(help="a run folder")],
+    other: Annotated[str, typer.Argument(help="another one")],
+) -> None:
+    """Says in what two runs differ, and whether that explains their results."""
+    sides = [compare.read_side(folder) for folder in (one, other)]
+    differing, results, verdict = compare.compare(*sides)
+    for name, rows in (("differs", differing), ("result", results)):
+        if rows:
+            table = Table(name, one, other, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table, "")
+    console.print(verdict)
 
 
 def main() -> None:

@@ -24,6 +24,11 @@ LIBRARIES = (
     "numpy", "pillow", "hydra-core", "wandb",
 )  # fmt: skip
 
+PLACE = (  # the entries of status.json that name code and machine; each start of a run notes them
+    "code", "git_commit", "git_dirty", "versions",
+    "machine", "processor", "threads", "device", "devices", "precision",
+)  # fmt: skip
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Lets `write` fill a temporary file, flushes it to disk and renames it to `path`.
@@ -234,6 +239,15 @@ def is_first() -> bool:
 
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def note_start(self, **where: Any) -> None:
+        """Adds to status.json where this process trains, and to `starts` from which step and by which code.
+
+        A run that was resumed has several, which tells whether it moved on the way.
+        """
+        status = self.read_status() | where
+        start = {key: status.get(key) for key in ("command", "step", *PLACE)}
+        self.update_status(**where, starts=[*status.get("starts", []), {"at": now()} | start])
 
 
 def now() -> str:

@@ -13,7 +13,7 @@ ORDER = [
     "lora", "diffusion",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
     "trainer", "finish", "features", "metrics", "yardstick", "trained", "evaluation",
-    "data_lint", "footprint", "preflight", "cli", "__main__",
+    "data_lint", "footprint", "preflight", "compare", "cli", "__main__",
 ]  # fmt: skip
 HYDRA_MODULES = {"hydra", "omegaconf"}
 
