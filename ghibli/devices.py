@@ -93,8 +93,9 @@ def start_others(trainer: Any, run: RunDir, script: Path) -> list[subprocess.Pop
         "NODE_RANK": str(environment.node_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(trainer.world_size),
     }  # fmt: skip
     joins = {JOINS: f"{os.getpid()} {run.path.resolve()}"}
-    return [
-        subprocess.Popen([sys.executable, str(script)], env=os.environ | joins | {"LOCAL_RANK": str(rank)})
+    words = [sys.executable, str(script)]
+    return [  # in sessions of their own, so that a terminal's Ctrl-C reaches the first process only
+        subprocess.Popen(words, env=os.environ | joins | {"LOCAL_RANK": str(rank)}, start_new_session=True)
         for rank in range(1, trainer.num_devices)
     ]
 
@@ -143,7 +144,7 @@ def leave_group() -> None:
 
 @contextmanager
 def following(run: RunDir) -> Iterator[None]:
-    """Around all that a further process does: silent, deaf to Ctrl-C, and gone when the first one is."""
+    """Around all that a further process does: silent, deaf to signals, and gone when the first one is."""
     console.quiet = True
     warnings.simplefilter("ignore")
     for number in (signal.SIGINT, signal.SIGTERM):

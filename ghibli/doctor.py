@@ -196,7 +196,8 @@ def few_pictures(pictures: int, features: int, real_frechet: float) -> list[Find
     text = (
         f"the Frechet distance is taken from {pictures} pictures in a space of {features} features, where it "
         f"is mostly bias (two sets of real pictures are {real_frechet:.3g} apart): judge by the kernel "
-        f"distance, which is free of it, or give more than {features} pictures (evaluate.samples, data.reference)"
+        f"distance, which is free of it, or give more than {features} pictures (evaluate.samples, "
+        "data.reference)"
     )
     return [Finding("few pictures", text)]
 
