@@ -121,18 +121,17 @@ def from_yaml(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        settings, seal, digest = text.partition(SEAL)
-        if seal and digest.strip() != hashlib.sha256(settings.encode()).hexdigest():
-            raise UserMistake(
-                f"{path} was changed or damaged after the run wrote it, and its result would be another: put "
-                "it back (its last line is a checksum), or start a new run"
-            )
-        return checked(OmegaConf.load(io.StringIO(text)))
-    except UserMistake:
-        raise
+        config = checked(OmegaConf.load(io.StringIO(text)))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split("full_key:")[0].split())
         raise UserMistake(f"{path} is not the configuration of a run of this version: {reason}") from error
+    settings, seal, digest = text.partition(SEAL)
+    if seal and digest.strip() != hashlib.sha256(settings.encode()).hexdigest():
+        raise UserMistake(
+            f"{path} was changed or damaged after the run wrote it, and its result would be another: put it "
+            "back (its last line is a checksum), or start a new run"
+        )
+    return config
 
 
 def run_dir_for(resume: str | None) -> str:
@@ -185,9 +184,9 @@ def check_first(cfg: Any) -> None:
     with hydra_mistakes():
         if cfg.resume is not None:
             run = find_run(cfg.resume)
-            run.lock().close()
             reject_beside_resume(cfg, run)
             check_places(from_yaml(run.config))
+            run.lock().close()
             return
         check_places(to_config(cfg))
         run = RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir")))
