@@ -122,18 +122,17 @@ def from_yaml(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        settings, seal, digest = text.partition(SEAL)
-        if seal and digest.strip() != hashlib.sha256(settings.encode()).hexdigest():
-            raise UserMistake(
-                f"{path} was changed or damaged after the run wrote it, and its result would be another: put "
-                "it back (its last line is a checksum), or start a new run"
-            )
-        return checked(OmegaConf.load(io.StringIO(text)))
-    except UserMistake:
-        raise
+        config = checked(OmegaConf.load(io.StringIO(text)))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split("full_key:")[0].split())
         raise UserMistake(f"{path} is not the configuration of a run of this version: {reason}") from error
+    settings, seal, digest = text.partition(SEAL)
+    if seal and digest.strip() != hashlib.sha256(settings.encode()).hexdigest():
+        raise UserMistake(
+            f"{path} was changed or damaged after the run wrote it, and its result would be another: put it "
+            "back (its last line is a checksum), or start a new run"
+        )
+    return config
 
 
 def changed(config: Config, words: list[str], allowed: tuple[str, ...]) -> Config:
@@ -204,8 +203,8 @@ def check_first(cfg: Any) -> None:
     with hydra_mistakes():
         if cfg.resume is not None:
             run = find_run(cfg.resume)
-            run.lock().close()
             check_places(resumed(run, cfg.hydra.overrides))
+            run.lock().close()
             return
         config = to_config(cfg)
         check_places(config)

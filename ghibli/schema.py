@@ -10,6 +10,10 @@ from typing import Any
 from ghibli.mistakes import UserMistake, did_you_mean
 
 CONFIG_VERSION = 1  # to be raised when a key is renamed, removed or means something else
+TRAINER_KEYS = (
+    "precision", "accelerator", "max_epochs", "accumulate_grad_batches", "log_every_n_steps",
+    "gradient_clip_val",
+)  # fmt: skip
 RESERVED_TRAINER_FLAGS = {
     "callbacks", "default_root_dir", "enable_checkpointing", "enable_model_summary",
     "enable_progress_bar", "logger", "num_sanity_val_steps", "plugins", "use_distributed_sampler",
@@ -319,6 +323,9 @@ class Config:
 
 def check_trainer(trainer: dict[str, Any]) -> None:
     """Checks the Trainer flags that have a meaning of ours; Lightning checks the others."""
+    for key in TRAINER_KEYS:
+        if key not in trainer:
+            raise UserMistake(f"trainer.{key} is missing: conf/train.yaml has its default")
     precision = str(trainer["precision"])
     if precision in ("bf16-true", "16-true"):
         raise UserMistake(

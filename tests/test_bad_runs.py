@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -237,6 +238,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     for file in (run.last_checkpoint, run.previous_checkpoint):
         file.write_bytes(b"damaged")
     assert "last.ckpt is damaged or cut off; start the run anew" in one_line(command(f"resume={stopped}"))
+
+
+# Loader processes
+
+
+def test_a_loader_process_that_is_killed(
+    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel does it when memory runs out: one line, and the way on."""
+    original = GhibliModule.training_step
+
+    def step(module: GhibliModule, batch: dict, batch_idx: int) -> torch.Tensor:
+        if module.trainer.global_step == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        return original(module, batch, batch_idx)
+
+    monkeypatch.setattr(GhibliModule, "training_step", step)
+    said = command("data.workers=1", f"hydra.run.dir={tmp_path}")
+    assert "a loader process was killed, most often for want of memory" in one_line(said)
+    assert f"go on with: python train.py resume={os.path.relpath(tmp_path)}" in said[1]
+    assert status(tmp_path)["state"] == "failed"
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 # Ctrl-C and SIGTERM

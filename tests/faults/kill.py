@@ -59,8 +59,10 @@ class Killer:
         """One run, killed at a moment that follows from (seed, number), to its end."""
         draws = random.Random(f"{seed} {number}")
         run, report = self.scratch / f"run_{number:03d}" / "run", Killed(number)
+        began = time.monotonic()
         while not self.kill_once(run, draws.uniform(0, self.seconds), report):
             shutil.rmtree(run.parent)  # it was done before its moment came: that is no kill
+            self.seconds, began = min(self.seconds, time.monotonic() - began), time.monotonic()
         if number % TWICE == TWICE - 1:
             self.kill_once(run, draws.uniform(0, self.seconds - 0.5 * report.moments[0]), report)
         if start(self.command(run), run.with_name("log")).wait(LIMIT) != 0:
