@@ -231,15 +231,6 @@ class RunDir:
         content = self.read_status() | changes
         write_json(self.status, content | {"sha256": _checksum(content)})
 
-
-def is_first() -> bool:
-    """True for the only process of a run, or the first of several: the one that writes and speaks."""
-    return all(int(os.environ.get(name, 0)) == 0 for name in RANKS)
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
     def note_start(self, **where: Any) -> None:
         """Adds to status.json where this process trains, and to `starts` from which step and by which code.
 
@@ -248,6 +239,15 @@ def _checksum(content: dict[str, Any]) -> str:
         status = self.read_status() | where
         start = {key: status.get(key) for key in ("command", "step", *PLACE)}
         self.update_status(**where, starts=[*status.get("starts", []), {"at": now()} | start])
+
+
+def is_first() -> bool:
+    """True for the only process of a run, or the first of several: the one that writes and speaks."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in RANKS)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def now() -> str:

@@ -22,9 +22,10 @@ from ghibli.schema import CONFIG_VERSION, Config
 CODE = (  # train.py and all it imports; tests/test_trial.py compares with the imports
     "mistakes", "progress", "run_dir", "devices", "schema", "trial", "places", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
-    "captions", "base_model", "latents", "validation", "base_scores", "data", "lora", "diffusion",
+    "near_duplicates", "captions", "base_model", "latents", "validation", "base_scores", "data",
+    "lora", "diffusion",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
-    "trainer", "finish",
+    "trainer", "finish", "data_lint", "footprint", "preflight",
 )  # fmt: skip
 FREE = (  # change no result
     "resume", "cache_dir", "local", "wandb", "checkpoint", "evaluate", "model.clip", "data.workers",
