@@ -200,8 +200,6 @@ def start_afresh(run: RunDir) -> None:
 
 def say_what_changed(run: RunDir) -> None:
     """A line for each thing about a run that is resumed by hand and may make its end another one."""
-    if is_follower():
-        return
     status = run.read_status()
     version = status.get("config_version", 0)
     if version != CONFIG_VERSION:
