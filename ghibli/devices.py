@@ -92,7 +92,7 @@ def start_others(trainer: Any, run: RunDir, script: Path) -> list[subprocess.Pop
         "MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port),
         "NODE_RANK": str(environment.node_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(trainer.world_size),
     }  # fmt: skip
-    joins = {JOINS: f"{os.getpid()} {run.path.resolve()}"}
+    joins = {JOINS: f"{os.getpid()} {run.path.resolve()}", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     words = [sys.executable, str(script)]
     return [  # in sessions of their own, so that a terminal's Ctrl-C reaches the first process only
         subprocess.Popen(words, env=os.environ | joins | {"LOCAL_RANK": str(rank)}, start_new_session=True)
