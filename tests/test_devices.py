@@ -81,6 +81,7 @@ def test_two_devices_equal_one_with_the_same_global_batch(
     assert said[0].replace(places[0], "RUN") == said[1].replace(places[1], "RUN")
 
 
+@pytest.mark.slow
 def test_a_broken_picture_of_the_second_device(
     on_two: tuple[Path, str], pictures: Path, tmp_path: Path
 ) -> None:
