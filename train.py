@@ -64,7 +64,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
                 trainer.validate(module, data, verbose=False)
             else:
                 trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-                if not run_dir.best_checkpoint.exists():
+                if len(module.history) < 2:
                     raise UserMistake(TOO_SHORT)
             return finish.finish(config, run_dir, trainer, module, logger)
     except StopRequested as request:

@@ -222,6 +222,7 @@ MISTAKES = {
     "lr=3": "unknown key lr; did you mean model.lr or optimizer.lr?",
     "+data.draw.colour=3": "unknown key data.draw.colour (known in data.draw: look, count)",
     "trainer.nonsense=3": "trainer.nonsense is no flag of lightning.Trainer",
+    "~trainer.max_epochs": "trainer.max_epochs is missing: conf/train.yaml has its default",
     "+trainer.max_epoch=3": "trainer.max_epoch is no flag of lightning.Trainer; did you mean max_epochs?",
     "trainer.max_steps=3": "trainer.max_steps has no default here: give it with a plus, +trainer.max_steps=",
     "+trainer.callbacks=[]": "trainer.callbacks is set by train.py itself and cannot be given",
