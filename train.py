@@ -1,16 +1,19 @@
 """Trains one run: `python train.py KEY=VALUE ...`; with -m a sweep. See conf/train.yaml."""
 
+import math
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ghibli.config import from_yaml, hydra_entry, this_run, to_config, to_yaml
+from ghibli import devices, trial
+from ghibli.config import from_yaml, hydra_entry, job_config, this_run, to_yaml
 from ghibli.mistakes import UserMistake, stop_at_once
-from ghibli.run_dir import RunDir, check_unchanged, now, provenance, write_text
+from ghibli.run_dir import RunDir, check_unchanged, is_first, now, provenance, write_text
 from ghibli.schema import Config
 
+SCRIPT = Path(__file__).resolve()  # what further processes of a run start
 TOO_SHORT = (
     "training ended before its first epoch did, so nothing was validated and there is no result: "
     "give it more trainer.max_steps or trainer.max_time"
@@ -20,36 +23,50 @@ TOO_SHORT = (
 def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
     """Trains as the configuration says and writes everything into the run folder.
 
+    A folder that holds this very trial already is gone on with, or has the answer if it is finished.
+
     Args:
-        resumes: go on from checkpoints/last.ckpt of the folder.
+        resumes: go on from checkpoints/last.ckpt of the folder, whatever code it was started by.
 
     Returns:
         The objective of sweeps: the best share by which the held-out loss is below the base's.
     """
+    lock = run_dir.lock()
+    try:
+        if resumes:
+            trial.say_what_changed(run_dir)
+        else:
+            objective, resumes = trial.take_up(config, run_dir)
+            if objective is not None:
+                return objective
+        return lead(config, run_dir, resumes)
+    finally:
+        lock.close()
+
+
+def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
+    """Trains in a folder that nobody else writes: loads, fits, finishes, and notes how it ended."""
     with stop_at_once():
         import torch
         import wandb  # noqa: F401  (dashboard would import it later)
 
-        from ghibli import base_model, dashboard, finish, lora
+        from ghibli import dashboard, finish, lora, preflight
         from ghibli.callbacks import describe
         from ghibli.checkpoints import CleanStop, StopRequested
         from ghibli.data import GhibliDataModule
-        from ghibli.module import GhibliModule
+        from ghibli.module import GhibliModule, device_name
         from ghibli.progress import console
         from ghibli.trainer import make_trainer
 
-    lock = run_dir.lock()
     write_text(run_dir.config, to_yaml(config))
     run_dir.update_status(
         state="running", reason=None, started=run_dir.read_status().get("started", now()),
         settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
-        process=os.getpid(), threads=torch.get_num_threads(), **provenance(),
+        process=os.getpid(), threads=torch.get_num_threads(), **provenance(), **trial.marks(config, run_dir),
     )  # fmt: skip
     try:
         with CleanStop(run_dir) as stop:
-            base = base_model.load(config.model.path)
-            if config.model.adapter is not None:
-                lora.merge(base, base_model.place_of(config.model.adapter), config.model.adapter_scale)
+            base = lora.load_base(config.model)
             module = GhibliModule(config, base)
             what = f"the base model.path={config.model.path}"
             check_unchanged(run_dir, "base_hash", module.base_hash, what)
@@ -60,12 +77,16 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
                 console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
                 checkpoint = checkpoint.replace(run_dir.last_checkpoint)  # so no save can lose it
             trainer = make_trainer(config, run_dir, stop, logger)
-            if config.finetune == "none":
-                trainer.validate(module, data, verbose=False)
-            else:
-                trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-                if len(module.history) < 2:
-                    raise UserMistake(TOO_SHORT)
+            run_dir.note_start(
+                code=trial.code_hash(), device=device_name(trainer.strategy.root_device),
+                devices=trainer.world_size, precision=str(trainer.precision),
+            )  # fmt: skip
+            if not resumes:
+                preflight.before_training(module, data, trainer, run_dir)
+            with devices.together(trainer, run_dir, SCRIPT):
+                train(config, trainer, module, data, checkpoint)
+            if config.finetune != "none" and len(module.history) < 2:
+                raise UserMistake(TOO_SHORT)
             return finish.finish(config, run_dir, trainer, module, logger)
     except StopRequested as request:
         raise SystemExit(finish.interrupted(run_dir, request)) from None
@@ -81,7 +102,41 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
         raise mistake from error
     finally:
         dashboard.close()
-        lock.close()
+
+
+def train(config: Config, trainer: Any, module: Any, data: Any, checkpoint: Path | None) -> None:
+    """Trains, from a checkpoint if there is one, or only measures with finetune=none."""
+    if config.finetune == "none":
+        trainer.validate(module, data, verbose=False)
+    else:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+
+
+def follow(config: Config, run_dir: RunDir) -> None:
+    """What every process of a run but the first does: trains along, writes nothing, says nothing."""
+    with devices.following(run_dir):
+        from ghibli import lora
+        from ghibli.checkpoints import CleanStop, StopRequested
+        from ghibli.data import GhibliDataModule
+        from ghibli.module import GhibliModule
+        from ghibli.trainer import make_trainer
+
+        try:
+            with CleanStop(run_dir) as stop:
+                base = lora.load_base(config.model)
+                module = GhibliModule(config, base)
+                data = GhibliDataModule(config, base, run_dir, module.num_train_timesteps)
+                checkpoint = run_dir.usable_checkpoint()  # at the start of a new run there is none
+                trainer = make_trainer(config, run_dir, stop, None)
+                with devices.together(trainer, run_dir, SCRIPT):
+                    train(config, trainer, module, data, checkpoint)
+        except StopRequested:
+            pass  # all stop at the same step; the first process says so
+        except Exception as error:
+            mistake = as_mistake(error)
+            if mistake is error:
+                raise
+            raise mistake from error
 
 
 def as_mistake(error: BaseException) -> BaseException:
@@ -103,11 +158,20 @@ def as_mistake(error: BaseException) -> BaseException:
 
 def main(cfg: Any) -> float:
     """One Hydra job: trains with the composed settings, or resumes with the run's; returns the objective."""
-    run_dir = this_run()
-    if cfg.resume is None:
-        return run(to_config(cfg), run_dir)
-    return run(from_yaml(run_dir.config), run_dir, resumes=True)
+    if is_first():
+        return run(job_config(cfg), this_run(), resumes=cfg.resume is not None)
+    follow(job_config(cfg), this_run())
+    return math.nan
+
+
+def start() -> None:
+    """The command: a run of the user's, or a further process of one that is under way."""
+    joined = devices.run_to_join()
+    if joined is None:
+        hydra_entry(Path(__file__).parent / "conf", "train", main)
+    else:
+        follow(from_yaml(joined.config), joined)
 
 
 if __name__ == "__main__":
-    hydra_entry(Path(__file__).parent / "conf", "train", main)
+    start()

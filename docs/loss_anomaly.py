@@ -1,6 +1,6 @@
 """Re-make the figures and numbers of docs/loss-anomaly.md: `python docs/loss_anomaly.py [PART ...]`.
 
-Parts: curves, epochs, schedule, diverged, error, curves50; all of them without a word. Runs lie in
+Parts: curves, epochs, schedule, diverged, guidance, error, curves50; all of them without a word. Runs lie in
 outputs/loss-anomaly/ and are trained once; a finished one is read again.
 """
 
@@ -19,8 +19,10 @@ import torch
 from ghibli import base_model, lora, scenes
 from ghibli.captions import CaptionedPicture
 from ghibli.config import from_yaml, register
+from ghibli.features import in_batches, standardised, style_features
 from ghibli.finish import load_weights
 from ghibli.latents import Moments
+from ghibli.metrics import kernel_distance
 from ghibli.module import GhibliModule
 from ghibli.progress import counted
 from ghibli.records import read_rows
@@ -36,6 +38,8 @@ QUIET = (
     f"cache_dir={WORK}/cache",
 )  # fmt: skip
 NEAR, DEMO = ("model=demo_near", *QUIET), ("model=demo", *QUIET)
+GUIDED = [(w, d) for w in (1, 7.5) for d in (0, 0.1)]  # training guidance, caption dropout
+SCALES = (1, 1.5, 2, 4, 7.5, 15, 30, 45, 60)
 RUNS = {
     **{
         f"{name}-{epochs}": (*NEAR, f"experiment={name}", f"trainer.max_epochs={epochs}")
@@ -44,6 +48,12 @@ RUNS = {
     },
     "full": (*DEMO, "experiment=full_finetune", "trainer.max_epochs=6"),
     "full-too-fast": (*DEMO, "experiment=full_finetune", "trainer.max_epochs=6", "optimizer.lr=0.03"),
+    **{
+        f"guidance-{w:g}-dropout-{d:g}": (
+            *DEMO, f"loss.guidance={w:g}", f"loss.caption_dropout={d:g}", "trainer.max_epochs=6",
+        )
+        for w, d in GUIDED
+    },
 }  # fmt: skip
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9731a", "#777777"
 
@@ -238,6 +248,74 @@ def diverged() -> None:
     pictures("diverged-pictures", models)
 
 
+def scene(seed: int, look: str = "drawn") -> torch.Tensor:
+    """A scene as a picture (3, 128, 128) in 0 .. 1."""
+    array = np.array(scenes.draw(scenes.compose(seed), look), dtype=np.float32) / 255
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def guidance(count: int = 64) -> None:
+    """The kernel distance to drawn pictures over the sampling scale, for four trainings."""
+    vae, first = base_model.load("demo").vae, scenes.EVALUATION_SEEDS.start
+    drawn = torch.stack([scene(first + 1000 + i) for i in range(300)])
+    own = in_batches(lambda x: style_features(vae, x), drawn)
+    reference = standardised(own, own)
+
+    def distance(pictures: torch.Tensor) -> list[float]:
+        rows = standardised(in_batches(lambda x: style_features(vae, x), pictures), own)
+        found = kernel_distance(rows, reference)
+        return [round(found.value, 3), round(found.standard_error, 3)]
+
+    numbers = known_numbers().get("guidance") or {
+        look: distance(torch.stack([scene(first + i, look) for i in range(count)])) for look in scenes.LOOKS
+    }
+    prompts = [f"{scenes.compose(first + i).caption}, Studio Ghibli style" for i in range(count)]
+    for w, d in GUIDED:
+        name = f"guidance-{w:g}-dropout-{d:g}"
+        if name in numbers:
+            continue
+        module, numbers[name] = model_of(run_of(name)), {}
+        with counted(f"sampling {name}") as on_progress:
+            for done, scale in enumerate(SCALES):
+                drawn = sample(
+                    module.base, prompts, Cell("ddim", scale), num_inference_steps=20,
+                    seeds=list(range(count)), resolution=128,
+                )  # fmt: skip
+                numbers[name][f"{scale:g}"] = distance(drawn)
+                on_progress(done + 1, len(SCALES))
+        note("guidance", **numbers)
+    plot_guidance(numbers)
+    models = {f"trained with {w:g}": model_of(run_of(f"guidance-{w:g}-dropout-0.1")) for w in (1, 7.5)}
+    for scale in (1, 7.5, 56):
+        pictures(f"guidance-pictures-{scale:g}", models, scale)
+
+
+def plot_guidance(numbers: dict[str, dict[str, list[float]]]) -> None:
+    """The distance over the sampling scale, and over the scale divided by the training guidance."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for w, d in GUIDED:
+        found = numbers[f"guidance-{w:g}-dropout-{d:g}"]
+        scales = np.array([float(scale) for scale in found])
+        values, errors = np.array(list(found.values())).T
+        style = {"color": BLUE if w == 1 else ORANGE, "ls": "-" if d else "--", "marker": "."}
+        label = f"trained with guidance {w:g}, caption dropout {d:g}"
+        for axis, x in zip(axes, (scales, scales / w), strict=True):
+            axis.errorbar(x, values, 1.96 * errors, label=label, lw=1.3, elinewidth=0.8, **style)
+    axes[0].set(ylabel="kernel distance to drawn pictures", xlabel="sampling scale s")
+    axes[1].set(xlabel="s / training guidance")
+    for axis in axes:
+        axis.axhline(numbers["photo"][0], color=GREY, lw=0.8, ls=":")
+        axis.set(xscale="log", yscale="log")
+        axis.grid(alpha=0.2)
+    axes[0].set_xticks((1, 2, 4, 7.5, 15, 30, 60), ["1", "2", "4", "7.5", "15", "30", "60"])
+    axes[1].set_xticks((0.13, 0.5, 1, 2, 7.5, 30), ["0.13", "0.5", "1", "2", "7.5", "30"])
+    for axis in axes:
+        axis.minorticks_off()
+    axes[0].text(1, numbers["photo"][0] * 1.05, "photograph-like pictures", color=GREY, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8)
+    save(figure, "guidance")
+
+
 def losses_of(
     module: GhibliModule, batches: list[dict], schedule: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -269,7 +347,7 @@ def error(redraws: int = 100, pictures: int = 30) -> None:
 
 def main() -> None:
     register()
-    parts = {f.__name__: f for f in (curves, epochs, schedule, diverged, error, curves50)}
+    parts = {f.__name__: f for f in (curves, epochs, schedule, diverged, guidance, error, curves50)}
     for name in sys.argv[1:] or parts:
         parts[name]()
 

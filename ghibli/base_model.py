@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from ghibli.mistakes import UserMistake
-from ghibli.places import check_base
+from ghibli.places import NO_PICKLE, check_base, convert
 
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip, or bare
 DEMO = Path(__file__).parent / "demo"
 
 
@@ -79,7 +80,7 @@ def load(path: str) -> BaseModel:
     if place.is_dir():
         parts = load_folder(place, path)
     elif place.is_file():
-        check_whole(place, path)
+        check_whole(place, f"model.path={path}")
         parts = load_single_file(place)
     else:
         parts = load_from_hub(path)
@@ -114,7 +115,7 @@ def load_folder(folder: Path, path: str) -> tuple[Any, ...]:
 def load_part(part_class: Any, folder: Path, path: str, **options: Any) -> Any:
     """One network from its folder, every weight from the file: the libraries would make missing ones up."""
     for file in sorted(folder.glob("*.safetensors")):
-        check_whole(file, path)
+        check_whole(file, f"model.path={path}")
     try:
         with quiet("transformers", "diffusers"):
             part, report = part_class.from_pretrained(
@@ -133,20 +134,28 @@ def load_part(part_class: Any, folder: Path, path: str, **options: Any) -> Any:
     return part
 
 
-def check_whole(file: Path, path: str) -> None:
-    """Raises a UserMistake for a .safetensors file that is cut off, damaged or only a git-lfs pointer."""
+def check_whole(file: Path, what: str) -> None:
+    """Raises a UserMistake for a .safetensors file that is cut off, damaged, a pickle or a git-lfs pointer.
+
+    Args:
+        what: the setting that names it, such as model.path=DIR.
+    """
     with open(file, "rb") as opened:
-        is_pointer = opened.read(19) == b"version https://git"
-    if is_pointer:
+        start = opened.read(19)
+    if start == b"version https://git":
+        raise UserMistake(f"{what}: {file} is not the weights but their git-lfs pointer: git lfs pull")
+    if start.startswith(PICKLE_STARTS):
+        renamed = file.with_suffix(".bin")
         raise UserMistake(
-            f"model.path={path}: {file} is not the weights but their git-lfs pointer: git lfs pull"
+            f"{what}: {file} is a pickle under another name; {NO_PICKLE}; rename it to {renamed.name}, then "
+            f"{convert([renamed])}"
         )
     try:
         with safe_open(file, framework="pt"):
             pass
     except SafetensorError as error:
         raise UserMistake(
-            f"model.path={path}: {file} is cut off or damaged; get it anew ({error})"
+            f"{what}: {file} is cut off or damaged; get it anew ({first_line(error)})"
         ) from error
 
 
@@ -171,6 +180,20 @@ def load_from_hub(name: str) -> tuple[Any, ...]:
         ) from error
     check_base(Path(folder), name)
     return load_folder(Path(folder), name)
+
+
+def is_here(path: str) -> bool:
+    """False for a hub id whose files are not all downloaded; whether the rest loads is load's business."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if "/" not in path or place_of(path).exists():
+        return True
+    try:
+        check_base(Path(snapshot_download(path, local_files_only=True)), path)
+    except (LocalEntryNotFoundError, OSError, ValueError):  # a UserMistake is one: files are missing
+        return False
+    return True
 
 
 def hub_answers(timeout: float = 5.0) -> bool:

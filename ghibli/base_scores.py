@@ -21,22 +21,23 @@ def cached_scores(
     """The scores of all pictures, (P, ...) float32; only those that are not in the cache are computed.
 
     Args:
-        folder: holds one file for each combination of settings; safe to delete and to share, as a
-            score depends on nothing but the settings and the picture.
+        folder: holds a file for each set of scores that were computed together, called after the
+            settings and the pictures; safe to delete. Runs may share it: none changes another's file,
+            and a score depends on nothing but the settings and the picture.
         settings: everything that changes a score, such as base, guidance, device.
         score: index of a picture -> its scores.
     """
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    file = folder / f"{name[:32]}.json"
-    known = read_scores(file, settings)
+    known: dict[str, list[float]] = {}
+    for file in sorted(folder.glob(f"{name[:32]}-*.json")):
+        known |= read_scores(file, settings)
     keys = [hashlib.sha256(f"{p.content_hash}\n{p.caption}".encode()).hexdigest()[:32] for p in pictures]
     missing = [index for index, key in enumerate(keys) if key not in known]
-    for index in missing:
-        known[keys[index]] = score(index).cpu().double().tolist()
-    if missing:
-        scores = read_scores(file, settings) | known
-        write_json(file, {"settings": settings, "scores": scores, "sha256": checksum(scores)})
-    return torch.tensor([known[key] for key in keys], dtype=torch.float32)
+    new = {keys[index]: score(index).cpu().double().tolist() for index in missing}
+    if new:
+        file = folder / f"{name[:32]}-{hashlib.sha256(repr(sorted(new)).encode()).hexdigest()[:16]}.json"
+        write_json(file, {"settings": settings, "scores": new, "sha256": checksum(new)})
+    return torch.tensor([(known | new)[key] for key in keys], dtype=torch.float32)
 
 
 def read_scores(file: Path, settings: dict[str, Any]) -> dict[str, list[float]]:

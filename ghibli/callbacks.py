@@ -120,9 +120,7 @@ class Doctor(Callback):
             raise UserMistake(self.not_finite(trainer, pl_module))
 
     def not_finite(self, trainer: L.Trainer, pl_module: GhibliModule) -> str:
-        names = [name for examples in pl_module.seen for name in examples.names]
-        timesteps = torch.cat([examples.timesteps for examples in pl_module.seen]).tolist()
-        losses = torch.cat([examples.losses for examples in pl_module.seen]).tolist()
+        names, timesteps, losses = map(list, zip(*seen_everywhere(pl_module), strict=True))
         text = doctor.not_finite(names, timesteps, losses, trainer.global_step, self.config.optimizer.lr)
         self.report(trainer, [doctor.Finding("not finite", text)], say=False)
         return text
@@ -150,6 +148,20 @@ class Doctor(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     dashboard.alert(logger, finding.name, finding.text)
+
+
+def seen_everywhere(pl_module: GhibliModule) -> list[tuple[str, int, float]]:
+    """(name, timestep, loss) of each example since the last optimiser step, of all devices."""
+    here = [
+        example
+        for seen in pl_module.seen
+        for example in zip(seen.names, seen.timesteps.tolist(), seen.losses.tolist(), strict=True)
+    ]
+    if pl_module.trainer.world_size == 1:
+        return here
+    everywhere: list = [None] * pl_module.trainer.world_size
+    torch.distributed.all_gather_object(everywhere, here)
+    return [example for examples in everywhere for example in examples]
 
 
 class Narrator(Callback):

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ghibli.mistakes import UserMistake, require_folder
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+NO_CAPTION = "it has no caption"
 LAYOUTS = "images/ beside captions.txt (lines `file|caption`), or pictures with a .txt beside each"
 
 
@@ -44,6 +45,7 @@ def read_folder(
     default_caption: str | None,
     min_side: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_picture: Callable[[Path, Image.Image], None] = lambda path, picture: None,
 ) -> PictureFolder:
     """Reads every caption and checks every picture of a folder, in the order of their names.
 
@@ -53,6 +55,7 @@ def read_folder(
         default_caption: stands in for a missing caption; None makes such a picture unusable.
         min_side: px; a picture whose shorter side is smaller is unusable.
         on_progress: called with (pictures checked, pictures in all).
+        on_picture: called with each readable picture, whose sides may be reduced to `min_side`.
 
     Raises:
         UserMistake: no such folder, no pictures, or fewer than two of them usable.
@@ -64,9 +67,9 @@ def read_folder(
     for done, (name, path, caption) in enumerate(listed, start=1):
         try:
             caption = (read_beside(path) if caption is None else caption) or default_caption
-            check_picture(path, min_side)
+            on_picture(path, check_picture(path, min_side))
             if not caption:
-                raise Unusable("it has no caption (data.caption=TEXT gives one)")
+                raise Unusable(f"{NO_CAPTION} (data.caption=TEXT gives one)")
             content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
             pictures.append(CaptionedPicture(path, f"{caption}{style}", content_hash))
         except (Unusable, OSError) as reason:
@@ -134,15 +137,20 @@ def read_beside(path: Path) -> str | None:
         raise Unusable(f"{beside.name} is not UTF-8 text: save it as UTF-8") from None
 
 
-def check_picture(path: Path, min_side: int) -> None:
-    """Raises Unusable with the reason; reads the whole file, so a cut-off one is found."""
+def check_picture(path: Path, min_side: int) -> Image.Image:
+    """The picture, perhaps reduced to `min_side`; reads the whole file, so a cut-off one is found.
+
+    Raises:
+        Unusable: with the reason.
+    """
     if not path.is_file():
         raise Unusable("that is a folder" if path.is_dir() else "the file is missing")
     if path.stat().st_size == 0:
         raise Unusable("the file is empty")
-    width, height = read_picture(path, at_least=min_side)[1]
+    picture, (width, height) = read_picture(path, at_least=min_side)
     if min(width, height) < min_side:
         raise Unusable(f"it is too small: {width}x{height} px, data.min_side={min_side}")
+    return picture
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ghibli.module import GhibliModule
 from ghibli.progress import console
-from ghibli.run_dir import RunDir, write_sealed
+from ghibli.run_dir import RunDir, is_first, write_sealed
 
 
 class StopRequested(BaseException):
@@ -115,6 +115,8 @@ class CleanStop(Callback):
             signal.signal(number, self.note)
 
     def note(self, number: int, frame: Any) -> None:
+        if not is_first():  # the first process tells the others when
+            return
         if self.received or not self.in_training:
             raise StopRequested(number)
         self.received = number
@@ -129,12 +131,19 @@ class CleanStop(Callback):
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if self.received and between_steps(trainer, batch_idx) and not is_last:
+        if between_steps(trainer, batch_idx) and not is_last and self.agree(trainer):
             trainer.save_checkpoint(self.run.last_checkpoint)
             raise StopRequested(self.received)
 
+    def agree(self, trainer: L.Trainer) -> int:
+        """The signal that came, 0 for none: to all processes what it is to the first."""
+        if trainer.world_size > 1:
+            received = torch.tensor(self.received, device=trainer.strategy.root_device)
+            self.received = int(trainer.strategy.reduce(received, reduce_op="max"))
+        return self.received
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        if self.received:  # it came at the end of the epoch before, which has its own checkpoint
+        if self.agree(trainer):  # it came at the end of the epoch before, which has its own checkpoint
             raise StopRequested(self.received)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:

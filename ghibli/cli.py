@@ -1,13 +1,13 @@
 """The `ghibli` command line: a thin frame, one verb a function."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ghibli import scenes
-from ghibli.mistakes import UserMistake, one_line_mistakes
+from ghibli import compare, scenes
+from ghibli.mistakes import UserMistake, one_line_mistakes, stop_at_once
 from ghibli.progress import console, counted
 from ghibli.run_dir import RunDir, all_runs
 
@@ -38,6 +38,33 @@ def draw(
     console.print(f"{count} {look} pictures in {folder}: train.py data=ghibli data.root={folder}")
 
 
+@app.command("check")
+def check(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as for train.py")
+    ] = None,
+) -> None:
+    """Looks at settings, base, pictures, memory and disk of a run before it starts; trains nothing."""
+    with stop_at_once():
+        from ghibli import preflight
+
+    found = preflight.check(words or [])
+    preflight.tell(found)
+    if any(finding.level == "error" for finding in found):
+        raise typer.Exit(2)
+
+
+@app.command("convert")
+def convert(
+    files: Annotated[list[Path], typer.Argument(help="weights as .bin, .ckpt, .pt or .pth")],
+) -> None:
+    """Writes a .safetensors file beside each pickled file of weights; runs no code hidden in them."""
+    from ghibli.convert import to_safetensors
+
+    for file in files:
+        console.print(f"wrote {to_safetensors(file)}")
+
+
 @app.command("list")
 def list_runs() -> None:
     """Shows every run below outputs/ with its state, settings and gain."""
@@ -53,6 +80,59 @@ def list_runs() -> None:
     console.print(table)
 
 
+@app.command("evaluate")
+def evaluate(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RUN... [KEY=VALUE...]", help="run folders, settings")
+    ],
+) -> None:
+    """Samples finished runs and their base in every cell and measures the distance to real pictures."""
+    runs = [RunDir(Path(word)) for word in words if "=" not in word]
+    if not runs:
+        raise UserMistake("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
+    from ghibli import evaluation, trained  # torch takes seconds to load
+    from ghibli.config import changed
+
+    settings = [word for word in words if "=" in word]
+    configs = [changed(trained.config_of(run), settings, evaluation.CHANGEABLE) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        result = evaluation.evaluate(run, config)
+        console.print(evaluation_table(run, result))
+        for finding in result["findings"]:
+            console.print(f"{finding['name']}: {finding['text']}", style="yellow")
+        console.print(f"numbers {run.evaluation}, pictures {run.evaluation_pictures}\n")
+
+
+def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
+    """The slides' table of one run: a row for each model and cell."""
+    counts = f"{result['samples']} samples, {result['reference_pictures']} real pictures"
+    table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
+    for name in ("model", "cell", "kernel distance", "below base", "Frechet", "captions", "recall"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
+    for model, rows in result["models"].items():
+        for row in rows:
+            cell = f"{row['sampler'].upper()} {row['guidance']:g}"
+            table.add_row(model, cell, *evaluation_cells(row))
+    table.add_row("real", "training", *evaluation_cells(result["real"]))
+    return table
+
+
+def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Kernel distance, paired difference, Frechet distance, caption fit and recall as text."""
+
+    def with_error(pair: list[float] | None, digits: int) -> str:
+        return "-" if pair is None else f"{pair[0]:.{digits}f} +- {pair[1]:.{digits}f}"
+
+    difference = row.get("kernel_minus_base")
+    return (
+        with_error(row["kernel"], 2),
+        with_error(difference and [-difference[0], difference[1]], 2),
+        f"{row['frechet']:.1f}",
+        with_error(row["caption_fit"], 1),
+        f"{100 * row['recall']:.0f} %",
+    )
+
+
 def row_of(run: RunDir) -> tuple[str, ...]:
     """One run as the cells of the table."""
     status = run.read_status()
@@ -60,6 +140,23 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     words = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
     return str(run.path), run.state, status.get("settings", "?"), epochs, words
+
+
+@app.command("compare")
+def compare_runs(
+    one: Annotated[str, typer.Argument(help="a run folder")],
+    other: Annotated[str, typer.Argument(help="another one")],
+) -> None:
+    """Says in what two runs differ, and whether that explains their results."""
+    sides = [compare.read_side(folder) for folder in (one, other)]
+    differing, results, verdict = compare.compare(*sides)
+    for name, rows in (("differs", differing), ("result", results)):
+        if rows:
+            table = Table(name, one, other, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table, "")
+    console.print(verdict)
 
 
 def main() -> None:

@@ -1,88 +1,39 @@
-"""From Hydra to a plain, checked `Config` and back. The only module that knows Hydra.
+"""From Hydra to a plain, checked `Config` and back. Only this module and config_mistakes know Hydra.
 
 No torch import: a typo is answered before anything heavy is loaded.
 """
 
-import ast
 import dataclasses
 import functools
 import hashlib
 import io
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra import main as hydra_main
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
-from ghibli import schema
-from ghibli.mistakes import UserMistake, did_you_mean, one_line_mistakes
-from ghibli.places import check_places
+from ghibli import devices, trial
+from ghibli.config_mistakes import hydra_mistakes, reject_unknown_flags, reject_unknown_keys
+from ghibli.mistakes import UserMistake, one_line_mistakes
+from ghibli.places import check_places, check_typed_base
 from ghibli.run_dir import RunDir, find_run
-from ghibli.schema import Config
+from ghibli.schema import Config, check_trainer
 
+LONGEST_NAME = 150  # letters of a trial's folder; most file systems take 255 bytes
 SEAL = "# sha256 of the lines above: "
-
-
-def reject_unknown_keys(node: Any, section: type, prefix: str = "") -> None:
-    """Raises for keys that slipped past the schema through a `+key=value` override."""
-    fields = {field.name: field for field in dataclasses.fields(section)}
-    for key in node:
-        if key not in fields:
-            raise UserMistake(unknown_key(f"{prefix}{key}", fields))
-        inner = fields[key].type
-        if dataclasses.is_dataclass(inner) and node._get_node(key) is not None:
-            reject_unknown_keys(node[key], inner, f"{prefix}{key}.")
-
-
-def unknown_key(key: str, known: Any) -> str:
-    """The sentence for a key that is not there: one of that name elsewhere, or a similar one here."""
-    prefix, _, name = key.rpartition(".")
-    elsewhere = [full for full in all_keys(Config) if full.endswith(f".{name}") and full != key]
-    hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(name, known)
-    here = f"in {prefix}" if prefix else "at the top"
-    return f"unknown key {key}{hint} (known {here}: {', '.join(known)})"
-
-
-def all_keys(section: type, prefix: str = "") -> Iterator[str]:
-    """Every key of the schema in full, such as lora.rank."""
-    for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(field.type):
-            yield from all_keys(field.type, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
-
-
-def reject_unknown_flags(trainer: Any) -> None:
-    """Raises for a key below `trainer` that is no argument of lightning.Trainer."""
-    known = trainer_flags()
-    for flag in trainer:
-        if flag not in known:
-            raise UserMistake(f"trainer.{flag} is no flag of lightning.Trainer{did_you_mean(flag, known)}")
-
-
-@functools.cache
-def trainer_flags() -> list[str]:
-    """The arguments of lightning.Trainer, read from its source: importing it takes seconds."""
-    package = Path(find_spec("lightning").submodule_search_locations[0])
-    source = (package / "pytorch" / "trainer" / "trainer.py").read_text(encoding="utf-8")
-    trainer = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Trainer")
-    start = next(node for node in trainer.body if getattr(node, "name", "") == "__init__")
-    return [argument.arg for argument in start.args.kwonlyargs]
 
 
 def to_config(cfg: Any) -> Config:
@@ -97,10 +48,10 @@ def to_config(cfg: Any) -> Config:
     return checked(OmegaConf.to_container(plain, resolve=True))
 
 
-def checked(content: Any) -> Config:
-    """Nested dictionaries as a `Config`, whose types and ranges are thereby checked."""
+def checked(content: Any, kind: type = Config) -> Any:
+    """Nested dictionaries as a `Config` or a part of it, whose types and ranges are thereby checked."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), content))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserMistake):
             raise error.__cause__ from None
@@ -134,6 +85,24 @@ def from_yaml(path: Path) -> Config:
     return config
 
 
+def changed(config: Config, words: list[str], allowed: tuple[str, ...]) -> Config:
+    """The configuration with KEY=VALUE words applied, such as evaluate.samples=100.
+
+    Args:
+        allowed: keys and sections that may be changed.
+
+    Raises:
+        UserMistake: another key, or a value that is not accepted.
+    """
+    for word in words:
+        key = word.partition("=")[0]
+        if not any(key == name or key.startswith(f"{name}.") for name in allowed):
+            raise UserMistake(f"{word}: only {', '.join(allowed)} can be changed after a run")
+    with hydra_mistakes():
+        merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(words))
+        return checked(OmegaConf.to_container(merged))
+
+
 def run_dir_for(resume: str | None) -> str:
     """The folder this command writes to: a new one, or the one it resumes."""
     if resume is not None:
@@ -146,10 +115,19 @@ def run_dir_for(resume: str | None) -> str:
     return str(fresh)
 
 
+def folder_name(words: str) -> str:
+    """A trial's overrides as a folder's name: no slashes, and cut where a file system would refuse."""
+    plain = words.replace("/", "_") or "defaults"
+    if len(plain) <= LONGEST_NAME:
+        return plain
+    return f"{plain[: LONGEST_NAME - 13]}-{hashlib.sha256(words.encode()).hexdigest()[:12]}"
+
+
 def register() -> None:
     """Makes the schema and the resolvers of conf/ known to Hydra."""
     ConfigStore.instance().store(name="schema", node=Config)
     resolvers = {
+        "folder_name": folder_name,
         "twice": lambda number: 2 * number,
         "tenth": lambda number: number / 10,
         "run_dir_for": run_dir_for,
@@ -184,17 +162,19 @@ def check_first(cfg: Any) -> None:
     with hydra_mistakes():
         if cfg.resume is not None:
             run = find_run(cfg.resume)
-            reject_beside_resume(cfg, run)
-            check_places(from_yaml(run.config))
+            check_places(resumed(run, cfg.hydra.overrides))
             run.lock().close()
             return
-        check_places(to_config(cfg))
-        run = RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir")))
-        if run.last_checkpoint.exists():
+        config = to_config(cfg)
+        check_places(config)
+        chosen = any(text.startswith("hydra.run.dir=") for text in cfg.hydra.overrides.hydra)
+        if devices.started_outside() and not chosen:
             raise UserMistake(
-                f"hydra.run.dir={run.path} already holds a run: go on with it by resume={run.path}, "
-                "or choose another folder"
+                "several processes of this command were started at once (srun, torchrun): "
+                "give them one folder, hydra.run.dir=DIR"
             )
+        run = RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir")))
+        trial.require_same(config, run)
         try:
             run.lock().close()
         except OSError as error:
@@ -203,18 +183,58 @@ def check_first(cfg: Any) -> None:
             ) from error
 
 
-def reject_beside_resume(cfg: Any, run: RunDir) -> None:
-    """Raises for overrides that a resumed run would ignore; the groups it was started with may be named."""
-    parser = OverridesParser.create()
-    choices = chosen_groups(run)
-    ignored = [text for text in cfg.hydra.overrides.hydra if not text.startswith("hydra.mode=")]
-    for text in cfg.hydra.overrides.task:
-        override = parser.parse_override(text)
+def job_config(cfg: Any) -> Config:
+    """What the running job trains with: the composed settings, or with resume=RUN the run's own."""
+    if cfg.resume is None:
+        return to_config(cfg)
+    return resumed(this_run(), HydraConfig.get().overrides)
+
+
+def resumed(run: RunDir, overrides: Any) -> Config:
+    """The run's own settings, with what may change on the way as it was asked for beside `resume`.
+
+    Raises:
+        UserMistake: anything else was asked for than what the run has; all of it is listed.
+    """
+    dropped = [text for text in overrides.hydra if not text.startswith("hydra.mode=")]
+    if dropped:
+        raise UserMistake(f"resume goes on in the run's own folder: drop {', '.join(dropped)}")
+    own = from_yaml(run.config)
+    values, refused = asked_beside_resume(run, overrides.task)
+    content = OmegaConf.structured(own)
+    for key, value in values.items():
+        OmegaConf.update(content, key, value, force_add=key.startswith("trainer."))
+    if "trainer.max_epochs" not in values and own.trainer["max_epochs"] == own.data.epochs:
+        content.trainer.max_epochs = content.data.epochs  # as conf/train.yaml has it
+    asked = checked(OmegaConf.to_container(content, resolve=True))
+    reject_unknown_flags(asked.trainer)
+    sides = [trial.flat(dataclasses.asdict(config)) for config in (own, asked)]
+    different = list(trial.differences(*sides))
+    more = asked.trainer["max_epochs"] > own.trainer["max_epochs"]
+    growing = ("trainer.max_epochs", "data.epochs") if more else ()
+    refused += [d for d in different if d[0] not in growing and not trial.is_free(d[0])]
+    if refused:
+        raise UserMistake(
+            f"resume={run.path}: {trial.listed(refused, 'in this run')}; only trainer.max_epochs may change, "
+            "and only grow: start a new run for other settings"
+        )
+    return asked
+
+
+def asked_beside_resume(run: RunDir, words: list[str]) -> tuple[dict[str, Any], list[trial.Difference]]:
+    """(key -> value, groups of another choice than the run was started with) of the overrides."""
+    groups = chosen_groups(run)
+    values, refused = {}, []
+    for override in OverridesParser.create().parse_overrides(list(words)):
         key = override.key_or_group
-        if key != "resume" and (key not in ("model", "data") or choices.get(key) != override.value()):
-            ignored.append(text)
-    if ignored:
-        raise UserMistake(f"resume goes on with the run's own settings: drop {', '.join(ignored)}")
+        if override.is_delete():
+            raise UserMistake(f"resume goes on with the run's own settings: drop {override.input_line}")
+        if key not in ("model", "data", "experiment"):
+            values[key] = override.value()
+        elif groups.get(key) != override.value():
+            refused.append((key, groups.get(key), override.value()))
+    values.pop("resume")
+    return values, refused
 
 
 def chosen_groups(run: RunDir) -> dict[str, str]:
@@ -231,73 +251,76 @@ def reject_resume(cfg: Any) -> None:
         raise UserMistake("resume goes on with one run at a time: drop -m")
 
 
-@contextmanager
-def hydra_mistakes() -> Iterator[None]:
-    """Turns the exceptions of Hydra and OmegaConf into a UserMistake."""
+def look_at(words: list[str]) -> tuple[Config | None, RunDir | None, list[str]]:
+    """(configuration, run folder, mistakes) of `train.py WORDS`; nothing is written.
+
+    With any mistake there is no configuration, and the mistakes are as many as can be told apart.
+    """
+    register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        found = mistakes_in(lambda: composed(words))
+        if found:  # each word alone, then what is right together
+            alone = {word: mistakes_in(lambda word=word: composed([word])) for word in words}
+            found = [text for texts in alone.values() for text in texts] or found
+            words = [word for word in words if not alone[word]]
+            if mistakes_in(lambda: composed(words)):
+                return None, None, found
+        cfg = composed(words)
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(section.type):
+            found += mistakes_in(lambda section=section: to_section(cfg[section.name], section.type))
+    for check in (lambda: reject_beside_check(cfg), lambda: to_config(cfg)):
+        found += [text for text in mistakes_in(check) if text not in found]
+    if found:
+        return None, None, found + mistakes_in(lambda: check_typed_base(cfg.model.path or ""))
+    return to_config(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
+
+
+def mistakes_in(check: Callable[[], Any]) -> list[str]:
+    """The mistake that `check` finds, if any."""
     try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserMistake(explain(error)) from error
+        with hydra_mistakes():
+            check()
+    except UserMistake as mistake:
+        return [str(mistake)]
+    return []
 
 
-def explain(error: Exception) -> str:
-    """Hydra's and OmegaConf's several lines as one that names the key and what is accepted."""
-    text = f"{error}\n{error.__cause__ or ''}"
-    own = re.search(r"UserMistake raised while resolving interpolation: (.*)", text)
-    if own:
-        return own[1]
-    if isinstance(error, OverrideParseException):
-        return (
-            f"cannot read `{error.override}`: expected KEY=VALUE without spaces around =; a text with commas "
-            """or spaces needs quotes twice, 'KEY="a, b"', and a list brackets, 'KEY=["a, b",c]'"""
-        )
-    override = re.search(r"Could not override '([^']+)'", text)
-    unknown = re.search(r"Key '([^']+)' not in '(\w+)'", text)
-    if unknown and hasattr(schema, unknown[2]):
-        known = [field.name for field in dataclasses.fields(getattr(schema, unknown[2]))]
-        return unknown_key(override[1] if override else getattr(error, "full_key", unknown[1]), known)
-    if override and override[1].startswith("trainer."):
-        flag = override[1].removeprefix("trainer.")
-        reject_unknown_flags([flag])
-        return f"trainer.{flag} has no default here: give it with a plus, +trainer.{flag}=..."
-    group = re.search(r"Could not find '(\w+)/([^']+)'\s+Available options in '\w+':(.*)", text, re.S)
-    if group:
-        choices = group[3].split("Config search path")[0].split()
-        hint = did_you_mean(group[2], choices)
-        return f"{group[1]}={group[2]} is unknown: choose one of {', '.join(choices)}{hint}"
-    merging = re.match(r"Error merging override (.*)", str(error))
-    if merging:
-        return f"{merging[1].lstrip('+')}: {expected(str(error.__cause__))}"
-    ambiguous = re.search(r"Ambiguous value for argument '([^']+)'", text)
-    if ambiguous:
-        return f"{ambiguous[1]} could be several things: a list is KEY=[a,b], a grid of runs needs -m"
-    if isinstance(error, InterpolationKeyError):
-        reason = str(error).splitlines()[0]
-        return f"{error.full_key} depends on a key that is not set ({reason}): give {error.full_key}=VALUE"
-    if str(error).startswith("Multiple values for"):
-        return f"{str(error).split('.')[0]}: give it once, as GROUP=NAME without a plus"
-    return f"{key_of(error)}{re.split('full_key:|See https|Config search path', str(error))[0]}"
+def composed(words: list[str]) -> Any:
+    """conf/train.yaml with these overrides, as train.py gets it."""
+    reject_misspelled(words)
+    return compose("train", overrides=words, return_hydra_config=True)
 
 
-def expected(text: str) -> str:
-    """OmegaConf's words for a value of the wrong type, as what is expected instead."""
-    section = re.search(r"is not a subclass of (\w+)Config", text)
-    if section and hasattr(schema, f"{section[1]}Config"):
-        fields = dataclasses.fields(getattr(schema, f"{section[1]}Config"))
-        return f"expected a section; set its keys one by one ({', '.join(f.name for f in fields)})"
-    kinds = {
-        "converted to Integer": "a whole number", "converted to Float": "a number",
-        "not a valid bool": "true or false", "is not a ListConfig": "a list: [VALUE,VALUE]",
-        "is not Optional": "a value, not null",
-    }  # fmt: skip
-    kind = next((words for sign, words in kinds.items() if sign in text), None)
-    return f"expected {kind}" if kind else text.splitlines()[0]
+def conf_folder() -> Path:
+    """conf/ of the folder one is in, else that beside this package.
+
+    Raises:
+        UserMistake: neither is there.
+    """
+    for place in (Path("conf"), Path(__file__).parents[1] / "conf"):
+        if (place / "train.yaml").is_file():
+            return place.resolve()
+    raise UserMistake("no conf/train.yaml here: go to the project's folder first")
 
 
-def key_of(error: Exception) -> str:
-    """`KEY: ` of an OmegaConf error that knows its key, unless its text names it."""
-    key = getattr(error, "full_key", None)
-    return f"{key}: " if key and key not in str(error).split("full_key:")[0] else ""
+def to_section(node: Any, section: type) -> Any:
+    """One part of the configuration, such as `lora`, with its types and ranges checked."""
+    return checked(OmegaConf.to_container(node, resolve=True), section)
+
+
+def reject_beside_check(cfg: Any) -> None:
+    """Raises for `ghibli check resume=...`, and for flags the trainer does not take."""
+    if cfg.resume is not None:
+        raise UserMistake("ghibli check looks at a new run, a resumed one was checked: drop resume")
+    check_trainer(OmegaConf.to_container(cfg.trainer, resolve=True))
+
+
+def reject_misspelled(words: list[str]) -> None:
+    """Raises for `KEY =VALUE`, which the shell cuts in two words."""
+    for word in words:
+        if word.startswith("="):
+            raise UserMistake(f"cannot read `{word}`: expected KEY=VALUE without spaces around =")
 
 
 def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -> None:
@@ -316,9 +339,7 @@ def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -
         return one_line_mistakes(lambda: explained(cfg))
 
     def run() -> None:
-        for word in sys.argv[1:]:
-            if word.startswith("="):
-                raise UserMistake(f"cannot read `{word}`: expected KEY=VALUE without spaces around =")
+        reject_misspelled(sys.argv[1:])
         decorate = hydra_main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
         with hydra_mistakes():
             decorate(guarded)()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -13,6 +14,7 @@ from ghibli.base_model import BaseModel
 from ghibli.captions import CaptionedPicture, PictureFolder, read_folder, summarise
 from ghibli.latents import Moments, encode
 from ghibli.mistakes import UserMistake
+from ghibli.near_duplicates import thumbnail
 from ghibli.progress import console, counted
 from ghibli.randomness import (
     Stream,
@@ -24,7 +26,7 @@ from ghibli.randomness import (
     timestep,
 )
 from ghibli.run_dir import RunDir, check_unchanged, write_json
-from ghibli.schema import Config
+from ghibli.schema import Config, DrawConfig
 from ghibli.validation import make_items
 
 
@@ -46,6 +48,25 @@ def split_by_content(
 def first_by_content(pictures: list[CaptionedPicture], count: int) -> list[CaptionedPicture]:
     """The `count` pictures with the lowest content hash: a fixed part, whatever the folder's order."""
     return sorted(pictures, key=lambda p: p.content_hash)[:count]
+
+
+def draw_missing(root: str, draw: DrawConfig | None, cache_dir: str, seeds: range | None = None) -> None:
+    """Draws the pictures of a folder that is to be drawn and is not there yet, or damaged in the cache.
+
+    Args:
+        seeds: of the scenes; None: those that training is for.
+    """
+    place = Path(root)
+    if draw is None:
+        return
+    if (place / "captions.txt").exists():
+        if not (place.is_relative_to(cache_dir) and scenes.damaged(place)):
+            return
+        console.print(f"the drawn pictures in {root} are damaged: drawing them again", style="yellow")
+    usual = {"drawn": scenes.FINETUNE_SEEDS, "photo": scenes.PRETRAIN_SEEDS}
+    first = (seeds or usual[draw.look]).start
+    with counted("drawing the demo pictures") as on_progress:
+        scenes.write_folder(place, draw.look, draw.count, first, on_progress=on_progress)
 
 
 class TrainExamples(Dataset):
@@ -142,6 +163,15 @@ class ExampleNumbers(Sampler[int]):
             yield from range(start, start + self.batch_size)
 
 
+def share_of_probe(count: int, rank: int, world_size: int) -> list[int]:
+    """Which of `count` pictures a device scores: every world_size-th, and as many on each device.
+
+    Laid side by side the shares are the pictures in their order, and behind them the first few again.
+    """
+    each = -(-count // world_size)
+    return [index % count for index in range(rank, each * world_size, world_size)]
+
+
 class GhibliDataModule(L.LightningDataModule):
     """Reads the folder, holds out pictures, encodes all once, hands out examples and probe items."""
 
@@ -149,42 +179,43 @@ class GhibliDataModule(L.LightningDataModule):
         super().__init__()
         self.config, self.base, self.run = config, base, run
         self.num_train_timesteps = num_train_timesteps
+        self.folder: PictureFolder | None = None
         self.is_ready = False
 
     def prepare_data(self) -> None:
         """Draws the demo's pictures when the folder is not there yet, or damaged."""
-        draw, root = self.config.data.draw, Path(self.config.data.root)
-        if draw is None:
+        draw_missing(self.config.data.root, self.config.data.draw, self.config.cache_dir)
+
+    def read(self) -> None:
+        """Reads and splits the folder, once; what is held out does not depend on anything else."""
+        if self.folder is not None:
             return
-        if (root / "captions.txt").exists():
-            if not (root.is_relative_to(self.config.cache_dir) and scenes.damaged(root)):
-                return
-            console.print(f"the drawn pictures in {root} are damaged: drawing them again", style="yellow")
-        seeds = {"drawn": scenes.FINETUNE_SEEDS, "photo": scenes.PRETRAIN_SEEDS}
-        with counted("drawing the demo pictures") as on_progress:
-            scenes.write_folder(root, draw.look, draw.count, seeds[draw.look].start, on_progress=on_progress)
+        data = self.config.data
+        thumbnails: dict[Path, np.ndarray] = {}
+        with counted("checking the pictures") as on_progress:
+            folder = read_folder(
+                Path(data.root), style=data.style, default_caption=data.caption,
+                min_side=data.min_side, on_progress=on_progress,
+                on_picture=lambda path, picture: thumbnails.update({path: thumbnail(picture)}),
+            )  # fmt: skip
+        self.train_pictures, self.held_out = split_by_content(folder.pictures, data.val_fraction)
+        if not self.train_pictures:
+            raise UserMistake(f"data.root={data.root}: every picture is the same file; add others")
+        self.val_pictures = first_by_content(self.held_out, self.config.validation.max_pictures)
+        self.probe_pictures = self.val_pictures + first_by_content(
+            self.train_pictures, len(self.val_pictures)
+        )
+        self.folder, self.thumbnails = folder, thumbnails
 
     def setup(self, stage: str) -> None:
         """Reads, splits and encodes; writes split.json. Runs once."""
         if self.is_ready:
             return
-        data = self.config.data
-        with counted("checking the pictures") as on_progress:
-            folder = read_folder(
-                Path(data.root), style=data.style, default_caption=data.caption,
-                min_side=data.min_side, on_progress=on_progress,
-            )  # fmt: skip
-        if folder.unusable and self.trainer.is_global_zero:
-            console.print(f"pictures: {summarise(folder.unusable)}", style="yellow")
-        self.train_pictures, val = split_by_content(folder.pictures, data.val_fraction)
-        if not self.train_pictures:
-            raise UserMistake(f"data.root={data.root}: every picture is the same file; add others")
-        self.val_pictures = first_by_content(val, self.config.validation.max_pictures)
-        self.probe_pictures = self.val_pictures + first_by_content(
-            self.train_pictures, len(self.val_pictures)
-        )
+        self.read()
         if self.trainer.is_global_zero:
-            self._write_split(folder, val)
+            if self.folder.unusable:
+                console.print(f"pictures: {summarise(self.folder.unusable)}", style="yellow")
+            self._write_split(self.folder, self.held_out)
         self._encode()
         self.is_ready = True
 
@@ -266,5 +297,6 @@ class GhibliDataModule(L.LightningDataModule):
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:
-        """The probe: a batch for each held-out picture, then the training ones; every device scores all."""
-        return DataLoader(self.probe_batches, batch_size=None)
+        """This device's share of the probe: a batch for each held-out picture, then the training ones."""
+        mine = share_of_probe(len(self.probe_batches), self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader([self.probe_batches[index] for index in mine], batch_size=None)

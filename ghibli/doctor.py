@@ -24,6 +24,7 @@ class Finding:
 
     name: str
     text: str
+    level: str = "warning"  # or error, or note
 
 
 def percent(share: float) -> str:
@@ -181,6 +182,24 @@ def overfitting(history: list[Probe], finetune: str) -> Finding | None:
         f"({percent(then.train_gain.value)}, now {percent(now.train_gain.value)}): it learns these pictures "
         f"by heart; best.ckpt keeps the best epoch; more pictures, fewer epochs{smaller} help",
     )
+
+
+def few_pictures(pictures: int, features: int, real_frechet: float) -> list[Finding]:
+    """A Frechet distance asked of too few pictures for a covariance of that many features.
+
+    Args:
+        pictures: the smaller of the two sets.
+        real_frechet: the distance of two sets of real pictures of about that size.
+    """
+    if pictures > features:
+        return []
+    text = (
+        f"the Frechet distance is taken from {pictures} pictures in a space of {features} features, where it "
+        f"is mostly bias (two sets of real pictures are {real_frechet:.3g} apart): judge by the kernel "
+        f"distance, which is free of it, or give more than {features} pictures (evaluate.samples, "
+        "data.reference)"
+    )
+    return [Finding("few pictures", text)]
 
 
 def memorising(now: Probe, then: Probe) -> bool:

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
 
-from ghibli import dashboard, lora
+from ghibli import dashboard, lora, trial
 from ghibli.callbacks import Doctor, SampleGrid, describe
 from ghibli.checkpoints import StopRequested
 from ghibli.mistakes import UserMistake
@@ -55,8 +55,9 @@ def finish(
     lines.append(f"run      {shown(run.path)}")
     run.update_status(
         state="finished", ended=now(), step=trainer.global_step, epoch=trainer.current_epoch,
-        gain=gain.value, gain_se=gain.standard_error, best_epoch=best_epoch,
+        gain=gain.value, gain_se=gain.standard_error, best_epoch=best_epoch, objective=gain.value,
     )  # fmt: skip
+    run.update_status(seal=trial.seal(run.read_status()))
     if logger is not None:
         logger.experiment.summary.update({"best/val_gain": gain.value, "best/epoch": best_epoch})
         lines.append(dashboard.how_to_look(run, logger))

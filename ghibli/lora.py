@@ -15,10 +15,12 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
-from ghibli.base_model import BaseModel, first_line, quiet
+from ghibli import base_model
+from ghibli.base_model import BaseModel, check_whole, first_line, quiet
 from ghibli.mistakes import UserMistake
 from ghibli.randomness import Stream, seed_global_rng
 from ghibli.run_dir import write_atomically
+from ghibli.schema import ModelConfig
 
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -61,6 +63,14 @@ def attach(
         part.train(part.training)  # new layers come in training mode, with their dropout on
 
 
+def load_base(model: ModelConfig) -> BaseModel:
+    """The base that a run starts from: model.path, with model.adapter merged into it."""
+    base = base_model.load(model.path)
+    if model.adapter is not None:
+        merge(base, base_model.place_of(model.adapter), model.adapter_scale)
+    return base
+
+
 def merge(base: BaseModel, folder: Path, scale: float) -> None:
     """Adds `scale` times an adapter to the base's own weights, for good: W + scale (alpha / rank) B A.
 
@@ -72,6 +82,7 @@ def merge(base: BaseModel, folder: Path, scale: float) -> None:
     """
     if not (folder / ADAPTER_FILE).is_file():
         raise UserMistake(f"model.adapter={folder}: no {ADAPTER_FILE} there")
+    check_whole(folder / ADAPTER_FILE, f"model.adapter={folder}")
     pipeline = StableDiffusionPipeline(
         base.vae, base.text_encoder, base.tokenizer, base.unet,
         DDPMScheduler.from_config(base.scheduler_config),
@@ -79,7 +90,7 @@ def merge(base: BaseModel, folder: Path, scale: float) -> None:
     )  # fmt: skip
     try:
         with quiet("diffusers", "transformers", "peft"):
-            pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE)
+            pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE, use_safetensors=True)
             pipeline.fuse_lora(lora_scale=scale)
             pipeline.unload_lora_weights()
     except (RuntimeError, ValueError, KeyError) as error:

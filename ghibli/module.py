@@ -133,11 +133,18 @@ class GhibliModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Adds a Probe to the history and logs what stops early and chooses the best epoch."""
-        probe = self.probe(torch.stack(self._scores).cpu())
+        probe = self.probe(self.gather(torch.stack(self._scores)).cpu())
         probe.require_finite(len(self.history), self.config.optimizer.lr)
         self.history.append(probe)
         self.log("probe/val_gain", probe.val_gain.value, logger=False)
         self.log("probe/significant_best", significant_best(self.history).value, logger=False)
+
+    def gather(self, scores: torch.Tensor) -> torch.Tensor:
+        """(P + Q, 2, K) of the whole probe from this device's share of it; see data.share_of_probe."""
+        if self.trainer.world_size == 1:
+            return scores
+        shares = self.all_gather(scores)  # (devices, pictures each, 2, K)
+        return shares.transpose(0, 1).flatten(0, 1)[: len(self.trainer.datamodule.probe_batches)]
 
     @torch.no_grad()
     def setup(self, stage: str) -> None:
@@ -158,8 +165,13 @@ class GhibliModule(L.LightningModule):
             self.history = [self.probe(start_scores)]
 
     def score_base(self, guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-        """The base's scores on the whole probe, (P + Q, 2, K), from the cache where they are known."""
+        """The base's scores on the whole probe, (P + Q, 2, K), from the cache where they are known.
+
+        With several devices the first one scores and tells the others.
+        """
         data, trainer = self.trainer.datamodule, self.trainer
+        if not trainer.is_global_zero:
+            return trainer.strategy.broadcast(None)
         settings = {
             "version": 1,  # to be raised when the probe's items or the scoring change
             "base": self.base_hash, "guidance": float(guidance), "resolution": self.config.model.resolution,
@@ -177,7 +189,7 @@ class GhibliModule(L.LightningModule):
                 on_progress(index + 1, len(data.probe_batches))
                 return scores
 
-            return cached_scores(folder, settings, data.probe_pictures, score)
+            return trainer.strategy.broadcast(cached_scores(folder, settings, data.probe_pictures, score))
 
     def probe(self, scores: torch.Tensor) -> Probe:
         """Scores of the whole probe, (P + Q, 2, K), beside the base's."""

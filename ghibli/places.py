@@ -10,14 +10,20 @@ BASE_FILES = (
     "vae/*.safetensors", "unet/config.json", "unet/*.safetensors", "scheduler/scheduler_config.json",
 )  # fmt: skip
 RENAMED_BASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 NO_PICKLE = "only .safetensors files are read, because loading a .ckpt or .bin file can run code hidden in it"
 
 
 def check_places(config: Config) -> None:
-    """Checks what data.root and model.path name on this machine, as far as a look at the disk tells.
+    """Checks what data.root and model.path name on this machine, as far as a look at the disk tells."""
+    check_pictures(config)
+    check_typed_base(config.model.path)
+    if config.model.adapter is not None:
+        check_adapter(Path(config.model.adapter))
 
-    A path without a slash may be a base of this package; base_model.load looks that up.
-    """
+
+def check_pictures(config: Config) -> None:
+    """Raises a UserMistake unless data.root is there, or is a folder of the cache to be drawn."""
     root = config.data.root
     if config.data.draw is None:
         require_folder("data.root", root)
@@ -26,8 +32,26 @@ def check_places(config: Config) -> None:
             f"data.root={root}: data=demo would draw its own pictures there; "
             f"for yours use data=ghibli data.root={root}"
         )
-    if "/" in config.model.path:
-        check_base(Path(config.model.path).expanduser(), config.model.path)
+
+
+def check_typed_base(path: str) -> None:
+    """check_base for a path as typed; without a slash it may be a base of this package, looked up later."""
+    if "/" in path:
+        check_base(Path(path).expanduser(), path)
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises a UserMistake for an adapter that is a pickle; that it is there is checked when it is merged."""
+    place = folder.expanduser()
+    pickled = [place] if place.suffix in PICKLES else sorted(place.glob("*"))
+    pickled = [file for file in pickled if file.suffix in PICKLES]
+    if pickled and not any(place.glob("*.safetensors")):
+        raise UserMistake(f"model.adapter={folder}: {NO_PICKLE}; {convert(pickled)}, and give its folder")
+
+
+def convert(files: list[Path]) -> str:
+    """The command that makes safetensors of pickles."""
+    return f"convert it once: python -m ghibli convert {' '.join(str(file) for file in files)}"
 
 
 def check_base(place: Path, path: str) -> None:
@@ -37,12 +61,15 @@ def check_base(place: Path, path: str) -> None:
     if place.is_dir():
         missing = [pattern for pattern in BASE_FILES if not any(place.glob(pattern))]
         if missing:
-            hint = f" ({NO_PICKLE})" if any(place.glob("*/*.bin")) else ""
+            pickled = [file for file in sorted(place.glob("*/*")) if file.suffix in PICKLES]
+            hint = f" ({NO_PICKLE}; {convert(pickled)})" if pickled else ""
             raise UserMistake(
                 f"model.path={path} is no diffusers folder of Stable Diffusion 1.5: it has no "
                 f"{', '.join(missing)}{hint}"
             )
     elif place.is_file():
+        if place.suffix in PICKLES:
+            raise UserMistake(f"model.path={path}: {NO_PICKLE}; {convert([place])}")
         if place.suffix != ".safetensors":
             raise UserMistake(f"model.path={path}: {NO_PICKLE}; get the .safetensors of the same model")
     elif path.count("/") != 1 or path.startswith((".", "/", "~")):

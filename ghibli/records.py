@@ -59,16 +59,18 @@ class Records(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"].detach().double() * trainer.accumulate_grad_batches
+        here = torch.stack([outputs["loss"].detach(), outputs["plain"], outputs["expected"]]).double()
+        here[0] *= trainer.accumulate_grad_batches
+        everywhere = trainer.strategy.reduce(here, reduce_op="mean")  # as one device with all the examples
         for sums in (self.row, self.epoch):
-            sums.add(loss, outputs["plain"].double(), outputs["expected"].double())
+            sums.add(*everywhere)
         self.examples += len(batch["example"]) * trainer.world_size
         if between_steps(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0:
             self.write_train_row(trainer)
 
     def write_train_row(self, trainer: L.Trainer) -> None:
         speed = self.examples / (time.monotonic() - self.since)
-        values = self.row.means(trainer)
+        values = self.row.means()
         row = {
             "train/loss": values["loss"], "train/loss_normalised": values["normalised"],
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
@@ -91,7 +93,7 @@ class Records(Callback):
 
     def add_probe(self, trainer: L.Trainer, history: list[Probe]) -> None:
         """A row of probe.csv and of the dashboard for the newest probe."""
-        losses = self.epoch.means(trainer) if self.epoch.batches else {}
+        losses = self.epoch.means() if self.epoch.batches else {}
         values = probe_values(history[-1], trainer.datamodule.num_train_timesteps)
         values["train/epoch_loss"] = losses.get("loss", "")
         values["train/epoch_loss_se"] = losses.get("error", "")
@@ -116,7 +118,7 @@ class Records(Callback):
 
 @dataclass
 class Sums:
-    """Running sums over forward passes: of the loss, its square, and what makes it readable."""
+    """Running sums over forward passes, each of all devices: the loss, its square, what makes it readable."""
 
     batches: int = 0
     loss: torch.Tensor | float = 0.0
@@ -129,14 +131,12 @@ class Sums:
         self.loss, self.square = self.loss + loss, self.square + loss.square()
         self.plain, self.expected = self.plain + plain, self.expected + expected
 
-    def means(self, trainer: L.Trainer) -> dict[str, float]:
-        """Over all devices: loss, its error as if every pass were an independent draw, loss / expected."""
-        sums = torch.stack([torch.as_tensor(x) for x in (self.loss, self.square, self.plain, self.expected)])
-        sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="mean").tolist()
-        loss, square, plain, expected = sums
+    def means(self) -> dict[str, float]:
+        """The loss, its error as if every pass were an independent draw, and loss / expected."""
+        loss, square, plain, expected = map(float, (self.loss, self.square, self.plain, self.expected))
         mean = loss / self.batches
         variance = max(0.0, square / self.batches - mean**2)
-        error = (variance / max(1, self.batches - 1) / trainer.world_size) ** 0.5
+        error = (variance / max(1, self.batches - 1)) ** 0.5
         return {"loss": mean, "error": error, "normalised": plain / expected}
 
 

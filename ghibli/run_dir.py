@@ -17,8 +17,17 @@ from typing import Any, BinaryIO
 from ghibli.mistakes import UserMistake
 
 OUTPUTS = Path("outputs")
+RANKS = ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")  # what launchers set
 SEAL = b"sha256:"  # the digest follows
-LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft", "wandb")
+LIBRARIES = (
+    "torch", "torchvision", "lightning", "diffusers", "transformers", "peft", "accelerate", "safetensors",
+    "numpy", "pillow", "hydra-core", "wandb",
+)  # fmt: skip
+
+PLACE = (  # the entries of status.json that name code and machine; each start of a run notes them
+    "code", "git_commit", "git_dirty", "versions",
+    "machine", "processor", "threads", "device", "devices", "precision",
+)  # fmt: skip
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -30,7 +39,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         OSError: the disk is full, read-only and so on; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unique = f"{os.getpid()}-{os.urandom(4).hex()}"  # a cache may be shared by machines with equal numbers
+    temporary = path.with_name(f".{path.name}.{unique}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -163,6 +173,14 @@ class RunDir:
         return self.path / "unet"
 
     @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_pictures(self) -> Path:
+        return self.path / "evaluation.png"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
@@ -194,7 +212,7 @@ class RunDir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = open(self.path / ".lock", "ab")  # noqa: SIM115
-        if not is_first_process():
+        if not is_first():
             return file
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; loader processes have none
@@ -213,10 +231,19 @@ class RunDir:
         content = self.read_status() | changes
         write_json(self.status, content | {"sha256": _checksum(content)})
 
+    def note_start(self, **where: Any) -> None:
+        """Adds to status.json where this process trains, and to `starts` from which step and by which code.
 
-def is_first_process() -> bool:
-    """False in a process that Lightning, torchrun or SLURM started for a further device of one run."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+        A run that was resumed has several, which tells whether it moved on the way.
+        """
+        status = self.read_status() | where
+        start = {key: status.get(key) for key in ("command", "step", *PLACE)}
+        self.update_status(**where, starts=[*status.get("starts", []), {"at": now()} | start])
+
+
+def is_first() -> bool:
+    """True for the only process of a run, or the first of several: the one that writes and speaks."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in RANKS)
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -267,7 +294,18 @@ def provenance() -> dict[str, Any]:
         "git_dirty": bool(_git("status", "--porcelain")),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "processor": processor_name(),
     }
+
+
+def processor_name() -> str:
+    """The processor's model; rounding may depend on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _is_alive(process: int | None) -> bool:

@@ -5,14 +5,15 @@
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from ghibli import scene_painting as places
+from ghibli.run_dir import write_atomically, write_text
 from ghibli.scene_canvas import LOOKS, Canvas
 from ghibli.scene_subjects import COLOURS, PAINTERS, shadow
 
@@ -185,25 +186,24 @@ def write_folder(
 ) -> None:
     """Write root/images/scene_SEED.png and, last, root/captions.txt with `NAME.png|caption` lines.
 
-    checksums.txt has the sha256 of each, as `sha256sum --check checksums.txt` reads it.
-    on_progress(done, count) is called after every picture.
+    checksums.txt has the sha256 of each, as `sha256sum --check checksums.txt` reads it. A picture
+    follows from its seed and each file is written whole, so several processes may fill one folder at
+    the same time. on_progress(done, count) is called after every picture.
     """
-    images = Path(root) / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    lines, checksums = [], []
+    root, lines, checksums = Path(root), [], []
     for index in range(count):
         scene = compose(first_seed + index)
         name = f"scene_{scene.seed:07d}.png"
-        draw(scene, look, size).save(images / name)
+        picture = draw(scene, look, size)
+        write_atomically(root / "images" / name, partial(picture.save, format="PNG"))
         lines.append(f"{name}|{scene.caption}\n")
-        checksums.append(f"{sha256(images / name)}  images/{name}\n")
+        checksums.append(f"{sha256(root / 'images' / name)}  images/{name}\n")
         if on_progress is not None:
             on_progress(index + 1, count)
-    partial = Path(root) / "captions.txt.partial"
-    partial.write_text("".join(lines), encoding="utf-8")
-    checksums.append(f"{sha256(partial)}  captions.txt\n")
-    (Path(root) / "checksums.txt").write_text("".join(checksums), encoding="utf-8")
-    os.replace(partial, Path(root) / "captions.txt")
+    captions = "".join(lines)
+    checksums.append(f"{hashlib.sha256(captions.encode()).hexdigest()}  captions.txt\n")
+    write_text(root / "checksums.txt", "".join(checksums))
+    write_text(root / "captions.txt", captions)
 
 
 def damaged(root: Path) -> bool:

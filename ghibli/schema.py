@@ -9,6 +9,7 @@ from typing import Any
 
 from ghibli.mistakes import UserMistake, did_you_mean
 
+CONFIG_VERSION = 1  # to be raised when a key is renamed, removed or means something else
 TRAINER_KEYS = (
     "precision", "accelerator", "max_epochs", "accumulate_grad_batches", "log_every_n_steps",
     "gradient_clip_val",
@@ -21,6 +22,13 @@ VALIDATION_FLAGS = {
     "barebones", "check_val_every_n_epoch", "fast_dev_run", "limit_val_batches", "overfit_batches",
     "val_check_interval",
 }  # fmt: skip
+REFUSED_STRATEGIES = {  # a part of trainer.strategy -> why
+    "spawn": "a run needs processes with a command of their own",
+    "fork": "a run needs processes with a command of their own",
+    "notebook": "a run needs processes with a command of their own",
+    "fsdp": "it shards weights that are too large for one device, and a checkpoint here holds whole ones",
+    "deepspeed": "it writes checkpoints of its own format, which resume and export do not read",
+}
 PRECISIONS = ("auto", "auto-16", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -53,6 +61,7 @@ class ModelConfig:
     path: str  # "demo", a diffusers folder, a hub id or a single .safetensors file
     resolution: int  # side of a training picture in px
     lr: float  # peak learning rate that suits this base
+    clip: str | None  # folder or hub id of the CLIP model that scores captions
     adapter: str | None  # folder of an adapter that is merged into the base first; None = none
     adapter_scale: float  # how much of it
 
@@ -81,6 +90,8 @@ class DataConfig:
 
     root: str | None  # folder of pictures and captions
     draw: DrawConfig | None  # pictures to draw first; None = the folder must be there
+    reference: str | None  # folder of further pictures that evaluation compares with
+    reference_draw: DrawConfig | None  # pictures to draw there first; None = the folder must be there
     style: str  # appended to every caption
     caption: str | None  # stands in for a missing caption
     val_fraction: float  # share of pictures held out
@@ -245,6 +256,27 @@ class SampleConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """`ghibli evaluate`: the cells of `sample` again, with many pictures and measured."""
+
+    samples: int  # pictures of each cell
+    scan_samples: int  # pictures at each scale of the guidance scan
+    scales: list[float]  # sampling scales of the guidance scan
+    batch_size: int  # pictures sampled together
+    features: str  # style or inception
+    inception: str | None  # file with the FID network's weights
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 3), ("scan_samples", 3), ("batch_size", 1)):
+            require(
+                getattr(self, name) >= least, f"evaluate.{name}", getattr(self, name), f"at least {least}"
+            )
+        for scale in self.scales:
+            require(scale >= 1, "evaluate.scales", scale, "1 (off) or more")
+        require_choice("evaluate.features", self.features, ("style", "inception"))
+
+
+@dataclass
 class WandbConfig:
     """The dashboard."""
 
@@ -276,6 +308,7 @@ class Config:
     early_stopping: EarlyStoppingConfig
     checkpoint: CheckpointConfig
     sample: SampleConfig
+    evaluate: EvaluateConfig
     wandb: WandbConfig
 
     def __post_init__(self) -> None:
@@ -306,6 +339,10 @@ def check_trainer(trainer: dict[str, Any]) -> None:
     clip = trainer["gradient_clip_val"]
     ok = clip is None or (isinstance(clip, int | float) and clip > 0)
     require(ok, "trainer.gradient_clip_val", clip, "more than 0, or null for no clipping")
+    strategy = str(trainer.get("strategy", "auto"))  # runs made before this key was one
+    for part, why in REFUSED_STRATEGIES.items():
+        if part in strategy:
+            raise UserMistake(f"trainer.strategy={strategy} is not for this trainer ({why}): use ddp")
     for key in VALIDATION_FLAGS & set(trainer):
         raise UserMistake(
             f"trainer.{key} cannot be given: a run is judged by all held-out pictures after every "

@@ -13,6 +13,7 @@ from ghibli.callbacks import Doctor, Narrator, SampleGrid, StatusWriter
 from ghibli.checkpoints import CleanStop, FolderCheckpoint, StepCheckpoint, WholeCheckpoints
 from ghibli.mistakes import UserMistake, did_you_mean
 from ghibli.records import Records
+from ghibli.resume_check import ResumeCheck
 from ghibli.run_dir import RunDir
 from ghibli.schema import Config
 
@@ -54,7 +55,8 @@ def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> list[Callbac
     """All callbacks; Lightning runs the checkpoints last, so they see what the others did."""
     records = Records(run)
     callbacks = [
-        records, SampleGrid(config, run), StatusWriter(run), Narrator(records), Doctor(config, run), stop,
+        ResumeCheck(run), records, SampleGrid(config, run), StatusWriter(run), Narrator(records),
+        Doctor(config, run), stop,
     ]  # fmt: skip
     if config.finetune == "none":
         return callbacks
@@ -103,5 +105,7 @@ def hush() -> None:
         ".*GPU available but not used.*",
         ".*module.s. in eval mode at the start of training.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*It is recommended to use .*sync_dist=True.*",  # what is logged is the same on all devices
+        ".*functional.all_gather is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -19,8 +19,8 @@ from ghibli.randomness import Stream, content_key, normal, rng
 
 
 @dataclass(frozen=True)
-class Gain:
-    """How much better than a reference, as a share of the reference's loss (0.25 = 25 %)."""
+class Estimate:
+    """A measured number and its standard error."""
 
     value: float
     standard_error: float
@@ -34,6 +34,11 @@ class Gain:
     def high(self) -> float:
         """Upper end of the 95 % interval."""
         return self.value + 1.96 * self.standard_error
+
+
+@dataclass(frozen=True)
+class Gain(Estimate):
+    """How much better than a reference, as a share of the reference's loss (0.25 = 25 %)."""
 
     @property
     def size(self) -> str:

@@ -45,7 +45,7 @@ def base() -> base_model.BaseModel:
     return base_model.load("demo")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(pictures: Path) -> Callable[..., Config]:
     """Composes conf/train.yaml as `train.py` does, shrunk, with further overrides."""
     config.register()

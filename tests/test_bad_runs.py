@@ -87,7 +87,7 @@ def test_a_batch_larger_than_the_training_set(command: Callable[..., Said], tmp_
     [
         ("lora.targets=[to_w]", "lora.targets: no UNet layer is called to_w; there are "),
         ("trainer.devices=0", "Lightning refuses these settings: `Trainer(devices=0)`"),
-        ("+trainer.strategy=teleport", "Lightning refuses these flags: You selected an invalid strategy"),
+        ("trainer.strategy=teleport", "Lightning refuses these flags: You selected an invalid strategy"),
         ("+trainer.gradient_clip_algorithm=x", "Lightning refuses these settings: `gradient_clip_algorithm`"),
         ("+trainer.max_steps=3", "training ended before its first epoch did"),
         ("early_stopping.patience=null +trainer.max_time=00:00:00:00", "training ended before its first"),

@@ -18,8 +18,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
-from ghibli import config
-from ghibli.run_dir import write_sealed
+from ghibli import config, config_mistakes, trial
+from ghibli.run_dir import RunDir, write_sealed
 from ghibli.schema import Config
 
 CONF = REPO / "conf"
@@ -94,6 +94,14 @@ def test_experiment_slides_asrun_repeats_the_mistakes_only() -> None:
     )  # fmt: skip
 
 
+def test_a_trials_folder_has_a_name_that_any_file_system_takes() -> None:
+    assert config.folder_name("lora.rank=4,loss.guidance=7.5") == "lora.rank=4,loss.guidance=7.5"
+    assert config.folder_name("model.path=a/b") == "model.path=a_b"
+    assert config.folder_name("") == "defaults"
+    long = [config.folder_name("lora.rank=4," * 40 + last) for last in ("a", "b")]
+    assert all(len(name) == config.LONGEST_NAME for name in long) and long[0] != long[1]
+
+
 def test_experiment_slides_changes_nothing() -> None:
     assert composed(*DEMO, "experiment=slides") == composed(*DEMO)
 
@@ -140,7 +148,7 @@ def test_every_key_says_what_it_means() -> None:
         for name in names_in(group):
             lines = commented_lines(CONF / group / f"{name}.yaml")
             said |= {f"{group}.{key}" for key, is_said in lines.items() if is_said}
-    keys = {*config.all_keys(Config), *(key for key in screen if key.startswith("trainer."))}
+    keys = {*config_mistakes.all_keys(Config), *(key for key in screen if key.startswith("trainer."))}
     assert sorted(keys - said) == []
 
 
@@ -279,16 +287,27 @@ MISTAKES = {
     "hydra.run.dir=file/x": "cannot make the run folder file/x (Not a directory): choose another, hydra.run",
     "hydra.run.dir=file": "cannot make the run folder file (File exists): choose another",
     "hydra.run.dir=/proc/x": "cannot make the run folder /proc/x (",
-    "hydra.run.dir=old": "hydra.run.dir=old already holds a run: go on with it by resume=old",
+    "hydra.run.dir=old": "old already holds a run, and its status.json does not say which: go on with it by",
+    "hydra.run.dir=done lora.rank=3": "done already holds a run with other settings: lora.rank is 32 there,",
+    "hydra.run.dir=done": "done already holds this run, made by other code (commit abc), so its result may",
     # resume
     "resume=nowhere": "resume=nowhere: no such folder (`ghibli list` shows the runs)",
     "resume=latest": "resume=latest: no run with a checkpoint below outputs/",
     "resume=mine": "resume=mine: this folder holds no checkpoints/last.ckpt to go on from",
     "resume=cut": "resume=cut: cut/checkpoints/last.ckpt is damaged or cut off",
     "resume=edited": "edited/config.yaml is not the configuration of a run of this version: Key 'sed' not in",
-    "resume=old lora.rank=3 seed=1": "resume goes on with the run's own settings: drop lora.rank=3, seed=1",
-    "resume=old model=demo data=ghibli": "resume goes on with the run's own settings: drop data=ghibli",
-    "resume=old hydra.run.dir=new": "resume goes on with the run's own settings: drop hydra.run.dir=new",
+    "resume=old lora.rank=3 seed=1": "1 asked for; lora.rank is 32 in this run, 3 asked for; only",
+    "resume=old lora.rank=32 seed=1": "resume=old: seed is 0 in this run, 1 asked for; only trainer.max",
+    "resume=old model=demo data=ghibli": "resume=old: data is demo in this run, ghibli asked for; only",
+    "resume=old experiment=slides": "resume=old: experiment is null in this run, slides asked for; only",
+    "resume=old trainer.max_epochs=3": "resume=old: trainer.max_epochs is 6 in this run, 3 asked for; only",
+    "resume=old data.epochs=3": "resume=old: data.epochs is 6 in this run, 3 asked for; trainer.max_epochs",
+    "resume=old trainer.max_epochs=9 seed=1": "resume=old: seed is 0 in this run, 1 asked for; only",
+    "resume=old trainer.max_epochs=many": "trainer.max_epochs=many is out of range: a whole number from 1",
+    "resume=old +trainer.max_steps=9": "trainer.max_steps is not set in this run, 9 asked for; only",
+    "resume=old +trainer.bogus=9": "trainer.bogus is no flag of lightning.Trainer",
+    "resume=old ~trainer.devices": "resume goes on with the run's own settings: drop ~trainer.devices",
+    "resume=old hydra.run.dir=new": "resume goes on in the run's own folder: drop hydra.run.dir=new",
     "resume=moved model=demo": "data.root=gone: no such folder",
     "-m resume=old": "resume goes on with one run at a time: drop -m",
 }  # fmt: skip
@@ -311,8 +330,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     (here / "file").write_text("")
     (here / "model.ckpt").write_text("")
     (here / "mine" / "unet").mkdir(parents=True)
-    for name in ("old", "cut", "edited"):
+    for name in ("old", "cut", "edited", "done"):
         make_run(here / name, composed(*DEMO))
+    marks = {"settings_hash": trial.settings_hash(composed(*DEMO)), "code_hash": "", "git_commit": "abc"}
+    RunDir(here / "done").update_status(state="finished", **marks)
     make_run(here / "moved", composed(*DEMO, "data.draw=null", "data.root=gone"))
     whole = (here / "cut" / "checkpoints" / "last.ckpt").read_bytes()
     (here / "cut" / "checkpoints" / "last.ckpt").write_bytes(whole[:-30])

@@ -1,0 +1,89 @@
+"""What a network sees in a picture, as one row of numbers: the ground of every distance here.
+
+`style`: the base's own VAE encoder, mean and spread over the picture of every channel of every block:
+colours, edges, textures. It is at hand wherever a base is, and sees the look; a CLIP picture tower,
+which learned to find the same caption in every look, hardly does.
+`inception`: the network of FID. Only with these is a Frechet distance called FID.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from transformers import CLIPModel
+
+from ghibli.mistakes import UserMistake
+
+BATCH = 16
+
+
+def in_batches(
+    extract: Callable[[torch.Tensor], torch.Tensor],
+    pictures: torch.Tensor,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> torch.Tensor:
+    """Features (N, D) float64 on the CPU of pictures (N, 3, H, W) in 0 .. 1."""
+    rows = []
+    with torch.no_grad():
+        for start in range(0, len(pictures), BATCH):
+            rows.append(extract(pictures[start : start + BATCH]).double().cpu())
+            on_progress(min(start + BATCH, len(pictures)), len(pictures))
+    return torch.cat(rows)
+
+
+def style_features(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation over the picture of the encoder's channels, block by block, (B, D).
+
+    Its first convolution and all blocks but the last: D is 320 for the demo, 2048 for SD 1.5.
+    """
+    blocks = [vae.encoder.conv_in(pictures.to(vae.device) * 2 - 1)]
+    for block in vae.encoder.down_blocks[:-1]:
+        blocks.append(block(blocks[-1]))
+    return torch.cat([part for b in blocks for part in (b.mean((2, 3)), b.std((2, 3)))], dim=1)
+
+
+def standardised(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Features (N, D) in units of the reference's spread around the reference's mean, column by column."""
+    return (features - reference.mean(0)) / reference.std(0).clamp(min=1e-6)
+
+
+def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
+    """The network of FID, (B, 3, H, W) uint8 -> (B, 2048), from a file or torch-fidelity's own download.
+
+    Raises:
+        UserMistake: the file is not there or not these weights, or it cannot be downloaded.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    place = Path(weights).expanduser() if weights else cached
+    if weights and not place.is_file():
+        raise UserMistake(f"evaluate.inception={weights}: no such file")
+    file = str(place) if place.is_file() else None
+    try:
+        return FeatureExtractorInceptionV3("inception", ["2048"], file).eval()
+    except OSError as error:
+        raise UserMistake(
+            f"the Inception weights of FID are not at hand and cannot be downloaded ({error}): put "
+            f"{cached.name} from torch-fidelity's releases somewhere and name it, evaluate.inception=FILE, "
+            "or use evaluate.features=style"
+        ) from error
+    except RuntimeError as error:
+        raise UserMistake(f"evaluate.inception={place} does not hold the FID network's weights") from error
+
+
+def inception_features(network: FeatureExtractorInceptionV3, pictures: torch.Tensor) -> torch.Tensor:
+    """The 2048 pooled features of 8-bit pictures, (B, 2048)."""
+    levels = (pictures * 255).round().to(torch.uint8)
+    return network(levels.to(next(network.parameters()).device))[0]
+
+
+def clip_similarity(clip: CLIPModel, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """100 x the cosine between each picture and its caption, (B,): the CLIP score (Hessel et al. 2021).
+
+    Args:
+        pixel_values: (B, 3, S, S), prepared as this CLIP wants them.
+        input_ids: (B, L).
+    """
+    output = clip(pixel_values=pixel_values, input_ids=input_ids)
+    return 100 * (output.image_embeds * output.text_embeds).sum(1)

@@ -1,0 +1,40 @@
+"""The model that a run has made, as a base that anything can sample: adapter merged, or UNet replaced."""
+
+import torch
+
+from ghibli import base_model, lora
+from ghibli.base_model import BaseModel
+from ghibli.config import from_yaml
+from ghibli.mistakes import UserMistake
+from ghibli.run_dir import RunDir
+from ghibli.schema import Config
+
+
+def config_of(run: RunDir) -> Config:
+    """The settings of a finished run.
+
+    Raises:
+        UserMistake: no such folder, no run in it, or one that has not finished.
+    """
+    if not run.config.is_file():
+        raise UserMistake(f"{run.path} holds no run: `ghibli list` shows them")
+    if run.state != "finished":
+        raise UserMistake(f"{run.path} is {run.state}, not finished: python train.py resume={run.path}")
+    return from_yaml(run.config)
+
+
+def starting_base(config: Config) -> BaseModel:
+    """The base that a run trains: model.path with model.adapter merged into it, on the fastest device."""
+    base = lora.load_base(config.model)
+    return base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def trained_base(run: RunDir, config: Config) -> BaseModel:
+    """The same with what the run's best epoch learned."""
+    base = starting_base(config)
+    if config.finetune == "lora":
+        lora.merge(base, run.adapter, 1.0)
+    elif config.finetune == "full":
+        device = base.unet.device
+        base.unet = base_model.load_part(type(base.unet), run.unet, str(run.unet)).to(device).eval()
+    return base

@@ -1,0 +1,164 @@
+"""`ghibli evaluate`: the table, its cache, what it refuses, and what it says about too few pictures."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from ghibli import evaluation, scenes
+from ghibli.base_model import weights_hash
+from ghibli.config import changed
+from ghibli.mistakes import UserMistake
+from ghibli.run_dir import RunDir
+from ghibli.sampling import Cell, sample
+from ghibli.schema import Config
+from ghibli.trained import config_of, starting_base, trained_base
+from ghibli.yardstick import Reference, Yardstick
+
+QUICK = (
+    "evaluate.samples=6", "evaluate.scan_samples=3", "evaluate.scales=[1,7.5]", "evaluate.batch_size=4",
+    "sample.guidance=[1,7.5]", "sample.samplers=[ddim]",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A tiny finished run trained with guidance 7.5, with its own cache and reference."""
+    root = tmp_path_factory.mktemp("evaluation")
+    scenes.write_folder(root / "reference", "drawn", 16, scenes.EVALUATION_SEEDS.start)
+    config = make_config(
+        "data.reference_draw=null", f"data.reference={root / 'reference'}", f"cache_dir={root / 'cache'}",
+        "loss.guidance=7.5", "trainer.max_epochs=1", "sample.every_n_epochs=0", *QUICK,
+    )  # fmt: skip
+    run = RunDir(root / "run")
+    train.run(config, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def result(finished: RunDir) -> dict:
+    return evaluation.evaluate(finished, config_of(finished))
+
+
+def test_the_table_has_every_cell_and_the_guided_run_its_own_scale(finished: RunDir, result: dict) -> None:
+    cells = {name: [(r["sampler"], r["guidance"]) for r in rows] for name, rows in result["models"].items()}
+    assert cells["base"] == [("ddim", 1), ("ddim", 7.5)]
+    assert cells["run"] == [("ddim", 1), ("ddim", 7.5), ("ddim", 56.25)]
+    assert json.loads(finished.evaluation.read_text()) == json.loads(json.dumps(result))
+    assert set(result["scan"]["run"]) == {"1", "7.5"}
+    assert finished.evaluation_pictures.stat().st_size > 10_000
+
+
+def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, result: dict) -> None:
+    config = config_of(finished)
+    base = starting_base(config)
+    reference_pictures, training = evaluation.real_pictures(config)
+    assert len(reference_pictures) == 16 and len(training) < 24
+    prompts = [p.caption for p in reference_pictures][:6]
+    options = {"num_inference_steps": 2, "resolution": 128}
+    batches = [list(range(4)), [4, 5]]
+    drawn = [sample(base, [prompts[i] for i in b], Cell("ddim", 7.5), seeds=b, **options) for b in batches]
+    yardstick = Yardstick(config, base)
+    bench = evaluation.Bench(config, yardstick, prompts)
+    own = bench.measure_real("", reference_pictures)["features"]
+    wanted = Reference(own, standardise=True).kernel(yardstick.measure(torch.cat(drawn), prompts)["features"])
+    row = next(r for r in result["models"]["base"] if r["guidance"] == 7.5)
+    assert row["kernel"] == (wanted.value, wanted.standard_error)
+
+
+def test_the_difference_to_the_base_is_the_tables(result: dict) -> None:
+    for row, base in zip(result["models"]["run"], result["models"]["base"], strict=False):
+        difference = row["kernel"][0] - base["kernel"][0]
+        assert row["kernel_minus_base"][0] == pytest.approx(difference, rel=1e-6)
+    assert "kernel_minus_base" not in result["models"]["run"][2]  # the base is not drawn at 56
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same(
+    finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two cells lost, one of them damaged: these two are sampled again, no other, and nothing changes."""
+    config = config_of(finished)
+    files = sorted((Path(config.cache_dir) / "evaluation").glob("*.pt"))
+    cells = [file for file in files if len(torch.load(file, weights_only=True)["features"]) in (3, 6)]
+    cells[0].unlink()
+    content = bytearray(cells[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    cells[1].write_bytes(content)
+    finished.evaluation.unlink()
+    calls = []
+    real = evaluation.sample
+    monkeypatch.setattr(evaluation, "sample", lambda *a, **k: calls.append(a[2]) or real(*a, **k))
+    assert evaluation.evaluate(finished, config) == result
+    assert len(set(calls)) <= 2 and 2 <= len(calls) <= 4
+
+
+def test_the_trained_base_is_the_run_and_not_the_base(finished: RunDir) -> None:
+    config = config_of(finished)
+    assert weights_hash(trained_base(finished, config)) != weights_hash(starting_base(config))
+
+
+def test_few_pictures_are_said_and_enough_are_not(finished: RunDir, result: dict) -> None:
+    """The run's Frechet distance really is asked of fewer pictures than features."""
+    (finding,) = result["findings"]
+    assert finding["name"] == "few pictures"
+    assert "6 pictures" in finding["text"] and "320 features" in finding["text"]
+    assert evaluation.doctor.few_pictures(321, 320, 1.0) == []
+
+
+def test_copies_of_training_pictures_show(finished: RunDir) -> None:
+    config = config_of(finished)
+    bench = evaluation.Bench(config, Yardstick(config, starting_base(config)), ["a"])
+    reference_pictures, training_pictures = evaluation.real_pictures(config)
+    own = bench.measure_real("", reference_pictures)
+    training = bench.measure_real("", training_pictures)
+    real = evaluation.Real(Reference(own["features"], True), own, training)
+    assert evaluation.copying(own, real) == 1
+    assert evaluation.copying(training, real) == pytest.approx(0, abs=1e-4)
+
+
+def test_held_out_pictures_are_the_reference_without_a_folder(finished: RunDir) -> None:
+    config = config_of(finished)
+    config.data.reference = None
+    reference, training = evaluation.real_pictures(config)
+    split = json.loads(finished.split.read_text())
+    assert {p.content_hash for p in reference} == set(split["val"].values())
+    assert {p.content_hash for p in training} == set(split["train"].values())
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("evaluate.samples=2", "at least 3"),
+        ("evaluate.features=vgg", "choose one of style, inception"),
+        ("lora.rank=4", "only evaluate"),
+        ("evaluate.sample=2", "unknown key evaluate.sample"),
+        ("evaluate.inception=gone.pth", None),
+    ],
+)
+def test_wrong_settings_are_one_line(finished: RunDir, word: str, message: str | None) -> None:
+    config = config_of(finished)
+    if message is None:
+        config = changed(config, [word, "evaluate.features=inception"], evaluation.CHANGEABLE)
+        with pytest.raises(UserMistake, match=r"evaluate\.inception=gone\.pth: no such file"):
+            Yardstick(config, starting_base(config))
+        return
+    with pytest.raises(UserMistake, match=message):
+        changed(config, [word], evaluation.CHANGEABLE)
+
+
+def test_what_is_no_finished_run_is_one_line(finished: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(UserMistake, match="holds no run"):
+        config_of(RunDir(tmp_path))
+    copy = RunDir(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    copy.update_status(state="interrupted")
+    with pytest.raises(UserMistake, match=r"is interrupted, not finished: python train\.py resume="):
+        config_of(copy)
+    copy.update_status(state="finished")
+    (copy.adapter / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(UserMistake, match="no pytorch_lora_weights"):
+        trained_base(copy, config_of(copy))
