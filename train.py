@@ -85,7 +85,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
                 preflight.before_training(module, data, trainer, run_dir)
             with devices.together(trainer, run_dir, SCRIPT):
                 train(config, trainer, module, data, checkpoint)
-            if config.finetune != "none" and not run_dir.best_checkpoint.exists():
+            if config.finetune != "none" and len(module.history) < 2:
                 raise UserMistake(TOO_SHORT)
             return finish.finish(config, run_dir, trainer, module, logger)
     except StopRequested as request:

@@ -53,7 +53,23 @@ def keep_previous(last: Path) -> None:
     os.replace(second, RunDir(last.parents[1]).previous_checkpoint)
 
 
-class StepCheckpoint(ModelCheckpoint):
+class FolderCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that knows its best score again when the run folder was moved.
+
+    Lightning's own forgets it then, and the next epoch would be taken for the best.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return path.replace(str(state_dict["dirpath"]), str(self.dirpath), 1)
+
+        paths = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path")
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        moved = {name: here(state_dict[name]) for name in paths} | {"best_k_models": best}
+        super().load_state_dict(state_dict | moved)
+
+
+class StepCheckpoint(FolderCheckpoint):
     """last.ckpt every n optimiser steps, only between two steps and not at an epoch's end.
 
     Within an accumulation gradients would be lost; the end of an epoch has its own checkpoint,

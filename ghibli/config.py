@@ -32,6 +32,7 @@ from ghibli.places import check_places, check_typed_base
 from ghibli.run_dir import RunDir, find_run
 from ghibli.schema import Config, check_trainer
 
+LONGEST_NAME = 150  # letters of a trial's folder; most file systems take 255 bytes
 SEAL = "# sha256 of the lines above: "
 
 
@@ -114,10 +115,19 @@ def run_dir_for(resume: str | None) -> str:
     return str(fresh)
 
 
+def folder_name(words: str) -> str:
+    """A trial's overrides as a folder's name: no slashes, and cut where a file system would refuse."""
+    plain = words.replace("/", "_") or "defaults"
+    if len(plain) <= LONGEST_NAME:
+        return plain
+    return f"{plain[: LONGEST_NAME - 13]}-{hashlib.sha256(words.encode()).hexdigest()[:12]}"
+
+
 def register() -> None:
     """Makes the schema and the resolvers of conf/ known to Hydra."""
     ConfigStore.instance().store(name="schema", node=Config)
     resolvers = {
+        "folder_name": folder_name,
         "twice": lambda number: 2 * number,
         "tenth": lambda number: number / 10,
         "run_dir_for": run_dir_for,

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from ghibli import lora
 from ghibli.mistakes import UserMistake
@@ -47,9 +47,6 @@ class ResumeCheck(Callback):
         self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict[str, Any]
     ) -> None:
         self.restored = {key: checkpoint.get(key) for key in ("identity", "max_epochs")}
-        for callback in trainer.callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.state_key in checkpoint["callbacks"]:
-                move(checkpoint["callbacks"][callback.state_key], str(callback.dirpath))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         """Lightning has restored everything and the next thing is a step.
@@ -108,18 +105,6 @@ class ResumeCheck(Callback):
         if trainer.is_global_zero:
             grown = [*self.run.read_status().get("grown", []), [trainer.global_step, before, planned]]
             self.run.update_status(grown=grown)  # [step, epochs before, epochs planned now]
-
-
-def move(state: dict[str, Any], place: str) -> None:
-    """Puts a folder's present place into the state of a ModelCheckpoint.
-
-    It forgets the best score when the folder was moved, and might delete files in the old place.
-    """
-    old, state["dirpath"] = state["dirpath"], place
-    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-        state[key] = state[key].replace(old, place, 1)
-    models = state["best_k_models"]
-    state["best_k_models"] = {path.replace(old, place, 1): score for path, score in models.items()}
 
 
 def stoppings(trainer: L.Trainer) -> list[EarlyStopping]:

@@ -275,11 +275,13 @@ def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
     run = RunDir(Path(name))
     if not run.path.is_dir():
         raise UserMistake(f"resume={name}: no such folder (`ghibli list` shows the runs)")
-    if not run.config.exists() or not (run.last_checkpoint.exists() or run.previous_checkpoint.exists()):
+    if not (run.last_checkpoint.exists() or run.previous_checkpoint.exists()):
         raise UserMistake(
             f"resume={name}: this folder holds no checkpoints/last.ckpt to go on from; "
             "start the run anew (`ghibli list` shows the runs)"
         )
+    if not run.config.exists():
+        raise UserMistake(f"resume={name}: its config.yaml is gone: put it back, or start a new run")
     if run.usable_checkpoint() is None:
         raise UserMistake(f"resume={name}: {run.last_checkpoint} is damaged or cut off; start the run anew")
     return run

@@ -6,11 +6,11 @@ import warnings
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.callbacks import Doctor, Narrator, SampleGrid, StatusWriter
-from ghibli.checkpoints import CleanStop, StepCheckpoint, WholeCheckpoints
+from ghibli.checkpoints import CleanStop, FolderCheckpoint, StepCheckpoint, WholeCheckpoints
 from ghibli.mistakes import UserMistake, did_you_mean
 from ghibli.records import Records
 from ghibli.resume_check import ResumeCheck
@@ -65,8 +65,8 @@ def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> list[Callbac
         patience = config.early_stopping.patience
         callbacks.append(EarlyStopping(monitor, mode=mode, patience=patience, check_on_train_epoch_end=True))
     common = {"dirpath": run.checkpoints, "enable_version_counter": False, "save_on_train_epoch_end": True}
-    best = ModelCheckpoint(monitor="probe/val_gain", mode="max", filename="best", **common)
-    epoch = ModelCheckpoint(filename="last", every_n_epochs=1, **common)
+    best = FolderCheckpoint(monitor="probe/val_gain", mode="max", filename="best", **common)
+    epoch = FolderCheckpoint(filename="last", every_n_epochs=1, **common)
     common["save_on_train_epoch_end"] = None
     step = StepCheckpoint(filename="last", every_n_train_steps=config.checkpoint.every_n_steps, **common)
     return [*callbacks, best, epoch, step]

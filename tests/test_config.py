@@ -94,6 +94,14 @@ def test_experiment_slides_asrun_repeats_the_mistakes_only() -> None:
     )  # fmt: skip
 
 
+def test_a_trials_folder_has_a_name_that_any_file_system_takes() -> None:
+    assert config.folder_name("lora.rank=4,loss.guidance=7.5") == "lora.rank=4,loss.guidance=7.5"
+    assert config.folder_name("model.path=a/b") == "model.path=a_b"
+    assert config.folder_name("") == "defaults"
+    long = [config.folder_name("lora.rank=4," * 40 + last) for last in ("a", "b")]
+    assert all(len(name) == config.LONGEST_NAME for name in long) and long[0] != long[1]
+
+
 def test_experiment_slides_changes_nothing() -> None:
     assert composed(*DEMO, "experiment=slides") == composed(*DEMO)
 
@@ -222,6 +230,7 @@ MISTAKES = {
     "lr=3": "unknown key lr; did you mean model.lr or optimizer.lr?",
     "+data.draw.colour=3": "unknown key data.draw.colour (known in data.draw: look, count)",
     "trainer.nonsense=3": "trainer.nonsense is no flag of lightning.Trainer",
+    "~trainer.max_epochs": "trainer.max_epochs is missing: conf/train.yaml has its default",
     "+trainer.max_epoch=3": "trainer.max_epoch is no flag of lightning.Trainer; did you mean max_epochs?",
     "trainer.max_steps=3": "trainer.max_steps has no default here: give it with a plus, +trainer.max_steps=",
     "+trainer.callbacks=[]": "trainer.callbacks is set by train.py itself and cannot be given",

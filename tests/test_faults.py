@@ -8,12 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPO
 from faults import table
 from faults.compare import different_parts
 from faults.corrupt import BROKEN, HARMLESS, REFUSED, RIGHTED, SETTINGS, Corrupter, in_process
 from faults.kill import Killed, Killer
 
+from ghibli.checkpoints import FolderCheckpoint
 from ghibli.config import from_yaml
 from ghibli.mistakes import UserMistake
 from ghibli.run_dir import RunDir
@@ -56,12 +58,33 @@ def test_killed_at_a_random_moment(half_done: Corrupter, tmp_path: Path, seed: i
 def test_damaged_files_are_noticed_or_harmless(
     half_done: Corrupter, pattern: str, expected: set[str]
 ) -> None:
-    found = half_done.damage(pattern, random.Random(pattern))
+    found = half_done.damage(pattern, random.Random(pattern), half_done.half)
     assert found["outcome"] in expected, found
     assert found["outcome"] != BROKEN
 
 
+def test_a_damaged_best_checkpoint_of_a_finished_run_is_named(half_done: Corrupter) -> None:
+    found = half_done.damage("run/checkpoints/best.ckpt", random.Random(0), half_done.finished)
+    assert found["outcome"] == REFUSED
+    assert found["detail"].startswith("error: run/checkpoints/best.ckpt is missing or damaged")
+
+
 # What the promises rest on
+
+
+def test_a_run_folder_that_was_moved_goes_on(half_done: Corrupter, tmp_path: Path) -> None:
+    """And knows which epoch was the best; Lightning's ModelCheckpoint forgets it with the path."""
+    half_done.put_back(half_done.half)
+    moved = tmp_path / "moved"
+    half_done.run.rename(moved)
+    assert in_process(f"resume={moved}")[::2] == (0, "")
+    assert not different_parts(half_done.done, moved)
+    checkpoints = [FolderCheckpoint(tmp_path / name, monitor="gain") for name in ("old", "new")]
+    checkpoints[0].best_model_score = torch.tensor(0.3)
+    checkpoints[0].best_k_models = {str(tmp_path / "old" / "best.ckpt"): torch.tensor(0.3)}
+    checkpoints[1].load_state_dict(checkpoints[0].state_dict())
+    assert checkpoints[1].best_model_score == 0.3
+    assert list(checkpoints[1].best_k_models) == [str(tmp_path / "new" / "best.ckpt")]
 
 
 def test_every_changed_byte_of_config_yaml_is_noticed(half_done: Corrupter, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Random bytes of a half-done run's files damaged, one file at a time, then the run is resumed.
+"""Random bytes of a half-done or finished run's files damaged, one at a time, then the run is resumed.
 
 Each damage has to be detected (one line, or put right) or harmless (the same end, bit for bit).
 All in one process, each time through the whole of `train.py resume=RUN`.
@@ -68,11 +68,11 @@ DAMAGES = (flip, flip, change, zero, cut, append, delete)
 
 
 class Corrupter:
-    """A half-done run and its cache; each damage is done to a fresh copy of both at the same place."""
+    """A half-done and a finished run with its cache; each damage is done to a fresh copy in one place."""
 
     def __init__(self, scratch: Path):
-        self.scratch, self.master, self.done = scratch, scratch / "master", scratch / "done"
-        self.run, self.cache = scratch / "run", scratch / "cache"
+        self.scratch, self.half, self.finished = scratch, scratch / "half", scratch / "finished"
+        self.run, self.cache, self.done = scratch / "run", scratch / "cache", scratch / "finished" / "run"
 
     def prepare(self) -> None:
         """Kills a run in its second epoch, keeps that, and resumes it to the undisturbed end."""
@@ -82,18 +82,24 @@ class Corrupter:
         done = subprocess.run([*killed, *words], cwd=REPO, env=environment, capture_output=True, text=True)
         if done.returncode != -9:
             raise RuntimeError(done.stderr)
-        for part in ("run", "cache"):
-            shutil.copytree(self.scratch / part, self.master / part)
+        self.keep(self.half)
         code, said, error = in_process(f"resume={self.run}")
         if code != 0:
             raise RuntimeError(said + error)
-        shutil.copytree(self.run, self.done)
+        self.keep(self.finished)
 
-    def damage(self, pattern: str, draws: random.Random) -> dict[str, str]:
+    def keep(self, state: Path) -> None:
+        for part in (self.run, self.cache):
+            shutil.copytree(part, state / part.name)
+
+    def put_back(self, state: Path) -> None:
+        for part in (self.run, self.cache):
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(state / part.name, part)
+
+    def damage(self, pattern: str, draws: random.Random, state: Path) -> dict[str, str]:
         """One random damage to a file of this pattern, and what the resumed run made of it."""
-        for part in ("run", "cache"):
-            shutil.rmtree(self.scratch / part, ignore_errors=True)
-            shutil.copytree(self.master / part, self.scratch / part)
+        self.put_back(state)
         file = draws.choice(sorted(self.scratch.glob(pattern)))
         kind = draws.choice(DAMAGES)
         before = file.read_bytes()
@@ -155,7 +161,8 @@ def corrupt_files(
     began, found = time.monotonic(), []
     for number in range(count):
         draws = random.Random(f"{seed} {number}")
-        one = corrupter.damage(FILES[number % len(FILES)], draws)
+        state = corrupter.half if number // len(FILES) % 3 < 2 else corrupter.finished
+        one = corrupter.damage(FILES[number % len(FILES)], draws, state)
         found.append(one)
         left = (time.monotonic() - began) / len(found) * (count - len(found)) / 60
         what = f"{one['kind']} {one['file']}: {one['outcome']} {one['detail']}".strip()
