@@ -12,17 +12,20 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra import main as hydra_main
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ghibli import devices, trial
@@ -30,8 +33,9 @@ from ghibli.config_mistakes import hydra_mistakes, reject_unknown_flags, reject_
 from ghibli.mistakes import UserMistake, one_line_mistakes
 from ghibli.places import check_places, check_typed_base
 from ghibli.run_dir import RunDir, find_run
-from ghibli.schema import Config, check_trainer
+from ghibli.schema import Command, Config, check_trainer
 
+NOT_OF_A_RUN = ("hydra", "experiment", "sweep")  # top-level keys that are no setting of one run
 LONGEST_NAME = 150  # letters of a trial's folder; most file systems take 255 bytes
 SEAL = "# sha256 of the lines above: "
 
@@ -42,7 +46,7 @@ def to_config(cfg: Any) -> Config:
     Raises:
         UserMistake: an unknown key, a missing value, a value out of range, a contradiction.
     """
-    plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("hydra", "experiment")])
+    plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in NOT_OF_A_RUN])
     reject_unknown_keys(plain, Config)
     reject_unknown_flags(plain.trainer)
     return checked(OmegaConf.to_container(plain, resolve=True))
@@ -123,9 +127,43 @@ def folder_name(words: str) -> str:
     return f"{plain[: LONGEST_NAME - 13]}-{hashlib.sha256(words.encode()).hexdigest()[:12]}"
 
 
+def trials_of(cfg: Any) -> list[list[str]]:
+    """The overrides of every trial that Hydra's own sweeper will start, in its order."""
+    params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.params or {}).items()]
+    (trials,) = BasicSweeper.split_arguments(parsed([*params, *cfg.hydra.overrides.task]), None)
+    return trials
+
+
+def parsed(words: list[str]) -> list[Override]:
+    """Overrides as Hydra understands them."""
+    return OverridesParser.create().parse_overrides(list(words))
+
+
+def check_trials(cfg: Any) -> int | None:
+    """Checks every trial of a sweep before the first one starts; their number, None if not known yet.
+
+    Raises:
+        UserMistake: a trial that would be refused; it is named by what it sweeps.
+    """
+    if "BasicSweeper" not in cfg.hydra.sweeper._target_:
+        return None  # what another sweeper will ask for is not known yet
+    with hydra_mistakes():
+        trials = trials_of(cfg)
+        common = set(trials[0]).intersection(*trials)
+        for words in trials:
+            own = ", ".join(word for word in words if word not in common)
+            try:
+                loader = GlobalHydra.instance().config_loader()
+                name = cfg.hydra.job.config_name
+                check_places(to_config(loader.load_configuration(name, words, RunMode.RUN)))
+            except UserMistake as mistake:
+                raise UserMistake(f"trial {own}: {mistake}" if own else str(mistake)) from None
+        return len(trials)
+
+
 def register() -> None:
     """Makes the schema and the resolvers of conf/ known to Hydra."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=Command)
     resolvers = {
         "folder_name": folder_name,
         "twice": lambda number: 2 * number,
@@ -143,6 +181,23 @@ def this_run() -> RunDir:
     return RunDir(Path(HydraConfig.get().runtime.output_dir))
 
 
+def trial_number() -> int:
+    """The place of the running job in its sweep, from 0."""
+    return int(HydraConfig.get().job.num)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A sweep that this process runs."""
+
+    folder: Path
+    trials: int | None  # how many; None with a sweeper that decides as it goes
+    lock: BinaryIO  # held as long as the process lives
+
+
+studies: list[Study] = []  # the sweep of this process, once Hydra has begun it
+
+
 class CheckFirst(Callback):
     """Hydra calls this before it makes the run folder, so that a mistake leaves nothing behind."""
 
@@ -151,6 +206,16 @@ class CheckFirst(Callback):
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         one_line_mistakes(lambda: reject_resume(config))
+        one_line_mistakes(lambda: self.plan(config))
+
+    def plan(self, cfg: Any) -> None:
+        """Checks all trials, and takes the study's folder for this process alone."""
+        if any(o.is_sweep_override() for o in parsed(cfg.hydra.overrides.task)):
+            with read_write(cfg.hydra):
+                cfg.hydra.sweeper.params = {}  # the grid of conf/ is for a command line without one
+        trials = check_trials(cfg)
+        folder = Path(cfg.hydra.sweep.dir)
+        studies.append(Study(folder, trials, RunDir(folder).lock(key="hydra.sweep.dir")))
 
 
 def check_first(cfg: Any) -> None:
@@ -225,7 +290,7 @@ def asked_beside_resume(run: RunDir, words: list[str]) -> tuple[dict[str, Any], 
     """(key -> value, groups of another choice than the run was started with) of the overrides."""
     groups = chosen_groups(run)
     values, refused = {}, []
-    for override in OverridesParser.create().parse_overrides(list(words)):
+    for override in parsed(words):
         key = override.key_or_group
         if override.is_delete():
             raise UserMistake(f"resume goes on with the run's own settings: drop {override.input_line}")

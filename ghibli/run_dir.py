@@ -202,10 +202,13 @@ class RunDir:
         state = status.get("state", "unknown")
         return "killed" if state == "running" and not _is_alive(status.get("process")) else state
 
-    def lock(self) -> BinaryIO:
+    def lock(self, key: str = "hydra.run.dir") -> BinaryIO:
         """Makes this run the only one that writes the folder, until the process ends or closes the result.
 
         Removes what a process that was killed left half written.
+
+        Args:
+            key: the setting that chooses another folder.
 
         Raises:
             UserMistake: another process is at work here.
@@ -220,7 +223,7 @@ class RunDir:
             file.close()
             raise UserMistake(
                 f"another process is at work in {self.path}: wait for its end, or choose another folder "
-                "with hydra.run.dir=DIR"
+                f"with {key}=DIR"
             ) from None
         for unfinished in self.path.rglob(".*.tmp"):
             unfinished.unlink(missing_ok=True)

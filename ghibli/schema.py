@@ -102,6 +102,7 @@ class DataConfig:
     accumulate: int  # forward passes in one optimiser step
     epochs: int  # passes over the training pictures
     workers: int  # loader processes
+    grid_epochs: str  # trainer.max_epochs of the slides' grid
 
     def __post_init__(self) -> None:
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
@@ -319,6 +320,21 @@ class Config:
         if not self.model.path:
             raise UserMistake("model.path is not set: give a base model, model.path=DIR, or use model=demo")
         check_trainer(self.trainer)
+
+
+@dataclass
+class SweepConfig:
+    """What a sweep does, beside the settings of its runs."""
+
+    grid: dict[str, Any]  # key -> values with commas between
+    report_only: bool  # train nothing
+
+
+@dataclass
+class Command(Config):
+    """All that can be typed: the settings of a run, and the sweep around it."""
+
+    sweep: SweepConfig
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:

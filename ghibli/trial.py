@@ -30,7 +30,7 @@ CODE = (  # train.py and all it imports; tests/test_trial.py compares with the i
 )  # fmt: skip
 FREE = (  # change no result
     "resume", "cache_dir", "local", "wandb", "checkpoint", "evaluate", "model.clip", "data.workers",
-    "data.reference", "data.reference_draw",
+    "data.reference", "data.reference_draw", "data.grid_epochs",
 )  # fmt: skip
 FOLLOWED = ("data.epochs", "data.accumulate", "model.lr")  # defaults of keys that do count
 Difference = tuple[str, Any, Any]  # dotted key, the one value, the other

@@ -14,7 +14,7 @@ ORDER = [
     "lora", "diffusion",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
     "trainer", "finish", "features", "metrics", "yardstick", "trained", "evaluation",
-    "data_lint", "footprint", "preflight", "compare", "cli", "__main__",
+    "data_lint", "footprint", "preflight", "compare", "study", "cli", "__main__",
 ]  # fmt: skip
 HYDRA_MODULES = {"hydra", "omegaconf"}
 

@@ -1,0 +1,186 @@
+"""`python sweep.py`: a grid with trials that fail, twice; its table, effects and plot; what it refuses."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, SMALL
+from PIL import Image
+
+import sweep
+import train
+from ghibli import config, study
+from ghibli.run_dir import RunDir
+from ghibli.validation import Gain, Probe, paired_gain
+
+ONE_EPOCH = ("trainer.max_epochs=1", "sample.every_n_epochs=0", "lora.text_encoder=false")
+
+
+def python_sweep(*words: str) -> None:
+    """`python sweep.py WORDS`, in this process."""
+    config.studies.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sweep.py", *words])
+        config.hydra_entry(REPO / "conf", "sweep", sweep.trial)
+        sweep.report()
+
+
+@pytest.fixture(scope="module")
+def words(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Four trials, of which the two with a batch larger than the picture set fail."""
+    folder = tmp_path_factory.mktemp("study")
+    return [
+        *SMALL, f"data.root={pictures}", "data.draw=null", *ONE_EPOCH, f"hydra.sweep.dir={folder}",
+        "optimizer.lr=1e-4,1e-3", "data.batch_size=2,500",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(words: list[str]) -> Path:
+    """The study's folder after it ran."""
+    python_sweep(*words)
+    return config.studies[0].folder
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "study.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_failing_trials_stop_no_other_and_are_told(folder: Path) -> None:
+    rows = rows_of(folder)
+    assert [row["verdict"].split(":")[0] for row in rows[2:]] == ["failed", "failed"]
+    assert all("data.batch_size=500" in row["verdict"] for row in rows[2:])
+    assert [float(row["gain"]) for row in rows[:2]] == sorted(
+        (float(r["gain"]) for r in rows[:2]), reverse=True
+    )
+    assert {row["optimizer.lr"] for row in rows[:2]} == {"0.0001", "0.001"}
+    assert np.asarray(Image.open(folder / "study.png")).std() > 5
+
+
+def test_a_trial_is_the_single_run_with_its_settings(folder: Path, words: list[str], tmp_path: Path) -> None:
+    single = [w for w in words if not w.startswith(("hydra.", "optimizer.lr", "data.batch_size"))]
+    with pytest.MonkeyPatch.context() as patch:
+        more = ["optimizer.lr=1e-3", "data.batch_size=2", f"hydra.run.dir={tmp_path / 'run'}"]
+        patch.setattr(sys, "argv", ["train.py", *single, *more])
+        config.hydra_entry(REPO / "conf", "train", train.main)
+    weights = Path("adapter") / "pytorch_lora_weights.safetensors"
+    (trial,) = (t for t in study.read_trials(folder) if t.gain and t.settings["optimizer.lr"] == 1e-3)
+    assert (trial.run.path / weights).read_bytes() == (tmp_path / "run" / weights).read_bytes()
+
+
+def test_report_only_trains_nothing(folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "main", lambda cfg: pytest.fail("it trains"))
+    (folder / "study.csv").unlink()
+    python_sweep(*words, "sweep.report_only=true")
+    assert len(rows_of(folder)) == 4
+
+
+def test_the_effect_of_a_setting_is_the_paired_difference(folder: Path) -> None:
+    trials = study.read_trials(folder)
+    (effect,) = study.effects(trials)
+    slow, fast = (
+        next(t for t in trials if t.gain and t.settings["optimizer.lr"] == lr) for lr in (1e-4, 1e-3)
+    )
+    assert (effect.key, effect.low, effect.high, effect.pairs) == ("optimizer.lr", 1e-4, 1e-3, 1)
+    assert effect.difference.value == pytest.approx(fast.gain.value - slow.gain.value)
+
+
+def made(path: Path, rank: int, dropout: float, losses: torch.Tensor, base: torch.Tensor) -> study.Trial:
+    probe = Probe(val=losses, val_g1=losses, train=losses, base_val=base, base_train=base)
+    settings = {"lora.rank": rank, "lora.alpha": 2.0 * rank, "lora.dropout": dropout}
+    return study.Trial(RunDir(path), settings, {}, probe)
+
+
+def test_effects_of_a_grid_are_what_was_put_in(tmp_path: Path) -> None:
+    """Rank 32 lowers every loss by 0.1, dropout changes nothing: one matters, the other does not."""
+    draws = torch.Generator().manual_seed(0)
+    base = 1 + 0.2 * torch.rand(40, 4, generator=draws)
+    trials = [
+        made(
+            tmp_path, rank, dropout,
+            base - (0.3 if rank == 32 else 0.2) + 0.01 * torch.randn(40, 4, generator=draws), base,
+        )
+        for rank in (16, 32)
+        for dropout in (0, 0.1)
+    ]  # fmt: skip
+    first, second = study.effects(trials)
+    assert (first.key, first.pairs, first.matters) == ("lora.rank", 2, True)  # alpha follows: not named
+    assert first.difference.value == pytest.approx(0.1 / 1.1, abs=3 * first.difference.standard_error)
+    assert second.key == "lora.dropout"
+    assert second.difference.value == pytest.approx(0, abs=4 * second.difference.standard_error)
+    nothing = study.Effect("lora.dropout", 0, 0.1, 1, Gain(0.01, 0.02))
+    assert not nothing.matters and str(nothing).endswith("(1 pairs), which is nothing")
+    one = paired_gain(trials[2].best.val, base).value - paired_gain(trials[0].best.val, base).value
+    two = paired_gain(trials[3].best.val, base).value - paired_gain(trials[1].best.val, base).value
+    assert first.difference.value == pytest.approx((one + two) / 2)
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("lora.rank=4,0", "trial lora.rank=0: lora.rank=0 is out of range"),
+        ("lora.rank=4,x", "lora.rank"),
+        ("lora.rnak=4,8", "unknown key lora.rnak"),
+        ("resume=latest", "drop"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_the_first_trial(
+    word: str, line: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    place = tmp_path / "study"
+    given = [*SMALL, f"data.root={pictures}", "data.draw=null", f"hydra.sweep.dir={place}", word]
+    with pytest.raises(SystemExit) as left:
+        python_sweep(*given)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert line in said
+    assert not list(place.glob("*/status.json"))
+
+
+def test_the_same_study_again_trains_only_what_failed(
+    folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(train, "lead", lambda config, run, resumes: started.append(run.path.name) or 0.0)
+    before = rows_of(folder)
+    python_sweep(*words)
+    assert len(started) == 2 and all("500" in name for name in started)
+    after = rows_of(folder)
+    assert [row["gain"] for row in after[:2]] == [row["gain"] for row in before[:2]]
+
+
+def test_two_studies_in_one_folder(folder: Path, words: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Another process holds the folder: this one says so."""
+    hold = (
+        "import sys, pathlib; from ghibli.run_dir import RunDir; "
+        "lock = RunDir(pathlib.Path(sys.argv[1])).lock(); print('held', flush=True); sys.stdin.read()"
+    )
+    for held in config.studies:
+        held.lock.close()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder)],
+        cwd=REPO, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit):
+        python_sweep(*words, "sweep.report_only=true")
+    assert "another process is at work" in capsys.readouterr().err
+    holder.communicate()
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [([], 32), (["lora.rank=4,8,16", "loss.guidance=1,7.5"], 6), (["lora.rank=4"], 16)]
+)
+def test_a_grid_on_the_command_line_replaces_the_slides_grid(
+    given: list[str], count: int, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(train, "main", lambda cfg: started.append(cfg.loss.guidance) or 0.0)
+    monkeypatch.setattr(sweep, "report", lambda: None)
+    python_sweep(f"data.root={pictures}", "data.draw=null", f"hydra.sweep.dir={tmp_path}", *given)
+    assert len(started) == config.studies[0].trials == count
