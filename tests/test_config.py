@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 import train
 from ghibli import config, config_mistakes, trial
 from ghibli.run_dir import RunDir, write_sealed
-from ghibli.schema import Config
+from ghibli.schema import Command, Config
 
 CONF = REPO / "conf"
 DEMO = ("model=demo", "data=demo")
@@ -421,4 +421,4 @@ def test_cfg_job_prints_settings_that_compose_again(printed: Callable[..., str])
     content = OmegaConf.create(text)
     assert content.lora.rank == 8
     assert content.lora.alpha == 16
-    assert list(content) == [field.name for field in fields(Config)]
+    assert list(content) == [field.name for field in fields(Command)]
