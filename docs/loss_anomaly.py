@@ -286,7 +286,7 @@ def guidance(count: int = 64) -> None:
         note("guidance", **numbers)
     plot_guidance(numbers)
     models = {f"trained with {w:g}": model_of(run_of(f"guidance-{w:g}-dropout-0.1")) for w in (1, 7.5)}
-    for scale in (1, 7.5, 56):
+    for scale in (1, 7.5, 15, 56):
         pictures(f"guidance-pictures-{scale:g}", models, scale)
 
 
@@ -311,7 +311,7 @@ def plot_guidance(numbers: dict[str, dict[str, list[float]]]) -> None:
     axes[1].set_xticks((0.13, 0.5, 1, 2, 7.5, 30), ["0.13", "0.5", "1", "2", "7.5", "30"])
     for axis in axes:
         axis.minorticks_off()
-    axes[0].text(1, numbers["photo"][0] * 1.05, "photograph-like pictures", color=GREY, fontsize=8)
+    axes[0].text(4.5, numbers["photo"][0] * 1.06, "photograph-like pictures", color=GREY, fontsize=8)
     axes[1].legend(frameon=False, fontsize=8)
     save(figure, "guidance")
 

@@ -13,6 +13,7 @@ from ghibli.base_model import BaseModel
 from ghibli.diffusion import predict_noise
 from ghibli.schema import SampleConfig
 
+GUIDED_SCALE = 2  # x the training guidance: nearest to real pictures, docs/loss-anomaly.md (part guidance)
 SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 # What a base's file leaves out is meant as SD 1.5 has it; diffusers' own defaults differ.
 SD15 = {
@@ -97,12 +98,11 @@ def sample(
 def cells_of(config: SampleConfig, training_guidance: float) -> list[Cell]:
     """The grid's columns: every sampler at every guidance.
 
-    A run trained with guidance w is also drawn at 7.5 w (the largest listed scale times w): its
-    conditional and unconditional branches lie w times closer together than an ordinary model's.
+    A run trained with guidance w is also drawn at GUIDED_SCALE times w, where its pictures are best.
     """
     scales = list(config.guidance)
     if training_guidance != 1:
-        scales.append(max(scales) * training_guidance)
+        scales.append(GUIDED_SCALE * training_guidance)
     return [Cell(sampler, scale) for sampler in config.samplers for scale in scales]
 
 

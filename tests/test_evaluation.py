@@ -47,7 +47,7 @@ def result(finished: RunDir) -> dict:
 def test_the_table_has_every_cell_and_the_guided_run_its_own_scale(finished: RunDir, result: dict) -> None:
     cells = {name: [(r["sampler"], r["guidance"]) for r in rows] for name, rows in result["models"].items()}
     assert cells["base"] == [("ddim", 1), ("ddim", 7.5)]
-    assert cells["run"] == [("ddim", 1), ("ddim", 7.5), ("ddim", 56.25)]
+    assert cells["run"] == [("ddim", 1), ("ddim", 7.5), ("ddim", 15)]
     assert json.loads(finished.evaluation.read_text()) == json.loads(json.dumps(result))
     assert set(result["scan"]["run"]) == {"1", "7.5"}
     assert finished.evaluation_pictures.stat().st_size > 10_000
@@ -74,7 +74,7 @@ def test_the_difference_to_the_base_is_the_tables(result: dict) -> None:
     for row, base in zip(result["models"]["run"], result["models"]["base"], strict=False):
         difference = row["kernel"][0] - base["kernel"][0]
         assert row["kernel_minus_base"][0] == pytest.approx(difference, rel=1e-6)
-    assert "kernel_minus_base" not in result["models"]["run"][2]  # the base is not drawn at 56
+    assert "kernel_minus_base" not in result["models"]["run"][2]  # the base is not drawn at 15
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same(

@@ -290,9 +290,9 @@ def test_cells_are_every_sampler_at_every_guidance(make_config: Callable[..., Co
 
 def test_a_run_trained_with_guidance_w_is_also_drawn_at_w_times_7_5(make_config: Callable) -> None:
     cells = cells_of(make_config().sample, training_guidance=7.5)
-    assert [c.guidance for c in cells if c.sampler == "ddim"] == [1, 7.5, 56.25]
-    assert [c.guidance for c in cells if c.sampler == "ddpm"] == [1, 7.5, 56.25]
-    assert cells[2].label == "DDPM  guidance 56.25"
+    assert [c.guidance for c in cells if c.sampler == "ddim"] == [1, 7.5, 15]
+    assert [c.guidance for c in cells if c.sampler == "ddpm"] == [1, 7.5, 15]
+    assert cells[2].label == "DDPM  guidance 15"
     three = cells_of(make_config("sample.samplers=[ddim]").sample, training_guidance=3)
     assert three == [Cell("ddim", 1), Cell("ddim", 7.5), Cell("ddim", 22.5)]
 
