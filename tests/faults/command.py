@@ -4,6 +4,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import torch
+
 from . import corrupt, kill, machine, table
 
 
@@ -24,6 +26,7 @@ def main() -> int:
     if words.verb == "table":
         table.write()
         return 0
+    torch.set_num_threads(1)  # as the runs in processes of their own have it: rounding depends on it
     with tempfile.TemporaryDirectory(prefix="ghibli-faults-") as temporary:
         scratch = (words.scratch or Path(temporary)).resolve()
         if words.verb == "kill":
