@@ -4,27 +4,30 @@ Stopped or killed, it goes on when the same command is given again. See conf/swe
 """
 
 import math
+import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import train
-from ghibli.config import hydra_entry, studies, this_run, trial_number
+from ghibli import grids
+from ghibli.config import changed, from_yaml, hydra_entry, this_run, trial_number
+from ghibli.grids import studies
 from ghibli.mistakes import UserMistake, disk_trouble, one_line_mistakes
 from ghibli.progress import console
+from ghibli.run_dir import RunDir
+from ghibli.schema import Config
 
 seconds: list[float] = []  # that each trial took in this process
 
 
-def trial(cfg: Any) -> float:
-    """One Hydra job. A trial that fails is noted in its folder and told; the next one goes on."""
-    if cfg.sweep.report_only:
-        return math.nan
-    began, total = time.monotonic(), studies[-1].trials if studies else None
-    console.print(f"\n{progress(trial_number(), total)}: {this_run().path.name}", style="bold")
+def attempt(job: Callable[[], float]) -> float:
+    """Trains one trial. One that fails is noted in its folder and told; NaN, and the next one goes on."""
+    began = time.monotonic()
     try:
-        return train.main(cfg)
+        return job()
     except Exception as error:
         trouble = str(error) if isinstance(error, UserMistake) else disk_trouble(error)
         if trouble is None:
@@ -33,6 +36,21 @@ def trial(cfg: Any) -> float:
         return math.nan
     finally:
         seconds.append(time.monotonic() - began)
+
+
+def hydra_job(cfg: Any) -> float:
+    """One trial of a grid, started by Hydra, in this process or wherever the launcher puts it."""
+    if cfg.sweep.report_only:
+        return math.nan
+    total = studies[-1].trials if studies else None
+    console.print(f"\n{progress(trial_number(), total)}: {this_run().path.name}", style="bold")
+    return attempt(lambda: train.main(cfg))
+
+
+def chosen_job(config: Config, run: RunDir, resumes: bool = False) -> float:
+    """One trial that the study has chosen itself."""
+    console.print(run.path.name, style="bold")
+    return attempt(lambda: train.run(config, run, resumes))
 
 
 def progress(done: int, total: int | None) -> str:
@@ -46,22 +64,89 @@ def progress(done: int, total: int | None) -> str:
     return f"trial {done + 1} of {total}, about {left:.0f} min left"
 
 
-def report() -> None:
-    """Ranks all trials of the study's folder, those of earlier grids too."""
-    from ghibli import study
+def choose_and_train(choice: grids.Choice) -> None:
+    """Trains the trials of sweep.search or sweep.halving."""
+    from ghibli import search
 
-    folder = studies[-1].folder
+    trials = None
+    if choice.settings.halving:
+        with grids.hydra_here():
+            words = [*choice.fixed, *(override.input_line for override in choice.free)]
+            trials = grids.grid(choice.cfg, words)
+            grids.check_trials("sweep", trials)
+    study = grids.begin(choice.cfg, trials and len(trials))
+    if study.settings.report_only:
+        return
+    if trials is None:
+        search.search(choice, study, chosen_job)
+    else:
+        search.halve(choice, trials, chosen_job)
+
+
+def repeat_the_best(study: grids.Study) -> None:
+    """Trains the best trials again with further seeds, as sweep.best and sweep.repeats say."""
+    from ghibli.study import REPEAT, read_trials
+
+    again = study.settings.repeats if not study.settings.report_only else 0
+    if again == 0:
+        return
+    first = [trial for trial in read_trials(study.folder) if trial.gain and not trial.repeats]
+    for trial in first[: study.settings.best]:
+        config = from_yaml(trial.run.config)
+        for seed in range(config.seed + 1, config.seed + 1 + again):
+            run = RunDir(study.folder / f"{trial.run.path.name}{REPEAT}{seed}")
+            chosen_job(changed(config, [f"seed={seed}"], ("seed",)), run)
+
+
+def evaluate_all(study: grids.Study) -> None:
+    """Measures the pictures of every finished trial, when sweep.evaluate asks for it."""
+    from ghibli.study import read_trials
+
+    if not study.settings.evaluate or study.settings.report_only:
+        return
+    from ghibli import dashboard, evaluation
+
+    done = [trial for trial in read_trials(study.folder) if trial.run.state == "finished"]
+    for number, trial in enumerate(done, start=1):
+        console.print(f"\nevaluating {number} of {len(done)}: {trial.run.path.name}", style="bold")
+        config = from_yaml(trial.run.config)
+        config.evaluate = study.evaluate
+        dashboard.log_evaluation(config, trial.run, evaluation.evaluate(trial.run, config))
+
+
+def report(folder: Path) -> None:
+    """Ranks all trials of the study's folder, those of earlier grids too."""
+    from ghibli import ranking, slides_table, study
+
     trials = study.read_trials(folder)
     if not trials:
         raise UserMistake(f"{folder} holds no trial yet: without sweep.report_only=true they are trained")
-    console.print(study.ranking(trials))
-    for effect in study.effects(trials):
-        console.print(str(effect))
-    table, plot = study.write_table(folder, trials), study.write_plot(folder, trials)
-    console.print(f"table {table}" + (f", plot {plot}" if plot else ""))
+    console.print(ranking.table(trials))
+    for line in (*study.effects(trials), study.seed_noise(trials)):
+        console.print(str(line or ""))
+    for table in (slides_table.cell_table(trials), slides_table.cost_table(trials)):
+        if table is not None:
+            console.print("", table)
+    writers = (
+        ranking.write_table, ranking.write_plot, ranking.write_grids,
+        slides_table.write_cells, slides_table.write_models,
+    )  # fmt: skip
+    written = [write(folder, trials) for write in writers]
+    console.print(f"written  {', '.join(str(path) for path in written if path)}")
+
+
+def main() -> None:
+    """The command."""
+    choice = one_line_mistakes(lambda: grids.choice_of(sys.argv[1:]))
+    if choice is None:
+        hydra_entry(Path(__file__).parent / "conf", "sweep", hydra_job)
+    else:
+        one_line_mistakes(lambda: choose_and_train(choice))
+    if studies:
+        one_line_mistakes(lambda: repeat_the_best(studies[-1]))
+        one_line_mistakes(lambda: evaluate_all(studies[-1]))
+        one_line_mistakes(lambda: report(studies[-1].folder))
 
 
 if __name__ == "__main__":
-    hydra_entry(Path(__file__).parent / "conf", "sweep", trial)
-    if studies:
-        one_line_mistakes(report)
+    main()

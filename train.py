@@ -50,7 +50,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         import torch
         import wandb  # noqa: F401  (dashboard would import it later)
 
-        from ghibli import dashboard, finish, lora, preflight
+        from ghibli import dashboard, finish, footprint, lora, preflight
         from ghibli.callbacks import describe
         from ghibli.checkpoints import CleanStop, StopRequested
         from ghibli.data import GhibliDataModule
@@ -58,6 +58,9 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         from ghibli.progress import console
         from ghibli.trainer import make_trainer
 
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    footprint.forget_peak()
     write_text(run_dir.config, to_yaml(config))
     run_dir.update_status(
         state="running", reason=None, started=run_dir.read_status().get("started", now()),
@@ -85,6 +88,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
                 preflight.before_training(module, data, trainer, run_dir)
             with devices.together(trainer, run_dir, SCRIPT):
                 train(config, trainer, module, data, checkpoint)
+            run_dir.update_status(peak_memory=footprint.peak_memory())
             if config.finetune != "none" and len(module.history) < 2:
                 raise UserMistake(TOO_SHORT)
             return finish.finish(config, run_dir, trainer, module, logger)
@@ -115,12 +119,16 @@ def train(config: Config, trainer: Any, module: Any, data: Any, checkpoint: Path
 def follow(config: Config, run_dir: RunDir) -> None:
     """What every process of a run but the first does: trains along, writes nothing, says nothing."""
     with devices.following(run_dir):
+        import torch
+
         from ghibli import lora
         from ghibli.checkpoints import CleanStop, StopRequested
         from ghibli.data import GhibliDataModule
         from ghibli.module import GhibliModule
         from ghibli.trainer import make_trainer
 
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         try:
             with CleanStop(run_dir) as stop:
                 base = lora.load_base(config.model)

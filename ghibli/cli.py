@@ -90,13 +90,14 @@ def evaluate(
     runs = [RunDir(Path(word)) for word in words if "=" not in word]
     if not runs:
         raise UserMistake("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
-    from ghibli import evaluation, trained  # torch takes seconds to load
+    from ghibli import dashboard, evaluation, trained  # torch takes seconds to load
     from ghibli.config import changed
 
     settings = [word for word in words if "=" in word]
     configs = [changed(trained.config_of(run), settings, evaluation.CHANGEABLE) for run in runs]
     for run, config in zip(runs, configs, strict=True):
         result = evaluation.evaluate(run, config)
+        dashboard.log_evaluation(config, run, result)
         console.print(evaluation_table(run, result))
         for finding in result["findings"]:
             console.print(f"{finding['name']}: {finding['text']}", style="yellow")

@@ -1,4 +1,4 @@
-"""From Hydra to a plain, checked `Config` and back. Only this module and config_mistakes know Hydra.
+"""From Hydra to a plain, checked `Config` and back. Beside it config_mistakes, grids and search know Hydra.
 
 No torch import: a typo is answered before anything heavy is loaded.
 """
@@ -12,20 +12,17 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra import main as hydra_main
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import OmegaConf, read_write
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ghibli import devices, trial
@@ -33,7 +30,7 @@ from ghibli.config_mistakes import hydra_mistakes, reject_unknown_flags, reject_
 from ghibli.mistakes import UserMistake, one_line_mistakes
 from ghibli.places import check_places, check_typed_base
 from ghibli.run_dir import RunDir, find_run
-from ghibli.schema import Command, Config, check_trainer
+from ghibli.schema import LATER_KEYS, Command, Config, check_trainer
 
 NOT_OF_A_RUN = ("hydra", "experiment", "sweep")  # top-level keys that are no setting of one run
 LONGEST_NAME = 150  # letters of a trial's folder; most file systems take 255 bytes
@@ -76,7 +73,7 @@ def from_yaml(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        config = checked(OmegaConf.load(io.StringIO(text)))
+        config = checked(OmegaConf.merge(LATER_KEYS, OmegaConf.load(io.StringIO(text))))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split("full_key:")[0].split())
         raise UserMistake(f"{path} is not the configuration of a run of this version: {reason}") from error
@@ -127,38 +124,9 @@ def folder_name(words: str) -> str:
     return f"{plain[: LONGEST_NAME - 13]}-{hashlib.sha256(words.encode()).hexdigest()[:12]}"
 
 
-def trials_of(cfg: Any) -> list[list[str]]:
-    """The overrides of every trial that Hydra's own sweeper will start, in its order."""
-    params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.params or {}).items()]
-    (trials,) = BasicSweeper.split_arguments(parsed([*params, *cfg.hydra.overrides.task]), None)
-    return trials
-
-
 def parsed(words: list[str]) -> list[Override]:
     """Overrides as Hydra understands them."""
     return OverridesParser.create().parse_overrides(list(words))
-
-
-def check_trials(cfg: Any) -> int | None:
-    """Checks every trial of a sweep before the first one starts; their number, None if not known yet.
-
-    Raises:
-        UserMistake: a trial that would be refused; it is named by what it sweeps.
-    """
-    if "BasicSweeper" not in cfg.hydra.sweeper._target_:
-        return None  # what another sweeper will ask for is not known yet
-    with hydra_mistakes():
-        trials = trials_of(cfg)
-        common = set(trials[0]).intersection(*trials)
-        for words in trials:
-            own = ", ".join(word for word in words if word not in common)
-            try:
-                loader = GlobalHydra.instance().config_loader()
-                name = cfg.hydra.job.config_name
-                check_places(to_config(loader.load_configuration(name, words, RunMode.RUN)))
-            except UserMistake as mistake:
-                raise UserMistake(f"trial {own}: {mistake}" if own else str(mistake)) from None
-        return len(trials)
 
 
 def register() -> None:
@@ -184,38 +152,6 @@ def this_run() -> RunDir:
 def trial_number() -> int:
     """The place of the running job in its sweep, from 0."""
     return int(HydraConfig.get().job.num)
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """A sweep that this process runs."""
-
-    folder: Path
-    trials: int | None  # how many; None with a sweeper that decides as it goes
-    lock: BinaryIO  # held as long as the process lives
-
-
-studies: list[Study] = []  # the sweep of this process, once Hydra has begun it
-
-
-class CheckFirst(Callback):
-    """Hydra calls this before it makes the run folder, so that a mistake leaves nothing behind."""
-
-    def on_run_start(self, config: Any, **_: Any) -> None:
-        one_line_mistakes(lambda: check_first(config))
-
-    def on_multirun_start(self, config: Any, **_: Any) -> None:
-        one_line_mistakes(lambda: reject_resume(config))
-        one_line_mistakes(lambda: self.plan(config))
-
-    def plan(self, cfg: Any) -> None:
-        """Checks all trials, and takes the study's folder for this process alone."""
-        if any(o.is_sweep_override() for o in parsed(cfg.hydra.overrides.task)):
-            with read_write(cfg.hydra):
-                cfg.hydra.sweeper.params = {}  # the grid of conf/ is for a command line without one
-        trials = check_trials(cfg)
-        folder = Path(cfg.hydra.sweep.dir)
-        studies.append(Study(folder, trials, RunDir(folder).lock(key="hydra.sweep.dir")))
 
 
 def check_first(cfg: Any) -> None:
@@ -249,10 +185,16 @@ def check_first(cfg: Any) -> None:
 
 
 def job_config(cfg: Any) -> Config:
-    """What the running job trains with: the composed settings, or with resume=RUN the run's own."""
-    if cfg.resume is None:
-        return to_config(cfg)
-    return resumed(this_run(), HydraConfig.get().overrides)
+    """What the running job trains with: the composed settings, or with resume=RUN the run's own.
+
+    The trials of a sweep share a W&B group called after its folder.
+    """
+    if cfg.resume is not None:
+        return resumed(this_run(), HydraConfig.get().overrides)
+    config = to_config(cfg)
+    if HydraConfig.get().mode == RunMode.MULTIRUN and config.wandb.group is None:
+        config.wandb.group = Path(HydraConfig.get().sweep.dir).name
+    return config
 
 
 def resumed(run: RunDir, overrides: Any) -> Config:
@@ -308,12 +250,6 @@ def chosen_groups(run: RunDir) -> dict[str, str]:
         return dict(OmegaConf.load(run.path / ".hydra" / "hydra.yaml").hydra.runtime.choices)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException):
         return {}
-
-
-def reject_resume(cfg: Any) -> None:
-    """Raises for `-m resume=...`."""
-    if any(text.startswith("resume=") for text in cfg.hydra.overrides.task):
-        raise UserMistake("resume goes on with one run at a time: drop -m")
 
 
 def look_at(words: list[str]) -> tuple[Config | None, RunDir | None, list[str]]:

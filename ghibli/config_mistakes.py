@@ -99,6 +99,9 @@ def explain(error: Exception) -> str:
         choices = group[3].split("Config search path")[0].split()
         hint = did_you_mean(group[2], choices)
         return f"{group[1]}={group[2]} is unknown: choose one of {', '.join(choices)}{hint}"
+    plugin = re.search(r"Could not find 'hydra/(launcher|sweeper)/(\w+)'", text)
+    if plugin:
+        return missing_plugin(*plugin.groups())
     merging = re.match(r"Error merging override (.*)", str(error))
     if merging:
         return f"{merging[1].lstrip('+')}: {expected(str(error.__cause__))}"
@@ -111,6 +114,16 @@ def explain(error: Exception) -> str:
     if str(error).startswith("Multiple values for"):
         return f"{str(error).split('.')[0]}: give it once, as GROUP=NAME without a plus"
     return f"{key_of(error)}{re.split('full_key:|See https|Config search path', str(error))[0]}"
+
+
+def missing_plugin(kind: str, name: str) -> str:
+    """What to do about a launcher or sweeper that is not there."""
+    if (kind, name) == ("sweeper", "optuna"):
+        return "hydra/sweeper=optuna is not needed: python sweep.py sweep.search=12 asks Optuna itself"
+    extra = name.split("_")[0]
+    if kind == "launcher" and extra in ("ray", "submitit", "joblib"):
+        return f'hydra/{kind}={name} is not installed: pip install -e ".[{extra}]"'
+    return f"hydra/{kind}={name} is unknown; launchers: basic, joblib, ray, submitit_local, submitit_slurm"
 
 
 def expected(text: str) -> str:

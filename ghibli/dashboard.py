@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import asdict
+from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
@@ -109,6 +110,37 @@ def log_gain_curve(logger: WandbLogger, rows: list[dict[str, float]], step: int)
     keys = ["gain", "95 % low", "95 % high"]
     chart = wandb.plot.line_series(epochs, lines, keys, title="held-out gain over the base", xname="epoch")
     logger.experiment.log({"probe/gain_curve": chart, "trainer/global_step": step})
+
+
+def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
+    """Adds the table, the scan and the pictures of `ghibli evaluate` to the run's own W&B run."""
+    import wandb
+
+    logger = make_logger(config, run, str(run.read_status().get("settings", run.path.name)))
+    if logger is None:
+        return
+    columns = ("model", "sampler", "guidance", "kernel distance", "standard error", "frechet", "recall")
+    rows = [
+        [model, row["sampler"], row["guidance"], *row["kernel"], row["frechet"], row["recall"]]
+        for model, cells in result["models"].items()
+        for row in cells
+    ]
+    scan = [
+        [model, float(scale), *kernel]
+        for model, kernels in result["scan"].items()
+        for scale, kernel in kernels.items()
+    ]
+    scan_columns = ["model", "guidance", "kernel distance", "standard error"]
+    logger.experiment.log(
+        {
+            "evaluate/cells": wandb.Table(columns=list(columns), data=rows),
+            "evaluate/scan": wandb.Table(columns=scan_columns, data=scan),
+            "evaluate/pictures": wandb.Image(str(run.evaluation_pictures)),
+        }
+    )
+    own = result["models"].get("run", result["models"]["base"])
+    logger.experiment.summary.update({"best/kernel_distance": min(row["kernel"][0] for row in own)})
+    close()
 
 
 def alert(logger: WandbLogger, name: str, text: str) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,25 @@ CUDA_CONTEXT = 2**29  # bytes that a GPU's own libraries take
 FRAGMENTS = 1.35  # what a process takes for a byte of live tensors: room between them, the libraries' own
 MIXED = 0.56  # what mixed precision keeps for training of what fp32 keeps, counted on the demo
 BESIDE = 40 * 2**20  # bytes, whatever the tensors: what Lightning and the loggers load as training starts
+
+
+def forget_peak() -> None:
+    """Starts peak_memory anew, so that a trial's peak is not that of the one before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int | None:
+    """Most bytes taken since forget_peak: on the GPU if there is one, else by this process; None unknown."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 class Live(TorchDispatchMode):

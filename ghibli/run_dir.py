@@ -136,6 +136,10 @@ class RunDir:
         return self.path / "probe.csv"
 
     @property
+    def distances(self) -> Path:
+        return self.path / "distance.csv"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -1,6 +1,7 @@
 """DDPM and DDIM sampling with the live UNet, and the labelled grid of what it draws."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,21 +118,30 @@ def draw_cells(
 
     Prompt i starts from the noise of seed `config.seed + i` in every cell.
     """
+    seeds = [config.seed + i for i in range(len(config.prompts))]
+    with in_eval_mode(base):
+        pictures = [
+            sample(
+                base, config.prompts, cell, num_inference_steps=config.num_inference_steps,
+                seeds=seeds, resolution=resolution, on_step=on_step,
+            )
+            for cell in cells
+        ]  # fmt: skip
+    return torch.stack(pictures, dim=1)
+
+
+@contextmanager
+def in_eval_mode(base: BaseModel) -> Iterator[None]:
+    """A model in training as it would be used: no dropout; all parts on the UNet's device."""
     was_training = base.unet.training, base.text_encoder.training
     base.unet.eval()
     base.text_encoder.eval()
     base.vae.to(next(base.unet.parameters()).device)
-    seeds = [config.seed + i for i in range(len(config.prompts))]
-    pictures = [
-        sample(
-            base, config.prompts, cell, num_inference_steps=config.num_inference_steps,
-            seeds=seeds, resolution=resolution, on_step=on_step,
-        )
-        for cell in cells
-    ]  # fmt: skip
-    base.unet.train(was_training[0])
-    base.text_encoder.train(was_training[1])
-    return torch.stack(pictures, dim=1)
+    try:
+        yield
+    finally:
+        base.unet.train(was_training[0])
+        base.text_encoder.train(was_training[1])
 
 
 def to_image(picture: torch.Tensor) -> Image.Image:

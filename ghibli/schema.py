@@ -10,6 +10,11 @@ from typing import Any
 from ghibli.mistakes import UserMistake, did_you_mean
 
 CONFIG_VERSION = 1  # to be raised when a key is renamed, removed or means something else
+LATER_KEYS = {  # younger than the version; the values are what runs from before had
+    "threads": None,
+    "data": {"grid_epochs": ""},
+    "evaluate": {"every_n_epochs": 0, "epoch_samples": 64},
+}
 TRAINER_KEYS = (
     "precision", "accelerator", "max_epochs", "accumulate_grad_batches", "log_every_n_steps",
     "gradient_clip_val",
@@ -262,13 +267,18 @@ class EvaluateConfig:
 
     samples: int  # pictures of each cell
     scan_samples: int  # pictures at each scale of the guidance scan
+    every_n_epochs: int  # in training: distance of sampled pictures; 0 = never
+    epoch_samples: int  # pictures of that
     scales: list[float]  # sampling scales of the guidance scan
     batch_size: int  # pictures sampled together
     features: str  # style or inception
     inception: str | None  # file with the FID network's weights
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 3), ("scan_samples", 3), ("batch_size", 1)):
+        least_of = {
+            "samples": 3, "scan_samples": 3, "batch_size": 1, "every_n_epochs": 0, "epoch_samples": 3,
+        }  # fmt: skip
+        for name, least in least_of.items():
             require(
                 getattr(self, name) >= least, f"evaluate.{name}", getattr(self, name), f"at least {least}"
             )
@@ -297,6 +307,7 @@ class Config:
     seed: int  # of order, noise, timesteps and initial adapter
     finetune: str  # lora, full or none
     resume: str | None  # a run folder, or latest
+    threads: int | None  # of torch on the CPU; rounding depends on it
     cache_dir: str  # drawn pictures
     local: LocalConfig
     model: ModelConfig
@@ -315,6 +326,7 @@ class Config:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
         require_choice("finetune", self.finetune, ("lora", "full", "none"))
+        require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null")
         if not self.data.root:
             raise UserMistake("data.root is not set: give a picture folder, data.root=DIR, or use data=demo")
         if not self.model.path:
@@ -324,10 +336,21 @@ class Config:
 
 @dataclass
 class SweepConfig:
-    """What a sweep does, beside the settings of its runs."""
+    """What `sweep.py` does, beside the settings of its runs."""
 
-    grid: dict[str, Any]  # key -> values with commas between
     report_only: bool  # train nothing
+    evaluate: bool  # sample every finished trial and measure its pictures
+    search: int | None  # so many trials, chosen by Optuna; None = all of the grid
+    halving: bool  # train all a little, the better third further, and so on
+    best: int  # how many of the best are repeated
+    repeats: int  # how often, each time with another seed
+
+    def __post_init__(self) -> None:
+        require(self.search is None or self.search >= 1, "sweep.search", self.search, "at least 1, or null")
+        require(self.best >= 1, "sweep.best", self.best, "at least 1")
+        require(self.repeats >= 0, "sweep.repeats", self.repeats, "0 or more")
+        both = self.search is not None and self.halving
+        require(not both, "sweep.halving", self.halving, "not together with sweep.search")
 
 
 @dataclass

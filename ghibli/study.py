@@ -1,25 +1,22 @@
-"""A study's trials as a ranked table, and which settings matter: from the folders alone."""
+"""A study's trials, read from their folders, and which settings matter."""
 
-import csv
-import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+import scipy.stats
 import torch
 import yaml
-from rich.table import Table
 
-from ghibli.run_dir import RunDir, is_whole, write_atomically, write_text
+from ghibli.run_dir import RunDir, is_whole
 from ghibli.trial import flat, shown, that_count
 from ghibli.validation import Gain, Probe, best_epoch, paired_gain
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+REPEAT = "+seed="  # in the folder of a trial that was repeated with another seed
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,26 @@ class Trial:
             reason = self.status.get("reason")
             return f"{self.run.state}: {reason}" if reason else self.run.state
         return ", ".join(finding["name"] for finding in self.status.get("findings", []))
+
+    @property
+    def repeats(self) -> bool:
+        """True for one that repeats another trial with another seed."""
+        return REPEAT in self.run.path.name
+
+    @property
+    def distance(self) -> tuple[float, float, str] | None:
+        """(kernel distance, its standard error, `ddim 7.5`) of its best cell; None when not evaluated."""
+        try:
+            cells = json.loads(self.run.evaluation.read_text())["models"]["run"]
+            found = [(*cell["kernel"], f"{cell['sampler']} {cell['guidance']:g}") for cell in cells]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return min(found, default=None)
+
+    @property
+    def grid(self) -> Path | None:
+        """The last picture grid."""
+        return max(self.run.samples.glob("*.png"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
     @property
     def minutes(self) -> float | None:
@@ -108,7 +125,12 @@ class Effect:
         value, error = 100 * self.difference.value, 100 * self.difference.standard_error
         word = "" if self.matters else ", which is nothing"
         levels = f"{self.key} {shown(self.low)} -> {shown(self.high)}"
-        return f"{levels}: {value:+.2f} +- {error:.2f} points of gain ({self.pairs} pairs){word}"
+        return f"{levels}: {value:+.2f} +- {error:.2f} points of gain ({number_of(self.pairs, 'pair')}){word}"
+
+
+def number_of(count: int, word: str) -> str:
+    """`1 pair`, `2 pairs`."""
+    return f"{count} {word}{'s' * (count != 1)}"
 
 
 def effects(trials: list[Trial]) -> list[Effect]:
@@ -118,7 +140,7 @@ def effects(trials: list[Trial]) -> list[Effect]:
     is not in it.
     """
     scored = [trial for trial in trials if trial.best is not None]
-    found = [effect for key in varied(scored) for effect in effects_of(key, scored)]
+    found = [effect for key in varied(scored) if key != "seed" for effect in effects_of(key, scored)]
     return sorted(found, key=lambda effect: -abs(effect.difference.value))
 
 
@@ -140,6 +162,49 @@ def effects_of(key: str, trials: list[Trial]) -> Iterator[Effect]:
             yield Effect(key, low, high, len(pairs), gain_difference(pairs))
 
 
+def order(value: Any) -> tuple[bool, Any]:
+    """Sorts numbers by size and puts words behind them."""
+    is_word = not isinstance(value, int | float)
+    return is_word, str(value) if is_word else value
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """What another seed alone changes."""
+
+    deviation: float  # of the gain among trials that differ in the seed only
+    freedom: int  # repeats beyond the first, over all settings that were repeated
+    settings: int
+
+    @property
+    def band(self) -> float:
+        """Two single trials must differ by more than this before the difference can be believed (95 %)."""
+        return float(scipy.stats.t.ppf(0.975, self.freedom) * 2**0.5 * self.deviation)
+
+    def __str__(self) -> str:
+        repeats = f"{number_of(self.freedom, 'repeat')} of {number_of(self.settings, 'setting')}"
+        return (
+            f"seed: another one alone moves the gain by {100 * self.deviation:.2f} points (standard "
+            f"deviation, {repeats}); two single trials that differ by less than {100 * self.band:.2f} points "
+            "cannot be told apart"
+        )
+
+
+def seed_noise(trials: list[Trial]) -> SeedNoise | None:
+    """The spread among trials that differ in the seed alone, pooled; None without such trials."""
+    groups: dict[tuple, list[float]] = {}
+    for trial in trials:
+        if trial.gain is not None:
+            rest = tuple(str(trial.settings.get(key)) for key in varied(trials) if key != "seed")
+            groups.setdefault(rest, []).append(trial.gain.value)
+    repeated = [gains for gains in groups.values() if len(gains) > 1]
+    if not repeated:
+        return None
+    freedom = sum(len(gains) - 1 for gains in repeated)
+    squares = sum(np.var(gains) * len(gains) for gains in repeated)
+    return SeedNoise(float((squares / freedom) ** 0.5), freedom, len(repeated))
+
+
 def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
     """Mean of the second's gain minus the first's, with its jackknife error over pictures.
 
@@ -148,81 +213,3 @@ def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
     base = pairs[0][0].best.base_val.double()
     change = torch.stack([b.best.val.double() - a.best.val.double() for a, b in pairs]).mean(0)
     return paired_gain(base + change, base)
-
-
-def ranking(trials: list[Trial]) -> Table:
-    """The ranked table for the terminal."""
-    keys = varied(trials)
-    table = Table(box=None, pad_edge=False)
-    for name in ("", *keys, "gain over the base", "epoch", "min", "verdict"):
-        table.add_column(name, no_wrap=name != "verdict")
-    for place, trial in enumerate(trials, start=1):
-        settings = [shown(trial.settings.get(key)) for key in keys]
-        gain = "-" if trial.gain is None else ("" if trial.gain.value >= 0 else "-") + trial.gain.size
-        minutes = "-" if trial.minutes is None else f"{trial.minutes:.1f}"
-        table.add_row(
-            str(place), *settings, gain, str(trial.status.get("best_epoch", "-")), minutes,
-            trial.verdict.partition(":")[0],
-        )  # fmt: skip
-    return table
-
-
-def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
-    """study.png: a panel for each varied setting, a line for each set of trials equal in all else."""
-    scored = [trial for trial in trials if trial.gain is not None]
-    keys = varied(scored)
-    if not keys:
-        return None
-    figure, axes = plt.subplots(
-        1, len(keys), figsize=(1.2 + 2.4 * len(keys), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, key in zip(axes[0], keys, strict=True):
-        levels = sorted({trial.settings.get(key) for trial in scored}, key=order)
-        lines: dict[tuple, list[tuple[int, float]]] = {}
-        for trial in scored:
-            rest = tuple(str(trial.settings.get(other)) for other in keys if other != key)
-            point = levels.index(trial.settings.get(key)), 100 * trial.gain.value
-            lines.setdefault(rest, []).append(point)
-        for points in lines.values():
-            axis.plot(*zip(*sorted(points), strict=True), color="#999999", lw=0.8, marker=".")
-        means = [
-            np.mean([y for points in lines.values() for x, y in points if x == level])
-            for level in range(len(levels))
-        ]
-        axis.plot(range(len(levels)), means, color="#1f6fb4", lw=2, marker="o")
-        axis.set_xticks(range(len(levels)), [shown(level) for level in levels])
-        axis.set(xlabel=key, xlim=(-0.3, len(levels) - 0.7))
-        axis.grid(alpha=0.2)
-    axes[0, 0].set_ylabel("gain over the base (%)")
-    file = folder / "study.png"
-    write_atomically(file, lambda opened: figure.savefig(opened, format="png", dpi=120))
-    plt.close(figure)
-    return file
-
-
-def order(value: Any) -> tuple[bool, Any]:
-    """Sorts numbers by size and puts words behind them."""
-    is_word = not isinstance(value, int | float)
-    return is_word, str(value) if is_word else value
-
-
-def as_csv(trials: list[Trial]) -> str:
-    """The ranked table: place, folder, varied settings, gain, its error, best epoch, minutes, verdict."""
-    keys = varied(trials)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["place", "trial", *keys, "gain", "gain_se", "best_epoch", "minutes", "verdict"])
-    for place, trial in enumerate(trials, start=1):
-        gain = (trial.gain.value, trial.gain.standard_error) if trial.gain else ("", "")
-        minutes = "" if trial.minutes is None else f"{trial.minutes:.1f}"
-        epoch = trial.status.get("best_epoch", "")
-        settings = [shown(trial.settings.get(key)) for key in keys]
-        writer.writerow([place, trial.run.path.name, *settings, *gain, epoch, minutes, trial.verdict])
-    return text.getvalue()
-
-
-def write_table(folder: Path, trials: list[Trial]) -> Path:
-    """study.csv in the study's folder."""
-    file = folder / "study.csv"
-    write_text(file, as_csv(trials))
-    return file

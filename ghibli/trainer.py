@@ -60,6 +60,10 @@ def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> list[Callbac
     ]  # fmt: skip
     if config.finetune == "none":
         return callbacks
+    if config.evaluate.every_n_epochs > 0:
+        from ghibli.distance_curve import DistanceCurve  # its feature networks take seconds to import
+
+        callbacks.insert(-1, DistanceCurve(config, run))
     if config.early_stopping.patience is not None:
         monitor, mode = WATCHED[config.early_stopping.watch]
         patience = config.early_stopping.patience

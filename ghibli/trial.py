@@ -26,6 +26,7 @@ CODE = (  # train.py and all it imports; tests/test_trial.py compares with the i
     "near_duplicates", "captions", "base_model", "latents", "validation", "base_scores", "data",
     "lora", "diffusion",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
+    "features", "metrics", "yardstick", "bench", "distance_curve",
     "trainer", "finish", "data_lint", "footprint", "preflight",
 )  # fmt: skip
 FREE = (  # change no result
@@ -193,7 +194,7 @@ def take_up(config: Config, run: RunDir) -> tuple[float | None, bool]:
 def start_afresh(run: RunDir) -> None:
     """Removes what an earlier attempt noted, the checkpoints first."""
     weights = (run.last_checkpoint, run.previous_checkpoint, run.best_checkpoint)
-    for path in (*weights, run.metrics, run.probe, run.split, run.status):
+    for path in (*weights, run.metrics, run.probe, run.distances, run.split, run.status):
         if not path.is_dir():
             path.unlink(missing_ok=True)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from ghibli import evaluation, scenes
+from ghibli import bench, evaluation, scenes
 from ghibli.base_model import weights_hash
 from ghibli.config import changed
 from ghibli.mistakes import UserMistake
@@ -56,15 +56,14 @@ def test_the_table_has_every_cell_and_the_guided_run_its_own_scale(finished: Run
 def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, result: dict) -> None:
     config = config_of(finished)
     base = starting_base(config)
-    reference_pictures, training = evaluation.real_pictures(config)
+    reference_pictures, training = bench.real_pictures(config)
     assert len(reference_pictures) == 16 and len(training) < 24
     prompts = [p.caption for p in reference_pictures][:6]
     options = {"num_inference_steps": 2, "resolution": 128}
     batches = [list(range(4)), [4, 5]]
     drawn = [sample(base, [prompts[i] for i in b], Cell("ddim", 7.5), seeds=b, **options) for b in batches]
     yardstick = Yardstick(config, base)
-    bench = evaluation.Bench(config, yardstick, prompts)
-    own = bench.measure_real("", reference_pictures)["features"]
+    own = bench.Bench(config, yardstick, prompts).measure_real("", reference_pictures)["features"]
     wanted = Reference(own, standardise=True).kernel(yardstick.measure(torch.cat(drawn), prompts)["features"])
     row = next(r for r in result["models"]["base"] if r["guidance"] == 7.5)
     assert row["kernel"] == (wanted.value, wanted.standard_error)
@@ -90,8 +89,8 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(
     cells[1].write_bytes(content)
     finished.evaluation.unlink()
     calls = []
-    real = evaluation.sample
-    monkeypatch.setattr(evaluation, "sample", lambda *a, **k: calls.append(a[2]) or real(*a, **k))
+    real = bench.sample
+    monkeypatch.setattr(bench, "sample", lambda *a, **k: calls.append(a[2]) or real(*a, **k))
     assert evaluation.evaluate(finished, config) == result
     assert len(set(calls)) <= 2 and 2 <= len(calls) <= 4
 
@@ -111,10 +110,9 @@ def test_few_pictures_are_said_and_enough_are_not(finished: RunDir, result: dict
 
 def test_copies_of_training_pictures_show(finished: RunDir) -> None:
     config = config_of(finished)
-    bench = evaluation.Bench(config, Yardstick(config, starting_base(config)), ["a"])
-    reference_pictures, training_pictures = evaluation.real_pictures(config)
-    own = bench.measure_real("", reference_pictures)
-    training = bench.measure_real("", training_pictures)
+    measure = bench.Bench(config, Yardstick(config, starting_base(config)), ["a"]).measure_real
+    reference_pictures, training_pictures = bench.real_pictures(config)
+    own, training = measure("", reference_pictures), measure("", training_pictures)
     real = evaluation.Real(Reference(own["features"], True), own, training)
     assert evaluation.copying(own, real) == 1
     assert evaluation.copying(training, real) == pytest.approx(0, abs=1e-4)
@@ -123,7 +121,7 @@ def test_copies_of_training_pictures_show(finished: RunDir) -> None:
 def test_held_out_pictures_are_the_reference_without_a_folder(finished: RunDir) -> None:
     config = config_of(finished)
     config.data.reference = None
-    reference, training = evaluation.real_pictures(config)
+    reference, training = bench.real_pictures(config)
     split = json.loads(finished.split.read_text())
     assert {p.content_hash for p in reference} == set(split["val"].values())
     assert {p.content_hash for p in training} == set(split["train"].values())

@@ -13,7 +13,7 @@ from PIL import Image
 
 import sweep
 import train
-from ghibli import config, study
+from ghibli import config, grids, study
 from ghibli.run_dir import RunDir
 from ghibli.validation import Gain, Probe, paired_gain
 
@@ -22,11 +22,13 @@ ONE_EPOCH = ("trainer.max_epochs=1", "sample.every_n_epochs=0", "lora.text_encod
 
 def python_sweep(*words: str) -> None:
     """`python sweep.py WORDS`, in this process."""
-    config.studies.clear()
+    for done in grids.studies:
+        done.lock.close()
+    grids.studies.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sweep.py", *words])
-        config.hydra_entry(REPO / "conf", "sweep", sweep.trial)
-        sweep.report()
+        patch.chdir(REPO)
+        sweep.main()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def words(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
 def folder(words: list[str]) -> Path:
     """The study's folder after it ran."""
     python_sweep(*words)
-    return config.studies[0].folder
+    return grids.studies[0].folder
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -114,7 +116,7 @@ def test_effects_of_a_grid_are_what_was_put_in(tmp_path: Path) -> None:
     assert second.key == "lora.dropout"
     assert second.difference.value == pytest.approx(0, abs=4 * second.difference.standard_error)
     nothing = study.Effect("lora.dropout", 0, 0.1, 1, Gain(0.01, 0.02))
-    assert not nothing.matters and str(nothing).endswith("(1 pairs), which is nothing")
+    assert not nothing.matters and str(nothing).endswith("(1 pair), which is nothing")
     one = paired_gain(trials[2].best.val, base).value - paired_gain(trials[0].best.val, base).value
     two = paired_gain(trials[3].best.val, base).value - paired_gain(trials[1].best.val, base).value
     assert first.difference.value == pytest.approx((one + two) / 2)
@@ -160,7 +162,7 @@ def test_two_studies_in_one_folder(folder: Path, words: list[str], capsys: pytes
         "import sys, pathlib; from ghibli.run_dir import RunDir; "
         "lock = RunDir(pathlib.Path(sys.argv[1])).lock(); print('held', flush=True); sys.stdin.read()"
     )
-    for held in config.studies:
+    for held in grids.studies:
         held.lock.close()
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(folder)],
@@ -181,6 +183,6 @@ def test_a_grid_on_the_command_line_replaces_the_slides_grid(
 ) -> None:
     started = []
     monkeypatch.setattr(train, "main", lambda cfg: started.append(cfg.loss.guidance) or 0.0)
-    monkeypatch.setattr(sweep, "report", lambda: None)
+    monkeypatch.setattr(sweep, "report", lambda folder: None)
     python_sweep(f"data.root={pictures}", "data.draw=null", f"hydra.sweep.dir={tmp_path}", *given)
-    assert len(started) == config.studies[0].trials == count
+    assert len(started) == grids.studies[0].trials == count

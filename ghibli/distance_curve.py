@@ -1,0 +1,75 @@
+"""The curve that one wants to see fall: the distance of sampled pictures to real ones, epoch by epoch."""
+
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from ghibli.bench import Bench, real_pictures
+from ghibli.module import GhibliModule
+from ghibli.progress import console
+from ghibli.records import log, write_rows
+from ghibli.run_dir import RunDir
+from ghibli.sampling import cells_of, in_eval_mode
+from ghibli.schema import Config
+from ghibli.yardstick import Reference, Yardstick
+
+COLUMNS = ("step", "epoch", "evaluate/kernel_distance", "evaluate/kernel_distance_se")
+
+
+class DistanceCurve(Callback):
+    """Samples the untouched base, then the model every n epochs; writes distance.csv and the dashboard.
+
+    The same prompts and start noise every time, so the points compare with each other. The training
+    does not notice: no random number of its own is used.
+    """
+
+    def __init__(self, config: Config, run: RunDir):
+        self.config, self.run, self.options = config, run, config.evaluate
+        self.cell = cells_of(config.sample, config.loss.guidance)[-1]
+        self.rows: list[dict[str, float]] = []
+        self.bench: Bench | None = None
+        self.reference: Reference | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        if trainer.is_global_zero and not self.rows:
+            self.measure(trainer, pl_module, epoch=0)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if trainer.is_global_zero and epoch % self.options.every_n_epochs == 0:
+            self.measure(trainer, pl_module, epoch)
+
+    def measure(self, trainer: L.Trainer, module: GhibliModule, epoch: int) -> None:
+        """Adds a point to the curve."""
+        if self.bench is None:
+            self.prepare(module)
+        with in_eval_mode(module.base):
+            sampled = self.bench.measure_model(module.base, self.cell, self.options.epoch_samples)
+        distance = self.reference.kernel(sampled["features"])
+        values = (trainer.global_step, epoch, distance.value, distance.standard_error)
+        self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+        write_rows(self.run.distances, COLUMNS, self.rows)
+        log(trainer, self.rows[-1])
+        base = "" if epoch == 0 else f", base {self.rows[0][COLUMNS[2]]:.2f}"
+        who = "base   " if epoch == 0 else f"epoch {epoch}"
+        console.print(
+            f"{who}  kernel distance {distance.value:.2f} +- {distance.standard_error:.2f} to real pictures "
+            f"({self.options.epoch_samples} drawn, {self.cell.label}{base})"
+        )
+
+    def prepare(self, module: GhibliModule) -> None:
+        """Measures the real pictures, once."""
+        pictures, _ = real_pictures(self.config)
+        plain = replace(self.config, model=replace(self.config.model, clip=None))
+        yardstick = Yardstick(plain, module.base)
+        self.bench = Bench(plain, yardstick, [picture.caption for picture in pictures])
+        own = self.bench.measure_real("measuring the reference", pictures)["features"]
+        self.reference = Reference(own, standardise=self.options.features == "style")
