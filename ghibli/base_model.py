@@ -269,10 +269,22 @@ def weights_hash(base: BaseModel) -> str:
     """sha256 over every weight of the base and its schedule: the same base, the same hash."""
     total = hashlib.sha256(repr(sorted(base.scheduler_config.items())).encode())
     for part in (base.text_encoder, base.vae, base.unet):
-        for name, tensor in sorted(part.state_dict().items()):
-            total.update(name.encode())
-            total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        add_weights(total, part)
     return total.hexdigest()
+
+
+def part_hash(part: torch.nn.Module) -> str:
+    """sha256 over every weight of one part."""
+    total = hashlib.sha256()
+    add_weights(total, part)
+    return total.hexdigest()
+
+
+def add_weights(total: Any, part: torch.nn.Module) -> None:
+    """Adds names and weights to a running sha256."""
+    for name, tensor in sorted(part.state_dict().items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
 
 def first_line(error: Exception) -> str:

@@ -4,8 +4,6 @@ Every set is kept in cache_dir/evaluation under what it depends on: an evaluatio
 goes on there, and the base's cells serve all its runs.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +16,10 @@ from ghibli.captions import CaptionedPicture, open_picture, read_folder
 from ghibli.data import draw_missing, first_by_content, split_by_content
 from ghibli.latents import preprocess
 from ghibli.progress import counted
-from ghibli.run_dir import is_whole, write_sealed
 from ghibli.sampling import Cell, sample
 from ghibli.scenes import EVALUATION_SEEDS
 from ghibli.schema import Config
+from ghibli.tensor_cache import cached
 from ghibli.yardstick import Yardstick
 
 VERSION = 1  # to be raised when sampling or measuring changes
@@ -70,7 +68,7 @@ class Bench:
         self.config, self.yardstick, self.captions = config, yardstick, captions
         self.folder = Path(config.cache_dir) / "evaluation"
         self.common = {
-            "version": VERSION, "torch": torch.__version__, "features": config.evaluate.features,
+            "version": VERSION, "features": config.evaluate.features,
             "inception": config.evaluate.inception, "clip": config.model.clip,
             "resolution": config.model.resolution, "vae": weights_hash(yardstick.base),
         }  # fmt: skip
@@ -162,10 +160,4 @@ class Bench:
 
     def _cached(self, key: dict[str, Any], make: Callable[[], Measurements]) -> Measurements:
         """The measurements under this key, made and kept when they are not there or damaged."""
-        text = json.dumps(self.common | key, sort_keys=True)
-        file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.pt"
-        if is_whole(file):
-            return torch.load(file, weights_only=True)
-        measured = make()
-        write_sealed(file, lambda opened: torch.save(measured, opened))
-        return measured
+        return cached(self.folder, self.common | key, make)

@@ -1,5 +1,6 @@
 """What Lightning lacks to look at a run: sample grids, the doctor, plain words, status."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ghibli.records import Records
 from ghibli.run_dir import RunDir, now, write_atomically
 from ghibli.sampling import cells_of, compose_grid, draw_cells
 from ghibli.schema import Config
+from ghibli.tensor_cache import cached
 
 
 class SampleGrid(Callback):
@@ -32,7 +34,16 @@ class SampleGrid(Callback):
         if self.config.sample.every_n_epochs == 0 or not trainer.is_global_zero:
             return
         pl_module.to(trainer.strategy.root_device)
-        self.base_pictures = self.draw(trainer, pl_module, "drawing what the base makes of the prompts")
+        sample, model = self.config.sample, self.config.model
+        key = {
+            "base": pl_module.base_hash, "device": trainer.strategy.root_device.type,
+            "cells": [asdict(cell) for cell in self.cells], "prompts": list(sample.prompts),
+            "steps": sample.num_inference_steps, "seed": sample.seed, "resolution": model.resolution,
+        }  # fmt: skip
+        label = "drawing what the base makes of the prompts"
+        folder = Path(self.config.cache_dir) / "base_grids"
+        drawn = cached(folder, key, lambda: {"pictures": self.draw(trainer, pl_module, label)})
+        self.base_pictures = drawn["pictures"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         epoch, every = trainer.current_epoch + 1, self.config.sample.every_n_epochs

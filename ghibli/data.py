@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ghibli import scenes
-from ghibli.base_model import BaseModel
+from ghibli.base_model import BaseModel, part_hash
 from ghibli.captions import CaptionedPicture, PictureFolder, read_folder, summarise
 from ghibli.latents import Moments, encode
 from ghibli.mistakes import UserMistake
@@ -27,6 +27,7 @@ from ghibli.randomness import (
 )
 from ghibli.run_dir import RunDir, check_unchanged, write_json
 from ghibli.schema import Config, DrawConfig
+from ghibli.tensor_cache import cached
 from ghibli.validation import make_items
 
 
@@ -237,18 +238,13 @@ class GhibliDataModule(L.LightningDataModule):
 
     def _encode(self) -> None:
         pictures = self.train_pictures + self.val_pictures
-        paths = [p.path for p in pictures]
-        size = {"resolution": self.config.model.resolution, "resize": self.config.data.resize}
         self.base.vae.to(self.trainer.strategy.root_device)
-        with counted("encoding the pictures") as on_progress:
-            moments = encode(self.base, paths, on_progress=on_progress, **size)
+        moments = self._moments(pictures, mirrored=False)
         count = len(self.train_pictures)
         self.moments = Moments(moments.mean[:count], moments.logvar[:count])
         self.mirrored = None
         if self.config.data.flip:
-            train = paths[: len(self.train_pictures)]
-            with counted("encoding the mirrored pictures") as on_progress:
-                self.mirrored = encode(self.base, train, mirrored=True, on_progress=on_progress, **size)
+            self.mirrored = self._moments(self.train_pictures, mirrored=True)
         input_ids = self.base.tokenize([p.caption for p in pictures])
         self.input_ids = input_ids[: len(self.train_pictures)]
         rows = [pictures.index(picture) for picture in self.probe_pictures]
@@ -258,6 +254,20 @@ class GhibliDataModule(L.LightningDataModule):
             num_train_timesteps=self.num_train_timesteps,
             scaling_factor=self.base.vae.config.scaling_factor,
         )  # fmt: skip
+
+    def _moments(self, pictures: list[CaptionedPicture], mirrored: bool) -> Moments:
+        """The VAE's code of these pictures, from the cache where it was made before."""
+        resolution, resize = self.config.model.resolution, self.config.data.resize
+        options = {"resolution": resolution, "resize": resize, "mirrored": mirrored}
+
+        def make() -> dict[str, torch.Tensor]:
+            with counted(f"encoding the {'mirrored ' * mirrored}pictures") as on_progress:
+                return vars(encode(self.base, [p.path for p in pictures], on_progress=on_progress, **options))
+
+        contents = [p.content_hash for p in pictures]
+        device = self.trainer.strategy.root_device.type
+        key = options | {"vae": part_hash(self.base.vae), "device": device, "pictures": contents}
+        return Moments(**cached(Path(self.config.cache_dir) / "latents", key, make))
 
     def steps_per_epoch(self, accumulate: int, world_size: int) -> int:
         """Optimiser steps in an epoch: floor(N / global batch), the remainder dropped.

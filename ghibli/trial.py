@@ -20,7 +20,7 @@ from ghibli.run_dir import RunDir, is_first
 from ghibli.schema import CONFIG_VERSION, Config
 
 CODE = (  # train.py and all it imports; tests/test_trial.py compares with the imports
-    "mistakes", "progress", "run_dir", "devices", "schema", "trial", "places",
+    "mistakes", "progress", "run_dir", "tensor_cache", "devices", "schema", "trial", "places",
     "config_mistakes", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "near_duplicates", "captions", "base_model", "latents", "validation", "base_scores", "data",

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ghibli"
 ORDER = [
-    "mistakes", "progress", "run_dir", "devices", "schema", "trial", "places",
+    "mistakes", "progress", "run_dir", "tensor_cache", "devices", "schema", "trial", "places",
     "config_mistakes", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "near_duplicates", "captions", "base_model", "convert", "latents", "validation", "base_scores", "data",

@@ -27,7 +27,7 @@ FILES = (  # what a resumed run finds, as patterns below the scratch folder
     "run/checkpoints/last.ckpt", "run/checkpoints/previous.ckpt", "run/checkpoints/best.ckpt",
     "run/config.yaml", "run/status.json", "run/split.json", "run/metrics.csv", "run/probe.csv",
     "run/.hydra/hydra.yaml", "cache/base_scores/*.json", "cache/scenes-*/captions.txt",
-    "cache/scenes-*/checksums.txt", "cache/scenes-*/images/*.png",
+    "cache/scenes-*/checksums.txt", "cache/scenes-*/images/*.png", "cache/latents/*.pt",
 )  # fmt: skip
 HARMLESS, RIGHTED, REFUSED, BROKEN = "harmless", "put right, and said so", "refused in one line", "BROKEN"
 
