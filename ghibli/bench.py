@@ -127,6 +127,15 @@ class Bench:
 
             return self._measure(self._sampled(job, on_step))
 
+    def draw(self, base: BaseModel, cell: Cell, places: list[int]) -> torch.Tensor:
+        """Single samples of a cell again, (len(places), 3, H, W); but for rounding as they were measured."""
+        prompts = self._prompts(max(places) + 1)
+        return sample(
+            base, [prompts[place] for place in places], cell, seeds=places,
+            num_inference_steps=self.config.sample.num_inference_steps,
+            resolution=self.config.model.resolution,
+        )  # fmt: skip
+
     def _passes(self, job: Job) -> int:
         batches = -(-job.count // self.config.evaluate.batch_size)
         return batches if job.cell.guidance == 1 else 2 * batches

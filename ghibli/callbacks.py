@@ -55,7 +55,8 @@ class SampleGrid(Callback):
         rows = [("base", self.base_pictures)]
         if self.config.finetune != "none":
             rows.append((label, self.draw(trainer, pl_module, f"drawing the grid of {label}")))
-        grid = compose_grid(rows, self.config.sample.prompts, self.cells, self.title())
+        columns = [cell.label for cell in self.cells]
+        grid = compose_grid(rows, self.config.sample.prompts, columns, self.title())
         path = self.run.samples / f"{name}.png"
         write_atomically(path, lambda file: grid.save(file, format="PNG"))
         for logger in trainer.loggers:

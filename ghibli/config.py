@@ -185,16 +185,19 @@ def check_first(cfg: Any) -> None:
 
 
 def job_config(cfg: Any) -> Config:
-    """What the running job trains with: the composed settings, or with resume=RUN the run's own.
-
-    The trials of a sweep share a W&B group called after its folder.
-    """
+    """What the running job trains with: the composed settings, or with resume=RUN the run's own."""
     if cfg.resume is not None:
         return resumed(this_run(), HydraConfig.get().overrides)
     config = to_config(cfg)
-    if HydraConfig.get().mode == RunMode.MULTIRUN and config.wandb.group is None:
-        config.wandb.group = Path(HydraConfig.get().sweep.dir).name
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        name_on_dashboard(config, this_run(), Path(HydraConfig.get().sweep.dir))
     return config
+
+
+def name_on_dashboard(config: Config, run: RunDir, sweep: Path) -> None:
+    """The trials of a sweep share a W&B group called after its folder, each called after its own."""
+    config.wandb.group = config.wandb.group or sweep.name
+    config.wandb.name = config.wandb.name or run.path.name
 
 
 def resumed(run: RunDir, overrides: Any) -> Config:

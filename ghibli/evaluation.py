@@ -10,6 +10,8 @@ import torch
 
 from ghibli import doctor
 from ghibli.bench import Bench, Job, Measurements, real_pictures
+from ghibli.captions import CaptionedPicture, open_picture
+from ghibli.latents import preprocess
 from ghibli.metrics import mean_of, precision_recall
 from ghibli.run_dir import RunDir, write_atomically, write_json
 from ghibli.sampling import Cell, cells_of, compose_grid
@@ -18,6 +20,7 @@ from ghibli.trained import starting_base, trained_base
 from ghibli.validation import Estimate
 from ghibli.yardstick import Reference, Yardstick
 
+SHOWN = 6  # samples beside their nearest training picture
 CHANGEABLE = ("evaluate", "sample", "data.reference", "model.clip", "cache_dir")
 
 
@@ -75,6 +78,11 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
     result["findings"] = [vars(finding) for finding in found]
     write_json(run.evaluation, result)
     save_pictures(run, {key: rows["kept"] for key, rows in of_cells.items()}, bench.captions, cells)
+    if "run" in bases:
+        cell = cells["run"][-1]
+        found = nearest_copies(of_cells["run", cell], real)
+        drawn = bench.draw(bases["run"], cell, [sample for sample, _, _ in found])
+        save_nearest(run, found, drawn, training_pictures, config)
     return result
 
 
@@ -117,6 +125,34 @@ def copying(rows: Measurements, real: Real) -> float:
     return (ours / unseen).item()
 
 
+def nearest_copies(rows: Measurements, real: Real) -> list[tuple[int, int, float]]:
+    """(sample, training picture, distance) of the samples that come nearest to one, the nearest first.
+
+    The distance is that of thumbnails, over the median distance of unseen real pictures to theirs.
+    """
+    training = real.training["thumbnails"]
+    unseen = torch.cdist(real.own["thumbnails"], training).min(1).values.median()
+    distances, pictures = torch.cdist(rows["thumbnails"], training).min(1)
+    first = distances.argsort()[:SHOWN]
+    return [(int(i), int(pictures[i]), (distances[i] / unseen).item()) for i in first]
+
+
+def save_nearest(
+    run: RunDir,
+    found: list[tuple[int, int, float]],
+    drawn: torch.Tensor,
+    training: list[CaptionedPicture],
+    config: Config,
+) -> None:
+    """evaluation_nearest.png: of all samples those nearest to a training picture, above that picture."""
+    size = config.model.resolution, config.data.resize
+    originals = [preprocess(open_picture(training[place].path), *size) / 2 + 0.5 for _, place, _ in found]
+    rows = [("sample", drawn[None]), ("nearest\ntraining\npicture", torch.stack(originals)[None])]
+    title = "copies? The samples that come nearest to a training picture\n1 = as near as an unseen picture is"
+    grid = compose_grid(rows, [""], [f"{distance:.2f}" for _, _, distance in found], title)
+    write_atomically(run.evaluation_nearest, lambda file: grid.save(file, "PNG"))
+
+
 def pair(estimate: Estimate) -> tuple[float, float]:
     """(value, standard error), for JSON."""
     return estimate.value, estimate.standard_error
@@ -130,5 +166,5 @@ def save_pictures(
     few = min(4, len(prompts), *(len(pictures) for pictures in kept.values()))
     rows = [(name, torch.stack([kept[name, c][:few] / 255 for c in shared], dim=1)) for name in cells]
     title = f"evaluation of {run.path.name}\nsame start noise in a row"
-    grid = compose_grid(rows, prompts[:few], shared, title)
+    grid = compose_grid(rows, prompts[:few], [cell.label for cell in shared], title)
     write_atomically(run.evaluation_pictures, lambda file: grid.save(file, "PNG"))

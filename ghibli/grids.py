@@ -14,7 +14,16 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf, read_write
 
-from ghibli.config import check_first, checked, conf_folder, hydra_mistakes, parsed, register, to_config
+from ghibli.config import (
+    check_first,
+    checked,
+    conf_folder,
+    hydra_mistakes,
+    name_on_dashboard,
+    parsed,
+    register,
+    to_config,
+)  # fmt: skip
 from ghibli.mistakes import UserMistake, one_line_mistakes
 from ghibli.places import check_places
 from ghibli.run_dir import RunDir
@@ -163,5 +172,6 @@ def trial_of(words: list[str]) -> tuple[Config, RunDir]:
         cfg = composed("sweep", words)
         config, folder = to_config(cfg), Path(cfg.hydra.sweep.dir)
         check_places(config)
-        config.wandb.group = config.wandb.group or folder.name
-        return config, RunDir(folder / cfg.hydra.sweep.subdir)
+        run = RunDir(folder / cfg.hydra.sweep.subdir)
+        name_on_dashboard(config, run, folder)
+        return config, run

@@ -109,8 +109,3 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
     precision = (between <= reference_radius).any(1).double().mean()
     recall = (between <= radius[:, None]).any(0).double().mean()
     return precision.item(), recall.item()
-
-
-def nearest(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """For each row of features (N, D) the index of the nearest row of others (M, D), (N,)."""
-    return torch.cdist(features.double(), others.double()).argmin(1)

@@ -185,6 +185,10 @@ class RunDir:
         return self.path / "evaluation.png"
 
     @property
+    def evaluation_nearest(self) -> Path:
+        return self.path / "evaluation_nearest.png"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

@@ -151,34 +151,34 @@ def to_image(picture: torch.Tensor) -> Image.Image:
 
 
 def compose_grid(
-    rows: list[tuple[str, torch.Tensor]], prompts: list[str], cells: list[Cell], title: str
+    rows: list[tuple[str, torch.Tensor]], prompts: list[str], columns: list[str], title: str
 ) -> Image.Image:
     """One picture of all samples: for each prompt a block of rows, a column for each cell.
 
     Args:
-        rows: (label, pictures (prompts, cells, 3, H, W) in 0 .. 1), such as base first, adapter
+        rows: (label, pictures (prompts, columns, 3, H, W) in 0 .. 1), such as base first, adapter
             below; all with the same start noise.
-        prompts, cells: the labels of blocks and columns.
+        prompts, columns: the labels of blocks and columns.
     """
     side = rows[0][1].shape[-1]
     tile = side if side >= 256 else 2 * side
     font, small = ImageFont.load_default(size=17), ImageFont.load_default(size=15)
     gap, left, head, line = 6, 120, 100, 30
     block = line + len(rows) * (tile + gap)
-    width = left + len(cells) * (tile + gap) + gap
+    width = left + len(columns) * (tile + gap) + gap
     grid = Image.new("RGB", (width, head + len(prompts) * block + gap), "white")
     draw = ImageDraw.Draw(grid)
     draw.multiline_text((12, 12), title, fill="black", font=font, spacing=8)
-    for column, cell in enumerate(cells):
+    for column, text in enumerate(columns):
         center = left + column * (tile + gap) + tile // 2
-        draw.text((center, head - 18), cell.label, fill="black", font=small, anchor="mm")
+        draw.text((center, head - 18), text, fill="black", font=small, anchor="mm")
     for p, prompt in enumerate(prompts):
         top = head + p * block
         draw.text((12, top + line // 2), prompt, fill="#444444", font=small, anchor="lm")
         for r, (label, pictures) in enumerate(rows):
             y = top + line + r * (tile + gap)
             draw.text((12, y + tile // 2), label, fill="black", font=small, anchor="lm")
-            for c in range(len(cells)):
+            for c in range(len(columns)):
                 one = to_image(pictures[p, c]).resize((tile, tile), Image.Resampling.LANCZOS)
                 grid.paste(one, (left + c * (tile + gap), y))
     return grid

@@ -161,7 +161,7 @@ def write_models(folder: Path, trials: list[Trial]) -> Path | None:
             rows.append((label, draw_cells(load(), sample, cells, widest.model.resolution)))
             on_progress(number + 1, len(bases))
     title = f"{folder.name}\nsame start noise in every tile of a prompt"
-    grid = compose_grid(rows, sample.prompts, cells, title)
+    grid = compose_grid(rows, sample.prompts, [cell.label for cell in cells], title)
     file = folder / "models.png"
     write_atomically(file, lambda opened: grid.save(opened, format="PNG"))
     return file

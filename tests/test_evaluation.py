@@ -108,6 +108,19 @@ def test_few_pictures_are_said_and_enough_are_not(finished: RunDir, result: dict
     assert evaluation.doctor.few_pictures(321, 320, 1.0) == []
 
 
+def test_the_nearest_training_pictures_are_shown(finished: RunDir, result: dict) -> None:
+    """A sample that is a training picture is found, as the first, with distance 0."""
+    assert finished.evaluation_nearest.stat().st_size > 10_000
+    draws = torch.Generator().manual_seed(0)
+    training = {"thumbnails": torch.rand(9, 12, generator=draws)}
+    own = {"thumbnails": torch.rand(5, 12, generator=draws)}
+    samples = {"thumbnails": torch.rand(7, 12, generator=draws)}
+    samples["thumbnails"][4] = training["thumbnails"][2]
+    found = evaluation.nearest_copies(samples, evaluation.Real(None, own, training))
+    assert found[0] == (4, 2, 0.0) and len(found) == evaluation.SHOWN
+    assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
+
+
 def test_copies_of_training_pictures_show(finished: RunDir) -> None:
     config = config_of(finished)
     measure = bench.Bench(config, Yardstick(config, starting_base(config)), ["a"]).measure_real

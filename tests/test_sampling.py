@@ -339,7 +339,7 @@ def test_grid_has_every_picture_once_in_its_place(side: int, tile: int) -> None:
         for r, label in enumerate(("base", "adapter"))
     ]
     rows = [(label, colours[..., None, None].expand(-1, -1, -1, side, side)) for label, colours in rows]
-    grid = np.asarray(compose_grid(rows, prompts, cells, "title"))
+    grid = np.asarray(compose_grid(rows, prompts, [cell.label for cell in cells], "title"))
     boxes = {(p, r, c): box(grid, colour(p, r, c)) for p in range(2) for r in range(2) for c in range(3)}
     assert {size[2:] for size in boxes.values()} == {(tile, tile)}
     gap = 6

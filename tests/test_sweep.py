@@ -1,6 +1,7 @@
 """`python sweep.py`: a grid with trials that fail, twice; its table, effects and plot; what it refuses."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import REPO, SMALL
 from PIL import Image
+from test_dashboard import offline_records
 
 import sweep
 import train
@@ -142,6 +144,38 @@ def test_a_wrong_grid_is_refused_before_the_first_trial(
     assert left.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
     assert line in said
     assert not list(place.glob("*/status.json"))
+
+
+def test_the_offline_dashboard_holds_the_whole_sweep(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read back by wandb's own reader: one group, a run for each trial, its settings, curves and grids."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    own = [w for w in words if not w.startswith(("hydra.", "data.batch_size", "wandb.", "sample."))]
+    own += [
+        "wandb.mode=offline",
+        "data.batch_size=2",
+        "sample.every_n_epochs=1",
+        "sample.num_inference_steps=2",
+    ]
+    python_sweep(*own, f"hydra.sweep.dir={tmp_path / 'watched'}")
+    trials = study.read_trials(tmp_path / "watched")
+    assert len(trials) == 2
+    groups, names, rates = set(), set(), set()
+    for trial in trials:
+        records = offline_records(trial.run.path)
+        (start,) = [record["run"] for record in records if "run" in record]
+        groups.add(start["run_group"])
+        names.add(start["display_name"])
+        settings = start["config"]["update"]
+        rates.add(settings["optimizer"]["lr"])
+        assert settings["lora"]["rank"] == 32 and settings["data"]["batch_size"] == 2
+        text = json.dumps(records)
+        assert all(word in text for word in ("train/loss", "probe/val_gain", "probe/gain_curve", "samples"))
+        assert list((trial.run.path / "wandb").glob("offline-run-*/files/media/images/*.png"))
+    assert (
+        groups == {"watched"} and names == {trial.run.path.name for trial in trials} and rates == {1e-4, 1e-3}
+    )
 
 
 def test_the_same_study_again_trains_only_what_failed(
