@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, SMALL
+from hydra.errors import HydraException
 from PIL import Image
 from test_dashboard import offline_records
 
 import sweep
 import train
 from ghibli import config, grids, study
+from ghibli.config_mistakes import explain
 from ghibli.run_dir import RunDir
 from ghibli.validation import Gain, Probe, paired_gain
 
@@ -131,6 +133,11 @@ def test_effects_of_a_grid_are_what_was_put_in(tmp_path: Path) -> None:
         ("lora.rank=4,x", "lora.rank"),
         ("lora.rnak=4,8", "unknown key lora.rnak"),
         ("resume=latest", "drop"),
+        ("lora.rank=", "lora.rank=: expected a whole number"),
+        ("lora.rank=choice()", "cannot read `lora.rank=choice()`"),
+        ("grid=none", "choose one of models, slides"),
+        ("hydra/launcher=slurm", "launchers: basic, joblib, ray, submitit_local, submitit_slurm"),
+        ("hydra/sweeper=optuna", "python sweep.py sweep.search=12"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_the_first_trial(
@@ -144,6 +151,14 @@ def test_a_wrong_grid_is_refused_before_the_first_trial(
     assert left.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
     assert line in said
     assert not list(place.glob("*/status.json"))
+
+
+@pytest.mark.parametrize("name", ["ray", "joblib", "submitit_local", "submitit_slurm"])
+def test_a_launcher_that_is_not_installed_is_said_with_the_command(name: str) -> None:
+    """As Hydra words it, which only happens where the extra is missing."""
+    error = HydraException(f"In 'sweep': Could not find 'hydra/launcher/{name}'")
+    extra = name.split("_")[0]
+    assert explain(error) == f'hydra/launcher={name} is not installed: pip install -e ".[{extra}]"'
 
 
 def test_the_offline_dashboard_holds_the_whole_sweep(
