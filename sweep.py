@@ -4,6 +4,7 @@ Stopped or killed, it goes on when the same command is given again. See conf/swe
 """
 
 import math
+import os
 import sys
 import time
 import traceback
@@ -137,6 +138,8 @@ def report(folder: Path) -> None:
 
 def main() -> None:
     """The command."""
+    here = str(Path(__file__).resolve().parent)  # a launcher's processes import this file by its name
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     choice = one_line_mistakes(lambda: grids.choice_of(sys.argv[1:]))
     if choice is None:
         hydra_entry(Path(__file__).parent / "conf", "sweep", hydra_job)
@@ -149,4 +152,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import sweep  # itself, so that its job can be sent to other processes by name
+
+    sweep.main()

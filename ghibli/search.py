@@ -111,7 +111,7 @@ def halve(choice: Choice, trials: list[list[str]], train: Train) -> None:
     Raises:
         UserMistake: the learning rate is not constant, or the epochs are swept.
     """
-    words = [trial_words for trial_words in trials]
+    words = list(trials)
     configs = [trial_of(one)[0] for one in words]
     epochs = {config.trainer["max_epochs"] for config in configs}
     if len(epochs) > 1:
