@@ -1,126 +1,21 @@
-"""`ghibli report`: the page says what the files say, leaves nothing out silently and needs nothing else."""
+"""`ghibli report`: the page says what the files say, and names what is missing."""
 
 import csv
 import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import yaml
 from PIL import Image
+from report_material import evaluation_of, make_run, page_of
 
 from ghibli import cli, report, study
 from ghibli.mistakes import UserMistake
-from ghibli.records import METRICS, probe_values, write_rows
+from ghibli.records import write_rows
 from ghibli.report import words
-from ghibli.report.svg import Axis, tag
-from ghibli.run_dir import RunDir, write_sealed
-from ghibli.validation import Gain, Probe
-
-EVIL = "<script>alert(1)</script>\"' onload=alert(2) {{ 7 * 7 }} &amp;"
-VOID = {"meta", "link", "img", "input", "br"}
-STATUS = {
-    "state": "finished", "reason": None, "started": "2026-01-01T10:00:00+00:00",
-    "ended": "2026-01-01T10:06:30+00:00", "settings": "LoRA rank 4", "command": "train.py lora.rank=4",
-    "seed": 3, "threads": 2, "git_commit": "ab" * 20, "git_dirty": True, "versions": {"torch": "2.0"},
-    "machine": "Linux", "device": "cpu, 2 threads", "devices": 1, "base_hash": "b" * 64,
-    "data_hash": "d" * 64, "epoch": 3, "step": 30, "findings": [],
-}  # fmt: skip
-SETTINGS = {
-    "finetune": "lora", "seed": 3, "lora": {"rank": 4, "dropout": 0.0}, "loss": {"guidance": 1.0},
-    "optimizer": {"lr": 0.001}, "trainer": {"max_epochs": 3, "accumulate_grad_batches": 1},
-    "data": {"batch_size": 4},
-}  # fmt: skip
-
-
-def make_run(folder: Path, gains: tuple[float, ...] = (0, 0.3, 0.4, 0.35), **changes: object) -> RunDir:
-    """A run folder with these held-out gains (the untouched model's first), and its best checkpoint.
-
-    Args:
-        changes: entries of status.json, or with a dot (as `lora__rank`) settings.
-    """
-    run, settings = RunDir(folder), json.loads(json.dumps(SETTINGS))
-    for key in [key for key in changes if "__" in key]:
-        part, name = key.split("__")
-        settings[part][name] = changes.pop(key)
-    settings["finetune"] = changes.pop("finetune", "lora")
-    run.update_status(**(STATUS | changes))
-    run.config.write_text(yaml.safe_dump(settings))
-    history = [probe_of(gain) for gain in gains]
-    rows = [
-        {"step": 10 * epoch, "epoch": epoch} | probe_values(probe, 1000)
-        for epoch, probe in enumerate(history)
-    ]
-    write_rows(run.probe, tuple(rows[0]), rows)
-    losses = [(step, 0, 0.5 + 0.1 * math.sin(step), 1 - step / 60, 0.001, 8.0) for step in range(1, 31)]
-    write_rows(run.metrics, METRICS, [dict(zip(METRICS, row, strict=True)) for row in losses])
-    best = study.best_epoch(history)
-    content = {"probe": [vars(probe) for probe in history[: best + 1]]}
-    write_sealed(run.best_checkpoint, lambda file: torch.save(content, file))
-    write_sealed(run.last_checkpoint, lambda file: torch.save(content, file))
-    run.samples.mkdir()
-    for name in ("epoch_001.png", "adapter.png"):
-        Image.new("RGB", (60, 40), (200, 30, 90)).save(run.samples / name)
-    return run
-
-
-def probe_of(gain: float) -> Probe:
-    """Scores of 8 pictures that are about `gain` better than the base."""
-    generator = torch.Generator().manual_seed(0)
-    base = torch.rand((8, 4), generator=generator) + 0.5
-    ours = base * (1 - gain * (1 + 0.1 * torch.rand((8, 4), generator=generator)))
-    return Probe(ours, ours, ours, base, base)
-
-
-def cell(sampler: str, guidance: float, kernel: float, **more: object) -> dict:
-    row = {"sampler": sampler, "guidance": guidance, "kernel": [kernel, 0.21], "frechet": 150.04}
-    return row | {"caption_fit": [74.4, 2.9], "precision": 0.2, "recall": 0.95, "copying": 1.07} | more
-
-
-def evaluation_of(guidance: float, scan: dict[str, list[float]]) -> dict:
-    """The content of an evaluation.json."""
-    own = [cell("ddim", 1.0, 2.5), cell("ddim", 7.5, 0.48, kernel_minus_base=[-3.7, 1.3], copying=0.41)]
-    return {
-        "features": "style", "reference_pictures": 16, "samples": 12, "num_inference_steps": 8,
-        "training_guidance": guidance,
-        "real": {"kernel": [0.06, 0.16], "frechet": 116.47, "caption_fit": [83.7, 2.1], "recall": 1.0},
-        "models": {"base": [cell("ddim", 1.0, 11.4), cell("ddim", 7.5, 4.3)], "run": own},
-        "scan": {"base": {"1": [11.0, 1.0], "7.5": [4.0, 0.5]}, "run": scan},
-        "findings": [{"name": "few pictures", "text": "12 pictures are few"}],
-    }  # fmt: skip
-
-
-class Page(HTMLParser):
-    """A page's text and tags; fails where a tag is not closed."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.words, self.tags, self.open, self.source = [], [], [], text
-        self.feed(text)
-        assert not self.open
-        self.text = " ".join(" ".join(self.words).replace("\u00a0", " ").split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-
-def page_of(*folders: Path, out: Path | None = None) -> Page:
-    return Page(report.write(list(folders), out).read_text())
+from ghibli.validation import Gain
 
 
 def test_one_run_in_words_and_numbers_of_its_files(tmp_path: Path) -> None:
@@ -148,41 +43,6 @@ def test_one_run_in_words_and_numbers_of_its_files(tmp_path: Path) -> None:
     titles = ["Gain over the base", "Training loss as it is", "Training loss, readable"]
     assert all(title in page.text for title in titles)
     assert sum(tag == "img" for tag, _ in page.tags) == 2
-
-
-def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    page = page_of(run.path)
-    assert "http://" not in page.source and "https://" not in page.source and "url(" not in page.source
-    for name, attributes in page.tags:
-        assert name not in {"script", "iframe", "object", "base", "form", "use", "image"}
-        assert attributes.get("src", "data:").startswith("data:image/png;base64,") or "src" not in attributes
-        assert attributes.get("href", "#")[:1] == "#" or attributes["href"] == "data:,"
-    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none'")
-    assert all(attributes["alt"] for name, attributes in page.tags if name == "img")
-    assert all(attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "img")
-    targets = {attributes.get("id") for _, attributes in page.tags}
-    links = {a["href"][1:] for _, a in page.tags if a.get("href", "").startswith("#")}
-    assert links <= targets
-
-
-def test_words_of_others_stay_words(tmp_path: Path) -> None:
-    evil = {
-        "state": "failed", "reason": EVIL, "settings": EVIL, "command": EVIL, "machine": EVIL,
-        "findings": [{"name": EVIL, "text": f"`{EVIL}` {EVIL}"}], "lora__rank": EVIL,
-    }  # fmt: skip
-    name = EVIL.replace("/", "")
-    make_run(tmp_path / "study" / name, **evil)
-    make_run(tmp_path / "study" / "plain", gains=(0, 0.1))
-    for page in (page_of(tmp_path / "study" / name), page_of(tmp_path / "study")):
-        assert not [tag for tag, _ in page.tags if tag == "script"]
-        assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
-        assert EVIL in page.text and "{{ 7 * 7 }}" in page.source
-    labels = [attributes.get("aria-label") or "" for _, attributes in page.tags]
-    assert any("<script>" in label for label in labels)  # as text within an SVG's attribute
-    escaped = words.escape(EVIL)
-    assert tag("text", EVIL, title_=EVIL) == f'<text title="{escaped}">{escaped}</text>'
 
 
 @pytest.mark.parametrize(
@@ -245,6 +105,27 @@ def test_a_study_is_ranked_and_its_effects_are_those_of_the_study(tmp_path: Path
     assert sum(tag == "img" for tag, _ in page.tags) == 2
 
 
+def test_what_is_not_finished_stands_last_and_has_no_effect(tmp_path: Path) -> None:
+    make_run(tmp_path / "low", (0, 0.1, 0.2), lora__rank=4)
+    make_run(tmp_path / "high", (0, 0.3, 0.5), lora__rank=8, state="interrupted", reason="Ctrl-C")
+    page = page_of(tmp_path)
+    assert "Runs that have not finished stand at the end, and no effect counts them." in page.text
+    assert "lora.rank 4 \u2192 8" not in page.text and "no effects: no two scored runs" in page.text
+    runs = page.text.partition("Each run ")[2]
+    assert runs.index("1. rank 4") < runs.index("2. rank 8")
+
+
+def test_the_distance_and_the_losses_are_curves(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    columns = ("step", "epoch", "evaluate/kernel_distance", "evaluate/kernel_distance_se")
+    points = [(0, 0, 11.1, 1.2), (30, 3, 1.625, 0.25)]
+    write_rows(run.distances, columns, [dict(zip(columns, row, strict=True)) for row in points])
+    labels = [attributes.get("aria-label") for tag, attributes in page_of(run.path).tags if tag == "svg"]
+    assert "Distance to real pictures. distance: 1.62 +- 0.25 at 3" in labels
+    loss = f"Training loss as it is. loss: {0.5 + 0.1 * math.sin(30):.3g} at 30"
+    assert loss in labels and "Training loss, readable. loss: 0.5 at 30" in labels
+
+
 def test_runs_side_by_side_go_where_out_says(tmp_path: Path) -> None:
     one, two = (make_run(tmp_path / part / "run", lora__rank=rank) for part, rank in (("a", 4), ("b", 8)))
     page = page_of(one.path, two.path, one.path, out=tmp_path / "page.html")
@@ -292,19 +173,6 @@ def test_numbers_are_typeset_and_words_are_not() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("axis", "ticks"),
-    [
-        (Axis(0, 63, 0, 1), [0, 20, 40, 60]),
-        (Axis(-0.5, 0.5, 0, 1), [-0.4, -0.2, 0, 0.2, 0.4]),
-        (Axis(0.13, 60, 0, 1, log=True), [0.2, 0.5, 1, 2, 5, 10, 20, 50]),
-    ],
-)
-def test_ticks_are_round(axis: Axis, ticks: list[float]) -> None:
-    assert axis.ticks == pytest.approx(ticks)
-    assert [axis(axis.low), axis(axis.high)] == pytest.approx([0, 1])
-
-
 def test_mistakes_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -323,56 +191,3 @@ def test_mistakes_are_one_line(
     said = capsys.readouterr()
     assert said.out.startswith("wrote run/report.html") and said.err.count("\n") == 1
     assert "empty is no run and no study" in said.err
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    """A headless Chromium; skipped where selenium or the browser is not at hand."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("no chromium with its chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("look", ["light", "dark"])
-def test_a_browser_shows_it(browser: Any, tmp_path: Path, width: int, look: str) -> None:
-    runs = [
-        make_run(tmp_path / f"run-{EVIL.replace('/', '')}-{rank}", lora__rank=rank) for rank in (4, 8, 16)
-    ]
-    for run in runs:
-        run.evaluation.write_text(json.dumps(evaluation_of(1.0, {"1": [2.0, 0.1], "7.5": [1.0, 0.2]})))
-        Image.new("RGB", (1200, 900)).save(run.evaluation_pictures)
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": look}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    papers = {"light": "rgb(253, 252, 249)", "dark": "rgb(23, 25, 27)"}
-    for folder in (runs[0].path, tmp_path):
-        browser.get(report.write([folder]).resolve().as_uri())
-        browser.execute_script("document.querySelectorAll('details').forEach(one => { one.open = true; })")
-        wide, room = browser.execute_script(
-            "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]"
-        )
-        assert wide <= room <= width
-        pictures = browser.execute_script("return [...document.images].map(one => one.naturalWidth)")
-        assert pictures and all(pictures)
-        seen = browser.execute_script(
-            "return [...document.querySelectorAll('.stack')].map(stack => "
-            "[...stack.querySelectorAll('.sheet')].filter(one => one.offsetHeight > 0).length)"
-        )
-        assert set(seen) == {1}  # of several grids one is shown
-        paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-        assert paper == papers[look]
-        assert browser.get_log("browser") == []

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from ghibli.compare import Side
 from ghibli.report import figures, pictures, words
 from ghibli.report.charts import common_scale, interval, scale_ends
 from ghibli.report.measured import evaluation
+from ghibli.report.provenance import facts, shared_facts
 from ghibli.report.reading import Part, attempt, gain_of
 from ghibli.slides_table import COSTS, cost_rows
 from ghibli.study import Effect, effects, number_of, seed_noise, varied
@@ -49,17 +49,18 @@ def page_of_many(title: str, parts: list[Part], study: Path | None) -> dict[str,
     Args:
         study: the folder they are trials of.
     """
-    parts = sorted(parts, key=lambda part: -part.gain.value if part.gain else float("inf"))
+    parts = sorted(parts, key=place_of)
     keys = varied([part.trial for part in parts])
     names = labels(parts, keys, study is not None)
     runs = list(zip(names, parts, strict=True))
-    found = attempt(lambda: effects([part.trial for part in parts]), [])
-    noise = attempt(lambda: seed_noise([part.trial for part in parts]))
+    finished = [part.trial for part in parts if part.state == "finished"]
+    found, noise = attempt(lambda: effects(finished), []), attempt(lambda: seed_noise(finished))
     common = shared_facts(parts)
     page = {
         "title": title,
         "kind": "study" if study else "comparison",
         "subtitle": number_of(len(parts), "run"),
+        "unfinished": len(finished) < len(parts),
         "verdict": words.study_verdict(runs, found, noise),
         "keys": keys,
         "named": names != by_settings(parts, keys),
@@ -78,6 +79,12 @@ def page_of_many(title: str, parts: list[Part], study: Path | None) -> dict[str,
         "runs": [one_of_many(place, label, part, common) for place, (label, part) in enumerate(runs, 1)],
     }
     return page | {"missing": missing(page, runs)}
+
+
+def place_of(part: Part) -> tuple[bool, float]:
+    """Sorts by the gain; runs that are not finished stand behind, for theirs may still change."""
+    gain = -part.gain.value if part.gain else float("inf")
+    return part.state != "finished", gain
 
 
 def one_of_many(place: int, label: str, part: Part, common: dict[str, str]) -> dict[str, Any]:
@@ -160,6 +167,7 @@ def epoch_rows(part: Part) -> list[tuple[int, str, str]]:
 def grids_of_many(runs: figures.Labelled) -> list[pictures.Picture]:
     """The last grid of every run, or of the best and the worst that have one."""
     drawn = [(label, part) for label, part in runs if part.trial.grid is not None]
+    drawn = [run for run in drawn if run[1].state == "finished"] or drawn
     chosen = list(zip([label for label, _ in drawn], drawn, strict=True))
     if len(drawn) > ALL_GRIDS:
         chosen = [(f"best: {drawn[0][0]}", drawn[0]), (f"worst: {drawn[-1][0]}", drawn[-1])]
@@ -205,35 +213,6 @@ def findings(runs: figures.Labelled) -> list[tuple[str, str, list[str]]]:
         for finding in part.findings:
             found.setdefault((str(finding["name"]), str(finding["text"])), []).append(label)
     return [(*said, where) for said, where in found.items()]
-
-
-def facts(part: Part) -> dict[str, str]:
-    """Where the run comes from: commit, versions, machine, hashes, commands."""
-    status = part.trial.status
-    starts = [start for start in status.get("starts") or [status] if isinstance(start, dict)]
-    noted = attempt(lambda: Side(part.run, status, part.trial.settings).facts, {})
-    versions = [
-        f"{key.removeprefix('versions.')} {value}" for key, value in noted.items() if key[:9] == "versions."
-    ]
-    commands = dict.fromkeys(str(start.get("command")) for start in starts if start.get("command"))
-    rows = {
-        "folder": part.run.path, "state": part.state, "started": status.get("started"),
-        "ended": status.get("ended"), "command": "; then ".join(commands), "seed": status.get("seed"),
-        "git commit": noted.get("git_commit"),
-        "uncommitted changes": {"True": "yes", "False": "no"}.get(str(noted.get("git_dirty"))),
-        "code on the training path": noted.get("code"), "versions": ", ".join(versions),
-        "machine": noted.get("machine"), "processor": noted.get("processor"),
-        "device": noted.get("device"), "devices": noted.get("devices"), "threads": noted.get("threads"),
-        "precision": noted.get("precision"), "base (sha256)": status.get("base_hash"),
-        "pictures (sha256)": status.get("data_hash"), "settings (sha256)": status.get("settings_hash"),
-    }  # fmt: skip
-    return {what: str(value) for what, value in rows.items() if value not in (None, "", "None")}
-
-
-def shared_facts(parts: list[Part]) -> dict[str, str]:
-    """What is the same for all runs."""
-    every = [facts(part) for part in parts]
-    return {what: text for what, text in every[0].items() if all(own.get(what) == text for own in every)}
 
 
 def missing(page: dict[str, Any], runs: figures.Labelled) -> list[str]:

@@ -7,7 +7,8 @@ import numpy as np
 from ghibli.report.charts import COLOURS, Figure, Series, bars, curves
 from ghibli.report.reading import Part, Row, by_timestep, gain_of
 
-Labelled = list[tuple[str, Part]]  # the best first
+Labelled = list[tuple[str, Part]]  # the best first, those that are not finished last
+LOWEST = -200.0  # percent; below that a curve says no more than that it diverged
 LOSS, NORMALISED = "train/loss", "train/loss_normalised"
 
 
@@ -37,9 +38,10 @@ def gain_curve(part: Part) -> Figure | None:
 
 
 def gain_figure(title: str, series: list[Series], caption: str) -> Figure | None:
-    """Gain over epochs; far below 0 the axis is cut."""
+    """Gain over epochs; a start far below where any curve ends is cut, and so is what lies below LOWEST."""
     values = [y for one in series for _, y, _ in one.finite]
-    floor = -max(10.0, 0.6 * max(values, default=0))
+    last = min((one.finite[-1][1] for one in series if one.finite), default=0.0)
+    floor = min(-max(10.0, 0.6 * max(values, default=0)), max(1.1 * last, LOWEST))
     if min(values, default=0) < floor:
         caption += f" The axis is cut: the lowest point is at {min(values):.0f} %."
     return curves(title, series, "epoch", "gain, %", caption=caption, floor=floor, zero=True)
@@ -67,11 +69,10 @@ def chosen(runs: Labelled, points: object, bands: int = 0) -> list[Series]:
         bands: the most coloured curves that still get a band; with more it would hide them.
     """
     few = len(runs) <= COLOURS
-    series = []
+    series, worst = [], sum(part.state == "finished" for _, part in runs) - 1
     for place, (label, part) in enumerate(runs):
-        last = place == len(runs) - 1
-        colour = f"c{place}" if few else "c0" if place == 0 else "c1" if last else "faint"
-        word = "" if few else "best: " if place == 0 else "worst: " if last else ""
+        colour = f"c{place}" if few else {0: "c0", worst: "c1"}.get(place, "faint")
+        word = "" if few else {0: "best: ", worst: "worst: "}.get(place, "")
         stands_out = colour != "faint" and (not few or len(runs) <= bands)
         own = points(part) if stands_out else [(x, y, math.nan) for x, y, _ in points(part)]
         series.append(Series(word + label, own, colour, band=stands_out and bands > 0, dashed=place % 2 == 1))

@@ -137,7 +137,8 @@ def study_verdict(runs: list[tuple[str, Part]], found: list[Effect], noise: Seed
     ranked = [part for part in parts if part.gain is not None]
     if not ranked:
         return [f"No run of {len(parts)} has finished an epoch yet, so there is nothing to rank ({counts})."]
-    lines = [f"The best run ({runs[0][0]}) is {ranked[0].gain}.", *ahead(ranked)]
+    best = next(label for label, part in runs if part is ranked[0])
+    lines = [f"The best run ({best}) is {ranked[0].gain}.", *ahead(ranked)]
     better = sum(part.gain.low > 0 for part in ranked)
     worse = sum(part.gain.high < 0 for part in ranked)
     groups = ((better, "learned"), (worse, "got worse"), (len(ranked) - better - worse, "show neither"))
@@ -163,7 +164,7 @@ def ahead(ranked: list[Part]) -> list[str]:
     if first is None or second is None or not first.base_val.equal(second.base_val):
         return ["The first two were not scored on the same held-out pictures, so their gap has no error."]
     lead = gain_difference([(ranked[1].trial, ranked[0].trial)])
-    if lead.low > 0:
+    if lead.low > 0 and lead.value >= NOTHING:
         return [f"The first is ahead of the second by {points(lead)} of gain, in pairs."]
     return [f"The first two cannot be told apart: they differ by {points(lead)} of gain, in pairs."]
 
