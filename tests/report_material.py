@@ -15,7 +15,8 @@ from ghibli.run_dir import RunDir, write_sealed
 from ghibli.validation import Probe
 
 EVIL = "<script>alert(1)</script>\"' onload=alert(2) {{ 7 * 7 }} &amp;"
-VOID = {"meta", "link", "img", "input", "br"}
+BREAK = "\u200b"  # where a word may be broken
+VOID = {"meta", "link", "img", "input", "br", "wbr"}
 STATUS = {
     "state": "finished", "reason": None, "started": "2026-01-01T10:00:00+00:00",
     "ended": "2026-01-01T10:06:30+00:00", "settings": "LoRA rank 4", "command": "train.py lora.rank=4",
@@ -95,10 +96,12 @@ class Page(HTMLParser):
         self.words, self.tags, self.open, self.source = [], [], [], text
         self.feed(text)
         assert not self.open
-        self.text = " ".join(" ".join(self.words).replace("\u00a0", " ").split())
+        text = " ".join(self.words).replace("\u00a0", " ").replace(f" {BREAK} ", "")
+        self.text = " ".join(text.split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        self.words += [BREAK] if tag == "wbr" else []
         if tag not in VOID:
             self.open.append(tag)
 

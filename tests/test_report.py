@@ -97,7 +97,7 @@ def test_a_study_is_ranked_and_its_effects_are_those_of_the_study(tmp_path: Path
     (effect,) = study.effects(trials)
     difference = f"{100 * effect.difference.value:+.2f} \u00b1 {100 * effect.difference.standard_error:.2f}"
     assert f"lora.rank 4 \u2192 8 {difference} points" in page.text
-    assert "The first is ahead of the second by" in page.text and "broken: It failed: no luck" in page.text
+    assert "The first is ahead of the second by" in page.text and "broken: it failed: no luck" in page.text
     ranking = page.text.partition("Each run ")[2]
     assert ranking.index("1. high") < ranking.index("2. low") < ranking.index("3. broken")
     assert "2 learned; 2 finished, 1 failed." in page.text

@@ -85,6 +85,9 @@ def browser() -> Iterator:
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("look", ["light", "dark"])
 def test_a_browser_shows_it(browser: Any, tmp_path: Path, width: int, look: str) -> None:
+    from selenium.webdriver.support.expected_conditions import presence_of_element_located as located
+    from selenium.webdriver.support.ui import WebDriverWait
+
     runs = [
         make_run(tmp_path / f"run-{EVIL.replace('/', '')}-{rank}", lora__rank=rank) for rank in (4, 8, 16)
     ]
@@ -98,6 +101,10 @@ def test_a_browser_shows_it(browser: Any, tmp_path: Path, width: int, look: str)
     papers = {"light": "rgb(253, 252, 249)", "dark": "rgb(23, 25, 27)"}
     for folder in (runs[0].path, tmp_path):
         browser.get(report.write([folder]).resolve().as_uri())
+        if folder == tmp_path:  # a place in the ranking opens its run
+            browser.execute_script("document.querySelector('td a').click()")
+            opened = "details:has(#run-1)[open]"
+            WebDriverWait(browser, 10).until(located(("css selector", opened)))
         browser.execute_script("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         wide, room = browser.execute_script(
             "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]"

@@ -153,7 +153,7 @@ def effect_rows(found: list[Effect]) -> list[dict[str, Any]]:
 def figures_of_all(runs: figures.Labelled) -> list[figures.Figure | None]:
     """The curves of all runs in common drawings, and the best one's gain by timestep."""
     curves = [figures.gains_of_all(runs), figures.distance_curve(runs), *figures.loss_curves(runs)]
-    return [*curves, figures.steps(runs[0][1])]
+    return [*curves, figures.steps(runs[0][1], " of the best run")]
 
 
 def epoch_rows(part: Part) -> list[tuple[int, str, str]]:

@@ -125,11 +125,15 @@ def distance_curve(runs: Labelled) -> Figure | None:
     )
 
 
-def steps(part: Part) -> Figure | None:
-    """The held-out gain of the best epoch by timestep."""
+def steps(part: Part, of: str = "") -> Figure | None:
+    """The held-out gain of the best epoch by timestep.
+
+    Args:
+        of: whose, where the page shows several runs.
+    """
     if part.best is None:
         return None
-    title = f"Gain by timestep, epoch {part.best_epoch}"
+    title = f"Gain by timestep{of}, epoch {part.best_epoch}"
     caption = (
         "Low timesteps are nearly clean pictures, high ones nearly pure noise. Whiskers are 95 % intervals."
     )

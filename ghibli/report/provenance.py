@@ -2,6 +2,7 @@
 
 from ghibli.compare import Side
 from ghibli.report.reading import Part, attempt
+from ghibli.report.words import moment
 
 
 def facts(part: Part) -> dict[str, str]:
@@ -14,8 +15,8 @@ def facts(part: Part) -> dict[str, str]:
     ]
     commands = dict.fromkeys(str(start.get("command")) for start in starts if start.get("command"))
     rows = {
-        "folder": part.run.path, "state": part.state, "started": status.get("started"),
-        "ended": status.get("ended"), "command": "; then ".join(commands), "seed": status.get("seed"),
+        "folder": part.run.path, "state": part.state, "started": moment(status.get("started")),
+        "ended": moment(status.get("ended")), "command": "; then ".join(commands), "seed": status.get("seed"),
         "git commit": noted.get("git_commit"),
         "uncommitted changes": {"True": "yes", "False": "no"}.get(str(noted.get("git_dirty"))),
         "code on the training path": noted.get("code"), "versions": ", ".join(versions),

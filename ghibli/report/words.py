@@ -109,7 +109,7 @@ def ending(part: Part) -> str | None:
         return None
     status = part.trial.status
     if part.state == "running":
-        return f"It is still running: the page shows it as of {status.get('updated', 'its start')}."
+        return f"It is still running: the page shows it as of {moment(status.get('updated')) or 'its start'}."
     reason = str(status.get("reason") or "no reason was noted")
     words = {
         "failed": f"It failed: {reason}.",
@@ -118,6 +118,11 @@ def ending(part: Part) -> str | None:
     }
     unknown = "How it ended is not known: status.json is missing or damaged."
     return f"{words.get(part.state, unknown)} {next_step(part)}"
+
+
+def moment(time: object) -> str | None:
+    """An ISO time in UTC as one reads it."""
+    return None if time is None else str(time).replace("T", " ").replace("+00:00", " UTC")
 
 
 def next_step(part: Part) -> str:
@@ -150,10 +155,13 @@ def study_verdict(runs: list[tuple[str, Part]], found: list[Effect], noise: Seed
         lines.append("No setting changes the gain by more than its error.")
     if noise is not None:
         lines.append(f"Of the {noise}.")
-    return (
-        lines
-        + [f"{label}: {ending(part)}" for label, part in runs if part.state != "finished"][:MOST_ENDINGS]
-    )
+    endings = [f"{label}: {decapitalised(said)}" for label, part in runs if (said := ending(part))]
+    return lines + endings[:MOST_ENDINGS]
+
+
+def decapitalised(sentence: str) -> str:
+    """A sentence as it stands after a colon."""
+    return sentence[:1].lower() + sentence[1:]
 
 
 def ahead(ranked: list[Part]) -> list[str]:
