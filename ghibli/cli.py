@@ -160,6 +160,18 @@ def compare_runs(
     console.print(verdict)
 
 
+@app.command("report")
+def report_page(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_STUDY...", help="run or study folders")],
+    out: Annotated[Path | None, typer.Option(help="the file; else report.html in the first folder")] = None,
+) -> None:
+    """Writes one HTML page about runs or a study: verdict, curves, pictures, tables; it needs no network."""
+    from ghibli import report  # torch takes seconds to load
+
+    file = report.write(folders, out)
+    console.print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): one page, for any browser")
+
+
 def main() -> None:
     """The console script; a user's mistake ends it with one line."""
     one_line_mistakes(app)
