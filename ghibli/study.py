@@ -26,7 +26,7 @@ class Trial:
     run: RunDir
     settings: dict[str, Any]  # dotted key -> value, all that can change a result
     status: dict[str, Any]
-    best: Probe | None  # scores of the best epoch; None when there is none yet
+    best: Probe | None  # scores of the best epoch; None for one that has not finished
 
     @property
     def gain(self) -> Gain | None:
@@ -86,7 +86,8 @@ def read_trial(run: RunDir) -> Trial | None:
         return None
     if not isinstance(content, dict):
         return None
-    return Trial(run, that_count(flat(content)), run.read_status(), best_probe(run))
+    best = best_probe(run) if run.state == "finished" else None  # what a trial under way has is no result
+    return Trial(run, that_count(flat(content)), run.read_status(), best)
 
 
 def best_probe(run: RunDir) -> Probe | None:

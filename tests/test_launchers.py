@@ -81,6 +81,27 @@ def test_killed_five_times_the_table_is_the_same(undisturbed: Path, pictures: Pa
     assert table(folder) == table(undisturbed)
 
 
+def test_a_search_killed_three_times_is_the_same_search(pictures: Path, tmp_path: Path) -> None:
+    """Twelve real trials, chosen by Optuna; the table and what was asked are those of an undisturbed one."""
+    optuna = pytest.importorskip("optuna")
+    chosen = ("lora.rank=2,4", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "sweep.search=12")
+    more = (*chosen, "trainer.max_epochs=1", "loss.guidance=1", "lora.text_encoder=false")
+    moments, asked = random.Random(1), []
+    for name, kills in (("undisturbed", 0), ("killed", 3)):
+        for _ in range(kills):
+            study = started(tmp_path / name, pictures, *more)
+            time.sleep(10 + 8 * moments.random())
+            assert study.poll() is None, "the search had ended before it could be killed"
+            study.kill()
+            study.wait()
+        done = run_python(*words(tmp_path / name, pictures), *more, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        search = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / name / 'optuna.db'}")
+        asked.append([(trial.number, trial.params, trial.value) for trial in search.trials])
+    assert len(asked[0]) == 12 and asked[0] == asked[1]
+    assert table(tmp_path / "killed") == table(tmp_path / "undisturbed")
+
+
 @pytest.mark.parametrize(
     ("package", "launcher"),
     [

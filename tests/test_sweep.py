@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_the_effect_of_a_setting_is_the_paired_difference(folder: Path) -> None:
     )
     assert (effect.key, effect.low, effect.high, effect.pairs) == ("optimizer.lr", 1e-4, 1e-3, 1)
     assert effect.difference.value == pytest.approx(fast.gain.value - slow.gain.value)
+
+
+def test_a_trial_under_way_is_no_result(folder: Path, tmp_path: Path) -> None:
+    """Its best epoch so far would make its settings look bad."""
+    copy = tmp_path / "study"
+    shutil.copytree(folder, copy)
+    first = study.read_trials(copy)[0]
+    first.run.update_status(state="interrupted", reason="Ctrl-C")
+    again = study.read_trial(first.run)
+    assert again.gain is None and again.verdict == "interrupted: Ctrl-C"
+    assert study.read_trials(copy)[0].run.path != first.run.path
+    assert study.effects(study.read_trials(copy)) == []
 
 
 def made(path: Path, rank: int, dropout: float, losses: torch.Tensor, base: torch.Tensor) -> study.Trial:
