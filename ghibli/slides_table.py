@@ -1,6 +1,5 @@
 """The slides' table of a study: models x cells, what each cost, and all of them on the slides' prompts."""
 
-import json
 import math
 from pathlib import Path
 from statistics import median
@@ -21,13 +20,18 @@ NAMES = {"none": "untouched base", "full": "all weights"}
 
 def evaluated(trials: list[Trial]) -> list[tuple[Trial, dict[str, Any]]]:
     """The trials that were evaluated, with their evaluation.json."""
-    found = []
-    for trial in trials:
-        try:
-            found.append((trial, json.loads(trial.run.evaluation.read_text())))
-        except (OSError, ValueError):
-            continue
-    return found
+    found = [(trial, trial.run.read_evaluation()) for trial in trials]
+    return [(trial, result) for trial, result in found if is_usable(result)]
+
+
+def is_usable(result: dict[str, Any]) -> bool:
+    """True for the content of an evaluation.json in which every row has its cell and its distance."""
+    try:
+        rows = [row for own in (result["models"]["base"], *result["models"].values()) for row in own]
+        cells = [(str(row["sampler"]), float(row["guidance"]), *map(float, row["kernel"])) for row in rows]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return all(len(cell) == 4 for cell in cells)
 
 
 def name_of(trial: Trial) -> str:
@@ -88,8 +92,14 @@ def write_cells(folder: Path, trials: list[Trial]) -> Path | None:
     costs += [[name, *values] for name, values in cost_rows([trial for trial, _ in evaluated(trials)])]
     text = "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in part) for part in (lines, costs))
     file = folder / "cells.md"
-    write_text(file, text + "\n")
+    write_text(file, "\n\n".join([text, *notes(trials)]) + "\n")
     return file
+
+
+def notes(trials: list[Trial]) -> list[str]:
+    """What one must know beside the table: the floor."""
+    real = [result for _, result in evaluated(trials) if {"real", "floor_pictures"} <= result.keys()][:1]
+    return [f"Floor of {result['floor_pictures']} real pictures: {shown(result['real'])}." for result in real]
 
 
 COSTS = ("trainable", "file", "seconds per epoch", "peak memory")
