@@ -61,6 +61,8 @@ def sizes(parts: list[Part]) -> str:
     found = dict.fromkeys(tuple(part.evaluation.get(key) for key in keys) for part in parts)
     (samples, pictures, steps, features), *others = found
     words = f"{samples} samples a cell, {pictures} real pictures, {steps} steps, {features} features."
+    floor = parts[0].evaluation.get("floor_pictures")
+    words += f" The floor is that of {floor} training pictures." if floor else ""
     return words + (" Not all runs were measured in this way, so they compare badly." if others else "")
 
 
