@@ -99,6 +99,17 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def checksum_of(path: Path) -> str | None:
+    """The sha256 with which a file of write_sealed ends, hex; None for any other. The rest is not read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - len(SEAL) - 32, 0))
+            end = file.read()
+    except OSError:
+        return None
+    return end.removeprefix(SEAL).hex() if end.startswith(SEAL) else None
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -202,6 +213,24 @@ class RunDir:
             return {}
         checksum = content.pop("sha256", None)
         return content if checksum in (None, _checksum(content)) else {}
+
+    @property
+    def weights(self) -> str | None:
+        """What tells the best epoch's weights from any others: the checksum of best.ckpt."""
+        return checksum_of(self.best_checkpoint)
+
+    def is_older(self, evaluation: dict[str, Any]) -> bool:
+        """True for the content of an evaluation.json that measured weights which training has replaced."""
+        measured, now = evaluation.get("weights"), self.weights
+        return None not in (measured, now) and measured != now
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """The content of evaluation.json; empty without one, or where it is damaged or older than the run."""
+        try:
+            content = json.loads(self.evaluation.read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) and not self.is_older(content) else {}
 
     @property
     def state(self) -> str:
