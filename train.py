@@ -61,6 +61,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     footprint.forget_peak()
+    checkpoint = run_dir.checkpoint_to_resume() if resumes else None
     write_text(run_dir.config, to_yaml(config))
     run_dir.update_status(
         state="running", reason=None, started=run_dir.read_status().get("started", now()),
@@ -75,7 +76,6 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
             check_unchanged(run_dir, "base_hash", module.base_hash, what)
             data = GhibliDataModule(config, base, run_dir, module.num_train_timesteps)
             logger = dashboard.make_logger(config, run_dir, describe(config))
-            checkpoint = run_dir.usable_checkpoint() if resumes else None
             if checkpoint == run_dir.previous_checkpoint:
                 console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
                 checkpoint = checkpoint.replace(run_dir.last_checkpoint)  # so no save can lose it

@@ -157,6 +157,19 @@ class RunDir:
         both = (self.last_checkpoint, self.previous_checkpoint)
         return next((checkpoint for checkpoint in both if is_whole(checkpoint)), None)
 
+    def checkpoint_to_resume(self) -> Path:
+        """usable_checkpoint, without which going on would silently be a start from untrained weights.
+
+        Raises:
+            UserMistake: there is none.
+        """
+        found = self.usable_checkpoint()
+        if found is None:
+            raise UserMistake(
+                f"resume={self.path}: {self.last_checkpoint} is damaged or cut off; start the run anew"
+            )
+        return found
+
     @property
     def best_checkpoint(self) -> Path:
         return self.checkpoints / "best.ckpt"
@@ -279,23 +292,28 @@ def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
         UserMistake: no such folder, or nothing in it to go on from.
     """
     if name == "latest":
-        runs = [run for run in all_runs(root) if run.last_checkpoint.exists()]
+        runs = [run for run in all_runs(root) if has_checkpoint(run)]
         if not runs:
             raise UserMistake(f"resume=latest: no run with a checkpoint below {root}/")
-        return runs[-1]
-    run = RunDir(Path(name))
+        run = runs[-1]
+    else:
+        run = RunDir(Path(name))
     if not run.path.is_dir():
         raise UserMistake(f"resume={name}: no such folder (`ghibli list` shows the runs)")
-    if not (run.last_checkpoint.exists() or run.previous_checkpoint.exists()):
+    if not has_checkpoint(run):
         raise UserMistake(
             f"resume={name}: this folder holds no checkpoints/last.ckpt to go on from; "
             "start the run anew (`ghibli list` shows the runs)"
         )
     if not run.config.exists():
-        raise UserMistake(f"resume={name}: its config.yaml is gone: put it back, or start a new run")
-    if run.usable_checkpoint() is None:
-        raise UserMistake(f"resume={name}: {run.last_checkpoint} is damaged or cut off; start the run anew")
+        raise UserMistake(f"resume={run.path}: its config.yaml is gone: put it back, or start a new run")
+    run.checkpoint_to_resume()
     return run
+
+
+def has_checkpoint(run: RunDir) -> bool:
+    """True where there is a checkpoint to go on from, whole or not."""
+    return run.last_checkpoint.exists() or run.previous_checkpoint.exists()
 
 
 def provenance() -> dict[str, Any]:

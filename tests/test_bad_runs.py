@@ -19,8 +19,10 @@ from conftest import REPO, SMALL
 import train
 from ghibli import cli, config
 from ghibli.checkpoints import WholeCheckpoints
+from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule
-from ghibli.run_dir import RunDir, is_whole, write_atomically
+from ghibli.run_dir import RunDir, find_run, is_whole, write_atomically
+from ghibli.schema import Config
 
 QUICK = ("data.draw=null", "sample.every_n_epochs=0")
 Said = tuple[int, str, str]  # exit code, stdout, stderr
@@ -238,6 +240,27 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     for file in (run.last_checkpoint, run.previous_checkpoint):
         file.write_bytes(b"damaged")
     assert "last.ckpt is damaged or cut off; start the run anew" in one_line(command(f"resume={stopped}"))
+
+
+@pytest.mark.parametrize("name", ["latest", "RUN"])
+def test_nothing_is_resumed_from_an_untrained_adapter(tmp_path: Path, name: str) -> None:
+    """With no whole checkpoint both ways of naming a run are refused, and so is what comes after them."""
+    run = RunDir(tmp_path / "run")
+    run.update_status(started="2026-01-01")
+    run.checkpoints.mkdir()
+    run.last_checkpoint.write_bytes(b"damaged")
+    name = name.replace("RUN", str(run.path))
+    with pytest.raises(UserMistake, match="its config.yaml is gone"):
+        find_run(name, tmp_path)
+    run.config.write_text("seed: 0")
+    with pytest.raises(UserMistake, match="last.ckpt is damaged or cut off; start the run anew"):
+        find_run(name, tmp_path)
+
+
+def test_a_resume_that_finds_no_checkpoint_stops(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(UserMistake, match="last.ckpt is damaged or cut off; start the run anew"):
+        train.lead(make_config(), RunDir(tmp_path), resumes=True)
+    assert not list(tmp_path.iterdir())
 
 
 # Loader processes
