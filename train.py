@@ -62,6 +62,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         torch.set_num_threads(config.threads)
     footprint.forget_peak()
     checkpoint = run_dir.checkpoint_to_resume() if resumes else None
+    put_back, stop = run_dir.as_it_was(), CleanStop(run_dir)
     write_text(run_dir.config, to_yaml(config))
     run_dir.update_status(
         state="running", reason=None, started=run_dir.read_status().get("started", now()),
@@ -69,7 +70,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         process=os.getpid(), threads=torch.get_num_threads(), **provenance(), **trial.marks(config, run_dir),
     )  # fmt: skip
     try:
-        with CleanStop(run_dir) as stop:
+        with stop:
             base = lora.load_base(config.model)
             module = GhibliModule(config, base)
             what = f"the base model.path={config.model.path}"
@@ -93,11 +94,18 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
                 raise UserMistake(TOO_SHORT)
             return finish.finish(config, run_dir, trainer, module, logger)
     except StopRequested as request:
+        if resumes and not stop.began:
+            put_back()
         raise SystemExit(finish.interrupted(run_dir, request)) from None
     except BaseException as error:
         mistake = as_mistake(error)
+        refused = resumes and not stop.began  # nothing was trained
         with suppress(OSError):  # a full disk, which `error` already tells
-            run_dir.update_status(state="failed", reason=str(mistake) or type(error).__name__, ended=now())
+            if refused:
+                put_back()
+            if not (refused and run_dir.state == "finished"):
+                reason = str(mistake) or type(error).__name__
+                run_dir.update_status(state="failed", reason=reason, ended=now())
         if run_dir.last_checkpoint.exists() and not isinstance(mistake, UserMistake):
             folder = finish.shown(run_dir.path)
             console.print(f"what was trained is kept; go on with: python train.py resume={folder}")

@@ -97,7 +97,7 @@ class CleanStop(Callback):
     """
 
     def __init__(self, run: RunDir):
-        self.run, self.received, self.in_training = run, 0, False
+        self.run, self.received, self.in_training, self.began = run, 0, False, False
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "CleanStop":
@@ -123,7 +123,7 @@ class CleanStop(Callback):
         console.print("stopping after this step; once more to stop at once", style="yellow")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        self.in_training = True
+        self.in_training = self.began = True
         if "SLURM_JOB_ID" not in os.environ:  # there Lightning's own handler requeues the job
             self.install()
 

@@ -98,6 +98,9 @@ def next_command(config: Config) -> str:
 
 def interrupted(run: RunDir, request: StopRequested) -> int:
     """Notes the interruption, says how to go on, and returns the exit code (130 or 143)."""
+    if run.state == "finished":
+        console.print("stopped; this run is finished")
+        return 128 + request.signal_number
     run.update_status(state="interrupted", reason=str(request), ended=now())
     if run.last_checkpoint.exists():
         console.print(f"stopped; go on with: python train.py resume={shown(run.path)}")

@@ -250,6 +250,17 @@ class RunDir:
             unfinished.unlink(missing_ok=True)
         return file
 
+    def as_it_was(self) -> Callable[[], None]:
+        """A function that puts what a resume changes before its first step back to what it is now."""
+        paths = (self.config, self.status, self.split)
+        kept = {path: path.read_bytes() for path in paths if path.is_file()}
+
+        def put_back() -> None:
+            for path, content in kept.items():
+                write_atomically(path, lambda file, content=content: file.write(content))
+
+        return put_back
+
     def update_status(self, **changes: Any) -> None:
         """Writes status.json with these entries added or replaced, and a checksum."""
         content = self.read_status() | changes
