@@ -92,7 +92,9 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
             run_dir.update_status(peak_memory=footprint.peak_memory())
             if config.finetune != "none" and len(module.history) < 2:
                 raise UserMistake(TOO_SHORT)
-            return finish.finish(config, run_dir, trainer, module, logger)
+            objective = finish.finish(config, run_dir, trainer, module, logger)
+            stop.obey()  # a signal in the last step or after it: no further trial may begin
+            return objective
     except StopRequested as request:
         if resumes and not stop.began:
             put_back()

@@ -92,8 +92,9 @@ def between_steps(trainer: L.Trainer, batch_idx: int) -> bool:
 class CleanStop(Callback):
     """Around a run and inside its training: what Ctrl-C and SIGTERM do.
 
-    In training the first one finishes the optimiser step, saves and stops; a second one, or any
-    outside training, stops at once. Both end in StopRequested.
+    In training the first one finishes the optimiser step, saves and stops; in the last step or
+    validation it lets the run finish. A second one, or any outside training, stops at once. All end
+    in StopRequested.
     """
 
     def __init__(self, run: RunDir):
@@ -133,6 +134,11 @@ class CleanStop(Callback):
         is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if between_steps(trainer, batch_idx) and not is_last and self.agree(trainer):
             trainer.save_checkpoint(self.run.last_checkpoint)
+            raise StopRequested(self.received)
+
+    def obey(self) -> None:
+        """Raises StopRequested if a signal came that the training was too near its end to stop for."""
+        if self.received:
             raise StopRequested(self.received)
 
     def agree(self, trainer: L.Trainer) -> int:

@@ -339,6 +339,18 @@ def test_stopped_twice_and_resumed_equals_undisturbed(
     assert weights(stopped) == weights(undisturbed)
 
 
+def test_stopped_in_the_last_step_a_run_is_finished_and_no_trial_follows(
+    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at_step(monkeypatch, signal.SIGTERM, 10)
+    words = ("trainer.max_epochs=1", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    code, out, err = command(*words, "hydra.sweep.subdir=${hydra.job.num}", "-m")
+    assert (code, err) == (143, "")
+    assert "stopped; this run is finished" in out
+    assert status(tmp_path / "0")["state"] == "finished"
+    assert not (tmp_path / "1").exists()
+
+
 def test_an_error_in_training_says_that_the_checkpoint_is_kept(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
