@@ -15,6 +15,7 @@ from typing import BinaryIO
 import pytest
 import torch
 from conftest import REPO, SMALL
+from faults.compare import different_parts
 
 import train
 from ghibli import cli, config
@@ -349,6 +350,36 @@ def test_stopped_in_the_last_step_a_run_is_finished_and_no_trial_follows(
     assert "stopped; this run is finished" in out
     assert status(tmp_path / "0")["state"] == "finished"
     assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.slow
+def test_slurm_starts_a_job_again_that_goes_on_to_the_same_end(
+    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGUSR1 before the time is up, within an accumulation, under Lightning's own Slurm environment."""
+    undisturbed, run, scontrol = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "bin" / "scontrol"
+    assert command("trainer.max_epochs=1", f"hydra.run.dir={undisturbed}")[0] == 0
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    slurm = {"JOB_ID": "71", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    words = ("trainer.max_epochs=1", "checkpoint.every_n_steps=100", f"hydra.run.dir={run}")
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, signal.SIGUSR1, 3)
+        code, out, err = command(*words)
+    assert (code, err) == (138, "")
+    assert "Slurm was asked to start this job again: the same command goes on" in out
+    assert (tmp_path / "asked").read_text() == "requeue 71\n"
+    assert (status(run)["state"], status(run)["reason"]) == ("interrupted", "SIGUSR1")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    code, out, err = command(*words)
+    assert (code, err) == (0, "")
+    assert "is half done: going on from step 2" in out
+    assert different_parts(undisturbed, run) == []
+    assert not list(run.rglob("hpc_*"))
 
 
 def test_an_error_in_training_says_that_the_checkpoint_is_kept(
