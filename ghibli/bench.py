@@ -23,7 +23,7 @@ from ghibli.schema import Config
 from ghibli.tensor_cache import cached, file_of
 from ghibli.yardstick import Yardstick
 
-VERSION = 1  # to be raised when sampling or measuring changes
+VERSION = 2  # to be raised when sampling or measuring changes
 LEAST = 3  # pictures; with fewer a kernel distance has no error
 KEPT = 8  # pictures of a cell that are kept to look at
 THUMBNAIL = 16  # px; copies of training pictures are looked for at this size
@@ -38,6 +38,15 @@ class Job(NamedTuple):
     base: BaseModel
     cell: Cell
     count: int
+
+    @property
+    def name(self) -> tuple[str, Cell, int]:
+        """What it is called among the results."""
+        return self.model, self.cell, self.count
+
+    def whole(self, jobs: list["Job"]) -> "Job":
+        """The first of these jobs, itself among them, that draws its pictures, and maybe more after them."""
+        return next(job for job in jobs if job.name[:2] == self.name[:2] and job.count >= self.count)
 
 
 def real_pictures(config: Config) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
@@ -115,7 +124,18 @@ class Bench:
         return self._cached(label, key, make)["thumbnails"]
 
     def sample_all(self, jobs: list[Job]) -> dict[tuple[str, Cell, int], Measurements]:
-        """Samples and measures every job that is not in the cache, with the time left for all."""
+        """Samples and measures every job that is not in the cache, with the time left for all.
+
+        A job that is the beginning of another one is not drawn again.
+        """
+        wholes = {job.name: job.whole(jobs) for job in jobs}
+        drawn = self._sample_each([job for job in jobs if wholes[job.name] is job])
+        return {
+            name: {what: rows[: name[2]] for what, rows in drawn[whole.name].items()}
+            for name, whole in wholes.items()
+        }
+
+    def _sample_each(self, jobs: list[Job]) -> dict[tuple[str, Cell, int], Measurements]:
         steps = self.config.sample.num_inference_steps
         work = [self._passes(job) * steps for job in jobs]
         hashes = {id(base): weights_hash(base) for base in {id(job.base): job.base for job in jobs}.values()}
@@ -136,8 +156,7 @@ class Bench:
                 key = {"weights": hashes[id(job.base)], "cell": asdict(job.cell), "steps": steps}
                 key["prompts"] = self._prompts(job.count)
                 key["seed"] = self.config.sample.seed
-                what = job.model, job.cell, job.count
-                results[what] = self._cached(what, key, lambda chunks=chunks: self._measure(chunks()))
+                results[job.name] = self._cached(job.name, key, lambda chunks=chunks: self._measure(chunks()))
                 on_progress(sum(work[: index + 1]), sum(work))
         return results
 

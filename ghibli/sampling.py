@@ -50,7 +50,7 @@ def make_scheduler(sampler: str, base: BaseModel) -> DDPMScheduler | DDIMSchedul
     return SAMPLERS[sampler].from_config(config, **wanted)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     base: BaseModel,
     prompts: list[str],
