@@ -157,7 +157,8 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(
 ) -> None:
     """Stopped in its third cell, then the first one's file is damaged: only the second is not drawn again."""
     config = changed(config_of(finished), [f"cache_dir={tmp_path}"], evaluation.CHANGEABLE)
-    calls, real = [], bench.sample
+    calls, real, copy = [], bench.sample, RunDir(tmp_path / "run")
+    shutil.copytree(finished.path, copy.path)
 
     def counting(base: BaseModel, prompts: list[str], cell: Cell, **options: object) -> torch.Tensor:
         calls.append((len(prompts), cell.guidance))
@@ -168,13 +169,13 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(
 
     monkeypatch.setattr(bench, "sample", counting)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.evaluate(finished, config)
+        evaluation.evaluate(copy, config)
     first = tmp_path / "evaluation" / result["models"]["base"][0]["file"]
     content = bytearray(first.read_bytes())
     content[len(content) // 2] ^= 1
     first.write_bytes(content)
     calls.clear()
-    assert evaluation.evaluate(finished, config) == result
+    assert evaluation.evaluate(copy, config) == result | {"cache_dir": str(tmp_path)}
     again = [1, 1, 7.5, 15]  # the base's first cell, and those of the run
     of_cells = [(count, guidance) for guidance in again for count in (4, 2)]
     assert calls == [*of_cells, *[(3, 1), (3, 7.5)] * 2, (6, 15)]  # the scan; the nearest samples
