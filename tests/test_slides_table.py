@@ -172,7 +172,10 @@ def test_the_markdown_holds_both_tables(trials: list[Trial], tmp_path: Path) -> 
     assert "| LoRA, trained at guidance 7.5 | 17 | 0.0 MB | 2.0 | 1.00 GiB |" in lines
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"models": {"base": [{"kernel": 1}]}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "[]", "{", '{"models": {"base": [{"kernel": 1}]}}', '{"models": {"base": []}, "real": 1}'],
+)
 def test_an_odd_evaluation_is_left_out(trials: list[Trial], content: str) -> None:
     trials[1].run.evaluation.write_text(content)
     assert [trial for trial, _ in slides_table.evaluated(trials)] == [trials[0], trials[2]]
