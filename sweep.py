@@ -19,7 +19,7 @@ from ghibli.grids import studies
 from ghibli.mistakes import UserMistake, disk_trouble, one_line_mistakes
 from ghibli.progress import console
 from ghibli.run_dir import RunDir
-from ghibli.schema import Config
+from ghibli.schema import Config, EvaluateConfig
 
 seconds: list[float] = []  # that each trial took in this process
 
@@ -105,19 +105,33 @@ def evaluate_all(study: grids.Study) -> None:
 
     if not study.settings.evaluate or study.settings.report_only:
         return
-    from ghibli import dashboard, evaluation
-
     done = [trial for trial in read_trials(study.folder) if trial.run.state == "finished"]
     for number, trial in enumerate(done, start=1):
         console.print(f"\nevaluating {number} of {len(done)}: {trial.run.path.name}", style="bold")
-        config = from_yaml(trial.run.config)
-        config.evaluate = study.evaluate
-        dashboard.log_evaluation(config, trial.run, evaluation.evaluate(trial.run, config))
+        try:
+            evaluate_one(trial.run, study.evaluate)
+        except Exception as error:  # the others go on, and the report is made
+            if not isinstance(error, UserMistake):
+                traceback.print_exc()
+            console.print(f"this evaluation failed: {error}", style="yellow")
+
+
+def evaluate_one(run: RunDir, options: EvaluateConfig) -> None:
+    """Measures the pictures of one trial, as `ghibli evaluate` does."""
+    from ghibli import dashboard, evaluation
+
+    config = from_yaml(run.config)
+    config.evaluate = options
+    result = evaluation.evaluate(run, config)
+    for finding in result["findings"]:
+        console.print(f"{finding['name']}: {finding['text']}", style="yellow")
+    dashboard.log_evaluation(config, run, result)
 
 
 def report(folder: Path) -> None:
     """Ranks all trials of the study's folder, those of earlier grids too."""
     from ghibli import ranking, slides_table, study
+    from ghibli.report import write as write_page
 
     trials = study.read_trials(folder)
     if not trials:
@@ -132,7 +146,9 @@ def report(folder: Path) -> None:
         ranking.write_table, ranking.write_plot, ranking.write_grids,
         slides_table.write_cells, slides_table.write_models,
     )  # fmt: skip
-    written = [write(folder, trials) for write in writers]
+    for line in (*slides_table.notes(trials), *slides_table.comparisons(trials)):
+        console.print(line)
+    written = [*(write(folder, trials) for write in writers), write_page([folder])]
     console.print(f"written  {', '.join(str(path) for path in written if path)}")
 
 

@@ -15,7 +15,7 @@ from ghibli.base_model import BaseModel, weights_hash
 from ghibli.captions import CaptionedPicture, open_picture, read_folder
 from ghibli.data import draw_missing, first_by_content, split_by_content
 from ghibli.latents import preprocess
-from ghibli.mistakes import UserMistake, require_folder
+from ghibli.mistakes import UserMistake
 from ghibli.progress import counted
 from ghibli.sampling import Cell, sample
 from ghibli.scenes import EVALUATION_SEEDS
@@ -67,7 +67,7 @@ def real_pictures(config: Config) -> tuple[list[CaptionedPicture], list[Captione
     if data.reference is not None:
         if Path(data.reference).is_relative_to(config.cache_dir):  # any other folder is the user's
             draw_missing(data.reference, data.reference_draw, config.cache_dir, EVALUATION_SEEDS)
-        require_folder("data.reference", data.reference)
+        options["key"] = "data.reference"
         with counted("checking the reference") as on_progress:
             held_out = read_folder(Path(data.reference), on_progress=on_progress, **options).pictures
     if len(held_out) < LEAST:

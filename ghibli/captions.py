@@ -44,6 +44,7 @@ def read_folder(
     style: str,
     default_caption: str | None,
     min_side: int,
+    key: str = "data.root",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_picture: Callable[[Path, Image.Image], None] = lambda path, picture: None,
 ) -> PictureFolder:
@@ -54,16 +55,17 @@ def read_folder(
         style: text appended to every caption, such as ", Studio Ghibli style".
         default_caption: stands in for a missing caption; None makes such a picture unusable.
         min_side: px; a picture whose shorter side is smaller is unusable.
+        key: the setting that names the folder.
         on_progress: called with (pictures checked, pictures in all).
         on_picture: called with each readable picture, whose sides may be reduced to `min_side`.
 
     Raises:
         UserMistake: no such folder, no pictures, or fewer than two of them usable.
     """
-    require_folder("data.root", root)
+    require_folder(key, root)
     pictures: list[CaptionedPicture] = []
     unusable: dict[str, str] = {}
-    listed = list_pictures(root.expanduser())
+    listed = list_pictures(root.expanduser(), key)
     for done, (name, path, caption) in enumerate(listed, start=1):
         try:
             caption = (read_beside(path) if caption is None else caption) or default_caption
@@ -76,16 +78,16 @@ def read_folder(
             unusable[name] = str(reason)
         on_progress(done, len(listed))
     if not listed:
-        raise UserMistake(f"data.root={root}: no pictures found; supported layouts: {LAYOUTS}")
+        raise UserMistake(f"{key}={root}: no pictures found; supported layouts: {LAYOUTS}")
     if len(pictures) < 2:
         raise UserMistake(
-            f"data.root={root}: {len(pictures) or 'no'} usable picture{'' if len(pictures) == 1 else 's'}, "
+            f"{key}={root}: {len(pictures) or 'no'} usable picture{'' if len(pictures) == 1 else 's'}, "
             f"at least 2 are needed (one to train on, one to hold out); {summarise(unusable, elsewhere='')}"
         )
     return PictureFolder(pictures, unusable)
 
 
-def list_pictures(root: Path) -> list[tuple[str, Path, str | None]]:
+def list_pictures(root: Path, key: str = "data.root") -> list[tuple[str, Path, str | None]]:
     """(name, picture file, caption of captions.txt or None) in the order of names.
 
     The name is the path inside the picture folder. Files that captions.txt names need not exist;
@@ -98,7 +100,7 @@ def list_pictures(root: Path) -> list[tuple[str, Path, str | None]]:
         captions = read_caption_table(table) if table.is_file() else {}
         found = {path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS}
     except OSError as error:
-        raise UserMistake(f"data.root={root} cannot be read: {error}") from error
+        raise UserMistake(f"{key}={root} cannot be read: {error}") from error
     found = {name for name in found if not name.startswith(".")}
     spelled = {normalize("NFC", name): name for name in found}
     named = {spelled.get(normalize("NFC", name), name): caption for name, caption in captions.items()}

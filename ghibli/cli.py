@@ -87,28 +87,32 @@ def evaluate(
     ],
 ) -> None:
     """Samples finished runs and their base in every cell and measures the distance to real pictures."""
-    runs = [RunDir(Path(word)) for word in words if "=" not in word]
+    folders = [word for word in words if "=" not in word or Path(word).is_dir()]  # trials have names with =
+    runs = [RunDir(Path(word)) for word in folders]
     if not runs:
         raise UserMistake("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
     from ghibli import dashboard, evaluation, trained  # torch takes seconds to load
     from ghibli.config import changed
 
-    settings = [word for word in words if "=" in word]
+    settings = [word for word in words if word not in folders]
     configs = [changed(trained.config_of(run), settings, evaluation.CHANGEABLE) for run in runs]
     for run, config in zip(runs, configs, strict=True):
         result = evaluation.evaluate(run, config)
-        dashboard.log_evaluation(config, run, result)
         console.print(evaluation_table(run, result))
         for finding in result["findings"]:
             console.print(f"{finding['name']}: {finding['text']}", style="yellow")
         console.print(f"numbers {run.evaluation}, pictures {run.evaluation_pictures}\n")
+        dashboard.log_evaluation(config, run, result)
 
 
 def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
     """The slides' table of one run: a row for each model and cell."""
+    from ghibli.features import called
+
+    kernel, frechet = called(result["features"])
     counts = f"{result['samples']} samples, {result['reference_pictures']} real pictures"
     table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
-    for name in ("model", "cell", "kernel distance", "below base", "Frechet", "captions", "recall"):
+    for name in ("model", "cell", kernel, "below base", frechet, "captions", "precision", "recall"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
     for model, rows in result["models"].items():
         for row in rows:
@@ -119,7 +123,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
 
 
 def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Kernel distance, paired difference, Frechet distance, caption fit and recall as text."""
+    """Kernel distance, paired difference, Frechet distance, caption fit, precision and recall as text."""
 
     def with_error(pair: list[float] | None, digits: int) -> str:
         return "-" if pair is None else f"{pair[0]:.{digits}f} +- {pair[1]:.{digits}f}"
@@ -130,6 +134,7 @@ def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
         with_error(difference and [-difference[0], difference[1]], 2),
         f"{row['frechet']:.1f}",
         with_error(row["caption_fit"], 1),
+        f"{100 * row['precision']:.0f} %",
         f"{100 * row['recall']:.0f} %",
     )
 

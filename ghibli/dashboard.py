@@ -116,7 +116,7 @@ def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
     """Adds the table, the scan and the pictures of `ghibli evaluate` to the run's own W&B run."""
     import wandb
 
-    logger = make_logger(config, run, str(run.read_status().get("settings", run.path.name)))
+    logger = logger_afterwards(config, run)
     if logger is None:
         return
     columns = ("model", "sampler", "guidance", "kernel distance", "standard error", "frechet", "recall")
@@ -140,7 +140,19 @@ def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
     )
     own = result["models"].get("run", result["models"]["base"])
     logger.experiment.summary.update({"best/kernel_distance": min(row["kernel"][0] for row in own)})
+    for finding in result["findings"]:
+        alert(logger, finding["name"], finding["text"])
     close()
+
+
+def logger_afterwards(config: Config, run: RunDir) -> WandbLogger | None:
+    """The logger of a run that is over: what it was online for must not get lost, so else offline."""
+    name = str(run.read_status().get("settings", run.path.name))
+    try:
+        return make_logger(config, run, name)
+    except UserMistake as mistake:
+        console.print(f"{mistake}; logging offline", style="yellow")
+        return start(config, run, name, "offline")
 
 
 def alert(logger: WandbLogger, name: str, text: str) -> None:

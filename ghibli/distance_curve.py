@@ -21,13 +21,15 @@ COLUMNS = ("step", "epoch", "evaluate/kernel_distance", "evaluate/kernel_distanc
 class DistanceCurve(Callback):
     """Samples the untouched base, then the model every n epochs; writes distance.csv and the dashboard.
 
-    The same prompts and start noise every time, so the points compare with each other. The training
+    The same prompts and start noise every time, so the points compare with each other. The last cell of
+    the grid: of a guided run its own scale, and for the base the last of sample.guidance. The training
     does not notice: no random number of its own is used.
     """
 
     def __init__(self, config: Config, run: RunDir):
         self.config, self.run, self.options = config, run, config.evaluate
         self.cell = cells_of(config.sample, config.loss.guidance)[-1]
+        self.base_cell = cells_of(config.sample, 1)[-1]  # the base is not guided by its training
         self.rows: list[dict[str, float]] = []
         self.bench: Bench | None = None
         self.reference: Reference | None = None
@@ -51,18 +53,20 @@ class DistanceCurve(Callback):
         """Adds a point to the curve."""
         if self.bench is None:
             self.prepare(module)
+        cell = self.base_cell if epoch == 0 else self.cell
         with in_eval_mode(module.base):
-            sampled = self.bench.measure_model(module.base, self.cell, self.options.epoch_samples)
+            sampled = self.bench.measure_model(module.base, cell, self.options.epoch_samples)
         distance = self.reference.kernel(sampled["features"])
         values = (trainer.global_step, epoch, distance.value, distance.standard_error)
         self.rows.append(dict(zip(COLUMNS, values, strict=True)))
         write_rows(self.run.distances, COLUMNS, self.rows)
         log(trainer, self.rows[-1])
-        base = "" if epoch == 0 else f", base {self.rows[0][COLUMNS[2]]:.2f}"
+        beside = "" if self.cell == self.base_cell else f" in {self.base_cell.label}"
+        base = "" if epoch == 0 else f", base {self.rows[0][COLUMNS[2]]:.2f}{beside}"
         who = "base   " if epoch == 0 else f"epoch {epoch}"
         console.print(
             f"{who}  kernel distance {distance.value:.2f} +- {distance.standard_error:.2f} to real pictures "
-            f"({self.options.epoch_samples} drawn, {self.cell.label}{base})"
+            f"({self.options.epoch_samples} drawn, {cell.label}{base})"
         )
 
     def prepare(self, module: GhibliModule) -> None:

@@ -86,6 +86,7 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
     found = doctor.few_pictures(least, real.own["features"].shape[1], result["real"]["frechet"])
     result["findings"] = [vars(finding) for finding in found]
     write_json(run.evaluation, result)
+    note_findings(run, result["findings"])
     save_pictures(run, {key: rows["kept"] for key, rows in of_cells.items()}, bench.captions, cells)
     if "run" in bases:
         cell = cells["run"][-1]
@@ -93,6 +94,12 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
         drawn = bench.draw(bases["run"], cell, [sample for sample, _, _ in found])
         save_nearest(run, found, drawn, training_pictures, config)
     return result
+
+
+def note_findings(run: RunDir, found: list[dict[str, str]]) -> None:
+    """Adds them to what the doctor said in training, in place of those of an earlier evaluation."""
+    said = [finding for finding in run.read_status().get("findings", []) if finding["name"] != "few pictures"]
+    run.update_status(findings=[*said, *found])
 
 
 def measured(bench: Bench, reference: list[CaptionedPicture], training: list[CaptionedPicture]) -> Real:
@@ -181,10 +188,15 @@ def pair(estimate: Estimate) -> tuple[float, float]:
 def save_pictures(
     run: RunDir, kept: dict[tuple[str, Cell], torch.Tensor], prompts: list[str], cells: dict[str, list[Cell]]
 ) -> None:
-    """evaluation.png: the first prompts in every cell that all models have, base above, run below."""
-    shared = [cell for cell in cells["base"] if all(cell in own for own in cells.values())]
+    """evaluation.png: the first prompts in every cell, base above, run below; white where it is not drawn."""
+    every = list(dict.fromkeys(cell for own in reversed(cells.values()) for cell in own))
     few = min(4, len(prompts), *(len(pictures) for pictures in kept.values()))
-    rows = [(name, torch.stack([kept[name, c][:few] / 255 for c in shared], dim=1)) for name in cells]
+    empty = torch.ones_like(next(iter(kept.values()))[:few], dtype=torch.float32)
+
+    def tiles(name: str) -> list[torch.Tensor]:
+        return [kept[name, cell][:few] / 255 if cell in cells[name] else empty for cell in every]
+
+    rows = [(name, torch.stack(tiles(name), dim=1)) for name in cells]
     title = f"evaluation of {run.path.name}\nsame start noise in a row"
-    grid = compose_grid(rows, prompts[:few], [cell.label for cell in shared], title)
+    grid = compose_grid(rows, prompts[:few], [cell.label for cell in every], title)
     write_atomically(run.evaluation_pictures, lambda file: grid.save(file, "PNG"))

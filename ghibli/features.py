@@ -6,6 +6,7 @@ which learned to find the same caption in every look, hardly does.
 `inception`: the network of FID. Only with these is a Frechet distance called FID.
 """
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,21 +61,36 @@ def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
     Raises:
         UserMistake: the file is not there or not these weights, or it cannot be downloaded.
     """
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
-    place = Path(weights).expanduser() if weights else cached
-    if weights and not place.is_file():
+    place = Path(weights).expanduser() if weights else downloaded_inception()
+    if not place.is_file():
         raise UserMistake(f"evaluate.inception={weights}: no such file")
-    file = str(place) if place.is_file() else None
     try:
-        return FeatureExtractorInceptionV3("inception", ["2048"], file).eval()
+        content = torch.load(place, weights_only=True, map_location="cpu")  # the library's own runs pickles
+        if isinstance(content, dict):
+            return FeatureExtractorInceptionV3("inception", ["2048"], str(place)).eval()
+    except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError):
+        pass
+    raise UserMistake(f"evaluate.inception={place} does not hold the FID network's weights")
+
+
+def downloaded_inception() -> Path:
+    """torch-fidelity's file of the weights, downloaded once into torch's own cache.
+
+    Raises:
+        UserMistake: it is not there and cannot be downloaded.
+    """
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    try:
+        if not place.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(place))
     except OSError as error:
         raise UserMistake(
             f"the Inception weights of FID are not at hand and cannot be downloaded ({error}): put "
-            f"{cached.name} from torch-fidelity's releases somewhere and name it, evaluate.inception=FILE, "
+            f"{place.name} from torch-fidelity's releases somewhere and name it, evaluate.inception=FILE, "
             "or use evaluate.features=style"
         ) from error
-    except RuntimeError as error:
-        raise UserMistake(f"evaluate.inception={place} does not hold the FID network's weights") from error
+    return place
 
 
 def inception_features(network: FeatureExtractorInceptionV3, pictures: torch.Tensor) -> torch.Tensor:

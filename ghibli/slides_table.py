@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -45,13 +45,21 @@ def evaluated(trials: list[Trial]) -> list[tuple[Trial, dict[str, Any]]]:
 
 
 def is_usable(result: dict[str, Any]) -> bool:
-    """True for the content of an evaluation.json in which every row has its cell and its distance."""
+    """True for the content of an evaluation.json in which all is there that the tables show."""
     try:
         rows = [row for own in (result["models"]["base"], *result["models"].values()) for row in own]
-        cells = [(str(row["sampler"]), float(row["guidance"]), *map(float, row["kernel"])) for row in rows]
-    except (KeyError, TypeError, ValueError, AttributeError):
+        pairs = [row["kernel"] for row in (*rows, *([result["real"]] if "real" in result else []))]
+        words = [row["sampler"] for row in rows]
+        words += [finding[part] for finding in result.get("findings", []) for part in ("name", "text")]
+        numbers = [row["guidance"] for row in rows] + [number for pair in pairs for number in pair]
+        whole = all(result["models"].values()) and all(len(pair) == 2 for pair in pairs)
+    except (KeyError, TypeError, AttributeError):
         return False
-    return all(len(cell) == 4 for cell in cells)
+    return (
+        whole
+        and all(isinstance(word, str) for word in words)
+        and all(isinstance(number, int | float) for number in numbers)
+    )
 
 
 def name_of(trial: Trial) -> str:
@@ -90,14 +98,14 @@ def models_of(trials: list[Trial]) -> list[Model]:
         Model(name, trial, result["models"]["run"])
         for name, (trial, result) in zip(names, trained, strict=True)
     ]
-    bases: list[tuple[str, list[dict[str, Any]]]] = []
+    bases: dict[tuple, Model] = {}
     for name, (_, result) in zip(names_of([trial for trial, _ in found]), found, strict=True):
-        if result["models"]["base"] not in [rows for _, rows in bases]:
-            bases.append((name, result["models"]["base"]))
-    alone = len(bases) == 1
-    return [
-        Model("untouched base" if alone else f"base of: {name}", None, rows) for name, rows in bases
-    ] + models
+        rows = result["models"]["base"]
+        scores = tuple((row["sampler"], row["guidance"], *row["kernel"]) for row in rows)
+        bases.setdefault(scores, Model(f"base of: {name}", None, rows))
+    if len(bases) == 1:
+        return [replace(base, name=NAMES["none"]) for base in bases.values()] + models
+    return [*bases.values(), *models]
 
 
 def cells_in(models: list[Model]) -> list[Cell]:

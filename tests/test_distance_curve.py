@@ -45,14 +45,15 @@ def measured(make: Callable, tmp_path_factory: pytest.TempPathFactory) -> RunDir
 def test_the_points_are_the_base_and_the_trained_model_measured_alone(measured: RunDir) -> None:
     config = config_of(measured)
     pictures, _ = bench.real_pictures(config)
-    base, cell = starting_base(config), Cell("ddim", 15)  # twice the training guidance
+    base = starting_base(config)
     ruler = bench.Bench(config, Yardstick(config, base), [picture.caption for picture in pictures])
     reference = Reference(ruler.measure_real("", pictures)["features"], standardise=True)
     rows = read_rows(measured.distances)
     assert [(row["step"], row["epoch"]) for row in rows] == [("0", "0"), ("5", "1"), ("10", "2")]
     assert measured.read_status()["best_epoch"] == 2
-    for row, model in ((rows[0], base), (rows[2], trained_base(measured, config))):
-        wanted = reference.kernel(ruler.measure_model(model, cell, 6)["features"])
+    own_scales = (rows[0], base, 7.5), (rows[2], trained_base(measured, config), 15)  # twice the training's
+    for row, model, scale in own_scales:
+        wanted = reference.kernel(ruler.measure_model(model, Cell("ddim", scale), 6)["features"])
         assert float(row[NAME]) == pytest.approx(wanted.value, rel=1e-3)
         assert float(row[f"{NAME}_se"]) == pytest.approx(wanted.standard_error, rel=1e-3)
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 
 import train
-from ghibli import bench, evaluation, scenes
+from ghibli import bench, cli, dashboard, evaluation, scenes
 from ghibli.base_model import BaseModel, weights_hash
 from ghibli.config import changed
 from ghibli.mistakes import UserMistake
@@ -70,6 +72,79 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, re
     assert row["kernel"] == (wanted.value, wanted.standard_error)
 
 
+def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: dict) -> None:
+    config = config_of(finished)
+    ruler = bench.Bench(config, Yardstick(config, starting_base(config)), [])
+    pictures, _ = bench.real_pictures(config)
+    ruler.captions = [picture.caption for picture in pictures]
+    reference = Reference(ruler.measure_real("", pictures)["features"], standardise=True)
+    model = trained_base(finished, config)
+    for scale, count, found in (
+        (15, 6, result["models"]["run"][2]["kernel"]),
+        (7.5, 3, result["scan"]["run"]["7.5"]),
+    ):
+        wanted = reference.kernel(ruler.measure_model(model, Cell("ddim", scale), count)["features"])
+        assert tuple(found) == (wanted.value, wanted.standard_error)
+
+
+def test_the_picture_has_the_runs_own_column(finished: RunDir, result: dict) -> None:
+    """Three columns of 256 px tiles; in the third the base's is white, the run's is not."""
+    picture = Image.open(finished.evaluation_pictures).convert("RGB")
+    assert picture.width == 120 + 3 * (256 + 6) + 6
+    left = 120 + 2 * (256 + 6)
+    tiles = [picture.crop((left, top, left + 256, top + 256)) for top in (130, 130 + 256 + 6)]
+    assert tiles[0].getextrema() == ((255, 255),) * 3
+    assert min(low for low, _ in tiles[1].getextrema()) < 200
+
+
+def test_the_command_prints_the_table_of_a_folder_with_an_equals_sign(
+    finished: RunDir, result: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    copy = RunDir(tmp_path / "experiment=slides")
+    shutil.copytree(finished.path, copy.path)
+    cli.evaluate([str(copy.path), "evaluate.samples=6"])
+    assert "evaluation.json" in capsys.readouterr().out
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(cli.evaluation_table(copy, copy.read_evaluation()))
+    lines = captured.get().splitlines()
+    assert "6 samples, 16 real pictures" in lines[0] and "kernel distance" in lines[1]
+    row = result["models"]["run"][1]
+    kernel, below = ("{:.2f} +- {:.2f}".format(*pair) for pair in (row["kernel"], below_base(row)))
+    (line,) = (line for line in lines if line.startswith("run") and "DDIM 7.5" in line)
+    assert kernel in line and below in line and line.rstrip().endswith(f"{100 * row['recall']:.0f} %")
+    assert lines[-1].startswith("real   floor of 6")
+
+
+def below_base(row: dict) -> tuple[float, float]:
+    value, error = row["kernel_minus_base"]
+    return -value, error
+
+
+class Dashboard:
+    """What W&B would get."""
+
+    def __init__(self):
+        self.logged, self.alerts, self.summary, self.experiment = {}, [], {}, self
+
+    def log(self, values: dict) -> None:
+        self.logged |= values
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.alerts.append(title)
+
+
+def test_a_run_that_was_online_is_logged_offline_without_a_login(
+    finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config, modes, board = config_of(finished), [], Dashboard()
+    config.wandb.mode = "online"
+    monkeypatch.setattr(dashboard, "start", lambda *words: modes.append(words[-1]) or board)
+    dashboard.log_evaluation(config, finished, result)
+    assert modes == ["offline"] and "logging offline" in capsys.readouterr().out
+    assert board.alerts == ["few pictures"] and len(board.logged["evaluate/cells"].data) == 5
+
+
 def test_the_difference_to_the_base_is_the_tables(result: dict) -> None:
     for row, base in zip(result["models"]["run"], result["models"]["base"], strict=False):
         difference = row["kernel"][0] - base["kernel"][0]
@@ -82,7 +157,8 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(
 ) -> None:
     """Stopped in its third cell, then the first one's file is damaged: only the second is not drawn again."""
     config = changed(config_of(finished), [f"cache_dir={tmp_path}"], evaluation.CHANGEABLE)
-    calls, real = [], bench.sample
+    calls, real, copy = [], bench.sample, RunDir(tmp_path / "run")
+    shutil.copytree(finished.path, copy.path)
 
     def counting(base: BaseModel, prompts: list[str], cell: Cell, **options: object) -> torch.Tensor:
         calls.append((len(prompts), cell.guidance))
@@ -93,13 +169,13 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(
 
     monkeypatch.setattr(bench, "sample", counting)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.evaluate(finished, config)
+        evaluation.evaluate(copy, config)
     first = tmp_path / "evaluation" / result["models"]["base"][0]["file"]
     content = bytearray(first.read_bytes())
     content[len(content) // 2] ^= 1
     first.write_bytes(content)
     calls.clear()
-    assert evaluation.evaluate(finished, config) == result
+    assert evaluation.evaluate(copy, config) == result | {"cache_dir": str(tmp_path)}
     again = [1, 1, 7.5, 15]  # the base's first cell, and those of the run
     of_cells = [(count, guidance) for guidance in again for count in (4, 2)]
     assert calls == [*of_cells, *[(3, 1), (3, 7.5)] * 2, (6, 15)]  # the scan; the nearest samples
@@ -113,6 +189,8 @@ def test_the_trained_base_is_the_run_and_not_the_base(finished: RunDir) -> None:
 def test_few_pictures_are_said_and_enough_are_not(finished: RunDir, result: dict) -> None:
     """The run's Frechet distance really is asked of fewer pictures than features."""
     (finding,) = result["findings"]
+    noted = [said["name"] for said in finished.read_status()["findings"]]
+    assert noted.count("few pictures") == 1 and "sampling scale" in noted  # the second is from the training
     assert finding["name"] == "few pictures"
     assert "6 pictures" in finding["text"] and "320 features" in finding["text"]
     assert evaluation.doctor.few_pictures(321, 320, 1.0) == []

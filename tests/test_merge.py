@@ -7,6 +7,7 @@ import torch
 
 from ghibli import base_model, lora
 from ghibli.mistakes import UserMistake
+from ghibli.sampling import Cell, sample
 
 OPTIONS = {
     "rank": 4, "alpha": 8, "dropout": 0.1, "targets": ["to_q", "to_v"], "text_encoder": True, "seed": 0,
@@ -43,6 +44,23 @@ def test_merged_base_equals_base_with_adapter(adapter: tuple, base: base_model.B
     assert (predict(base) - before).abs().max() > 1e-3
     assert not lora.trainable(base)
     assert not [name for name, _ in base.unet.named_parameters() if "lora" in name]
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_merged_base_draws_the_pictures_of_base_with_adapter(
+    adapter: tuple, base: base_model.BaseModel, sampler: str
+) -> None:
+    """30 steps at guidance 7.5, in which small differences could grow: none beyond one of 255 levels."""
+    folder, live = adapter
+    live.unet.eval()
+    live.text_encoder.eval()
+    lora.merge(base, folder, 1.0)
+    options = {"num_inference_steps": 30, "seeds": [3], "resolution": 128}
+    worn, merged = (
+        sample(model, ["a panda on a train"], Cell(sampler, 7.5), **options) for model in (live, base)
+    )
+    assert (worn - merged).abs().max() <= 1 / 255
+    assert worn.std() > 0.05  # a picture, not a plain area
 
 
 def test_scale_zero_is_the_base(adapter: tuple, base: base_model.BaseModel) -> None:

@@ -1,5 +1,9 @@
 """Distances against scipy, torch-fidelity and large samples; features on real changes of a picture."""
 
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -10,9 +14,10 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kernel_mmd
 
 from ghibli import features, metrics, scenes
-from ghibli.base_model import BaseModel
+from ghibli.base_model import BaseModel, part_hash
 from ghibli.mistakes import UserMistake
 from ghibli.validation import Estimate
+from ghibli.yardstick import Yardstick
 
 
 def normal_rows(count: int, seed: int, shift: float = 0.0, width: int = 8) -> torch.Tensor:
@@ -165,12 +170,58 @@ def test_a_missing_or_wrong_inception_file_is_one_line(tmp_path) -> None:
         features.load_inception(str(wrong))
 
 
-def test_fid_is_torch_fidelitys(inception_file: str) -> None:
-    """The same code path as with the real weights, and our own float64 sum from the features."""
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04", pickle.dumps(["no", "weights"])])
+def test_a_file_without_weights_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "odd.pth").write_bytes(content)
+    with pytest.raises(UserMistake, match="does not hold the FID network's weights"):
+        features.load_inception(str(tmp_path / "odd.pth"))
+
+
+def test_code_in_a_file_of_weights_is_not_run(tmp_path: Path) -> None:
+    class Hidden:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "it ran",)
+
+    torch.save({"fc.weight": Hidden()}, tmp_path / "evil.pth")
+    with pytest.raises(UserMistake, match="does not hold the FID network's weights"):
+        features.load_inception(str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "it ran").exists()
+
+
+def levels_of(pictures: torch.Tensor) -> torch.Tensor:
+    return (pictures * 255).round().to(torch.uint8)
+
+
+def by_hand(pictures: torch.Tensor) -> torch.Tensor:
+    """What the FID network's first layer gets of 128 px pictures, (N, 3, 299, 299) float64.
+
+    8 bits, bilinear to 299 as TensorFlow 1 does it (corner pixels at 0), (x - 128) / 128.
+    """
+    levels = levels_of(pictures).double().numpy()
+    at = np.arange(299) * 128 / 299
+    low, share = at.astype(int), at - at.astype(int)
+    high = np.minimum(low + 1, 127)
+    rows = levels[:, :, low] * (1 - share)[:, None] + levels[:, :, high] * share[:, None]
+    resized = rows[..., low] * (1 - share) + rows[..., high] * share
+    return (torch.from_numpy(resized) - 128) / 128
+
+
+def features_by_hand(network: FeatureExtractorInceptionV3, pictures: torch.Tensor) -> torch.Tensor:
+    """The network's features of pictures that were prepared by hand."""
+    wanted = by_hand(pictures).float()
+    handle = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: (wanted,))
+    with torch.no_grad():
+        rows = network(levels_of(pictures))[0].double()
+    handle.remove()
+    return rows
+
+
+def test_fid_is_torch_fidelitys_and_that_of_preprocessing_by_hand(inception_file: str) -> None:
+    """The same code path as with the real weights, and our own float64 sum from features made by hand."""
 
     class Levels(torch.utils.data.Dataset):
         def __init__(self, pictures: torch.Tensor):
-            self.levels = (pictures * 255).round().to(torch.uint8)
+            self.levels = levels_of(pictures)
 
         def __len__(self) -> int:
             return len(self.levels)
@@ -186,20 +237,26 @@ def test_fid_is_torch_fidelitys(inception_file: str) -> None:
         feature_extractor_weights_path=inception_file, cache=False,
     )["frechet_inception_distance"]  # fmt: skip
     assert metrics.frechet_distance(*rows) == pytest.approx(wanted, rel=1e-3)
+    made = [features_by_hand(network, pictures) for pictures in sets]
+    assert metrics.frechet_distance(*made) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_inception_features_from_preprocessing_by_hand(inception_file: str) -> None:
-    """8 bits, bilinear to 299 as TensorFlow 1 does it (corner pixels at 0), (x - 128) / 128."""
+def test_inception_preprocessing_is_the_one_by_hand(inception_file: str) -> None:
     network, pictures = features.load_inception(inception_file), drawn(2)
-    levels = (pictures.numpy() * 255).round()
-    at = np.arange(299) * 128 / 299
-    low, share = at.astype(int), at - at.astype(int)
-    high = np.minimum(low + 1, 127)
-    rows = levels[:, :, low] * (1 - share)[:, None] + levels[:, :, high] * share[:, None]
-    resized = rows[..., low] * (1 - share) + rows[..., high] * share
-    small = torch.from_numpy(resized)
     seen = []
     handle = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     features.inception_features(network, pictures)
     handle.remove()
-    assert torch.allclose(seen[0].double(), (small - 128) / 128, atol=1e-4)
+    assert torch.allclose(seen[0].double(), by_hand(pictures), atol=1e-4)
+
+
+def test_caption_fit_falls_when_captions_are_shuffled(base: BaseModel, make_config: Callable) -> None:
+    """And what measures is known by its weights, not by its place."""
+    yardstick = Yardstick(make_config(), base)
+    captions = [scenes.compose(scenes.EVALUATION_SEEDS.start + i).caption for i in range(24)]
+    right, wrong = (
+        metrics.mean_of(yardstick.measure(drawn(24), words)["caption_fit"])
+        for words in (captions, captions[7:] + captions[:7])
+    )
+    assert wrong.high < right.low
+    assert yardstick.hashes["clip"] == part_hash(yardstick.clip[0])

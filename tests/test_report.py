@@ -143,6 +143,8 @@ def test_the_evaluation_is_a_table_a_curve_and_words(tmp_path: Path) -> None:
         Image.new("RGB", (30, 30)).save(run.path / "evaluation_nearest.png")
     page = page_of(tmp_path)
     for said in (
+        "precision 20 %, recall 95 %", "large number is the kernel distance to", "Fr\u00e9chet 150.0",
+        "Trained at guidance 7.5 a model learns to undo that guidance: sampled at 1",
         "12 samples a cell, 16 real pictures, 8 steps, style features", "0.48 \u00b1 0.21",
         "below base +3.70 \u00b1 1.30", "150.0 (116.5)", "recall 95 %", "few pictures",
         "close to copies: the nearest training picture is at 0.41",
@@ -151,6 +153,35 @@ def test_the_evaluation_is_a_table_a_curve_and_words(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert said in page.text, said
     assert "Samples beside their nearest training pictures" in page_of(tmp_path / "guided").text
+
+
+def test_three_models_of_one_name_are_three_lines_and_inceptions_numbers_are_fid(tmp_path: Path) -> None:
+    for place, rank in enumerate((4, 8, 16)):
+        run = make_run(tmp_path / f"rank {rank}", lora__rank=rank)
+        content = evaluation_of(1.0, {"1": [3.0 + place, 0.1]}) | {"features": "inception"}
+        run.evaluation.write_text(json.dumps(content))
+    page = page_of(tmp_path)
+    assert "KID to real pictures" in page.text and "FID 150.0 (116.5)" in page.text
+    for rank in (4, 8, 16):
+        assert f"LoRA, trained at guidance 1, rank {rank} is nearest to real pictures" in page.text
+
+
+def test_an_evaluation_older_than_the_run_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    content = evaluation_of(1.0, {"1": [3.0, 0.1]})
+    run.evaluation.write_text(json.dumps(content | {"weights": run.weights}))
+    assert "12 samples a cell" in page_of(run.path).text
+    run.evaluation.write_text(json.dumps(content | {"weights": "f" * 64}))
+    page = page_of(run.path)
+    assert "evaluation.json is older than the run, which was trained on: ghibli evaluate" in page.text
+    assert "12 samples a cell" not in page.text
+
+
+def test_settings_are_those_that_differ_from_the_defaults(tmp_path: Path) -> None:
+    settings = page_of(make_run(tmp_path / "run", loss__guidance=7.5).path).text
+    shown = settings.partition("What differs from the defaults")[2].partition("settings that can change")[0]
+    assert "lora.rank 4 (default 32)" in shown and "loss.guidance 7.5 (default 1" in shown
+    assert "finetune" not in shown  # lora is the default
 
 
 def test_the_rule_of_the_scale_is_tested_with_the_errors() -> None:

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from report_material import make_run
 from safetensors.torch import save_file
 
+import sweep
 from ghibli import slides_table
 from ghibli.metrics import kernel_difference
+from ghibli.mistakes import UserMistake
 from ghibli.run_dir import RunDir, write_sealed
 from ghibli.study import Trial
 
@@ -127,6 +131,33 @@ def test_models_png_leaves_out_what_is_not_finished(trials: list[Trial], tmp_pat
     assert slides_table.write_models(tmp_path, trials) is None
 
 
+def test_one_evaluation_that_fails_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in "ab":
+        make_run(tmp_path / name)
+    seen = []
+
+    def evaluate_one(run: RunDir, options: object) -> None:
+        seen.append(run.path.name)
+        if len(seen) == 1:
+            raise UserMistake("no such folder")
+
+    monkeypatch.setattr(sweep, "evaluate_one", evaluate_one)
+    settings = SimpleNamespace(evaluate=True, report_only=False)
+    sweep.evaluate_all(SimpleNamespace(settings=settings, folder=tmp_path, evaluate=None))
+    assert sorted(seen) == ["a", "b"]
+    assert "this evaluation failed: no such folder" in capsys.readouterr().out
+
+
+def test_the_study_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, gains in (("a", (0, 0.3, 0.4)), ("b", (0, 0.1, 0.2))):
+        make_run(tmp_path / name, gains)
+    sweep.report(tmp_path)
+    assert "The first is ahead of the second" in (tmp_path / "report.html").read_text()
+    assert "report.html" in capsys.readouterr().out
+
+
 def test_costs_are_the_files_own(trials: list[Trial]) -> None:
     """15 steps of 8 examples in 3 epochs at a median of 20 a second: 2 seconds an epoch; 17 numbers."""
     (name, costs), _ = slides_table.cost_rows(trials)
@@ -141,7 +172,10 @@ def test_the_markdown_holds_both_tables(trials: list[Trial], tmp_path: Path) -> 
     assert "| LoRA, trained at guidance 7.5 | 17 | 0.0 MB | 2.0 | 1.00 GiB |" in lines
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"models": {"base": [{"kernel": 1}]}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "[]", "{", '{"models": {"base": [{"kernel": 1}]}}', '{"models": {"base": []}, "real": 1}'],
+)
 def test_an_odd_evaluation_is_left_out(trials: list[Trial], content: str) -> None:
     trials[1].run.evaluation.write_text(content)
     assert [trial for trial, _ in slides_table.evaluated(trials)] == [trials[0], trials[2]]

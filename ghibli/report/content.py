@@ -1,8 +1,10 @@
 """All that stands on a page, gathered from run folders; the template only lays it out."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ghibli.config import chosen_groups, look_at
 from ghibli.report import figures, pictures, words
 from ghibli.report.charts import common_scale, interval, scale_ends
 from ghibli.report.measured import evaluation
@@ -10,13 +12,8 @@ from ghibli.report.provenance import facts, shared_facts
 from ghibli.report.reading import Part, attempt, gain_of
 from ghibli.slides_table import COSTS, cost_rows
 from ghibli.study import Effect, effects, number_of, seed_noise, varied
-from ghibli.trial import shown
+from ghibli.trial import differences, flat, shown, that_count
 
-MATTER = (  # of one run, in this order
-    "finetune", "model.path", "model.resolution", "data.root", "data.draw.count", "lora.rank", "lora.alpha",
-    "lora.dropout", "loss.guidance", "loss.caption_dropout", "loss.noise_schedule", "optimizer.lr",
-    "optimizer.schedule", "data.batch_size", "trainer.accumulate_grad_batches", "trainer.max_epochs", "seed",
-)  # fmt: skip
 MOST_KEYS = 6  # in a run's short name
 ALL_GRIDS = 4  # runs of which every one shows its grid; of more the best and the worst
 
@@ -29,7 +26,7 @@ def page_of_one(part: Part) -> dict[str, Any]:
         "kind": "run",
         "subtitle": part.trial.status.get("settings", ""),
         "verdict": words.verdict(part),
-        "settings": [(key, shown(settings[key])) for key in MATTER if key in settings],
+        "settings": attempt(lambda: not_default(part), []),
         "all_settings": [(key, shown(value)) for key, value in settings.items()],
         "costs": costs([(part.name, part)]),
         "figures": figures.of_one(part),
@@ -41,6 +38,21 @@ def page_of_one(part: Part) -> dict[str, Any]:
         "provenance": list(facts(part).items()),
     }
     return page | {"missing": missing(page, [("", part)])}
+
+
+def not_default(part: Part) -> list[tuple[str, str]]:
+    """(key, its value and the default) of what differs from what this base and these pictures come with."""
+    chosen = chosen_groups(part.run)
+    groups = [f"{group}={chosen[group]}" for group in ("model", "data") if group in chosen]
+    default, _, _ = look_at([*groups, "data.root=not set"])
+    if default is None:
+        return []
+    settings = part.trial.settings
+    return [
+        (key, f"{shown(own)} (default {shown(usual)})")
+        for key, usual, own in differences(that_count(flat(asdict(default))), settings)
+        if key in settings
+    ]
 
 
 def page_of_many(title: str, parts: list[Part], study: Path | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ghibli.features import called
 from ghibli.report.charts import COLOURS, Figure, Series, curves
 from ghibli.report.reading import Part, attempt
 from ghibli.report.words import Scan, copies, rule_holds
@@ -46,12 +47,13 @@ def evaluation(parts: list[Part]) -> dict[str, Any] | None:
     rows = [(line.name, in_cells(line, cells)) for line in lines]
     trained = [(line, own) for line, (_, own) in zip(lines, rows, strict=True) if line.trial is not None]
     models = [Model(line.name, part_of[id(line.trial)]) for line, _ in trained]
-    real = usable[0].evaluation["real"]
+    real, kinds = usable[0].evaluation["real"], [part.evaluation.get("features") for part in usable]
     return {
         "columns": [f"{cell.sampler.upper()} {cell.guidance:g}" for cell in cells],
         "rows": [(name, [cell_text(row, own) for row in own]) for name, own in rows],
         "real": cell_text(real, []),
         "sizes": sizes(usable),
+        "names": [name.replace("Frechet", "Fr\u00e9chet") for name in called(kinds[0])],
         "copies": [(line.name, said) for line, own in trained if (said := copying(own, rows[0][1], cells))],
         "notes": [*mush(trials), *comparisons(trials)],
         "scan": scan_figure(usable[0], models),
@@ -79,6 +81,7 @@ def cell_text(row: dict[str, Any] | None, own: list[dict[str, Any] | None]) -> d
         "kernel": shown(row),
         "frechet": f"{row['frechet']:.1f}",
         "captions": None if captions is None else f"{captions[0]:.1f} +- {captions[1]:.1f}",
+        "precision": f"{100 * row['precision']:.0f} %" if "precision" in row else None,
         "recall": f"{100 * row['recall']:.0f} %",
         "below": None if below is None else f"{-below[0]:+.2f} +- {below[1]:.2f}",
         "best": row is lowest(own),
@@ -103,7 +106,7 @@ def copying(own: list[dict | None], base: list[dict | None], cells: list[Cell]) 
 def scan_figure(first: Part, models: list[Model]) -> Figure | None:
     """Distance over scale / training guidance for all trainings, on one logarithmic axis."""
     base = Series("untouched base", over(first.evaluation["scan"].get("base", {}), 1.0), "c5", dashed=True)
-    few = len(models) < COLOURS
+    few, kernel = len(models) < COLOURS, called(first.evaluation.get("features"))[0]
     colours = [f"c{k}" if few else "c0" if model.guidance == 1 else "c1" for k, model in enumerate(models)]
     names = [model.name if few else f"all trained at guidance {model.guidance:g}" for model in models]
     series = [
@@ -112,7 +115,7 @@ def scan_figure(first: Part, models: list[Model]) -> Figure | None:
     ]
     caption = "The sampling scale s over the training guidance w. Whiskers are 95 % intervals."
     figure = curves(
-        "Distance over the scale", [*series, base], "s / w", "kernel distance to real pictures",
+        "Distance over the scale", [*series, base], "s / w", f"{kernel} to real pictures",
         caption=caption, log=True, zero=True,
     )  # fmt: skip
     if figure is None or few:

@@ -108,7 +108,8 @@ class Part:
         """What the doctor said, in training and in the evaluation."""
         trained, measured = self.trial.status.get("findings"), (self.evaluation or {}).get("findings")
         found = [one for said in (trained, measured) if isinstance(said, list) for one in said]
-        return [one for one in found if isinstance(one, dict) and one.keys() >= {"name", "text"}]
+        found = [one for one in found if isinstance(one, dict) and one.keys() >= {"name", "text"}]
+        return list({(str(one["name"]), str(one["text"])): one for one in found}.values())
 
     def table(self, path: Path, wanted: tuple[str, ...], without: str) -> list[Row]:
         """A CSV file as numbers; empty, and a sentence, where it is missing, damaged or lacks a column."""
