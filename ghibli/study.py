@@ -26,7 +26,7 @@ class Trial:
     run: RunDir
     settings: dict[str, Any]  # dotted key -> value, all that can change a result
     status: dict[str, Any]
-    best: Probe | None  # scores of the best epoch; None for one that has not finished
+    best: Probe | None  # scores of the best epoch; None for one that has not finished, or was refused
 
     @property
     def gain(self) -> Gain | None:
@@ -35,7 +35,9 @@ class Trial:
 
     @property
     def verdict(self) -> str:
-        """What became of it: the doctor's findings, or why it is not finished."""
+        """What became of it: the doctor's findings, or why it has no result."""
+        if self.run.no_result.exists():
+            return f"failed: {self.run.no_result.read_text()}"
         if self.run.state != "finished":
             reason = self.status.get("reason")
             return f"{self.run.state}: {reason}" if reason else self.run.state
@@ -86,7 +88,8 @@ def read_trial(run: RunDir) -> Trial | None:
         return None
     if not isinstance(content, dict):
         return None
-    best = best_probe(run) if run.state == "finished" else None  # what a trial under way has is no result
+    is_result = run.state == "finished" and not run.no_result.exists()  # nor is what a trial under way has
+    best = best_probe(run) if is_result else None
     return Trial(run, that_count(flat(content)), run.read_status(), best)
 
 

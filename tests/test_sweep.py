@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import REPO, SMALL
 from hydra.errors import HydraException
 from PIL import Image
@@ -18,8 +19,10 @@ from test_dashboard import offline_records
 import sweep
 import train
 from ghibli import config, grids, study
-from ghibli.config_mistakes import explain
+from ghibli.config_mistakes import all_keys, explain
 from ghibli.run_dir import RunDir
+from ghibli.schema import Command
+from ghibli.trial import is_free
 from ghibli.validation import Gain, Probe, paired_gain
 
 ONE_EPOCH = ("trainer.max_epochs=1", "sample.every_n_epochs=0", "lora.text_encoder=false")
@@ -30,6 +33,7 @@ def python_sweep(*words: str) -> None:
     for done in grids.studies:
         done.lock.close()
     grids.studies.clear()
+    sweep.failures.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sweep.py", *words])
         patch.chdir(REPO)
@@ -49,7 +53,9 @@ def words(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
 @pytest.fixture(scope="module")
 def folder(words: list[str]) -> Path:
     """The study's folder after it ran."""
-    python_sweep(*words)
+    with pytest.raises(SystemExit) as left:
+        python_sweep(*words)
+    assert left.value.code == 1  # as two failed
     return grids.studies[0].folder
 
 
@@ -83,8 +89,55 @@ def test_a_trial_is_the_single_run_with_its_settings(folder: Path, words: list[s
 def test_report_only_trains_nothing(folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "main", lambda cfg: pytest.fail("it trains"))
     (folder / "study.csv").unlink()
-    python_sweep(*words, "sweep.report_only=true")
+    before = {path.name for path in folder.iterdir() if path.is_dir()}
+    python_sweep(*words, "sweep.report_only=true", "lora.rank=8")
     assert len(rows_of(folder)) == 4
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == before
+
+
+def test_no_folder_is_called_after_what_changes_no_result() -> None:
+    """Else `sweep.py` and then `sweep.py sweep.repeats=3` would train everything twice."""
+    hydra = yaml.safe_load((REPO / "conf" / "train.yaml").read_text())["hydra"]
+    free = {key for key in all_keys(Command) if is_free(key) or key.startswith("sweep.")}
+    assert free <= set(hydra["job"]["config"]["override_dirname"]["exclude_keys"])
+
+
+def test_a_refused_trial_is_not_ranked(
+    folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result is of other code. With report_only, which asks for nothing, it is what is there."""
+    monkeypatch.setattr(train, "lead", lambda *_: 0.0)
+    copy = tmp_path / "study"
+    shutil.copytree(folder, copy)
+    first, second = study.read_trials(copy)[:2]
+    first.run.update_status(code_hash="0" * 64)
+    with pytest.raises(SystemExit) as left:
+        python_sweep(*words, f"hydra.sweep.dir={copy}")
+    assert left.value.code == 1
+    rows = rows_of(copy)
+    assert [row["trial"] for row in rows] == [second.run.path.name, first.run.path.name]
+    assert rows[1]["gain"] == ""
+    assert rows[1]["verdict"].startswith("failed: already holds this run, made by other code")
+    python_sweep(*words, f"hydra.sweep.dir={copy}", "sweep.report_only=true")
+    assert [row["trial"] for row in rows_of(copy)] == [first.run.path.name, second.run.path.name]
+
+
+def test_repeats_have_their_own_name_and_a_failing_one_keeps_the_report(
+    folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, asked = tmp_path / "study", []
+    shutil.copytree(folder, copy)
+    first, second = study.read_trials(copy)[:2]
+    first.run.config.write_text("# edited\n" + first.run.config.read_text())
+    (copy / "study.csv").unlink()
+    monkeypatch.setattr(train, "main", lambda cfg: 0.0)
+    monkeypatch.setattr(train, "run", lambda config, run: asked.append((config, run)) or 0.0)
+    with pytest.raises(SystemExit) as left:
+        python_sweep(*words, f"hydra.sweep.dir={copy}", "sweep.repeats=1")
+    assert left.value.code == 1 and len(rows_of(copy)) == 4
+    ((config, run),) = asked
+    assert run.path.name == f"{second.run.path.name}+seed=1" == config.wandb.name
+    assert config.seed == 1 and config.optimizer.lr == second.settings["optimizer.lr"]
 
 
 def test_the_effect_of_a_setting_is_the_paired_difference(folder: Path) -> None:
@@ -151,6 +204,7 @@ def test_effects_of_a_grid_are_what_was_put_in(tmp_path: Path) -> None:
         ("grid=none", "choose one of models, slides"),
         ("hydra/launcher=slurm", "launchers: basic, joblib, ray, submitit_local, submitit_slurm"),
         ("hydra/sweeper=optuna", "python sweep.py sweep.search=12"),
+        ("wandb.project=a,b", "trial wandb.project=b would have the folder of trial wandb.project=a"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_the_first_trial(
