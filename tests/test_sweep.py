@@ -1,10 +1,12 @@
 """`python sweep.py`: a grid with trials that fail, twice; its table, effects and plot; what it refuses."""
 
 import csv
+import io
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,12 @@ import yaml
 from conftest import REPO, SMALL
 from hydra.errors import HydraException
 from PIL import Image
+from rich.console import Console
 from test_dashboard import offline_records
 
 import sweep
 import train
-from ghibli import config, grids, study
+from ghibli import config, grids, ranking, study
 from ghibli.config_mistakes import all_keys, explain
 from ghibli.run_dir import RunDir
 from ghibli.schema import Command
@@ -186,10 +189,83 @@ def test_effects_of_a_grid_are_what_was_put_in(tmp_path: Path) -> None:
     assert second.key == "lora.dropout"
     assert second.difference.value == pytest.approx(0, abs=4 * second.difference.standard_error)
     nothing = study.Effect("lora.dropout", 0, 0.1, 1, Gain(0.01, 0.02))
-    assert not nothing.matters and str(nothing).endswith("(1 pair), which is nothing")
+    assert not nothing.matters
+    assert str(nothing).endswith("95 % -2.92 .. +4.92, 1 pair (not told apart from nothing)")
+    (line, *_) = csv.DictReader(io.StringIO(ranking.effects_csv(trials)))
+    assert (line["key"], line["low"], line["high"], line["pairs"]) == ("lora.rank", "16", "32", "2")
+    assert float(line["low95"]) == pytest.approx(100 * first.difference.low, abs=1e-4)
     one = paired_gain(trials[2].best.val, base).value - paired_gain(trials[0].best.val, base).value
     two = paired_gain(trials[3].best.val, base).value - paired_gain(trials[1].best.val, base).value
     assert first.difference.value == pytest.approx((one + two) / 2)
+
+
+def with_settings(one: study.Trial, **settings: object) -> study.Trial:
+    """A made trial with further settings; `lora_alpha` is lora.alpha."""
+    more = {key.replace("_", ".", 1): value for key, value in settings.items()}
+    return replace(one, settings=one.settings | more)
+
+
+def test_alpha_that_is_chosen_apart_from_rank_is_a_setting(tmp_path: Path) -> None:
+    base = torch.ones(3, 2)
+    trials = [made(tmp_path, rank, 0, base - 0.01 * rank, base) for rank in (4, 8)]
+    assert study.varied(trials) == ["lora.rank"]
+    free = [with_settings(trial, lora_alpha=alpha) for trial in trials for alpha in (8.0, 16.0)]
+    assert study.varied(free) == ["lora.rank", "lora.alpha"]
+    assert {effect.key: effect.pairs for effect in study.effects(free)} == {"lora.rank": 2, "lora.alpha": 2}
+
+
+def test_the_same_trial_in_two_folders_is_one(tmp_path: Path) -> None:
+    base = torch.ones(3, 2)
+    first, again, other = (
+        with_settings(made(tmp_path, rank, 0, base - gain, base), seed=0)
+        for rank, gain in ((4, 0.1), (4, 0.3), (8, 0.2))
+    )
+    assert study.seed_noise([first, again, other]) is None
+    (effect,) = study.effects([first, again, other])
+    assert effect.pairs == 1 and effect.difference.value == pytest.approx(0.1)
+
+
+def test_an_effect_over_two_bases_and_over_lists(tmp_path: Path) -> None:
+    """One base is scored on two items, the other on four: the mean of what each gives, 0.1 and 0.3."""
+    trials = [
+        with_settings(
+            made(tmp_path, 4, 0, base * (1 - (len(targets) > 1) * share), base),
+            lora_targets=targets, validation_items_per_picture=base.shape[1],
+        )
+        for base, share in ((torch.ones(3, 2), 0.1), (2 * torch.ones(3, 4), 0.3))
+        for targets in (["to_q"], ["to_q", "to_k"])
+    ]  # fmt: skip
+    (effect,) = study.effects(trials)
+    assert (effect.key, effect.low, effect.high, effect.pairs) == (
+        "lora.targets",
+        ["to_q"],
+        ["to_q", "to_k"],
+        2,
+    )
+    assert effect.difference.value == pytest.approx(0.2)
+    assert ranking.write_plot(tmp_path, trials).exists()
+
+
+def test_a_resumed_trial_does_not_say_minutes(tmp_path: Path) -> None:
+    times = {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T01:00:00+00:00"}
+    once = study.Trial(RunDir(tmp_path), {}, times | {"starts": [{}]}, None)
+    assert once.minutes == 60
+    assert replace(once, status=times | {"starts": [{}, {}]}).minutes is None
+
+
+def test_the_table_is_whole_in_a_pipe(tmp_path: Path) -> None:
+    """Rich takes 80 columns where there is no terminal."""
+    base = torch.ones(3, 2)
+    trials = [
+        with_settings(made(tmp_path, rank, 0, base, base), **{f"model_{k}{'x' * 20}": rank for k in range(8)})
+        for rank in (4, 8)
+    ]
+    RunDir(tmp_path).update_status(state="failed", reason="the disk is full")
+    told = io.StringIO()
+    failed = replace(trials[0], status=RunDir(tmp_path).read_status())
+    Console(file=told, width=80, soft_wrap=True).print(ranking.table([failed, trials[1]]))
+    assert all(f"model.{k}{'x' * 20}" in told.getvalue().splitlines()[0] for k in range(8))
+    assert "failed: the disk is full" in told.getvalue().splitlines()[1]
 
 
 @pytest.mark.parametrize(
