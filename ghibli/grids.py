@@ -66,12 +66,10 @@ class CheckFirst(Callback):
         if "BasicSweeper" in cfg.hydra.sweeper._target_:
             trials = grid(cfg, words)
             check_trials(cfg.hydra.job.config_name, trials)
-        begin(cfg, None if trials is None else len(trials))
+        folder = begin(cfg, None if trials is None else len(trials)).folder
         chosen = any(word.startswith("hydra.sweep.dir=") for word in cfg.hydra.overrides.hydra)
         if cfg.hydra.job.config_name == "train" and not chosen:  # then the folder is called after the time
-            console.print(
-                f"to go on with these trials: the same words and hydra.sweep.dir={cfg.hydra.sweep.dir}"
-            )
+            console.print(f"to go on with these trials: the same words and hydra.sweep.dir={folder}")
 
 
 def begin(cfg: Any, trials: int | None) -> Study:

@@ -33,10 +33,8 @@ def table(trials: list[Trial]) -> Table:
         gain = "-" if trial.gain is None else ("" if trial.gain.value >= 0 else "-") + trial.gain.size
         minutes = "-" if trial.minutes is None else f"{trial.minutes:.1f}"
         distance = [distance_of(trial)] if measured else []
-        epoch, verdict = (
-            str(trial.status.get("best_epoch", "-")),
-            shorten(trial.verdict, 60, placeholder=" ..."),
-        )
+        verdict = shorten(trial.verdict, 60, placeholder=" ...")
+        epoch = str(trial.status.get("best_epoch", "-"))
         rows.add_row(str(place), *settings, gain, *distance, epoch, minutes, verdict)
     wide = Console(width=10_000)
     rows.width = Measurement.get(wide, wide.options, rows).maximum  # a pipe has 80 columns, and would cut it

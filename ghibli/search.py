@@ -163,17 +163,17 @@ def halve(choice: Choice, trials: list[list[str]], train: Train) -> None:
             another one.
     """
     words = list(trials)
-    configs = [trial_of(one)[0] for one in words]
-    epochs = {config.trainer["max_epochs"] for config in configs}
+    asked = [trial_of(one) for one in words]
+    epochs = {config.trainer["max_epochs"] for config, _ in asked}
     if len(epochs) > 1:
         raise UserMistake("sweep.halving=true chooses trainer.max_epochs itself: give one value for it")
-    if not all(can_go_on(config) for config in configs):
+    if not all(can_go_on(config) for config, _ in asked):
         raise UserMistake(
             "sweep.halving=true stops trials early and lets some go on, so it must not matter how long they "
             "train: add optimizer.schedule=constant optimizer.warmup_steps=0 early_stopping.patience=null"
         )
-    for one in words:
-        require_same_but_epochs(*trial_of(one))
+    for config, run in asked:
+        require_same_but_epochs(config, run)
     for rung in rungs(*epochs):
         console.print(f"\n{len(words)} trials until epoch {rung}", style="bold")
         gains = [train_until(one, rung, train) for one in words]

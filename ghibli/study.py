@@ -152,11 +152,10 @@ class Effect:
     def __str__(self) -> str:
         value, error = 100 * self.difference.value, 100 * self.difference.standard_error
         low, high = 100 * self.difference.low, 100 * self.difference.high
-        what = (
-            f"{self.key} {shown(self.low)} -> {shown(self.high)}: {value:+.2f} +- {error:.2f} points of gain"
-        )
+        change = f"{self.key} {shown(self.low)} -> {shown(self.high)}"
+        size = f"{value:+.2f} +- {error:.2f} points of gain, 95 % {low:+.2f} .. {high:+.2f}"
         word = "" if self.matters else " (not told apart from nothing)"
-        return f"{what}, 95 % {low:+.2f} .. {high:+.2f}, {number_of(self.pairs, 'pair')}{word}"
+        return f"{change}: {size}, {number_of(self.pairs, 'pair')}{word}"
 
 
 def number_of(count: int, word: str) -> str:
