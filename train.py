@@ -61,6 +61,8 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     footprint.forget_peak()
+    checkpoint = run_dir.checkpoint_to_resume() if resumes else None
+    put_back, stop = run_dir.as_it_was(), CleanStop(run_dir)
     write_text(run_dir.config, to_yaml(config))
     run_dir.update_status(
         state="running", reason=None, started=run_dir.read_status().get("started", now()),
@@ -68,14 +70,13 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         process=os.getpid(), threads=torch.get_num_threads(), **provenance(), **trial.marks(config, run_dir),
     )  # fmt: skip
     try:
-        with CleanStop(run_dir) as stop:
+        with stop:
             base = lora.load_base(config.model)
             module = GhibliModule(config, base)
             what = f"the base model.path={config.model.path}"
             check_unchanged(run_dir, "base_hash", module.base_hash, what)
             data = GhibliDataModule(config, base, run_dir, module.num_train_timesteps)
             logger = dashboard.make_logger(config, run_dir, describe(config))
-            checkpoint = run_dir.usable_checkpoint() if resumes else None
             if checkpoint == run_dir.previous_checkpoint:
                 console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
                 checkpoint = checkpoint.replace(run_dir.last_checkpoint)  # so no save can lose it
@@ -91,13 +92,22 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
             run_dir.update_status(peak_memory=footprint.peak_memory())
             if config.finetune != "none" and len(module.history) < 2:
                 raise UserMistake(TOO_SHORT)
-            return finish.finish(config, run_dir, trainer, module, logger)
+            objective = finish.finish(config, run_dir, trainer, module, logger)
+            stop.obey()  # a signal in the last step or after it: no further trial may begin
+            return objective
     except StopRequested as request:
+        if resumes and not stop.began:
+            put_back()
         raise SystemExit(finish.interrupted(run_dir, request)) from None
     except BaseException as error:
         mistake = as_mistake(error)
+        refused = resumes and not stop.began  # nothing was trained
         with suppress(OSError):  # a full disk, which `error` already tells
-            run_dir.update_status(state="failed", reason=str(mistake) or type(error).__name__, ended=now())
+            if refused:
+                put_back()
+            if not (refused and run_dir.state == "finished"):
+                reason = str(mistake) or type(error).__name__
+                run_dir.update_status(state="failed", reason=reason, ended=now())
         if run_dir.last_checkpoint.exists() and not isinstance(mistake, UserMistake):
             folder = finish.shown(run_dir.path)
             console.print(f"what was trained is kept; go on with: python train.py resume={folder}")

@@ -1,7 +1,7 @@
 """Re-make the figures and numbers of docs/loss-anomaly.md: `python docs/loss_anomaly.py [PART ...]`.
 
-Parts: curves, epochs, schedule, diverged, guidance, error, curves50; all of them without a word. Runs lie in
-outputs/loss-anomaly/ and are trained once; a finished one is read again.
+Parts: curves, checkpoints, epochs, schedule, diverged, guidance, error, curves50; all of them without a word.
+Runs and what was sampled from them lie in outputs/loss-anomaly/ and are made once.
 """
 
 import json
@@ -46,6 +46,7 @@ RUNS = {
         for name in ("slides", "slides_asrun")
         for epochs in (10, 50)
     },
+    "slides-3": (*NEAR, "experiment=slides", "trainer.max_epochs=3"),
     "full": (*DEMO, "experiment=full_finetune", "trainer.max_epochs=6"),
     "full-too-fast": (*DEMO, "experiment=full_finetune", "trainer.max_epochs=6", "optimizer.lr=0.03"),
     **{
@@ -142,6 +143,28 @@ def curves(epochs: int = 10) -> None:
 def curves50() -> None:
     """The same over 50 epochs."""
     curves(50)
+
+
+@torch.no_grad()
+def checkpoints(pictures: int = 108, items: int = 4) -> None:
+    """Three epochs: the paired gain of their checkpoint, and its unpaired loss beside the base's.
+
+    Unpaired means as in training: each model on pictures, timesteps and noise of its own, 432 of them.
+    """
+    run = run_of("slides-3")
+    first, losses = scenes.EVALUATION_SEEDS.start + 20_000, {}
+    for name, module in (("base", model_of(run, Path("base"))), ("checkpoint", model_of(run))):
+        means = losses_of(module, probe_items(module, first, pictures, items)).mean(1)
+        losses[name] = means.mean().item(), (means.std() / pictures**0.5).item()
+        first += pictures
+    (base, base_error), (ours, error) = losses["base"], losses["checkpoint"]
+    gains = column(run, "probe/val_gain", 1), column(run, "probe/val_gain_se", 1)
+    note(
+        "checkpoints",
+        paired=[f"{100 * gain:.2f} +- {100 * se:.2f} %" for gain, se in zip(*gains, strict=True)],
+        unpaired={name: f"{loss:.4f} +- {se:.4f}" for name, (loss, se) in losses.items()},
+        unpaired_change=f"{ours - base:+.4f} +- {np.hypot(error, base_error):.4f}",
+    )
 
 
 def epochs() -> None:
@@ -266,9 +289,10 @@ def guidance(count: int = 64) -> None:
         found = kernel_distance(rows, reference)
         return [round(found.value, 3), round(found.standard_error, 3)]
 
-    numbers = known_numbers().get("guidance") or {
-        look: distance(torch.stack([scene(first + i, look) for i in range(count)])) for look in scenes.LOOKS
-    }
+    measured = WORK / "guidance.json"  # so that it can be stopped
+    numbers = json.loads(measured.read_text()) if measured.exists() else {}
+    for look in scenes.LOOKS:
+        numbers.setdefault(look, distance(torch.stack([scene(first + i, look) for i in range(count)])))
     prompts = [f"{scenes.compose(first + i).caption}, Studio Ghibli style" for i in range(count)]
     for w, d in GUIDED:
         name = f"guidance-{w:g}-dropout-{d:g}"
@@ -283,7 +307,8 @@ def guidance(count: int = 64) -> None:
                 )  # fmt: skip
                 numbers[name][f"{scale:g}"] = distance(drawn)
                 on_progress(done + 1, len(SCALES))
-        note("guidance", **numbers)
+        write_json(measured, numbers)
+    note("guidance", **numbers)
     plot_guidance(numbers)
     models = {f"trained with {w:g}": model_of(run_of(f"guidance-{w:g}-dropout-0.1")) for w in (1, 7.5)}
     for scale in (1, 7.5, 15, 56):
@@ -347,7 +372,8 @@ def error(redraws: int = 100, pictures: int = 30) -> None:
 
 def main() -> None:
     register()
-    parts = {f.__name__: f for f in (curves, epochs, schedule, diverged, guidance, error, curves50)}
+    every = (curves, checkpoints, epochs, schedule, diverged, guidance, error, curves50)
+    parts = {part.__name__: part for part in every}
     for name in sys.argv[1:] or parts:
         parts[name]()
 

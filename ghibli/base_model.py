@@ -284,7 +284,7 @@ def add_weights(total: Any, part: torch.nn.Module) -> None:
     """Adds names and weights to a running sha256."""
     for name, tensor in sorted(part.state_dict().items()):
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def first_line(error: Exception) -> str:

@@ -15,14 +15,16 @@ from ghibli.base_model import BaseModel, weights_hash
 from ghibli.captions import CaptionedPicture, open_picture, read_folder
 from ghibli.data import draw_missing, first_by_content, split_by_content
 from ghibli.latents import preprocess
+from ghibli.mistakes import UserMistake, require_folder
 from ghibli.progress import counted
 from ghibli.sampling import Cell, sample
 from ghibli.scenes import EVALUATION_SEEDS
 from ghibli.schema import Config
-from ghibli.tensor_cache import cached
+from ghibli.tensor_cache import cached, file_of
 from ghibli.yardstick import Yardstick
 
-VERSION = 1  # to be raised when sampling or measuring changes
+VERSION = 2  # to be raised when sampling or measuring changes
+LEAST = 3  # pictures; with fewer a kernel distance has no error
 KEPT = 8  # pictures of a cell that are kept to look at
 THUMBNAIL = 16  # px; copies of training pictures are looked for at this size
 
@@ -37,12 +39,24 @@ class Job(NamedTuple):
     cell: Cell
     count: int
 
+    @property
+    def name(self) -> tuple[str, Cell, int]:
+        """What it is called among the results."""
+        return self.model, self.cell, self.count
+
+    def whole(self, jobs: list["Job"]) -> "Job":
+        """The first of these jobs, itself among them, that draws its pictures, and maybe more after them."""
+        return next(job for job in jobs if job.name[:2] == self.name[:2] and job.count >= self.count)
+
 
 def real_pictures(config: Config) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
     """(reference, training pictures), each in an order that follows from their content alone.
 
-    The reference is the folder data.reference, drawn first where it is to be drawn, else the held-out
-    pictures. No training has seen either.
+    The reference is the folder data.reference, drawn first where it is to be drawn and lies in the cache,
+    else the held-out pictures. No training has seen either.
+
+    Raises:
+        UserMistake: no such folder, or too few pictures to compare with.
     """
     data = config.data
     options = {"style": data.style, "default_caption": data.caption, "min_side": data.min_side}
@@ -51,9 +65,17 @@ def real_pictures(config: Config) -> tuple[list[CaptionedPicture], list[Captione
         found = read_folder(Path(data.root), on_progress=on_progress, **options).pictures
     training, held_out = split_by_content(found, data.val_fraction)
     if data.reference is not None:
-        draw_missing(data.reference, data.reference_draw, config.cache_dir, EVALUATION_SEEDS)
+        if Path(data.reference).is_relative_to(config.cache_dir):  # any other folder is the user's
+            draw_missing(data.reference, data.reference_draw, config.cache_dir, EVALUATION_SEEDS)
+        require_folder("data.reference", data.reference)
         with counted("checking the reference") as on_progress:
             held_out = read_folder(Path(data.reference), on_progress=on_progress, **options).pictures
+    if len(held_out) < LEAST:
+        where = "held out" if data.reference is None else f"in data.reference={data.reference}"
+        raise UserMistake(
+            f"too few pictures {where} to compare with: {len(held_out)}, and at least {LEAST} are needed; "
+            "give a folder of further ones, data.reference=DIR"
+        )
     return first_by_content(held_out, len(held_out)), first_by_content(training, len(training))
 
 
@@ -67,11 +89,8 @@ class Bench:
     def __init__(self, config: Config, yardstick: Yardstick, captions: list[str]):
         self.config, self.yardstick, self.captions = config, yardstick, captions
         self.folder = Path(config.cache_dir) / "evaluation"
-        self.common = {
-            "version": VERSION, "features": config.evaluate.features,
-            "inception": config.evaluate.inception, "clip": config.model.clip,
-            "resolution": config.model.resolution, "vae": weights_hash(yardstick.base),
-        }  # fmt: skip
+        self.common = {"version": VERSION, "resolution": config.model.resolution} | yardstick.hashes
+        self.files: dict[Any, str] = {}  # label or (model, cell, count) -> the file of its measurements
 
     def measure_real(self, label: str, pictures: list[CaptionedPicture]) -> Measurements:
         """Measures picture files."""
@@ -87,10 +106,36 @@ class Bench:
                     on_progress(start + len(part), len(pictures))
 
         key = {"pictures": [(p.content_hash, p.caption) for p in pictures], "resize": size[1]}
-        return self._cached(key, lambda: self._measure(chunks()))
+        return self._cached(label, key, lambda: self._measure(chunks()))
+
+    def thumbnails(self, label: str, pictures: list[CaptionedPicture]) -> torch.Tensor:
+        """Thumbnails (N, 768) of picture files, which need no network."""
+        size = self.config.model.resolution, self.config.data.resize
+
+        def make() -> dict[str, torch.Tensor]:
+            with counted(label) as on_progress:
+                rows = []
+                for picture in pictures:
+                    rows.append(thumbnails_of(preprocess(open_picture(picture.path), *size)[None] / 2 + 0.5))
+                    on_progress(len(rows), len(pictures))
+            return {"thumbnails": torch.cat(rows)}
+
+        key = {"thumbnails": [picture.content_hash for picture in pictures], "resize": size[1]}
+        return self._cached(label, key, make)["thumbnails"]
 
     def sample_all(self, jobs: list[Job]) -> dict[tuple[str, Cell, int], Measurements]:
-        """Samples and measures every job that is not in the cache, with the time left for all."""
+        """Samples and measures every job that is not in the cache, with the time left for all.
+
+        A job that is the beginning of another one is not drawn again.
+        """
+        wholes = {job.name: job.whole(jobs) for job in jobs}
+        drawn = self._sample_each([job for job in jobs if wholes[job.name] is job])
+        return {
+            name: {what: rows[: name[2]] for what, rows in drawn[whole.name].items()}
+            for name, whole in wholes.items()
+        }
+
+    def _sample_each(self, jobs: list[Job]) -> dict[tuple[str, Cell, int], Measurements]:
         steps = self.config.sample.num_inference_steps
         work = [self._passes(job) * steps for job in jobs]
         hashes = {id(base): weights_hash(base) for base in {id(job.base): job.base for job in jobs}.values()}
@@ -110,8 +155,8 @@ class Bench:
 
                 key = {"weights": hashes[id(job.base)], "cell": asdict(job.cell), "steps": steps}
                 key["prompts"] = self._prompts(job.count)
-                measured = self._cached(key, lambda chunks=chunks: self._measure(chunks()))
-                results[job.model, job.cell, job.count] = measured
+                key["seed"] = self.config.sample.seed
+                results[job.name] = self._cached(job.name, key, lambda chunks=chunks: self._measure(chunks()))
                 on_progress(sum(work[: index + 1]), sum(work))
         return results
 
@@ -131,7 +176,8 @@ class Bench:
         """Single samples of a cell again, (len(places), 3, H, W); but for rounding as they were measured."""
         prompts = self._prompts(max(places) + 1)
         return sample(
-            base, [prompts[place] for place in places], cell, seeds=places,
+            base, [prompts[place] for place in places], cell,
+            seeds=[self.config.sample.seed + place for place in places],
             num_inference_steps=self.config.sample.num_inference_steps,
             resolution=self.config.model.resolution,
         )  # fmt: skip
@@ -149,7 +195,8 @@ class Bench:
             part = prompts[start : start + step]
             yield (
                 sample(
-                    job.base, part, job.cell, seeds=[start + i for i in range(len(part))],
+                    job.base, part, job.cell,
+                    seeds=[self.config.sample.seed + start + i for i in range(len(part))],
                     num_inference_steps=self.config.sample.num_inference_steps,
                     resolution=self.config.model.resolution, on_step=on_step,
                 ),
@@ -160,13 +207,19 @@ class Bench:
         parts: dict[str, list[torch.Tensor]] = {}
         for pictures, captions in chunks:
             measured = self.yardstick.measure(pictures, captions)
-            measured["thumbnails"] = torch.nn.functional.adaptive_avg_pool2d(pictures, THUMBNAIL).flatten(1)
+            measured["thumbnails"] = thumbnails_of(pictures)
             measured["kept"] = (pictures * 255).round().to(torch.uint8)
             for name, values in measured.items():
                 parts.setdefault(name, []).append(values)
             parts["kept"] = [torch.cat(parts["kept"])[:KEPT]]
         return {name: torch.cat(values) for name, values in parts.items()}
 
-    def _cached(self, key: dict[str, Any], make: Callable[[], Measurements]) -> Measurements:
+    def _cached(self, what: Any, key: dict[str, Any], make: Callable[[], Measurements]) -> Measurements:
         """The measurements under this key, made and kept when they are not there or damaged."""
+        self.files[what] = file_of(self.folder, self.common | key).name
         return cached(self.folder, self.common | key, make)
+
+
+def thumbnails_of(pictures: torch.Tensor) -> torch.Tensor:
+    """Small copies (N, 768) of pictures (N, 3, H, W)."""
+    return torch.nn.functional.adaptive_avg_pool2d(pictures, THUMBNAIL).flatten(1)

@@ -19,6 +19,7 @@ from ghibli.run_dir import RunDir, now, write_atomically
 from ghibli.sampling import cells_of, compose_grid, draw_cells
 from ghibli.schema import Config
 from ghibli.tensor_cache import cached
+from ghibli.validation import Diverged
 
 
 class SampleGrid(Callback):
@@ -124,12 +125,22 @@ class Doctor(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: GhibliModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Stops before an update that would destroy the weights; fp16's scaler skips those by itself."""
+        """Stops before an update that would destroy the weights.
+
+        In fp16 a gradient may overflow, and the scaler skips that step by itself; a loss may not.
+        """
         if str(trainer.precision) == "16-mixed":
-            return
-        gradients = [p.grad for p in pl_module.trainable.values() if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            losses = torch.cat([seen.losses for seen in pl_module.seen]).double().sum()
+            found = trainer.strategy.reduce(losses, reduce_op="sum")
+        else:
+            gradients = [p.grad for p in pl_module.trainable.values() if p.grad is not None]
+            found = torch.nn.utils.get_total_norm(gradients)
+        if not found.isfinite():
             raise UserMistake(self.not_finite(trainer, pl_module))
+
+    def on_exception(self, trainer: L.Trainer, pl_module: GhibliModule, exception: BaseException) -> None:
+        if isinstance(exception, Diverged):
+            self.report(trainer, [doctor.Finding("not finite", str(exception))], say=False)
 
     def not_finite(self, trainer: L.Trainer, pl_module: GhibliModule) -> str:
         names, timesteps, losses = map(list, zip(*seen_everywhere(pl_module), strict=True))

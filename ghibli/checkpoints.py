@@ -1,8 +1,9 @@
-"""When and how a run is saved: whole files, between optimiser steps, and at Ctrl-C or SIGTERM."""
+"""When and how a run is saved: whole files, between optimiser steps, and when a signal stops it."""
 
 import os
 import shutil
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,23 @@ class StopRequested(BaseException):
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
+
+
+def in_slurm() -> bool:
+    """True within a job of Slurm."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def requeue() -> None:
+    """Puts this Slurm job into the queue again; as a job array's task it has a name of two parts.
+
+    Raises:
+        subprocess.SubprocessError, OSError: Slurm refuses, or there is no scontrol here.
+    """
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=60)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -90,19 +108,21 @@ def between_steps(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 class CleanStop(Callback):
-    """Around a run and inside its training: what Ctrl-C and SIGTERM do.
+    """Around a run and inside its training: what Ctrl-C, SIGTERM and, in a Slurm job, SIGUSR1 do.
 
-    In training the first one finishes the optimiser step, saves and stops; a second one, or any
-    outside training, stops at once. Both end in StopRequested.
+    In training the first one finishes the optimiser step, saves and stops; in the last step or
+    validation it lets the run finish. A second one, or any outside training, stops at once. All end
+    in StopRequested.
     """
 
     def __init__(self, run: RunDir):
-        self.run, self.received, self.in_training = run, 0, False
+        self.run, self.received, self.in_training, self.began = run, 0, False, False
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "CleanStop":
         if threading.current_thread() is threading.main_thread():  # signals reach only that one
-            self.previous = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGUSR1] * in_slurm()
+            self.previous = {n: signal.getsignal(n) for n in numbers}
             self.install()
         return self
 
@@ -123,9 +143,8 @@ class CleanStop(Callback):
         console.print("stopping after this step; once more to stop at once", style="yellow")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        self.in_training = True
-        if "SLURM_JOB_ID" not in os.environ:  # there Lightning's own handler requeues the job
-            self.install()
+        self.in_training = self.began = True
+        self.install()  # Lightning has put its own: under Slurm they save within an accumulation
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
@@ -133,6 +152,11 @@ class CleanStop(Callback):
         is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if between_steps(trainer, batch_idx) and not is_last and self.agree(trainer):
             trainer.save_checkpoint(self.run.last_checkpoint)
+            raise StopRequested(self.received)
+
+    def obey(self) -> None:
+        """Raises StopRequested if a signal came that the training was too near its end to stop for."""
+        if self.received:
             raise StopRequested(self.received)
 
     def agree(self, trainer: L.Trainer) -> int:

@@ -114,7 +114,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
         for row in rows:
             cell = f"{row['sampler'].upper()} {row['guidance']:g}"
             table.add_row(model, cell, *evaluation_cells(row))
-    table.add_row("real", "training", *evaluation_cells(result["real"]))
+    table.add_row("real", f"floor of {result['floor_pictures']}", *evaluation_cells(result["real"]))
     return table
 
 

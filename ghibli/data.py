@@ -47,8 +47,12 @@ def split_by_content(
 
 
 def first_by_content(pictures: list[CaptionedPicture], count: int) -> list[CaptionedPicture]:
-    """The `count` pictures with the lowest content hash: a fixed part, whatever the folder's order."""
-    return sorted(pictures, key=lambda p: p.content_hash)[:count]
+    """The `count` pictures with the lowest content hash: a fixed part, whatever the folder's order.
+
+    Of files with the same bytes the first by name alone, since the second would tell nothing new.
+    """
+    by_content = {p.content_hash: p for p in sorted(pictures, key=lambda p: str(p.path), reverse=True)}
+    return [by_content[content] for content in sorted(by_content)[:count]]
 
 
 def draw_missing(root: str, draw: DrawConfig | None, cache_dir: str, seeds: range | None = None) -> None:

@@ -147,7 +147,7 @@ def following(run: RunDir) -> Iterator[None]:
     """Around all that a further process does: silent, deaf to signals, and gone when the first one is."""
     console.quiet = True
     warnings.simplefilter("ignore")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     first = int(os.environ[JOINS].split(" ", 1)[0]) if JOINS in os.environ else os.getppid()
     threading.Thread(target=leave_with, args=(first,), daemon=True).start()

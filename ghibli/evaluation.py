@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ghibli import doctor
-from ghibli.bench import Bench, Job, Measurements, real_pictures
+from ghibli.bench import LEAST, Bench, Job, Measurements, real_pictures
 from ghibli.captions import CaptionedPicture, open_picture
 from ghibli.latents import preprocess
 from ghibli.metrics import mean_of, precision_recall
+from ghibli.mistakes import UserMistake
 from ghibli.run_dir import RunDir, write_atomically, write_json
 from ghibli.sampling import Cell, cells_of, compose_grid
 from ghibli.schema import Config
@@ -21,7 +22,11 @@ from ghibli.validation import Estimate
 from ghibli.yardstick import Reference, Yardstick
 
 SHOWN = 6  # samples beside their nearest training picture
-CHANGEABLE = ("evaluate", "sample", "data.reference", "model.clip", "cache_dir")
+CHANGEABLE = (
+    "evaluate", "sample.samplers", "sample.guidance", "sample.num_inference_steps", "sample.seed",
+    "data.reference", "model.clip", "cache_dir",
+)  # fmt: skip
+REFERENCE = "measuring the reference"
 
 
 class Real(NamedTuple):
@@ -29,7 +34,8 @@ class Real(NamedTuple):
 
     reference: Reference  # what samples are compared with
     own: Measurements  # of the reference
-    training: Measurements  # what samples might be copies of
+    floor: Measurements  # of a fixed part of the training pictures: what real pictures score
+    training: torch.Tensor  # thumbnails (N, 768) of all training pictures: what samples might be copies of
 
 
 def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
@@ -48,33 +54,36 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
         bases["run"] = trained_base(run, config)
         cells["run"] = cells_of(config.sample, config.loss.guidance)
     reference_pictures, training_pictures = real_pictures(config)
+    if len(training_pictures) < LEAST:
+        raise UserMistake(f"too few training pictures to evaluate with: at least {LEAST} are needed")
     bench = Bench(config, Yardstick(config, bases["base"]), [p.caption for p in reference_pictures])
-    own = bench.measure_real("measuring the reference", reference_pictures)
-    training = bench.measure_real("measuring the training pictures", training_pictures[: options.samples])
-    real = Real(Reference(own["features"], options.features == "style"), own, training)
-    scan = [Cell("ddim", scale) for scale in options.scales]
+    real = measured(bench, reference_pictures, training_pictures)
+    scan = list(dict.fromkeys(Cell("ddim", scale) for scale in options.scales))
     jobs = [Job(name, base, cell, options.samples) for name, base in bases.items() for cell in cells[name]]
     jobs += [Job(name, base, cell, options.scan_samples) for name, base in bases.items() for cell in scan]
     sampled = bench.sample_all(jobs)
+
+    def kernel_of(rows: Measurements) -> tuple[float, float]:
+        return pair(real.reference.kernel(rows["features"]))
+
     of_cells = {key[:2]: rows for key, rows in sampled.items() if key[2] == options.samples}
     result = {
         "features": options.features, "reference_pictures": len(reference_pictures),
         "samples": options.samples, "scan_samples": options.scan_samples,
         "num_inference_steps": config.sample.num_inference_steps, "training_guidance": config.loss.guidance,
-        "real": numbers(training, real.reference),
+        "weights": run.weights, "cache_dir": config.cache_dir, "reference_file": bench.files[REFERENCE],
+        "floor_pictures": len(real.floor["features"]), "real": numbers(real.floor, real.reference),
         "models": {name: table_of(name, cells[name], of_cells, real) for name in bases},
         "scan": {
-            name: {
-                f"{cell.guidance:g}": pair(
-                    real.reference.kernel(sampled[name, cell, options.scan_samples]["features"])
-                )
-                for cell in scan
-            }
+            name: {f"{c.guidance:g}": kernel_of(sampled[name, c, options.scan_samples]) for c in scan}
             for name in bases
         },
     }  # fmt: skip
+    for name, rows in result["models"].items():
+        for row, cell in zip(rows, cells[name], strict=True):
+            row["file"] = bench.files[name, cell, options.samples]
     least = min(options.samples, len(reference_pictures))
-    found = doctor.few_pictures(least, own["features"].shape[1], result["real"]["frechet"])
+    found = doctor.few_pictures(least, real.own["features"].shape[1], result["real"]["frechet"])
     result["findings"] = [vars(finding) for finding in found]
     write_json(run.evaluation, result)
     save_pictures(run, {key: rows["kept"] for key, rows in of_cells.items()}, bench.captions, cells)
@@ -84,6 +93,19 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
         drawn = bench.draw(bases["run"], cell, [sample for sample, _, _ in found])
         save_nearest(run, found, drawn, training_pictures, config)
     return result
+
+
+def measured(bench: Bench, reference: list[CaptionedPicture], training: list[CaptionedPicture]) -> Real:
+    """The real pictures; the floor has as many as there are samples, reference and training pictures."""
+    options = bench.config.evaluate
+    own = bench.measure_real(REFERENCE, reference)
+    few = training[: min(options.samples, len(reference))]
+    return Real(
+        reference=Reference(own["features"], standardise=options.features == "style"),
+        own=own,
+        floor=bench.measure_real("measuring training pictures", few),
+        training=bench.thumbnails("reading all training pictures", training),
+    )
 
 
 def table_of(
@@ -118,9 +140,8 @@ def copying(rows: Measurements, real: Real) -> float:
 
     The median distance of thumbnails to their nearest training picture, over that of the reference.
     """
-    training = real.training["thumbnails"]
     ours, unseen = (
-        torch.cdist(part["thumbnails"], training).min(1).values.median() for part in (rows, real.own)
+        torch.cdist(part["thumbnails"], real.training).min(1).values.median() for part in (rows, real.own)
     )
     return (ours / unseen).item()
 
@@ -130,9 +151,8 @@ def nearest_copies(rows: Measurements, real: Real) -> list[tuple[int, int, float
 
     The distance is that of thumbnails, over the median distance of unseen real pictures to theirs.
     """
-    training = real.training["thumbnails"]
-    unseen = torch.cdist(real.own["thumbnails"], training).min(1).values.median()
-    distances, pictures = torch.cdist(rows["thumbnails"], training).min(1)
+    unseen = torch.cdist(real.own["thumbnails"], real.training).min(1).values.median()
+    distances, pictures = torch.cdist(rows["thumbnails"], real.training).min(1)
     first = distances.argsort()[:SHOWN]
     return [(int(i), int(pictures[i]), (distances[i] / unseen).item()) for i in first]
 

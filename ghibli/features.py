@@ -19,6 +19,11 @@ from ghibli.mistakes import UserMistake
 BATCH = 16
 
 
+def called(kind: str | None) -> tuple[str, str]:
+    """What the kernel distance and the Frechet distance of these features are called."""
+    return ("KID", "FID") if kind == "inception" else ("kernel distance", "Frechet")
+
+
 def in_batches(
     extract: Callable[[torch.Tensor], torch.Tensor],
     pictures: torch.Tensor,

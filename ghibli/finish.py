@@ -1,6 +1,8 @@
 """The end of a run: best weights, adapter file, last grid, status, and the closing lines."""
 
 import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from ghibli import dashboard, lora, trial
 from ghibli.callbacks import Doctor, SampleGrid, describe
-from ghibli.checkpoints import StopRequested
+from ghibli.checkpoints import StopRequested, requeue
 from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule
 from ghibli.progress import console
@@ -97,13 +99,27 @@ def next_command(config: Config) -> str:
 
 
 def interrupted(run: RunDir, request: StopRequested) -> int:
-    """Notes the interruption, says how to go on, and returns the exit code (130 or 143)."""
+    """Notes the interruption, says how to go on, and returns the exit code (130 or 143; 138 in Slurm)."""
+    if request.signal_number == signal.SIGUSR1:
+        go_on_later()
+    if run.state == "finished":
+        console.print("stopped; this run is finished")
+        return 128 + request.signal_number
     run.update_status(state="interrupted", reason=str(request), ended=now())
     if run.last_checkpoint.exists():
         console.print(f"stopped; go on with: python train.py resume={shown(run.path)}")
     else:
         console.print("stopped before the first checkpoint: start the same command again")
     return 128 + request.signal_number
+
+
+def go_on_later() -> None:
+    """Asks Slurm to start this job again, whose command then goes on in the same folder."""
+    try:
+        requeue()
+        console.print("Slurm was asked to start this job again: the same command goes on")
+    except (OSError, subprocess.SubprocessError) as error:
+        console.print(f"scontrol requeue failed ({error}): submit the job again", style="yellow")
 
 
 def shown(path: Path) -> str:

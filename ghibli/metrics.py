@@ -99,12 +99,14 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
     """Share of pictures that look like the reference, and share of the reference that is covered.
 
     Kynkaanniemi et al. 2019, equations 1 and 2: a row is covered when it lies within the distance of
-    some row of the other set to that row's k-th nearest neighbour in its own set.
+    some row of the other set to that row's k-th nearest neighbour in its own set, or to the farthest
+    in a set of fewer than k + 1.
     """
     features, reference = features.double(), reference.double()
     between = torch.cdist(features, reference)
     radius, reference_radius = (
-        torch.cdist(rows, rows).kthvalue(k + 1, dim=1).values for rows in (features, reference)
+        torch.cdist(rows, rows).kthvalue(min(k + 1, len(rows)), dim=1).values
+        for rows in (features, reference)
     )
     precision = (between <= reference_radius).any(1).double().mean()
     recall = (between <= radius[:, None]).any(0).double().mean()

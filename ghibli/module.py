@@ -25,7 +25,7 @@ from ghibli.progress import counted
 from ghibli.randomness import Stream, seed_global_rng
 from ghibli.sampling import make_scheduler
 from ghibli.schema import Config
-from ghibli.validation import Probe, expected_losses, significant_best
+from ghibli.validation import Diverged, Probe, expected_losses, significant_best
 
 
 class Examples(NamedTuple):
@@ -134,10 +134,18 @@ class GhibliModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Adds a Probe to the history and logs what stops early and chooses the best epoch."""
         probe = self.probe(self.gather(torch.stack(self._scores)).cpu())
-        probe.require_finite(len(self.history), self.config.optimizer.lr)
+        if probe.broken:
+            raise Diverged(self.named(probe.broken), len(self.history), self.config.optimizer.lr)
         self.history.append(probe)
         self.log("probe/val_gain", probe.val_gain.value, logger=False)
         self.log("probe/significant_best", significant_best(self.history).value, logger=False)
+
+    def named(self, pictures: list[int]) -> list[tuple[str, list[int]]]:
+        """(file name, timesteps) of pictures of the probe."""
+        data = self.trainer.datamodule
+        return [
+            (data.probe_pictures[i].path.name, data.probe_batches[i]["timesteps"].tolist()) for i in pictures
+        ]
 
     def gather(self, scores: torch.Tensor) -> torch.Tensor:
         """(P + Q, 2, K) of the whole probe from this device's share of it; see data.share_of_probe."""
@@ -161,8 +169,15 @@ class GhibliModule(L.LightningModule):
         timesteps = torch.cat([batch["timesteps"] for batch in self.trainer.datamodule.probe_batches])
         expected = expected_losses(timesteps, on_training_schedule.flatten(), self.num_train_timesteps)
         self.expected = expected.to(self.device)
+        start = self.probe(start_scores)
+        if start.broken:
+            name, _ = self.named(start.broken)[0]
+            raise UserMistake(
+                f"the untouched base itself has a loss that is not finite, on {name} for one: use "
+                "trainer.precision=32-true, and look at the base's weights (ghibli check)"
+            )
         if stage == "fit":
-            self.history = [self.probe(start_scores)]
+            self.history = [start]
 
     def score_base(self, guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
         """The base's scores on the whole probe, (P + Q, 2, K), from the cache where they are known.

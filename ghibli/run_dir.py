@@ -99,6 +99,17 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def checksum_of(path: Path) -> str | None:
+    """The sha256 with which a file of write_sealed ends, hex; None for any other. The rest is not read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - len(SEAL) - 32, 0))
+            end = file.read()
+    except OSError:
+        return None
+    return end.removeprefix(SEAL).hex() if end.startswith(SEAL) else None
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -162,6 +173,19 @@ class RunDir:
         both = (self.last_checkpoint, self.previous_checkpoint)
         return next((checkpoint for checkpoint in both if is_whole(checkpoint)), None)
 
+    def checkpoint_to_resume(self) -> Path:
+        """usable_checkpoint, without which going on would silently be a start from untrained weights.
+
+        Raises:
+            UserMistake: there is none.
+        """
+        found = self.usable_checkpoint()
+        if found is None:
+            raise UserMistake(
+                f"resume={self.path}: {self.last_checkpoint} is damaged or cut off; start the run anew"
+            )
+        return found
+
     @property
     def best_checkpoint(self) -> Path:
         return self.checkpoints / "best.ckpt"
@@ -209,6 +233,24 @@ class RunDir:
         return content if checksum in (None, _checksum(content)) else {}
 
     @property
+    def weights(self) -> str | None:
+        """What tells the best epoch's weights from any others: the checksum of best.ckpt."""
+        return checksum_of(self.best_checkpoint)
+
+    def is_older(self, evaluation: dict[str, Any]) -> bool:
+        """True for the content of an evaluation.json that measured weights which training has replaced."""
+        measured, now = evaluation.get("weights"), self.weights
+        return None not in (measured, now) and measured != now
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """The content of evaluation.json; empty without one, or where it is damaged or older than the run."""
+        try:
+            content = json.loads(self.evaluation.read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) and not self.is_older(content) else {}
+
+    @property
     def state(self) -> str:
         """running, finished, interrupted, failed; killed if it says running and no longer runs."""
         status = self.read_status()
@@ -241,6 +283,17 @@ class RunDir:
         for unfinished in self.path.rglob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
         return file
+
+    def as_it_was(self) -> Callable[[], None]:
+        """A function that puts what a resume changes before its first step back to what it is now."""
+        paths = (self.config, self.status, self.split)
+        kept = {path: path.read_bytes() for path in paths if path.is_file()}
+
+        def put_back() -> None:
+            for path, content in kept.items():
+                write_atomically(path, lambda file, content=content: file.write(content))
+
+        return put_back
 
     def update_status(self, **changes: Any) -> None:
         """Writes status.json with these entries added or replaced, and a checksum."""
@@ -284,23 +337,28 @@ def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
         UserMistake: no such folder, or nothing in it to go on from.
     """
     if name == "latest":
-        runs = [run for run in all_runs(root) if run.last_checkpoint.exists()]
+        runs = [run for run in all_runs(root) if has_checkpoint(run)]
         if not runs:
             raise UserMistake(f"resume=latest: no run with a checkpoint below {root}/")
-        return runs[-1]
-    run = RunDir(Path(name))
+        run = runs[-1]
+    else:
+        run = RunDir(Path(name))
     if not run.path.is_dir():
         raise UserMistake(f"resume={name}: no such folder (`ghibli list` shows the runs)")
-    if not (run.last_checkpoint.exists() or run.previous_checkpoint.exists()):
+    if not has_checkpoint(run):
         raise UserMistake(
             f"resume={name}: this folder holds no checkpoints/last.ckpt to go on from; "
             "start the run anew (`ghibli list` shows the runs)"
         )
     if not run.config.exists():
-        raise UserMistake(f"resume={name}: its config.yaml is gone: put it back, or start a new run")
-    if run.usable_checkpoint() is None:
-        raise UserMistake(f"resume={name}: {run.last_checkpoint} is damaged or cut off; start the run anew")
+        raise UserMistake(f"resume={run.path}: its config.yaml is gone: put it back, or start a new run")
+    run.checkpoint_to_resume()
     return run
+
+
+def has_checkpoint(run: RunDir) -> bool:
+    """True where there is a checkpoint to go on from, whole or not."""
+    return run.last_checkpoint.exists() or run.previous_checkpoint.exists()
 
 
 def provenance() -> dict[str, Any]:

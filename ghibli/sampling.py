@@ -50,7 +50,7 @@ def make_scheduler(sampler: str, base: BaseModel) -> DDPMScheduler | DDIMSchedul
     return SAMPLERS[sampler].from_config(config, **wanted)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     base: BaseModel,
     prompts: list[str],
@@ -100,11 +100,12 @@ def cells_of(config: SampleConfig, training_guidance: float) -> list[Cell]:
     """The grid's columns: every sampler at every guidance.
 
     A run trained with guidance w is also drawn at GUIDED_SCALE times w, where its pictures are best.
+    Each column stands there once.
     """
     scales = list(config.guidance)
     if training_guidance != 1:
         scales.append(GUIDED_SCALE * training_guidance)
-    return [Cell(sampler, scale) for sampler in config.samplers for scale in scales]
+    return list(dict.fromkeys(Cell(sampler, scale) for sampler in config.samplers for scale in scales))
 
 
 def draw_cells(

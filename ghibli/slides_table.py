@@ -1,61 +1,128 @@
 """The slides' table of a study: models x cells, what each cost, and all of them on the slides' prompts."""
 
-import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from rich.table import Table
 from safetensors import safe_open
 
-from ghibli.progress import counted
+from ghibli.base_model import BaseModel
+from ghibli.features import called
+from ghibli.mistakes import UserMistake
+from ghibli.progress import console, counted
 from ghibli.records import read_rows
-from ghibli.run_dir import write_atomically, write_text
-from ghibli.sampling import Cell, cells_of, compose_grid, draw_cells
-from ghibli.study import Trial
+from ghibli.run_dir import is_whole, write_atomically, write_text
+from ghibli.sampling import GUIDED_SCALE, Cell, cells_of, compose_grid, draw_cells
+from ghibli.schema import Config
+from ghibli.study import Trial, varied
 from ghibli.trained import config_of, starting_base, trained_base
+from ghibli.trial import shown as value
+from ghibli.yardstick import Reference
 
 NAMES = {"none": "untouched base", "full": "all weights"}
+COMPARED = 4  # models that are compared in pairs, the nearest to real pictures
+
+
+@dataclass(frozen=True)
+class Model:
+    """One line of the table."""
+
+    name: str
+    trial: Trial | None  # None for an untouched base
+    rows: list[dict[str, Any]]  # of evaluation.json, one for each cell
 
 
 def evaluated(trials: list[Trial]) -> list[tuple[Trial, dict[str, Any]]]:
-    """The trials that were evaluated, with their evaluation.json."""
-    found = []
-    for trial in trials:
-        try:
-            found.append((trial, json.loads(trial.run.evaluation.read_text())))
-        except (OSError, ValueError):
-            continue
-    return found
+    """The trials that were evaluated since they were trained, with their evaluation.json."""
+    found = [(trial, trial.run.read_evaluation()) for trial in trials]
+    return [(trial, result) for trial, result in found if is_usable(result)]
+
+
+def is_usable(result: dict[str, Any]) -> bool:
+    """True for the content of an evaluation.json in which every row has its cell and its distance."""
+    try:
+        rows = [row for own in (result["models"]["base"], *result["models"].values()) for row in own]
+        cells = [(str(row["sampler"]), float(row["guidance"]), *map(float, row["kernel"])) for row in rows]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return all(len(cell) == 4 for cell in cells)
 
 
 def name_of(trial: Trial) -> str:
-    """`LoRA, trained at guidance 7.5`, and what else was chosen."""
+    """`LoRA, trained at guidance 7.5`."""
     kind = trial.settings.get("finetune")
-    if kind in NAMES:
-        return NAMES[kind]
-    return f"LoRA, trained at guidance {trial.settings.get('loss.guidance'):g}"
+    return NAMES.get(kind) or f"LoRA, trained at guidance {trial.settings.get('loss.guidance'):g}"
+
+
+def short_name(trial: Trial) -> str:
+    """`LoRA 7.5`, for beside a picture."""
+    kind = trial.settings.get("finetune")
+    return NAMES.get(kind) or f"LoRA {trial.settings.get('loss.guidance'):g}"
+
+
+def names_of(trials: list[Trial], name: Callable[[Trial], str] = name_of, separator: str = ", ") -> list[str]:
+    """A name for each that tells it apart: models of one name say what varies among them, or their folder."""
+    plain, names = [name(trial) for trial in trials], []
+    for own, trial in zip(plain, trials, strict=True):
+        same = [other for other, their in zip(trials, plain, strict=True) if their == own]
+        words = [f"{key.split('.')[-1]} {value(trial.settings.get(key))}" for key in varied(same)]
+        names.append(separator.join([own, *words]))
+    for folder in (lambda trial: trial.run.path.name, lambda trial: str(trial.run.path)):
+        names = [
+            f"{own} ({folder(trial)})" if names.count(own) > 1 else own
+            for own, trial in zip(names, trials, strict=True)
+        ]
+    return names
+
+
+def models_of(trials: list[Trial]) -> list[Model]:
+    """The untouched bases, then every evaluated training."""
+    found = evaluated(trials)
+    trained = [(trial, result) for trial, result in found if "run" in result["models"]]
+    names = names_of([trial for trial, _ in trained])
+    models = [
+        Model(name, trial, result["models"]["run"])
+        for name, (trial, result) in zip(names, trained, strict=True)
+    ]
+    bases: list[tuple[str, list[dict[str, Any]]]] = []
+    for name, (_, result) in zip(names_of([trial for trial, _ in found]), found, strict=True):
+        if result["models"]["base"] not in [rows for _, rows in bases]:
+            bases.append((name, result["models"]["base"]))
+    alone = len(bases) == 1
+    return [
+        Model("untouched base" if alone else f"base of: {name}", None, rows) for name, rows in bases
+    ] + models
+
+
+def cells_in(models: list[Model]) -> list[Cell]:
+    """Every cell that one of them was drawn in; DDPM first."""
+    every = {(row["sampler"], row["guidance"]) for model in models for row in model.rows}
+    return [Cell(*cell) for cell in sorted(every, key=lambda cell: (cell[0] != "ddpm", cell[1]))]
+
+
+def in_cells(model: Model, cells: list[Cell]) -> list[dict[str, Any] | None]:
+    """Its row in each cell, None where it was not drawn."""
+    own = {(row["sampler"], row["guidance"]): row for row in model.rows}
+    return [own.get((cell.sampler, cell.guidance)) for cell in cells]
 
 
 def cell_rows(trials: list[Trial]) -> tuple[list[Cell], list[tuple[str, list[dict | None]]]]:
     """(cells, (model, its row of evaluation.json in each cell or None)); the base first."""
-    found = evaluated(trials)
-    models = {} if not found else {"untouched base": found[0][1]["models"]["base"]}
-    for trial, result in found:
-        if "run" in result["models"]:
-            name = name_of(trial)
-            models[name if name not in models else f"{name} ({trial.run.path.name})"] = result["models"][
-                "run"
-            ]
-    every = {(row["sampler"], row["guidance"]) for rows in models.values() for row in rows}
-    cells = [Cell(*cell) for cell in sorted(every, key=lambda cell: (cell[0] != "ddpm", cell[1]))]
-    by_cell = {
-        name: {(row["sampler"], row["guidance"]): row for row in rows} for name, rows in models.items()
-    }
-    return cells, [
-        (name, [own.get((cell.sampler, cell.guidance)) for cell in cells]) for name, own in by_cell.items()
-    ]
+    models = models_of(trials)
+    cells = cells_in(models)
+    return cells, [(model.name, in_cells(model, cells)) for model in models]
+
+
+def title_of(trials: list[Trial]) -> str:
+    """What the numbers of the table are."""
+    kinds = {result.get("features") for _, result in evaluated(trials)}
+    return f"{' / '.join(sorted(called(kind)[0] for kind in kinds))} to real pictures"
 
 
 def cell_table(trials: list[Trial]) -> Table | None:
@@ -63,7 +130,7 @@ def cell_table(trials: list[Trial]) -> Table | None:
     cells, rows = cell_rows(trials)
     if not rows:
         return None
-    table = Table(title="kernel distance to real pictures", box=None, pad_edge=False, title_justify="left")
+    table = Table(title=title_of(trials), box=None, pad_edge=False, title_justify="left")
     table.add_column("model")
     for cell in cells:
         table.add_column(f"{cell.sampler.upper()} {cell.guidance:g}", justify="right", no_wrap=True)
@@ -88,8 +155,74 @@ def write_cells(folder: Path, trials: list[Trial]) -> Path | None:
     costs += [[name, *values] for name, values in cost_rows([trial for trial, _ in evaluated(trials)])]
     text = "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in part) for part in (lines, costs))
     file = folder / "cells.md"
-    write_text(file, text + "\n")
+    write_text(file, "\n\n".join([text, *notes(trials), *comparisons(trials)]) + "\n")
     return file
+
+
+def notes(trials: list[Trial]) -> list[str]:
+    """What one must know beside the table: the floor, why a cell looks as it does, too few pictures."""
+    found = [result for _, result in evaluated(trials)]
+    floors = [
+        f"Floor, {result['floor_pictures']} real pictures: {shown(result['real'])}."
+        for result in found
+        if "floor_pictures" in result and "real" in result
+    ]
+    findings = [
+        f"{finding['name']}: {finding['text']}." for result in found for finding in result.get("findings", [])
+    ]
+    return [*dict.fromkeys(floors), *mush(trials), *dict.fromkeys(findings)]
+
+
+def mush(trials: list[Trial]) -> list[str]:
+    """Why a guided training sampled without guidance looks as it does, where the table has such a cell."""
+    guided = {
+        model.trial.settings.get("loss.guidance", 1)
+        for model in models_of(trials)
+        if model.trial is not None and any(row["guidance"] == 1 for row in model.rows)
+    }
+    return [
+        f"Trained at guidance {scale:g} a model learns to undo that guidance: sampled at 1 its pictures are "
+        f"mush, which is no failed training; its own scale is about {GUIDED_SCALE * scale:g}."
+        for scale in sorted(guided - {1})
+    ]
+
+
+def comparisons(trials: list[Trial]) -> list[str]:
+    """The nearest models in pairs, each in its best cell: same prompts, same start noise.
+
+    Empty where they were not measured against the same pictures, or the cache no longer has them.
+    """
+    found = [result for _, result in evaluated(trials)]
+    keys = ("cache_dir", "reference_file", "features")
+    places = {tuple(str(result.get(key)) for key in keys) for result in found}
+    best = [(model.name, min(model.rows, key=lambda row: row["kernel"][0])) for model in models_of(trials)]
+    best = sorted(best, key=lambda one: one[1]["kernel"][0])[:COMPARED]
+    if len(places) != 1:
+        return []
+    cache_dir, reference_file, kind = places.pop()
+    files = [reference_file, *(str(row.get("file")) for _, row in best)]
+    features = [features_in(Path(cache_dir) / "evaluation" / file) for file in files]
+    if any(rows is None for rows in features) or len({len(rows) for rows in features[1:]}) != 1:
+        return []
+    reference = Reference(features[0], standardise=kind == "style")
+    lines = []
+    for ((near, row), ours), ((far, other), theirs) in combinations(zip(best, features[1:], strict=True), 2):
+        behind = reference.difference(theirs, ours)
+        lines.append(
+            f"{far} ({label_of(other)}) is farther from real pictures than {near} ({label_of(row)}) by "
+            f"{behind.value:.2f} +- {behind.standard_error:.2f}, in pairs."
+        )
+    return lines
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """`DDIM 7.5`."""
+    return f"{row['sampler'].upper()} {row['guidance']:g}"
+
+
+def features_in(file: Path) -> torch.Tensor | None:
+    """The features that an evaluation left in the cache; None when they are gone."""
+    return torch.load(file, weights_only=True)["features"] if is_whole(file) else None
 
 
 COSTS = ("trainable", "file", "seconds per epoch", "peak memory")
@@ -97,7 +230,8 @@ COSTS = ("trainable", "file", "seconds per epoch", "peak memory")
 
 def cost_rows(trials: list[Trial]) -> list[tuple[str, tuple[str, ...]]]:
     """Trainable parameters, size of the file, time and memory of every model that was trained."""
-    return [(name_of(trial), cost(trial)) for trial in trials if trial.settings.get("finetune") != "none"]
+    trained = [trial for trial in trials if trial.settings.get("finetune") != "none"]
+    return [(name, cost(trial)) for name, trial in zip(names_of(trained), trained, strict=True)]
 
 
 def cost(trial: Trial) -> tuple[str, ...]:
@@ -145,23 +279,42 @@ def cost_table(trials: list[Trial]) -> Table | None:
 
 def write_models(folder: Path, trials: list[Trial]) -> Path | None:
     """models.png: the sample prompts drawn by every evaluated model from the same start noise."""
-    found = [trial for trial, _ in evaluated(trials) if trial.settings.get("finetune") != "none"]
+    trained = [trial for trial, _ in evaluated(trials) if trial.settings.get("finetune") != "none"]
+    found = [(trial, config) for trial in trained if (config := config_or_none(trial)) is not None]
     if not found:
         return None
-    configs = [config_of(trial.run) for trial in found]
-    widest = max(configs, key=lambda config: config.loss.guidance)
+    widest = max((config for _, config in found), key=lambda config: config.loss.guidance)
     cells, sample = cells_of(widest.sample, widest.loss.guidance), widest.sample
-    bases = [("base", lambda: starting_base(configs[0]))]
-    for trial, config in zip(found, configs, strict=True):
-        label = {"full": "all weights"}.get(config.finetune, f"LoRA {config.loss.guidance:g}")
-        bases.append((label, lambda trial=trial, config=config: trained_base(trial.run, config)))
+    labels = names_of([trial for trial, _ in found], short_name, "\n")
+    loaders = base_loaders([config for _, config in found])
+    for label, (trial, config) in zip(labels, found, strict=True):
+        loaders.append((label, lambda trial=trial, config=config: trained_base(trial.run, config)))
     rows = []
     with counted("drawing the slides' prompts") as on_progress:
-        for number, (label, load) in enumerate(bases):
+        for number, (label, load) in enumerate(loaders):
             rows.append((label, draw_cells(load(), sample, cells, widest.model.resolution)))
-            on_progress(number + 1, len(bases))
+            on_progress(number + 1, len(loaders))
     title = f"{folder.name}\nsame start noise in every tile of a prompt"
     grid = compose_grid(rows, sample.prompts, [cell.label for cell in cells], title)
     file = folder / "models.png"
     write_atomically(file, lambda opened: grid.save(opened, format="PNG"))
     return file
+
+
+def config_or_none(trial: Trial) -> Config | None:
+    """A finished trial's settings; None, and a line, for any other."""
+    try:
+        return config_of(trial.run)
+    except UserMistake as mistake:
+        console.print(f"models.png leaves one out: {mistake}", style="yellow")
+        return None
+
+
+def base_loaders(configs: list[Config]) -> list[tuple[str, Callable[[], BaseModel]]]:
+    """(label, how to load it) of every base that these trainings start from."""
+    bases = {(c.model.path, c.model.adapter, c.model.adapter_scale): c for c in configs}
+    labels = ["base"] if len(bases) == 1 else [f"base of\n{path}" for path, *_ in bases]
+    return [
+        (label, lambda config=config: starting_base(config))
+        for label, config in zip(labels, bases.values(), strict=True)
+    ]

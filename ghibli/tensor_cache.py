@@ -22,11 +22,16 @@ def cached(
         key: all that the tensors depend on; the version of torch and the number of threads, on which
             rounding depends, are added here.
     """
-    full = key | {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    name = hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:32]
-    file = folder / f"{name}.pt"
+    file = file_of(folder, key)
     if is_whole(file):
         return torch.load(file, weights_only=True)
     tensors = make()
     write_sealed(file, lambda opened: torch.save(tensors, opened))
     return tensors
+
+
+def file_of(folder: Path, key: dict[str, Any]) -> Path:
+    """Where `cached` keeps what belongs to a key."""
+    full = key | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    name = hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:32]
+    return folder / f"{name}.pt"

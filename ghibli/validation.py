@@ -101,14 +101,28 @@ class Probe:
         items = self.val.shape[1]
         return [paired_gain(self.val[:, k : k + 1], self.base_val[:, k : k + 1]) for k in range(items)]
 
-    def require_finite(self, epoch: int, lr: float) -> None:
-        """Raises a UserMistake when the run has diverged: its losses are not all finite."""
-        if epoch > 0 and not (self.val.isfinite().all() and self.train.isfinite().all()):
-            raise UserMistake(
-                f"the run diverged: the validation loss is not finite after epoch {epoch}; start it again "
-                f"with a lower learning rate (optimizer.lr was {lr:g}); best.ckpt is from before, "
-                "if there is one"
-            )
+    @property
+    def broken(self) -> list[int]:
+        """The pictures, held-out ones first, with a score that is no number, the model's or the base's."""
+        scores = torch.cat([self.val + self.base_val, self.train + self.base_train])
+        return (~scores.isfinite().all(1)).nonzero()[:, 0].tolist()
+
+
+class Diverged(UserMistake):
+    """The scores of an epoch are no numbers.
+
+    Args:
+        items: name and timesteps of each picture with such a score.
+    """
+
+    def __init__(self, items: list[tuple[str, list[int]]], epoch: int, lr: float):
+        words = [f"{name} at timesteps {', '.join(map(str, timesteps))}" for name, timesteps in items[:3]]
+        more = f" and {len(items) - len(words)} more pictures" if len(items) > len(words) else ""
+        super().__init__(
+            f"the run diverged: after epoch {epoch} the probe's loss is not finite for "
+            f"{'; '.join(words)}{more}; start it again with a lower learning rate (optimizer.lr was {lr:g}); "
+            "best.ckpt is from before, if there is one"
+        )
 
 
 def best_epoch(history: list[Probe]) -> int:

@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPImageProcessor, CLIPModel
 
 from ghibli import features
-from ghibli.base_model import BaseModel, first_line, place_of, quiet
+from ghibli.base_model import BaseModel, first_line, part_hash, place_of, quiet, weights_hash
 from ghibli.metrics import frechet_distance, kernel_difference, kernel_distance
 from ghibli.mistakes import UserMistake
 from ghibli.schema import Config
@@ -27,8 +27,11 @@ class Yardstick:
     def __init__(self, config: Config, base: BaseModel):
         self.base, self.kind = base, config.evaluate.features
         self.clip = load_clip(config.model.clip)
+        self.hashes = {"features": self.kind, "vae": weights_hash(base)}  # of all that measures
+        self.hashes["clip"] = None if self.clip is None else part_hash(self.clip[0])
         if self.kind == "inception":
             network = features.load_inception(config.evaluate.inception).to(base.vae.device)
+            self.hashes["inception"] = part_hash(network)
             self._extract: Callable = lambda batch: features.inception_features(network, batch)
         else:
             self._extract = lambda batch: features.style_features(base.vae, batch)

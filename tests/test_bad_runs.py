@@ -15,12 +15,15 @@ from typing import BinaryIO
 import pytest
 import torch
 from conftest import REPO, SMALL
+from faults.compare import different_parts
 
 import train
 from ghibli import cli, config
 from ghibli.checkpoints import WholeCheckpoints
+from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule
-from ghibli.run_dir import RunDir, is_whole, write_atomically
+from ghibli.run_dir import RunDir, find_run, is_whole, write_atomically
+from ghibli.schema import Config
 
 QUICK = ("data.draw=null", "sample.every_n_epochs=0")
 Said = tuple[int, str, str]  # exit code, stdout, stderr
@@ -240,6 +243,27 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert "last.ckpt is damaged or cut off; start the run anew" in one_line(command(f"resume={stopped}"))
 
 
+@pytest.mark.parametrize("name", ["latest", "RUN"])
+def test_nothing_is_resumed_from_an_untrained_adapter(tmp_path: Path, name: str) -> None:
+    """With no whole checkpoint both ways of naming a run are refused, and so is what comes after them."""
+    run = RunDir(tmp_path / "run")
+    run.update_status(started="2026-01-01")
+    run.checkpoints.mkdir()
+    run.last_checkpoint.write_bytes(b"damaged")
+    name = name.replace("RUN", str(run.path))
+    with pytest.raises(UserMistake, match="its config.yaml is gone"):
+        find_run(name, tmp_path)
+    run.config.write_text("seed: 0")
+    with pytest.raises(UserMistake, match="last.ckpt is damaged or cut off; start the run anew"):
+        find_run(name, tmp_path)
+
+
+def test_a_resume_that_finds_no_checkpoint_stops(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(UserMistake, match="last.ckpt is damaged or cut off; start the run anew"):
+        train.lead(make_config(), RunDir(tmp_path), resumes=True)
+    assert not list(tmp_path.iterdir())
+
+
 # Loader processes
 
 
@@ -314,6 +338,48 @@ def test_stopped_twice_and_resumed_equals_undisturbed(
     assert status(stopped)["state"] == "finished"
     assert status(stopped)["step"] == 10
     assert weights(stopped) == weights(undisturbed)
+
+
+def test_stopped_in_the_last_step_a_run_is_finished_and_no_trial_follows(
+    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at_step(monkeypatch, signal.SIGTERM, 10)
+    words = ("trainer.max_epochs=1", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    code, out, err = command(*words, "hydra.sweep.subdir=${hydra.job.num}", "-m")
+    assert (code, err) == (143, "")
+    assert "stopped; this run is finished" in out
+    assert status(tmp_path / "0")["state"] == "finished"
+    assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.slow
+def test_slurm_starts_a_job_again_that_goes_on_to_the_same_end(
+    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGUSR1 before the time is up, within an accumulation, under Lightning's own Slurm environment."""
+    undisturbed, run, scontrol = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "bin" / "scontrol"
+    assert command("trainer.max_epochs=1", f"hydra.run.dir={undisturbed}")[0] == 0
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    slurm = {"JOB_ID": "71", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    words = ("trainer.max_epochs=1", "checkpoint.every_n_steps=100", f"hydra.run.dir={run}")
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, signal.SIGUSR1, 3)
+        code, out, err = command(*words)
+    assert (code, err) == (138, "")
+    assert "Slurm was asked to start this job again: the same command goes on" in out
+    assert (tmp_path / "asked").read_text() == "requeue 71\n"
+    assert (status(run)["state"], status(run)["reason"]) == ("interrupted", "SIGUSR1")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    code, out, err = command(*words)
+    assert (code, err) == (0, "")
+    assert "is half done: going on from step 2" in out
+    assert different_parts(undisturbed, run) == []
+    assert not list(run.rglob("hpc_*"))
 
 
 def test_an_error_in_training_says_that_the_checkpoint_is_kept(

@@ -14,7 +14,7 @@ from ghibli.base_scores import cached_scores
 from ghibli.captions import CaptionedPicture
 from ghibli.module import GhibliModule
 from ghibli.run_dir import RunDir
-from ghibli.validation import Probe
+from ghibli.validation import Probe, expected_losses
 
 SETTINGS = {"base": "abc", "guidance": 1}
 
@@ -128,6 +128,64 @@ def test_the_base_is_scored_once_and_read_by_the_next_run(probe_of: Callable, pi
     assert all(torch.equal(vars(first)[key], vars(again)[key]) for key in vars(first))
     assert first.val_gain.value == first.train_gain.value == 0
     assert [gain.value for gain in first.gain_by_timestep] == [0, 0]
+
+
+def test_the_training_loss_is_compared_with_the_base_at_its_own_schedule_and_guidance(
+    probe_of: Callable, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table behind train/loss_normalised, against the base scored by hand; the cache is shared."""
+    tables = []
+    setup = GhibliModule.setup
+
+    @torch.no_grad()
+    def keep(module: GhibliModule, stage: str) -> None:
+        setup(module, stage)
+        batches, guidance = module.trainer.datamodule.probe_batches, module.config.loss.guidance
+        losses = [module.scores(batch, guidance, module.alphas_cumprod)[0] for batch in batches]
+        timesteps = torch.cat([batch["timesteps"] for batch in batches])
+        tables.append((module.expected, expected_losses(timesteps, torch.cat(losses), 1000)))
+
+    monkeypatch.setattr(GhibliModule, "setup", keep)
+    for words in ((), ("loss.noise_schedule=linear",), ("loss.guidance=7.5",)):
+        probe_of(pictures, *words)
+    assert all(torch.allclose(own, by_hand, rtol=1e-5) for own, by_hand in tables)
+    assert not torch.allclose(tables[0][0], tables[1][0], rtol=1e-2)
+    assert not torch.allclose(tables[0][0], tables[2][0], rtol=1e-2)
+
+
+def test_what_the_probe_costs_in_examples_through_the_unet(
+    make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in a real epoch: tests/test_config.py reckons with these numbers for the default sizes."""
+    counted = {"training": 0, "probe": 0}
+    branches = GhibliModule.branches
+
+    def count(module: GhibliModule, batch: dict, *words: object) -> tuple:
+        counted["training" if torch.is_grad_enabled() else "probe"] += len(batch["latents"])
+        return branches(module, batch, *words)
+
+    config = make_config("trainer.max_epochs=1", "sample.every_n_epochs=0")
+    train.run(config, RunDir(tmp_path / "first"))  # scores the base, once
+    monkeypatch.setattr(GhibliModule, "branches", count)
+    train.run(make_config("trainer.max_epochs=1", "sample.every_n_epochs=0"), RunDir(tmp_path / "second"))
+    split = json.loads((tmp_path / "second" / "split.json").read_text())
+    assert counted["probe"] == 2 * len(split["val"]) * config.validation.items_per_picture
+    assert counted["training"] == len(split["train"]) // 4 * 4
+
+
+def test_of_two_copies_one_is_scored(probe_of: Callable, tmp_path: Path) -> None:
+    """The second would tell nothing new, and make the standard error too small."""
+    scenes.write_folder(tmp_path, "drawn", 14, scenes.FINETUNE_SEEDS.start)
+    alone, names, _ = probe_of(tmp_path, "data.val_fraction=0.4")
+    held_out = names[: len(alone.val)]
+    for name in held_out:
+        copy = f"copy-{name}"
+        (tmp_path / "images" / copy).write_bytes((tmp_path / "images" / name).read_bytes())
+        captions = (tmp_path / "captions.txt").read_text()
+        caption = next(line for line in captions.splitlines() if line.startswith(name)).partition("|")[2]
+        (tmp_path / "captions.txt").write_text(f"{captions}{copy}|{caption}\n")
+    twice, _, _ = probe_of(tmp_path, "data.val_fraction=0.4")
+    assert torch.equal(twice.val, alone.val)
 
 
 def test_a_switched_off_adapter_gains_exactly_nothing(make_config: Callable, tmp_path: Path) -> None:

@@ -49,7 +49,14 @@ def test_every_model_with_every_data_set(model: str, data: str) -> None:
 
 @pytest.mark.parametrize("experiment", names_in("experiment"))
 def test_every_experiment(experiment: str) -> None:
-    composed(*DEMO, f"experiment={experiment}")
+    """On both bases, with the sizes of that base's own configuration."""
+    real = ("model=sd15", "data=ghibli", "data.root=pictures")
+    for words in (DEMO, real):
+        plain, own = composed(*words), composed(*words, f"experiment={experiment}")
+        assert (own.model, own.data) == (plain.model, plain.data)
+        assert own.trainer["max_epochs"] == plain.data.epochs
+        tenth = 0.1 if experiment == "full_finetune" else 1
+        assert own.optimizer.lr == pytest.approx(tenth * plain.model.lr)
 
 
 def test_the_slides_settings_are_the_defaults() -> None:

@@ -1,6 +1,7 @@
 """The run doctor: runs that are really broken, each in one way, and a healthy one."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CACHE
+from lightning.pytorch.loggers import WandbLogger
 
 import train
 from ghibli import latents, scenes
 from ghibli.callbacks import Doctor
 from ghibli.doctor import Finding
 from ghibli.mistakes import UserMistake
-from ghibli.module import GhibliModule
+from ghibli.module import Examples, GhibliModule
 from ghibli.run_dir import RunDir
 
 QUIET = ("sample.every_n_epochs=0", "early_stopping.patience=null", "data.batch_size=4", "data.accumulate=1")
@@ -45,7 +47,10 @@ def findings(make_config: Callable, half_held_out: Path, tmp_path: Path) -> Call
 
 def test_a_healthy_run_has_no_finding(findings: Callable, capsys: pytest.CaptureFixture) -> None:
     assert findings("trainer.max_epochs=4") == {}
-    assert "doctor   nothing to report" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "doctor   nothing to report" in said
+    line = r"epoch 4  better than the base by \d+\.\d % \+- \d\.\d % on held-out pictures \(train \d+\.\d %\)"
+    assert re.search(line, said)
 
 
 def test_noise_schedule(findings: Callable, capsys: pytest.CaptureFixture) -> None:
@@ -155,8 +160,70 @@ def test_a_loss_that_is_no_number_names_the_picture(
     assert status["findings"][0]["text"] == status["reason"] == str(caught.value)
 
 
+def test_scores_that_are_no_numbers_end_the_run_and_name_the_picture(
+    findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scores = GhibliModule.scores
+
+    def broken(module: GhibliModule, batch: dict, guidance: float, schedule: torch.Tensor) -> torch.Tensor:
+        found = scores(module, batch, guidance, schedule)
+        if module.history and module.trainer.state.fn == "fit" and module.trainer.global_step > 0:
+            found[0, 1] = torch.inf
+        return found
+
+    monkeypatch.setattr(GhibliModule, "scores", broken)
+    with pytest.raises(
+        UserMistake, match=r"after epoch 1 the probe's loss is not finite for scene_\d+.png at"
+    ):
+        findings("trainer.max_epochs=1")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["findings"][0]["name"]) == ("failed", "not finite")
+
+
+def test_a_base_that_scores_no_numbers_is_refused(
+    findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before the first step, and the learning rate is not blamed."""
+    scores = GhibliModule.scores
+    monkeypatch.setattr(GhibliModule, "scores", lambda *words: scores(*words) * torch.nan)
+    with pytest.raises(UserMistake, match="the untouched base itself has a loss that is not finite"):
+        findings("trainer.max_epochs=1", f"cache_dir={tmp_path / 'cache'}")
+
+
+def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callable, tmp_path: Path) -> None:
+    """Lightning's scaler is for GPUs, so the callback is asked by itself."""
+    reduce = SimpleNamespace(reduce=lambda value, reduce_op: value)
+    trainer = SimpleNamespace(
+        precision="16-mixed", strategy=reduce, is_global_zero=True, loggers=[], global_step=3, world_size=1
+    )
+    gradient = SimpleNamespace(grad=torch.tensor([torch.inf]))
+
+    def step(loss: float) -> None:
+        seen = [Examples(["cat.png"], torch.tensor([812]), torch.tensor([loss]))]
+        module = SimpleNamespace(seen=seen, trainable={"a": gradient}, trainer=trainer)
+        Doctor(make_config(), RunDir(tmp_path)).on_before_optimizer_step(trainer, module, None)
+
+    step(0.2)
+    with pytest.raises(
+        UserMistake, match=r"step 3: the loss is not finite for cat.png at timestep 812 \(nan\)"
+    ):
+        step(torch.nan)
+
+
+def test_a_finding_is_an_alert_of_the_dashboard(
+    make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alerts = []
+    experiment = SimpleNamespace(alert=lambda **words: alerts.append(words))
+    logger = WandbLogger.__new__(WandbLogger)
+    monkeypatch.setattr(WandbLogger, "experiment", experiment)
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[logger])
+    Doctor(make_config(), RunDir(tmp_path)).report(trainer, [Finding("collapse", "the loss is 1")])
+    assert [(alert["title"], alert["text"]) for alert in alerts] == [("collapse", "the loss is 1")]
+
+
 def test_latents_that_are_no_numbers_name_the_picture(
-    findings: Callable, monkeypatch: pytest.MonkeyPatch, half_held_out: Path
+    findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     original = latents.preprocess
 
@@ -166,4 +233,4 @@ def test_latents_that_are_no_numbers_name_the_picture(
 
     monkeypatch.setattr(latents, "preprocess", broken)
     with pytest.raises(UserMistake, match=r"scene_\d+.png: the VAE makes no finite latents of it"):
-        findings()
+        findings(f"cache_dir={tmp_path / 'cache'}")  # another one has the codes of these pictures

@@ -10,10 +10,10 @@ import torch
 
 import train
 from ghibli import bench, evaluation, scenes
-from ghibli.base_model import weights_hash
+from ghibli.base_model import BaseModel, weights_hash
 from ghibli.config import changed
 from ghibli.mistakes import UserMistake
-from ghibli.run_dir import RunDir
+from ghibli.run_dir import RunDir, checksum_of, write_sealed
 from ghibli.sampling import Cell, sample
 from ghibli.schema import Config
 from ghibli.trained import config_of, starting_base, trained_base
@@ -32,7 +32,8 @@ def finished(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPa
     scenes.write_folder(root / "reference", "drawn", 16, scenes.EVALUATION_SEEDS.start)
     config = make_config(
         "data.reference_draw=null", f"data.reference={root / 'reference'}", f"cache_dir={root / 'cache'}",
-        "loss.guidance=7.5", "trainer.max_epochs=1", "sample.every_n_epochs=0", *QUICK,
+        "loss.guidance=7.5", "trainer.max_epochs=1", "sample.every_n_epochs=0", "data.val_fraction=0.2",
+        *QUICK,
     )  # fmt: skip
     run = RunDir(root / "run")
     train.run(config, run)
@@ -77,22 +78,31 @@ def test_the_difference_to_the_base_is_the_tables(result: dict) -> None:
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same(
-    finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch
+    finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Two cells lost, one of them damaged: these two are sampled again, no other, and nothing changes."""
-    config = config_of(finished)
-    files = sorted((Path(config.cache_dir) / "evaluation").glob("*.pt"))
-    cells = [file for file in files if len(torch.load(file, weights_only=True)["features"]) in (3, 6)]
-    cells[0].unlink()
-    content = bytearray(cells[1].read_bytes())
+    """Stopped in its third cell, then the first one's file is damaged: only the second is not drawn again."""
+    config = changed(config_of(finished), [f"cache_dir={tmp_path}"], evaluation.CHANGEABLE)
+    calls, real = [], bench.sample
+
+    def counting(base: BaseModel, prompts: list[str], cell: Cell, **options: object) -> torch.Tensor:
+        calls.append((len(prompts), cell.guidance))
+        if len(calls) == 5 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise KeyboardInterrupt
+        return real(base, prompts, cell, **options)
+
+    monkeypatch.setattr(bench, "sample", counting)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(finished, config)
+    first = tmp_path / "evaluation" / result["models"]["base"][0]["file"]
+    content = bytearray(first.read_bytes())
     content[len(content) // 2] ^= 1
-    cells[1].write_bytes(content)
-    finished.evaluation.unlink()
-    calls = []
-    real = bench.sample
-    monkeypatch.setattr(bench, "sample", lambda *a, **k: calls.append(a[2]) or real(*a, **k))
+    first.write_bytes(content)
+    calls.clear()
     assert evaluation.evaluate(finished, config) == result
-    assert len(set(calls)) <= 2 and 2 <= len(calls) <= 4
+    again = [1, 1, 7.5, 15]  # the base's first cell, and those of the run
+    of_cells = [(count, guidance) for guidance in again for count in (4, 2)]
+    assert calls == [*of_cells, *[(3, 1), (3, 7.5)] * 2, (6, 15)]  # the scan; the nearest samples
 
 
 def test_the_trained_base_is_the_run_and_not_the_base(finished: RunDir) -> None:
@@ -112,11 +122,11 @@ def test_the_nearest_training_pictures_are_shown(finished: RunDir, result: dict)
     """A sample that is a training picture is found, as the first, with distance 0."""
     assert finished.evaluation_nearest.stat().st_size > 10_000
     draws = torch.Generator().manual_seed(0)
-    training = {"thumbnails": torch.rand(9, 12, generator=draws)}
+    training = torch.rand(9, 12, generator=draws)
     own = {"thumbnails": torch.rand(5, 12, generator=draws)}
     samples = {"thumbnails": torch.rand(7, 12, generator=draws)}
-    samples["thumbnails"][4] = training["thumbnails"][2]
-    found = evaluation.nearest_copies(samples, evaluation.Real(None, own, training))
+    samples["thumbnails"][4] = training[2]
+    found = evaluation.nearest_copies(samples, evaluation.Real(None, own, None, training))
     assert found[0] == (4, 2, 0.0) and len(found) == evaluation.SHOWN
     assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
 
@@ -126,9 +136,60 @@ def test_copies_of_training_pictures_show(finished: RunDir) -> None:
     measure = bench.Bench(config, Yardstick(config, starting_base(config)), ["a"]).measure_real
     reference_pictures, training_pictures = bench.real_pictures(config)
     own, training = measure("", reference_pictures), measure("", training_pictures)
-    real = evaluation.Real(Reference(own["features"], True), own, training)
+    real = evaluation.Real(Reference(own["features"], True), own, None, training["thumbnails"])
     assert evaluation.copying(own, real) == 1
     assert evaluation.copying(training, real) == pytest.approx(0, abs=1e-4)
+
+
+def test_copies_are_looked_for_among_all_training_pictures(
+    finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 24 pictures some 20 are trained on; the floor is that of as many as there are samples, 6."""
+    config = config_of(finished)
+    seen, copying = [], evaluation.copying
+    monkeypatch.setattr(evaluation, "copying", lambda rows, real: seen.append(real) or copying(rows, real))
+    evaluation.evaluate(finished, config)
+    _, training = bench.real_pictures(config)
+    assert len(training) > 6 == result["floor_pictures"] == len(seen[0].floor["features"])
+    yardstick = Yardstick(config, starting_base(config))
+    wanted = bench.Bench(config, yardstick, ["a"]).measure_real("", training)["thumbnails"]
+    assert torch.equal(seen[0].training, wanted)
+
+
+def test_the_seed_of_the_start_noise_is_the_grids(finished: RunDir) -> None:
+    config = changed(config_of(finished), ["sample.seed=40"], evaluation.CHANGEABLE)
+    base, cell = starting_base(config), Cell("ddim", 1)
+    measured = bench.Bench(config, Yardstick(config, base), ["a", "b"]).measure_model(base, cell, 2)
+    drawn = sample(base, ["a", "b"], cell, seeds=[40, 41], num_inference_steps=2, resolution=128)
+    assert torch.equal(measured["kept"], (drawn * 255).round().to(torch.uint8))
+
+
+def test_a_users_folder_is_never_drawn_into(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = make_config(f"data.reference={tmp_path / 'mine'}")
+    with pytest.raises(UserMistake, match=r"data\.reference=.*mine: no such folder"):
+        bench.real_pictures(config)
+    scenes.write_folder(tmp_path / "mine", "drawn", 4, scenes.EVALUATION_SEEDS.start, size=64)
+    (tmp_path / "mine" / "captions.txt").unlink()
+    config.data.caption = "a"
+    files = sorted((tmp_path / "mine").rglob("*"))
+    assert len(bench.real_pictures(config)[0]) == 4 and sorted((tmp_path / "mine").rglob("*")) == files
+
+
+def test_too_few_pictures_to_compare_with_are_one_line(make_config: Callable[..., Config]) -> None:
+    config = make_config("data.reference=null", "data.val_fraction=0.01")
+    with pytest.raises(UserMistake, match=r"^too few pictures held out .*: 1, .* data\.reference=DIR$"):
+        bench.real_pictures(config)
+
+
+def test_an_evaluation_of_other_weights_is_not_read(finished: RunDir, result: dict, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    assert copy.read_evaluation() == json.loads(json.dumps(result))
+    assert result["weights"] == copy.weights == checksum_of(copy.best_checkpoint)
+    write_sealed(copy.best_checkpoint, lambda file: file.write(b"a better epoch"))
+    assert copy.read_evaluation() == {}
+    copy.best_checkpoint.unlink()  # whether it is another cannot be told
+    assert copy.read_evaluation() != {}
 
 
 def test_held_out_pictures_are_the_reference_without_a_folder(finished: RunDir) -> None:
@@ -146,6 +207,7 @@ def test_held_out_pictures_are_the_reference_without_a_folder(finished: RunDir) 
         ("evaluate.samples=2", "at least 3"),
         ("evaluate.features=vgg", "choose one of style, inception"),
         ("lora.rank=4", "only evaluate"),
+        ("sample.prompts=[a]", "only evaluate"),
         ("evaluate.sample=2", "unknown key evaluate.sample"),
         ("evaluate.inception=gone.pth", None),
     ],

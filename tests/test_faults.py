@@ -1,6 +1,7 @@
 """The fault harness in short: two random kills, a damage to each kind of file, two commands at once."""
 
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +35,10 @@ def half_done(tmp_path_factory: pytest.TempPathFactory) -> Corrupter:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_a_random_moment(half_done: Corrupter, tmp_path: Path, seed: int) -> None:
     killer, run, report = Killer(tmp_path, SETTINGS), tmp_path / "run" / "run", Killed(seed)
-    killer.kill_once(run, random.Random(seed).uniform(0.3, 0.9) * half_done.seconds, report)
+    moment = random.Random(seed).uniform(0.3, 0.9) * half_done.seconds
+    while not killer.kill_once(run, moment, report):  # it was done before its moment came: that is no kill
+        shutil.rmtree(run.parent)
+        moment /= 2
     code, _, error = in_process(*killer.command(run)[2:])
     assert (code, error) == (0, "")
     assert not different_parts(half_done.done, run), report
@@ -53,6 +57,9 @@ def test_killed_at_a_random_moment(half_done: Corrupter, tmp_path: Path, seed: i
         ("cache/base_scores/*.json", {HARMLESS}),
         ("cache/scenes-*/captions.txt", {RIGHTED}),
         ("cache/scenes-*/images/*.png", {RIGHTED}),
+        ("cache/latents/*.pt", {HARMLESS}),
+        ("cache/base_grids/*.pt", {HARMLESS}),
+        ("run/adapter/*.safetensors", {HARMLESS}),
     ],
 )
 def test_damaged_files_are_noticed_or_harmless(
@@ -139,8 +146,9 @@ def test_the_table_has_a_row_for_each_fault() -> None:
     corrupt = {"files": {"a": {HARMLESS: 2}, "b": {}}, "sound": 2, "damages": 2} | made
     machine = {"faults": [{"fault": "A full disk.", "outcome": "survived", "detail": "error: x|y"}]} | made
     assert table.table({"kill": kill, "corrupt": corrupt, "machine": machine}).splitlines()[2:] == [
-        "| SIGKILL at a random moment of a run of 21 s, 1 of the runs once more after they had been resumed "
-        "(3 in epoch 1) | 3 times in 2 runs | **2 of 2 bit-equal** | abc1234, 2026-01-01 |",
+        "| SIGKILL at a random moment of the 21 s from a run's command to its end, 1 of the runs once more "
+        "after they had been resumed (3 in epoch 1) | 3 times in 2 runs | **2 of 2 bit-equal** | abc1234, "
+        "2026-01-01 |",
         "| random damage to `a` | 2 | 2 harmless | abc1234, 2026-01-01 |",
         "| random damage to any file, in all | 2 | **2 of 2 detected or harmless** | abc1234, 2026-01-01 |",
         "| A full disk. | 1 | survived: error: x/y | abc1234, 2026-01-01 |",

@@ -28,9 +28,14 @@ def files_of(module: str) -> list[Path]:
 
 
 def imported_modules(module: str) -> set[str]:
-    """Every module named in an import anywhere in it, `from a import b` as both a and a.b."""
+    """Every module named in an import anywhere in it."""
+    return set().union(*map(imports_of, files_of(module)))
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module named in an import anywhere in a file, `from a import b` as both a and a.b."""
     names = set()
-    for node in (node for path in files_of(module) for node in ast.walk(ast.parse(path.read_text()))):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -107,6 +107,13 @@ def test_same_set_is_zero_and_two_halves_of_one_set_are_near_it(base: BaseModel)
     assert metrics.precision_recall(rows, rows) == (1.0, 1.0)
 
 
+def test_precision_and_recall_of_two_pictures() -> None:
+    """With fewer than k + 1 rows a radius is the distance to the farthest one of the set."""
+    two, near, far = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5], [0.6]]), torch.tensor([[5.0], [6.0]])
+    assert metrics.precision_recall(near, two) == (1.0, 0.0)
+    assert metrics.precision_recall(far, two) == (0.0, 0.0)
+
+
 def test_distances_grow_with_noise_blur_and_the_other_look(base: BaseModel) -> None:
     pictures, reference = drawn(24), style_of(base, drawn(40, scenes.EVALUATION_SEEDS.start + 100))
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))

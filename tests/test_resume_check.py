@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +20,7 @@ import train
 from ghibli import config as settings
 from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule, lr_factor
+from ghibli.resume_check import ResumeCheck
 from ghibli.run_dir import RunDir, write_sealed
 from ghibli.schema import Config
 
@@ -116,6 +119,25 @@ def test_edited_captions_are_refused(run: RunDir, config: Config, pictures: Path
     moved = replace(config, data=replace(config.data, root=str(other)))
     with pytest.raises(UserMistake, match="is not the same as when the run was started"):
         train.run(moved, run, resumes=True)
+
+
+def test_a_refused_resume_leaves_a_finished_run_as_it_was(
+    run: RunDir, config: Config, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether other pictures are found, or Ctrl-C comes before the first step."""
+    train.run(config, run, resumes=True)
+    files = (run.config, run.status, run.split)
+    before = [file.read_bytes() for file in files]
+    other = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    next((other / "images").glob("*")).unlink()
+    more = replace(config, trainer=config.trainer | {"max_epochs": 20})
+    with pytest.raises(UserMistake, match="is not the same as when the run was started"):
+        train.run(replace(more, data=replace(config.data, root=str(other))), run, resumes=True)
+    assert [file.read_bytes() for file in files] == before
+    monkeypatch.setattr(ResumeCheck, "on_train_start", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit, match="130"):
+        train.run(more, run, resumes=True)
+    assert [file.read_bytes() for file in files] == before
 
 
 def weights(folder: Path) -> bytes:
@@ -266,4 +288,5 @@ def test_a_resumed_run_keeps_its_dashboard_id(config: Config, tmp_path: Path) ->
         ids.append(dashboard.make_logger(offline, RunDir(tmp_path), "x").experiment.id)
         dashboard.close()
     assert ids[0] == ids[1] == RunDir(tmp_path).read_status()["wandb_id"]
-    assert {path.name.rsplit("-", 1)[-1] for path in tmp_path.glob("wandb/offline-run-*")} == {ids[0]}
+    folders = [path.name.split("-")[3] for path in tmp_path.glob("wandb/offline-run-*")]
+    assert folders == [ids[0], ids[0]]  # `-1` behind the second one if it came within the same second

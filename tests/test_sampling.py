@@ -295,6 +295,8 @@ def test_a_run_trained_with_guidance_w_is_also_drawn_at_twice_w(make_config: Cal
     assert cells[2].label == "DDPM  guidance 15"
     three = cells_of(make_config("sample.samplers=[ddim]").sample, training_guidance=3)
     assert three == [Cell("ddim", 1), Cell("ddim", 7.5), Cell("ddim", 6)]
+    half = cells_of(make_config("sample.samplers=[ddim]").sample, training_guidance=3.75)
+    assert half == [Cell("ddim", 1), Cell("ddim", 7.5)]
 
 
 def test_draw_cells_is_sample_with_the_rows_seed_in_every_cell(

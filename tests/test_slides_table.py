@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from ghibli import slides_table
-from ghibli.run_dir import RunDir
+from ghibli.metrics import kernel_difference
+from ghibli.run_dir import RunDir, write_sealed
 from ghibli.study import Trial
 
 BASE = [
@@ -51,6 +52,81 @@ def test_every_model_stands_once_in_its_cells(trials: list[Trial]) -> None:
     assert [row and row["kernel"][0] for row in rows[2][1]] == [2.0, 0.5, 0.9]
 
 
+def test_models_of_one_name_are_told_apart_by_what_varies(trials: list[Trial], tmp_path: Path) -> None:
+    ranks = [made(tmp_path / f"rank {rank}", "lora", 1.0, BASE) for rank in (4, 8)]
+    for rank, trial in zip((4, 8), ranks, strict=True):
+        trial.settings["lora.rank"] = rank
+    names = ["LoRA, trained at guidance 1, rank 4", "LoRA, trained at guidance 1, rank 8"]
+    assert slides_table.names_of([*ranks, trials[2]]) == [*names, "LoRA, trained at guidance 7.5"]
+    assert [name for name, _ in slides_table.cell_rows(ranks)[1]] == ["untouched base", *names]
+    assert [name for name, _ in slides_table.cost_rows(ranks)] == names
+    ranks[1].settings["lora.rank"] = 4
+    wanted = [f"LoRA, trained at guidance 1 (rank {rank})" for rank in (4, 8)]
+    assert slides_table.names_of(ranks) == wanted
+
+
+def test_two_bases_have_a_line_each(trials: list[Trial], tmp_path: Path) -> None:
+    other = made(tmp_path / "d", "lora", 3.0, BASE)
+    content = json.loads(other.run.evaluation.read_text())
+    content["models"]["base"] = [BASE[0] | {"kernel": [3.0, 1.0]}]
+    other.run.evaluation.write_text(json.dumps(content))
+    _, rows = slides_table.cell_rows([trials[1], other])
+    names = ["base of: LoRA, trained at guidance 1", "base of: LoRA, trained at guidance 3"]
+    assert [name for name, _ in rows[:2]] == names
+    assert [row["kernel"][0] for row in rows[1][1] if row] == [3.0]
+
+
+def test_the_nearest_models_are_compared_in_pairs(trials: list[Trial], tmp_path: Path) -> None:
+    """With the files that the evaluations left in the cache, each in its best cell."""
+    draws = torch.Generator().manual_seed(0)
+    sets = {
+        name: 0.5 * shift + torch.randn(40, 6, generator=draws, dtype=torch.float64)
+        for name, shift in (("real", 0), ("base", 4), ("one", 1), ("guided", 2))
+    }
+    for name, features in sets.items():
+        file = tmp_path / "evaluation" / f"{name}.pt"
+        write_sealed(file, lambda opened, features=features: torch.save({"features": features}, opened))
+    for trial, name in zip(trials[1:], ("one", "guided"), strict=True):
+        content = json.loads(trial.run.evaluation.read_text())
+        content |= {"cache_dir": str(tmp_path), "reference_file": "real.pt", "features": "inception"}
+        for model, file in (("base", "base.pt"), ("run", f"{name}.pt")):
+            content["models"][model] = [row | {"file": file} for row in content["models"][model]]
+        trial.run.evaluation.write_text(json.dumps(content))
+    lines = slides_table.comparisons(trials[1:])
+    wanted = kernel_difference(sets["guided"], sets["one"], sets["real"])
+    behind = f"{wanted.value:.2f} +- {wanted.standard_error:.2f}"
+    names = [f"LoRA, trained at guidance {scale} (DDIM 7.5)" for scale in (1, 7.5)]
+    assert lines[0] == f"{names[1]} is farther from real pictures than {names[0]} by {behind}, in pairs."
+    assert len(lines) == 3 and "untouched base (DDIM 7.5) is farther" in lines[1]
+    (tmp_path / "evaluation" / "one.pt").unlink()
+    assert slides_table.comparisons(trials[1:]) == []
+
+
+def test_what_stands_under_the_table(trials: list[Trial], tmp_path: Path) -> None:
+    content = json.loads(trials[2].run.evaluation.read_text())
+    content |= {"floor_pictures": 41, "real": {"kernel": [0.05, 0.1]}, "findings": []}
+    content["findings"] = [{"name": "few pictures", "text": "12 are few"}]
+    trials[2].run.evaluation.write_text(json.dumps(content))
+    text = slides_table.write_cells(tmp_path, trials).read_text()
+    assert "\nFloor, 41 real pictures: 0.05 +- 0.10.\n" in text and "\nfew pictures: 12 are few.\n" in text
+    assert "Trained at guidance 7.5 a model learns to undo that guidance" in text
+    assert slides_table.mush(trials[:2]) == []
+
+
+def test_costs_of_all_weights_are_the_unets(trials: list[Trial]) -> None:
+    trials[1].settings["finetune"] = "full"
+    (trials[1].run.adapter / "x.safetensors").unlink()
+    trials[1].run.unet.mkdir()
+    save_file({"a": torch.zeros(300, 1000)}, trials[1].run.unet / "x.safetensors")
+    (name, costs), _ = slides_table.cost_rows(trials)
+    assert (name, *costs[:2]) == ("all weights", "300,000", "1.2 MB")
+
+
+def test_models_png_leaves_out_what_is_not_finished(trials: list[Trial], tmp_path: Path) -> None:
+    """config_of refuses a trial that was stopped, or whose folder lacks its settings."""
+    assert slides_table.write_models(tmp_path, trials) is None
+
+
 def test_costs_are_the_files_own(trials: list[Trial]) -> None:
     """15 steps of 8 examples in 3 epochs at a median of 20 a second: 2 seconds an epoch; 17 numbers."""
     (name, costs), _ = slides_table.cost_rows(trials)
@@ -63,6 +139,12 @@ def test_the_markdown_holds_both_tables(trials: list[Trial], tmp_path: Path) -> 
     assert lines[0] == "| model | DDPM 1 | DDIM 7.5 | DDIM 15 |"
     assert lines[2] == "| untouched base | 8.00 +- 1.00 | 4.00 +- 0.50 |  |"
     assert "| LoRA, trained at guidance 7.5 | 17 | 0.0 MB | 2.0 | 1.00 GiB |" in lines
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"models": {"base": [{"kernel": 1}]}}'])
+def test_an_odd_evaluation_is_left_out(trials: list[Trial], content: str) -> None:
+    trials[1].run.evaluation.write_text(content)
+    assert [trial for trial, _ in slides_table.evaluated(trials)] == [trials[0], trials[2]]
 
 
 def test_a_study_that_was_not_evaluated_has_no_table(trials: list[Trial], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, SMALL
 from faults.compare import different_parts
-from test_layout import imported_modules
+from test_layout import imports_of
 from test_resume_check import QUICK, StandIn, stop_at
 
 import train
@@ -64,7 +64,7 @@ def test_the_code_that_counts_is_all_that_train_py_imports() -> None:
     """Whoever adds a module to the training path adds it to trial.CODE, else its changes go unseen."""
     found, waiting = set(), ["../train"]
     while waiting:
-        for name in imported_modules(waiting.pop()):
+        for name in imports_of(waiting.pop()):
             file = REPO / "ghibli" / f"{name.removeprefix('ghibli.')}.py"
             if name.startswith("ghibli.") and file.exists() and file.stem not in found:
                 found.add(file.stem)

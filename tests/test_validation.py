@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from ghibli import base_model
+from ghibli import base_model, lora, scenes
 from ghibli.captions import CaptionedPicture
+from ghibli.diffusion import add_noise, denoising_losses
 from ghibli.latents import Moments, encode
+from ghibli.sampling import make_scheduler
 from ghibli.validation import (
     Gain,
     Probe,
@@ -231,6 +233,39 @@ def test_probe_noise_is_not_the_noise_of_its_latents() -> None:
     for drawn in (latents, noise):
         assert abs(drawn.mean()) < 5 * standard_error
         assert abs(drawn.square().mean() - 1) < 5 * 2**0.5 * standard_error
+
+
+@torch.no_grad()
+def test_standard_error_is_the_spread_over_redrawn_pictures_and_items() -> None:
+    """A small docs/loss_anomaly.py `error`: sixteen times six fresh scenes with fresh items."""
+    models = [base_model.load("demo"), base_model.load("demo")]
+    lora.merge(models[1], base_model.place_of("demo/near"), 1.0)
+    base, alphas_cumprod = models[0], make_scheduler("ddpm", models[0]).alphas_cumprod
+    gains = []
+    for seed in range(scenes.EVALUATION_SEEDS.start, scenes.EVALUATION_SEEDS.start + 96, 6):
+        drawn = [np.asarray(scenes.draw(scenes.compose(seed + i), "drawn")) for i in range(6)]
+        pixel_values = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
+        posterior = base.vae.encode(pixel_values).latent_dist
+        drawn = [picture(str(seed + i), scenes.compose(seed + i).caption) for i in range(6)]
+        input_ids = base.tokenize([p.caption for p in drawn])
+        batches = make_items(
+            drawn, Moments(posterior.mean, posterior.logvar), input_ids, items_per_picture=2,
+            num_train_timesteps=T, scaling_factor=base.vae.config.scaling_factor,
+        )  # fmt: skip
+        scores = [torch.stack([losses(model, b, alphas_cumprod) for b in batches]) for model in models]
+        gains.append(paired_gain(scores[1], scores[0]))
+    spread = np.std([gain.value for gain in gains], ddof=1)
+    reported = np.mean([gain.standard_error for gain in gains])
+    assert np.mean([gain.value for gain in gains]) > 0.2
+    assert 0.6 < reported / spread < 1.7  # sixteen repeats know a spread to 18 %
+
+
+def losses(model: base_model.BaseModel, batch: dict, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """(K,) of one picture's items."""
+    noisy_latents = add_noise(batch["latents"], batch["noise"], batch["timesteps"], alphas_cumprod)
+    prompt_embeds = model.encode_prompts(batch["input_ids"])
+    noise_pred = model.unet(noisy_latents, batch["timesteps"], prompt_embeds).sample
+    return denoising_losses(noise_pred, batch["noise"])
 
 
 def test_a_pictures_moments_do_not_depend_on_the_others(base: base_model.BaseModel, pictures: Path) -> None:

@@ -7,7 +7,7 @@ from ghibli.report.charts import COLOURS, Figure, Series, curves
 from ghibli.report.reading import Part, attempt
 from ghibli.report.words import Scan, copies, rule_holds
 from ghibli.sampling import Cell
-from ghibli.slides_table import cell_rows, name_of, shown
+from ghibli.slides_table import cells_in, comparisons, in_cells, models_of, mush, name_of, shown
 from ghibli.trial import differences
 
 MOST_SENTENCES = 4
@@ -40,16 +40,20 @@ def evaluation(parts: list[Part]) -> dict[str, Any] | None:
     usable = [part for part in parts if part.evaluation and attempt(lambda part=part: name_of(part.trial))]
     if not usable:
         return None
-    cells, rows = cell_rows([part.trial for part in usable])
-    trained = [part for part in usable if "run" in part.evaluation["models"]]
-    models = [Model(name, part) for (name, _), part in zip(rows[1:], trained, strict=True)]
+    trials, part_of = [part.trial for part in usable], {id(part.trial): part for part in usable}
+    lines = models_of(trials)
+    cells = cells_in(lines)
+    rows = [(line.name, in_cells(line, cells)) for line in lines]
+    trained = [(line, own) for line, (_, own) in zip(lines, rows, strict=True) if line.trial is not None]
+    models = [Model(line.name, part_of[id(line.trial)]) for line, _ in trained]
     real = usable[0].evaluation["real"]
     return {
         "columns": [f"{cell.sampler.upper()} {cell.guidance:g}" for cell in cells],
         "rows": [(name, [cell_text(row, own) for row in own]) for name, own in rows],
         "real": cell_text(real, []),
         "sizes": sizes(usable),
-        "copies": [(name, said) for name, own in rows[1:] if (said := copying(own, rows[0][1], cells))],
+        "copies": [(line.name, said) for line, own in trained if (said := copying(own, rows[0][1], cells))],
+        "notes": [*mush(trials), *comparisons(trials)],
         "scan": scan_figure(usable[0], models),
         "scan_words": scan_words(models),
     }
@@ -61,6 +65,8 @@ def sizes(parts: list[Part]) -> str:
     found = dict.fromkeys(tuple(part.evaluation.get(key) for key in keys) for part in parts)
     (samples, pictures, steps, features), *others = found
     words = f"{samples} samples a cell, {pictures} real pictures, {steps} steps, {features} features."
+    floor = parts[0].evaluation.get("floor_pictures")
+    words += f" The floor is that of {floor} training pictures." if floor else ""
     return words + (" Not all runs were measured in this way, so they compare badly." if others else "")
 
 

@@ -68,11 +68,16 @@ class Part:
         if not self.run.evaluation.exists():
             return None
         try:
-            return checked_evaluation(json.loads(self.run.evaluation.read_text()))
+            content = checked_evaluation(json.loads(self.run.evaluation.read_text()))
         except DAMAGED:
             again = f"`ghibli evaluate {self.run.path}` writes it anew"
             self.problems.append(f"evaluation.json is damaged or of an older version: {again}")
             return None
+        if self.run.is_older(content):
+            again = f"`ghibli evaluate {self.run.path}` measures what it has become"
+            self.problems.append(f"evaluation.json is older than the run, which was trained on: {again}")
+            return None
+        return content
 
     @cached_property
     def best(self) -> Row | None:

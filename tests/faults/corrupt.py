@@ -20,14 +20,15 @@ from pathlib import Path
 from .compare import different_parts
 from .runs import ENVIRONMENT, REPO, TINY
 
-SETTINGS = (*TINY, "data.draw.count=16", "data.batch_size=2", "data.accumulate=1", "trainer.max_epochs=2",
-            "sample.every_n_epochs=0", "checkpoint.every_n_steps=2")  # fmt: skip
-KILLED_AT = 12  # training steps; an epoch has 7, so the second one is under way
+SETTINGS = (*TINY, "data.draw.count=16", "data.batch_size=2", "data.accumulate=2", "trainer.max_epochs=2",
+            "sample.every_n_epochs=1", "checkpoint.every_n_steps=2")  # fmt: skip
+KILLED_AT = 10  # forward passes; an epoch has 6 in 3 optimiser steps, so the second one is under way
 FILES = (  # what a resumed run finds, as patterns below the scratch folder
     "run/checkpoints/last.ckpt", "run/checkpoints/previous.ckpt", "run/checkpoints/best.ckpt",
     "run/config.yaml", "run/status.json", "run/split.json", "run/metrics.csv", "run/probe.csv",
     "run/.hydra/hydra.yaml", "cache/base_scores/*.json", "cache/scenes-*/captions.txt",
     "cache/scenes-*/checksums.txt", "cache/scenes-*/images/*.png", "cache/latents/*.pt",
+    "cache/base_grids/*.pt", "run/adapter/*.safetensors",
 )  # fmt: skip
 HARMLESS, RIGHTED, REFUSED, BROKEN = "harmless", "put right, and said so", "refused in one line", "BROKEN"
 
@@ -98,8 +99,13 @@ class Corrupter:
             shutil.copytree(state / part.name, part)
 
     def damage(self, pattern: str, draws: random.Random, state: Path) -> dict[str, str]:
-        """One random damage to a file of this pattern, and what the resumed run made of it."""
+        """One random damage to a file of this pattern, and what the resumed run made of it.
+
+        Of a file that only a finished run has, that of the finished run is damaged.
+        """
         self.put_back(state)
+        if not any(self.scratch.glob(pattern)):
+            self.put_back(self.finished)
         file = draws.choice(sorted(self.scratch.glob(pattern)))
         kind = draws.choice(DAMAGES)
         before = file.read_bytes()

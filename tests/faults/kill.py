@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .compare import different_parts
-from .runs import FORTY_STEPS, next_command, start
+from .runs import EPOCHS, FORTY_STEPS, STEPS, next_command, start
 
 TWICE = 3  # every third run is killed a second time, after it was resumed
 LIMIT = 1800  # seconds after which a run counts as hanging
@@ -97,8 +97,8 @@ def where(run: Path) -> str:
     last = run / "checkpoints" / "last.ckpt"
     if not last.exists():
         return "before the first checkpoint"
-    step = torch.load(last, weights_only=True)["global_step"]
-    return f"in epoch {step // 10 + 1}"
+    epoch = torch.load(last, weights_only=True)["global_step"] // STEPS + 1
+    return f"in epoch {epoch}" if epoch <= EPOCHS else "after the last epoch"
 
 
 def kill_runs(

@@ -150,23 +150,39 @@ def loader_dies(place: Place) -> str:
     """SIGKILL to a loader process, as the kernel sends it when memory runs out."""
     run = place.scratch / "loader"
     process = place.begin_and_wait(run)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        process.kill()
-        raise Skipped("this system does not list a process's children")
-    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    os.kill(a_child(process), signal.SIGKILL)
     line = place.one_line(process)
     require("a loader process was killed" in line, line)
     place.same_end(run)
     return line
 
 
+def a_child(process: subprocess.Popen) -> int:
+    """The number of a loader process; between two epochs there is none for a while."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        raise Skipped("this system does not list a process's children")
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            found = children.read_text().split()
+            if found:
+                return int(found[0])
+        time.sleep(0.01)
+    raise Fault("the run ended before it was seen with a loader process")
+
+
 def two_at_once(place: Place) -> str:
-    """The same command while the first one trains: the second says so, the first is unharmed."""
+    """The same command, and resume=RUN, while a run is under way: both say so, the run is unharmed."""
     run = place.scratch / "twice"
     first = place.begin_and_wait(run)
-    line = place.one_line(place.begin(resume_command(run)))
-    require("another process is at work in" in line, line)
+    first.send_signal(signal.SIGSTOP)  # it may not end before the others have looked
+    try:
+        for command in (place.new(run), resume_command(run)):
+            line = place.one_line(place.begin(command))
+            require(str(run) in line and "wait for it" in line, line)
+    finally:
+        first.send_signal(signal.SIGCONT)
     code = first.wait(LIMIT)
     require(code == 0, f"the first one ended with {code}")
     require(not different_parts(place.undisturbed, run), "another result")
@@ -200,10 +216,13 @@ ghibli.config.hydra_entry(pathlib.Path({str(REPO / "conf")!r}), "train", train.m
 
 
 def latents_that_are_no_numbers(place: Place) -> str:
-    """A VAE that makes NaN of one picture: the picture is named."""
-    run = place.scratch / "nan"
-    line = place.one_line(place.begin([sys.executable, "-c", NAN, *place.new(run)[1:]]))
+    """A VAE that makes NaN of one picture: the picture is named; no such code is left in the cache."""
+    run, cache = place.scratch / "nan", place.scratch / "nan_cache"  # a full cache would need no VAE
+    command = new_command(run, SETTINGS, cache)
+    line = place.one_line(place.begin([sys.executable, "-c", NAN, *command[1:]]))
     require("the VAE makes no finite latents of it" in line, line)
+    place.finish(command)
+    require(not different_parts(place.undisturbed, run), "another result")
     return line
 
 

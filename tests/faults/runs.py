@@ -12,9 +12,10 @@ TINY = (  # the real thing in small: the demo at 64 px, rank 4
     "validation.items_per_picture=2", "validation.max_pictures=2", "wandb.mode=disabled",
     "sample.num_inference_steps=2", "sample.prompts=[A panda]",
 )  # fmt: skip
+EPOCHS, STEPS = 4, 10  # optimiser steps of an epoch
 FORTY_STEPS = (  # 4 epochs of 10 optimiser steps of 4 forward passes, 4 probes, grids after epochs 2 and 4
     *TINY, "data.draw.count=48", "data.batch_size=1", "data.accumulate=4", "data.workers=2",
-    "trainer.max_epochs=4", "checkpoint.every_n_steps=3", "sample.every_n_epochs=2",
+    f"trainer.max_epochs={EPOCHS}", "checkpoint.every_n_steps=3", "sample.every_n_epochs=2",
 )  # fmt: skip
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 
