@@ -62,13 +62,13 @@ def content_of(folder: Path) -> dict[Path, bytes]:
 
 def test_the_code_that_counts_is_all_that_train_py_imports() -> None:
     """Whoever adds a module to the training path adds it to trial.CODE, else its changes go unseen."""
-    found, waiting = set(), ["../train"]
+    found, waiting = set(), [REPO / "train.py"]
     while waiting:
         for name in imports_of(waiting.pop()):
             file = REPO / "ghibli" / f"{name.removeprefix('ghibli.')}.py"
             if name.startswith("ghibli.") and file.exists() and file.stem not in found:
                 found.add(file.stem)
-                waiting.append(file.stem)
+                waiting.append(file)
     assert set(trial.CODE) == found
     assert len(trial.CODE) == len(found)
 
