@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ from ghibli.config import changed, from_yaml, hydra_entry, this_run, trial_numbe
 from ghibli.grids import studies
 from ghibli.mistakes import UserMistake, disk_trouble, one_line_mistakes
 from ghibli.progress import console
-from ghibli.run_dir import RunDir
+from ghibli.run_dir import RunDir, write_text
 from ghibli.schema import Config, EvaluateConfig
 
 seconds: list[float] = []  # that each trial took in this process
+failures: list[Path] = []  # trials that failed in this process; a launcher's others leave a note only
 
 
-def attempt(job: Callable[[], float]) -> float:
+def attempt(run: RunDir, job: Callable[[], float]) -> float:
     """Trains one trial. One that fails is noted in its folder and told; NaN, and the next one goes on."""
     began = time.monotonic()
+    run.no_result.unlink(missing_ok=True)
     try:
         return job()
     except Exception as error:
@@ -34,6 +37,9 @@ def attempt(job: Callable[[], float]) -> float:
         if trouble is None:
             traceback.print_exc()
         console.print(f"this trial failed: {trouble or repr(error)}", style="yellow")
+        failures.append(run.path)
+        with suppress(OSError):  # a full disk, of which failures knows
+            write_text(run.no_result, (trouble or repr(error)).removeprefix(f"{run.path} "))
         return math.nan
     finally:
         seconds.append(time.monotonic() - began)
@@ -45,13 +51,13 @@ def hydra_job(cfg: Any) -> float:
         return math.nan
     total = studies[-1].trials if studies else None
     console.print(f"\n{progress(trial_number(), total)}: {this_run().path.name}", style="bold")
-    return attempt(lambda: train.main(cfg))
+    return attempt(this_run(), lambda: train.main(cfg))
 
 
 def chosen_job(config: Config, run: RunDir, resumes: bool = False) -> float:
     """One trial that the study has chosen itself."""
     console.print(run.path.name, style="bold")
-    return attempt(lambda: train.run(config, run, resumes))
+    return attempt(run, lambda: train.run(config, run, resumes))
 
 
 def progress(done: int, total: int | None) -> str:
@@ -66,37 +72,50 @@ def progress(done: int, total: int | None) -> str:
 
 
 def choose_and_train(choice: grids.Choice) -> None:
-    """Trains the trials of sweep.search or sweep.halving."""
+    """Trains the trials of sweep.search or sweep.halving; none with sweep.report_only."""
+    if choice.settings.report_only:
+        grids.begin(choice.cfg, None)
+        return
     from ghibli import search
 
-    trials = None
-    if choice.settings.halving:
-        with grids.hydra_here():
-            words = [*choice.fixed, *(override.input_line for override in choice.free)]
-            trials = grids.grid(choice.cfg, words)
-            grids.check_trials("sweep", trials)
-    study = grids.begin(choice.cfg, trials and len(trials))
-    if study.settings.report_only:
-        return
-    if trials is None:
-        search.search(choice, study, chosen_job)
-    else:
+    halves = choice.settings.halving
+    with grids.hydra_here():
+        words = [*choice.fixed, *(override.input_line for override in choice.free)]
+        trials = grids.grid(choice.cfg, words) if halves else search.corners(choice)
+        grids.check_trials("sweep", trials)
+    study = grids.begin(choice.cfg, len(trials) if halves else None)
+    if halves:
         search.halve(choice, trials, chosen_job)
+    else:
+        search.search(choice, study, chosen_job)
 
 
 def repeat_the_best(study: grids.Study) -> None:
     """Trains the best trials again with further seeds, as sweep.best and sweep.repeats say."""
-    from ghibli.study import REPEAT, read_trials
+    from ghibli.study import read_trials
 
     again = study.settings.repeats if not study.settings.report_only else 0
     if again == 0:
         return
     first = [trial for trial in read_trials(study.folder) if trial.gain and not trial.repeats]
     for trial in first[: study.settings.best]:
-        config = from_yaml(trial.run.config)
-        for seed in range(config.seed + 1, config.seed + 1 + again):
-            run = RunDir(study.folder / f"{trial.run.path.name}{REPEAT}{seed}")
-            chosen_job(changed(config, [f"seed={seed}"], ("seed",)), run)
+        for number in range(1, again + 1):
+            repeat(trial.run, trial.settings["seed"] + number)
+
+
+def repeat(first: RunDir, seed: int) -> None:
+    """Trains a trial once more with another seed, under the name of its own folder on the dashboard."""
+    from ghibli.study import REPEAT
+
+    run = RunDir(first.path.with_name(f"{first.path.name}{REPEAT}{seed}"))
+
+    def job() -> float:
+        config = changed(from_yaml(first.config), [f"seed={seed}"], ("seed",))
+        config.wandb.name = run.path.name
+        return train.run(config, run)
+
+    console.print(run.path.name, style="bold")
+    attempt(run, job)
 
 
 def evaluate_all(study: grids.Study) -> None:
@@ -165,6 +184,8 @@ def main() -> None:
         one_line_mistakes(lambda: repeat_the_best(studies[-1]))
         one_line_mistakes(lambda: evaluate_all(studies[-1]))
         one_line_mistakes(lambda: report(studies[-1].folder))
+        if failures or grids.notes(studies[-1].folder):
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

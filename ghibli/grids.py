@@ -26,6 +26,7 @@ from ghibli.config import (
 )  # fmt: skip
 from ghibli.mistakes import UserMistake, one_line_mistakes
 from ghibli.places import check_places
+from ghibli.progress import console
 from ghibli.run_dir import RunDir
 from ghibli.schema import Config, EvaluateConfig, SweepConfig
 
@@ -56,6 +57,8 @@ class CheckFirst(Callback):
 
     def plan(self, cfg: Any) -> None:
         """Checks all trials, and takes the study's folder for this process alone."""
+        if cfg.sweep.search is not None or cfg.sweep.halving:
+            raise UserMistake("sweep.search and sweep.halving are for `python sweep.py KEY=VALUE ...` alone")
         words = list(cfg.hydra.overrides.task)
         with read_write(cfg.hydra):
             cfg.hydra.sweeper.params = params_of(cfg, words)
@@ -63,7 +66,10 @@ class CheckFirst(Callback):
         if "BasicSweeper" in cfg.hydra.sweeper._target_:
             trials = grid(cfg, words)
             check_trials(cfg.hydra.job.config_name, trials)
-        begin(cfg, None if trials is None else len(trials))
+        folder = begin(cfg, None if trials is None else len(trials)).folder
+        chosen = any(word.startswith("hydra.sweep.dir=") for word in cfg.hydra.overrides.hydra)
+        if cfg.hydra.job.config_name == "train" and not chosen:  # then the folder is called after the time
+            console.print(f"to go on with these trials: the same words and hydra.sweep.dir={folder}")
 
 
 def begin(cfg: Any, trials: int | None) -> Study:
@@ -76,7 +82,14 @@ def begin(cfg: Any, trials: int | None) -> Study:
     settings = checked(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
     evaluate = checked(OmegaConf.to_container(cfg.evaluate, resolve=True), EvaluateConfig)
     studies.append(Study(folder, settings, evaluate, trials, RunDir(folder).lock(key="hydra.sweep.dir")))
+    for note in notes(folder):
+        note.unlink()
     return studies[-1]
+
+
+def notes(folder: Path) -> list[Path]:
+    """What the trials of a study left that failed since it began, in whichever process they ran."""
+    return list(folder.glob("*/no_result.txt"))
 
 
 def params_of(cfg: Any, words: list[str]) -> dict[str, Any]:
@@ -98,16 +111,25 @@ def check_trials(config_name: str, trials: list[list[str]]) -> None:
     """Checks every trial of a sweep before the first one starts.
 
     Raises:
-        UserMistake: a trial that would be refused; it is named by what it sweeps.
+        UserMistake: a trial that would be refused, or have the folder of another one; it is named by
+            what it sweeps.
     """
     common = set(trials[0]).intersection(*trials)
+    names: dict[str, str] = {}  # folder -> the trial that has it
     for words in trials:
         own = ", ".join(word for word in words if word not in common)
         try:
             with hydra_mistakes():
-                check_places(to_config(composed(config_name, words)))
+                cfg = composed(config_name, words)
+                check_places(to_config(cfg))
+                first = names.setdefault(cfg.hydra.sweep.subdir, own)
         except UserMistake as mistake:
             raise UserMistake(f"trial {own}: {mistake}" if own else str(mistake)) from None
+        if first != own:
+            raise UserMistake(
+                f"trial {own} would have the folder of trial {first}, as folders are not called after what "
+                "differs there: sweep other keys, or give each a study of its own with hydra.sweep.dir=DIR"
+            )
 
 
 def composed(config_name: str, words: list[str]) -> Any:
@@ -131,7 +153,7 @@ def hydra_here() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A study whose trials are chosen on the way: what is fixed, and what is to be chosen."""
+    """A study whose trials are no plain grid: what is fixed, and what is to be chosen."""
 
     cfg: Any  # the composed settings without what is to be chosen
     fixed: list[str]  # overrides that all trials share
@@ -143,20 +165,25 @@ class Choice:
 
 
 def choice_of(words: list[str]) -> Choice | None:
-    """What `sweep.py WORDS` leaves to sweep.search or sweep.halving; None for a plain grid.
+    """What `sweep.py WORDS` leaves to sweep.search, halving or report_only; None for a plain grid.
 
     Raises:
-        UserMistake: an unknown key or group.
+        UserMistake: an unknown key or group, or a launcher, which has no part in these.
     """
+    words = [word for word in words if word not in ("-m", "--multirun")]  # it always is one
     if any(word.startswith("-") for word in words):
         return None  # --help and its like are Hydra's
     with hydra_here():
         given = parsed(words)
         fixed = [o.input_line for o in given if not o.is_sweep_override()]
         cfg = composed("sweep", fixed)
-        if cfg.sweep.search is None and not cfg.sweep.halving:
+        if cfg.sweep.search is None and not cfg.sweep.halving and not cfg.sweep.report_only:
             return None
         reject_resume(words)
+        if "BasicLauncher" not in cfg.hydra.launcher._target_ and not cfg.sweep.report_only:
+            raise UserMistake(
+                "sweep.search and sweep.halving train one trial after the other: drop hydra/launcher"
+            )
         params = parsed([f"{key}={value}" for key, value in params_of(cfg, words).items()])
         swept = [o for o in (*params, *given) if o.is_sweep_override()]
         return Choice(cfg, fixed, swept)

@@ -3,14 +3,17 @@
 import csv
 import io
 from pathlib import Path
+from textwrap import shorten
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from ghibli.run_dir import write_atomically, write_text
-from ghibli.study import Trial, order, varied
+from ghibli.study import Trial, effects, levels, varied
 from ghibli.trial import shown
 
 matplotlib.use("Agg")
@@ -18,20 +21,23 @@ import matplotlib.pyplot as plt
 
 
 def table(trials: list[Trial]) -> Table:
-    """The ranked table for the terminal."""
+    """The ranked table for the terminal, as wide as it needs to be."""
     keys = varied(trials)
     rows = Table(box=None, pad_edge=False)
     measured = any(trial.distance for trial in trials)
     distance = ("kernel distance",) if measured else ()
     for name in ("", *keys, "gain over the base", *distance, "epoch", "min", "verdict"):
-        rows.add_column(name, no_wrap=name != "verdict")
+        rows.add_column(name, no_wrap=True)
     for place, trial in enumerate(trials, start=1):
         settings = [shown(trial.settings.get(key)) for key in keys]
         gain = "-" if trial.gain is None else ("" if trial.gain.value >= 0 else "-") + trial.gain.size
         minutes = "-" if trial.minutes is None else f"{trial.minutes:.1f}"
         distance = [distance_of(trial)] if measured else []
-        epoch, verdict = str(trial.status.get("best_epoch", "-")), trial.verdict.partition(":")[0]
+        verdict = shorten(trial.verdict, 60, placeholder=" ...")
+        epoch = str(trial.status.get("best_epoch", "-"))
         rows.add_row(str(place), *settings, gain, *distance, epoch, minutes, verdict)
+    wide = Console(width=10_000)
+    rows.width = Measurement.get(wide, wide.options, rows).maximum  # a pipe has 80 columns, and would cut it
     return rows
 
 
@@ -76,21 +82,21 @@ def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
         1, len(keys), figsize=(1.2 + 2.4 * len(keys), 3.6), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, key in zip(axes[0], keys, strict=True):
-        levels = sorted({trial.settings.get(key) for trial in scored}, key=order)
+        values = levels(key, scored)
         lines: dict[tuple, list[tuple[int, float]]] = {}
         for trial in scored:
             rest = tuple(str(trial.settings.get(other)) for other in keys if other != key)
-            point = levels.index(trial.settings.get(key)), 100 * trial.gain.value
+            point = values.index(trial.settings.get(key)), 100 * trial.gain.value
             lines.setdefault(rest, []).append(point)
         for points in lines.values():
             axis.plot(*zip(*sorted(points), strict=True), color="#999999", lw=0.8, marker=".")
         means = [
             np.mean([y for points in lines.values() for x, y in points if x == level])
-            for level in range(len(levels))
+            for level in range(len(values))
         ]
-        axis.plot(range(len(levels)), means, color="#1f6fb4", lw=2, marker="o")
-        axis.set_xticks(range(len(levels)), [shown(level) for level in levels])
-        axis.set(xlabel=key, xlim=(-0.3, len(levels) - 0.7))
+        axis.plot(range(len(values)), means, color="#1f6fb4", lw=2, marker="o")
+        axis.set_xticks(range(len(values)), [shown(value) for value in values])
+        axis.set(xlabel=key, xlim=(-0.3, len(values) - 0.7))
         axis.grid(alpha=0.2)
     axes[0, 0].set_ylabel("gain over the base (%)")
     file = folder / "study.png"
@@ -117,8 +123,21 @@ def as_csv(trials: list[Trial]) -> str:
     return text.getvalue()
 
 
+def effects_csv(trials: list[Trial]) -> str:
+    """The effect of each setting in points of gain, with its error and its 95 % interval."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["key", "low", "high", "pairs", "difference", "se", "low95", "high95"])
+    for effect in effects(trials):
+        gain = effect.difference
+        points = [f"{100 * x:.4f}" for x in (gain.value, gain.standard_error, gain.low, gain.high)]
+        writer.writerow([effect.key, shown(effect.low), shown(effect.high), effect.pairs, *points])
+    return text.getvalue()
+
+
 def write_table(folder: Path, trials: list[Trial]) -> Path:
-    """study.csv in the study's folder."""
+    """study.csv in the study's folder, and effects.csv beside it."""
     file = folder / "study.csv"
     write_text(file, as_csv(trials))
+    write_text(folder / "effects.csv", effects_csv(trials))
     return file

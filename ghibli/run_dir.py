@@ -135,6 +135,11 @@ class RunDir:
         return self.path / "status.json"
 
     @property
+    def no_result(self) -> Path:
+        """Why the last `python sweep.py` that asked for this trial got no result; else not there."""
+        return self.path / "no_result.txt"
+
+    @property
     def split(self) -> Path:
         return self.path / "split.json"
 

@@ -14,7 +14,9 @@ from ghibli.mistakes import UserMistake
 from ghibli.progress import console
 from ghibli.run_dir import RunDir
 from ghibli.schema import Config
+from ghibli.trial import require_same_but_epochs
 
+AGAIN = "again"  # of a trial that is tried again: the number of the one that failed
 KEEP = 3  # halving keeps the best of so many
 Train = Callable[[Config, RunDir, bool], float]  # train.run, which gives NaN for a trial that failed
 
@@ -24,7 +26,7 @@ def search(choice: Choice, study: Study, train: Train) -> None:
 
     What was asked and what came of it stands in optuna.db of the study's folder. Each suggestion
     depends on the seed, the trial's number and the finished trials alone, so a search that was
-    killed goes on as if it had not been.
+    killed goes on as if it had not been. Trials that had failed are tried again first.
 
     Raises:
         UserMistake: Optuna is not installed, or the folder's earlier search had other choices.
@@ -34,14 +36,23 @@ def search(choice: Choice, study: Study, train: Train) -> None:
         study_name="search", storage=f"sqlite:///{study.folder / 'optuna.db'}",
         direction="maximize", load_if_exists=True,
     )  # fmt: skip
+    put_right(table, choice, train)
     while (trial := next_trial(table, choice.settings.search)) is not None:
-        console.print(f"\ntrial {trial.number + 1} of {choice.settings.search}", style="bold")
+        console.print(f"\ntrial {place_of(table, trial) + 1} of {choice.settings.search}", style="bold")
         config, run = trial_of([*choice.fixed, *suggestions(table, trial, choice)])
         gain = train(config, run, False)
         if math.isnan(gain):
             table.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         else:
             table.tell(trial.number, gain)
+
+
+def corners(choice: Choice) -> list[list[str]]:
+    """A trial for each value of a choice and each end of a range or an interval; of the others the first."""
+    ends = {override.get_key_element(): ends_of(override) for override in choice.free}
+    first = {key: values[0] for key, values in ends.items()}
+    trials = [first | {key: value} for key, values in ends.items() for value in values]
+    return [[*choice.fixed, *(f"{key}={value}" for key, value in trial.items())] for trial in trials]
 
 
 def import_optuna() -> Any:
@@ -58,14 +69,38 @@ def import_optuna() -> Any:
     return optuna
 
 
+def put_right(table: Any, choice: Choice, train: Train) -> None:
+    """Asks for finished trials again, whose folders answer or are made anew, and queues the failed ones."""
+    from optuna.trial import TrialState
+
+    for trial in table.get_trials(states=(TrialState.COMPLETE,)):
+        words = [f"{key}={value}" for key, value in trial.params.items()]
+        train(*trial_of([*choice.fixed, *words]), False)
+    latest = {trial.user_attrs.get(AGAIN, trial.number): trial for trial in table.trials}
+    for number, trial in latest.items():
+        if trial.state == TrialState.FAIL:
+            table.enqueue_trial(trial.params, user_attrs={AGAIN: number})
+
+
 def next_trial(table: Any, count: int) -> Any:
-    """The trial that a killed process left, else a new one; None when there were enough."""
+    """The trial that a killed process left, else one that is queued or new; None when there were enough."""
     from optuna.trial import Trial, TrialState
 
     left = table.get_trials(states=(TrialState.RUNNING,))
     if left:
         return Trial(table, left[0]._trial_id)  # remembers what was suggested to it
-    return table.ask() if len(table.trials) < count else None
+    queued = table.get_trials(states=(TrialState.WAITING,))
+    return table.ask() if queued or len(first_numbers(table)) < count else None
+
+
+def first_numbers(table: Any) -> list[int]:
+    """Optuna's numbers of all trials but those that try another one again."""
+    return [trial.number for trial in table.trials if AGAIN not in trial.user_attrs]
+
+
+def place_of(table: Any, trial: Any) -> int:
+    """The place of a trial in the search, from 0; one that is tried again keeps it."""
+    return first_numbers(table).index(trial.user_attrs.get(AGAIN, trial.number))
 
 
 def suggestions(table: Any, trial: Any, choice: Choice) -> list[str]:
@@ -76,9 +111,9 @@ def suggestions(table: Any, trial: Any, choice: Choice) -> list[str]:
     """
     from optuna.samplers import TPESampler
 
-    words = []
+    words, number = [], place_of(table, trial)
     for place, override in enumerate(choice.free):
-        key, seed = override.get_key_element(), (choice.cfg.seed, trial.number, place)
+        key, seed = override.get_key_element(), (choice.cfg.seed, number, place)
         table.sampler = TPESampler(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
         try:
             words.append(f"{key}={suggested(trial, key, override)}")
@@ -95,37 +130,62 @@ def suggested(trial: Any, key: str, override: Override) -> Any:
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         return trial.suggest_float(key, sweep.start, sweep.end, log="log" in sweep.tags)
-    if isinstance(sweep, RangeSweep) and all(
-        isinstance(n, int) for n in (sweep.start, sweep.stop, sweep.step)
-    ):
+    if is_whole(sweep):
         return trial.suggest_int(key, sweep.start, sweep.stop - 1, step=sweep.step)
     return trial.suggest_categorical(key, list(override.sweep_string_iterator()))
+
+
+def ends_of(override: Override) -> list[Any]:
+    """What `suggested` can give: all values of a list, the first and the last of the others."""
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        return [sweep.start, sweep.end]
+    values = list(override.sweep_string_iterator())
+    return [values[0], values[-1]] if is_whole(sweep) else values
+
+
+def is_whole(sweep: Any) -> bool:
+    """True for a range of whole numbers."""
+    if not isinstance(sweep, RangeSweep):
+        return False
+    return all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step))
 
 
 def halve(choice: Choice, trials: list[list[str]], train: Train) -> None:
     """Trains all trials for a ninth of the epochs, the best third of them for a third, the best to the end.
 
     Successive halving (Jamieson & Talwalkar 2016) with a factor of 3. A trial goes on where it
-    stopped, which is the same as never having stopped because its learning rate is constant.
+    stopped, which is the same as never having stopped because its learning rate is constant and
+    nothing counts epochs without an improvement.
 
     Raises:
-        UserMistake: the learning rate is not constant, or the epochs are swept.
+        UserMistake: the learning rate is not constant, the epochs are swept, or a trial's folder holds
+            another one.
     """
     words = list(trials)
-    configs = [trial_of(one)[0] for one in words]
-    epochs = {config.trainer["max_epochs"] for config in configs}
+    asked = [trial_of(one) for one in words]
+    epochs = {config.trainer["max_epochs"] for config, _ in asked}
     if len(epochs) > 1:
         raise UserMistake("sweep.halving=true chooses trainer.max_epochs itself: give one value for it")
-    if any(config.optimizer.schedule != "constant" or config.optimizer.warmup_steps for config in configs):
+    if not all(can_go_on(config) for config, _ in asked):
         raise UserMistake(
-            "sweep.halving=true stops trials early and lets some go on, so the learning rate must not depend "
-            "on how long they train: add optimizer.schedule=constant optimizer.warmup_steps=0"
+            "sweep.halving=true stops trials early and lets some go on, so it must not matter how long they "
+            "train: add optimizer.schedule=constant optimizer.warmup_steps=0 early_stopping.patience=null"
         )
+    for config, run in asked:
+        require_same_but_epochs(config, run)
     for rung in rungs(*epochs):
         console.print(f"\n{len(words)} trials until epoch {rung}", style="bold")
         gains = [train_until(one, rung, train) for one in words]
         order = np.argsort([math.inf if math.isnan(gain) else -gain for gain in gains], kind="stable")
         words = [words[place] for place in order[: math.ceil(len(words) / KEEP)]]
+
+
+def can_go_on(config: Config) -> bool:
+    """True where a run that is trained longer ends as one that was planned so."""
+    optimizer = config.optimizer
+    is_constant = optimizer.schedule == "constant" and not optimizer.warmup_steps
+    return is_constant and config.early_stopping.patience is None
 
 
 def rungs(epochs: int) -> list[int]:

@@ -26,7 +26,7 @@ class Trial:
     run: RunDir
     settings: dict[str, Any]  # dotted key -> value, all that can change a result
     status: dict[str, Any]
-    best: Probe | None  # scores of the best epoch; None for one that has not finished
+    best: Probe | None  # scores of the best epoch; None for one that has not finished, or was refused
 
     @property
     def gain(self) -> Gain | None:
@@ -35,7 +35,9 @@ class Trial:
 
     @property
     def verdict(self) -> str:
-        """What became of it: the doctor's findings, or why it is not finished."""
+        """What became of it: the doctor's findings, or why it has no result."""
+        if self.run.no_result.exists():
+            return f"failed: {self.run.no_result.read_text()}"
         if self.run.state != "finished":
             reason = self.status.get("reason")
             return f"{self.run.state}: {reason}" if reason else self.run.state
@@ -63,9 +65,9 @@ class Trial:
 
     @property
     def minutes(self) -> float | None:
-        """From start to end; of a resumed trial from its first start."""
+        """From start to end; None for a resumed trial, as nothing says how long it did not run."""
         times = self.status.get("started"), self.status.get("ended")
-        if None in times:
+        if None in times or len(self.status.get("starts", [])) > 1:
             return None
         started, ended = map(datetime.fromisoformat, times)
         return (ended - started).total_seconds() / 60
@@ -86,7 +88,8 @@ def read_trial(run: RunDir) -> Trial | None:
         return None
     if not isinstance(content, dict):
         return None
-    best = best_probe(run) if run.state == "finished" else None  # what a trial under way has is no result
+    is_result = run.state == "finished" and not run.no_result.exists()  # nor is what a trial under way has
+    best = best_probe(run) if is_result else None
     return Trial(run, that_count(flat(content)), run.read_status(), best)
 
 
@@ -103,8 +106,32 @@ def varied(trials: list[Trial]) -> list[str]:
     """The settings that are not the same in all trials, but for those that follow another one."""
     keys = dict.fromkeys(key for trial in trials for key in trial.settings)
     several = [key for key in keys if len({str(trial.settings.get(key)) for trial in trials}) > 1]
-    followers = {"lora.alpha": "lora.rank"}
-    return [key for key in several if followers.get(key) not in several]
+    return [key for key in several if key != "lora.alpha" or not alpha_follows(trials)]
+
+
+def alpha_follows(trials: list[Trial]) -> bool:
+    """True where lora.alpha is the same multiple of lora.rank in all trials."""
+    pairs = [(trial.settings.get("lora.alpha"), trial.settings.get("lora.rank")) for trial in trials]
+    return None not in sum(pairs, ()) and len({round(alpha / rank, 9) for alpha, rank in pairs}) == 1
+
+
+def levels(key: str, trials: list[Trial]) -> list[Any]:
+    """The values of a setting, each once, in order."""
+    values = {str(trial.settings.get(key)): trial.settings.get(key) for trial in trials}
+    return sorted(values.values(), key=order)
+
+
+def distinct(trials: list[Trial]) -> list[Trial]:
+    """One trial for each full settings: the same again in another folder is no second result."""
+    first: dict[str, Trial] = {}
+    for trial in trials:
+        first.setdefault(as_key(trial.settings), trial)
+    return list(first.values())
+
+
+def as_key(settings: dict[str, Any]) -> str:
+    """The same words for the same settings."""
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -124,9 +151,11 @@ class Effect:
 
     def __str__(self) -> str:
         value, error = 100 * self.difference.value, 100 * self.difference.standard_error
-        word = "" if self.matters else ", which is nothing"
-        levels = f"{self.key} {shown(self.low)} -> {shown(self.high)}"
-        return f"{levels}: {value:+.2f} +- {error:.2f} points of gain ({number_of(self.pairs, 'pair')}){word}"
+        low, high = 100 * self.difference.low, 100 * self.difference.high
+        change = f"{self.key} {shown(self.low)} -> {shown(self.high)}"
+        size = f"{value:+.2f} +- {error:.2f} points of gain, 95 % {low:+.2f} .. {high:+.2f}"
+        word = "" if self.matters else " (not told apart from nothing)"
+        return f"{change}: {size}, {number_of(self.pairs, 'pair')}{word}"
 
 
 def number_of(count: int, word: str) -> str:
@@ -140,14 +169,14 @@ def effects(trials: list[Trial]) -> list[Effect]:
     The error is that of the choice of held-out pictures (jackknife); what another seed would change
     is not in it.
     """
-    scored = [trial for trial in trials if trial.best is not None]
+    scored = distinct([trial for trial in trials if trial.best is not None])
     found = [effect for key in varied(scored) if key != "seed" for effect in effects_of(key, scored)]
     return sorted(found, key=lambda effect: -abs(effect.difference.value))
 
 
 def effects_of(key: str, trials: list[Trial]) -> Iterator[Effect]:
     """Effects of one setting's neighbouring values, where there are pairs."""
-    values = sorted({trial.settings.get(key) for trial in trials}, key=order)
+    values = levels(key, trials)
     others = [name for name in varied(trials) if name != key]
     for low, high in zip(values, values[1:], strict=False):
         pairs = [
@@ -193,11 +222,10 @@ class SeedNoise:
 
 def seed_noise(trials: list[Trial]) -> SeedNoise | None:
     """The spread among trials that differ in the seed alone, pooled; None without such trials."""
-    groups: dict[tuple, list[float]] = {}
-    for trial in trials:
-        if trial.gain is not None:
-            rest = tuple(str(trial.settings.get(key)) for key in varied(trials) if key != "seed")
-            groups.setdefault(rest, []).append(trial.gain.value)
+    groups: dict[str, list[float]] = {}
+    for trial in distinct([trial for trial in trials if trial.gain is not None]):
+        rest = as_key({key: value for key, value in trial.settings.items() if key != "seed"})
+        groups.setdefault(rest, []).append(trial.gain.value)
     repeated = [gains for gains in groups.values() if len(gains) > 1]
     if not repeated:
         return None
@@ -209,8 +237,26 @@ def seed_noise(trials: list[Trial]) -> SeedNoise | None:
 def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
     """Mean of the second's gain minus the first's, with its jackknife error over pictures.
 
-    All share the base's scores, so the mean difference is the gain of base + mean(second - first).
+    Pairs that share the base's scores are one group, whose mean difference is the gain of
+    base + mean(second - first). Groups of other bases or items may share pictures, so their errors
+    are added as if they went together, which never makes them too small.
     """
+    groups: list[list[tuple[Trial, Trial]]] = []
+    for pair in pairs:
+        same = [group for group in groups if torch.equal(group[0][0].best.base_val, pair[0].best.base_val)]
+        if same:
+            same[0].append(pair)
+        else:
+            groups.append([pair])
+    found = [difference_within(group) for group in groups]
+    shares = [len(group) / len(pairs) for group in groups]
+    value = sum(share * gain.value for share, gain in zip(shares, found, strict=True))
+    error = sum(share * gain.standard_error for share, gain in zip(shares, found, strict=True))
+    return Gain(value, error)
+
+
+def difference_within(pairs: list[tuple[Trial, Trial]]) -> Gain:
+    """gain_difference of pairs that all have the same base's scores."""
     base = pairs[0][0].best.base_val.double()
     change = torch.stack([b.best.val.double() - a.best.val.double() for a, b in pairs]).mean(0)
     return paired_gain(base + change, base)

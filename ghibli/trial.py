@@ -119,17 +119,15 @@ def has_something_to_lose(run: RunDir) -> bool:
 def require_same(config: Config, run: RunDir) -> None:
     """Lets a run go into a folder that is free or holds this very trial.
 
+    Whether it is being trained is for the folder's lock to say, not for a process number that may be
+    another one's by now.
+
     Raises:
-        UserMistake: it holds another trial, or one that is being trained.
+        UserMistake: it holds another trial.
     """
     status = run.read_status()
     if not is_first() or not has_something_to_lose(run):
         return
-    if run.state == "running" and status.get("process") != os.getpid():
-        raise UserMistake(
-            f"{run.path} is being trained by process {status['process']}: wait for it, or choose another "
-            "folder"
-        )
     choose = f"go on with it by resume={run.path}, or choose another folder"
     if "settings_hash" not in status:
         raise UserMistake(f"{run.path} already holds a run, and its status.json does not say which: {choose}")
@@ -137,15 +135,38 @@ def require_same(config: Config, run: RunDir) -> None:
         found = list(differences(stored_settings(run), that_count(flat(asdict(config)))))
         what = listed(found, "there") or "its config.yaml does not say which"
         raise UserMistake(f"{run.path} already holds a run with other settings: {what}; {choose}")
-    if status.get("code_hash") != code_hash():
-        raise UserMistake(
-            f"{run.path} already holds this run, made by other code (commit {commit(status)}), so its result "
-            f"may not be what the code gives now: {choose}"
-        )
+    require_this_code(run, choose)
     if status.get("grown"):
         raise UserMistake(
             f"{run.path} already holds a run that was planned for fewer epochs and grew, which may give "
             f"another result than one planned so: {choose}"
+        )
+
+
+def require_same_but_epochs(config: Config, run: RunDir) -> None:
+    """Lets a trial of halving go into a folder that is free or holds it, for however many epochs.
+
+    Raises:
+        UserMistake: it holds other settings, or other code's result.
+    """
+    if not has_something_to_lose(run):
+        return
+    choose = "choose another folder with hydra.sweep.dir=DIR"
+    both = differences(stored_settings(run), that_count(flat(asdict(config))))
+    found = [difference for difference in both if difference[0] != "trainer.max_epochs"]
+    if found:
+        what = listed(found, "there")
+        raise UserMistake(f"{run.path} already holds a run with other settings: {what}; {choose}")
+    require_this_code(run, choose)
+
+
+def require_this_code(run: RunDir, choose: str) -> None:
+    """Raises a UserMistake, which ends in what to do, for a run that was made by other code than this."""
+    status = run.read_status()
+    if status.get("code_hash") != code_hash():
+        raise UserMistake(
+            f"{run.path} already holds this run, made by other code (commit {commit(status)}), so its result "
+            f"may not be what the code gives now: {choose}"
         )
 
 

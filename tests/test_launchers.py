@@ -68,16 +68,34 @@ def running(folder: Path) -> Iterator[RunDir]:
             yield run
 
 
+def half_done(study: subprocess.Popen[bytes], folder: Path) -> RunDir:
+    """Waits for a trial that is being trained and has a checkpoint."""
+    end = time.monotonic() + 300
+    while not (found := list(running(folder))):
+        assert study.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    return found[0]
+
+
+def resumed(folder: Path) -> list[RunDir]:
+    """The trials that went on from a checkpoint."""
+    runs = [RunDir(status.parent) for status in folder.glob("*/status.json")]
+    return [run for run in runs if len(run.read_status()["starts"]) > 1]
+
+
 def test_killed_five_times_the_table_is_the_same(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
     folder, moments = tmp_path / "killed", random.Random(0)
-    for _ in range(5):
+    for place in range(5):
         study = started(folder, pictures)
         time.sleep(8 + 8 * moments.random())
+        if place == 0:
+            half_done(study, folder)
         assert study.poll() is None, "the study had ended before it could be killed"
         study.kill()
         study.wait()
     done = run_python(*words(folder, pictures), timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert resumed(folder)
     assert table(folder) == table(undisturbed)
 
 
@@ -88,9 +106,11 @@ def test_a_search_killed_three_times_is_the_same_search(pictures: Path, tmp_path
     more = (*chosen, "trainer.max_epochs=1", "loss.guidance=1", "lora.text_encoder=false")
     moments, asked = random.Random(1), []
     for name, kills in (("undisturbed", 0), ("killed", 3)):
-        for _ in range(kills):
+        for place in range(kills):
             study = started(tmp_path / name, pictures, *more)
             time.sleep(10 + 8 * moments.random())
+            if place == 0:
+                half_done(study, tmp_path / name)
             assert study.poll() is None, "the search had ended before it could be killed"
             study.kill()
             study.wait()
@@ -99,6 +119,7 @@ def test_a_search_killed_three_times_is_the_same_search(pictures: Path, tmp_path
         search = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / name / 'optuna.db'}")
         asked.append([(trial.number, trial.params, trial.value) for trial in search.trials])
     assert len(asked[0]) == 12 and asked[0] == asked[1]
+    assert resumed(tmp_path / "killed")
     assert table(tmp_path / "killed") == table(tmp_path / "undisturbed")
 
 
@@ -123,10 +144,7 @@ def test_ray_survives_a_worker_that_is_killed(undisturbed: Path, pictures: Path,
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     folder = tmp_path / "study"
     study = started(folder, pictures, *RAY)
-    end = time.monotonic() + 300
-    while not (found := list(running(folder))):
-        assert study.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
-    os.kill(found[0].read_status()["process"], signal.SIGKILL)
+    os.kill(half_done(study, folder).read_status()["process"], signal.SIGKILL)
     assert study.wait(timeout=900) == 0, folder.with_suffix(".log").read_text()
+    assert resumed(folder)
     assert table(folder) == table(undisturbed)

@@ -1,17 +1,20 @@
 """`python sweep.py` with sweep.search, sweep.halving and sweep.repeats: what is trained, and going on."""
 
 import math
+import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import REPO, SMALL
+from hydra.core.config_store import ConfigStore
 from test_sweep import python_sweep
 
 import sweep
 import train
-from ghibli import grids, search, study
+from ghibli import config, grids, search, study
 from ghibli.run_dir import RunDir
 from ghibli.study import Trial, seed_noise
 from ghibli.validation import Probe
@@ -29,9 +32,11 @@ def stands_in(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> li
     asked: list[tuple[int, float]] = []
 
     def gain(config, run, resumes=False) -> float:
-        if stop_at is not None and len(asked) == stop_at:
-            raise SystemExit(137)
-        asked.append((config.lora.rank, config.optimizer.lr))
+        if run.state != "finished":
+            if stop_at is not None and len(asked) == stop_at:
+                raise SystemExit(137)
+            asked.append((config.lora.rank, config.optimizer.lr))
+            run.update_status(state="finished")
         return -abs(math.log10(config.optimizer.lr) + 3) - 1 / config.lora.rank
 
     monkeypatch.setattr(train, "run", gain)
@@ -58,7 +63,7 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(
     assert len(table.trials) == 12 and {t.state.name for t in table.trials} == {"COMPLETE"}
 
 
-def test_a_trial_that_fails_counts_and_does_not_stop_the_search(
+def test_a_trial_that_fails_does_not_stop_the_search_and_is_tried_again(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     optuna = pytest.importorskip("optuna")
@@ -71,10 +76,31 @@ def test_a_trial_that_fails_counts_and_does_not_stop_the_search(
         return good(config, run)
 
     monkeypatch.setattr(train, "run", sometimes)
-    python_sweep(*words, "lora.rank=2,4", "sweep.search=8")
+    for _ in range(2):  # it fails the second time too
+        with pytest.raises(SystemExit) as left:
+            python_sweep(*words, "lora.rank=2,4", "sweep.search=8")
+        assert left.value.code == 1
     table = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study' / 'optuna.db'}")
     states = [(trial.params["lora.rank"], trial.state.name) for trial in table.trials]
-    assert set(states) == {("2", "COMPLETE"), ("4", "FAIL")} and len(states) == 8
+    failed = states.count(("4", "FAIL")) // 2
+    assert set(states) == {("2", "COMPLETE"), ("4", "FAIL")} and len(states) == 8 + failed
+    monkeypatch.setattr(train, "run", good)
+    python_sweep(*words, "lora.rank=2,4", "sweep.search=8")
+    states = [trial.state.name for trial in table.trials]
+    assert states.count("COMPLETE") == 8 and len(states) == 8 + 2 * failed
+
+
+def test_a_deleted_trial_of_a_search_is_trained_anew(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna")
+    first = stands_in(monkeypatch)
+    python_sweep(*words, "lora.rank=range(2,64)", "sweep.search=3")
+    lost = next(path for path in (tmp_path / "study").iterdir() if f"rank={first[1][0]}," in path.name)
+    shutil.rmtree(lost)
+    again = stands_in(monkeypatch)
+    python_sweep(*words, "lora.rank=range(2,64)", "sweep.search=3")
+    assert again == first[1:2] and lost.is_dir()
 
 
 def test_other_choices_in_the_same_folder_are_refused(
@@ -92,22 +118,51 @@ def test_other_choices_in_the_same_folder_are_refused(
     ("more", "line"),
     [
         (("sweep.halving=true",), "add optimizer.schedule=constant"),
+        (("-m", "sweep.halving=true"), "add optimizer.schedule=constant"),
+        (("sweep.halving=true", "optimizer.schedule=constant"), "early_stopping.patience=null"),
+        (("sweep.halving=true", "hydra/launcher=elsewhere"), "drop hydra/launcher"),
         (("sweep.halving=true", "optimizer.schedule=constant", "trainer.max_epochs=2,3"), "give one value"),
         (("sweep.halving=true", "sweep.search=3"), "sweep.halving=True is out of range: not together"),
         (("sweep.halving=true", "lora.rank=0,2"), "trial lora.rank=0"),
         (("sweep.search=0",), "sweep.search=0 is out of range"),
         (("sweep.search=3", "lora.rnak=2,4"), "unknown key lora.rnak"),
+        (("sweep.search=3", "lora.rank=4,0"), "trial lora.rank=0: lora.rank=0 is out of range"),
+        (("sweep.search=3", "optimizer.lr=interval(0.1,5)"), "optimizer.lr=5 is out of range"),
+        (
+            ("sweep.search=3", "wandb.project=a,b"),
+            "would have the folder of trial lora.rank=2, wandb.project=a",
+        ),
     ],
 )
 def test_what_is_refused_in_one_line(
     more: tuple[str, ...], line: str, words: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    pytest.importorskip("optuna")
+    node = {"_target_": "elsewhere.Launcher"}
+    ConfigStore.instance().store(name="elsewhere", node=node, group="hydra/launcher")
     with pytest.raises(SystemExit) as left:
         python_sweep(*words, "lora.rank=2,4", *more)
     said = capsys.readouterr().err
     assert left.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
     assert line in said
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [("sweep.search=3", "python sweep.py"), ("seed=0", "to go on with")]
+)
+def test_train_py_refuses_a_search_and_says_how_a_grid_goes_on(
+    more: str, said: str, pictures: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    given = [*SMALL, f"data.root={pictures}", "data.draw=null", "lora.rank=2,4", more]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *given])
+    monkeypatch.chdir(tmp_path)
+    started: list[int] = []
+    with suppress(SystemExit):
+        config.hydra_entry(REPO / "conf", "train", lambda cfg: started.append(cfg.lora.rank))
+    printed = "".join(capsys.readouterr())
+    assert said in printed and printed.count("\n") == 1
+    assert started == ([] if "search" in more else [2, 4])
+    assert ("hydra.sweep.dir=outputs/sweeps/" in printed) == bool(started)
 
 
 def test_rungs() -> None:
@@ -117,6 +172,7 @@ def test_rungs() -> None:
 def test_halving_trains_the_best_third_on_and_is_exact(words: list[str], tmp_path: Path) -> None:
     """The survivor ends where an unstopped run ends, the others after an epoch; again nothing is trained."""
     common = ["optimizer.schedule=constant", "sample.every_n_epochs=0", "trainer.max_epochs=3"]
+    common += ["early_stopping.patience=null"]
     line = [*words, *common, "optimizer.lr=1e-6,1e-4,2e-3", "sweep.halving=true"]
     python_sweep(*line)
     folder = grids.studies[0].folder

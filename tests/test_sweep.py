@@ -1,25 +1,31 @@
 """`python sweep.py`: a grid with trials that fail, twice; its table, effects and plot; what it refuses."""
 
 import csv
+import io
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import REPO, SMALL
 from hydra.errors import HydraException
 from PIL import Image
+from rich.console import Console
 from test_dashboard import offline_records
 
 import sweep
 import train
-from ghibli import config, grids, study
-from ghibli.config_mistakes import explain
+from ghibli import config, grids, ranking, study
+from ghibli.config_mistakes import all_keys, explain
 from ghibli.run_dir import RunDir
+from ghibli.schema import Command
+from ghibli.trial import is_free
 from ghibli.validation import Gain, Probe, paired_gain
 
 ONE_EPOCH = ("trainer.max_epochs=1", "sample.every_n_epochs=0", "lora.text_encoder=false")
@@ -30,6 +36,7 @@ def python_sweep(*words: str) -> None:
     for done in grids.studies:
         done.lock.close()
     grids.studies.clear()
+    sweep.failures.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sweep.py", *words])
         patch.chdir(REPO)
@@ -49,7 +56,9 @@ def words(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
 @pytest.fixture(scope="module")
 def folder(words: list[str]) -> Path:
     """The study's folder after it ran."""
-    python_sweep(*words)
+    with pytest.raises(SystemExit) as left:
+        python_sweep(*words)
+    assert left.value.code == 1  # as two failed
     return grids.studies[0].folder
 
 
@@ -83,8 +92,55 @@ def test_a_trial_is_the_single_run_with_its_settings(folder: Path, words: list[s
 def test_report_only_trains_nothing(folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "main", lambda cfg: pytest.fail("it trains"))
     (folder / "study.csv").unlink()
-    python_sweep(*words, "sweep.report_only=true")
+    before = {path.name for path in folder.iterdir() if path.is_dir()}
+    python_sweep(*words, "sweep.report_only=true", "lora.rank=8")
     assert len(rows_of(folder)) == 4
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == before
+
+
+def test_no_folder_is_called_after_what_changes_no_result() -> None:
+    """Else `sweep.py` and then `sweep.py sweep.repeats=3` would train everything twice."""
+    hydra = yaml.safe_load((REPO / "conf" / "train.yaml").read_text())["hydra"]
+    free = {key for key in all_keys(Command) if is_free(key) or key.startswith("sweep.")}
+    assert free <= set(hydra["job"]["config"]["override_dirname"]["exclude_keys"])
+
+
+def test_a_refused_trial_is_not_ranked(
+    folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result is of other code. With report_only, which asks for nothing, it is what is there."""
+    monkeypatch.setattr(train, "lead", lambda *_: 0.0)
+    copy = tmp_path / "study"
+    shutil.copytree(folder, copy)
+    first, second = study.read_trials(copy)[:2]
+    first.run.update_status(code_hash="0" * 64)
+    with pytest.raises(SystemExit) as left:
+        python_sweep(*words, f"hydra.sweep.dir={copy}")
+    assert left.value.code == 1
+    rows = rows_of(copy)
+    assert [row["trial"] for row in rows] == [second.run.path.name, first.run.path.name]
+    assert rows[1]["gain"] == ""
+    assert rows[1]["verdict"].startswith("failed: already holds this run, made by other code")
+    python_sweep(*words, f"hydra.sweep.dir={copy}", "sweep.report_only=true")
+    assert [row["trial"] for row in rows_of(copy)] == [first.run.path.name, second.run.path.name]
+
+
+def test_repeats_have_their_own_name_and_a_failing_one_keeps_the_report(
+    folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, asked = tmp_path / "study", []
+    shutil.copytree(folder, copy)
+    first, second = study.read_trials(copy)[:2]
+    first.run.config.write_text("# edited\n" + first.run.config.read_text())
+    (copy / "study.csv").unlink()
+    monkeypatch.setattr(train, "main", lambda cfg: 0.0)
+    monkeypatch.setattr(train, "run", lambda config, run: asked.append((config, run)) or 0.0)
+    with pytest.raises(SystemExit) as left:
+        python_sweep(*words, f"hydra.sweep.dir={copy}", "sweep.repeats=1")
+    assert left.value.code == 1 and len(rows_of(copy)) == 4
+    ((config, run),) = asked
+    assert run.path.name == f"{second.run.path.name}+seed=1" == config.wandb.name
+    assert config.seed == 1 and config.optimizer.lr == second.settings["optimizer.lr"]
 
 
 def test_the_effect_of_a_setting_is_the_paired_difference(folder: Path) -> None:
@@ -133,10 +189,79 @@ def test_effects_of_a_grid_are_what_was_put_in(tmp_path: Path) -> None:
     assert second.key == "lora.dropout"
     assert second.difference.value == pytest.approx(0, abs=4 * second.difference.standard_error)
     nothing = study.Effect("lora.dropout", 0, 0.1, 1, Gain(0.01, 0.02))
-    assert not nothing.matters and str(nothing).endswith("(1 pair), which is nothing")
+    assert not nothing.matters
+    assert str(nothing).endswith("95 % -2.92 .. +4.92, 1 pair (not told apart from nothing)")
+    (line, *_) = csv.DictReader(io.StringIO(ranking.effects_csv(trials)))
+    assert (line["key"], line["low"], line["high"], line["pairs"]) == ("lora.rank", "16", "32", "2")
+    assert float(line["low95"]) == pytest.approx(100 * first.difference.low, abs=1e-4)
     one = paired_gain(trials[2].best.val, base).value - paired_gain(trials[0].best.val, base).value
     two = paired_gain(trials[3].best.val, base).value - paired_gain(trials[1].best.val, base).value
     assert first.difference.value == pytest.approx((one + two) / 2)
+
+
+def with_settings(one: study.Trial, **settings: object) -> study.Trial:
+    """A made trial with further settings; `lora_alpha` is lora.alpha."""
+    more = {key.replace("_", ".", 1): value for key, value in settings.items()}
+    return replace(one, settings=one.settings | more)
+
+
+def test_alpha_that_is_chosen_apart_from_rank_is_a_setting(tmp_path: Path) -> None:
+    base = torch.ones(3, 2)
+    trials = [made(tmp_path, rank, 0, base - 0.01 * rank, base) for rank in (4, 8)]
+    assert study.varied(trials) == ["lora.rank"]
+    free = [with_settings(trial, lora_alpha=alpha) for trial in trials for alpha in (8.0, 16.0)]
+    assert study.varied(free) == ["lora.rank", "lora.alpha"]
+    assert {effect.key: effect.pairs for effect in study.effects(free)} == {"lora.rank": 2, "lora.alpha": 2}
+
+
+def test_the_same_trial_in_two_folders_is_one(tmp_path: Path) -> None:
+    base = torch.ones(3, 2)
+    first, again, other = (
+        with_settings(made(tmp_path, rank, 0, base - gain, base), seed=0)
+        for rank, gain in ((4, 0.1), (4, 0.3), (8, 0.2))
+    )
+    assert study.seed_noise([first, again, other]) is None
+    (effect,) = study.effects([first, again, other])
+    assert effect.pairs == 1 and effect.difference.value == pytest.approx(0.1)
+
+
+def test_an_effect_over_two_bases_and_over_lists(tmp_path: Path) -> None:
+    """One base is scored on two items, the other on four: the mean of what each gives, 0.1 and 0.3."""
+    trials = [
+        with_settings(
+            made(tmp_path, 4, 0, base * (1 - (len(targets) == 1) * share), base),
+            lora_targets=targets, validation_items_per_picture=base.shape[1],
+        )
+        for base, share in ((torch.ones(3, 2), 0.1), (2 * torch.ones(3, 4), 0.3))
+        for targets in (["to_q"], ["to_q", "to_k"])
+    ]  # fmt: skip
+    (effect,) = study.effects(trials)
+    both, one = ["to_q", "to_k"], ["to_q"]
+    assert (effect.key, effect.low, effect.high, effect.pairs) == ("lora.targets", both, one, 2)
+    assert effect.difference.value == pytest.approx(0.2)
+    assert ranking.write_plot(tmp_path, trials).exists()
+
+
+def test_a_resumed_trial_does_not_say_minutes(tmp_path: Path) -> None:
+    times = {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T01:00:00+00:00"}
+    once = study.Trial(RunDir(tmp_path), {}, times | {"starts": [{}]}, None)
+    assert once.minutes == 60
+    assert replace(once, status=times | {"starts": [{}, {}]}).minutes is None
+
+
+def test_the_table_is_whole_in_a_pipe(tmp_path: Path) -> None:
+    """Rich takes 80 columns where there is no terminal."""
+    base = torch.ones(3, 2)
+    trials = [
+        with_settings(made(tmp_path, rank, 0, base, base), **{f"model_{k}{'x' * 20}": rank for k in range(8)})
+        for rank in (4, 8)
+    ]
+    RunDir(tmp_path).update_status(state="failed", reason="the disk is full")
+    told = io.StringIO()
+    failed = replace(trials[0], status=RunDir(tmp_path).read_status())
+    Console(file=told, width=80, soft_wrap=True).print(ranking.table([failed, trials[1]]))
+    assert all(f"model.{k}{'x' * 20}" in told.getvalue().splitlines()[0] for k in range(8))
+    assert "failed: the disk is full" in told.getvalue().splitlines()[1]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +276,7 @@ def test_effects_of_a_grid_are_what_was_put_in(tmp_path: Path) -> None:
         ("grid=none", "choose one of models, slides"),
         ("hydra/launcher=slurm", "launchers: basic, joblib, ray, submitit_local, submitit_slurm"),
         ("hydra/sweeper=optuna", "python sweep.py sweep.search=12"),
+        ("wandb.project=a,b", "trial wandb.project=b would have the folder of trial wandb.project=a"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_the_first_trial(

@@ -174,11 +174,23 @@ def test_other_code_is_said(finished: RunDir, config: Config) -> None:
         train.run(config, finished)
 
 
-@pytest.mark.usefixtures("no_training")
-def test_a_trial_in_training_is_left_alone(finished: RunDir, config: Config) -> None:
+def test_a_process_number_that_is_another_ones_by_now_stops_no_resume(
+    finished: RunDir, config: Config
+) -> None:
+    """Whoever holds the folder's lock is its only process, whatever status.json says of process 1."""
     finished.update_status(state="running", process=1)
-    with pytest.raises(UserMistake, match="is being trained by process 1"):
-        train.run(config, finished)
+    assert trial.take_up(config, finished) == (None, True)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_halving_goes_on_with_this_trial_only(finished: RunDir, make_config: Callable[..., Config]) -> None:
+    longer = make_config(*QUICK, "trainer.max_epochs=9")
+    trial.require_same_but_epochs(longer, finished)
+    with pytest.raises(UserMistake, match=r"lora.rank is 4 there, 8 asked for; .*hydra.sweep.dir=DIR"):
+        trial.require_same_but_epochs(make_config(*QUICK, "lora.rank=8"), finished)
+    finished.update_status(code_hash="0" * 64)
+    with pytest.raises(UserMistake, match="made by other code"):
+        trial.require_same_but_epochs(longer, finished)
 
 
 def test_a_sweep_twice(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
