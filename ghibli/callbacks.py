@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from ghibli import dashboard, doctor
 from ghibli.checkpoints import between_steps
 from ghibli.mistakes import UserMistake
-from ghibli.module import GhibliModule
+from ghibli.module import GhibliModule, device_name
 from ghibli.progress import console, counted, make_bar
 from ghibli.records import Records
 from ghibli.run_dir import RunDir, now, write_atomically
@@ -37,7 +37,8 @@ class SampleGrid(Callback):
         pl_module.to(trainer.strategy.root_device)
         sample, model = self.config.sample, self.config.model
         key = {
-            "base": pl_module.base_hash, "device": trainer.strategy.root_device.type,
+            "base": pl_module.base_hash, "device": device_name(trainer.strategy.root_device),
+            "precision": str(trainer.precision),
             "cells": [asdict(cell) for cell in self.cells], "prompts": list(sample.prompts),
             "steps": sample.num_inference_steps, "seed": sample.seed, "resolution": model.resolution,
         }  # fmt: skip

@@ -81,7 +81,9 @@ def merge(base: BaseModel, folder: Path, scale: float) -> None:
         UserMistake: no such file, or an adapter that does not fit this base.
     """
     if not (folder / ADAPTER_FILE).is_file():
-        raise UserMistake(f"model.adapter={folder}: no {ADAPTER_FILE} there")
+        others = [file.name for file in sorted(folder.glob("*.safetensors"))]
+        hint = f"; rename {others[0]} to that" if others else ""
+        raise UserMistake(f"model.adapter={folder}: no {ADAPTER_FILE} there{hint}")
     check_whole(folder / ADAPTER_FILE, f"model.adapter={folder}")
     pipeline = StableDiffusionPipeline(
         base.vae, base.text_encoder, base.tokenizer, base.unet,

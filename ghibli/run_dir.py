@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -280,9 +280,15 @@ class RunDir:
                 f"another process is at work in {self.path}: wait for its end, or choose another folder "
                 f"with {key}=DIR"
             ) from None
-        for unfinished in self.path.rglob(".*.tmp"):
+        for unfinished in self.unfinished():
             unfinished.unlink(missing_ok=True)
         return file
+
+    def unfinished(self) -> Iterator[Path]:
+        """What was left half written here; not below, where a folder with a lock of its own begins."""
+        for folder, inner, names in os.walk(self.path):
+            inner[:] = [name for name in inner if not Path(folder, name, ".lock").exists()]
+            yield from (Path(folder, n) for n in names if n.startswith(".") and n.endswith(".tmp"))
 
     def as_it_was(self) -> Callable[[], None]:
         """A function that puts what a resume changes before its first step back to what it is now."""

@@ -387,5 +387,10 @@ def check_trainer(trainer: dict[str, Any]) -> None:
             f"trainer.{key} cannot be given: a run is judged by all held-out pictures after every "
             "epoch; for a quick try lower trainer.max_epochs or validation.max_pictures"
         )
+    if "limit_train_batches" in trainer:
+        raise UserMistake(
+            "trainer.limit_train_batches cannot be given: a resumed run could not tell where its epoch ends; "
+            "for a quick try use trainer.max_steps or trainer.max_epochs"
+        )
     for key in RESERVED_TRAINER_FLAGS & set(trainer):
         raise UserMistake(f"trainer.{key} is set by train.py itself and cannot be given")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ghibli.run_dir import is_whole, write_sealed
+from ghibli.run_dir import is_whole, processor_name, write_sealed
 
 
 def cached(
@@ -19,8 +19,8 @@ def cached(
     Args:
         folder: of one kind of content; safe to delete. Runs may share it: a file is called after its
             key and never changes.
-        key: all that the tensors depend on; the version of torch and the number of threads, on which
-            rounding depends, are added here.
+        key: all that the tensors depend on; the processor, the version of torch and the number of
+            threads, on which rounding depends, are added here.
     """
     file = file_of(folder, key)
     if is_whole(file):
@@ -32,6 +32,7 @@ def cached(
 
 def file_of(folder: Path, key: dict[str, Any]) -> Path:
     """Where `cached` keeps what belongs to a key."""
-    full = key | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    place = {"processor": processor_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    full = key | place
     name = hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:32]
     return folder / f"{name}.pt"

@@ -73,6 +73,24 @@ def test_what_differs_and_what_follows(compared: Callable, changes: dict, words:
         assert word in said
 
 
+def test_a_gpu_may_round_differently(compared: Callable, tmp_path: Path) -> None:
+    for name, loss in (("a2", 0.4), ("b2", 0.41)):
+        make_run(tmp_path / name, loss=loss, device="NVIDIA H100, highest")
+    code, said = compared("a2", "b2")
+    assert code == 0
+    assert "metrics.csv differs at step 2, as sums on a GPU may round differently" in said
+    assert "fault" not in said
+
+
+def test_a_damaged_byte_in_metrics_csv_is_a_difference(compared: Callable, tmp_path: Path) -> None:
+    make_run(tmp_path / "b")
+    metrics = RunDir(tmp_path / "b").metrics
+    metrics.write_bytes(metrics.read_bytes().replace(b"0.4", b"0.\xff"))
+    code, said = compared()
+    assert code == 0
+    assert "but metrics.csv differs at step 2" in said
+
+
 def test_a_run_that_moved_on_the_way(compared: Callable, tmp_path: Path) -> None:
     make_run(tmp_path / "b")
     RunDir(tmp_path / "b").note_start(processor="another", step=5)

@@ -244,6 +244,7 @@ MISTAKES = {
     "+trainer.enable_progress_bar=true": "trainer.enable_progress_bar is set by train.py itself",
     "+trainer.fast_dev_run=true": "trainer.fast_dev_run cannot be given: a run is judged by all held-out",
     "+trainer.limit_val_batches=0": "trainer.limit_val_batches cannot be given",
+    "+trainer.limit_train_batches=3": "trainer.limit_train_batches cannot be given: a resumed run",
     # names that are not there
     "model=sd16": "model=sd16 is unknown: choose one of demo, demo_near, sd15; did you mean sd15?",
     "data=gibli": "data=gibli is unknown: choose one of demo, ghibli; did you mean ghibli?",

@@ -140,6 +140,21 @@ def test_a_run_folder_has_one_writer(tmp_path: Path) -> None:
     assert not left.exists()
 
 
+def test_a_study_removes_no_half_written_file_of_its_trials(tmp_path: Path) -> None:
+    """They may be at work in other processes, each with the lock of its own folder."""
+    left = tmp_path / ".table.csv.1.tmp", tmp_path / "plots" / ".plot.png.1.tmp"
+    theirs = tmp_path / "trial" / "checkpoints" / ".last.ckpt.1.tmp"
+    for file in (*left, theirs):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (tmp_path / "trial" / ".lock").touch()
+    RunDir(tmp_path).lock().close()
+    assert not any(file.exists() for file in left)
+    assert theirs.exists()
+    RunDir(tmp_path / "trial").lock().close()
+    assert not theirs.exists()
+
+
 def test_the_table_has_a_row_for_each_fault() -> None:
     made = {"commit": "abc1234", "date": "2026-01-01"}
     kill = {"seconds": 21.4, "twice": 1, "where": {"in epoch 1": 3}, "kills": 3, "runs": 2, "equal": 2} | made

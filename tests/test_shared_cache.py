@@ -4,10 +4,11 @@ import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
-from ghibli import scenes
+from ghibli import scenes, tensor_cache
 from ghibli.base_scores import cached_scores
 from ghibli.captions import CaptionedPicture, read_folder
 
@@ -59,6 +60,20 @@ def test_drawing_goes_on_where_a_killed_process_stopped(tmp_path: Path) -> None:
     (tmp_path / "half" / name).write_bytes((tmp_path / "whole" / name).read_bytes()[:500])
     scenes.write_folder(tmp_path / "half", **options)
     assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_tensors_of_another_processor_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding depends on it; a cache folder may be shared by machines."""
+    made = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append(torch.ones(1))
+        return {"tensor": made[-1]}
+
+    for processor in ("one", "one", "another"):
+        monkeypatch.setattr(tensor_cache, "processor_name", lambda name=processor: name)
+        tensor_cache.cached(tmp_path, {"key": 1}, make)
+    assert len(made) == 2
 
 
 def test_two_processes_add_to_the_scores(tmp_path: Path) -> None:
