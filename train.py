@@ -178,7 +178,8 @@ def main(cfg: Any) -> float:
     """One Hydra job: trains with the composed settings, or resumes with the run's; returns the objective."""
     if is_first():
         return run(job_config(cfg), this_run(), resumes=cfg.resume is not None)
-    follow(job_config(cfg), this_run())
+    if cfg.resume is not None or trial.finished_objective(this_run()) is None:  # else the first has left
+        follow(job_config(cfg), this_run())
     return math.nan
 
 
