@@ -10,7 +10,8 @@ from typing import Any
 from ghibli import devices, trial
 from ghibli.config import from_yaml, hydra_entry, job_config, this_run, to_yaml
 from ghibli.mistakes import UserMistake, stop_at_once
-from ghibli.run_dir import RunDir, check_unchanged, is_first, now, provenance, write_text
+from ghibli.progress import console
+from ghibli.run_dir import RunDir, check_unchanged, is_first, now, provenance, step_of, write_text
 from ghibli.schema import Config
 
 SCRIPT = Path(__file__).resolve()  # what further processes of a run start
@@ -33,7 +34,12 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
     """
     lock = run_dir.lock()
     try:
-        if resumes:
+        if resumes and not run_dir.read_status():
+            console.print(
+                "status.json is damaged or gone: earlier starts are forgotten, the dashboard has a new run",
+                style="yellow",
+            )
+        elif resumes:
             trial.say_what_changed(run_dir)
         else:
             objective, resumes = trial.take_up(config, run_dir)
@@ -55,7 +61,6 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         from ghibli.checkpoints import CleanStop, StopRequested
         from ghibli.data import GhibliDataModule
         from ghibli.module import GhibliModule, device_name
-        from ghibli.progress import console
         from ghibli.trainer import make_trainer
 
     if config.threads is not None:
@@ -81,6 +86,8 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
                 console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
                 checkpoint = checkpoint.replace(run_dir.last_checkpoint)  # so no save can lose it
             trainer = make_trainer(config, run_dir, stop, logger)
+            if checkpoint is not None:
+                run_dir.update_status(step=step_of(checkpoint))
             run_dir.note_start(
                 code=trial.code_hash(), device=device_name(trainer.strategy.root_device),
                 devices=trainer.world_size, precision=str(trainer.precision),
@@ -178,7 +185,8 @@ def main(cfg: Any) -> float:
     """One Hydra job: trains with the composed settings, or resumes with the run's; returns the objective."""
     if is_first():
         return run(job_config(cfg), this_run(), resumes=cfg.resume is not None)
-    follow(job_config(cfg), this_run())
+    if cfg.resume is not None or trial.finished_objective(this_run()) is None:  # else the first has left
+        follow(job_config(cfg), this_run())
     return math.nan
 
 

@@ -44,7 +44,7 @@ def finish(
     else:
         if config.finetune == "lora":
             lora.save_adapter(module.base, run.last_adapter)
-        load_weights(module, run.best_checkpoint)
+        load_weights(module, run.best_checkpoint, best_epoch)
         lines.append(f"gain     {gain}, after epoch {best_epoch}")
     label = {"lora": "adapter", "full": "fine-tuned", "none": "base"}[config.finetune]
     if grid_drawer.base_pictures is not None:
@@ -75,15 +75,21 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return max(trained or rows, key=lambda row: row["probe/val_gain"])
 
 
-def load_weights(module: GhibliModule, checkpoint: Path) -> None:
-    """Puts a checkpoint's trainable weights into the module.
+def load_weights(module: GhibliModule, checkpoint: Path, epoch: int) -> None:
+    """Puts a checkpoint's trainable weights into the module; says so if they are of another epoch.
 
     Raises:
         UserMistake: the file is missing or was damaged after it was written.
     """
     if not is_whole(checkpoint):
         raise UserMistake(f"{checkpoint} is missing or damaged: the weights of that epoch are lost")
-    weights = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
+    content = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    weights, found = content["state_dict"], len(content["probe"]) - 1
+    if found != epoch:
+        console.print(
+            f"{shown(checkpoint)} is of epoch {found}, not of the best one, {epoch}: so is what is written",
+            style="yellow",
+        )
     with torch.no_grad():
         for name, parameter in module.trainable.items():
             parameter.copy_(weights[name])

@@ -36,11 +36,16 @@ def peak_memory() -> int | None:
     """Most bytes taken since forget_peak: on the GPU if there is one, else by this process; None unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    return of_this_process("VmHWM")
+
+
+def of_this_process(name: str) -> int | None:
+    """Bytes that Linux counts under a name such as VmRSS, what this process holds now; None elsewhere."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 class Live(TorchDispatchMode):
@@ -137,7 +142,7 @@ def memory(module: GhibliModule, pictures: int, precision: str) -> Memory:
     config, side = module.config, module.config.model.resolution
     cost, loss = costs(module), config.loss
     weights = sum(p.numel() for p in module.trainable.values())
-    latents = (2 if config.data.flip else 1) * pictures * 2 * 4 * 4 * (side // 8) ** 2  # mean, log-variance
+    latents = latents_size(config, pictures)
     branches = 1 if loss.guidance == 1 else 2
     phases = {
         "encoding the pictures": cost["encode"].at(side, CHUNK),
@@ -153,6 +158,11 @@ def memory(module: GhibliModule, pictures: int, precision: str) -> Memory:
         denoising = cost["score"].at(side, both * len(config.sample.prompts))
         phases["drawing the grid"] = max(denoising, cost["decode"].at(side, 1))
     return Memory(12.0 * weights + latents, phases)
+
+
+def latents_size(config: Config, pictures: int) -> int:
+    """Bytes of the pictures' codes, in memory and in the cache: mean and log-variance, fp32."""
+    return (2 if config.data.flip else 1) * pictures * 2 * 4 * 4 * (config.model.resolution // 8) ** 2
 
 
 def costs(module: GhibliModule) -> dict[str, Cost]:
@@ -195,10 +205,19 @@ def free_memory(device: torch.device) -> int | None:
         return None
     try:
         limit = int((MEMORY_LIMITS / "memory.max").read_text())  # `max` where there is none
-        used = int((MEMORY_LIMITS / "memory.current").read_text())
+        used = int((MEMORY_LIMITS / "memory.current").read_text()) - reclaimable()
     except (OSError, ValueError):
         return free
     return min(free, limit - used)
+
+
+def reclaimable() -> int:
+    """Bytes of files read a while ago, which count as used and go as soon as somebody needs the room."""
+    try:
+        lines = (MEMORY_LIMITS / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def on_device(module: GhibliModule, device: torch.device) -> float:

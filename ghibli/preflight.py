@@ -15,7 +15,7 @@ from ghibli.checkpoints import CleanStop
 from ghibli.config import look_at
 from ghibli.data import GhibliDataModule
 from ghibli.doctor import Finding
-from ghibli.mistakes import UserMistake
+from ghibli.mistakes import UserMistake, disk_trouble
 from ghibli.module import GhibliModule, lr_factor
 from ghibli.places import check_adapter, check_pictures, check_typed_base
 from ghibli.progress import console
@@ -86,12 +86,17 @@ def tell(found: list[Finding]) -> None:
 
 
 def attempt(found: list[Finding], name: str, part: Callable[[], Part]) -> Part | None:
-    """What `part` returns; a mistake becomes an error among the findings, and None."""
+    """What `part` returns; a mistake or a disk's trouble becomes an error among the findings, and None."""
     try:
         return part()
     except (UserMistake, MisconfigurationException) as error:
-        found.append(Finding(name, " ".join(str(error).split()), "error"))
-        return None
+        text = str(error)
+    except OSError as error:
+        text = disk_trouble(error)
+        if text is None:
+            raise
+    found.append(Finding(name, " ".join(text.split()), "error"))
+    return None
 
 
 def load_base(config: Config, found: list[Finding]) -> BaseModel | None:
@@ -152,7 +157,7 @@ def about_device(trainer: L.Trainer) -> Finding:
 def about_run(
     module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer, folder: Path
 ) -> list[Finding]:
-    """Plan, memory and disk."""
+    """Plan, memory, disk and cache."""
     config = module.config
     found: list[Finding] = []
     epochs = trainer.max_epochs if config.finetune != "none" else 0
@@ -162,7 +167,7 @@ def about_run(
     weights = sum(p.numel() for p in module.trainable.values())
     cells = len(cells_of(config.sample, config.loss.guidance))
     found.append(about_disk(footprint.disk(config, weights, epochs, cells), folder))
-    return found
+    return found + about_cache(config, len(data.train_pictures) + len(data.val_pictures))
 
 
 def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:
@@ -205,6 +210,9 @@ def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Traine
     device, precision = trainer.strategy.root_device, str(trainer.precision)
     need = footprint.memory(module, len(data.train_pictures) + len(data.val_pictures), precision)
     total = need.total + footprint.on_device(module, device)
+    if device.type == "cpu":  # further processes have the same need, and hold what this one holds already
+        further = trainer.num_devices - 1
+        total += further * (need.total + (footprint.of_this_process("VmRSS") or 0))
     free = footprint.free_memory(device)
     phases = ", ".join(f"{name} {size_of(size)}" for name, size in need.phases.items())
     text = (
@@ -248,3 +256,15 @@ def about_disk(need: footprint.Disk, folder: Path) -> Finding:
     if need.total <= free:
         return Finding("disk", text, "note")
     return Finding("disk", f"{text}: free some space, or choose another place, hydra.run.dir=DIR", "error")
+
+
+def about_cache(config: Config, pictures: int) -> list[Finding]:
+    """Is there room for the pictures' codes? Nothing if there is."""
+    need, free = footprint.latents_size(config, pictures), footprint.free_disk(Path(config.cache_dir))
+    if need <= free:
+        return []
+    text = (
+        f"the pictures' codes take {need / 1e6:.1f} MB below cache_dir={config.cache_dir}, where "
+        f"{free / 1e6:.1f} MB are free: free some space, or choose another place, cache_dir=DIR"
+    )
+    return [Finding("cache", text, "error")]

@@ -15,6 +15,7 @@ from ghibli.module import GhibliModule, device_name
 from ghibli.progress import console
 from ghibli.run_dir import RunDir, processor_name
 
+HASHES = {"base_hash": "the base", "data_hash": "the picture set"}  # noted in status.json, too
 PICTURES = 2  # held-out pictures that are scored again
 ROUNDING = {32: 1e-3, 16: 0.1}  # bits -> relative difference of a picture's loss on another machine
 
@@ -40,7 +41,8 @@ class ResumeCheck(Callback):
                 "weights": weights, "scores": rescore(trainer, pl_module),
                 "place": place(pl_module), "precision": str(trainer.precision),
             }  # fmt: skip
-        checkpoint["identity"] = self.written
+        status = self.run.read_status()
+        checkpoint["identity"] = self.written | {"hashes": {key: status.get(key) for key in HASHES}}
         checkpoint["max_epochs"] = trainer.max_epochs
 
     def on_load_checkpoint(
@@ -69,6 +71,7 @@ class ResumeCheck(Callback):
             trainer.should_stop = True  # it had stopped early; one more epoch would be another run
 
     def compare(self, trainer: L.Trainer, pl_module: GhibliModule, stored: dict[str, Any]) -> None:
+        self.compare_hashes(stored.get("hashes", {}))
         found = trained_weights_hash(pl_module)
         if found != stored["weights"]:
             raise UserMistake(
@@ -89,6 +92,17 @@ class ResumeCheck(Callback):
             f"pictures, {numbers(means[1])} when it was written: another base, edited pictures or captions, "
             "or an edited config.yaml; put them back, or start a new run"
         )
+
+    def compare_hashes(self, stored: dict[str, str]) -> None:
+        """Of base and pictures, as the run has noted them again where status.json had lost them."""
+        status = self.run.read_status()
+        for key, before in stored.items():
+            if before != status.get(key):
+                raise UserMistake(
+                    f"resume={self.run.path}: {HASHES[key]} is not the same as when the checkpoint was "
+                    f"written ({key} {str(status.get(key))[:12]}, was {str(before)[:12]}); put it back, or "
+                    "start a new run"
+                )
 
     def replan(self, trainer: L.Trainer, before: int) -> None:
         """Says what more epochs mean, and puts the learning rate where the longer plan has it."""

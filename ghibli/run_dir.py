@@ -316,6 +316,16 @@ class RunDir:
         self.update_status(**where, starts=[*status.get("starts", []), {"at": now()} | start])
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step that a run goes on from with this checkpoint.
+
+    status.json is written a moment before the checkpoint is, and may be ahead of it.
+    """
+    import torch  # takes seconds, and only who goes on needs it
+
+    return torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["global_step"]
+
+
 def is_first() -> bool:
     """True for the only process of a run, or the first of several: the one that writes and speaks."""
     return all(int(os.environ.get(name, 0)) == 0 for name in RANKS)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from faults.compare import different_parts
 from PIL import Image
 
 import train
-from ghibli import devices, run_dir
+from ghibli import devices, run_dir, trial
 from ghibli.data import share_of_probe
 from ghibli.mistakes import UserMistake
 from ghibli.run_dir import RunDir
@@ -180,6 +181,26 @@ def test_strategies_that_are_refused(make_config: Callable, strategy: str) -> No
         UserMistake, match=rf"trainer.strategy={strategy} is not for this trainer .*: use ddp"
     ):
         make_config(f"trainer.strategy={strategy}")
+
+
+def test_a_further_process_leaves_a_finished_run_as_the_first_does(
+    make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started by torchrun for a folder that is done, it would wait for the first one for ever."""
+    run = RunDir(tmp_path)
+    run.update_status(state="finished", objective=0.5)
+    run.update_status(seal=trial.seal(run.read_status()))
+    config, followed = make_config(), []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train, "this_run", lambda: run)
+    monkeypatch.setattr(train, "job_config", lambda cfg: config)
+    monkeypatch.setattr(train, "follow", lambda *_: followed.append(1))
+    train.main(config)
+    assert followed == []
+    train.main(replace(config, resume=str(tmp_path)))  # may ask for more epochs
+    run.update_status(state="running")
+    train.main(config)
+    assert followed == [1, 1]
 
 
 def test_who_is_first(monkeypatch: pytest.MonkeyPatch) -> None:

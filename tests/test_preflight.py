@@ -1,8 +1,11 @@
 """`ghibli check` and what train.py says before it trains."""
 
+import errno
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -296,8 +299,59 @@ def test_free_memory_knows_a_containers_limit(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
     assert footprint.free_memory(torch.device("cpu")) in (None, 2_000_000)
+    (tmp_path / "memory.stat").write_text("anon 600000\ninactive_file 250000\nactive_file 150000\n")
+    assert footprint.free_memory(torch.device("cpu")) in (None, 2_250_000)  # the kernel gives those back
     (tmp_path / "memory.max").write_text("max\n")
     assert footprint.free_memory(torch.device("cpu")) != 2_000_000
+
+
+def test_each_process_of_a_run_on_the_cpu_needs_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footprint, "memory", lambda *_: footprint.Memory(2**30, {"training": 2**30}))
+    monkeypatch.setattr(footprint, "of_this_process", lambda name: 2**30)
+    monkeypatch.setattr(footprint, "free_memory", lambda device: None)
+    data = SimpleNamespace(train_pictures=[1], val_pictures=[2])
+    needs = []
+    for devices in (1, 3):
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        trainer = SimpleNamespace(strategy=strategy, precision="32-true", num_devices=devices)
+        text = preflight.about_memory(None, data, trainer).text
+        needs.append(float(re.search(r"takes about ([\d.]+) GiB", text)[1]))
+    assert needs[1] == pytest.approx(3 * needs[0] + 2, abs=0.2)
+
+
+def test_the_codes_in_the_cache_are_as_large_as_predicted(
+    make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """131 kB a picture at 512 px; twice that with mirrored ones. One line where there is no room."""
+    config = make_config("model.resolution=512", f"cache_dir={tmp_path}")
+    codes = torch.zeros(3, 4, 64, 64)  # as latents.Moments holds them
+    assert footprint.latents_size(config, 3) == 2 * codes.numel() * codes.element_size() == 3 * 131072
+    assert footprint.latents_size(make_config("model.resolution=512", "data.flip=true"), 3) == 6 * 131072
+    assert preflight.about_cache(config, 3) == []
+    monkeypatch.setattr(footprint, "free_disk", lambda folder: 300_000 if folder == tmp_path else 2**40)
+    (finding,) = preflight.about_cache(config, 3)
+    assert finding.text.startswith(
+        f"the pictures' codes take 0.4 MB below cache_dir={tmp_path}, where 0.3 MB"
+    )
+
+
+def test_a_full_cache_is_one_finding_among_all(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "cache/scenes")
+
+    monkeypatch.setattr(preflight.GhibliDataModule, "prepare_data", full)
+    found = check("trainer.devices=0")
+    assert texts(found, "error")["pictures"] == "cannot write cache/scenes: the disk is full: free some space"
+    assert "`Trainer(devices=0)`" in texts(found, "error")["device"]
+    assert "base" in texts(found, "note")
+
+
+def test_the_demo_is_checked_within_a_minute(tmp_path: Path) -> None:
+    """Seconds of the processor, with its pictures still to be drawn: a busy machine fails no test."""
+    began = time.process_time()
+    found = preflight.check([f"cache_dir={tmp_path}"])
+    assert time.process_time() - began < 60
+    assert texts(found, "error") == {}
 
 
 # In train.py
@@ -315,7 +369,8 @@ def test_train_says_what_is_wrong_and_goes_on(
     train.run(config, RunDir(tmp_path))
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[:2] for line in said if line.startswith(("error", "warning", "note"))] == [
-        ["error", " disk"]
+        ["error", " disk"],
+        ["error", " cache"],
     ]
     checkpoints = [path.stat().st_size for path in (tmp_path / "checkpoints").glob("*.ckpt")]
     assert len(checkpoints) == footprint.CHECKPOINTS - 1

@@ -27,6 +27,7 @@ def overrides(pictures: Path, folder: Path) -> list[str]:
 MOMENTS = [
     ("training_step", 8),  # in the middle of an accumulation, in the first epoch
     ("grid", 1),  # after the first validation, before the epoch's checkpoint
+    ("validation_step", 6),  # in the second epoch's validation, which has 4
     ("save_checkpoint", 4),  # while the first epoch's checkpoint is written
     ("training_step", 17),  # in the second epoch
 ]

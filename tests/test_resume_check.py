@@ -9,20 +9,23 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import REPO, SMALL
 from faults.compare import different_parts, rows_of
 
 import train
 from ghibli import config as settings
+from ghibli import finish
 from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule, lr_factor
 from ghibli.resume_check import ResumeCheck
-from ghibli.run_dir import RunDir, write_sealed
-from ghibli.schema import Config
+from ghibli.run_dir import RunDir, check_unchanged, step_of, write_sealed
+from ghibli.schema import LATER_KEYS, Config
 
 QUICK = ("data.draw=null", "sample.every_n_epochs=0", "lora.rank=4")
 
@@ -112,13 +115,52 @@ def test_settings_edited_in_the_folder_are_refused(run: RunDir, config: Config) 
         train.run(edited, run, resumes=True)
 
 
-def test_edited_captions_are_refused(run: RunDir, config: Config, pictures: Path, tmp_path: Path) -> None:
+def test_edited_captions_are_refused(
+    run: RunDir, config: Config, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     other = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     text = (other / "captions.txt").read_text()
     (other / "captions.txt").write_text(text.replace("|", "|edited ", 1))
     moved = replace(config, data=replace(config.data, root=str(other)))
     with pytest.raises(UserMistake, match="is not the same as when the run was started"):
         train.run(moved, run, resumes=True)
+    run.status.write_text("damaged")  # the checkpoint knows, too
+    with pytest.raises(
+        UserMistake, match="the picture set is not the same as when the checkpoint was written"
+    ):
+        train.run(moved, run, resumes=True)
+    assert "status.json is damaged or gone: earlier starts are forgotten" in capsys.readouterr().out
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    check_unchanged(run, "base_hash", "a" * 64, "the base model.path=x")
+    check_unchanged(run, "base_hash", "a" * 64, "the base model.path=x")
+    with pytest.raises(
+        UserMistake, match=r"the base model.path=x is not the same .* \(base_hash b{12}, was a{12}\)"
+    ):
+        check_unchanged(run, "base_hash", "b" * 64, "the base model.path=x")
+    assert run.read_status()["base_hash"] == "a" * 64
+
+
+def test_the_step_is_the_checkpoints_and_not_that_of_status(run: RunDir) -> None:
+    """Killed between the two, a run has a status ahead of what it can go on from."""
+    run.update_status(step=9)
+    assert step_of(run.last_checkpoint) == 8
+
+
+def test_settings_from_before_the_later_keys(config: Config, tmp_path: Path) -> None:
+    """A config.yaml without them is read with what runs had then."""
+    content = yaml.safe_load(settings.to_yaml(config))
+    for key, values in LATER_KEYS.items():
+        for name in values or {}:
+            del content[key][name]
+        if not isinstance(values, dict):
+            del content[key]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    read = settings.from_yaml(tmp_path / "config.yaml")
+    assert (read.threads, read.data.grid_epochs) == (None, "")
+    assert replace(read, data=config.data, evaluate=config.evaluate, threads=config.threads) == config
 
 
 def test_a_refused_resume_leaves_a_finished_run_as_it_was(
@@ -186,6 +228,16 @@ def test_a_moved_folder_keeps_its_best_epoch(run: RunDir, config: Config) -> Non
     before = run.best_checkpoint.read_bytes()
     train.run(config, run, resumes=True)
     assert run.best_checkpoint.read_bytes() == before
+
+
+def test_weights_of_another_epoch_than_the_best_are_named(run: RunDir, capsys: pytest.CaptureFixture) -> None:
+    stored = torch.load(run.best_checkpoint, weights_only=True)["state_dict"]  # after the first epoch
+    module = SimpleNamespace(trainable={name: torch.zeros_like(weight) for name, weight in stored.items()})
+    finish.load_weights(module, run.best_checkpoint, 1)
+    assert capsys.readouterr().out == ""
+    finish.load_weights(module, run.best_checkpoint, 2)
+    assert "best.ckpt is of epoch 1, not of the best one, 2" in capsys.readouterr().out
+    assert all(torch.equal(module.trainable[name], weight) for name, weight in stored.items())
 
 
 # More epochs

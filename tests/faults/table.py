@@ -61,8 +61,8 @@ def kill_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     places = ", ".join(f"{count} {place}" for place, count in found["where"].items())
     return [
         (
-            f"SIGKILL at a random moment of the {found['seconds']:.0f} s from a run's command to its end, "
-            f"{found['twice']} of the runs once more after they had been resumed ({places})",
+            f"SIGKILL at a random moment between a run's command and its end, {found['twice']} of the runs "
+            f"once more after they had been resumed ({places})",
             f"{found['kills']} times in {found['runs']} runs",
             f"**{found['equal']} of {found['runs']} bit-equal**",
         )
