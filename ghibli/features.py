@@ -6,7 +6,6 @@ which learned to find the same caption in every look, hardly does.
 `inception`: the network of FID. Only with these is a Frechet distance called FID.
 """
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,11 +65,11 @@ def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
         raise UserMistake(f"evaluate.inception={weights}: no such file")
     try:
         content = torch.load(place, weights_only=True, map_location="cpu")  # the library's own runs pickles
-        if isinstance(content, dict):
-            return FeatureExtractorInceptionV3("inception", ["2048"], str(place)).eval()
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError):
-        pass
-    raise UserMistake(f"evaluate.inception={place} does not hold the FID network's weights")
+        if not isinstance(content, dict):
+            raise TypeError
+        return FeatureExtractorInceptionV3("inception", ["2048"], str(place)).eval()
+    except Exception as error:  # torch raises many types; each means the same to the user
+        raise UserMistake(f"evaluate.inception={place} does not hold the FID network's weights") from error
 
 
 def downloaded_inception() -> Path:
