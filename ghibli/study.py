@@ -52,9 +52,9 @@ class Trial:
     def distance(self) -> tuple[float, float, str] | None:
         """(kernel distance, its standard error, `ddim 7.5`) of its best cell; None when not evaluated."""
         try:
-            cells = json.loads(self.run.evaluation.read_text())["models"]["run"]
+            cells = self.run.read_evaluation()["models"]["run"]
             found = [(*cell["kernel"], f"{cell['sampler']} {cell['guidance']:g}") for cell in cells]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             return None
         return min(found, default=None)
 
