@@ -16,7 +16,7 @@ import yaml
 
 from ghibli.mistakes import UserMistake
 from ghibli.progress import console
-from ghibli.run_dir import RunDir, is_first
+from ghibli.run_dir import RunDir, is_first, step_of
 from ghibli.schema import CONFIG_VERSION, Config
 
 CODE = (  # train.py and all it imports; tests/test_trial.py compares with the imports
@@ -198,12 +198,12 @@ def take_up(config: Config, run: RunDir) -> tuple[float | None, bool]:
     if objective is not None:
         console.print(f"{os.path.relpath(run.path)} is finished: its objective was {objective:.4f}")
         return objective, False
-    status, resumes = run.read_status(), run.usable_checkpoint() is not None
+    status, checkpoint = run.read_status(), run.usable_checkpoint()
     folder = os.path.relpath(run.path)
     if status.get("state") == "failed":
         console.print(f"{folder} failed before: {status.get('reason')}", style="yellow")
-    if resumes:
-        console.print(f"{folder} is half done: going on from step {status.get('step', '?')}")
+    if checkpoint is not None:
+        console.print(f"{folder} is half done: going on from step {step_of(checkpoint)}")
         return None, True
     if has_something_to_lose(run):
         console.print(f"{folder} holds no whole checkpoint: starting anew", style="yellow")
