@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from ghibli import scenes
+from ghibli import resume_check, scenes
 from ghibli.base_scores import cached_scores
 from ghibli.captions import CaptionedPicture
 from ghibli.module import GhibliModule
@@ -156,20 +156,30 @@ def test_the_training_loss_is_compared_with_the_base_at_its_own_schedule_and_gui
 def test_what_the_probe_costs_in_examples_through_the_unet(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted in a real epoch: tests/test_config.py reckons with these numbers for the default sizes."""
-    counted = {"training": 0, "probe": 0}
-    branches = GhibliModule.branches
+    """Counted in a real epoch: tests/test_config.py reckons with these numbers for the default sizes.
+
+    A checkpoint notes the scores of two pictures, for a resume to compare with.
+    """
+    counted, saves = {"training": 0, "scored": 0}, []
+    branches, save = GhibliModule.branches, GhibliModule.on_save_checkpoint
 
     def count(module: GhibliModule, batch: dict, *words: object) -> tuple:
-        counted["training" if torch.is_grad_enabled() else "probe"] += len(batch["latents"])
+        counted["training" if torch.is_grad_enabled() else "scored"] += len(batch["latents"])
         return branches(module, batch, *words)
+
+    def saving(module: GhibliModule, checkpoint: dict) -> None:
+        saves.append(module.trainer.global_step)
+        save(module, checkpoint)
 
     config = make_config("trainer.max_epochs=1", "sample.every_n_epochs=0")
     train.run(config, RunDir(tmp_path / "first"))  # scores the base, once
     monkeypatch.setattr(GhibliModule, "branches", count)
+    monkeypatch.setattr(GhibliModule, "on_save_checkpoint", saving)
     train.run(make_config("trainer.max_epochs=1", "sample.every_n_epochs=0"), RunDir(tmp_path / "second"))
     split = json.loads((tmp_path / "second" / "split.json").read_text())
-    assert counted["probe"] == 2 * len(split["val"]) * config.validation.items_per_picture
+    pictures = 2 * len(split["val"]) + resume_check.PICTURES * len(saves)
+    assert len(saves) >= 3
+    assert counted["scored"] == pictures * config.validation.items_per_picture
     assert counted["training"] == len(split["train"]) // 4 * 4
 
 

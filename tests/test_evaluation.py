@@ -22,7 +22,7 @@ from ghibli.trained import config_of, starting_base, trained_base
 from ghibli.yardstick import Reference, Yardstick
 
 QUICK = (
-    "evaluate.samples=6", "evaluate.scan_samples=3", "evaluate.scales=[1,7.5]", "evaluate.batch_size=4",
+    "evaluate.samples=6", "evaluate.scan_samples=3", "evaluate.scales=[1,3]", "evaluate.batch_size=4",
     "sample.guidance=[1,7.5]", "sample.samplers=[ddim]",
 )  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_the_table_has_every_cell_and_the_guided_run_its_own_scale(finished: Run
     assert cells["base"] == [("ddim", 1), ("ddim", 7.5)]
     assert cells["run"] == [("ddim", 1), ("ddim", 7.5), ("ddim", 15)]
     assert json.loads(finished.evaluation.read_text()) == json.loads(json.dumps(result))
-    assert set(result["scan"]["run"]) == {"1", "7.5"}
+    assert set(result["scan"]["run"]) == {"1", "3"}
     assert finished.evaluation_pictures.stat().st_size > 10_000
 
 
@@ -81,7 +81,7 @@ def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: 
     model = trained_base(finished, config)
     for scale, count, found in (
         (15, 6, result["models"]["run"][2]["kernel"]),
-        (7.5, 3, result["scan"]["run"]["7.5"]),
+        (3, 3, result["scan"]["run"]["3"]),
     ):
         wanted = reference.kernel(ruler.measure_model(model, Cell("ddim", scale), count)["features"])
         assert tuple(found) == (wanted.value, wanted.standard_error)
@@ -179,7 +179,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(
     assert evaluation.evaluate(copy, config) == result | {"cache_dir": str(tmp_path)}
     again = [1, 1, 7.5, 15]  # the base's first cell, and those of the run
     of_cells = [(count, guidance) for guidance in again for count in (4, 2)]
-    assert calls == [*of_cells, *[(3, 1), (3, 7.5)] * 2, (6, 15)]  # the scan; the nearest samples
+    assert calls == [*of_cells, *[(3, 3)] * 2, (6, 15)]  # the scan, whose 1 is a cell's; the nearest samples
 
 
 def test_the_trained_base_is_the_run_and_not_the_base(finished: RunDir) -> None:
