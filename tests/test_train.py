@@ -23,6 +23,17 @@ from ghibli.run_dir import RunDir
 from ghibli.trainer import make_callbacks
 
 
+@pytest.fixture
+def trained(make_config: Callable, tmp_path: Path) -> Callable[..., Path]:
+    """Trains in this process, which saves the start of another one; returns the run's folder."""
+
+    def run(*words: str, name: str = "run") -> Path:
+        train.run(make_config(*words), RunDir(tmp_path / name))
+        return tmp_path / name
+
+    return run
+
+
 def rows_of(file: Path) -> list[dict[str, str]]:
     with open(file, newline="") as opened:
         return list(csv.DictReader(opened))
@@ -72,16 +83,15 @@ def test_guided_run(train_py: Callable, tmp_path: Path) -> None:
     assert not set(split["train"].values()) & set(split["val"].values())
 
 
-def test_learning_lowers_the_validation_loss(train_py: Callable, tmp_path: Path) -> None:
+def test_learning_lowers_the_validation_loss(trained: Callable) -> None:
     """A few more steps at guidance 1: the gain over the base is far above its standard error."""
-    done = train_py("trainer.max_epochs=6", "sample.every_n_epochs=0", f"hydra.run.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    scored = probe_rows(tmp_path)[1:]
+    folder = trained("trainer.max_epochs=6", "sample.every_n_epochs=0")
+    scored = probe_rows(folder)[1:]
     losses = [float(row["probe/val_loss"]) for row in scored]
     assert min(losses[1:]) < losses[0]
     best = max(scored, key=lambda row: float(row["probe/val_gain"]))
     assert float(best["probe/val_gain"]) > 3 * float(best["probe/val_gain_se"]) > 0
-    assert not (tmp_path / "samples").exists()
+    assert not (folder / "samples").exists()
 
 
 def test_untouched_base_gains_exactly_nothing(train_py: Callable, tmp_path: Path) -> None:
@@ -124,35 +134,31 @@ def test_early_stopping_watches_the_probe(make_config: Callable, tmp_path: Path)
     assert not [callback for callback in none if isinstance(callback, EarlyStopping)]
 
 
-def test_a_run_without_progress_stops_early(train_py: Callable, tmp_path: Path) -> None:
+def test_a_run_without_progress_stops_early(trained: Callable) -> None:
     """Patience 1 and weights that do not move: the second epoch is the last."""
     words = ("optimizer.lr=1e-30", "trainer.max_epochs=6", "early_stopping.patience=1")
-    done = train_py(*words, "sample.every_n_epochs=0", f"hydra.run.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    assert [int(row["epoch"]) for row in probe_rows(tmp_path)] == [0, 1, 2]
+    folder = trained(*words, "sample.every_n_epochs=0")
+    assert [int(row["epoch"]) for row in probe_rows(folder)] == [0, 1, 2]
 
 
-def test_early_stopping_can_watch_the_training_loss(train_py: Callable, tmp_path: Path) -> None:
+def test_early_stopping_can_watch_the_training_loss(trained: Callable) -> None:
     """The slides' way: chance alone decides when the mean loss of an epoch first fails to fall."""
     words = ("optimizer.lr=1e-30", "trainer.max_epochs=8", "early_stopping.patience=1")
     words += ("early_stopping.watch=train_loss", "loss.timesteps=independent", "sample.every_n_epochs=0")
-    done = train_py(*words, f"hydra.run.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    rows = probe_rows(tmp_path)[1:]
+    folder = trained(*words)
+    rows = probe_rows(folder)[1:]
     losses = [float(row["train/epoch_loss"]) for row in rows]
     falls = [later < earlier for earlier, later in itertools.pairwise(losses)]
     assert len(losses) < 8 and not falls[-1] and all(falls[:-1])
-    steps = [float(row["train/loss"]) for row in metric_rows(tmp_path)]
+    steps = [float(row["train/loss"]) for row in metric_rows(folder)]
     assert losses[0] == pytest.approx(sum(steps[:5]) / 5, rel=1e-6)
 
 
-def test_the_normalised_loss_is_about_1_without_learning(train_py: Callable, tmp_path: Path) -> None:
+def test_the_normalised_loss_is_about_1_without_learning(trained: Callable) -> None:
     """The step's loss over what the base scores at its timesteps: far steadier than the loss."""
     words = ("optimizer.lr=1e-30", "trainer.max_epochs=4", "early_stopping.patience=null", "lora.dropout=0")
     words += ("validation.items_per_picture=40", "loss.caption_dropout=0", "sample.every_n_epochs=0")
-    done = train_py(*words, f"hydra.run.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    rows = metric_rows(tmp_path)
+    rows = metric_rows(trained(*words))
     normalised = np.array([float(row["train/loss_normalised"]) for row in rows])
     plain = np.array([float(row["train/loss"]) for row in rows])
     assert normalised.mean() == pytest.approx(1, abs=0.2)
@@ -184,25 +190,21 @@ def test_nothing_depends_on_global_generators(make_config: Callable, tmp_path: P
 @pytest.mark.parametrize(
     "option", ["loss.snr_gamma=5", "loss.noise_offset=0.1", "data.flip=true", "loss.timesteps=independent"]
 )
-def test_options_change_the_loss(train_py: Callable, tmp_path: Path, option: str) -> None:
-    """An option that is accepted has an effect on the first loss, and on nothing before it."""
+def test_options_change_the_loss(trained: Callable, option: str) -> None:
+    """An option that is accepted has an effect."""
     settings = ("trainer.max_epochs=1", "sample.every_n_epochs=0")
-    losses = []
-    for index, words in enumerate([(), (option,)]):
-        folder = tmp_path / str(index)
-        done = train_py(*settings, *words, f"hydra.run.dir={folder}")
-        assert done.returncode == 0, done.stderr
-        losses.append([row["train/loss"] for row in metric_rows(folder)])
-    assert losses[0] != losses[1]
+    without, with_it = (
+        [row["train/loss"] for row in metric_rows(trained(*settings, *words, name=str(len(words))))]
+        for words in ((), (option,))
+    )
+    assert without != with_it
 
 
-def test_batch_4_equals_batch_1_accumulated_4_times(train_py: Callable, tmp_path: Path) -> None:
+def test_batch_4_equals_batch_1_accumulated_4_times(trained: Callable, tmp_path: Path) -> None:
     """Without dropout in the network the same examples, noise and timesteps give the same adapter."""
     common = ("lora.dropout=0", "trainer.max_epochs=1", "sample.every_n_epochs=0")
     for name, batch, accumulate in (("a", 4, 1), ("b", 1, 4)):
-        words = (f"data.batch_size={batch}", f"data.accumulate={accumulate}")
-        done = train_py(*common, *words, f"hydra.run.dir={tmp_path / name}")
-        assert done.returncode == 0, done.stderr
+        trained(*common, f"data.batch_size={batch}", f"data.accumulate={accumulate}", name=name)
     rows = [metric_rows(tmp_path / name) for name in "ab"]
     left, right = ([float(row["train/loss"]) for row in side] for side in rows)
     assert left == pytest.approx(right, rel=1e-4)
@@ -211,11 +213,9 @@ def test_batch_4_equals_batch_1_accumulated_4_times(train_py: Callable, tmp_path
         torch.testing.assert_close(left[name], right[name], atol=2e-4, rtol=0)
 
 
-def test_weights_stay_fp32_in_mixed_precision(train_py: Callable, tmp_path: Path) -> None:
-    words = ("trainer.precision=bf16-mixed", "trainer.max_epochs=1", "sample.every_n_epochs=0")
-    done = train_py(*words, f"hydra.run.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    state = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+def test_weights_stay_fp32_in_mixed_precision(trained: Callable) -> None:
+    folder = trained("trainer.precision=bf16-mixed", "trainer.max_epochs=1", "sample.every_n_epochs=0")
+    state = torch.load(folder / "checkpoints" / "last.ckpt")["state_dict"]
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-    start, end = (float(row["probe/val_gain"]) for row in probe_rows(tmp_path))
+    start, end = (float(row["probe/val_gain"]) for row in probe_rows(folder))
     assert start == 0 != end
