@@ -90,7 +90,7 @@ def test_the_probe_is_cheap() -> None:
     def share(settings: Config, training: int, held_out: int) -> float:
         data = settings.data
         steps = training // (data.batch_size * settings.trainer["accumulate_grad_batches"])
-        saves = steps // settings.checkpoint.every_n_steps + 2  # best and last at the end
+        saves = steps // settings.checkpoint.every_n_steps + 1  # and at the end of the epoch
         pictures = 2 * min(settings.validation.max_pictures, held_out) + resume_check.PICTURES * saves
         return pictures * settings.validation.items_per_picture / (3 * training)
 
