@@ -75,8 +75,8 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return max(trained or rows, key=lambda row: row["probe/val_gain"])
 
 
-def load_weights(module: GhibliModule, checkpoint: Path, epoch: int) -> None:
-    """Puts a checkpoint's trainable weights into the module; says so if they are of another epoch.
+def load_weights(module: GhibliModule, checkpoint: Path, epoch: int | None = None) -> None:
+    """Puts a checkpoint's trainable weights into the module; says so if they are not of this epoch.
 
     Raises:
         UserMistake: the file is missing or was damaged after it was written.
@@ -85,7 +85,7 @@ def load_weights(module: GhibliModule, checkpoint: Path, epoch: int) -> None:
         raise UserMistake(f"{checkpoint} is missing or damaged: the weights of that epoch are lost")
     content = torch.load(checkpoint, weights_only=True, map_location="cpu")
     weights, found = content["state_dict"], len(content["probe"]) - 1
-    if found != epoch:
+    if epoch not in (None, found):
         console.print(
             f"{shown(checkpoint)} is of epoch {found}, not of the best one, {epoch}: so is what is written",
             style="yellow",
