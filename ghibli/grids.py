@@ -174,7 +174,7 @@ def choice_of(words: list[str]) -> Choice | None:
     if any(word.startswith("-") for word in words):
         return None  # --help and its like are Hydra's
     with hydra_here():
-        given = parsed(words)
+        given = {o.key_or_group: o for o in parsed(words)}.values()  # of a key given twice the last counts
         fixed = [o.input_line for o in given if not o.is_sweep_override()]
         cfg = composed("sweep", fixed)
         if cfg.sweep.search is None and not cfg.sweep.halving and not cfg.sweep.report_only:

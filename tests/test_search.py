@@ -165,6 +165,13 @@ def test_train_py_refuses_a_search_and_says_how_a_grid_goes_on(
     assert ("hydra.sweep.dir=outputs/sweeps/" in printed) == bool(started)
 
 
+def test_of_a_key_given_twice_the_last_counts(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    asked = stands_in(monkeypatch)
+    python_sweep(*words, "lora.rank=2,4", "optimizer.lr=1e-4,1e-3", *LINES, "lora.rank=8", "sweep.search=2")
+    assert [rank for rank, _ in asked] == [8, 8] and not {lr for _, lr in asked} & {1e-4, 1e-3}
+
+
 def test_rungs() -> None:
     assert [search.rungs(epochs) for epochs in (1, 3, 9, 30)] == [[1], [1, 3], [1, 3, 9], [3, 10, 30]]
 
