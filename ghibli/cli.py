@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ghibli import compare, scenes
 from ghibli.mistakes import UserMistake, one_line_mistakes, stop_at_once
-from ghibli.progress import console, counted
+from ghibli.progress import console, counted, whole
 from ghibli.run_dir import RunDir, all_runs
 
 app = typer.Typer(
@@ -119,7 +119,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
             cell = f"{row['sampler'].upper()} {row['guidance']:g}"
             table.add_row(model, cell, *evaluation_cells(row))
     table.add_row("real", f"floor of {result['floor_pictures']}", *evaluation_cells(result["real"]))
-    return table
+    return whole(table)
 
 
 def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -1,10 +1,12 @@
-"""What a person sees while waiting: one console, one kind of bar, with the time left."""
+"""What a person sees: one console, one kind of bar with the time left, tables that are never cut."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -21,6 +23,13 @@ def make_bar() -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+def whole(table: Table) -> Table:
+    """The table, as wide as it needs to be: a pipe has 80 columns, and would cut it."""
+    wide = Console(width=10_000)
+    table.width = Measurement.get(wide, wide.options, table).maximum
+    return table
 
 
 @contextmanager

@@ -8,10 +8,9 @@ from textwrap import shorten
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
+from ghibli.progress import whole
 from ghibli.run_dir import write_atomically, write_text
 from ghibli.study import Trial, effects, levels, varied
 from ghibli.trial import shown
@@ -36,9 +35,7 @@ def table(trials: list[Trial]) -> Table:
         verdict = shorten(trial.verdict, 60, placeholder=" ...")
         epoch = str(trial.status.get("best_epoch", "-"))
         rows.add_row(str(place), *settings, gain, *distance, epoch, minutes, verdict)
-    wide = Console(width=10_000)
-    rows.width = Measurement.get(wide, wide.options, rows).maximum  # a pipe has 80 columns, and would cut it
-    return rows
+    return whole(rows)
 
 
 def distance_of(trial: Trial) -> str:

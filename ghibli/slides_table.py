@@ -15,7 +15,7 @@ from safetensors import safe_open
 from ghibli.base_model import BaseModel
 from ghibli.features import called
 from ghibli.mistakes import UserMistake
-from ghibli.progress import console, counted
+from ghibli.progress import console, counted, whole
 from ghibli.records import read_rows
 from ghibli.run_dir import is_whole, write_atomically, write_text
 from ghibli.sampling import GUIDED_SCALE, Cell, cells_of, compose_grid, draw_cells
@@ -144,7 +144,7 @@ def cell_table(trials: list[Trial]) -> Table | None:
         table.add_column(f"{cell.sampler.upper()} {cell.guidance:g}", justify="right", no_wrap=True)
     for name, own in rows:
         table.add_row(name, *(shown(row) for row in own))
-    return table
+    return whole(table)
 
 
 def shown(row: dict[str, Any] | None) -> str:
@@ -282,7 +282,7 @@ def cost_table(trials: list[Trial]) -> Table | None:
         table.add_column(name, justify="left" if name == "model" else "right")
     for name, values in rows:
         table.add_row(name, *values)
-    return table
+    return whole(table)
 
 
 def write_models(folder: Path, trials: list[Trial]) -> Path | None:

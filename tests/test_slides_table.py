@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from report_material import make_run
+from rich.console import Console
 from safetensors.torch import save_file
 
 import sweep
@@ -54,6 +55,18 @@ def test_every_model_stands_once_in_its_cells(trials: list[Trial]) -> None:
     assert [name for name, _ in rows] == names
     assert [row and row["kernel"][0] for row in rows[0][1]] == [8.0, 4.0, None]
     assert [row and row["kernel"][0] for row in rows[2][1]] == [2.0, 0.5, 0.9]
+
+
+def test_the_tables_are_whole_in_a_pipe(trials: list[Trial]) -> None:
+    """Of 80 columns; the models' names went first."""
+    pipe = Console(width=80)
+    with pipe.capture() as captured:
+        for table in (slides_table.cell_table(trials), slides_table.cost_table(trials)):
+            pipe.print(table, soft_wrap=True)
+    lines = captured.get().splitlines()
+    (row,) = (line for line in lines if "guidance 7.5" in line and "+-" in line)
+    assert all(number in row for number in ("2.00 +- 0.40", "0.50 +- 0.20", "0.90 +- 0.30"))
+    assert sum("LoRA, trained at guidance 7.5" in line for line in lines) == 2
 
 
 def test_models_of_one_name_are_told_apart_by_what_varies(trials: list[Trial], tmp_path: Path) -> None:
