@@ -94,7 +94,7 @@ class Bench:
 
     def measure_real(self, label: str, pictures: list[CaptionedPicture]) -> Measurements:
         """Measures picture files."""
-        size = self.config.model.resolution, self.config.data.resize
+        size = self.config.model.resolution, self.config.data.square_resize
         step = self.config.evaluate.batch_size
 
         def chunks() -> Iterable[tuple[torch.Tensor, list[str]]]:
@@ -110,7 +110,7 @@ class Bench:
 
     def thumbnails(self, label: str, pictures: list[CaptionedPicture]) -> torch.Tensor:
         """Thumbnails (N, 768) of picture files, which need no network."""
-        size = self.config.model.resolution, self.config.data.resize
+        size = self.config.model.resolution, self.config.data.square_resize
 
         def make() -> dict[str, torch.Tensor]:
             with counted(label) as on_progress:

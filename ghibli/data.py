@@ -7,10 +7,12 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ghibli import scenes
 from ghibli.base_model import BaseModel, part_hash
+from ghibli.buckets import Size, batches_in, in_batches, size_for
 from ghibli.captions import CaptionedPicture, PictureFolder, read_folder, summarise
 from ghibli.latents import Moments, encode
 from ghibli.mistakes import UserMistake
@@ -27,7 +29,7 @@ from ghibli.randomness import (
 )
 from ghibli.run_dir import RunDir, check_unchanged, write_json
 from ghibli.schema import Config, DrawConfig
-from ghibli.tensor_cache import cached
+from ghibli.tensor_cache import cached_rows
 from ghibli.validation import make_items
 
 
@@ -89,7 +91,11 @@ class TrainExamples(Dataset):
         examples_per_epoch: int,
         num_train_timesteps: int,
         scaling_factor: float,
+        shapes: list[Size] | None = None,
+        together: int = 1,
     ):
+        self.shapes = shapes or [(0, 0)] * len(names)  # of the pictures; `together` in a row have one shape
+        self.together = together
         self.moments, self.mirrored = moments, mirrored
         self.input_ids, self.empty_ids, self.names = input_ids, empty_ids, names
         self.seed, self.loss = config.seed, config.loss
@@ -97,7 +103,7 @@ class TrainExamples(Dataset):
         self.examples_per_epoch = examples_per_epoch
         self.num_train_timesteps = num_train_timesteps
         self.scaling_factor = scaling_factor
-        self._order: tuple[int, object] = (-1, None)
+        self._order: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
         return self.examples_per_epoch
@@ -106,15 +112,16 @@ class TrainExamples(Dataset):
         """The index of the picture shown as this running example number."""
         epoch, position = divmod(example, self.examples_per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self.names), self.seed, epoch))
-        return int(self._order[1][position])
+            order = epoch_order(len(self.names), self.seed, epoch)
+            self._order = (epoch, in_batches(order, self.shapes, self.together))
+        return self._order[1][position]
 
     def __getitem__(self, example: int) -> dict[str, object]:
         """latents, noise (4, h, w); timesteps (); input_ids (L,); example and name as they are."""
         picture, seed = self.picture_of(example), self.seed
         flipped = self.mirrored is not None and chance(0.5, Stream.FLIP, seed, example)
         moments = self.mirrored if flipped else self.moments
-        shape = tuple(moments.mean.shape[1:])
+        shape = tuple(moments.mean[picture].shape)
         noise = normal(shape, Stream.NOISE, seed, example)
         if self.loss.noise_offset > 0:
             offset = normal((shape[0], 1, 1), Stream.OFFSET, seed, example)
@@ -197,11 +204,17 @@ class GhibliDataModule(L.LightningDataModule):
             return
         data = self.config.data
         thumbnails: dict[Path, np.ndarray] = {}
+        sizes: dict[Path, Size] = {}
+
+        def look(path: Path, picture: Image.Image) -> None:
+            thumbnails[path] = thumbnail(picture)
+            sizes[path] = size_for(picture.size, self.config.model.resolution, data.resize)
+
         with counted("checking the pictures") as on_progress:
             folder = read_folder(
                 Path(data.root), style=data.style, default_caption=data.caption,
                 min_side=data.min_side, on_progress=on_progress,
-                on_picture=lambda path, picture: thumbnails.update({path: thumbnail(picture)}),
+                on_picture=look,
             )  # fmt: skip
         self.train_pictures, self.held_out = split_by_content(folder.pictures, data.val_fraction)
         if not self.train_pictures:
@@ -211,6 +224,7 @@ class GhibliDataModule(L.LightningDataModule):
             self.train_pictures, len(self.val_pictures)
         )
         self.folder, self.thumbnails = folder, thumbnails
+        self.shapes = [sizes[picture.path] for picture in self.train_pictures]
 
     def setup(self, stage: str) -> None:
         """Reads, splits and encodes; writes split.json. Runs once."""
@@ -242,18 +256,21 @@ class GhibliDataModule(L.LightningDataModule):
 
     def _encode(self) -> None:
         pictures = self.train_pictures + self.val_pictures
+        home = next(self.base.vae.parameters()).device
         self.base.vae.to(self.trainer.strategy.root_device)
         moments = self._moments(pictures, mirrored=False)
         count = len(self.train_pictures)
-        self.moments = Moments(moments.mean[:count], moments.logvar[:count])
+        self.moments = moments.of(range(count))
         self.mirrored = None
         if self.config.data.flip:
             self.mirrored = self._moments(self.train_pictures, mirrored=True)
+        self.base.vae.to(home)
         input_ids = self.base.tokenize([p.caption for p in pictures])
         self.input_ids = input_ids[: len(self.train_pictures)]
+        self.all_input_ids = torch.cat([self.base.tokenize([""]), input_ids])  # that any batch has
         rows = [pictures.index(picture) for picture in self.probe_pictures]
         self.probe_batches = make_items(
-            self.probe_pictures, Moments(moments.mean[rows], moments.logvar[rows]), input_ids[rows],
+            self.probe_pictures, moments.of(rows), input_ids[rows],
             items_per_picture=self.config.validation.items_per_picture,
             num_train_timesteps=self.num_train_timesteps,
             scaling_factor=self.base.vae.config.scaling_factor,
@@ -264,23 +281,29 @@ class GhibliDataModule(L.LightningDataModule):
         resolution, resize = self.config.model.resolution, self.config.data.resize
         options = {"resolution": resolution, "resize": resize, "mirrored": mirrored}
 
-        def make() -> dict[str, torch.Tensor]:
-            with counted(f"encoding the {'mirrored ' * mirrored}pictures") as on_progress:
-                return vars(encode(self.base, [p.path for p in pictures], on_progress=on_progress, **options))
+        paths = {p.content_hash: p.path for p in pictures}
 
-        contents = [p.content_hash for p in pictures]
+        def make(contents: list[str], before: int, total: int) -> dict[str, torch.Tensor]:
+            with counted(f"encoding the {'mirrored ' * mirrored}pictures") as on_progress:
+                return vars(encode(
+                    self.base, [paths[content] for content in contents], **options,
+                    on_progress=lambda done, _: on_progress(before + done, total),
+                ))  # fmt: skip
+
         device = self.trainer.strategy.root_device.type
-        key = options | {"vae": part_hash(self.base.vae), "device": device, "pictures": contents}
-        return Moments(**cached(Path(self.config.cache_dir) / "latents", key, make))
+        key = options | {"vae": part_hash(self.base.vae), "device": device}
+        contents = [p.content_hash for p in pictures]
+        return Moments(**cached_rows(Path(self.config.cache_dir) / "latents", key, contents, make))
 
     def steps_per_epoch(self, accumulate: int, world_size: int) -> int:
         """Optimiser steps in an epoch: floor(N / global batch), the remainder dropped.
 
+        With several shapes of pictures it is the full batches of one shape, over the accumulation.
+
         Raises:
             UserMistake: fewer training pictures than one optimiser step takes.
         """
-        global_batch = self.config.data.batch_size * accumulate * world_size
-        steps = len(self.train_pictures) // global_batch
+        steps = batches_in(self.shapes, self.config.data.batch_size * world_size) // accumulate
         if steps == 0:
             raise UserMistake(
                 f"data.batch_size={self.config.data.batch_size} x accumulation {accumulate} x devices "
@@ -300,6 +323,7 @@ class GhibliDataModule(L.LightningDataModule):
             examples_per_epoch=batches * data.batch_size * trainer.world_size,
             num_train_timesteps=self.num_train_timesteps,
             scaling_factor=self.base.vae.config.scaling_factor,
+            shapes=self.shapes, together=data.batch_size * trainer.world_size,
         )  # fmt: skip
         numbers = ExampleNumbers(
             batches=batches, batch_size=data.batch_size, rank=trainer.global_rank,

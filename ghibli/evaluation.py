@@ -172,7 +172,7 @@ def save_nearest(
     config: Config,
 ) -> None:
     """evaluation_nearest.png: of all samples those nearest to a training picture, above that picture."""
-    size = config.model.resolution, config.data.resize
+    size = config.model.resolution, config.data.square_resize
     originals = [preprocess(open_picture(training[place].path), *size) / 2 + 0.5 for _, place, _ in found]
     rows = [("sample", drawn[None]), ("nearest\ntraining\npicture", torch.stack(originals)[None])]
     title = "copies? The samples that come nearest to a training picture\n1 = as near as an unseen picture is"

@@ -20,7 +20,7 @@ MEMORY_LIMITS = Path("/sys/fs/cgroup")  # of the container this process is in
 CHECKPOINTS = 4  # last, previous, best, and the one that is being written
 CUDA_CONTEXT = 2**29  # bytes that a GPU's own libraries take
 FRAGMENTS = 1.35  # what a process takes for a byte of live tensors: room between them, the libraries' own
-MIXED = 0.56  # what mixed precision keeps for training of what fp32 keeps, counted on the demo
+MIXED = 0.53  # what mixed precision keeps for training of what fp32 keeps, counted on the demo
 BESIDE = 40 * 2**20  # bytes, whatever the tensors: what Lightning and the loggers load as training starts
 
 
@@ -151,8 +151,7 @@ def memory(module: GhibliModule, pictures: int, precision: str) -> Memory:
     if config.finetune != "none":
         phases["training"] = cost["train"].at(side, branches * config.data.batch_size)
         if precision.endswith("mixed"):
-            frozen = sum(p.numel() for part in (module.unet, module.text_encoder) for p in part.parameters())
-            phases["training"] = MIXED * phases["training"] + 2 * frozen  # and a 16-bit copy of each weight
+            phases["training"] *= MIXED
     if config.sample.every_n_epochs > 0:
         both = 1 if max(config.sample.guidance) == 1 else 2
         denoising = cost["score"].at(side, both * len(config.sample.prompts))
@@ -220,12 +219,17 @@ def reclaimable() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
-def on_device(module: GhibliModule, device: torch.device) -> float:
-    """Bytes that the model itself takes there, where it is not on the CPU, which holds it already."""
+def on_device(module: GhibliModule, device: torch.device, precision: str) -> float:
+    """Bytes that the model itself takes there, where it is not on the CPU, which holds it already.
+
+    In 16-bit training that is half for what is frozen (compute.shrink_frozen).
+    """
     if device.type == "cpu":
         return 0.0
-    parts = (module.base.unet, module.base.text_encoder, module.base.vae)
-    return CUDA_CONTEXT + sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    frozen = 2 if precision.endswith("mixed") else 4
+    parts = (module.base.unet, module.base.text_encoder)
+    held = sum(p.numel() * (4 if p.requires_grad else frozen) for part in parts for p in part.parameters())
+    return CUDA_CONTEXT + held + sum(4 * p.numel() for p in module.base.vae.parameters())
 
 
 @dataclass(frozen=True)

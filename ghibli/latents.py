@@ -1,6 +1,6 @@
 """Pictures -> pixel_values -> VAE posterior moments, made once before training and kept in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ghibli.base_model import BaseModel
+from ghibli.buckets import size_for
 from ghibli.captions import open_picture
 from ghibli.mistakes import UserMistake
 
@@ -22,8 +23,13 @@ class Moments:
     Kept instead of one sample of it, so that training draws a new one for every example.
     """
 
-    mean: torch.Tensor  # (N, 4, H/8, W/8) float32
-    logvar: torch.Tensor  # like mean
+    mean: Sequence[torch.Tensor]  # N of (4, H/8, W/8) float32; one tensor where all have one shape
+    logvar: Sequence[torch.Tensor]  # like mean
+
+    def of(self, pictures: Iterable[int]) -> "Moments":
+        """Those of some of the pictures, in this order."""
+        rows = list(pictures)
+        return Moments([self.mean[row] for row in rows], [self.logvar[row] for row in rows])
 
     def sample(self, index: int, noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
         """Scaled latents (4, H/8, W/8) of one picture, drawn with `noise` of that shape."""
@@ -35,14 +41,15 @@ def preprocess(picture: Image.Image, resolution: int, resize: str) -> torch.Tens
     """RGB picture -> pixel_values (3, resolution, resolution), float32 in -1 .. 1.
 
     `squash` scales both sides to the square as the slides' Resize((512, 512)) does; `center_crop`
-    scales the shorter side and cuts the middle. Lanczos, antialiased.
+    covers the square and cuts the middle; `bucket` covers the shape of about the square's area that
+    is nearest to the picture's own, (3, height, width). Lanczos, antialiased.
     """
-    size = (resolution, resolution)
+    size = size_for(picture.size, resolution, resize)
     if resize == "squash":
-        square = picture.resize(size, Image.Resampling.LANCZOS)
+        scaled = picture.resize(size, Image.Resampling.LANCZOS)
     else:
-        square = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-    values = np.asarray(square, dtype=np.float32) / 127.5 - 1
+        scaled = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+    values = np.asarray(scaled, dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(values).permute(2, 0, 1).contiguous()
 
 
@@ -64,18 +71,35 @@ def encode(
         on_progress: called with (pictures done, pictures in all) after each chunk.
     """
     device = next(base.vae.parameters()).device
-    means, logvars = [], []
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for start in range(0, len(paths), CHUNK):
-        chunk = [preprocess(open_picture(path), resolution, resize) for path in paths[start : start + CHUNK]]
-        padding = [torch.zeros_like(chunk[0])] * (CHUNK - len(chunk))
-        pixel_values = torch.stack(chunk + padding)
+        chunk = paths[start : start + CHUNK]
+        found += encode_chunk(base, chunk, resolution, resize, mirrored, device)
+        on_progress(len(found), len(paths))
+    means, logvars = zip(*found, strict=True)
+    if len({mean.shape for mean in means}) > 1:
+        return Moments(means, logvars)
+    return Moments(torch.stack(means), torch.stack(logvars))
+
+
+def encode_chunk(
+    base: BaseModel, paths: list[Path], resolution: int, resize: str, mirrored: bool, device: torch.device
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(mean, logvar) of each of up to CHUNK pictures; those of one shape go through the VAE together."""
+    values = [preprocess(open_picture(path), resolution, resize) for path in paths]
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for shape in dict.fromkeys(value.shape for value in values):
+        rows = [row for row, value in enumerate(values) if value.shape == shape]
+        padding = [torch.zeros(shape)] * (CHUNK - len(rows))
+        pixel_values = torch.stack([values[row] for row in rows] + padding)
         if mirrored:
             pixel_values = pixel_values.flip(-1)
         posterior = base.vae.encode(pixel_values.to(device)).latent_dist
-        for path, mean in zip(paths[start : start + CHUNK], posterior.mean, strict=False):
+        for place, row in enumerate(rows):
+            mean = posterior.mean[place].cpu().clone()
             if not mean.isfinite().all():
-                raise UserMistake(f"{path}: the VAE makes no finite latents of it; take this picture out")
-        means.append(posterior.mean[: len(chunk)].cpu())
-        logvars.append(posterior.logvar[: len(chunk)].cpu())
-        on_progress(min(start + CHUNK, len(paths)), len(paths))
-    return Moments(torch.cat(means), torch.cat(logvars))
+                raise UserMistake(
+                    f"{paths[row]}: the VAE makes no finite latents of it; take this picture out"
+                )
+            found[row] = mean, posterior.logvar[place].cpu().clone()
+    return [found[row] for row in range(len(paths))]

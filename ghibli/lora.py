@@ -36,10 +36,12 @@ def attach(
     targets: list[str],
     text_encoder: bool,
     seed: int,
+    variant: str = "lora",
 ) -> None:
     """Adds fresh fp32 adapters to the UNet and, if asked, to the text encoder; B is zero.
 
-    The initial A follows from the seed alone.
+    The initial A follows from the seed alone. `variant` is lora, dora (Liu et al. 2024: direction and
+    magnitude of W' apart) or rslora (Kalajdzievski 2023: B A is scaled by alpha / sqrt(rank)).
 
     Raises:
         UserMistake: a target that names no linear or convolution layer of the UNet.
@@ -50,6 +52,7 @@ def attach(
         return LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none",
             init_lora_weights=True, target_modules=names,
+            use_dora=variant == "dora", use_rslora=variant == "rslora",
         )  # fmt: skip
 
     with torch.random.fork_rng():

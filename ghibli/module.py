@@ -11,6 +11,7 @@ import torch
 from ghibli import lora
 from ghibli.base_model import BaseModel, weights_hash
 from ghibli.base_scores import cached_scores
+from ghibli.compute import PromptEmbeds, arrange, compiled, is_frozen, prompts_fit, shrink_frozen
 from ghibli.diffusion import (
     add_noise,
     denoising_losses,
@@ -21,6 +22,7 @@ from ghibli.diffusion import (
     velocity,
 )
 from ghibli.mistakes import UserMistake
+from ghibli.optimizers import make_optimizer
 from ghibli.progress import counted
 from ghibli.randomness import Stream, seed_global_rng
 from ghibli.sampling import make_scheduler
@@ -61,6 +63,9 @@ class GhibliModule(L.LightningModule):
         elif config.finetune == "full":
             lora.unfreeze_unet(base)
         self.trainable = lora.trainable(base)
+        arrange(base, config.compute)
+        self._predict_compiled = compiled(self.predict, config.compute)
+        self.known_prompts: PromptEmbeds | None = None  # where the text encoder is not trained
         self.history: list[Probe] = []  # of the untouched model, then after every epoch
         self.seen: list[Examples] = []  # since the last optimiser step
         self._scores: list[torch.Tensor] = []
@@ -68,6 +73,10 @@ class GhibliModule(L.LightningModule):
     @property
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
+
+    def predict(self, noisy_latents: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """The UNet's output (B, C, H, W) at timesteps and prompt_embeds."""
+        return self.unet(noisy_latents, *inputs, return_dict=False)[0]
 
     def branches(
         self, batch: dict[str, Any], guidance_scale: float, alphas_cumprod: torch.Tensor
@@ -77,7 +86,7 @@ class GhibliModule(L.LightningModule):
         noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
         prompt_embeds, negative_prompt_embeds = self.embed(batch["input_ids"], guidance_scale)
         uncond, cond = predict_branches(
-            lambda *inputs: self.unet(*inputs, return_dict=False)[0],
+            self._predict_compiled if self.training else self.predict,
             noisy_latents, timesteps, prompt_embeds, negative_prompt_embeds,
         )  # fmt: skip
         if self.base.prediction_type == "epsilon":
@@ -102,15 +111,18 @@ class GhibliModule(L.LightningModule):
         self, input_ids: torch.Tensor, guidance_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(prompt_embeds, negative_prompt_embeds), each (B, L, D); the second only with guidance."""
+        encode = self.known_prompts or self.base.encode_prompts
         if guidance_scale == 1:
-            return self.base.encode_prompts(input_ids), None
-        embeds = self.base.encode_prompts(torch.cat([self.empty_ids, input_ids]))
+            return encode(input_ids), None
+        embeds = encode(torch.cat([self.empty_ids, input_ids]))
         return embeds[1:], embeds[:1].expand(len(input_ids), -1, -1)
 
     def on_train_start(self) -> None:
         """Switches the adapters' dropout on; nothing in the base itself depends on the mode."""
         self.unet.train()
         self.text_encoder.train()
+        if self.known_prompts is not None:
+            self.text_encoder.cpu()  # room for training; sampling fetches it
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
         """The batch's mean loss, and what the base is expected to score at its timesteps."""
@@ -160,8 +172,10 @@ class GhibliModule(L.LightningModule):
 
         Lightning calls this before it restores a checkpoint, so a resumed run scores the same.
         """
+        shrink_frozen(self.base, str(self.trainer.precision))
         self.to(self.trainer.strategy.root_device)
         self.eval()
+        self.remember_prompts()
         guidance, own = self.config.loss.guidance, self.base_alphas_cumprod
         self.base_losses = self.score_base(1, own)[:, 0]
         start_scores = self.score_base(guidance, own)
@@ -178,6 +192,16 @@ class GhibliModule(L.LightningModule):
             )
         if stage == "fit":
             self.history = [start]
+
+    def remember_prompts(self) -> None:
+        """Encodes all captions once where the text encoder stays as it is."""
+        input_ids = self.trainer.datamodule.all_input_ids
+        if is_frozen(self.text_encoder) and prompts_fit(self.base, input_ids):
+            with (
+                counted("encoding the captions") as on_progress,
+                self.trainer.precision_plugin.forward_context(),
+            ):
+                self.known_prompts = PromptEmbeds(self.base, input_ids.to(self.device), on_progress)
 
     def score_base(self, guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
         """The base's scores on the whole probe, (P + Q, 2, K), from the cache where they are known.
@@ -215,12 +239,9 @@ class GhibliModule(L.LightningModule):
         )  # fmt: skip
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW over the trainable weights; the learning rate is a pure function of the step."""
+        """The optimiser of the trainable weights; the learning rate is a pure function of the step."""
         options = self.config.optimizer
-        optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=options.lr, betas=tuple(options.betas),
-            weight_decay=options.weight_decay,
-        )  # fmt: skip
+        optimizer = make_optimizer(options, self.trainable, on_gpu=self.device.type == "cuda")
         trainer = self.trainer
         steps = trainer.datamodule.steps_per_epoch(trainer.accumulate_grad_batches, trainer.world_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -1,5 +1,6 @@
 """What one wants to know before a run: `ghibli check` prints all of it, train.py what is wrong."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ghibli import base_model, data_lint, doctor, footprint, lora
 from ghibli.base_model import BaseModel
+from ghibli.buckets import left_out
 from ghibli.callbacks import describe
 from ghibli.checkpoints import CleanStop
 from ghibli.config import look_at
@@ -202,6 +204,14 @@ def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Fin
             "never gets to its peak; lower it"
         )
         found.append(Finding("warm-up", text))
+    lonely = left_out(data.shapes, config.data.batch_size * devices)
+    if lonely:
+        text = (
+            f"{lonely} training pictures have shapes of which there are fewer than a batch of "
+            f"{config.data.batch_size * devices}, so they are never shown: lower data.batch_size (and raise "
+            "data.accumulate), or data.resize=center_crop"
+        )
+        found.append(Finding("shapes", text))
     return found
 
 
@@ -209,7 +219,7 @@ def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Traine
     """Is there memory for training, probe and grids?"""
     device, precision = trainer.strategy.root_device, str(trainer.precision)
     need = footprint.memory(module, len(data.train_pictures) + len(data.val_pictures), precision)
-    total = need.total + footprint.on_device(module, device)
+    total = need.total + footprint.on_device(module, device, precision)
     if device.type == "cpu":  # further processes have the same need, and hold what this one holds already
         further = trainer.num_devices - 1
         total += further * (need.total + (footprint.of_this_process("VmRSS") or 0))
@@ -223,8 +233,26 @@ def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Traine
         return Finding("memory", text, "note")
     text += f"; {size_of(free)} are free"
     if total <= free:
-        return Finding("memory", text, "note")
+        return Finding("memory", text + larger_batch(need, module, free - total), "note")
     return Finding("memory", f"{text}: {cure(need.highest, module.config)}", "error")
+
+
+def larger_batch(need: footprint.Memory, module: GhibliModule, room: float) -> str:
+    """The settings that put accumulated passes into one, if there is room: the same gradient, sooner."""
+    batch, accumulate = module.config.data.batch_size, module.config.data.accumulate
+    one_pass = need.phases.get("training", math.inf)
+    fits = [
+        factor
+        for factor in range(2, accumulate + 1)
+        if accumulate % factor == 0 and footprint.FRAGMENTS * (factor - 1) * one_pass <= room
+    ]
+    if not fits:
+        return ""
+    factor = max(fits)
+    return (
+        f"; with data.batch_size={factor * batch} data.accumulate={accumulate // factor} it fits too and "
+        "learns the same, faster on a GPU"
+    )
 
 
 def size_of(size: float) -> str:
@@ -238,6 +266,8 @@ def cure(phase: str, config: Config) -> str:
         half = config.data.batch_size // 2
         more = 2 * config.data.accumulate
         return f"lower data.batch_size to {half} with data.accumulate={more}, which learns the same"
+    if phase == "training" and config.compute.checkpoint_every == 0:
+        return "set compute.checkpoint_every=1, which keeps less and computes a third more"
     if phase == "the probe" and config.validation.items_per_picture > 1:
         return f"lower validation.items_per_picture to {config.validation.items_per_picture // 2}"
     if phase == "drawing the grid" and len(config.sample.prompts) > 1:

@@ -133,14 +133,18 @@ def draw_cells(
 
 @contextmanager
 def in_eval_mode(base: BaseModel) -> Iterator[None]:
-    """A model in training as it would be used: no dropout; all parts on the UNet's device."""
+    """A model in training as it would be used: no dropout; for now all parts on the UNet's device."""
     was_training = base.unet.training, base.text_encoder.training
+    homes = [(part, next(part.parameters()).device) for part in (base.vae, base.text_encoder)]
     base.unet.eval()
     base.text_encoder.eval()
-    base.vae.to(next(base.unet.parameters()).device)
+    for part, _ in homes:
+        part.to(next(base.unet.parameters()).device)
     try:
         yield
     finally:
+        for part, home in homes:
+            part.to(home)
         base.unet.train(was_training[0])
         base.text_encoder.train(was_training[1])
 

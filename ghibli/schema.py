@@ -14,7 +14,17 @@ LATER_KEYS = {  # younger than the version; the values are what runs from before
     "threads": None,
     "data": {"grid_epochs": ""},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64},
+    "lora": {"variant": "lora"},
+    "optimizer": {"text_encoder_lr": None, "lora_plus": None},
+    "compute": {"compile": False, "channels_last": False, "checkpoint_every": 0},
 }
+TARGETS = {  # lora.targets by name: endings of the names of UNet layers
+    "attention": ["to_q", "to_k", "to_v", "to_out.0"],
+    "ff": ["ff.net.0.proj", "ff.net.2"],
+    "conv": ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"],
+}
+TARGETS["all"] = [name for names in TARGETS.values() for name in names]
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy")
 TRAINER_KEYS = (
     "precision", "accelerator", "max_epochs", "accumulate_grad_batches", "log_every_n_steps",
     "gradient_clip_val",
@@ -100,7 +110,7 @@ class DataConfig:
     style: str  # appended to every caption
     caption: str | None  # stands in for a missing caption
     val_fraction: float  # share of pictures held out
-    resize: str  # squash or center_crop
+    resize: str  # squash, center_crop or bucket
     flip: bool  # mirror half of the drawn examples
     min_side: int  # px; smaller pictures are skipped
     batch_size: int  # examples in one forward pass on one device
@@ -109,9 +119,14 @@ class DataConfig:
     workers: int  # loader processes
     grid_epochs: str  # trainer.max_epochs of the slides' grid
 
+    @property
+    def square_resize(self) -> str:
+        """How a picture becomes a square to be compared with samples, which are square."""
+        return "center_crop" if self.resize == "bucket" else self.resize
+
     def __post_init__(self) -> None:
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
-        require_choice("data.resize", self.resize, ("squash", "center_crop"))
+        require_choice("data.resize", self.resize, ("squash", "center_crop", "bucket"))
         for name, least in (
             ("min_side", 1),
             ("batch_size", 1),
@@ -123,6 +138,18 @@ class DataConfig:
             require(value >= least, f"data.{name}", value, f"at least {least}")
 
 
+def target_list(targets: Any) -> list[str]:
+    """Name endings of layers from such a list, or from names of TARGETS such as attention+ff."""
+    if isinstance(targets, str):
+        names = targets.split("+")
+        for name in names:
+            require_choice("lora.targets", name, tuple(TARGETS))
+        return [ending for name in names for ending in TARGETS[name]]
+    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    require(is_list, "lora.targets", targets, "a list of layer names, or attention, attention+ff, all")
+    return targets
+
+
 @dataclass
 class LoraConfig:
     """The adapter, after Hu et al. 2021: W' = W + (alpha / rank) B A."""
@@ -131,9 +158,12 @@ class LoraConfig:
     alpha: float  # strength: B A is scaled by alpha / rank
     dropout: float  # probability of dropping an input of A, in training only
     text_encoder: bool  # adapt the text encoder's attention too
-    targets: list[str]  # name endings of the UNet layers that get an adapter
+    targets: Any  # name endings of the UNet layers that get an adapter; or names of TARGETS, with a plus
+    variant: str  # lora, dora (Liu et al. 2024) or rslora (alpha / sqrt(rank); Kalajdzievski 2023)
 
     def __post_init__(self) -> None:
+        self.targets = target_list(self.targets)
+        require_choice("lora.variant", self.variant, ("lora", "dora", "rslora"))
         require(1 <= self.rank <= 1024, "lora.rank", self.rank, "a whole number from 1 to 1024")
         require(self.alpha > 0, "lora.alpha", self.alpha, "more than 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "from 0 to less than 1")
@@ -177,16 +207,22 @@ class LossConfig:
 class OptimizerConfig:
     """The optimiser and the course of its learning rate."""
 
-    name: str  # adamw
+    name: str  # adamw, adamw8bit, adafactor or prodigy
     lr: float  # peak learning rate
+    text_encoder_lr: float | None  # that of the text encoder; None = the same
+    lora_plus: float | None  # B learns so many times as fast as A (Hayou et al. 2024); None = as fast
     weight_decay: float  # decoupled
     betas: list[float]  # decay of the running mean and of the running square
     schedule: str  # cosine_epochs, cosine or constant
     warmup_steps: int  # optimiser steps of linear warm-up
 
     def __post_init__(self) -> None:
-        require_choice("optimizer.name", self.name, ("adamw",))
+        require_choice("optimizer.name", self.name, OPTIMIZERS)
         require(0 < self.lr <= 1, "optimizer.lr", self.lr, "more than 0 and at most 1")
+        for key, most in (("text_encoder_lr", 1), ("lora_plus", 100)):
+            value = getattr(self, key)
+            ok = value is None or 0 < value <= most
+            require(ok, f"optimizer.{key}", value, f"more than 0 and at most {most}, or null")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
@@ -194,6 +230,19 @@ class OptimizerConfig:
         )  # fmt: skip
         require_choice("optimizer.schedule", self.schedule, ("cosine_epochs", "cosine", "constant"))
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+
+
+@dataclass
+class ComputeConfig:
+    """How the model computes; changes nothing of what is learned but rounding."""
+
+    compile: bool  # torch.compile of the UNet in training
+    channels_last: bool  # memory layout of the UNet's convolutions
+    checkpoint_every: int  # gradient checkpointing: every n-th block; 0 = none
+
+    def __post_init__(self) -> None:
+        value = self.checkpoint_every
+        require(value >= 0, "compute.checkpoint_every", value, "0 (none), 1 (every block), 2, ...")
 
 
 @dataclass
@@ -316,6 +365,7 @@ class Config:
     loss: LossConfig
     optimizer: OptimizerConfig
     trainer: dict[str, Any]  # flags of lightning.Trainer
+    compute: ComputeConfig
     validation: ValidationConfig
     early_stopping: EarlyStoppingConfig
     checkpoint: CheckpointConfig
@@ -372,6 +422,11 @@ def check_trainer(trainer: dict[str, Any]) -> None:
             f"updates round to nothing (0.05 + 0.0001 is 0.05 in bf16): choose one of {', '.join(PRECISIONS)}"
         )
     require_choice("trainer.precision", precision, PRECISIONS)
+    accelerator = str(trainer["accelerator"])
+    if accelerator in ("mps", "tpu", "hpu", "xla"):
+        raise UserMistake(
+            f"trainer.accelerator={accelerator} was never tried and is not supported: use gpu (CUDA) or cpu"
+        )
     for key in ("max_epochs", "accumulate_grad_batches", "log_every_n_steps"):
         value = trainer[key]
         require(isinstance(value, int) and value >= 1, f"trainer.{key}", value, "a whole number from 1")

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ghibli.run_dir import is_whole, processor_name, write_sealed
+
+SHARD = 512  # rows in a file of cached_rows
 
 
 def cached(
@@ -36,3 +38,44 @@ def file_of(folder: Path, key: dict[str, Any]) -> Path:
     full = key | place
     name = hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:32]
     return folder / f"{name}.pt"
+
+
+def cached_rows(
+    folder: Path,
+    key: dict[str, Any],
+    names: list[str],
+    make: Callable[[list[str], int, int], dict[str, Sequence[torch.Tensor]]],
+) -> dict[str, Sequence[torch.Tensor]]:
+    """Tensors with a row for each name, as `cached`, but a new name costs no more than its own row.
+
+    Rows lie in shards of at most SHARD, written as soon as they are made: what is killed goes on there.
+
+    Args:
+        key: all that a row depends on beside its name.
+        make: (names, rows made before, rows to make in all) -> the rows of these names.
+    """
+    place = file_of(folder, key)
+    shards = []
+    for file in sorted(folder.glob(f"{place.stem}-*.pt")):
+        if is_whole(file):
+            shards.append(torch.load(file, weights_only=True))
+    known = {name for shard in shards for name in shard["names"]}
+    missing = [name for name in dict.fromkeys(names) if name not in known]
+    for start in range(0, len(missing), SHARD):
+        part = missing[start : start + SHARD]
+        shard = {"names": part, **make(part, start, len(missing))}
+        suffix = hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16]
+        write_sealed(
+            place.with_name(f"{place.stem}-{suffix}.pt"),
+            lambda opened, shard=shard: torch.save(shard, opened),
+        )
+        shards.append(shard)
+    rows = {name: (shard, row) for shard in shards for row, name in enumerate(shard["names"])}
+    found = [rows[name] for name in names]
+    fields = [field for field in shards[0] if field != "names"]
+    return {field: stacked([shard[field][row] for shard, row in found]) for field in fields}
+
+
+def stacked(rows: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    """One tensor of rows of one shape; the rows themselves where their shapes differ."""
+    return torch.stack(rows) if len({row.shape for row in rows}) == 1 else rows

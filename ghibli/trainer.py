@@ -34,6 +34,8 @@ def make_trainer(config: Config, run: RunDir, stop: CleanStop, logger: WandbLogg
     known = set(inspect.signature(L.Trainer.__init__).parameters)
     for name in set(flags) - known:
         raise UserMistake(f"trainer.{name} is no flag of lightning.Trainer{did_you_mean(name, known)}")
+    if flags["accelerator"] == "auto":  # Lightning's own choice might be one that was never tried
+        flags["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
     flags["precision"] = choose_precision(str(flags["precision"]), str(flags["accelerator"]))
     try:
         return L.Trainer(

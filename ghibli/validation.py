@@ -180,9 +180,9 @@ def make_items(
     Args:
         moments, input_ids: of the pictures, in their order; input_ids is (P, L).
     """
-    shape = tuple(moments.mean.shape[1:])
     batches = []
     for index, picture in enumerate(pictures):
+        shape = tuple(moments.mean[index].shape)
         keys = [(content_key(picture.content_hash), k) for k in range(items_per_picture)]
         latents = [
             moments.sample(index, normal(shape, Stream.POSTERIOR, *key), scaling_factor) for key in keys

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -53,7 +53,8 @@ def test_every_experiment(experiment: str) -> None:
     real = ("model=sd15", "data=ghibli", "data.root=pictures")
     for words in (DEMO, real):
         plain, own = composed(*words), composed(*words, f"experiment={experiment}")
-        assert (own.model, own.data) == (plain.model, plain.data)
+        assert own.model == plain.model
+        assert own.data == replace(plain.data, resize=own.data.resize)  # the slides squashed
         assert own.trainer["max_epochs"] == plain.data.epochs
         tenth = 0.1 if experiment == "full_finetune" else 1
         assert own.optimizer.lr == pytest.approx(tenth * plain.model.lr)
@@ -69,7 +70,9 @@ def test_the_slides_settings_are_the_defaults() -> None:
     assert (settings.loss.guidance, settings.loss.caption_dropout) == (1, 0.1)
     assert settings.loss.noise_schedule == "base"
     assert (settings.data.batch_size, settings.data.accumulate, settings.data.val_fraction) == (1, 4, 0.1)
-    assert (settings.model.resolution, settings.data.resize) == (512, "squash")
+    assert (settings.model.resolution, settings.data.resize) == (512, "bucket")
+    slides = composed("model=sd15", "data=ghibli", "data.root=pictures", "experiment=slides")
+    assert slides.data.resize == "squash"
     assert settings.sample.prompts == [
         "A panda on the top of the train, Studio Ghibli style",
         "A girl standing in a greenhouse, Studio Ghibli style",
@@ -281,6 +284,7 @@ MISTAKES = {
     "model.resolution=100": "model.resolution=100 is out of range: a multiple of 64",
     "trainer.max_epochs=0": "trainer.max_epochs=0 is out of range: a whole number from 1",
     "trainer.gradient_clip_val=-1": "trainer.gradient_clip_val=-1 is out of range: more than 0, or null",
+    "trainer.accelerator=mps": "trainer.accelerator=mps was never tried and is not supported: use gpu",
     "trainer.precision=bf16-true": "trainer.precision=bf16-true would hold the LoRA weights in 16 bits",
     "trainer.precision=16": "trainer.precision=16 is unknown: choose one of auto, auto-16, 32-true,",
     "seed=-1": "seed=-1 is out of range",

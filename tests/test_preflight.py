@@ -18,6 +18,7 @@ from ghibli import base_model, data_lint, footprint, preflight, scenes
 from ghibli.base_model import BaseModel
 from ghibli.captions import CaptionedPicture, read_folder
 from ghibli.cli import app
+from ghibli.compute import shrink_frozen
 from ghibli.data import split_by_content
 from ghibli.doctor import Finding
 from ghibli.footprint import Live, measured
@@ -272,6 +273,7 @@ def test_the_need_of_training_is_found_at_a_small_size(
     need = footprint.memory(module, 10, precision)
     assert torch.equal(torch.get_rng_state(), before)
     assert [part.training for part in module.modules()] == modes
+    shrink_frozen(module.base, precision)  # as training does
     module.unet.train()
     module.text_encoder.train()
     latents, ids = torch.zeros(3, 4, 24, 24), module.empty_ids.expand(3, -1)
