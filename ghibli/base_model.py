@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,7 +19,16 @@ from ghibli.mistakes import UserMistake
 from ghibli.places import NO_PICKLE, check_base, convert
 
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip, or bare
+TOKENIZING = Lock()  # the tokenizer refuses two threads at once
 DEMO = Path(__file__).parent / "demo"
+HUB_FILES = {  # what is downloaded of a hub repository
+    "allow_patterns": ["*/config.json", "*/scheduler_config.json", "tokenizer/*", "*/*.safetensors"],
+    "ignore_patterns": ["safety_checker/*", "*fp16*", "*non_ema*"],
+}
+CONFIG_FILES = (
+    "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
+    "tokenizer/tokenizer_config.json", "unet/config.json", "vae/config.json",
+)  # fmt: skip
 
 
 @dataclass
@@ -43,13 +53,14 @@ class BaseModel:
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
         """Captions -> input_ids (B, 77), int64, cut at the tokenizer's length."""
-        return self.tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids
+        with TOKENIZING:
+            return self.tokenizer(
+                captions,
+                padding="max_length",
+                truncation=True,
+                max_length=self.tokenizer.model_max_length,
+                return_tensors="pt",
+            ).input_ids
 
     def encode_prompts(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids (B, 77) -> prompt_embeds (B, 77, D): the text encoder's last hidden state."""
@@ -69,8 +80,12 @@ class BaseModel:
         return self
 
 
-def load(path: str) -> BaseModel:
+def load(path: str, config: str | None = None) -> BaseModel:
     """Loads a base from "demo", a diffusers folder, a hub id or a single .safetensors file.
+
+    Args:
+        config: for a single file, the folder with the configs and the tokenizer that it has not:
+            a diffusers folder of the same family, weights not needed; None: those of the hub.
 
     Raises:
         UserMistake: nothing usable there; the text says what was expected.
@@ -81,7 +96,7 @@ def load(path: str) -> BaseModel:
         parts = load_folder(place, path)
     elif place.is_file():
         check_whole(place, f"model.path={path}")
-        parts = load_single_file(place)
+        parts = load_single_file(place, config)
     else:
         parts = load_from_hub(path)
     return checked(BaseModel(*parts), path)
@@ -164,12 +179,10 @@ def load_from_hub(name: str) -> tuple[Any, ...]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = ["*/config.json", "*/scheduler_config.json", "tokenizer/*", "*/*.safetensors"]
-    unwanted = ["safety_checker/*", "*fp16*", "*non_ema*"]
     online = hub_answers()
     try:
         folder = snapshot_download(
-            name, allow_patterns=wanted, ignore_patterns=unwanted, etag_timeout=5,
+            name, **HUB_FILES, etag_timeout=5,
             local_files_only=not online,
         )  # fmt: skip
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -196,8 +209,12 @@ def is_here(path: str) -> bool:
     return True
 
 
-def hub_answers(timeout: float = 5.0) -> bool:
-    """True when the hub can be asked at all: the libraries would retry a dead network for minutes."""
+def hub_answers(endpoint: str | None = None, timeout: float = 5.0) -> bool:
+    """True when the hub can be asked at all: the libraries would retry a dead network for minutes.
+
+    Args:
+        endpoint: another server's address instead of the hub's.
+    """
     import socket
     from urllib.parse import urlparse
     from urllib.request import getproxies
@@ -207,7 +224,7 @@ def hub_answers(timeout: float = 5.0) -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     proxies = getproxies()
-    address = urlparse(proxies.get("https") or proxies.get("all") or constants.ENDPOINT)
+    address = urlparse(proxies.get("https") or proxies.get("all") or endpoint or constants.ENDPOINT)
     try:
         with socket.create_connection((address.hostname, address.port or 443), timeout):
             return True
@@ -215,24 +232,40 @@ def hub_answers(timeout: float = 5.0) -> bool:
         return False
 
 
-def load_single_file(file: Path) -> tuple[Any, ...]:
-    """The five parts from one .safetensors checkpoint; its tokenizer and configs come from the hub."""
-    online = hub_answers()
+def load_single_file(file: Path, config: str | None) -> tuple[Any, ...]:
+    """The five parts from one .safetensors checkpoint; configs and tokenizer from a folder or the hub."""
+    online = config is None and hub_answers()
+    if config is not None:
+        check_config_folder(place_of(config), config)
     try:
         with quiet("transformers", "diffusers"):
             pipeline = StableDiffusionPipeline.from_single_file(
-                str(file), torch_dtype=torch.float32, safety_checker=None, local_files_only=not online
-            )
+                str(file), config=None if config is None else str(place_of(config)),
+                torch_dtype=torch.float32, safety_checker=None, local_files_only=not online,
+            )  # fmt: skip
     except Exception as error:  # diffusers raises many types here; each means the same to the user
-        reason = first_line(error) if online else "its configs and tokenizer are on the hub, out of reach now"
+        known = config is not None or online
+        reason = first_line(error) if known else "its configs and tokenizer are on the hub, out of reach now"
+        advice = "a diffusers folder has everything" if known else (
+            "give a folder that has them, model.config=DIR, or a diffusers folder, model.path=DIR"
+        )  # fmt: skip
         raise UserMistake(
-            f"model.path={file} cannot be loaded as Stable Diffusion 1.5 in one file ({reason}); "
-            "a diffusers folder has everything"
+            f"model.path={file} cannot be loaded as Stable Diffusion 1.5 in one file ({reason}); {advice}"
         ) from error
     return (
         pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet,
         dict(pipeline.scheduler.config),
     )  # fmt: skip
+
+
+def check_config_folder(folder: Path, config: str) -> None:
+    """Raises a UserMistake unless a folder has what a single file lacks."""
+    missing = [name for name in CONFIG_FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserMistake(
+            f"model.config={config} lacks {', '.join(missing)}: copy these and tokenizer/ from a diffusers "
+            "folder of Stable Diffusion 1.5; its weights are not needed"
+        )
 
 
 def checked(base: BaseModel, path: str) -> BaseModel:

@@ -6,16 +6,20 @@ goes on there, and the base's cells serve all its runs.
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ghibli.base_model import BaseModel, weights_hash
 from ghibli.captions import CaptionedPicture, open_picture, read_folder
-from ghibli.data import draw_missing, first_by_content, split_by_content
+from ghibli.data import draw_missing, first_by_content, split_apart
 from ghibli.latents import preprocess
 from ghibli.mistakes import UserMistake
+from ghibli.near_duplicates import thumbnail
+from ghibli.parallel import two_at_a_time
 from ghibli.progress import counted
 from ghibli.sampling import Cell, sample
 from ghibli.scenes import EVALUATION_SEEDS
@@ -23,7 +27,7 @@ from ghibli.schema import Config
 from ghibli.tensor_cache import cached, file_of
 from ghibli.yardstick import Yardstick
 
-VERSION = 2  # to be raised when sampling or measuring changes
+VERSION = 3  # to be raised when sampling or measuring changes
 LEAST = 3  # pictures; with fewer a kernel distance has no error
 KEPT = 8  # pictures of a cell that are kept to look at
 THUMBNAIL = 16  # px; copies of training pictures are looked for at this size
@@ -60,10 +64,15 @@ def real_pictures(config: Config) -> tuple[list[CaptionedPicture], list[Captione
     """
     data = config.data
     options = {"style": data.style, "default_caption": data.caption, "min_side": data.min_side}
+    thumbnails: dict[Path, np.ndarray] = {}
     draw_missing(data.root, data.draw, config.cache_dir)
     with counted("checking the pictures") as on_progress:
-        found = read_folder(Path(data.root), on_progress=on_progress, **options).pictures
-    training, held_out = split_by_content(found, data.val_fraction)
+        found = read_folder(
+            Path(data.root), on_progress=on_progress, **options,
+            on_picture=lambda path, picture: thumbnails.update({path: thumbnail(picture)}),
+        )  # fmt: skip
+    split = split_apart(found.pictures, thumbnails, data.val_fraction)
+    training, held_out = split.train, split.held_out
     if data.reference is not None:
         if Path(data.reference).is_relative_to(config.cache_dir):  # any other folder is the user's
             draw_missing(data.reference, data.reference_draw, config.cache_dir, EVALUATION_SEEDS)
@@ -191,17 +200,19 @@ class Bench:
 
     def _sampled(self, job: Job, on_step: Callable[[], None]) -> Iterable[tuple[torch.Tensor, list[str]]]:
         prompts, step = self._prompts(job.count), self.config.evaluate.batch_size
-        for start in range(0, job.count, step):
+
+        def drawn(start: int) -> tuple[torch.Tensor, list[str]]:
             part = prompts[start : start + step]
-            yield (
-                sample(
-                    job.base, part, job.cell,
-                    seeds=[self.config.sample.seed + start + i for i in range(len(part))],
-                    num_inference_steps=self.config.sample.num_inference_steps,
-                    resolution=self.config.model.resolution, on_step=on_step,
-                ),
-                part,
+            pictures = sample(
+                job.base, part, job.cell,
+                seeds=[self.config.sample.seed + start + i for i in range(len(part))],
+                num_inference_steps=self.config.sample.num_inference_steps,
+                resolution=self.config.model.resolution, on_step=on_step,
             )  # fmt: skip
+            return pictures, part
+
+        batches = [partial(drawn, start) for start in range(0, job.count, step)]
+        yield from two_at_a_time(batches, next(job.base.unet.parameters()).device)
 
     def _measure(self, chunks: Iterable[tuple[torch.Tensor, list[str]]]) -> Measurements:
         parts: dict[str, list[torch.Tensor]] = {}

@@ -10,11 +10,16 @@ from unicodedata import normalize
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ghibli.caption_tables import find_tables, read_table
 from ghibli.mistakes import UserMistake, require_folder
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 NO_CAPTION = "it has no caption"
-LAYOUTS = "images/ beside captions.txt (lines `file|caption`), or pictures with a .txt beside each"
+SUBFOLDERS = ("images", "trainB_ghibli", "dataset/trainB_ghibli")  # the last two: the Kaggle set
+LAYOUTS = (
+    "images/ beside captions.txt (lines `file|caption`), metadata.jsonl or metadata.csv; pictures with a "
+    ".txt beside each; docs/data.md shows them"
+)
 
 
 class Unusable(Exception):
@@ -88,16 +93,16 @@ def read_folder(
 
 
 def list_pictures(root: Path, key: str = "data.root") -> list[tuple[str, Path, str | None]]:
-    """(name, picture file, caption of captions.txt or None) in the order of names.
+    """(name, picture file, caption of the table or None) in the order of names.
 
-    The name is the path inside the picture folder. Files that captions.txt names need not exist;
+    The name is the path inside the picture folder. Files that a table names need not exist;
     pictures that it does not name are listed too, hidden files are not. A name may be spelled with
     other bytes than the file's, as macOS does with accents.
     """
-    table = root / "captions.txt"
-    folder = root / "images" if (root / "images").is_dir() else root
+    folder = picture_folder(root)
     try:
-        captions = read_caption_table(table) if table.is_file() else {}
+        tables = find_tables(root, folder)
+        captions = read_table(tables[0], folder) if tables else {}
         found = {path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS}
     except OSError as error:
         raise UserMistake(f"{key}={root} cannot be read: {error}") from error
@@ -107,25 +112,21 @@ def list_pictures(root: Path, key: str = "data.root") -> list[tuple[str, Path, s
     return [(name, folder / name, named.get(name)) for name in sorted(found | set(named))]
 
 
-def read_caption_table(table: Path) -> dict[str, str]:
-    """captions.txt as file name -> caption; of several lines for one file the last counts.
+def recognised(root: Path) -> str:
+    """What kind of picture set a folder is, in words: `images/ with captions.txt`."""
+    folder = picture_folder(root)
+    tables = find_tables(root, folder)
+    where = "pictures" if folder == root else f"{folder.relative_to(root)}/"
+    if tables:
+        others = ", ".join(table.name for table in tables[1:])
+        return f"{where} with {tables[0].name}" + (f"; {others} beside it is not read" if others else "")
+    beside = any(path.with_suffix(".txt").is_file() for _, path, _ in list_pictures(root))
+    return f"{where} with a .txt beside each" if beside else f"{where} without captions"
 
-    Raises:
-        UserMistake: not UTF-8, or a line that is not `file|caption`, named by its number.
-    """
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserMistake(f"{table} line {line} is not UTF-8 text: save the file as UTF-8") from None
-    captions = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        name, bar, caption = line.partition("|")
-        if bar and name.strip():
-            captions[name.strip()] = " ".join(caption.split())
-        elif line.strip():
-            raise UserMistake(f"{table} line {number}: expected `file|caption`, found `{line.strip()[:60]}`")
-    return captions
+
+def picture_folder(root: Path) -> Path:
+    """Where the pictures of a set lie: in one of SUBFOLDERS, or in the folder itself."""
+    return next((root / name for name in SUBFOLDERS if (root / name).is_dir()), root)
 
 
 def read_beside(path: Path) -> str | None:

@@ -54,6 +54,35 @@ def check(
         raise typer.Exit(2)
 
 
+@app.command("prepare")
+def prepare_command(
+    base: Annotated[
+        str, typer.Option(help="hub id, diffusers folder, one .safetensors file, or demo")
+    ] = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    data: Annotated[
+        str, typer.Option(help="folder, .zip or .parquet file, hub data set, or kaggle: the slides' set")
+    ] = "kaggle",
+    config: Annotated[
+        str | None, typer.Option(help="for one file: a folder with its configs and tokenizer")
+    ] = None,
+    caption: Annotated[str | None, typer.Option(help="of pictures that have none")] = None,
+    into: Annotated[Path, typer.Option(help="where zip and parquet files are unpacked")] = Path("data"),
+) -> None:
+    """Gets the base and your pictures, looks at both, and makes them what train.py takes here."""
+    with stop_at_once():
+        from ghibli import preflight, prepare
+        from ghibli.config import conf_folder
+
+    found = prepare.prepare(base, config, data, caption, into, conf_folder() / "local")
+    preflight.tell(found)
+    if any(finding.level == "error" for finding in found):
+        console.print("nothing was noted: put the errors right and run this again", style="yellow")
+        raise typer.Exit(2)
+    console.print(
+        "noted in conf/local/default.yaml; next: python train.py   (model=demo data=demo is the demo)"
+    )
+
+
 @app.command("convert")
 def convert(
     files: Annotated[list[Path], typer.Argument(help="weights as .bin, .ckpt, .pt or .pth")],

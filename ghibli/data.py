@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -16,7 +17,7 @@ from ghibli.buckets import Size, batches_in, in_batches, size_for
 from ghibli.captions import CaptionedPicture, PictureFolder, read_folder, summarise
 from ghibli.latents import Moments, encode
 from ghibli.mistakes import UserMistake
-from ghibli.near_duplicates import thumbnail
+from ghibli.near_duplicates import near_duplicates, thumbnail
 from ghibli.progress import console, counted
 from ghibli.randomness import (
     Stream,
@@ -33,6 +34,15 @@ from ghibli.tensor_cache import cached_rows
 from ghibli.validation import make_items
 
 
+@dataclass(frozen=True)
+class Split:
+    """Which pictures train and which are held out."""
+
+    train: list[CaptionedPicture]
+    held_out: list[CaptionedPicture]
+    moved: dict[CaptionedPicture, CaptionedPicture]  # to training, since nearly the same as this one there
+
+
 def split_by_content(
     pictures: list[CaptionedPicture], val_fraction: float
 ) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
@@ -46,6 +56,26 @@ def split_by_content(
     train = [p for p in pictures if p.content_hash not in held_out]
     val = [p for p in pictures if p.content_hash in held_out]
     return train, val
+
+
+def split_apart(
+    pictures: list[CaptionedPicture], thumbnails: dict[Path, np.ndarray], val_fraction: float
+) -> Split:
+    """split_by_content, but what is nearly a training picture is not held out: the gain on it is memory.
+
+    Args:
+        thumbnails: of every picture, by file.
+    """
+    train, held_out = split_by_content(pictures, val_fraction)
+    moved: dict[CaptionedPicture, CaptionedPicture] = {}
+    while True:
+        rows = [np.stack([thumbnails[p.path] for p in side]) for side in (train, held_out) if side]
+        pairs = near_duplicates(*rows) if len(rows) == 2 else []
+        if not pairs or len(pairs) == len(held_out):  # one has to be held out, whatever it is like
+            return Split(train, held_out, moved)
+        moved |= {held_out[v]: train[t] for t, v, _ in pairs}
+        train = [p for p in pictures if p in moved or p in set(train)]
+        held_out = [p for p in held_out if p not in moved]
 
 
 def first_by_content(pictures: list[CaptionedPicture], count: int) -> list[CaptionedPicture]:
@@ -216,7 +246,8 @@ class GhibliDataModule(L.LightningDataModule):
                 min_side=data.min_side, on_progress=on_progress,
                 on_picture=look,
             )  # fmt: skip
-        self.train_pictures, self.held_out = split_by_content(folder.pictures, data.val_fraction)
+        split = split_apart(folder.pictures, thumbnails, data.val_fraction)
+        self.train_pictures, self.held_out, self.moved = split.train, split.held_out, split.moved
         if not self.train_pictures:
             raise UserMistake(f"data.root={data.root}: every picture is the same file; add others")
         self.val_pictures = first_by_content(self.held_out, self.config.validation.max_pictures)

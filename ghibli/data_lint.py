@@ -22,11 +22,12 @@ def lint(
     train: list[CaptionedPicture],
     held_out: list[CaptionedPicture],
     thumbnails: dict[Path, np.ndarray],
+    moved: dict[CaptionedPicture, CaptionedPicture],
 ) -> list[Finding]:
     """All that can be said without the base.
 
     Args:
-        train, held_out: the split of folder.pictures.
+        train, held_out, moved: the split of folder.pictures.
         thumbnails: of every picture, by file.
     """
     found = [
@@ -35,6 +36,7 @@ def lint(
         missing_captions(folder),
         shared_captions(folder.pictures),
         stuttering_captions(folder.pictures),
+        moved_to_training(moved),
         across_the_split(train, held_out, thumbnails),
     ]
     return [finding for finding in found if finding is not None]
@@ -130,6 +132,19 @@ def too_long(pictures: list[CaptionedPicture], tokenizer: Any) -> Finding | None
 
 def shortened(text: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def moved_to_training(moved: dict[CaptionedPicture, CaptionedPicture]) -> Finding | None:
+    """Pictures that are not held out although their hash says so."""
+    if not moved:
+        return None
+    examples = some(f"{picture.path.name} like {other.path.name}" for picture, other in moved.items())
+    return Finding(
+        "near-duplicates",
+        f"{len(moved)} pictures that would be held out are nearly the same as a training picture and train "
+        f"with it: {examples}",
+        "note",
+    )
 
 
 def across_the_split(

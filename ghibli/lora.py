@@ -68,7 +68,7 @@ def attach(
 
 def load_base(model: ModelConfig) -> BaseModel:
     """The base that a run starts from: model.path, with model.adapter merged into it."""
-    base = base_model.load(model.path)
+    base = base_model.load(model.path, model.config)
     if model.adapter is not None:
         merge(base, base_model.place_of(model.adapter), model.adapter_scale)
     return base

@@ -1,5 +1,6 @@
 """What one wants to know before a run: `ghibli check` prints all of it, train.py what is wrong."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from ghibli.base_model import BaseModel
 from ghibli.buckets import left_out
 from ghibli.callbacks import describe
 from ghibli.checkpoints import CleanStop
-from ghibli.config import look_at
+from ghibli.config import conf_folder, look_at
 from ghibli.data import GhibliDataModule
 from ghibli.doctor import Finding
 from ghibli.mistakes import UserMistake, disk_trouble
@@ -27,6 +28,7 @@ from ghibli.schema import Config
 from ghibli.trainer import make_trainer
 
 LEVELS = {"error": "red", "warning": "yellow", "note": None}  # in the order of telling, with their colours
+PREPARED = "prepared.json"  # in conf/local: what `ghibli prepare` saw
 SAID_LATER = {"unusable pictures", "missing captions"}  # when the run encodes the pictures
 Part = TypeVar("Part")
 
@@ -43,7 +45,7 @@ def check(words: list[str]) -> list[Finding]:
     trainer = attempt(found, "device", lambda: make_trainer(config, run, CleanStop(run), None))
     module = base and attempt(found, "model", lambda: GhibliModule(config, base))
     if base:
-        found.append(about_base(config, base))
+        found += [about_base(config, base), *since_prepared(config, base)]
     if module:
         alphas = module.alphas_cumprod, module.base_alphas_cumprod
         found += doctor.at_the_start(config, *alphas, module.trainable.values())
@@ -125,6 +127,22 @@ def read(data: GhibliDataModule) -> bool:
     return True
 
 
+def since_prepared(config: Config, base: BaseModel) -> list[Finding]:
+    """Is the base the one that `ghibli prepare` saw?"""
+    note = conf_folder() / "local" / PREPARED
+    if not note.is_file():
+        return []
+    prepared = json.loads(note.read_text(encoding="utf-8"))
+    if prepared["base"] != config.model.path or config.model.adapter is not None:
+        return []
+    if prepared["base_hash"] == base_model.weights_hash(base):
+        return []
+    text = (
+        f"model.path={config.model.path} has other weights than `ghibli prepare` saw: run it again if meant"
+    )
+    return [Finding("base", text)]
+
+
 def about_base(config: Config, base: BaseModel) -> Finding:
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (base.unet, base.text_encoder)]
     merged = "" if config.model.adapter is None else f", {config.model.adapter} merged in"
@@ -139,7 +157,7 @@ def about_base(config: Config, base: BaseModel) -> Finding:
 
 def about_pictures(data: GhibliDataModule) -> list[Finding]:
     """Everything odd about pictures and captions."""
-    found = data_lint.lint(data.folder, data.train_pictures, data.held_out, data.thumbnails)
+    found = data_lint.lint(data.folder, data.train_pictures, data.held_out, data.thumbnails, data.moved)
     if data.base is not None:
         long = data_lint.too_long(data.folder.pictures, data.base.tokenizer)
         found += [long] if long else []

@@ -13,6 +13,8 @@ CONFIG_VERSION = 1  # to be raised when a key is renamed, removed or means somet
 LATER_KEYS = {  # younger than the version; the values are what runs from before had
     "threads": None,
     "data": {"grid_epochs": ""},
+    "model": {"config": None},
+    "local": {"sd15_config": None, "caption": None},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64},
     "lora": {"variant": "lora"},
     "optimizer": {"text_encoder_lr": None, "lora_plus": None},
@@ -66,7 +68,9 @@ class LocalConfig:
     """Paths on this machine, from conf/local/default.yaml (git-ignored)."""
 
     sd15: str  # diffusers folder, hub id or single .safetensors file of Stable Diffusion 1.5
+    sd15_config: str | None  # for a single file: the folder with its configs and tokenizer
     ghibli: str | None  # folder of the Ghibli pictures
+    caption: str | None  # of those of them that have none
 
 
 @dataclass
@@ -74,6 +78,7 @@ class ModelConfig:
     """The base model that is adapted."""
 
     path: str  # "demo", a diffusers folder, a hub id or a single .safetensors file
+    config: str | None  # for a single file: the folder with configs and tokenizer; None = those of the hub
     resolution: int  # side of a training picture in px
     lr: float  # peak learning rate that suits this base
     clip: str | None  # folder or hub id of the CLIP model that scores captions

@@ -244,7 +244,17 @@ def test_a_single_file_that_is_no_base(tmp_path: Path) -> None:
     save_file({"lora.down": torch.zeros(4, 4)}, file)
     text = refused(file)
     assert "cannot be loaded as Stable Diffusion 1.5 in one file" in text
-    assert "a diffusers folder has everything" in text
+    assert "give a folder that has them, model.config=DIR, or a diffusers folder, model.path=DIR" in text
+
+
+def test_configs_for_a_single_file(tmp_path: Path) -> None:
+    """A LoRA is no base whatever the configs are; a folder without them is named."""
+    file = tmp_path / "lora.safetensors"
+    save_file({"lora.down": torch.zeros(4, 4)}, file)
+    with pytest.raises(UserMistake, match="a diffusers folder has everything"):
+        base_model.load(str(file), "demo")
+    with pytest.raises(UserMistake, match=r"model.config=.* lacks model_index.json, scheduler/"):
+        base_model.load(str(file), str(tmp_path))
 
 
 def test_names_of_the_hub() -> None:

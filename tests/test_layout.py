@@ -7,16 +7,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ghibli"
 ORDER = [
-    "mistakes", "progress", "run_dir", "tensor_cache", "devices", "schema", "trial", "places",
+    "mistakes", "progress", "parallel", "run_dir", "tensor_cache", "devices", "schema", "trial", "places",
     "config_mistakes", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
-    "near_duplicates", "captions", "buckets", "base_model", "convert", "latents", "compute", "validation",
-    "base_scores", "data",
+    "near_duplicates", "caption_tables", "captions", "buckets", "base_model", "convert", "latents",
+    "compute", "validation", "base_scores", "data",
     "lora", "diffusion", "optimizers",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
     "features", "metrics", "yardstick", "bench", "distance_curve",
     "trainer", "finish", "trained", "evaluation",
-    "data_lint", "footprint", "preflight", "compare", "study", "ranking",
+    "data_lint", "footprint", "preflight", "contact_sheet", "downloads", "prepare",
+    "compare", "study", "ranking",
     "slides_table", "report", "grids", "search", "cli", "__main__",
 ]  # fmt: skip
 PACKAGES = {"report"}  # demo/ is data, and how it was made
