@@ -1,0 +1,202 @@
+"""Times training steps, Lightning's share of them, and sampling, in this process."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from ghibli import config as settings
+from ghibli import dashboard, footprint, lora
+from ghibli.checkpoints import CleanStop
+from ghibli.compute import PromptEmbeds, is_frozen, shrink_frozen
+from ghibli.data import GhibliDataModule
+from ghibli.diffusion import guided_noise, predict_branches
+from ghibli.module import GhibliModule
+from ghibli.run_dir import RunDir
+from ghibli.sampling import Cell, in_eval_mode, sample
+from ghibli.trainer import choose_precision, make_trainer
+
+SAMPLING_STEPS = 10
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of so many calls."""
+    found = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        work()
+        synchronize()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """The machine's floating-point operations per second in one large matrix product, best of ten."""
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    return 2 * side**3 / min(seconds(lambda: left @ right, 10))
+
+
+def dtype_of(words: list[str]) -> torch.dtype | None:
+    """What `train.py WORDS` computes in where that has 16 bits; None: fp32."""
+    config = settings.to_config(settings.composed(words))
+    precision = choose_precision(str(config.trainer["precision"]), "auto")
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+
+
+def make_module(words: list[str]) -> GhibliModule:
+    """The module of `train.py WORDS` on the fastest device, in training mode, at the run's precision."""
+    config = settings.to_config(settings.composed(words))
+    module = GhibliModule(config, lora.load_base(config.model))
+    shrink_frozen(module.base, choose_precision(str(config.trainer["precision"]), "auto"))
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    if is_frozen(module.text_encoder):
+        module.known_prompts = PromptEmbeds(module.base, module.empty_ids, lambda done, total: None)
+    return module.train()
+
+
+def make_batch(module: GhibliModule, batch_size: int) -> dict[str, Any]:
+    """A batch of noise with empty captions; what it shows does not change how long it takes."""
+    side = module.config.model.resolution // module.base.vae_factor
+    shape = (batch_size, module.base.unet.config.in_channels, side, side)
+    return {
+        "latents": torch.randn(shape, device=module.device),
+        "noise": torch.randn(shape, device=module.device),
+        "timesteps": torch.randint(0, 1000, (batch_size,), device=module.device),
+        "input_ids": module.empty_ids.expand(batch_size, -1),
+    }  # fmt: skip
+
+
+def training(words: list[str], batch_size: int, repeats: int, rate: float) -> dict[str, Any]:
+    """One row of the table: a bare training step (forward, backward, AdamW) of `train.py WORDS`.
+
+    Args:
+        rate: matmul_rate of this machine at this precision.
+    """
+    module = make_module(words)
+    batch = make_batch(module, batch_size)
+    dtype = dtype_of(words)
+    optimizer = torch.optim.AdamW(module.trainable.values(), fused=module.device.type == "cuda" or None)
+
+    def step() -> None:
+        with torch.autocast(module.device.type, dtype) if dtype else nullcontext():
+            loss = module.losses(batch).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # compiles, and allocates the optimiser's moments
+    footprint.forget_peak()
+    each = seconds(step, repeats)
+    peak = footprint.peak_memory()
+    with FlopCounterMode(display=False) as flops:
+        module.losses(batch).mean().backward() if dtype is None else step()
+    activities = [ProfilerActivity.CUDA if module.device.type == "cuda" else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiled:
+        step()
+    return {
+        "precision": str(dtype or torch.float32).removeprefix("torch."),
+        "images_per_second": batch_size / median(each),
+        "peak_gib": None if peak is None else peak / 2**30,
+        "kernels": len(profiled.events()),
+        "of_matmul_rate": flops.get_total_flops() / median(each) / rate,
+    }
+
+
+class Paired(L.Callback):
+    """After every step of the trainer, times the bare forward and backward of the same batch.
+
+    A trainer's step lasts from the end of one bare pass to the end of the batch behind it: loader,
+    all callbacks, logging, clipping and the optimiser are in it.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.bare: list[float] = []
+        self.mark: float | None = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.mark = None  # the probe is no part of a step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: GhibliModule, *args: Any) -> None:
+        synchronize()
+        ended = time.perf_counter()
+        batch = args[1]
+        embeds = pl_module.embed(batch["input_ids"], pl_module.config.loss.guidance)
+        (bare,) = seconds(lambda: self.forward_backward(trainer, pl_module, batch, embeds), 1)
+        for parameter in pl_module.trainable.values():
+            parameter.grad = None
+        if self.mark is not None:
+            self.steps.append(ended - self.mark)
+            self.bare.append(bare)
+        self.mark = time.perf_counter()
+
+    @staticmethod
+    def forward_backward(
+        trainer: L.Trainer, module: GhibliModule, batch: dict[str, Any], embeds: Any
+    ) -> None:
+        """The UNet and a mean squared error, nothing else."""
+        with trainer.precision_plugin.forward_context():
+            uncond, cond = predict_branches(
+                module._predict_compiled, batch["noise"], batch["timesteps"], *embeds
+            )
+            guidance = module.config.loss.guidance
+            noise_pred = cond if uncond is None else guided_noise(uncond, cond, guidance)
+            loss = torch.nn.functional.mse_loss(noise_pred.float(), batch["latents"])
+        loss.backward()
+
+
+def overhead(words: list[str]) -> tuple[float, float]:
+    """(trainer's step, bare step) in seconds, medians of a run of `train.py WORDS`, paired step by step."""
+    config = settings.to_config(settings.composed([*words, "wandb.mode=offline"]))
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder))
+        run.update_status(state="running")
+        base = lora.load_base(config.model)
+        module = GhibliModule(config, base)
+        data = GhibliDataModule(config, base, run, module.num_train_timesteps)
+        logger = dashboard.make_logger(config, run, "benchmark")
+        with CleanStop(run) as stop:
+            trainer = make_trainer(config, run, stop, logger)
+            paired = Paired()
+            trainer.callbacks.append(paired)
+            trainer.fit(module, data)
+        dashboard.close()
+    return median(paired.steps), median(paired.bare)
+
+
+def sampling(words: list[str], count: int) -> dict[str, float]:
+    """UNet evaluations and pictures a second of a guided DDIM cell, with all its steps."""
+    module = make_module(words)
+    module.known_prompts = None
+    module.base.unet.to(memory_format=torch.channels_last)
+
+    def draw() -> None:
+        with torch.no_grad(), in_eval_mode(module.base):
+            sample(
+                module.base, ["a picture"] * count, Cell("ddim", 7.5), num_inference_steps=SAMPLING_STEPS,
+                seeds=list(range(count)), resolution=module.config.model.resolution,
+            )  # fmt: skip
+
+    draw()
+    each = median(seconds(draw, 3))
+    steps = module.config.sample.num_inference_steps
+    return {
+        "evaluations_per_second": 2 * count * SAMPLING_STEPS / each,
+        "pictures_per_second": count / (each * steps / SAMPLING_STEPS),
+    }

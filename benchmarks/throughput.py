@@ -1,0 +1,105 @@
+"""How fast this machine trains and samples: python benchmarks/throughput.py [KEY=VALUE ...] --help"""
+
+import argparse
+import datetime
+import json
+import subprocess
+from pathlib import Path
+
+import peer
+import steps
+import torch
+
+from ghibli.module import device_name
+
+REPO = Path(__file__).resolve().parents[1]
+OPTIONS = {
+    "as it is": [],
+    "channels_last": ["compute.channels_last=true"],
+    "compile": ["compute.compile=true"],
+    "compile, channels_last": ["compute.compile=true", "compute.channels_last=true"],
+    "checkpoint every block": ["compute.checkpoint_every=1"],
+    "bf16": ["trainer.precision=bf16-mixed"],
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for train.py, such as lora.rank=16")
+    parser.add_argument("--what", nargs="+", default=["training", "overhead", "sampling"],
+                        choices=["training", "overhead", "sampling"])  # fmt: skip
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--guidance", nargs="+", type=float, default=[1, 7.5])
+    parser.add_argument(
+        "--options", nargs="+", default=["as it is", "channels_last"], choices=[*OPTIONS, "all"]
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of a row; the median counts")
+    parser.add_argument("--peer", metavar="COMMAND", help="another trainer, with {steps} and {out} in it")
+    parser.add_argument("--rounds", type=int, default=3, help="of train.py and the peer in turns")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    return parser.parse_args()
+
+
+def training_rows(args: argparse.Namespace) -> list[dict]:
+    """The table: batch x {plain, guided} x options."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates: dict[torch.dtype, float] = {}
+    rows = []
+    for option in OPTIONS if "all" in args.options else args.options:
+        for guidance in args.guidance:
+            for batch in args.batch:
+                words = [*args.words, *OPTIONS[option], f"loss.guidance={guidance:g}"]
+                dtype = steps.dtype_of(words) or torch.float32
+                if dtype not in rates:
+                    rates[dtype] = steps.matmul_rate(dtype, device)
+                row = {"batch": batch, "guidance": guidance, "options": option}
+                row |= steps.training(words, batch, args.repeats, rates[dtype])
+                rows.append(row)
+                print(markdown_row(row), flush=True)
+    return rows
+
+
+def markdown_row(row: dict) -> str:
+    peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+    share = f"{100 * row['of_matmul_rate']:.0f} %"
+    return (
+        f"| {row['batch']} | {row['guidance']:g} | {row['options']} | {row['precision']} "
+        f"| {row['images_per_second']:.2f} | {peak} | {row['kernels']} | {share} |"
+    )
+
+
+def main() -> None:
+    args = arguments()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {
+        "date": datetime.date.today().isoformat(), "commit": commit.stdout.strip(), "words": args.words,
+        "device": device_name(device), "torch": torch.__version__,
+    }  # fmt: skip
+    print(f"{found['date']}, commit {found['commit']}, {found['device']}, torch {found['torch']}\n")
+    if "training" in args.what:
+        print("| batch | guidance | options | precision | images/s | peak GiB | kernels | of matmul rate |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        found["training"] = training_rows(args)
+    if "overhead" in args.what:
+        ours, bare = steps.overhead(args.words)
+        found["overhead"] = {"step": ours, "bare": bare, "ratio": ours / bare}
+        print(f"\nA step of the trainer costs {ours / bare:.3f} x the bare forward and backward.")
+    if "sampling" in args.what:
+        found["sampling"] = steps.sampling(args.words, max(args.batch))
+        rates = found["sampling"]
+        print(f"\nSampling: {rates['evaluations_per_second']:.1f} UNet evaluations/s, "
+              f"{rates['pictures_per_second']:.2f} pictures/s of a guided cell.")  # fmt: skip
+    if args.peer:
+        ratio = peer.compare(args.words, args.peer, args.rounds)
+        found["peer"] = ratio._asdict() | {"command": args.peer}
+        print(f"\ntrain.py makes {ratio.value:.2f} +- {ratio.spread:.2f} times the peer's steps "
+              f"({ratio.ours:.3f} s and {ratio.peers:.3f} s each).")  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
