@@ -9,13 +9,17 @@ from typing import Any
 
 from ghibli.mistakes import UserMistake
 
-TABLES = ("captions.txt", "metadata.jsonl", "metadata.csv")  # the first that is there counts
+TABLES = (
+    "captions.txt",
+    "metadata.jsonl",
+    "metadata.csv",
+)  # of several the first that knows a picture counts
 NAME = "file_name"
 TEXTS = ("text", "caption")  # the first that a row has counts
 
 
 def find_tables(root: Path, folder: Path) -> list[Path]:
-    """The tables of a picture set, the one that counts first.
+    """The tables of a picture set, the one that counts most first.
 
     Args:
         root: what the user named.

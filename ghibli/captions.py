@@ -100,9 +100,11 @@ def list_pictures(root: Path, key: str = "data.root") -> list[tuple[str, Path, s
     other bytes than the file's, as macOS does with accents.
     """
     folder = picture_folder(root)
+    captions: dict[str, str] = {}
     try:
         tables = find_tables(root, folder)
-        captions = read_table(tables[0], folder) if tables else {}
+        for table in reversed(tables):  # the first has the last word
+            captions |= {name: words for name, words in read_table(table, folder).items() if words}
         found = {path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS}
     except OSError as error:
         raise UserMistake(f"{key}={root} cannot be read: {error}") from error
@@ -118,8 +120,7 @@ def recognised(root: Path) -> str:
     tables = find_tables(root, folder)
     where = "pictures" if folder == root else f"{folder.relative_to(root)}/"
     if tables:
-        others = ", ".join(table.name for table in tables[1:])
-        return f"{where} with {tables[0].name}" + (f"; {others} beside it is not read" if others else "")
+        return f"{where} with {', then '.join(table.name for table in tables)}"
     beside = any(path.with_suffix(".txt").is_file() for _, path, _ in list_pictures(root))
     return f"{where} with a .txt beside each" if beside else f"{where} without captions"
 

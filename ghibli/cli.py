@@ -83,6 +83,31 @@ def prepare_command(
     )
 
 
+@app.command("caption")
+def caption_command(
+    folder: Annotated[Path, typer.Argument(help="a picture folder of any layout")],
+    model: Annotated[
+        str, typer.Option(help="BLIP: a hub id or a folder")
+    ] = "Salesforce/blip-image-captioning-base",
+    batch_size: Annotated[int, typer.Option(help="pictures captioned together", min=1)] = 8,
+) -> None:
+    """Writes captions by BLIP for the pictures that have none; hand-made ones stay. It may be stopped."""
+    with stop_at_once():
+        from ghibli import blip
+        from ghibli.captions import summarise
+
+    with counted("captioning") as on_progress:
+        done = blip.caption_folder(folder, blip.blip(model), batch_size=batch_size, on_progress=on_progress)
+    if done.skipped:
+        console.print(f"pictures: {summarise(done.skipped, elsewhere='')}", style="yellow")
+    if done.written:
+        console.print(f"{len(done.written)} captions written to {done.table}; {done.had_one} were there")
+        for name, words in list(done.written.items())[:5]:
+            console.print(f"  {name}: {words}", markup=False)
+    elif not done.skipped:
+        console.print(f"every picture has a caption: {done.had_one} in {folder}")
+
+
 @app.command("convert")
 def convert(
     files: Annotated[list[Path], typer.Argument(help="weights as .bin, .ckpt, .pt or .pth")],

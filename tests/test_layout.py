@@ -16,7 +16,7 @@ ORDER = [
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
     "features", "metrics", "yardstick", "bench", "distance_curve",
     "trainer", "finish", "trained", "evaluation",
-    "data_lint", "footprint", "preflight", "contact_sheet", "downloads", "prepare",
+    "data_lint", "footprint", "preflight", "contact_sheet", "downloads", "prepare", "blip",
     "compare", "study", "ranking",
     "slides_table", "report", "grids", "search", "cli", "__main__",
 ]  # fmt: skip

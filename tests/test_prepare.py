@@ -53,11 +53,15 @@ def test_three_tables_say_the_same(set_of_ten: Path) -> None:
     assert recognised(set_of_ten) == "images/ with metadata.csv"
 
 
-def test_which_table_counts_is_said(set_of_ten: Path) -> None:
+def test_of_two_tables_the_first_that_knows_a_picture_counts(set_of_ten: Path) -> None:
     plain = captions_of(set_of_ten)
-    (set_of_ten / "metadata.csv").write_text("file_name,text\nimages/x.png,other\n")
-    assert captions_of(set_of_ten) == plain
-    assert recognised(set_of_ten) == "images/ with captions.txt; metadata.csv beside it is not read"
+    first, second, *_ = plain
+    table = set_of_ten / "captions.txt"
+    table.write_text(table.read_text().replace(f"{second}|{plain[second]}", f"{second}|"))
+    rows = f"file_name,text\nimages/{first},other\nimages/{second},from the second\n"
+    (set_of_ten / "metadata.csv").write_text(rows)
+    assert captions_of(set_of_ten) == plain | {second: "from the second"}
+    assert recognised(set_of_ten) == "images/ with captions.txt, then metadata.csv"
 
 
 def test_the_kaggle_set(tmp_path: Path, set_of_ten: Path) -> None:
