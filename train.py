@@ -80,6 +80,8 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
             module = GhibliModule(config, base)
             what = f"the base model.path={config.model.path}"
             check_unchanged(run_dir, "base_hash", module.base_hash, what)
+            if module.start is not None:
+                check_unchanged(run_dir, "init_hash", module.start.hash, "lora.init")
             data = GhibliDataModule(config, base, run_dir, module.num_train_timesteps)
             logger = dashboard.make_logger(config, run_dir, describe(config))
             if checkpoint == run_dir.previous_checkpoint:

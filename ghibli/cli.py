@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ghibli import compare, scenes
+from ghibli import cli_use, compare, scenes
 from ghibli.mistakes import UserMistake, one_line_mistakes, stop_at_once
 from ghibli.progress import console, counted, whole
 from ghibli.run_dir import RunDir, all_runs
@@ -18,6 +18,7 @@ app = typer.Typer(
 
 demo = typer.Typer(no_args_is_help=True, help="The embedded demo.")
 app.add_typer(demo, name="demo")
+app.add_typer(cli_use.use)
 
 
 @demo.command("draw")

@@ -11,8 +11,10 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from ghibli import dashboard, lora, trial
+from ghibli.adapter_files import is_dora, read_adapter
 from ghibli.callbacks import Doctor, SampleGrid, describe
 from ghibli.checkpoints import StopRequested, requeue
+from ghibli.kohya import metadata_of, write_kohya
 from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule
 from ghibli.progress import console
@@ -51,6 +53,8 @@ def finish(
         lines.append(f"grid     {shown(grid_drawer.save(trainer, module, label, label))}")
     if config.finetune == "lora":
         lines.append(f"adapter  {shown(lora.save_adapter(module.base, run.adapter))}")
+        facts = run.read_status() | {"step": trainer.global_step, "best_epoch": best_epoch, "ended": None}
+        lines.append(f"         {shown(save_kohya(config, run, module, facts))} for ComfyUI and A1111")
     elif config.finetune == "full":
         module.base.unet.save_pretrained(run.unet)
         lines.append(f"UNet     {shown(run.unet)}")
@@ -67,6 +71,24 @@ def finish(
     lines.append(f"doctor   {', '.join(f.name for f in findings) or 'nothing to report'}")
     console.print("\n".join(["", *lines, f"next     {next_command(config)}"]))
     return gain.value
+
+
+def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[str, Any]) -> Path:
+    """The best adapter in kohya's layout, read back and compared; the diffusers file where that cannot be.
+
+    Raises:
+        UserMistake: what was written is not what was trained.
+    """
+    adapter = read_adapter(run.adapter, module.base, "adapter")
+    if is_dora(adapter):
+        return adapter.file
+    file = run.adapter / "kohya.safetensors"
+    write_kohya(adapter, file, metadata_of(adapter, config, facts, describe(config)))
+    again = read_adapter(file, module.base, "adapter").layers
+    for name, layer in adapter.layers.items():
+        if again[name].alpha != layer.alpha or not torch.equal(again[name].up, layer.up):
+            raise UserMistake(f"{file} was written wrongly: {name} differs; please report this")
+    return file
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:

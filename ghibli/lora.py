@@ -37,11 +37,13 @@ def attach(
     text_encoder: bool,
     seed: int,
     variant: str = "lora",
+    init: str | None = None,
 ) -> None:
     """Adds fresh fp32 adapters to the UNet and, if asked, to the text encoder; B is zero.
 
     The initial A follows from the seed alone. `variant` is lora, dora (Liu et al. 2024: direction and
-    magnitude of W' apart) or rslora (Kalajdzievski 2023: B A is scaled by alpha / sqrt(rank)).
+    magnitude of W' apart) or rslora (Kalajdzievski 2023: B A is scaled by alpha / sqrt(rank)). What
+    `init` names is filled in when training starts (adapter_files.start_from).
 
     Raises:
         UserMistake: a target that names no linear or convolution layer of the UNet.

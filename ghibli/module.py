@@ -9,6 +9,7 @@ import lightning as L
 import torch
 
 from ghibli import lora
+from ghibli.adapter_files import Adapter, check_same_shape, read_adapter, start_from
 from ghibli.base_model import BaseModel, weights_hash
 from ghibli.base_scores import cached_scores
 from ghibli.compute import PromptEmbeds, arrange, compiled, is_frozen, prompts_fit, shrink_frozen
@@ -57,8 +58,12 @@ class GhibliModule(L.LightningModule):
         self.register_buffer("base_alphas_cumprod", own, persistent=False)
         self.register_buffer("alphas_cumprod", training_schedule(config, own), persistent=False)
         self.register_buffer("empty_ids", base.tokenize([""]), persistent=False)
+        self.start: Adapter | None = None  # what lora.init names
         if config.finetune == "lora":
             options = vars(config.lora)
+            if config.lora.init is not None:
+                self.start = read_adapter(config.lora.init, base, "lora.init")
+                check_same_shape(self.start, config.lora)
             lora.attach(base, seed=config.seed, **options)
         elif config.finetune == "full":
             lora.unfreeze_unet(base)
@@ -118,7 +123,12 @@ class GhibliModule(L.LightningModule):
         return embeds[1:], embeds[:1].expand(len(input_ids), -1, -1)
 
     def on_train_start(self) -> None:
-        """Switches the adapters' dropout on; nothing in the base itself depends on the mode."""
+        """Fills in lora.init, after the base has been scored and drawn; switches the adapters' dropout on.
+
+        Nothing in the base itself depends on the mode.
+        """
+        if self.start is not None and self.trainer.global_step == 0:
+            start_from(self.start, self.trainable)
         self.unet.train()
         self.text_encoder.train()
         if self.known_prompts is not None:

@@ -58,10 +58,11 @@ def sample(
     *,
     num_inference_steps: int,
     seeds: list[int],
-    resolution: int,
+    resolution: int | tuple[int, int],
+    negative_prompt: str = "",
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Pictures (B, 3, resolution, resolution), float32 in 0 .. 1 on the CPU, one for each prompt.
+    """Pictures (B, 3, height, width), float32 in 0 .. 1 on the CPU, one for each prompt.
 
     Start noise, and DDPM's noise, come from one CPU generator per picture, so a picture does not
     depend on its neighbours in the batch or (but for rounding) on the device. DDPM with skipped
@@ -70,6 +71,7 @@ def sample(
 
     Args:
         seeds: one for each prompt.
+        resolution: px, a square's side or (width, height); multiples of the VAE's factor.
         on_step: called after every denoising step.
     """
     device = next(base.unet.parameters()).device
@@ -78,13 +80,16 @@ def sample(
     last = scheduler.config.num_train_timesteps - 1
     scheduler.timesteps -= (scheduler.timesteps.max() - last).clamp(min=0)  # all 1000: no room to shift
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    side = resolution // base.vae_factor
-    shape = (len(prompts), base.unet.config.in_channels, side, side)
+    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
+    sides = height // base.vae_factor, width // base.vae_factor
+    shape = (len(prompts), base.unet.config.in_channels, *sides)
     latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
     prompt_embeds = base.encode_prompts(base.tokenize(prompts).to(device))
     negative_prompt_embeds = None
     if cell.guidance != 1:
-        negative_prompt_embeds = base.encode_prompts(base.tokenize([""] * len(prompts)).to(device))
+        negative_prompt_embeds = base.encode_prompts(
+            base.tokenize([negative_prompt] * len(prompts)).to(device)
+        )
     for t in scheduler.timesteps:
         noise_pred = predict_noise(
             lambda *inputs: base.unet(*inputs, return_dict=False)[0],
@@ -94,6 +99,11 @@ def sample(
         latents = scheduler.step(noise_pred.float(), t, latents, **extra).prev_sample
         on_step()
     return base.decode(latents).cpu()
+
+
+def usual_guidance(training_guidance: float) -> float:
+    """The guidance scale at which the pictures of a training are best."""
+    return 7.5 if training_guidance == 1 else GUIDED_SCALE * training_guidance
 
 
 def cells_of(config: SampleConfig, training_guidance: float) -> list[Cell]:
@@ -165,11 +175,12 @@ def compose_grid(
             below; all with the same start noise.
         prompts, columns: the labels of blocks and columns.
     """
-    side = rows[0][1].shape[-1]
-    tile = side if side >= 256 else 2 * side
+    height, width = rows[0][1].shape[-2:]
+    zoom = 1 if min(height, width) >= 256 else 2
+    tile, tall = zoom * width, zoom * height
     font, small = ImageFont.load_default(size=17), ImageFont.load_default(size=15)
     gap, left, head, line = 6, 120, 100, 30
-    block = line + len(rows) * (tile + gap)
+    block = line + len(rows) * (tall + gap)
     width = left + len(columns) * (tile + gap) + gap
     grid = Image.new("RGB", (width, head + len(prompts) * block + gap), "white")
     draw = ImageDraw.Draw(grid)
@@ -181,9 +192,9 @@ def compose_grid(
         top = head + p * block
         draw.text((12, top + line // 2), prompt, fill="#444444", font=small, anchor="lm")
         for r, (label, pictures) in enumerate(rows):
-            y = top + line + r * (tile + gap)
-            draw.text((12, y + tile // 2), label, fill="black", font=small, anchor="lm")
+            y = top + line + r * (tall + gap)
+            draw.text((12, y + tall // 2), label, fill="black", font=small, anchor="lm")
             for c in range(len(columns)):
-                one = to_image(pictures[p, c]).resize((tile, tile), Image.Resampling.LANCZOS)
+                one = to_image(pictures[p, c]).resize((tile, tall), Image.Resampling.LANCZOS)
                 grid.paste(one, (left + c * (tile + gap), y))
     return grid

@@ -16,7 +16,7 @@ LATER_KEYS = {  # younger than the version; the values are what runs from before
     "model": {"config": None},
     "local": {"sd15_config": None, "caption": None},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64},
-    "lora": {"variant": "lora"},
+    "lora": {"variant": "lora", "init": None},
     "optimizer": {"text_encoder_lr": None, "lora_plus": None},
     "compute": {"compile": False, "channels_last": False, "checkpoint_every": 0},
 }
@@ -165,6 +165,7 @@ class LoraConfig:
     text_encoder: bool  # adapt the text encoder's attention too
     targets: Any  # name endings of the UNet layers that get an adapter; or names of TARGETS, with a plus
     variant: str  # lora, dora (Liu et al. 2024) or rslora (alpha / sqrt(rank); Kalajdzievski 2023)
+    init: str | None  # adapter file, folder or run to start from; None = fresh: it changes nothing at first
 
     def __post_init__(self) -> None:
         self.targets = target_list(self.targets)

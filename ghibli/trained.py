@@ -1,13 +1,29 @@
 """The model that a run has made, as a base that anything can sample: adapter merged, or UNet replaced."""
 
+from pathlib import Path
+
 import torch
 
 from ghibli import base_model, lora
 from ghibli.base_model import BaseModel
 from ghibli.config import from_yaml
 from ghibli.mistakes import UserMistake
-from ghibli.run_dir import RunDir
+from ghibli.run_dir import RunDir, all_runs
 from ghibli.schema import Config
+
+
+def finished_run(name: str) -> RunDir:
+    """The run folder called `name`, or the newest finished run for `latest`.
+
+    Raises:
+        UserMistake: there is none.
+    """
+    if name != "latest":
+        return RunDir(Path(name))
+    finished = [run for run in all_runs() if run.state == "finished"]
+    if not finished:
+        raise UserMistake("latest: no finished run below outputs/ yet: python train.py makes one")
+    return finished[-1]
 
 
 def config_of(run: RunDir) -> Config:

@@ -25,7 +25,7 @@ CODE = (  # train.py and all it imports; tests/test_trial.py compares with the i
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "near_duplicates", "caption_tables", "captions", "buckets", "base_model", "latents", "compute",
     "validation", "base_scores", "data",
-    "lora", "diffusion", "optimizers",
+    "lora", "adapter_files", "kohya", "diffusion", "optimizers",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
     "features", "metrics", "yardstick", "bench", "distance_curve",
     "trainer", "finish", "data_lint", "footprint", "preflight",

@@ -12,13 +12,14 @@ ORDER = [
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "near_duplicates", "caption_tables", "captions", "buckets", "base_model", "convert", "latents",
     "compute", "validation", "base_scores", "data",
-    "lora", "diffusion", "optimizers",
+    "lora", "adapter_files", "kohya", "diffusion", "optimizers",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
     "features", "metrics", "yardstick", "bench", "distance_curve",
     "trainer", "finish", "trained", "evaluation",
     "data_lint", "footprint", "preflight", "contact_sheet", "downloads", "prepare", "blip",
     "compare", "study", "ranking",
-    "slides_table", "report", "grids", "search", "cli", "__main__",
+    "slides_table", "model_card", "export", "wardrobe", "generate", "restyle", "report", "grids", "search",
+    "cli_use", "cli", "__main__",
 ]  # fmt: skip
 PACKAGES = {"report"}  # demo/ is data, and how it was made
 HYDRA_MODULES = {"hydra", "omegaconf"}

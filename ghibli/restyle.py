@@ -1,0 +1,160 @@
+"""`ghibli restyle`: photos -> the same scenes in the trained look, by diffusers' img2img pipeline.
+
+Meng et al. 2022, "SDEdit": the photo's latents get the noise of a middle timestep and are denoised.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from ghibli.base_model import quiet
+from ghibli.captions import PICTURE_ENDINGS, Unusable, list_pictures, read_beside, read_picture
+from ghibli.generate import enough_memory, write_png
+from ghibli.mistakes import UserMistake
+from ghibli.progress import console, counted
+from ghibli.sampling import SAMPLERS, make_scheduler
+from ghibli.wardrobe import Dressed
+
+SHOWN = 12  # pairs on the sheet
+
+
+@dataclass(frozen=True)
+class How:
+    """How far and in which way a photo is redrawn."""
+
+    strength: float  # share of the denoising steps: 0 = the photo, 1 = all new
+    sampler: str  # ddim or ddpm
+    guidance: float
+    steps: int  # of a whole denoising
+    seed: int
+    negative: str
+    scale: float  # of all adapters
+    resolution: int  # px; the result has about the area of this square
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise UserMistake(f"--sampler {self.sampler} is unknown: choose one of {', '.join(SAMPLERS)}")
+        if int(self.steps * self.strength) < 1:
+            raise UserMistake(f"--strength {self.strength:g} of {self.steps} steps is none: raise either")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A file and what is on it."""
+
+    path: Path
+    prompt: str
+
+
+def photos_of(paths: Iterable[Path], prompt: str | None, style: str) -> list[Photo]:
+    """The photos of files and folders, with their prompts.
+
+    Args:
+        prompt: for all of them; None: the captions that lie with them.
+        style: added to every prompt.
+
+    Raises:
+        UserMistake: no such file or folder, no photo, or one that nothing says what is on it.
+    """
+    found = [named for path in paths for named in with_words(path.expanduser())]
+    if not found:
+        raise UserMistake("no pictures there: name files, or a folder that holds some")
+    silent = [path for path, words in found if not (prompt or words)]
+    if silent:
+        raise UserMistake(
+            f"what is on {silent[0].name}? --prompt TEXT, or `ghibli caption {silent[0].parent}` first"
+        )
+    return [Photo(path, f"{prompt or words}{style}") for path, words in found]
+
+
+def with_words(path: Path) -> list[tuple[Path, str | None]]:
+    """(file, caption or None) of one file or of a folder."""
+    if path.is_dir():
+        return [(file, words or beside(file)) for _, file, words in list_pictures(path, "photo")]
+    if not path.is_file():
+        raise UserMistake(f"{path}: no such file or folder")
+    if path.suffix.lower() not in PICTURE_ENDINGS:
+        raise UserMistake(f"{path.name} is no picture: {', '.join(sorted(PICTURE_ENDINGS))} are read")
+    named = {file.name: words for _, file, words in list_pictures(path.parent, "photo")}
+    return [(path, named.get(path.name) or beside(path))]
+
+
+def beside(file: Path) -> str | None:
+    """The caption in a .txt beside a photo, if it can be read."""
+    try:
+        return read_beside(file)
+    except Unusable:
+        return None
+
+
+def size_like(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """(width, height) of the same shape and about `resolution` squared px, multiples of 8, at least 64."""
+    factor = resolution / (size[0] * size[1]) ** 0.5
+    return tuple(max(64, round(side * factor / 8) * 8) for side in size)
+
+
+def restyle(dressed: Dressed, photo: Image.Image, prompt: str, how: How) -> Image.Image:
+    """One photo redrawn, of about how.resolution squared px and the photo's shape.
+
+    Raises:
+        UserMistake: no memory for it.
+    """
+    base = dressed.at(how.scale).base
+    pipeline = StableDiffusionImg2ImgPipeline(
+        base.vae, base.text_encoder, base.tokenizer, base.unet, make_scheduler(how.sampler, base),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    small = photo.resize(size_like(photo.size, how.resolution), Image.Resampling.LANCZOS)
+    with enough_memory(), quiet("diffusers"), torch.inference_mode():
+        return pipeline(
+            prompt, image=small, strength=how.strength, guidance_scale=how.guidance,
+            negative_prompt=how.negative or None, num_inference_steps=how.steps,
+            generator=torch.Generator().manual_seed(how.seed),
+        ).images[0]  # fmt: skip
+
+
+def restyle_all(
+    dressed: Dressed, photos: list[Photo], how: How, folder: Path
+) -> list[tuple[Image.Image, Image.Image]]:
+    """Writes a PNG for each photo; one that cannot be read is named and left out. Returns (before, after)."""
+    pairs = []
+    with counted("restyling") as on_progress:
+        for done, photo in enumerate(photos, start=1):
+            try:
+                before = read_picture(photo.path)[0]
+            except (Unusable, OSError) as reason:
+                console.print(f"{photo.path.name} is left out: {reason}", style="yellow", markup=False)
+                continue
+            after = restyle(dressed, before, photo.prompt, how)
+            note = PngInfo()
+            note.add_text("ghibli", repr(asdict(how) | {"prompt": photo.prompt, "photo": photo.path.name}))
+            write_png(folder / f"{photo.path.stem}.png", after, note)
+            pairs.append((before.resize(after.size, Image.Resampling.LANCZOS), after))
+            on_progress(done, len(photos))
+    if not pairs:
+        raise UserMistake("none of the photos could be read")
+    return pairs
+
+
+def sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
+    """Before above after, up to SHOWN photos in rows of six."""
+    tile, gap, line, columns = 256, 8, 26, min(6, len(pairs))
+    shown = pairs[:SHOWN]
+    block = line + 2 * (tile + gap) + gap
+    rows = -(-len(shown) // columns)
+    page = Image.new("RGB", (columns * (tile + gap) + gap, rows * block), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=15)
+    for place, pair in enumerate(shown):
+        left, top = gap + place % columns * (tile + gap), place // columns * block
+        if place % columns == 0:
+            draw.text((left, top + line // 2), "above: the photo, below: restyled", "black", font, "lm")
+        for row, picture in enumerate(pair):
+            small = ImageOps.pad(picture, (tile, tile), Image.Resampling.LANCZOS, color="#eeeeee")
+            page.paste(small, (left, top + line + row * (tile + gap)))
+    return page

@@ -1,0 +1,96 @@
+"""What a person names to draw with: a run, adapter files, or nothing but the base -> a base that samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ghibli import lora
+from ghibli.adapter_files import Adapter, read_adapter, scale, wear
+from ghibli.base_model import BaseModel
+from ghibli.config import look_at
+from ghibli.mistakes import UserMistake
+from ghibli.run_dir import RunDir
+from ghibli.sampling import usual_guidance
+from ghibli.schema import Config
+from ghibli.trained import config_of, finished_run, for_sampling, trained_base
+
+WHAT = "adapter"  # as messages call it
+
+
+@dataclass
+class Dressed:
+    """A base with adapters on it, each with a weight that may be changed."""
+
+    base: BaseModel
+    config: Config  # of the run, or of train.py without further words: base, style, resolution
+    weights: list[float]  # of the adapters, in their order; none: the base alone, or a fine-tuned UNet
+    names: list[str]  # of what was named
+
+    def at(self, factor: float) -> "Dressed":
+        """Every adapter at `factor` times its own weight; 0 is the base to the bit."""
+        if self.weights:
+            scale(self.base, [factor * weight for weight in self.weights])
+        return self
+
+    @property
+    def guidance(self) -> float:
+        """The sampling scale that suits what was named."""
+        trained = any(RunDir(Path(name)).config.is_file() for name in self.names)
+        return usual_guidance(self.config.loss.guidance) if trained else 7.5
+
+
+def dress(sources: list[str], words: list[str]) -> Dressed:
+    """Loads what was named.
+
+    Args:
+        sources: run folders, `latest`, adapter files or folders, each perhaps with :WEIGHT.
+        words: settings of train.py that choose the base where no run does.
+
+    Raises:
+        UserMistake: nothing there, or adapters of several bases.
+    """
+    named = [weighted(source) for source in sources]
+    runs = [RunDir(Path(name)) for name, _ in named if RunDir(Path(name)).config.is_file()]
+    configs = [config_of(run) for run in runs]
+    config = configs[0] if configs else settings(words)
+    other = next((c for c in configs if (c.model.path, c.model.adapter) != base_of(config)), None)
+    if other is not None:
+        raise UserMistake(f"these runs have different bases: {config.model.path} and {other.model.path}")
+    idle = [run for run, its in zip(runs, configs, strict=True) if its.finetune == "none"]
+    if idle:
+        raise UserMistake(f"{idle[0].path} only measured the base: name no run to draw with the base alone")
+    whole = [run for run, its in zip(runs, configs, strict=True) if its.finetune == "full"]
+    if whole and len(named) > 1:
+        raise UserMistake(f"{whole[0].path} trained all weights: it cannot be combined with others")
+    if whole:
+        return Dressed(trained_base(whole[0], config), config, [], [named[0][0]])
+    base = for_sampling(lora.load_base(config.model))
+    adapters = [(adapter_of(name, base), weight) for name, weight in named]
+    wear(base, adapters)
+    return Dressed(base, config, [weight for _, weight in adapters], [name for name, _ in named])
+
+
+def base_of(config: Config) -> tuple[str, str | None]:
+    return config.model.path, config.model.adapter
+
+
+def adapter_of(name: str, base: BaseModel) -> Adapter:
+    """The adapter of a run or a file."""
+    return read_adapter(name, base, WHAT)
+
+
+def settings(words: list[str]) -> Config:
+    """The settings of `train.py WORDS`."""
+    config, _, mistakes = look_at(words)
+    if config is None:
+        raise UserMistake(mistakes[0])
+    return config
+
+
+def weighted(source: str) -> tuple[str, float]:
+    """`PATH:0.7` -> (PATH, 0.7); without a number the weight is 1; `latest` is the newest finished run."""
+    path, colon, number = source.rpartition(":")
+    try:
+        name, weight = (path, float(number)) if colon and not Path(source).exists() else (source, 1.0)
+    except ValueError:
+        name, weight = source, 1.0
+    return (str(finished_run(name).path) if name == "latest" else name), weight
