@@ -41,6 +41,26 @@ def export_command(
     console.print(f"card     {target / 'README.md'}")
 
 
+@use.command("push")
+def push_command(
+    run: Annotated[str, typer.Argument(help="a run folder that `ghibli export` was used on, or latest")],
+    hub_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="hub repository; made if missing")],
+    really: Annotated[bool, typer.Option("--really", help="send; without it only say what would go")] = False,
+    public: Annotated[bool, typer.Option("--public", help="for everybody to see, if it is new")] = False,
+) -> None:
+    """Sends adapter, card and grids of an exported run to the hub; says first what would go."""
+    with stop_at_once():
+        from ghibli import push, trained
+
+    folder = trained.finished_run(run).path / "export"
+    for name, size in push.files_of(folder):
+        console.print(f"{size / 2**20:8.2f} MiB  {name}", markup=False)
+    if not really:
+        console.print(f"nothing was sent; to {hub_id} with --really")
+        return
+    console.print(f"sent to {push.push(folder, hub_id, private=not public)}")
+
+
 @use.command("import")
 def import_command(
     file: Annotated[Path, typer.Argument(help="an adapter made elsewhere: diffusers' or kohya's layout")],

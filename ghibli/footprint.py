@@ -246,7 +246,7 @@ class Disk:
 
 
 def disk(config: Config, weights: int, epochs: int, cells: int) -> Disk:
-    """What the run folder takes: three checkpoints and one in the making, adapters, grids.
+    """What the run folder takes: checkpoints (three and one in the making), adapters (best, last, kohya), grids.
 
     Args:
         weights: trained numbers; a checkpoint has them and AdamW's two moments, 12 bytes each.
@@ -257,7 +257,7 @@ def disk(config: Config, weights: int, epochs: int, cells: int) -> Disk:
     tile = (side if side >= 256 else 2 * side) ** 2
     grids = 0 if every == 0 else 1 + epochs // every
     pictures = grids * 2 * cells * len(config.sample.prompts)
-    return Disk(CHECKPOINTS * 12 * weights, 2 * 4 * weights, int(1.5 * tile * pictures))  # a PNG's pixel
+    return Disk(CHECKPOINTS * 12 * weights, 3 * 4 * weights, int(1.5 * tile * pictures))  # a PNG's pixel
 
 
 def free_disk(folder: Path) -> int:

@@ -18,8 +18,8 @@ ORDER = [
     "trainer", "finish", "trained", "evaluation",
     "data_lint", "footprint", "preflight", "contact_sheet", "downloads", "prepare", "blip",
     "compare", "study", "ranking",
-    "slides_table", "model_card", "export", "wardrobe", "generate", "restyle", "report", "grids", "search",
-    "cli_use", "cli", "__main__",
+    "slides_table", "model_card", "export", "wardrobe", "generate", "restyle", "push",
+    "report", "grids", "search", "cli_use", "cli", "__main__",
 ]  # fmt: skip
 PACKAGES = {"report"}  # demo/ is data, and how it was made
 HYDRA_MODULES = {"hydra", "omegaconf"}
