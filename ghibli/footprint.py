@@ -246,7 +246,7 @@ class Disk:
 
 
 def disk(config: Config, weights: int, epochs: int, cells: int) -> Disk:
-    """What the run folder takes: checkpoints (three and one in the making), adapters (best, last, kohya), grids.
+    """What the run folder takes: checkpoints (3, and one in the making), adapters (best, last, kohya), grids.
 
     Args:
         weights: trained numbers; a checkpoint has them and AdamW's two moments, 12 bytes each.
