@@ -158,6 +158,28 @@ def restyle_command(
     console.print(f"restyled {len(pairs)} of {len(found)} into {folder}; sheet {folder / 'before_after.png'}")
 
 
+@use.command("app")
+def app_command(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as for train.py: the base")
+    ] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0: also for other machines")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="none: the first free one from 7860")] = None,
+) -> None:
+    """Opens a page for the browser: draw with a run, its base beside it, restyle a photo. Ctrl-C ends it."""
+    with stop_at_once():
+        try:
+            from ghibli import app
+        except ImportError as error:
+            raise UserMistake(f"the page needs gradio: pip install -e '.[app]' ({error})") from error
+    with console.status("loading"):
+        page, address = app.serve(words or [], host, port)
+    console.print(f"page     {address}   Ctrl-C ends it")
+    if host != "127.0.0.1":
+        console.print(f"whoever reaches {host} may use it: there is no password", style="yellow")
+    page.block_thread()
+
+
 def dressed_of(sources: list[str] | None) -> Any:
     """What was named; nothing: the newest finished run, or the base where there is none."""
     from ghibli import trained, wardrobe

@@ -1,8 +1,8 @@
 """`ghibli generate`: prompts -> PNG files that carry their settings, always from the same start noise."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ghibli.sampling import SAMPLERS, Cell, compose_grid, sample, to_image
 from ghibli.wardrobe import Dressed
 
 LARGEST = 2048  # px, the longer side
+Count = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # as progress.counted
 STRIP = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]  # adapter scales of --interpolate
 NO_ROOM = ("out of memory", "not enough memory", "can't allocate memory", "alloc_cpu")
 
@@ -85,15 +86,19 @@ def lost_words(prompts: list[str], base: BaseModel) -> list[str]:
     return said
 
 
-def draw(dressed: Dressed, request: Request, label: str = "drawing") -> torch.Tensor:
+def draw(dressed: Dressed, request: Request, label: str = "drawing", count: Count = counted) -> torch.Tensor:
     """Pictures (N, 3, height, width), float32 in 0 .. 1, one for each prompt.
+
+    Args:
+        label: what is being done, in words.
+        count: shows it with the denoising steps done and in all.
 
     Raises:
         UserMistake: no memory for it.
     """
-    dressed.at(request.scale)
+    base = dressed.at(request.scale)
     cell, found, done = Cell(request.sampler, request.guidance), [], 0
-    with counted(label) as on_progress, enough_memory():
+    with count(label) as on_progress, enough_memory():
         total = -(-len(request.prompts) // request.batch) * request.steps
         for start in range(0, len(request.prompts), request.batch):
             part = request.prompts[start : start + request.batch]
@@ -104,7 +109,7 @@ def draw(dressed: Dressed, request: Request, label: str = "drawing") -> torch.Te
                 on_progress(done, total)
 
             found.append(sample(
-                dressed.base, part, cell, num_inference_steps=request.steps,
+                base, part, cell, num_inference_steps=request.steps,
                 seeds=[request.seed + start + i for i in range(len(part))],
                 resolution=request.size, negative_prompt=request.negative, on_step=on_step,
             ))  # fmt: skip
@@ -160,7 +165,6 @@ def write_png(file: Path, picture: Image.Image, note: PngInfo | None = None) -> 
 def beside_base(dressed: Dressed, request: Request, pictures: torch.Tensor) -> Image.Image:
     """A sheet: for each prompt the base above, what was drawn below, from the same start noise."""
     base = draw(dressed, replace(request, scale=0.0), "drawing what the base makes of it")
-    dressed.at(request.scale)
     rows = [("base", base[:, None]), ("adapter", pictures[:, None])]
     cell = Cell(request.sampler, request.guidance)
     return compose_grid(rows, request.prompts, [cell.label], f"seed {request.seed}")
@@ -171,7 +175,6 @@ def strip(dressed: Dressed, request: Request) -> Image.Image:
     columns = [
         draw(dressed, replace(request, scale=scale), f"drawing at adapter scale {scale:g}") for scale in STRIP
     ]
-    dressed.at(request.scale)
     title = f"adapter scale, seed {request.seed}, {request.sampler.upper()} guidance {request.guidance:g}"
     labels = [f"{scale:g}" for scale in STRIP]
     return compose_grid([("", torch.stack(columns, dim=1))], request.prompts, labels, title)

@@ -3,9 +3,11 @@
 Meng et al. 2022, "SDEdit": the photo's latents get the noise of a middle timestep and are denoised.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
@@ -98,13 +100,23 @@ def size_like(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     return tuple(max(64, round(side * factor / 8) * 8) for side in size)
 
 
-def restyle(dressed: Dressed, photo: Image.Image, prompt: str, how: How) -> Image.Image:
+def restyle(
+    dressed: Dressed, photo: Image.Image, prompt: str, how: How, on_step: Callable[[], None] = lambda: None
+) -> Image.Image:
     """One photo redrawn, of about how.resolution squared px and the photo's shape.
+
+    Args:
+        on_step: called after every denoising step.
 
     Raises:
         UserMistake: no memory for it.
     """
-    base = dressed.at(how.scale).base
+
+    def after_step(*args: Any) -> dict[str, Any]:
+        on_step()
+        return {}
+
+    base = dressed.at(how.scale)
     pipeline = StableDiffusionImg2ImgPipeline(
         base.vae, base.text_encoder, base.tokenizer, base.unet, make_scheduler(how.sampler, base),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -115,7 +127,7 @@ def restyle(dressed: Dressed, photo: Image.Image, prompt: str, how: How) -> Imag
         return pipeline(
             prompt, image=small, strength=how.strength, guidance_scale=how.guidance,
             negative_prompt=how.negative or None, num_inference_steps=how.steps,
-            generator=torch.Generator().manual_seed(how.seed),
+            generator=torch.Generator().manual_seed(how.seed), callback_on_step_end=after_step,
         ).images[0]  # fmt: skip
 
 
@@ -133,7 +145,9 @@ def restyle_all(
                 continue
             after = restyle(dressed, before, photo.prompt, how)
             note = PngInfo()
-            note.add_text("ghibli", repr(asdict(how) | {"prompt": photo.prompt, "photo": photo.path.name}))
+            note.add_text(
+                "ghibli", json.dumps(asdict(how) | {"prompt": photo.prompt, "photo": photo.path.name})
+            )
             write_png(folder / f"{photo.path.stem}.png", after, note)
             pairs.append((before.resize(after.size, Image.Resampling.LANCZOS), after))
             on_progress(done, len(photos))

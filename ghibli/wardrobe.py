@@ -1,6 +1,7 @@
 """What a person names to draw with: a run, adapter files, or nothing but the base -> a base that samples."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ghibli import lora
@@ -11,7 +12,7 @@ from ghibli.mistakes import UserMistake
 from ghibli.run_dir import RunDir
 from ghibli.sampling import usual_guidance
 from ghibli.schema import Config
-from ghibli.trained import config_of, finished_run, for_sampling, trained_base
+from ghibli.trained import config_of, finished_run, for_sampling, starting_base, trained_base
 
 WHAT = "adapter"  # as messages call it
 
@@ -25,11 +26,24 @@ class Dressed:
     weights: list[float]  # of the adapters, in their order; none: the base alone, or a fine-tuned UNet
     names: list[str]  # of what was named
 
-    def at(self, factor: float) -> "Dressed":
-        """Every adapter at `factor` times its own weight; 0 is the base to the bit."""
+    def at(self, factor: float) -> BaseModel:
+        """What draws with every adapter at `factor` times its own weight; at 0 the base, to the bit.
+
+        Raises:
+            UserMistake: all weights were trained and factor is neither 0 nor 1.
+        """
         if self.weights:
             scale(self.base, [factor * weight for weight in self.weights])
-        return self
+        if self.weights or not self.names or factor == 1:
+            return self.base
+        if factor == 0:
+            return self._untouched
+        raise UserMistake(f"{self.names[0]} trained all weights: its scale is 1 or 0, nothing between")
+
+    @cached_property
+    def _untouched(self) -> BaseModel:
+        """The base that a run started from which trained all weights."""
+        return starting_base(self.config)
 
     @property
     def guidance(self) -> float:

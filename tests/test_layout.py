@@ -18,7 +18,7 @@ ORDER = [
     "trainer", "finish", "trained", "evaluation",
     "data_lint", "footprint", "preflight", "contact_sheet", "downloads", "prepare", "blip",
     "compare", "study", "ranking",
-    "slides_table", "model_card", "export", "wardrobe", "generate", "restyle", "push",
+    "slides_table", "model_card", "export", "wardrobe", "generate", "restyle", "safety", "app", "push",
     "report", "grids", "search", "cli_use", "cli", "__main__",
 ]  # fmt: skip
 PACKAGES = {"report"}  # demo/ is data, and how it was made
