@@ -254,7 +254,7 @@ def page(studio: Studio) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 names, inputs, safe = settings(studio)
-                cancel = gr.Button("Cancel", variant="stop")
+                cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
             with gr.Column(scale=3, min_width=300), gr.Tabs():
                 drawn = draw_tab(studio, names, [*inputs, safe])
                 redone = restyle_tab(studio, names, [*inputs, safe])

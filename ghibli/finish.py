@@ -16,10 +16,11 @@ from ghibli.callbacks import Doctor, SampleGrid, describe
 from ghibli.checkpoints import StopRequested, requeue
 from ghibli.kohya import metadata_of, write_kohya
 from ghibli.mistakes import UserMistake
+from ghibli.model_card import model_card
 from ghibli.module import GhibliModule
 from ghibli.progress import console
 from ghibli.records import Records
-from ghibli.run_dir import RunDir, is_whole, now
+from ghibli.run_dir import RunDir, is_whole, now, write_text
 from ghibli.schema import Config
 from ghibli.validation import Gain
 
@@ -64,6 +65,9 @@ def finish(
         gain=gain.value, gain_se=gain.standard_error, best_epoch=best_epoch, objective=gain.value,
     )  # fmt: skip
     run.update_status(seal=trial.seal(run.read_status()))
+    if config.finetune == "lora":
+        files = [f"`{file.name}`" for file in sorted(run.adapter.glob("*.safetensors"))]
+        write_text(run.adapter / "README.md", model_card(run, config, run.path.name, files))
     if logger is not None:
         logger.experiment.summary.update({"best/val_gain": gain.value, "best/epoch": best_epoch})
         lines.append(dashboard.how_to_look(run, logger))

@@ -1,4 +1,4 @@
-"""README.md of an exported run: what it is, how it was made, how good it is, what one may do with it."""
+"""README.md beside an adapter: what it is, how it was made, how good it is, what one may do with it."""
 
 import json
 
@@ -73,7 +73,7 @@ def usage(config: Config, words: str) -> str:
     pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")
     pipeline("a house by a lake, {words}", guidance_scale={usual_guidance(config.loss.guidance):g})
 
-ComfyUI: the `_kohya` file into `models/loras`. A1111, Forge: into `models/Lora`, then `<lora:NAME:1>`."""
+ComfyUI: the kohya file into `models/loras`. A1111, Forge: into `models/Lora`, then `<lora:NAME:1>`."""
 
 
 def gain(status: dict[str, object]) -> str:

@@ -28,7 +28,7 @@ CODE = (  # train.py and all it imports; tests/test_trial.py compares with the i
     "lora", "adapter_files", "kohya", "diffusion", "optimizers",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
     "features", "metrics", "yardstick", "bench", "distance_curve",
-    "trainer", "finish", "data_lint", "footprint", "preflight",
+    "trainer", "model_card", "finish", "data_lint", "footprint", "preflight",
 )  # fmt: skip
 FREE = (  # change no result
     "resume", "cache_dir", "local", "wandb", "checkpoint", "evaluate", "model.clip", "data.workers",

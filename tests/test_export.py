@@ -102,6 +102,7 @@ def test_a_file_that_does_not_do_the_same_is_refused(tmp_path: Path) -> None:
 def test_the_card_says_how_good_and_whose(exported: tuple[Path, list], run: RunDir) -> None:
     card = (exported[0] / "README.md").read_text()
     status = run.read_status()
+    assert "`kohya.safetensors`" in (run.adapter / "README.md").read_text()
     assert f"{100 * status['gain']:.1f} % +- {100 * status['gain_se']:.1f} %" in card
     for words in ("Studio Ghibli's", "OpenRAIL-M", "rank 4, alpha 6", status["data_hash"][:12], "kohya"):
         assert words in card

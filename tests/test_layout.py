@@ -15,10 +15,10 @@ ORDER = [
     "lora", "adapter_files", "kohya", "diffusion", "optimizers",
     "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
     "features", "metrics", "yardstick", "bench", "distance_curve",
-    "trainer", "finish", "trained", "evaluation",
+    "trainer", "model_card", "finish", "trained", "evaluation",
     "data_lint", "footprint", "preflight", "contact_sheet", "downloads", "prepare", "blip",
     "compare", "study", "ranking",
-    "slides_table", "model_card", "export", "wardrobe", "generate", "restyle", "safety", "app", "push",
+    "slides_table", "export", "wardrobe", "generate", "restyle", "safety", "app", "push",
     "report", "grids", "search", "cli_use", "cli", "__main__",
 ]  # fmt: skip
 PACKAGES = {"report"}  # demo/ is data, and how it was made

@@ -1,21 +1,18 @@
 """The page of `ghibli report` as a file: it needs nothing else, escapes all, and a browser shows it well."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import new_browser
 from PIL import Image
 from report_material import EVIL, evaluation_of, make_run, page_of
 
 from ghibli import report
 from ghibli.report import words
 from ghibli.report.svg import Axis, tag
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
@@ -68,16 +65,7 @@ def test_ticks_are_round(axis: Axis, ticks: list[float]) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    """A headless Chromium; skipped where selenium or the browser is not at hand."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("no chromium with its chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    driver = new_browser()
     yield driver
     driver.quit()
 
