@@ -19,8 +19,9 @@ from ghibli.config import changed, from_yaml, hydra_entry, this_run, trial_numbe
 from ghibli.grids import studies
 from ghibli.mistakes import UserMistake, disk_trouble, one_line_mistakes
 from ghibli.progress import console
-from ghibli.run_dir import RunDir, write_text
+from ghibli.run_dir import RunDir
 from ghibli.schema import Config, EvaluateConfig
+from ghibli.whole_files import write_text
 
 seconds: list[float] = []  # that each trial took in this process
 failures: list[Path] = []  # trials that failed in this process; a launcher's others leave a note only

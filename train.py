@@ -11,8 +11,10 @@ from ghibli import devices, trial
 from ghibli.config import from_yaml, hydra_entry, job_config, this_run, to_yaml
 from ghibli.mistakes import UserMistake, stop_at_once
 from ghibli.progress import console
-from ghibli.run_dir import RunDir, check_unchanged, is_first, now, provenance, step_of, write_text
+from ghibli.provenance import now, provenance
+from ghibli.run_dir import RunDir, check_unchanged, is_first, step_of
 from ghibli.schema import Config
+from ghibli.whole_files import write_text
 
 SCRIPT = Path(__file__).resolve()  # what further processes of a run start
 TOO_SHORT = (

@@ -26,9 +26,10 @@ from ghibli.metrics import kernel_distance
 from ghibli.module import GhibliModule
 from ghibli.progress import counted
 from ghibli.records import read_rows
-from ghibli.run_dir import RunDir, write_json
+from ghibli.run_dir import RunDir
 from ghibli.sampling import Cell, sample, to_image
 from ghibli.validation import make_items, paired_gain
+from ghibli.whole_files import write_json
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "loss-anomaly"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ghibli.captions import CaptionedPicture
-from ghibli.run_dir import write_json
+from ghibli.whole_files import write_json
 
 
 def cached_scores(

@@ -12,7 +12,7 @@ from ghibli.base_model import check_whole, first_line, hub_answers, place_of, qu
 from ghibli.captions import LAYOUTS, Unusable, check_picture, list_pictures, read_beside, read_picture
 from ghibli.mistakes import UserMistake, require_folder
 from ghibli.places import PICKLES, convert
-from ghibli.run_dir import write_atomically
+from ghibli.whole_files import write_atomically
 
 FILES = ["*.json", "*.txt", "*.safetensors"]
 HOW = {

@@ -14,12 +14,14 @@ from ghibli.checkpoints import between_steps
 from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule, device_name
 from ghibli.progress import console, counted, make_bar
+from ghibli.provenance import now
 from ghibli.records import Records
-from ghibli.run_dir import RunDir, now, write_atomically
+from ghibli.run_dir import RunDir
 from ghibli.sampling import cells_of, compose_grid, draw_cells
 from ghibli.schema import Config
 from ghibli.tensor_cache import cached
 from ghibli.validation import Diverged
+from ghibli.whole_files import write_atomically
 
 
 class SampleGrid(Callback):

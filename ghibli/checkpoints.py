@@ -15,7 +15,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ghibli.module import GhibliModule
 from ghibli.progress import console
-from ghibli.run_dir import RunDir, is_first, write_sealed
+from ghibli.run_dir import RunDir, is_first
+from ghibli.whole_files import write_sealed
 
 
 class StopRequested(BaseException):

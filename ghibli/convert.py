@@ -9,7 +9,7 @@ from safetensors.torch import save
 from ghibli.base_model import first_line
 from ghibli.mistakes import UserMistake
 from ghibli.places import PICKLES
-from ghibli.run_dir import write_atomically
+from ghibli.whole_files import write_atomically
 
 RENAMED = {"pytorch_model": "model"}  # transformers' names of the same weights, pickled and not
 

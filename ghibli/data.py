@@ -28,10 +28,11 @@ from ghibli.randomness import (
     normal,
     timestep,
 )
-from ghibli.run_dir import RunDir, check_unchanged, write_json
+from ghibli.run_dir import RunDir, check_unchanged
 from ghibli.schema import Config, DrawConfig
 from ghibli.tensor_cache import cached_rows
 from ghibli.validation import make_items
+from ghibli.whole_files import write_json
 
 
 @dataclass(frozen=True)

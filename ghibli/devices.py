@@ -21,7 +21,9 @@ from typing import Any
 
 from ghibli.mistakes import UserMistake, disk_trouble
 from ghibli.progress import console
-from ghibli.run_dir import RunDir, now, write_text
+from ghibli.provenance import now
+from ghibli.run_dir import RunDir
+from ghibli.whole_files import write_text
 
 JOINS = "GHIBLI_JOINS"  # in a process that train.py started: the first one's id, a space, the run folder
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")  # what Lightning reads

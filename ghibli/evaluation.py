@@ -14,11 +14,12 @@ from ghibli.captions import CaptionedPicture, open_picture
 from ghibli.latents import preprocess
 from ghibli.metrics import mean_of, precision_recall
 from ghibli.mistakes import UserMistake
-from ghibli.run_dir import RunDir, write_atomically, write_json
+from ghibli.run_dir import RunDir
 from ghibli.sampling import Cell, cells_of, compose_grid
 from ghibli.schema import Config
 from ghibli.trained import starting_base, trained_base
 from ghibli.validation import Estimate
+from ghibli.whole_files import write_atomically, write_json
 from ghibli.yardstick import Reference, Yardstick
 
 SHOWN = 6  # samples beside their nearest training picture

@@ -15,9 +15,10 @@ from ghibli.lora import ADAPTER_FILE
 from ghibli.mistakes import UserMistake
 from ghibli.model_card import model_card
 from ghibli.module import GhibliModule
-from ghibli.run_dir import RunDir, write_atomically, write_text
+from ghibli.run_dir import RunDir
 from ghibli.schema import Config
 from ghibli.trained import trained_base
+from ghibli.whole_files import write_atomically, write_text
 
 SAME = 1e-4  # of the largest predicted noise: a file that differs more from the live model is refused
 PICTURES = ("samples/adapter.png", "samples/fine-tuned.png", "evaluation.png")

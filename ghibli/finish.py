@@ -19,10 +19,12 @@ from ghibli.mistakes import UserMistake
 from ghibli.model_card import model_card
 from ghibli.module import GhibliModule
 from ghibli.progress import console
+from ghibli.provenance import now
 from ghibli.records import Records
-from ghibli.run_dir import RunDir, is_whole, now, write_text
+from ghibli.run_dir import RunDir
 from ghibli.schema import Config
 from ghibli.validation import Gain
+from ghibli.whole_files import is_whole, write_text
 
 
 def finish(

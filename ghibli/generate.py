@@ -13,9 +13,9 @@ from PIL.PngImagePlugin import PngInfo
 from ghibli.base_model import BaseModel
 from ghibli.mistakes import UserMistake
 from ghibli.progress import counted
-from ghibli.run_dir import write_atomically
 from ghibli.sampling import SAMPLERS, Cell, compose_grid, sample, to_image
 from ghibli.wardrobe import Dressed
+from ghibli.whole_files import write_atomically
 
 LARGEST = 2048  # px, the longer side
 Count = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # as progress.counted

@@ -12,8 +12,8 @@ from safetensors.torch import save
 from ghibli.adapter_files import Adapter, is_dora, kohya_name
 from ghibli.lora import with_sorted_metadata
 from ghibli.mistakes import UserMistake
-from ghibli.run_dir import write_atomically
 from ghibli.schema import Config
+from ghibli.whole_files import write_atomically
 
 
 def to_kohya(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -19,8 +19,8 @@ from ghibli import base_model
 from ghibli.base_model import BaseModel, check_whole, first_line, quiet
 from ghibli.mistakes import UserMistake
 from ghibli.randomness import Stream, seed_global_rng
-from ghibli.run_dir import write_atomically
 from ghibli.schema import ModelConfig
+from ghibli.whole_files import write_atomically
 
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"

@@ -20,7 +20,7 @@ from ghibli.finish import shown
 from ghibli.mistakes import UserMistake
 from ghibli.places import check_base
 from ghibli.progress import console, counted
-from ghibli.run_dir import write_atomically, write_json, write_text
+from ghibli.whole_files import write_atomically, write_json, write_text
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SHOWN = 8  # pictures on the contact sheet

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
 from ghibli.progress import whole
-from ghibli.run_dir import write_atomically, write_text
 from ghibli.study import Trial, effects, levels, varied
 from ghibli.trial import shown
+from ghibli.whole_files import write_atomically, write_text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

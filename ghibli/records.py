@@ -15,8 +15,9 @@ from lightning.pytorch.loggers import WandbLogger
 from ghibli import dashboard
 from ghibli.checkpoints import between_steps
 from ghibli.module import GhibliModule
-from ghibli.run_dir import RunDir, write_text
+from ghibli.run_dir import RunDir
 from ghibli.validation import Gain, Probe
+from ghibli.whole_files import write_text
 
 METRICS = ("step", "epoch", "train/loss", "train/loss_normalised", "lr", "time/images_per_second")
 

@@ -13,7 +13,8 @@ from ghibli import lora
 from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule, device_name
 from ghibli.progress import console
-from ghibli.run_dir import RunDir, processor_name
+from ghibli.provenance import processor_name
+from ghibli.run_dir import RunDir
 
 HASHES = {"base_hash": "the base", "data_hash": "the picture set"}  # noted in status.json, too
 PICTURES = 2  # held-out pictures that are scored again

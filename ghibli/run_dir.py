@@ -1,123 +1,25 @@
-"""The files of a run folder: their names, their states, and writing them whole or not at all."""
+"""The files of a run folder: their names, and what state it is in."""
 
 import fcntl
 import hashlib
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ghibli.mistakes import UserMistake
+from ghibli.provenance import now
+from ghibli.whole_files import checksum_of, is_whole, write_atomically, write_json
 
 OUTPUTS = Path("outputs")
 RANKS = ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")  # what launchers set
-SEAL = b"sha256:"  # the digest follows
-LIBRARIES = (
-    "torch", "torchvision", "lightning", "diffusers", "transformers", "peft", "accelerate", "safetensors",
-    "numpy", "pillow", "hydra-core", "wandb",
-)  # fmt: skip
 
 PLACE = (  # the entries of status.json that name code and machine; each start of a run notes them
     "code", "git_commit", "git_dirty", "versions",
     "machine", "processor", "threads", "device", "devices", "precision",
 )  # fmt: skip
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Lets `write` fill a temporary file, flushes it to disk and renames it to `path`.
-
-    A reader sees the old file or the new one, never a part. Nothing is left on failure.
-
-    Raises:
-        OSError: the disk is full, read-only and so on; it names `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unique = f"{os.getpid()}-{os.urandom(4).hex()}"  # a cache may be shared by machines with equal numbers
-    temporary = path.with_name(f".{path.name}.{unique}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):  # a read-only disk says so even where there is no such file
-            temporary.unlink()
-        trouble = error if isinstance(error, OSError) else error.__context__
-        if isinstance(trouble, OSError):  # torch.save hides it behind an error of its own
-            trouble.filename = str(path)
-            raise trouble from None
-        raise
-
-
-class _Hashing:
-    """A file that keeps the sha256 of what is written to it."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, content: bytes) -> int:
-        self.sha256.update(content)
-        return self.file.write(content)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def write_sealed(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Like write_atomically, with the sha256 of all that `write` wrote in the last bytes of the file."""
-
-    def sealed(file: BinaryIO) -> None:
-        hashing = _Hashing(file)
-        write(hashing)
-        file.write(SEAL + hashing.sha256.digest())
-
-    write_atomically(path, sealed)
-
-
-def is_whole(path: Path) -> bool:
-    """True for a file of write_sealed in which no byte has changed since."""
-    length = len(SEAL) + 32
-    try:
-        with open(path, "rb") as file:
-            left = file.seek(0, os.SEEK_END) - length
-            file.seek(0)
-            found = hashlib.sha256()
-            while left > 0:
-                part = file.read(min(left, 2**20))
-                found.update(part)
-                left -= len(part) or left
-            return file.read() == SEAL + found.digest()
-    except OSError:
-        return False
-
-
-def checksum_of(path: Path) -> str | None:
-    """The sha256 with which a file of write_sealed ends, hex; None for any other. The rest is not read."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - len(SEAL) - 32, 0))
-            end = file.read()
-    except OSError:
-        return None
-    return end.removeprefix(SEAL).hex() if end.startswith(SEAL) else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON atomically."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -335,11 +237,6 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def now() -> str:
-    """The time as an ISO 8601 string in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def all_runs(root: Path = OUTPUTS) -> list[RunDir]:
     """Every run folder below `root`, oldest first by the time its status says it started."""
     runs = [RunDir(path.parent) for path in root.glob("**/status.json")]
@@ -377,27 +274,6 @@ def has_checkpoint(run: RunDir) -> bool:
     return run.last_checkpoint.exists() or run.previous_checkpoint.exists()
 
 
-def provenance() -> dict[str, Any]:
-    """Git commit and whether the tree was changed, library versions, machine."""
-    return {
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-        "processor": processor_name(),
-    }
-
-
-def processor_name() -> str:
-    """The processor's model; rounding may depend on it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _is_alive(process: int | None) -> bool:
     try:
         os.kill(process, 0)
@@ -406,15 +282,6 @@ def _is_alive(process: int | None) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _git(*words: str) -> str | None:
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def check_unchanged(run: RunDir, key: str, value: str, what: str) -> None:

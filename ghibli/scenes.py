@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ghibli import scene_painting as places
-from ghibli.run_dir import write_atomically, write_text
 from ghibli.scene_canvas import LOOKS, Canvas
 from ghibli.scene_subjects import COLOURS, PAINTERS, shadow
+from ghibli.whole_files import write_atomically, write_text
 
 # Which scene seeds belong to what; disjoint, so that nothing is learned from a test scene.
 PRETRAIN_SEEDS = range(0, 1_000_000)

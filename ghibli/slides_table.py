@@ -17,12 +17,12 @@ from ghibli.features import called
 from ghibli.mistakes import UserMistake
 from ghibli.progress import console, counted, whole
 from ghibli.records import read_rows
-from ghibli.run_dir import is_whole, write_atomically, write_text
 from ghibli.sampling import GUIDED_SCALE, Cell, cells_of, compose_grid, draw_cells
 from ghibli.schema import Config
 from ghibli.study import Trial, varied
 from ghibli.trained import config_of, starting_base, trained_base
 from ghibli.trial import shown as value
+from ghibli.whole_files import is_whole, write_atomically, write_text
 from ghibli.yardstick import Reference
 
 NAMES = {"none": "untouched base", "full": "all weights"}

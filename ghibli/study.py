@@ -12,9 +12,10 @@ import scipy.stats
 import torch
 import yaml
 
-from ghibli.run_dir import RunDir, is_whole
+from ghibli.run_dir import RunDir
 from ghibli.trial import flat, shown, that_count
 from ghibli.validation import Gain, Probe, best_epoch, paired_gain
+from ghibli.whole_files import is_whole
 
 REPEAT = "+seed="  # in the folder of a trial that was repeated with another seed
 

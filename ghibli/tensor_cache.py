@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ghibli.run_dir import is_whole, processor_name, write_sealed
+from ghibli.provenance import processor_name
+from ghibli.whole_files import is_whole, write_sealed
 
 SHARD = 512  # rows in a file of cached_rows
 

@@ -20,7 +20,8 @@ from ghibli.run_dir import RunDir, is_first, step_of
 from ghibli.schema import CONFIG_VERSION, Config
 
 CODE = (  # train.py and all it imports; tests/test_trial.py compares with the imports
-    "mistakes", "progress", "parallel", "run_dir", "tensor_cache", "devices", "schema", "trial", "places",
+    "mistakes", "progress", "parallel", "whole_files", "provenance", "run_dir",
+    "tensor_cache", "devices", "schema", "trial", "places",
     "config_mistakes", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "near_duplicates", "caption_tables", "captions", "buckets", "base_model", "latents", "compute",

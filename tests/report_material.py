@@ -11,8 +11,9 @@ from PIL import Image
 
 from ghibli import report, study
 from ghibli.records import METRICS, probe_values, write_rows
-from ghibli.run_dir import RunDir, write_sealed
+from ghibli.run_dir import RunDir
 from ghibli.validation import Probe
+from ghibli.whole_files import write_sealed
 
 EVIL = "<script>alert(1)</script>\"' onload=alert(2) {{ 7 * 7 }} &amp;"
 BREAK = "\u200b"  # where a word may be broken

@@ -22,8 +22,9 @@ from ghibli import cli, config
 from ghibli.checkpoints import WholeCheckpoints
 from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule
-from ghibli.run_dir import RunDir, find_run, is_whole, write_atomically
+from ghibli.run_dir import RunDir, find_run
 from ghibli.schema import Config
+from ghibli.whole_files import is_whole, write_atomically
 
 QUICK = ("data.draw=null", "sample.every_n_epochs=0")
 Said = tuple[int, str, str]  # exit code, stdout, stderr

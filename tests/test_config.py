@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 
 import train
 from ghibli import config, config_mistakes, resume_check, trial
-from ghibli.run_dir import RunDir, write_sealed
+from ghibli.run_dir import RunDir
 from ghibli.schema import Command, Config
+from ghibli.whole_files import write_sealed
 
 CONF = REPO / "conf"
 DEMO = ("model=demo", "data=demo")

@@ -15,10 +15,11 @@ from ghibli import bench, cli, dashboard, evaluation, scenes
 from ghibli.base_model import BaseModel, weights_hash
 from ghibli.config import changed
 from ghibli.mistakes import UserMistake
-from ghibli.run_dir import RunDir, checksum_of, write_sealed
+from ghibli.run_dir import RunDir
 from ghibli.sampling import Cell, sample
 from ghibli.schema import Config
 from ghibli.trained import config_of, starting_base, trained_base
+from ghibli.whole_files import checksum_of, write_sealed
 from ghibli.yardstick import Reference, Yardstick
 
 QUICK = (

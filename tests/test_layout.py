@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ghibli"
 ORDER = [
-    "mistakes", "progress", "parallel", "run_dir", "tensor_cache", "devices", "schema", "trial", "places",
+    "mistakes", "progress", "parallel", "whole_files", "provenance", "run_dir",
+    "tensor_cache", "devices", "schema", "trial", "places",
     "config_mistakes", "config", "randomness",
     "scene_canvas", "scene_subjects", "scene_painting", "scenes",
     "near_duplicates", "caption_tables", "captions", "buckets", "base_model", "convert", "latents",

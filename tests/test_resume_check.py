@@ -24,8 +24,9 @@ from ghibli import finish
 from ghibli.mistakes import UserMistake
 from ghibli.module import GhibliModule, lr_factor
 from ghibli.resume_check import ResumeCheck
-from ghibli.run_dir import RunDir, check_unchanged, step_of, write_sealed
+from ghibli.run_dir import RunDir, check_unchanged, step_of
 from ghibli.schema import LATER_KEYS, Config
+from ghibli.whole_files import write_sealed
 
 QUICK = ("data.draw=null", "sample.every_n_epochs=0", "lora.rank=4")
 

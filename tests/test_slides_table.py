@@ -14,8 +14,9 @@ import sweep
 from ghibli import slides_table
 from ghibli.metrics import kernel_difference
 from ghibli.mistakes import UserMistake
-from ghibli.run_dir import RunDir, write_sealed
+from ghibli.run_dir import RunDir
 from ghibli.study import Trial
+from ghibli.whole_files import write_sealed
 
 BASE = [
     {"sampler": "ddpm", "guidance": 1.0, "kernel": [8.0, 1.0]},

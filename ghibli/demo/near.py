@@ -15,7 +15,7 @@ from ghibli import scenes
 from ghibli.demo.architecture import FOLDER
 from ghibli.lora import ADAPTER_FILE, with_sorted_metadata
 from ghibli.progress import counted
-from ghibli.run_dir import write_atomically
+from ghibli.whole_files import write_atomically
 
 FIRST, COUNT = 500_000, 1500  # seeds of scenes that the UNet has not seen in any look
 SETTINGS = (

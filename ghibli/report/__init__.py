@@ -8,7 +8,8 @@ from ghibli.mistakes import UserMistake
 from ghibli.report.content import page_of_many, page_of_one
 from ghibli.report.reading import Part, read_part
 from ghibli.report.words import prose, typeset
-from ghibli.run_dir import RunDir, write_text
+from ghibli.run_dir import RunDir
+from ghibli.whole_files import write_text
 
 NAME = "report.html"
 

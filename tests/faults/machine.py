@@ -207,8 +207,8 @@ class Backwards(datetime.datetime):
     @classmethod
     def now(cls, tz=None):
         return datetime.datetime.fromtimestamp(time.time(), tz)
-import ghibli.config, ghibli.run_dir
-ghibli.config.datetime = ghibli.run_dir.datetime = Backwards
+import ghibli.config, ghibli.provenance
+ghibli.config.datetime = ghibli.provenance.datetime = Backwards
 sys.argv = sys.argv[1:]
 import train
 ghibli.config.hydra_entry(pathlib.Path({str(REPO / "conf")!r}), "train", train.main)
@@ -246,7 +246,7 @@ hydra_entry(Path({str(REPO / "conf")!r}), "train", train.main)
 
 def whole_checkpoint(run: Path) -> None:
     """The files from before the fault are there and whole, and no part of one lies about."""
-    from ghibli.run_dir import is_whole
+    from ghibli.whole_files import is_whole
 
     require(is_whole(run / "checkpoints" / "last.ckpt"), "last.ckpt is damaged")
     require(not list(run.rglob(".*.tmp")), "a part of a file was left")
