@@ -106,16 +106,16 @@ class Bench:
         size = self.config.model.resolution, self.config.data.square_resize
         step = self.config.evaluate.batch_size
 
-        def chunks() -> Iterable[tuple[torch.Tensor, list[str]]]:
+        def parts() -> Iterable[Measurements]:
             with counted(label) as on_progress:
                 for start in range(0, len(pictures), step):
                     part = pictures[start : start + step]
                     values = [preprocess(open_picture(p.path), *size) / 2 + 0.5 for p in part]
-                    yield torch.stack(values), [p.caption for p in part]
+                    yield self._measured(torch.stack(values), [p.caption for p in part])
                     on_progress(start + len(part), len(pictures))
 
         key = {"pictures": [(p.content_hash, p.caption) for p in pictures], "resize": size[1]}
-        return self._cached(label, key, lambda: self._measure(chunks()))
+        return self._cached(label, key, lambda: joined(parts()))
 
     def thumbnails(self, label: str, pictures: list[CaptionedPicture]) -> torch.Tensor:
         """Thumbnails (N, 768) of picture files, which need no network."""
@@ -153,19 +153,17 @@ class Bench:
             for index, job in enumerate(jobs):
                 done = [sum(work[:index])]
 
-                def chunks(
-                    job: Job = job, done: list[int] = done
-                ) -> Iterable[tuple[torch.Tensor, list[str]]]:
+                def measure(job: Job = job, done: list[int] = done) -> Measurements:
                     def on_step() -> None:
                         done[0] += 1 if job.cell.guidance == 1 else 2
                         on_progress(done[0], sum(work))
 
-                    return self._sampled(job, on_step)
+                    return joined(self._sampled(job, on_step))
 
                 key = {"weights": hashes[id(job.base)], "cell": asdict(job.cell), "steps": steps}
                 key["prompts"] = self._prompts(job.count)
                 key["seed"] = self.config.sample.seed
-                results[job.name] = self._cached(job.name, key, lambda chunks=chunks: self._measure(chunks()))
+                results[job.name] = self._cached(job.name, key, measure)
                 on_progress(sum(work[: index + 1]), sum(work))
         return results
 
@@ -179,7 +177,7 @@ class Bench:
                 done[0] += 1 if cell.guidance == 1 else 2
                 on_progress(done[0], passes)
 
-            return self._measure(self._sampled(job, on_step))
+            return joined(self._sampled(job, on_step))
 
     def draw(self, base: BaseModel, cell: Cell, places: list[int]) -> torch.Tensor:
         """Single samples of a cell again, (len(places), 3, H, W); but for rounding as they were measured."""
@@ -198,10 +196,10 @@ class Bench:
     def _prompts(self, count: int) -> list[str]:
         return [self.captions[i % len(self.captions)] for i in range(count)]
 
-    def _sampled(self, job: Job, on_step: Callable[[], None]) -> Iterable[tuple[torch.Tensor, list[str]]]:
+    def _sampled(self, job: Job, on_step: Callable[[], None]) -> Iterable[Measurements]:
         prompts, step = self._prompts(job.count), self.config.evaluate.batch_size
 
-        def drawn(start: int) -> tuple[torch.Tensor, list[str]]:
+        def measured(start: int) -> Measurements:
             part = prompts[start : start + step]
             pictures = sample(
                 job.base, part, job.cell,
@@ -209,26 +207,32 @@ class Bench:
                 num_inference_steps=self.config.sample.num_inference_steps,
                 resolution=self.config.model.resolution, on_step=on_step,
             )  # fmt: skip
-            return pictures, part
+            return self._measured(pictures, part)
 
-        batches = [partial(drawn, start) for start in range(0, job.count, step)]
+        batches = [partial(measured, start) for start in range(0, job.count, step)]
         yield from two_at_a_time(batches, next(job.base.unet.parameters()).device)
 
-    def _measure(self, chunks: Iterable[tuple[torch.Tensor, list[str]]]) -> Measurements:
-        parts: dict[str, list[torch.Tensor]] = {}
-        for pictures, captions in chunks:
-            measured = self.yardstick.measure(pictures, captions)
-            measured["thumbnails"] = thumbnails_of(pictures)
-            measured["kept"] = (pictures * 255).round().to(torch.uint8)
-            for name, values in measured.items():
-                parts.setdefault(name, []).append(values)
-            parts["kept"] = [torch.cat(parts["kept"])[:KEPT]]
-        return {name: torch.cat(values) for name, values in parts.items()}
+    def _measured(self, pictures: torch.Tensor, captions: list[str]) -> Measurements:
+        """A row for each picture."""
+        return self.yardstick.measure(pictures, captions) | {
+            "thumbnails": thumbnails_of(pictures),
+            "kept": (pictures * 255).round().to(torch.uint8),
+        }
 
     def _cached(self, what: Any, key: dict[str, Any], make: Callable[[], Measurements]) -> Measurements:
         """The measurements under this key, made and kept when they are not there or damaged."""
         self.files[what] = file_of(self.folder, self.common | key).name
         return cached(self.folder, self.common | key, make)
+
+
+def joined(parts: Iterable[Measurements]) -> Measurements:
+    """The rows of all parts in their order, the first KEPT pictures."""
+    rows: dict[str, list[torch.Tensor]] = {}
+    for part in parts:
+        for name, values in part.items():
+            rows.setdefault(name, []).append(values)
+        rows["kept"] = [torch.cat(rows["kept"])[:KEPT]]
+    return {name: torch.cat(values) for name, values in rows.items()}
 
 
 def thumbnails_of(pictures: torch.Tensor) -> torch.Tensor:
