@@ -69,11 +69,11 @@ class Studio:
     def runs(self) -> dict[str, RunDir]:
         """What may be chosen: finished runs that trained something, by path, the newest first."""
         found = (run for run in reversed(all_runs()) if run.state == "finished")
-        return {str(run.path): run for run in found if run.read_status().get("gain") is not None}
+        return {str(run.path): run for run in found if run.adapter.is_dir() or run.unet.is_dir()}
 
     def choices(self) -> list[tuple[str, str]]:
         """(what the page shows, path) of the runs."""
-        gains = {name: run.read_status()["gain"] for name, run in self.runs().items()}
+        gains = {name: run.read_status().get("gain", 0.0) for name, run in self.runs().items()}
         return [(f"{name}, {100 * gain:.1f} % better than the base", name) for name, gain in gains.items()]
 
     def dressed(self, names: list[str]) -> Dressed:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from ghibli.base_model import BaseModel
 from ghibli.features import called
+from ghibli.lora import ADAPTER_FILE
 from ghibli.mistakes import UserMistake
 from ghibli.progress import console, counted, whole
 from ghibli.records import read_rows
@@ -244,7 +245,7 @@ def cost_rows(trials: list[Trial]) -> list[tuple[str, tuple[str, ...]]]:
 
 def cost(trial: Trial) -> tuple[str, ...]:
     """One model's costs as text; `-` where the folder does not tell."""
-    files = [*trial.run.adapter.glob("*.safetensors"), *trial.run.unet.glob("*.safetensors")]
+    files = [*trial.run.adapter.glob(ADAPTER_FILE), *trial.run.unet.glob("*.safetensors")]
     parameters = sum(parameters_in(file) for file in files)
     size = sum(file.stat().st_size for file in files)
     seconds, memory = seconds_per_epoch(trial), trial.status.get("peak_memory")

@@ -20,6 +20,7 @@ from ghibli.cli import app
 from ghibli.generate import Request, draw, write_pictures
 from ghibli.mistakes import UserMistake
 from ghibli.run_dir import RunDir
+from ghibli.sampling import to_image
 from ghibli.wardrobe import Dressed, dress
 
 REQUEST = Request(["a red train", "a lake", "a blue house"], "ddpm", 3.0, 2, 7, (64, 64), "fog", batch=3)
@@ -162,11 +163,11 @@ def test_sheets_leave_the_adapter_as_it_was(dressed: Dressed) -> None:
 
 
 def shows(page: np.ndarray, picture: torch.Tensor) -> bool:
-    """Whether a sheet shows the picture somewhere, each pixel doubled."""
-    tile = np.kron((picture.permute(1, 2, 0).numpy() * 255).round(), np.ones((2, 2, 1)))
-    height, width = tile.shape[:2]
-    corners = np.argwhere((np.abs(page[: 1 - height, : 1 - width] - tile[0, 0]) <= 1).all(-1))
-    return any(np.abs(page[y : y + height, x : x + width] - tile).max() <= 1 for y, x in corners)
+    """Whether a sheet shows the picture somewhere, twice as large."""
+    height, width = (2 * side for side in picture.shape[1:])
+    tile = np.asarray(to_image(picture).resize((width, height), Image.Resampling.LANCZOS), int)
+    corners = np.argwhere((page[: 1 - height, : 1 - width] == tile[0, 0]).all(-1))
+    return any((page[y : y + height, x : x + width] == tile).all() for y, x in corners)
 
 
 def test_no_memory_is_one_line(dressed: Dressed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +216,7 @@ def make_run(make_config: Callable, tmp_path: Path) -> Callable[..., str]:
         run = RunDir(tmp_path / name)
         run.path.mkdir()
         OmegaConf.save(OmegaConf.structured(make_config(*words)), run.config)
-        run.write_status(state="finished")
+        run.update_status(state="finished")
         return str(run.path)
 
     return make

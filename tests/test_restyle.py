@@ -10,10 +10,9 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from ghibli import restyle
+from ghibli import restyle, scenes
 from ghibli.base_model import DEMO
 from ghibli.cli import app
-from ghibli.demo import scenes
 from ghibli.mistakes import UserMistake
 from ghibli.restyle import How, Photo, photos_of, restyle_all, size_like
 from ghibli.wardrobe import Dressed, dress
