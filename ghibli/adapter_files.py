@@ -147,7 +147,12 @@ def read_adapter(path: str | Path, base: BaseModel, what: str) -> Adapter:
     if any(key.startswith(SDXL) for key in state):
         raise UserMistake(f"{what} {path} is an adapter of SDXL, and the base is Stable Diffusion 1 or 2")
     layout = "kohya" if any(key.startswith(tuple(KOHYA.values())) for key in state) else "diffusers"
-    found = from_kohya(state, base) if layout == "kohya" else from_diffusers(state, metadata)
+    try:
+        found = from_kohya(state, base) if layout == "kohya" else from_diffusers(state, metadata)
+    except UserMistake:
+        raise
+    except (ValueError, KeyError, AttributeError) as error:  # of diffusers' conversion, of damaged notes
+        raise UserMistake(f"{what} {path} cannot be read as a LoRA: {first_line(error)}") from error
     known = named_layers(base)
     strange = [name for name in found if name not in known] or [key for key in state if not found]
     if strange:

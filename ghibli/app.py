@@ -69,7 +69,7 @@ class Studio:
     def runs(self) -> dict[str, RunDir]:
         """What may be chosen: finished runs that trained something, by path, the newest first."""
         found = (run for run in reversed(all_runs()) if run.state == "finished")
-        return {str(run.path): run for run in found if run.adapter.is_dir() or run.unet.is_dir()}
+        return {str(run.path): run for run in found if run.has_weights}
 
     def choices(self) -> list[tuple[str, str]]:
         """(what the page shows, path) of the runs."""
@@ -151,12 +151,12 @@ class Studio:
             dressed = self.dressed(names)
             side = dressed.config.model.resolution
             asked = Request(
-                [prompt], sampler, guidance, int(steps), int(seed), (side, side), negative, scale=scale
+                [prompt], sampler, guidance, int(steps), int(seed or 0), (side, side), negative, scale=scale
             )
             base = draw(dressed, replace(asked, scale=0.0), "base", count)
             trained = draw(dressed, asked, "trained", count) if names else base
             pictures, said = self._safe([to_image(base[0]), to_image(trained[0])], dressed, safe)
-        said += lost_words([prompt], dressed.base)
+            said += lost_words([prompt], dressed.base)
         return [*pictures, done(said, start)]
 
     @told
@@ -180,7 +180,7 @@ class Studio:
         with self.turn(request.session_hash, progress) as count:
             dressed = self.dressed(names)
             how = restyle.How(
-                strength, sampler, guidance, int(steps), int(seed), negative, scale,
+                strength, sampler, guidance, int(steps), int(seed or 0), negative, scale,
                 dressed.config.model.resolution,
             )  # fmt: skip
             words = prompt + dressed.config.data.style

@@ -3,6 +3,7 @@
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -38,11 +39,12 @@ def fetch(data: str, into: Path, on_progress: Progress) -> Path:
     if data == "kaggle":
         return with_pictures(from_kaggle())
     if place.is_dir():
-        return unpacked(with_pictures(place), into / place.name, on_progress)
+        return unpacked(with_pictures(place), into / place.resolve().name, on_progress)
     if place.is_file():
         if place.suffix.lower() == ".parquet":
             return from_parquet([place], into / place.stem, on_progress)
-        return unpacked(with_pictures(from_zip(place, into / place.stem, on_progress)), into, on_progress)
+        folder = with_pictures(from_zip(place, into / place.stem, on_progress))
+        return unpacked(folder, into / f"{place.stem}-pictures", on_progress)
     if data.count("/") == 1 and not data.startswith((".", "/", "~")):
         return unpacked(from_hub(data), into / data.replace("/", "--"), on_progress)
     raise UserMistake(f"--data {data}: no such folder or file, and no hub data set (OWNER/NAME) or kaggle")
@@ -97,7 +99,7 @@ def from_zip(file: Path, target: Path, on_progress: Progress) -> Path:
                 for done, info in enumerate(members, start=1):
                     archive.extract(info, folder)  # the library drops .. and leading slashes
                     on_progress(done, len(members))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise UserMistake(f"--data {file} is no whole zip file: {error}; get it anew") from error
     except RuntimeError as error:  # the library's word for a password
         raise UserMistake(f"--data {file}: {error}; unpack it yourself and give the folder") from error

@@ -1,5 +1,6 @@
 """The end of a run: best weights, adapter file, last grid, status, and the closing lines."""
 
+import math
 import os
 import signal
 import subprocess
@@ -92,7 +93,8 @@ def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[st
     write_kohya(adapter, file, metadata_of(adapter, config, facts, describe(config)))
     again = read_adapter(file, module.base, "adapter").layers
     for name, layer in adapter.layers.items():
-        if again[name].alpha != layer.alpha or not torch.equal(again[name].up, layer.up):
+        same_alpha = math.isclose(again[name].alpha, layer.alpha, rel_tol=1e-3)  # in the file's dtype
+        if not same_alpha or not torch.equal(again[name].up, layer.up):
             raise UserMistake(f"{file} was written wrongly: {name} differs; please report this")
     return file
 

@@ -44,10 +44,17 @@ class Request:
             raise UserMistake("an empty prompt: say what to draw, --prompt TEXT")
         if not 1 <= self.steps <= 1000:
             raise UserMistake(f"--steps {self.steps}: from 1 to 1000")
+        check_seed(self.seed)
         for side in self.size:
             if side % 8 or not 64 <= side <= LARGEST:
                 near = min(max(64, round(side / 8) * 8), LARGEST)
                 raise UserMistake(f"--size {side}: a multiple of 8 from 64 to {LARGEST}, such as {near}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises a UserMistake for a seed that torch does not take."""
+    if not 0 <= seed < 2**32:
+        raise UserMistake(f"--seed {seed}: from 0 to {2**32 - 1}")
 
 
 def size_of(text: str) -> tuple[int, int]:

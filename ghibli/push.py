@@ -1,5 +1,6 @@
 """`ghibli push`: an exported folder to a hub repository, after a look at what would go."""
 
+import glob
 from pathlib import Path
 
 from ghibli.base_model import first_line, hub_answers
@@ -36,7 +37,7 @@ def push(folder: Path, hub_id: str, *, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(hub_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=names)
+        api.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=[glob.escape(n) for n in names])
     except (OSError, ValueError) as error:
         raise UserMistake(f"the hub refused {hub_id}: {first_line(error)[:150]}") from error
     return f"{api.endpoint}/{hub_id}"

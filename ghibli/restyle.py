@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ghibli.base_model import quiet
 from ghibli.captions import PICTURE_ENDINGS, Unusable, list_pictures, read_beside, read_picture
-from ghibli.generate import enough_memory, write_png
+from ghibli.generate import check_seed, enough_memory, write_png
 from ghibli.mistakes import UserMistake
 from ghibli.progress import console, counted
 from ghibli.sampling import SAMPLERS, make_scheduler
@@ -41,6 +41,9 @@ class How:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise UserMistake(f"--sampler {self.sampler} is unknown: choose one of {', '.join(SAMPLERS)}")
+        if not 1 <= self.steps <= 999:  # at 1000 the pipeline would count from a timestep that is none
+            raise UserMistake(f"--steps {self.steps}: from 1 to 999")
+        check_seed(self.seed)
         if int(self.steps * self.strength) < 1:
             raise UserMistake(f"--strength {self.strength:g} of {self.steps} steps is none: raise either")
 

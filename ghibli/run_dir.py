@@ -120,6 +120,11 @@ class RunDir:
         return self.path / "evaluation_nearest.png"
 
     @property
+    def has_weights(self) -> bool:
+        """Whether training left something to draw with: an adapter or a whole UNet."""
+        return self.adapter.is_dir() or self.unet.is_dir()
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

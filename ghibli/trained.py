@@ -13,14 +13,14 @@ from ghibli.schema import Config
 
 
 def finished_run(name: str) -> RunDir:
-    """The run folder called `name`, or the newest finished run for `latest`.
+    """The run folder called `name`; for `latest` the newest finished run that trained something.
 
     Raises:
         UserMistake: there is none.
     """
     if name != "latest":
         return RunDir(Path(name))
-    finished = [run for run in all_runs() if run.state == "finished"]
+    finished = [run for run in all_runs() if run.state == "finished" and run.has_weights]
     if not finished:
         raise UserMistake("latest: no finished run below outputs/ yet: python train.py makes one")
     return finished[-1]

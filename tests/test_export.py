@@ -20,6 +20,7 @@ from ghibli.base_model import DEMO, BaseModel
 from ghibli.cli import app
 from ghibli.export import compare, predict, probe_inputs
 from ghibli.generate import Request, draw
+from ghibli.lora import ADAPTER_FILE
 from ghibli.mistakes import UserMistake
 from ghibli.run_dir import RunDir
 from ghibli.trained import config_of
@@ -120,6 +121,15 @@ def test_the_runs_own_kohya_file(run: RunDir, base: BaseModel) -> None:
     assert "modelspec.date" not in ours.metadata
     for name, layer in theirs.layers.items():
         assert torch.equal(layer.up, ours.layers[name].up) and torch.equal(layer.down, ours.layers[name].down)
+
+
+def test_a_run_ends_well_with_an_alpha_that_no_float_is(make_config: Callable, tmp_path: Path) -> None:
+    """The kohya file has alpha as float32; rslora's is alpha times the root of the rank."""
+    run = RunDir(tmp_path / "run")
+    train.run(
+        make_config("trainer.max_epochs=1", "lora.rank=2", "lora.alpha=0.1", "lora.variant=rslora"), run
+    )
+    assert run.state == "finished" and (run.adapter / "kohya.safetensors").is_file()
 
 
 def sd_scripts_names() -> dict[str, tuple[int, int]]:
@@ -245,6 +255,13 @@ def test_files_that_are_no_adapter_of_this_base(run: RunDir, base: BaseModel, tm
 
 
 # The hub
+
+
+def test_notes_that_are_damaged(run: RunDir, base: BaseModel, tmp_path: Path) -> None:
+    file = tmp_path / "notes.safetensors"
+    save_file(load_file(run.adapter / ADAPTER_FILE), file, {"lora_adapter_metadata": "{"})
+    with pytest.raises(UserMistake, match="cannot be read as a LoRA"):
+        read_adapter(file, base, "import")
 
 
 def test_push_says_what_would_go_and_sends_nothing(exported: tuple[Path, list], run: RunDir) -> None:

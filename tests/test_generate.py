@@ -59,6 +59,8 @@ def dressed(adapter: Path) -> Dressed:
         ({"prompts": ["a train", "  "]}, "an empty prompt: say what to draw"),
         ({"prompts": []}, "an empty prompt"),
         ({"steps": 0}, "--steps 0: from 1 to 1000"),
+        ({"seed": 10**20}, "--seed 100000000000000000000: from 0 to 4294967295"),
+        ({"seed": -1}, "--seed -1: from 0 to 4294967295"),
         ({"steps": 1001}, "--steps 1001: from 1 to 1000"),
         ({"size": (100, 64)}, "--size 100: a multiple of 8 from 64 to 2048, such as 96"),
         ({"size": (64, 4096)}, "--size 4096: a multiple of 8 from 64 to 2048, such as 2048"),
@@ -206,6 +208,13 @@ def test_names_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert wardrobe.weighted("seed:3") == ("seed:3", 1.0)
     with pytest.raises(UserMistake, match="no finished run below outputs/ yet"):
         wardrobe.weighted("latest:0.5")
+    for name, made in (
+        ("a trained one", "adapter"),
+        ("b that only measured", "samples"),
+    ):
+        (tmp_path / "outputs" / name / made).mkdir(parents=True)
+        RunDir(tmp_path / "outputs" / name).update_status(state="finished", started=name[0])
+    assert wardrobe.weighted("latest:0.5") == ("outputs/a trained one", 0.5)
 
 
 @pytest.fixture

@@ -80,6 +80,8 @@ def test_shape_and_area_are_kept(size: tuple[int, int], expected: tuple[int, int
 def test_strength_of_no_step() -> None:
     with pytest.raises(UserMistake, match=r"--strength 0.2 of 4 steps is none: raise either"):
         How(0.2, "ddim", 1.0, 4, 0, "", 1.0, 64)
+    with pytest.raises(UserMistake, match="--steps 1000: from 1 to 999"):
+        How(1.0, "ddim", 1.0, 1000, 0, "", 1.0, 64)
     with pytest.raises(UserMistake, match="--sampler euler is unknown"):
         How(0.5, "euler", 1.0, 4, 0, "", 1.0, 64)
 
@@ -133,15 +135,15 @@ def test_a_photo_is_turned_as_its_exif_says(base_alone: Dressed, tmp_path: Path)
 def test_photos_that_cannot_be_read_are_left_out(
     base_alone: Dressed, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (photos / "text.jpg").write_text("no picture")
-    (photos / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (photos / "images" / "text.jpg").write_text("no picture")
+    (photos / "images" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     found = photos_of([photos], "a scene", ", drawn")
     pairs = restyle_all(base_alone, found, HOW, tmp_path / "out")
     assert len(pairs) == 2 and len(list((tmp_path / "out").iterdir())) == 2
     said = " ".join(capsys.readouterr().out.split())
     assert "text.jpg is left out: it is no picture, whatever its name says" in said
     assert "gone.jpg is left out: " in said
-    with Image.open(tmp_path / "out" / f"{found[0].path.stem}.png") as opened:
+    with Image.open(sorted((tmp_path / "out").iterdir())[0]) as opened:
         note = json.loads(opened.text["ghibli"])
     assert (note["prompt"], note["strength"], note["seed"]) == ("a scene, drawn", 0.5, 1)
     with pytest.raises(UserMistake, match="none of the photos could be read"):
