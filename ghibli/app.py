@@ -30,7 +30,10 @@ KEPT = (600, 3600)  # seconds: how often uploads are looked at, and when one is 
 WIDTH = 1200  # px, of the grids that are shown
 ABOUT = "Each picture starts from the same noise for the base and for what was trained on it."
 PROGRESS = gr.Progress()  # as a default it tells gradio to give the handler one of its own
-STYLE = ".gradio-container {max-width: 1200px !important; margin: auto}"
+STYLE = """
+.gradio-container {max-width: 1200px !important; margin: auto}
+.drawn img {width: 100% !important; height: 100% !important; object-fit: contain !important}
+"""
 
 
 class Stopped(Exception):
@@ -252,10 +255,10 @@ def page(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="Ghibli LoRA Lab", delete_cache=KEPT) as blocks:
         gr.Markdown(f"# Ghibli LoRA Lab\n{ABOUT}")
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=2, min_width=240):
                 names, inputs, safe = settings(studio)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
-            with gr.Column(scale=3, min_width=300), gr.Tabs():
+            with gr.Column(scale=3, min_width=240), gr.Tabs():
                 drawn = draw_tab(studio, names, [*inputs, safe])
                 redone = restyle_tab(studio, names, [*inputs, safe])
                 with gr.Tab("Grids of the runs"):
@@ -324,7 +327,11 @@ def restyle_tab(studio: Studio, names: gr.Dropdown, inputs: list[Any]) -> Any:
 
 
 def picture(label: str, name: str) -> gr.Image:
-    return gr.Image(label=label, format="png", interactive=False, elem_id=name, min_width=160)
+    return gr.Image(
+        label=label, format="png", interactive=False, elem_id=name, min_width=140, height=320,
+        elem_classes="drawn",
+        buttons=["download", "fullscreen"],
+    )  # fmt: skip
 
 
 def serve(words: list[str], host: str, port: int | None) -> tuple[gr.Blocks, str]:

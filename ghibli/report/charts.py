@@ -182,9 +182,9 @@ def scale_ends(low: float, high: float) -> tuple[str, str]:
     return plain(round(100 * low, 1)), plain(round(100 * high, 1))
 
 
-def common_scale(gains: list[Gain]) -> tuple[float, float]:
-    """One scale for all rows of a forest plot; what lies far below is cut."""
+def common_scale(gains: list[Gain], cut: bool = True) -> tuple[float, float]:
+    """One scale for all rows of a forest plot; cut: what lies far below the best is left out."""
     values = [end for gain in gains for end in ends(gain.value, gain.standard_error)]
     low, high = spread(values, zero=True)
     lowest = -3 * max(high, round_step(0.01))
-    return max(low, lowest), max(high, 1e-6)
+    return max(low, lowest) if cut else low, max(high, 1e-6)

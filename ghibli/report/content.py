@@ -79,7 +79,7 @@ def page_of_many(title: str, parts: list[Part], study: Path | None) -> dict[str,
         "ranking": ranking(runs, keys),
         "ranking_scale": scale_ends(*common_scale([part.gain for part in parts if part.gain])),
         "effects": effect_rows(found),
-        "effects_scale": scale_ends(*common_scale([effect.difference for effect in found])),
+        "effects_scale": scale_ends(*common_scale([effect.difference for effect in found], cut=False)),
         "noise": noise,
         "costs": costs(runs),
         "figures": [one for one in figures_of_all(runs) if one is not None],
@@ -151,7 +151,7 @@ def ranking(runs: figures.Labelled, keys: list[str]) -> list[dict[str, Any]]:
 
 def effect_rows(found: list[Effect]) -> list[dict[str, Any]]:
     """The forest plot: a row for each effect."""
-    low, high = common_scale([effect.difference for effect in found])
+    low, high = common_scale([effect.difference for effect in found], cut=False)
     return [
         {
             "key": effect.key, "change": f"{shown(effect.low)} \u2192 {shown(effect.high)}",
