@@ -14,7 +14,7 @@ from report_material import evaluation_of, make_run, page_of
 from ghibli import cli, report, study
 from ghibli.mistakes import UserMistake
 from ghibli.records import write_rows
-from ghibli.report import words
+from ghibli.report import charts, words
 from ghibli.validation import Gain
 
 
@@ -222,3 +222,11 @@ def test_mistakes_are_one_line(
     said = capsys.readouterr()
     assert said.out.startswith("wrote run/report.html") and said.err.count("\n") == 1
     assert "empty is no run and no study" in said.err
+
+
+def test_effects_below_nought_are_on_their_scale() -> None:
+    """A ranking cuts what is far below its best; a table of effects may hold nothing but such."""
+    effects = [Gain(-0.085, 0.002), Gain(-0.01, 0.002)]
+    low, high = charts.common_scale(effects, cut=False)
+    assert low <= -0.085 and high >= 0
+    assert charts.common_scale([Gain(0.1, 0.01), Gain(-9.0, 0.1)])[0] > -9
