@@ -14,7 +14,7 @@ def two_at_a_time(tasks: Iterable[Callable[[], Result]], device: torch.device) -
     """What the tasks return, in their order; one after the other on a GPU or a single core.
 
     torch's operations release Python's lock, so two threads keep two halves of the cores busy: on the
-    demo's UNet, whose operations are short, a third more pictures (benchmarks/RESULTS.md). A task's
+    demo's UNet, whose operations are short, a third more pictures. A task's
     result depends on the number of threads by rounding, and on nothing else.
 
     Args:

@@ -1,6 +1,7 @@
 """The slides' table of a study: every model once, in its cells, with what it cost."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 import sweep
 from ghibli import slides_table
+from ghibli.lora import ADAPTER_FILE
 from ghibli.metrics import kernel_difference
 from ghibli.mistakes import UserMistake
 from ghibli.run_dir import RunDir
@@ -27,7 +29,8 @@ BASE = [
 def made(folder: Path, finetune: str, guidance: float, rows: list[dict] | None) -> Trial:
     run = RunDir(folder)
     run.adapter.mkdir(parents=True)
-    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, run.adapter / "x.safetensors")
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, run.adapter / ADAPTER_FILE)
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, run.adapter / "kohya.safetensors")  # the same
     run.metrics.write_text("step,time/images_per_second\n5,10\n10,30\n15,20\n")
     models = {"base": BASE} | ({"run": rows} if rows else {})
     run.evaluation.write_text(json.dumps({"models": models}))
@@ -133,7 +136,7 @@ def test_what_stands_under_the_table(trials: list[Trial], tmp_path: Path) -> Non
 
 def test_costs_of_all_weights_are_the_unets(trials: list[Trial]) -> None:
     trials[1].settings["finetune"] = "full"
-    (trials[1].run.adapter / "x.safetensors").unlink()
+    shutil.rmtree(trials[1].run.adapter)
     trials[1].run.unet.mkdir()
     save_file({"a": torch.zeros(300, 1000)}, trials[1].run.unet / "x.safetensors")
     (name, costs), _ = slides_table.cost_rows(trials)
