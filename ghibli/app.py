@@ -19,9 +19,10 @@ from ghibli import restyle
 from ghibli.captions import Unusable, read_picture
 from ghibli.generate import Count, Request, draw, lost_words
 from ghibli.mistakes import UserMistake
-from ghibli.run_dir import RunDir, all_runs
+from ghibli.run_dir import RunDir
 from ghibli.safety import SafetyChecker, has_checker
 from ghibli.sampling import to_image
+from ghibli.trained import runs_with_weights
 from ghibli.wardrobe import Dressed, dress
 
 UPLOAD = "30mb"  # the largest photo
@@ -71,8 +72,7 @@ class Studio:
 
     def runs(self) -> dict[str, RunDir]:
         """What may be chosen: finished runs that trained something, by path, the newest first."""
-        found = (run for run in reversed(all_runs()) if run.state == "finished")
-        return {str(run.path): run for run in found if run.has_weights}
+        return {str(run.path): run for run in reversed(runs_with_weights())}
 
     def choices(self) -> list[tuple[str, str]]:
         """(what the page shows, path) of the runs."""
@@ -132,7 +132,7 @@ class Studio:
 
     @told
     def chosen(self, names: list[str]) -> list[Any]:
-        """Guidance, prompt's hint, checker's switch and grids that belong to some runs."""
+        """Guidance, checker's switch and grids that belong to some runs."""
         with self._alone:
             dressed = self.dressed(names)
         base, has_one = dressed.config.model.path, has_checker(dressed.config.model.path)

@@ -20,10 +20,15 @@ def finished_run(name: str) -> RunDir:
     """
     if name != "latest":
         return RunDir(Path(name))
-    finished = [run for run in all_runs() if run.state == "finished" and run.has_weights]
+    finished = runs_with_weights()
     if not finished:
         raise UserMistake("latest: no finished run below outputs/ yet: python train.py makes one")
     return finished[-1]
+
+
+def runs_with_weights() -> list[RunDir]:
+    """Finished runs below outputs/ that trained something, the oldest first."""
+    return [run for run in all_runs() if run.state == "finished" and run.has_weights]
 
 
 def config_of(run: RunDir) -> Config:
