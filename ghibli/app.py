@@ -4,6 +4,7 @@ import functools
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,7 +52,6 @@ def told(handler: Callable[..., Any]) -> Callable[..., Any]:
         except (UserMistake, Unusable) as mistake:
             raise gr.Error(str(mistake), print_exception=False) from mistake
         except Stopped:
-            gr.Info("Cancelled.")
             return gr.skip()
 
     return wrapped
@@ -68,7 +68,7 @@ class Studio:
         self._words = words
         self._alone = threading.Lock()
         self._worn: tuple[list[str], Dressed] | None = None
-        self._stops: dict[str, threading.Event] = {}
+        self._stops: defaultdict[str, set[threading.Event]] = defaultdict(set)  # of each visitor
 
     def runs(self) -> dict[str, RunDir]:
         """What may be chosen: finished runs that trained something, by path, the newest first."""
@@ -101,7 +101,8 @@ class Studio:
         Raises:
             Stopped: in the middle of what is counted.
         """
-        stop = self._stops[session] = threading.Event()
+        stop = threading.Event()
+        self._stops[session].add(stop)
 
         @contextmanager
         def count(label: str) -> Iterator[Callable[[int, int], None]]:
@@ -112,15 +113,17 @@ class Studio:
 
             yield on_progress
 
-        with self._alone:
-            if stop.is_set():
-                raise Stopped
-            yield count
+        try:
+            with self._alone:
+                if stop.is_set():
+                    raise Stopped
+                yield count
+        finally:
+            self._stops.get(session, set()).discard(stop)
 
     def stop(self, request: gr.Request) -> None:
-        """What this visitor asked for last is given up at its next step."""
-        stop = self._stops.get(request.session_hash)
-        if stop is not None:
+        """What this visitor asked for is given up at its next step."""
+        for stop in tuple(self._stops.get(request.session_hash, ())):
             stop.set()
 
     def leave(self, request: gr.Request) -> None:

@@ -153,9 +153,9 @@ def restyle_command(
         strength, sampler, dressed.guidance if guidance is None else guidance, steps, seed, negative, scale,
         dressed.config.model.resolution,
     )  # fmt: skip
-    pairs = restyle.restyle_all(dressed, found, how, folder)
-    generate.write_png(folder / "before_after.png", restyle.sheet(pairs))
-    console.print(f"restyled {len(pairs)} of {len(found)} into {folder}; sheet {folder / 'before_after.png'}")
+    written, pairs = restyle.restyle_all(dressed, found, how, folder)
+    generate.write_png(folder / restyle.SHEET, restyle.sheet(pairs))
+    console.print(f"restyled {written} of {len(found)} into {folder}; sheet {folder / restyle.SHEET}")
 
 
 @use.command("app")

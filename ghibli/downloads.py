@@ -1,5 +1,6 @@
 """Picture sets from elsewhere -> a plain folder: zip files, parquet shards, the hub, Kaggle."""
 
+import hashlib
 import os
 import shutil
 import zipfile
@@ -20,6 +21,7 @@ BY_HAND = (
     f"download the set {KAGGLE_SET} with a browser from kaggle.com, then: ghibli prepare --data archive.zip"
 )
 READ = {*PICTURE_ENDINGS, ".txt", ".jsonl", ".csv", ".parquet"}  # what is unpacked of a zip
+ENDINGS = {"JPEG": "jpg", "MPO": "jpg"}  # where it is not the name of the kind
 ROOM = 2**30  # bytes of disk that stay free
 TEXT_COLUMNS = ("text", "caption", "prompt")
 Progress = Callable[[int, int], None]
@@ -39,14 +41,14 @@ def fetch(data: str, into: Path, on_progress: Progress) -> Path:
     if data == "kaggle":
         return with_pictures(from_kaggle())
     if place.is_dir():
-        return unpacked(with_pictures(place), into / place.resolve().name, on_progress)
+        return unpacked(with_pictures(place), into, place.resolve().name, on_progress)
     if place.is_file():
         if place.suffix.lower() == ".parquet":
-            return from_parquet([place], into / place.stem, on_progress)
-        folder = with_pictures(from_zip(place, into / place.stem, on_progress))
-        return unpacked(folder, into / f"{place.stem}-pictures", on_progress)
+            return from_parquet([place], into / name_of(place.stem, [place]), on_progress)
+        folder = with_pictures(from_zip(place, into / name_of(place.stem, [place]), on_progress))
+        return unpacked(folder, into, f"{place.stem}-pictures", on_progress)
     if data.count("/") == 1 and not data.startswith((".", "/", "~")):
-        return unpacked(from_hub(data), into / data.replace("/", "--"), on_progress)
+        return unpacked(from_hub(data), into, data.replace("/", "--"), on_progress)
     raise UserMistake(f"--data {data}: no such folder or file, and no hub data set (OWNER/NAME) or kaggle")
 
 
@@ -59,13 +61,22 @@ def with_pictures(folder: Path) -> Path:
         folder = inside[0]
 
 
-def unpacked(folder: Path, target: Path, on_progress: Progress) -> Path:
-    """The folder itself, or the pictures of its parquet shards if it has no others."""
+def name_of(stem: str, files: list[Path]) -> str:
+    """A folder's name for what is in some files, which other files of the same name do not get."""
+    known = hashlib.sha256()
+    for file in files:
+        known.update(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+    return f"{stem}-{known.hexdigest()[:8]}"
+
+
+def unpacked(folder: Path, into: Path, name: str, on_progress: Progress) -> Path:
+    """The folder itself, or the pictures of its parquet shards, below `into`, if it has no others."""
     shards = sorted(folder.rglob("*.parquet"))
     if not shards or list_pictures(folder):
         return folder
     training = [shard for shard in shards if shard.name.startswith("train")]
-    return from_parquet(training or shards, target, on_progress)
+    shards = training or shards
+    return from_parquet(shards, into / name_of(name, shards), on_progress)
 
 
 @contextmanager
@@ -164,8 +175,10 @@ def from_parquet(shards: list[Path], target: Path, on_progress: Progress) -> Pat
             column, text = columns(file.schema_arrow, shards[0])
             for batch in file.iter_batches(batch_size=64, columns=[column, *([text] if text else [])]):
                 for row in batch.to_pylist():
-                    name = write_picture(row[column], folder / "images", len(lines))
-                    lines.append(f"{name}|{' '.join((row.get(text) or '').split())}\n")
+                    name = write_picture(row[column] or {}, folder / "images", len(lines))
+                    words = row.get(text) or ""
+                    first = words[0] if isinstance(words, list) else words  # some sets give several
+                    lines.append(f"{name}|{' '.join(str(first).split())}\n")
                     on_progress(len(lines), total)
         (folder / "captions.txt").write_text("".join(lines), encoding="utf-8")
     return target
@@ -190,12 +203,12 @@ def write_picture(cell: dict[str, Any], folder: Path, number: int) -> str:
     """Writes one picture's bytes as they are; returns the file's name, with its kind's ending."""
     import io
 
-    content = cell["bytes"] or b""
+    content = cell.get("bytes") or b""
     try:
         kind = Image.open(io.BytesIO(content)).format or "png"
     except Exception:  # read_folder will say what is wrong with it, by name
         kind = "png"
-    name = f"{number:06d}.{kind.lower().replace('jpeg', 'jpg')}"
+    name = f"{number:06d}.{ENDINGS.get(kind, kind.lower())}"
     (folder / name).write_bytes(content)
     return name
 

@@ -59,7 +59,11 @@ def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Pr
     proofs, notes = [], []
 
     def prove(file: Path, clean: BaseModel) -> None:
-        proofs.append(compare(file, predict(clean, inputs), live, untouched))
+        try:
+            proofs.append(compare(file, predict(clean, inputs), live, untouched))
+        except UserMistake:
+            remove(file)  # nobody shall take away what does not do its work
+            raise
 
     if config.finetune == "lora":
         for file in write_adapters(run, config, base, folder, notes):
@@ -69,8 +73,8 @@ def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Pr
     if merge:
         save_pipeline(trained_base(run, config), folder / "merged")
         prove(folder / "merged", load(str(folder / "merged")))
-    for picture in filter(Path.is_file, (run.path / name for name in PICTURES)):
-        write_atomically(folder / picture.name, lambda file, p=picture: file.write(p.read_bytes()))
+    for name in PICTURES:
+        copy_or_remove(run.path / name, folder / name)
     lines = [f"`{proof.file.name}`: {proof.words}" for proof in proofs] + notes
     write_text(folder / "README.md", model_card(run, config, run.path.name, lines))
     return proofs
@@ -102,6 +106,19 @@ def save_pipeline(base: BaseModel, folder: Path) -> None:
     pipeline.save_pretrained(started, safe_serialization=True)
     shutil.rmtree(folder, ignore_errors=True)
     started.rename(folder)
+
+
+def copy_or_remove(source: Path, target: Path) -> None:
+    """The target as the source is: a copy, or not there."""
+    if source.is_file():
+        write_atomically(target, lambda file: file.write(source.read_bytes()))
+    else:
+        target.unlink(missing_ok=True)
+
+
+def remove(place: Path) -> None:
+    """A file or a folder."""
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
 
 
 def live_model(run: RunDir, config: Config) -> BaseModel:

@@ -23,6 +23,7 @@ from ghibli.sampling import SAMPLERS, make_scheduler
 from ghibli.wardrobe import Dressed
 
 SHOWN = 12  # pairs on the sheet
+SHEET = "before_after.png"
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,19 @@ def restyle(
 
 def restyle_all(
     dressed: Dressed, photos: list[Photo], how: How, folder: Path
-) -> list[tuple[Image.Image, Image.Image]]:
-    """Writes a PNG for each photo; one that cannot be read is named and left out. Returns (before, after)."""
-    pairs = []
+) -> tuple[int, list[tuple[Image.Image, Image.Image]]]:
+    """Writes a PNG for each photo; one that cannot be read is named and left out.
+
+    Returns:
+        How many were written, and (before, after) of the first SHOWN.
+
+    Raises:
+        UserMistake: a PNG would be written over a photo, or no photo could be read.
+    """
+    written, pairs = 0, []
+    files = targets([photo.path for photo in photos], folder)
     with counted("restyling") as on_progress:
-        for done, photo in enumerate(photos, start=1):
+        for done, (photo, file) in enumerate(zip(photos, files, strict=True), start=1):
             try:
                 before = read_picture(photo.path)[0]
             except (Unusable, OSError) as reason:
@@ -151,23 +160,48 @@ def restyle_all(
             note.add_text(
                 "ghibli", json.dumps(asdict(how) | {"prompt": photo.prompt, "photo": photo.path.name})
             )
-            write_png(folder / f"{photo.path.stem}.png", after, note)
-            pairs.append((before.resize(after.size, Image.Resampling.LANCZOS), after))
+            write_png(file, after, note)
+            written += 1
+            if len(pairs) < SHOWN:
+                pairs.append((before.resize(after.size, Image.Resampling.LANCZOS), after))
             on_progress(done, len(photos))
     if not pairs:
         raise UserMistake("none of the photos could be read")
-    return pairs
+    return written, pairs
+
+
+def targets(photos: list[Path], folder: Path) -> list[Path]:
+    """For each photo the PNG to write: called like it; where two would be one, with ending, or numbered.
+
+    Raises:
+        UserMistake: one of them is a photo.
+    """
+    names = [photo.stem for photo in photos]
+    if repeated(names):
+        names = [photo.name for photo in photos]
+    if repeated(names):
+        names = [f"{number:04d}-{name}" for number, name in enumerate(names)]
+    files = [folder / f"{name}.png" for name in names]
+    originals = {photo.resolve() for photo in photos}
+    for file in files:
+        if file.resolve() in originals:
+            raise UserMistake(f"--to {folder}: {file.name} there is one of the photos; name another folder")
+    return files
+
+
+def repeated(names: list[str]) -> bool:
+    """Would two of these files be one, or one be the sheet?"""
+    return len({*names, Path(SHEET).stem}) <= len(names)
 
 
 def sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    """Before above after, up to SHOWN photos in rows of six."""
+    """Before above after, in rows of six."""
     tile, gap, line, columns = 256, 8, 26, min(6, len(pairs))
-    shown = pairs[:SHOWN]
     block = line + 2 * (tile + gap) + gap
-    rows = -(-len(shown) // columns)
+    rows = -(-len(pairs) // columns)
     page = Image.new("RGB", (columns * (tile + gap) + gap, rows * block), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=15)
-    for place, pair in enumerate(shown):
+    for place, pair in enumerate(pairs):
         left, top = gap + place % columns * (tile + gap), place // columns * block
         if place % columns == 0:
             draw.text((left, top + line // 2), "above: the photo, below: restyled", "black", font, "lm")

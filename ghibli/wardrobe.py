@@ -65,8 +65,10 @@ def dress(sources: list[str], words: list[str]) -> Dressed:
     named = [weighted(source) for source in sources]
     runs = [RunDir(Path(name)) for name, _ in named if RunDir(Path(name)).config.is_file()]
     configs = [config_of(run) for run in runs]
+    if runs and words:
+        raise UserMistake(f"{words[0]}: {runs[0].path} keeps its own base and settings; leave it out")
     config = configs[0] if configs else settings(words)
-    other = next((c for c in configs if (c.model.path, c.model.adapter) != base_of(config)), None)
+    other = next((c for c in configs if base_of(c) != base_of(config)), None)
     if other is not None:
         raise UserMistake(f"these runs have different bases: {config.model.path} and {other.model.path}")
     idle = [run for run, its in zip(runs, configs, strict=True) if its.finetune == "none"]
@@ -83,8 +85,9 @@ def dress(sources: list[str], words: list[str]) -> Dressed:
     return Dressed(base, config, [weight for _, weight in adapters], [name for name, _ in named])
 
 
-def base_of(config: Config) -> tuple[str, str | None]:
-    return config.model.path, config.model.adapter
+def base_of(config: Config) -> tuple[str, str | None, float]:
+    """What tells one base from another."""
+    return config.model.path, config.model.adapter, config.model.adapter_scale
 
 
 def adapter_of(name: str, base: BaseModel) -> Adapter:

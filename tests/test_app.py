@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import train
 from ghibli.cli import app as command_line
-from ghibli.generate import Request, draw
+from ghibli.generate import Count, Request, draw
 from ghibli.mistakes import UserMistake
 from ghibli.run_dir import RunDir
 from ghibli.sampling import to_image
@@ -61,6 +61,22 @@ def expected(dressed: Dressed, seed: int, scale: float) -> np.ndarray:
     prompt = dressed.config.sample.prompts[0]
     request = Request([prompt], "ddim", dressed.guidance, STEPS, seed, (side, side), scale=scale)
     return np.asarray(to_image(draw(dressed, request)[0]), float)
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was given up in the middle, in the page's words: filled while it draws."""
+    given_up: list[str] = []
+
+    def recorded(dressed: Dressed, request: Request, label: str, count: Count) -> Any:
+        try:
+            return draw(dressed, request, label, count)
+        except app.Stopped:
+            given_up.append(f"{label}, seed {request.seed}")
+            raise
+
+    monkeypatch.setattr(app, "draw", recorded)
+    return given_up
 
 
 # Behind the page
@@ -322,7 +338,7 @@ def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
     assert shown(tab, "restyled-trained").shape == (side, side, 3)
 
 
-def test_two_people_at_once_and_a_closed_tab(browser: Any, address: str) -> None:
+def test_two_people_at_once_and_a_closed_tab(browser: Any, address: str, stopped: list[str]) -> None:
     """Each gets their own picture; what somebody asked for who went away is given up."""
     first = opened(browser, address).current_window_handle
     fill(browser, "#steps input[type=number]", 100)
@@ -346,18 +362,20 @@ def test_two_people_at_once_and_a_closed_tab(browser: Any, address: str) -> None
         found = shown(browser, "trained")
         seeds += [seed for seed in (5, 6) if np.abs(found - expected(dressed, seed, 1.0)).max() <= 1]
     assert sorted(seeds) == [5, 6]
+    assert stopped == ["base, seed 0"]
     for handle in handles[1:]:
         browser.switch_to.window(handle)
         browser.close()
     browser.switch_to.window(handles[0])
 
 
-def test_cancel(tab: Any) -> None:
+def test_cancel(tab: Any, stopped: list[str]) -> None:
     fill(tab, "#steps input[type=number]", 100)
     click(tab, "#draw")
     wait(lambda: re.search(r"\d+/100", one(tab, "#base").text))
     click(tab, "#cancel")
-    wait(lambda: not re.search(r"\d+/100", one(tab, "#base").text))
+    wait(lambda: stopped and not re.search(r"\d+/100", one(tab, "#base").text))
+    assert stopped == ["base, seed 0"]
     fill(tab, "#steps input[type=number]", STEPS)
     click(tab, "#draw")
     words(tab, "drawn")

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ghibli import base_model, data_lint, downloads, preflight, prepare, scenes
-from ghibli.captions import list_pictures, recognised
+from ghibli.captions import list_pictures, read_folder, recognised
 from ghibli.cli import app
 from ghibli.config import look_at
 from ghibli.contact_sheet import COLUMNS, GAP, TILE, contact_sheet
@@ -114,8 +114,23 @@ def test_a_zip_file(tmp_path: Path, set_of_ten: Path) -> None:
     assert captions_of(root) == captions_of(set_of_ten)
     found = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert not {"outside.png", "setup.exe", "._a.png"} & found
-    file.write_bytes(b"gone")
+    (root / "mine.txt").touch()
     assert downloads.fetch(str(file), tmp_path / "data", no_progress) == root  # what is there is used again
+    assert (root / "mine.txt").is_file()
+
+
+def test_another_zip_file_of_the_same_name_is_another_set(tmp_path: Path, set_of_ten: Path) -> None:
+    file = zipped(set_of_ten, tmp_path / "archive.zip")
+    root = downloads.fetch(str(file), tmp_path / "data", no_progress)
+    (set_of_ten / "captions.txt").write_text(
+        "".join(f"{path.name}|new\n" for _, path, _ in list_pictures(set_of_ten))
+    )
+    for other in (tmp_path / "archive.zip", tmp_path / "elsewhere" / "archive.zip"):  # replaced; elsewhere
+        other.parent.mkdir(exist_ok=True)
+        other.unlink(missing_ok=True)
+        zipped(set_of_ten, other)
+        found = downloads.fetch(str(other), tmp_path / "data", no_progress)
+        assert found != root and set(captions_of(found).values()) == {"new"}
 
 
 def test_zip_files_that_cannot_be_used(
@@ -151,6 +166,22 @@ def test_parquet_shards(tmp_path: Path, set_of_ten: Path) -> None:
     found = list_pictures(root)
     assert [caption for *_, caption in found] == [row["text"] for row in rows]
     assert [path.read_bytes() for _, path, _ in found] == [row["image"]["bytes"] for row in rows]
+
+
+def test_parquet_rows_without_a_picture_or_with_several_captions(tmp_path: Path, set_of_ten: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="extra of this project")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    content = list_pictures(set_of_ten)[0][1].read_bytes()
+    rows = [
+        {"image": {"bytes": content, "path": "a.png"}, "text": ["the first", "the second"]},
+        {"image": None, "text": ["of nothing"]},
+        {"image": {"bytes": content, "path": "b.png"}, "text": None},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
+    root = downloads.fetch(str(tmp_path / "set.parquet"), tmp_path / "data", no_progress)
+    folder = read_folder(root, default_caption="a scene", style="", min_side=8)
+    assert [picture.caption for picture in folder.pictures] == ["the first", "a scene"]
+    assert list(folder.unusable) == ["000001.png"]
 
 
 def test_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_a_photo_is_turned_as_its_exif_says(base_alone: Dressed, tmp_path: Path)
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
     how = How(0.1, "ddim", 1.0, 10, 0, "", 1.0, 96)
-    ((before, after),) = restyle_all(base_alone, [Photo(tmp_path / "a.jpg", "x")], how, tmp_path / "out")
+    _, ((before, after),) = restyle_all(base_alone, [Photo(tmp_path / "a.jpg", "x")], how, tmp_path / "out")
     assert before.size == after.size == (64, 136)
     for picture in (before, after):
         grey = np.asarray(picture.convert("L"), float)
@@ -138,8 +138,8 @@ def test_photos_that_cannot_be_read_are_left_out(
     (photos / "images" / "text.jpg").write_text("no picture")
     (photos / "images" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     found = photos_of([photos], "a scene", ", drawn")
-    pairs = restyle_all(base_alone, found, HOW, tmp_path / "out")
-    assert len(pairs) == 2 and len(list((tmp_path / "out").iterdir())) == 2
+    written, pairs = restyle_all(base_alone, found, HOW, tmp_path / "out")
+    assert written == len(pairs) == 2 and len(list((tmp_path / "out").iterdir())) == 2
     said = " ".join(capsys.readouterr().out.split())
     assert "text.jpg is left out: it is no picture, whatever its name says" in said
     assert "gone.jpg is left out: " in said
@@ -148,6 +148,22 @@ def test_photos_that_cannot_be_read_are_left_out(
     assert (note["prompt"], note["strength"], note["seed"]) == ("a scene, drawn", 0.5, 1)
     with pytest.raises(UserMistake, match="none of the photos could be read"):
         restyle_all(base_alone, [p for p in found if p.path.suffix == ".jpg"], HOW, tmp_path / "out")
+
+
+def test_no_file_is_written_over_another(tmp_path: Path) -> None:
+    """Photos of one name, one called like the sheet, and the folder of the photos as the one to fill."""
+    out = tmp_path / "out"
+
+    def names(*photos: str) -> list[str]:
+        return [file.name for file in restyle.targets([tmp_path / photo for photo in photos], out)]
+
+    assert names("a.jpg", "b.png") == ["a.png", "b.png"]
+    assert names("a.jpg", "a.png") == ["a.jpg.png", "a.png.png"]
+    assert names("before_after.jpg") == ["before_after.jpg.png"]
+    assert names("x/a.jpg", "y/a.jpg") == ["0000-a.jpg.png", "0001-a.jpg.png"]
+    with pytest.raises(UserMistake, match="b.png there is one of the photos; name another folder"):
+        restyle.targets([tmp_path / "a.jpg", tmp_path / "b.png"], tmp_path)
+    assert restyle.targets([tmp_path / "a.jpg"], tmp_path) == [tmp_path / "a.png"]
 
 
 def test_the_command(photos: Path, tmp_path: Path) -> None:
