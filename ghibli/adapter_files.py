@@ -86,25 +86,41 @@ def ending(name: str) -> str:
 
 
 def described(adapter: Adapter) -> list[str]:
-    """What a file is, in lines, the last two being commands that take it."""
-    ranks, alphas = (", ".join(f"{v:g}" for v in values) for values in (adapter.ranks, adapter.alphas))
+    """What a file is, in lines, the last two saying what takes it."""
+    ranks, alphas = (", ".join(map(written, values)) for values in (adapter.ranks, adapter.alphas))
     what = "DoRA" if is_dora(adapter) else "LoRA"
     said = {
         key: adapter.metadata[key]
         for key in ("modelspec.title", "modelspec.trigger_phrase", "ss_sd_model_name", "ss_training_comment")
         if adapter.metadata.get(key)
     }
-    targets = f"[{','.join(adapter.targets)}]"
-    words = [f"lora.init={adapter.file}", f"lora.rank={ranks}", f"lora.alpha={alphas}"]
-    words.append(f"lora.targets={targets}")
-    words.append(f"lora.text_encoder={str(adapter.has_text_encoder).lower()}")
     return [
         f"layout   {adapter.layout}, {what} of {len(adapter.layers)} layers, rank {ranks}, alpha {alphas}",
         f"targets  {', '.join(adapter.targets)}{'; text encoder' if adapter.has_text_encoder else ''}",
         *(f"says     {key}: {value[:200]}" for key, value in said.items()),
-        f"train on python train.py {' '.join(words)}",
+        f"train on {train_on(adapter)}",
         f"draw     ghibli generate {adapter.file} --prompt TEXT",
     ]
+
+
+def train_on(adapter: Adapter) -> str:
+    """The command that goes on from a file, or why there is none."""
+    if len(adapter.ranks) > 1 or len(adapter.alphas) > 1:
+        return "cannot be done: its layers differ in rank or alpha"
+    words = [
+        f"lora.init={adapter.file}",
+        f"lora.rank={adapter.ranks[0]}",
+        f"lora.alpha={written(adapter.alphas[0])}",
+        f"lora.targets=[{','.join(adapter.targets)}]",
+        f"lora.text_encoder={str(adapter.has_text_encoder).lower()}",
+        *(["lora.variant=dora"] if is_dora(adapter) else []),
+    ]
+    return f"python train.py {' '.join(words)}"
+
+
+def written(value: float) -> str:
+    """A number that reads back as the same one."""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def find_file(path: str | Path, what: str) -> Path:

@@ -20,6 +20,7 @@ from ghibli import restyle
 from ghibli.captions import Unusable, read_picture
 from ghibli.generate import Count, Request, draw, lost_words
 from ghibli.mistakes import UserMistake
+from ghibli.progress import console
 from ghibli.run_dir import RunDir
 from ghibli.safety import SafetyChecker, has_checker
 from ghibli.sampling import to_image
@@ -282,7 +283,11 @@ def settings(studio: Studio) -> tuple[gr.Dropdown, list[Any], gr.Checkbox]:
     """What both tabs share: (runs, the inputs in the order of the handlers, the checker's switch)."""
     choices = studio.choices()
     newest = [value for _, value in choices[:1]]
-    prompt = studio.dressed(newest).config.sample.prompts[0]
+    try:
+        prompt = studio.dressed(newest).config.sample.prompts[0]
+    except UserMistake as mistake:  # its base was moved away: the page opens all the same
+        console.print(str(mistake), style="yellow", markup=False)
+        newest, prompt = [], studio.dressed([]).config.sample.prompts[0]
     names = gr.Dropdown(
         choices, value=newest, multiselect=True, label="Runs", elem_id="runs",
         info="none: the base alone; several of one base: their adapters add up",
@@ -354,5 +359,6 @@ def serve(words: list[str], host: str, port: int | None) -> tuple[gr.Blocks, str
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         )  # fmt: skip
     except OSError as error:
-        raise UserMistake(f"--port {port} on {host} cannot be used: {error}") from error
+        where = host if port is None else f"--port {port} on {host}"
+        raise UserMistake(f"{where} cannot be used: {error}") from error
     return blocks, address

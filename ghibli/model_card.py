@@ -1,6 +1,7 @@
 """README.md beside an adapter: what it is, how it was made, how good it is, what one may do with it."""
 
 import json
+from pathlib import Path
 
 from ghibli.callbacks import describe
 from ghibli.run_dir import RunDir
@@ -22,21 +23,22 @@ def model_card(run: RunDir, config: Config, name: str, files: list[str]) -> str:
     """
     status, words = run.read_status(), config.data.style.strip(" ,")
     base = config.model.path
+    of_hub = f"base_model: {json.dumps(base)}\n" if base.count("/") == 1 and not Path(base).exists() else ""
+    trigger = f"instance_prompt: {json.dumps(words)}\n" if words else ""
+    ending = f" End prompts with `, {words}`." if words else ""
     on_top = "" if config.model.adapter is None else f", with {config.model.adapter} merged into it first"
     return f"""---
 license: creativeml-openrail-m
-base_model: {json.dumps(base)}
-tags: [stable-diffusion, lora, diffusers, text-to-image]
-instance_prompt: {json.dumps(words)}
----
+{of_hub}tags: [stable-diffusion, lora, diffusers, text-to-image]
+{trigger}---
 
 # {name}
 
-{describe(config)}, for {base}{on_top}. End prompts with `, {words}`.
+{describe(config)}, for {base}{on_top}.{ending}
 
 ## Use
 
-{usage(config, words)}
+{usage(config)}
 
 ## How good it is
 
@@ -64,14 +66,15 @@ def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def usage(config: Config, words: str) -> str:
+def usage(config: Config) -> str:
     """Lines of Python for diffusers, and where other programs want the file."""
     if config.finetune == "full":
         return "The folder `merged/` is a whole diffusers pipeline."
     base = json.dumps(config.model.path)
+    prompt = json.dumps(f"a house by a lake{config.data.style}")
     return f"""    pipeline = diffusers.StableDiffusionPipeline.from_pretrained({base})
     pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")
-    pipeline("a house by a lake, {words}", guidance_scale={usual_guidance(config.loss.guidance):g})
+    pipeline({prompt}, guidance_scale={usual_guidance(config.loss.guidance):g})
 
 ComfyUI: the kohya file into `models/loras`. A1111, Forge: into `models/Lora`, then `<lora:NAME:1>`."""
 

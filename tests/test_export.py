@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 import train
 from ghibli import adapter_files, base_model, export, kohya, lora
-from ghibli.adapter_files import Layer, kohya_name, named_layers, read_adapter, scale, wear
+from ghibli.adapter_files import Layer, check_same_shape, kohya_name, named_layers, read_adapter, scale, wear
 from ghibli.base_model import DEMO, BaseModel
 from ghibli.cli import app
 from ghibli.export import compare, predict, probe_inputs
@@ -229,6 +230,23 @@ def test_import_says_what_it_is_and_what_to_type(run: RunDir) -> None:
     assert done.exit_code == 0, done.output
     assert "kohya, LoRA of 92 layers, rank 4, alpha 6" in done.output
     assert f"lora.init={file} lora.rank=4 lora.alpha=6 lora.targets=[to_k,to_out.0,to_q,to_v]" in done.output
+
+
+def test_the_printed_settings_take_the_file(run: RunDir, base: BaseModel, make_config: Callable) -> None:
+    """Also of rsLoRA, whose alpha is no round number, and of DoRA; layers of several ranks have none."""
+    adapter = read_adapter(run.adapter, base, "import")
+    layer = next(iter(adapter.layers.values()))
+    odd = {name: replace(each, alpha=3 * 7**0.5) for name, each in adapter.layers.items()}
+    dora = {
+        name: replace(each, magnitude=torch.ones(each.up.shape[0])) for name, each in adapter.layers.items()
+    }
+    for layers in (adapter.layers, odd, dora):
+        changed = replace(adapter, layers=layers)
+        words = adapter_files.train_on(changed).split()[2:]
+        check_same_shape(changed, make_config(*words).lora)
+    half = replace(layer, up=layer.up[:, :2], down=layer.down[:2])
+    mixed = replace(adapter, layers={**adapter.layers, next(iter(adapter.layers)): half})
+    assert adapter_files.train_on(mixed) == "cannot be done: its layers differ in rank or alpha"
 
 
 def test_files_that_are_no_adapter_of_this_base(run: RunDir, base: BaseModel, tmp_path: Path) -> None:
