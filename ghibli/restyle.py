@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from ghibli.base_model import quiet
-from ghibli.captions import PICTURE_ENDINGS, Unusable, list_pictures, read_beside, read_picture
+from ghibli.captions import PICTURE_ENDINGS, SUBFOLDERS, Unusable, list_pictures, read_beside, read_picture
 from ghibli.generate import check_seed, enough_memory, write_png
 from ghibli.mistakes import UserMistake
 from ghibli.progress import console, counted
@@ -67,7 +67,7 @@ def photos_of(paths: Iterable[Path], prompt: str | None, style: str) -> list[Pho
     Raises:
         UserMistake: no such file or folder, no photo, or one that nothing says what is on it.
     """
-    found = [named for path in paths for named in with_words(path.expanduser())]
+    found = [named for path in paths for named in with_words(path.expanduser(), captions=prompt is None)]
     if not found:
         raise UserMistake("no pictures there: name files, or a folder that holds some")
     silent = [path for path, words in found if not (prompt or words)]
@@ -78,16 +78,20 @@ def photos_of(paths: Iterable[Path], prompt: str | None, style: str) -> list[Pho
     return [Photo(path, f"{prompt or words}{style}") for path, words in found]
 
 
-def with_words(path: Path) -> list[tuple[Path, str | None]]:
-    """(file, caption or None) of one file or of a folder."""
+def with_words(path: Path, *, captions: bool) -> list[tuple[Path, str | None]]:
+    """(file, caption or None) of one file, whose caption is looked for if wanted, or of a folder."""
     if path.is_dir():
         return [(file, words or beside(file)) for _, file, words in list_pictures(path, "photo")]
     if not path.is_file():
         raise UserMistake(f"{path}: no such file or folder")
     if path.suffix.lower() not in PICTURE_ENDINGS:
         raise UserMistake(f"{path.name} is no picture: {', '.join(sorted(PICTURE_ENDINGS))} are read")
-    named = {file.name: words for _, file, words in list_pictures(path.parent, "photo")}
-    return [(path, named.get(path.name) or beside(path))]
+    if not captions:
+        return [(path, None)]
+    inside = path.resolve().parent
+    root = inside.parent if inside.name in SUBFOLDERS else inside
+    named = {file.resolve(): words for _, file, words in list_pictures(root, "photo")}
+    return [(path, named.get(path.resolve()) or beside(path))]
 
 
 def beside(file: Path) -> str | None:

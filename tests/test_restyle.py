@@ -150,6 +150,18 @@ def test_photos_that_cannot_be_read_are_left_out(
         restyle_all(base_alone, [p for p in found if p.path.suffix == ".jpg"], HOW, tmp_path / "out")
 
 
+def test_one_photo_of_a_set(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caption is in the table above images/; with a prompt no table is asked for."""
+    table = dict(line.split("|") for line in (photos / "captions.txt").read_text().splitlines())
+    name = min(table)
+    monkeypatch.chdir(photos / "images")
+    (photo,) = photos_of([Path(name)], None, "")
+    assert photo.prompt == table[name]
+    (photos / "images" / "metadata.csv").write_text("price,colour\n1,red\n")
+    (photo,) = photos_of([Path(name)], "mine", "")
+    assert photo.prompt == "mine"
+
+
 def test_no_file_is_written_over_another(tmp_path: Path) -> None:
     """Photos of one name, one called like the sheet, and the folder of the photos as the one to fill."""
     out = tmp_path / "out"
