@@ -131,7 +131,9 @@ def enough_memory() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_ROOM):
             raise
-        raise UserMistake("not enough memory for this: lower --batch or --size") from error
+        raise UserMistake(
+            "not enough memory for this: draw fewer at once or smaller (--batch, --size)"
+        ) from error
 
 
 def write_pictures(pictures: torch.Tensor, request: Request, dressed: Dressed, folder: Path) -> list[Path]:
@@ -150,7 +152,9 @@ def write_pictures(pictures: torch.Tensor, request: Request, dressed: Dressed, f
 
 def worn(dressed: Dressed) -> dict[str, object]:
     """Base and adapters, for a picture's note."""
-    return {"base": dressed.config.model.path, "adapters": dressed.names, "weights": dressed.weights}
+    model = dressed.config.model
+    merged = {} if model.adapter is None else {"merged": model.adapter, "merged_scale": model.adapter_scale}
+    return {"base": model.path, **merged, "adapters": dressed.names, "weights": dressed.weights}
 
 
 def parameters(request: Request, dressed: Dressed) -> str:

@@ -307,6 +307,7 @@ def test_push_sends_just_that(
         def upload_folder(self, **options: object) -> None:
             asked["upload"] = options
 
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UserMistake, match="hf auth login"):
         push.push(exported[0], "me/mine", private=True)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)

@@ -46,7 +46,7 @@ def adapter(base: BaseModel, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dressed(adapter: Path) -> Dressed:
-    return dress([str(adapter)], [])
+    return dress([str(adapter)], ["model=demo"])
 
 
 # What is asked for
@@ -114,13 +114,13 @@ def test_a_picture_does_not_depend_on_what_is_drawn_with_it(dressed: Dressed) ->
 
 
 def test_scale_nought_is_the_base_to_the_bit(dressed: Dressed) -> None:
-    base = draw(dress([], []), REQUEST)
+    base = draw(dress([], ["model=demo"]), REQUEST)
     assert torch.equal(draw(dressed, replace(REQUEST, scale=0.0)), base)
     assert (draw(dressed, REQUEST) - base).abs().max() > 0.1
 
 
 def test_a_weight_is_that_much_of_the_adapter(dressed: Dressed, adapter: Path) -> None:
-    half = draw(dress([f"{adapter}:0.5"], []), REQUEST)
+    half = draw(dress([f"{adapter}:0.5"], ["model=demo"]), REQUEST)
     assert (half - draw(dressed, replace(REQUEST, scale=0.5))).abs().max() < 1e-5
     assert (half - draw(dressed, REQUEST)).abs().max() > 0.01
 
@@ -185,7 +185,7 @@ def test_no_memory_is_one_line(dressed: Dressed, monkeypatch: pytest.MonkeyPatch
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory"),
         MemoryError(),
     ):
-        with pytest.raises(UserMistake, match="not enough memory for this: lower --batch or --size"):
+        with pytest.raises(UserMistake, match="not enough memory for this: draw fewer at once or smaller"):
             fails(reason)
     with pytest.raises(RuntimeError, match="shapes"):
         fails(RuntimeError("shapes do not match"))
