@@ -108,6 +108,8 @@ def generate_command(
     if not lines:
         raise UserMistake("what shall it draw? --prompt TEXT, or --prompts FILE")
     dressed = dressed_of(sources)
+    if interpolate and not dressed.weights:
+        raise UserMistake("--interpolate changes the scale of an adapter, and there is none here")
     side = str(dressed.config.model.resolution)
     request = generate.Request(
         lines, sampler, dressed.guidance if guidance is None else guidance, steps, seed,

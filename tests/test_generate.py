@@ -185,7 +185,7 @@ def test_no_memory_is_one_line(dressed: Dressed, monkeypatch: pytest.MonkeyPatch
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory"),
         MemoryError(),
     ):
-        with pytest.raises(UserMistake, match="not enough memory for this: draw fewer at once or smaller"):
+        with pytest.raises(UserMistake, match="not enough memory: draw fewer at once or smaller"):
             fails(reason)
     with pytest.raises(RuntimeError, match="shapes"):
         fails(RuntimeError("shapes do not match"))
@@ -276,6 +276,7 @@ def test_the_command(adapter: Path, tmp_path: Path) -> None:
         (["-p", ""], "an empty prompt: say what to draw, --prompt TEXT"),
         (["-p", "a lake", "--size", "100"], "--size 100: a multiple of 8 from 64 to 2048, such as 96"),
         (["-p", "a lake", "modle=demo"], "modle"),
+        (["-p", "a lake", "--interpolate"], "--interpolate changes the scale of an adapter"),
     ],
 )
 def test_mistakes_of_the_command(words: list[str], reason: str) -> None:
