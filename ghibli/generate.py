@@ -131,9 +131,7 @@ def enough_memory() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_ROOM):
             raise
-        raise UserMistake(
-            "not enough memory for this: draw fewer at once or smaller (--batch, --size)"
-        ) from error
+        raise UserMistake("not enough memory: draw fewer at once or smaller (--batch, --size)") from error
 
 
 def write_pictures(pictures: torch.Tensor, request: Request, dressed: Dressed, folder: Path) -> list[Path]:
