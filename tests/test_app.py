@@ -26,6 +26,8 @@ from ghibli.wardrobe import Dressed, dress
 
 gradio = pytest.importorskip("gradio")
 from ghibli import app  # noqa: E402  needs gradio
+from ghibli import studio as behind  # noqa: E402
+from ghibli.studio import Studio  # noqa: E402
 
 QUICK = ("trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4")
 RUN = "outputs/train/run"
@@ -44,8 +46,8 @@ def outside(make_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def studio(outside: Path) -> app.Studio:
-    return app.Studio(["model=demo", "data=demo"])
+def studio(outside: Path) -> Studio:
+    return Studio(["model=demo", "data=demo"])
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +73,18 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def recorded(dressed: Dressed, request: Request, label: str, count: Count) -> Any:
         try:
             return draw(dressed, request, label, count)
-        except app.Stopped:
+        except behind.Stopped:
             given_up.append(f"{label}, seed {request.seed}")
             raise
 
-    monkeypatch.setattr(app, "draw", recorded)
+    monkeypatch.setattr(behind, "draw", recorded)
     return given_up
 
 
 # Behind the page
 
 
-def test_only_what_was_trained_is_offered(studio: app.Studio, outside: Path) -> None:
+def test_only_what_was_trained_is_offered(studio: Studio, outside: Path) -> None:
     other = RunDir(outside / "outputs/train/other")
     other.adapter.mkdir(parents=True)
     other.update_status(state="failed", gain=0.1)
@@ -98,7 +100,7 @@ def test_only_what_was_trained_is_offered(studio: app.Studio, outside: Path) -> 
             studio.dressed([strange])
 
 
-def test_a_stop_ends_what_is_drawn_and_nothing_else(studio: app.Studio) -> None:
+def test_a_stop_ends_what_is_drawn_and_nothing_else(studio: Studio) -> None:
     request = gradio.Request(session_hash="somebody")
     studio.stop(request)  # nothing is drawn yet
 
@@ -110,12 +112,12 @@ def test_a_stop_ends_what_is_drawn_and_nothing_else(studio: app.Studio) -> None:
             studio.leave(request)
             on_progress(3, 3)
 
-    with pytest.raises(app.Stopped):
+    with pytest.raises(behind.Stopped):
         in_turn()
     assert not studio._alone.locked() and not studio._stops
 
 
-def test_the_checker_blacks_out(tmp_path: Path, studio: app.Studio) -> None:
+def test_the_checker_blacks_out(tmp_path: Path, studio: Studio) -> None:
     """A tiny checker of SD 1.5's own class, once with thresholds that take everything, once nothing."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor

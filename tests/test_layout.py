@@ -19,7 +19,7 @@ ORDER = [
     "trainer", "model_card", "finish", "trained", "evaluation",
     "data_lint", "footprint", "preflight", "contact_sheet", "downloads", "prepare", "blip",
     "compare", "study", "ranking",
-    "slides_table", "export", "wardrobe", "generate", "restyle", "safety", "app", "push",
+    "slides_table", "export", "wardrobe", "generate", "restyle", "safety", "studio", "app", "push",
     "report", "grids", "search", "cli_use", "cli", "__main__",
 ]  # fmt: skip
 PACKAGES = {"report"}  # demo/ is data, and how it was made
