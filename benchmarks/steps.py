@@ -180,6 +180,18 @@ def overhead(words: list[str]) -> tuple[float, float]:
     return median(paired.steps), median(paired.bare)
 
 
+def encoding(words: list[str], batch_size: int) -> dict[str, float]:
+    """Seconds that one picture and one caption cost where they are encoded anew in every step."""
+    module = make_module(words)
+    vae, side = module.base.vae, module.config.model.resolution
+    pixels = torch.randn(batch_size, 3, side, side, device=module.device)
+    input_ids = module.empty_ids.expand(batch_size, -1)
+    with torch.no_grad():
+        picture = median(seconds(lambda: vae.encode(pixels), 5)) / batch_size
+        caption = median(seconds(lambda: module.text_encoder(input_ids), 5)) / batch_size
+    return {"picture": picture, "caption": caption}
+
+
 def sampling(words: list[str], count: int) -> dict[str, float]:
     """UNet evaluations and pictures a second of a guided DDIM cell, with all its steps."""
     module = make_module(words)
