@@ -40,12 +40,14 @@ def check(words: list[str]) -> list[Finding]:
         return [Finding("config", mistake, "error") for mistake in mistakes]
     found = [Finding("config", f"{describe(config)}, seed {config.seed}; every value is in range", "note")]
     base = attempt(found, "base", lambda: load_base(config, found))
+    if base:  # before adapter layers change it
+        found += since_prepared(config, base)
     data = GhibliDataModule(config, base, run, 0)
     is_read = attempt(found, "pictures", lambda: read(data))
     trainer = attempt(found, "device", lambda: make_trainer(config, run, CleanStop(run), None))
     module = base and attempt(found, "model", lambda: GhibliModule(config, base))
     if base:
-        found += [about_base(config, base), *since_prepared(config, base)]
+        found.append(about_base(config, base))
     if module:
         alphas = module.alphas_cumprod, module.base_alphas_cumprod
         found += doctor.at_the_start(config, *alphas, module.trainable.values())

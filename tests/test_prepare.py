@@ -232,6 +232,7 @@ def test_what_is_noted_is_what_train_takes(local: Path, set_of_ten: Path) -> Non
     base = base_model.load("demo")
     assert json.loads((local / "prepared.json").read_text())["base_hash"] == base_model.weights_hash(base)
     assert preflight.since_prepared(noted, base) == []
+    assert not [finding for finding in preflight.check([]) if "has other weights" in finding.text]
     next(base.vae.parameters()).data += 1
     (finding,) = preflight.since_prepared(noted, base)
     assert "has other weights than `ghibli prepare` saw" in finding.text
