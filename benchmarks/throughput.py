@@ -29,7 +29,7 @@ WHAT = ["training", "overhead", "encoding", "sampling"]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for train.py, such as lora.rank=16")
-    parser.add_argument("--what", nargs="+", default=WHAT, choices=WHAT)  # fmt: skip
+    parser.add_argument("--what", nargs="*", default=WHAT, choices=WHAT)  # fmt: skip
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--guidance", nargs="+", type=float, default=[1, 7.5])
     parser.add_argument(
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer", metavar="COMMAND", help="another trainer, with {steps} and {out} in it")
     parser.add_argument("--rounds", type=int, default=3, help="of train.py and the peer in turns")
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def training_rows(args: argparse.Namespace) -> list[dict]:
