@@ -1,5 +1,6 @@
 """The base: tokenizer, text encoder, VAE, UNet and noise schedule from a folder, hub id or one file."""
 
+import gc
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -92,6 +93,7 @@ def load(path: str, config: str | None = None) -> BaseModel:
     """
     place = place_of(path)
     check_base(place, path)
+    gc.collect()  # an earlier base with adapter layers holds itself, 4 GB of it
     if place.is_dir():
         parts = load_folder(place, path)
     elif place.is_file():

@@ -21,6 +21,7 @@ from ghibli.trained import trained_base
 from ghibli.whole_files import write_atomically, write_text
 
 SAME = 1e-4  # of the largest predicted noise: a file that differs more from the live model is refused
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # latents, timesteps, input_ids
 PICTURES = ("samples/adapter.png", "samples/fine-tuned.png", "evaluation.png")
 
 
@@ -55,24 +56,16 @@ def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Pr
         raise UserMistake(f"{run.path} trained all weights, which no adapter holds: ghibli export --merge")
     base = lora.load_base(config.model)
     inputs = probe_inputs(base)
-    live, untouched = predict(live_model(run, config), inputs), predict(base, inputs)
-    proofs, notes = [], []
-
-    def prove(file: Path, clean: BaseModel) -> None:
-        try:
-            proofs.append(compare(file, predict(clean, inputs), live, untouched))
-        except UserMistake:
-            remove(file)  # nobody shall take away what does not do its work
-            raise
-
+    untouched = predict(base, inputs)
+    files, notes = [], []
     if config.finetune == "lora":
-        for file in write_adapters(run, config, base, folder, notes):
-            clean = lora.load_base(config.model)
-            wear(clean, [(read_adapter(file, clean, "export"), 1.0)])
-            prove(file, clean)
+        files, notes = write_adapters(run, config, base, folder)
+    del base  # one model at a time: with Stable Diffusion 1.5 each takes 4 GB
+    live = predict(live_model(run, config), inputs)
     if merge:
         save_pipeline(trained_base(run, config), folder / "merged")
-        prove(folder / "merged", load(str(folder / "merged")))
+        files.append(folder / "merged")
+    proofs = [prove(file, config, inputs, live, untouched) for file in files]
     for name in PICTURES:
         copy_or_remove(run.path / name, folder / name)
     lines = [f"`{proof.file.name}`: {proof.words}" for proof in proofs] + notes
@@ -81,9 +74,9 @@ def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Pr
 
 
 def write_adapters(
-    run: RunDir, config: Config, base: BaseModel, folder: Path, notes: list[str]
-) -> list[Path]:
-    """The adapter in diffusers' and kohya's layout; what cannot be written becomes a note."""
+    run: RunDir, config: Config, base: BaseModel, folder: Path
+) -> tuple[list[Path], list[str]]:
+    """The adapter in diffusers' and kohya's layout: files, and why one of them cannot be written."""
     adapter = read_adapter(run.adapter, base, "export")
     plain, other = folder / ADAPTER_FILE, folder / f"{run.path.name}_kohya.safetensors"
     write_atomically(plain, lambda file: file.write(adapter.file.read_bytes()))
@@ -91,9 +84,8 @@ def write_adapters(
         metadata = kohya.metadata_of(adapter, config, run.read_status(), run.path.name)
         kohya.write_kohya(adapter, other, metadata)
     except UserMistake as mistake:
-        notes.append(str(mistake))
-        return [plain]
-    return [plain, other]
+        return [plain], [str(mistake)]
+    return [plain, other], []
 
 
 def save_pipeline(base: BaseModel, folder: Path) -> None:
@@ -121,6 +113,28 @@ def remove(place: Path) -> None:
     shutil.rmtree(place) if place.is_dir() else place.unlink()
 
 
+def prove(file: Path, config: Config, inputs: Inputs, live: torch.Tensor, untouched: torch.Tensor) -> Proof:
+    """Loads what was written and compares it.
+
+    Raises:
+        UserMistake: it does not do its work, and is taken away again.
+    """
+    try:
+        return compare(file, predict(loaded(file, config), inputs), live, untouched)
+    except UserMistake:
+        remove(file)
+        raise
+
+
+def loaded(file: Path, config: Config) -> BaseModel:
+    """A pipeline's folder, or a fresh base that wears an adapter's file."""
+    if file.is_dir():
+        return load(str(file))
+    base = lora.load_base(config.model)
+    wear(base, [(read_adapter(file, base, "export"), 1.0)])
+    return base
+
+
 def live_model(run: RunDir, config: Config) -> BaseModel:
     """The model as training had it at its best: base, fresh adapter layers, the checkpoint's weights."""
     module = GhibliModule(config, lora.load_base(config.model))
@@ -128,7 +142,7 @@ def live_model(run: RunDir, config: Config) -> BaseModel:
     return module.eval().base
 
 
-def probe_inputs(base: BaseModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def probe_inputs(base: BaseModel) -> Inputs:
     """Fixed (latents (2, 4, 16, 16), timesteps (2,), input_ids (2, 77))."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, base.unet.config.in_channels, 16, 16, generator=generator)
@@ -136,7 +150,7 @@ def probe_inputs(base: BaseModel) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 @torch.inference_mode()
-def predict(base: BaseModel, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def predict(base: BaseModel, inputs: Inputs) -> torch.Tensor:
     """noise_pred of probe_inputs, on the CPU."""
     latents, timesteps, input_ids = inputs
     base.to(torch.device("cpu"))
