@@ -23,7 +23,7 @@ from ghibli.diffusion import (
     velocity,
 )
 from ghibli.mistakes import UserMistake
-from ghibli.optimizers import make_optimizer
+from ghibli.optimizers import make_optimizer, use_average
 from ghibli.progress import counted
 from ghibli.randomness import Stream, seed_global_rng
 from ghibli.sampling import make_scheduler
@@ -147,7 +147,13 @@ class GhibliModule(L.LightningModule):
         expected = self.expected[batch["timesteps"]].mean()
         return {"loss": weighted.mean(), "plain": losses.detach().mean(), "expected": expected}
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        use_average(self.optimizers(use_pl_optimizer=False), wanted=False)
+
     def on_validation_epoch_start(self) -> None:
+        """What is validated is kept as the epoch's result, until the next batch."""
+        if self.trainer.state.fn == "fit":
+            use_average(self.optimizers(use_pl_optimizer=False), wanted=True)
         self._scores = []
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 from ghibli.mistakes import UserMistake
 from ghibli.schema import OptimizerConfig
 
-EXTRAS = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigy"}  # package -> extra of this project
+# Package -> extra of this project
+EXTRAS = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigy", "schedulefree": "schedulefree"}
 
 
 def make_optimizer(
@@ -18,7 +19,8 @@ def make_optimizer(
     """An optimiser whose groups learn at `options.lr`, or at what text encoder and B have of their own.
 
     adafactor is Shazeer and Stern 2018 with the learning rate as given, prodigy Mishchenko and
-    Defazio 2023, whose learning rate is a factor of what it finds itself.
+    Defazio 2023, whose learning rate is a factor of what it finds itself, adamw_schedulefree Defazio et
+    al. 2024, which averages the weights instead of lowering the rate (see `use_average`).
 
     Raises:
         UserMistake: a package that is not installed, or 8 bits without a GPU.
@@ -34,10 +36,22 @@ def make_optimizer(
         return Adafactor(groups, lr=options.lr, weight_decay=decay, **fixed)
     if options.name == "prodigy":
         return package("prodigyopt").Prodigy(groups, lr=options.lr, betas=betas, weight_decay=decay)
+    if options.name == "adamw_schedulefree":
+        free = package("schedulefree").AdamWScheduleFree
+        return free(groups, lr=options.lr, betas=betas, weight_decay=decay)
     if not on_gpu:
         raise UserMistake("optimizer.name=adamw8bit needs a GPU: use adamw, or adafactor to save memory")
     adamw8bit = package("bitsandbytes").optim.AdamW8bit
     return adamw8bit(groups, lr=options.lr, betas=betas, weight_decay=decay)
+
+
+def use_average(optimizer: torch.optim.Optimizer, wanted: bool) -> None:
+    """Makes the weights those to be judged and kept, or those that go on learning.
+
+    They are the same to all optimisers but a schedule-free one. Asked twice in a row it does nothing.
+    """
+    if hasattr(optimizer, "eval"):
+        optimizer.eval() if wanted else optimizer.train()
 
 
 def groups_of(options: OptimizerConfig, trainable: dict[str, nn.Parameter]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ TARGETS = {  # lora.targets by name: endings of the names of UNet layers
     "conv": ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"],
 }
 TARGETS["all"] = [name for names in TARGETS.values() for name in names]
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "adamw_schedulefree")
 TRAINER_KEYS = (
     "precision", "accelerator", "max_epochs", "accumulate_grad_batches", "log_every_n_steps",
     "gradient_clip_val",
@@ -213,7 +213,7 @@ class LossConfig:
 class OptimizerConfig:
     """The optimiser and the course of its learning rate."""
 
-    name: str  # adamw, adamw8bit, adafactor or prodigy
+    name: str  # one of OPTIMIZERS
     lr: float  # peak learning rate
     text_encoder_lr: float | None  # that of the text encoder; None = the same
     lora_plus: float | None  # B learns so many times as fast as A (Hayou et al. 2024); None = as fast
@@ -224,6 +224,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_choice("optimizer.name", self.name, OPTIMIZERS)
+        if self.name == "adamw_schedulefree":  # averaging takes the place of a falling rate
+            require_choice("optimizer.schedule", self.schedule, ("constant",))
         require(0 < self.lr <= 1, "optimizer.lr", self.lr, "more than 0 and at most 1")
         for key, most in (("text_encoder_lr", 1), ("lora_plus", 100)):
             value = getattr(self, key)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ghibli import base_model, lora
 from ghibli.mistakes import UserMistake
-from ghibli.optimizers import groups_of, make_optimizer
+from ghibli.optimizers import groups_of, make_optimizer, use_average
 from ghibli.schema import TARGETS, Config
 
 
@@ -48,8 +48,10 @@ def test_each_kind_of_weight_learns_at_its_own_rate(
 def step(optimizer: torch.optim.Optimizer, weights: dict[str, nn.Parameter]) -> list[torch.Tensor]:
     for parameter in weights.values():
         parameter.grad = torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape)
+    use_average(optimizer, wanted=False)
     for _ in range(3):
         optimizer.step()
+    use_average(optimizer, wanted=True)
     return [parameter.detach().clone() for parameter in weights.values()]
 
 
@@ -60,6 +62,9 @@ def reference(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimize
     if name == "prodigy":
         package = pytest.importorskip("prodigyopt", reason="extra of this project")
         return package.Prodigy(parameters, lr=1e-2, weight_decay=0.05, betas=(0.9, 0.99))
+    if name == "adamw_schedulefree":
+        package = pytest.importorskip("schedulefree", reason="extra of this project")
+        return package.AdamWScheduleFree(parameters, lr=1e-2, weight_decay=0.05, betas=(0.9, 0.99))
     from transformers.optimization import Adafactor
 
     return Adafactor(
@@ -67,17 +72,22 @@ def reference(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimize
     )
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "adamw_schedulefree"])
 def test_steps_as_its_package_does(
     make_config: Callable[..., Config], weights: dict[str, nn.Parameter], name: str
 ) -> None:
     copies = {key: nn.Parameter(value.detach().clone()) for key, value in weights.items()}
     wanted = step(reference(name, list(copies.values())), copies)
     words = ("optimizer.lr=1e-2", "optimizer.weight_decay=0.05", "optimizer.betas=[0.9,0.99]")
-    options = make_config(f"optimizer.name={name}", *words).optimizer
+    options = make_config(f"optimizer.name={name}", "optimizer.schedule=constant", *words).optimizer
     ours = step(make_optimizer(options, weights, on_gpu=False), weights)
     assert all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True))
     assert not torch.equal(ours[0], torch.zeros_like(ours[0]))
+
+
+def test_schedule_free_wants_no_schedule(make_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserMistake, match="optimizer.schedule.*constant"):
+        make_config("optimizer.name=adamw_schedulefree")
 
 
 def test_eight_bits_without_a_gpu_are_refused(

@@ -45,6 +45,24 @@ def test_killed_and_resumed_equals_undisturbed(
     assert not different_parts(undisturbed, tmp_path)
 
 
+@pytest.mark.parametrize(("where", "call"), [("save_checkpoint", 4), ("training_step", 17)])
+def test_averaged_weights_too(pictures: Path, tmp_path: Path, where: str, call: int) -> None:
+    """A schedule-free optimiser has two sets of weights; both go on where they were."""
+    pytest.importorskip("schedulefree", reason="extra of this project")
+    words = ("optimizer.name=adamw_schedulefree", "optimizer.schedule=constant")
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    done = run_python(str(REPO / "train.py"), *overrides(pictures, whole), *words)
+    assert done.returncode == 0, done.stderr
+    killed = run_python(
+        str(REPO / "tests" / "killed.py"), where, str(call), *overrides(pictures, half), *words
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert run_python(str(REPO / "train.py"), f"resume={half}").returncode == 0
+    assert not different_parts(whole, half)
+    kept = checkpoint(whole, "last")
+    assert not any(group["train_mode"] for group in kept["optimizer_states"][0]["param_groups"])
+
+
 def test_the_same_command_twice_is_bit_equal(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
     again = run_python(str(REPO / "train.py"), *overrides(pictures, tmp_path))
     assert again.returncode == 0, again.stderr
