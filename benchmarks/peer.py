@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parents[1]
-FEW, MANY = 10, 50  # optimiser steps; the difference leaves start, loading and the probe out
+FEW, MANY = 12, 42  # optimiser steps; the difference leaves start and loading out
 
 
 class Ratio(NamedTuple):
@@ -54,7 +54,8 @@ def compare(words: list[str], peer: str, rounds: int) -> Ratio:
     """
     ours = shlex.join([
         sys.executable, "train.py", *words, "wandb.mode=disabled", "sample.every_n_epochs=0",
-        "validation.max_pictures=1", "+trainer.max_steps={steps}", "hydra.run.dir={out}",
+        "validation.max_pictures=1", "validation.items_per_picture=1",
+        "+trainer.max_steps={steps}", "hydra.run.dir={out}",
     ])  # fmt: skip
     pairs = [(step_seconds(ours), step_seconds(peer)) for _ in range(rounds + 1)][1:]
     ratios = [theirs / own for own, theirs in pairs]

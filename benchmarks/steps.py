@@ -13,15 +13,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ghibli import config as settings
 from ghibli import dashboard, footprint, lora
 from ghibli.checkpoints import CleanStop
 from ghibli.compute import PromptEmbeds, is_frozen, shrink_frozen
+from ghibli.config import look_at
 from ghibli.data import GhibliDataModule
 from ghibli.diffusion import guided_noise, predict_branches
 from ghibli.module import GhibliModule
 from ghibli.run_dir import RunDir
 from ghibli.sampling import Cell, in_eval_mode, sample
+from ghibli.schema import Config
 from ghibli.trainer import choose_precision, make_trainer
 
 SAMPLING_STEPS = 10
@@ -52,16 +53,24 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * side**3 / min(seconds(lambda: left @ right, 10))
 
 
+def config_of(words: list[str]) -> Config:
+    """The settings of `train.py WORDS`."""
+    config, _, mistakes = look_at(words)
+    if config is None:
+        raise SystemExit(mistakes[0])
+    return config
+
+
 def dtype_of(words: list[str]) -> torch.dtype | None:
     """What `train.py WORDS` computes in where that has 16 bits; None: fp32."""
-    config = settings.to_config(settings.composed(words))
+    config = config_of(words)
     precision = choose_precision(str(config.trainer["precision"]), "auto")
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
 
 def make_module(words: list[str]) -> GhibliModule:
     """The module of `train.py WORDS` on the fastest device, in training mode, at the run's precision."""
-    config = settings.to_config(settings.composed(words))
+    config = config_of(words)
     module = GhibliModule(config, lora.load_base(config.model))
     shrink_frozen(module.base, choose_precision(str(config.trainer["precision"]), "auto"))
     module.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,7 +172,7 @@ class Paired(L.Callback):
 
 def overhead(words: list[str]) -> tuple[float, float]:
     """(trainer's step, bare step) in seconds, medians of a run of `train.py WORDS`, paired step by step."""
-    config = settings.to_config(settings.composed([*words, "wandb.mode=offline"]))
+    config = config_of([*words, "wandb.mode=offline"])
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
         run.update_status(state="running")
