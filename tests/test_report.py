@@ -155,6 +155,19 @@ def test_the_evaluation_is_a_table_a_curve_and_words(tmp_path: Path) -> None:
     assert "Samples beside their nearest training pictures" in page_of(tmp_path / "guided").text
 
 
+def test_a_run_without_a_scan_is_no_curve(tmp_path: Path) -> None:
+    """And the base's curve comes from a run that has one."""
+    for name, finetune, scan in (("a", "full", {}), ("b", "lora", {"1": [3.0, 0.1], "2": [2.0, 0.1]})):
+        content = evaluation_of(1.0, scan)
+        content["scan"]["base"] = scan
+        make_run(tmp_path / name, finetune=finetune).evaluation.write_text(json.dumps(content))
+    labels = [
+        attributes.get("aria-label") or "" for tag, attributes in page_of(tmp_path).tags if tag == "svg"
+    ]
+    (label,) = (label for label in labels if label.startswith("Distance over the scale"))
+    assert "LoRA" in label and "untouched base" in label and "all weights" not in label
+
+
 def test_three_models_of_one_name_are_three_lines_and_inceptions_numbers_are_fid(tmp_path: Path) -> None:
     for place, rank in enumerate((4, 8, 16)):
         run = make_run(tmp_path / f"rank {rank}", lora__rank=rank)

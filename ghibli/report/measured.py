@@ -47,6 +47,7 @@ def evaluation(parts: list[Part]) -> dict[str, Any] | None:
     rows = [(line.name, in_cells(line, cells)) for line in lines]
     trained = [(line, own) for line, (_, own) in zip(lines, rows, strict=True) if line.trial is not None]
     models = [Model(line.name, part_of[id(line.trial)]) for line, _ in trained]
+    scanned = next((part for part in usable if part.evaluation["scan"].get("base")), usable[0])
     real, kinds = usable[0].evaluation["real"], [part.evaluation.get("features") for part in usable]
     return {
         "columns": [f"{cell.sampler.upper()} {cell.guidance:g}" for cell in cells],
@@ -56,7 +57,7 @@ def evaluation(parts: list[Part]) -> dict[str, Any] | None:
         "names": [name.replace("Frechet", "Fr\u00e9chet") for name in called(kinds[0])],
         "copies": [(line.name, said) for line, own in trained if (said := copying(own, rows[0][1], cells))],
         "notes": [*mush(trials), *comparisons(trials)],
-        "scan": scan_figure(usable[0], models),
+        "scan": scan_figure(scanned, models),
         "scan_words": scan_words(models),
     }
 
@@ -103,15 +104,16 @@ def copying(own: list[dict | None], base: list[dict | None], cells: list[Cell]) 
     return f"{cells[column].label}: {copies(best['copying'], beside)}."
 
 
-def scan_figure(first: Part, models: list[Model]) -> Figure | None:
+def scan_figure(scanned: Part, models: list[Model]) -> Figure | None:
     """Distance over scale / training guidance for all trainings, on one logarithmic axis."""
-    base = Series("untouched base", over(first.evaluation["scan"].get("base", {}), 1.0), "c5", dashed=True)
-    few, kernel = len(models) < COLOURS, called(first.evaluation.get("features"))[0]
+    base = Series("untouched base", over(scanned.evaluation["scan"].get("base", {}), 1.0), "c5", dashed=True)
+    few, kernel = len(models) < COLOURS, called(scanned.evaluation.get("features"))[0]
     colours = [f"c{k}" if few else "c0" if model.guidance == 1 else "c1" for k, model in enumerate(models)]
     names = [model.name if few else f"all trained at guidance {model.guidance:g}" for model in models]
     series = [
         Series(name, model.scan, colour, dashed=model.guidance != 1)
         for name, model, colour in zip(names, models, colours, strict=True)
+        if model.scan
     ]
     caption = "The sampling scale s over the training guidance w. Whiskers are 95 % intervals."
     figure = curves(
