@@ -187,7 +187,7 @@ def targets(photos: list[Path], folder: Path) -> list[Path]:
         names = [f"{number:04d}-{name}" for number, name in enumerate(names)]
     files = [folder / f"{name}.png" for name in names]
     originals = {photo.resolve() for photo in photos}
-    for file in files:
+    for file in [*files, folder / SHEET]:
         if file.resolve() in originals:
             raise UserMistake(f"--to {folder}: {file.name} there is one of the photos; name another folder")
     return files
@@ -195,7 +195,7 @@ def targets(photos: list[Path], folder: Path) -> list[Path]:
 
 def repeated(names: list[str]) -> bool:
     """Would two of these files be one, or one be the sheet?"""
-    return len({*names, Path(SHEET).stem}) <= len(names)
+    return len({name.casefold() for name in [*names, Path(SHEET).stem]}) <= len(names)
 
 
 def sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:

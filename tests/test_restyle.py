@@ -175,6 +175,9 @@ def test_no_file_is_written_over_another(tmp_path: Path) -> None:
     assert names("x/a.jpg", "y/a.jpg") == ["0000-a.jpg.png", "0001-a.jpg.png"]
     with pytest.raises(UserMistake, match="b.png there is one of the photos; name another folder"):
         restyle.targets([tmp_path / "a.jpg", tmp_path / "b.png"], tmp_path)
+    with pytest.raises(UserMistake, match="before_after.png there is one of the photos"):
+        restyle.targets([tmp_path / "before_after.png"], tmp_path)
+    assert names("a.jpg", "A.png") == ["a.jpg.png", "A.png.png"]  # one file on some systems
     assert restyle.targets([tmp_path / "a.jpg"], tmp_path) == [tmp_path / "a.png"]
 
 
