@@ -224,8 +224,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_choice("optimizer.name", self.name, OPTIMIZERS)
-        if self.name == "adamw_schedulefree":  # averaging takes the place of a falling rate
-            require_choice("optimizer.schedule", self.schedule, ("constant",))
+        if self.name == "adamw_schedulefree":
+            ok, wanted = self.schedule == "constant", "constant, since this optimiser averages instead"
+            require(ok, "optimizer.schedule", self.schedule, wanted)
         require(0 < self.lr <= 1, "optimizer.lr", self.lr, "more than 0 and at most 1")
         for key, most in (("text_encoder_lr", 1), ("lora_plus", 100)):
             value = getattr(self, key)
