@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import train
-from ghibli import grids
-from ghibli.config import changed, from_yaml, hydra_entry, this_run, trial_number
-from ghibli.grids import studies
-from ghibli.mistakes import UserMistake, disk_trouble, one_line_mistakes
-from ghibli.progress import console
-from ghibli.run_dir import RunDir
-from ghibli.schema import Config, EvaluateConfig
-from ghibli.whole_files import write_text
+from ghibli.config.files import changed, from_yaml
+from ghibli.config.schema import Config, EvaluateConfig
+from ghibli.runs.folder import RunDir
+from ghibli.runs.launch import hydra_entry, this_run, trial_number
+from ghibli.runtime.console import console
+from ghibli.runtime.errors import UserError, disk_trouble, one_line_errors
+from ghibli.runtime.files import write_text
+from ghibli.sweeps import grid
+from ghibli.sweeps.grid import studies
 
 seconds: list[float] = []  # that each trial took in this process
 failures: list[Path] = []  # trials that failed in this process; a launcher's others leave a note only
@@ -34,7 +35,7 @@ def attempt(run: RunDir, job: Callable[[], float]) -> float:
     try:
         return job()
     except Exception as error:
-        trouble = str(error) if isinstance(error, UserMistake) else disk_trouble(error)
+        trouble = str(error) if isinstance(error, UserError) else disk_trouble(error)
         if trouble is None:
             traceback.print_exc()
         console.print(f"this trial failed: {trouble or repr(error)}", style="yellow")
@@ -72,28 +73,28 @@ def progress(done: int, total: int | None) -> str:
     return f"trial {done + 1} of {total}, about {left:.0f} min left"
 
 
-def choose_and_train(choice: grids.Choice) -> None:
+def choose_and_train(choice: grid.Choice) -> None:
     """Trains the trials of sweep.search or sweep.halving; none with sweep.report_only."""
     if choice.settings.report_only:
-        grids.begin(choice.cfg, None)
+        grid.begin(choice.cfg, None)
         return
-    from ghibli import search
+    from ghibli.sweeps import search
 
     halves = choice.settings.halving
-    with grids.hydra_here():
+    with grid.hydra_here():
         words = [*choice.fixed, *(override.input_line for override in choice.free)]
-        trials = grids.grid(choice.cfg, words) if halves else search.corners(choice)
-        grids.check_trials("sweep", trials)
-    study = grids.begin(choice.cfg, len(trials) if halves else None)
+        trials = grid.grid(choice.cfg, words) if halves else search.corners(choice)
+        grid.check_trials("sweep", trials)
+    study = grid.begin(choice.cfg, len(trials) if halves else None)
     if halves:
         search.halve(choice, trials, chosen_job)
     else:
         search.search(choice, study, chosen_job)
 
 
-def repeat_the_best(study: grids.Study) -> None:
+def repeat_the_best(study: grid.Study) -> None:
     """Trains the best trials again with further seeds, as sweep.best and sweep.repeats say."""
-    from ghibli.study import read_trials
+    from ghibli.sweeps.trials import read_trials
 
     again = study.settings.repeats if not study.settings.report_only else 0
     if again == 0:
@@ -106,7 +107,7 @@ def repeat_the_best(study: grids.Study) -> None:
 
 def repeat(first: RunDir, seed: int) -> None:
     """Trains a trial once more with another seed, under the name of its own folder on the dashboard."""
-    from ghibli.study import REPEAT
+    from ghibli.sweeps.trials import REPEAT
 
     run = RunDir(first.path.with_name(f"{first.path.name}{REPEAT}{seed}"))
 
@@ -119,9 +120,9 @@ def repeat(first: RunDir, seed: int) -> None:
     attempt(run, job)
 
 
-def evaluate_all(study: grids.Study) -> None:
+def evaluate_all(study: grid.Study) -> None:
     """Measures the pictures of every finished trial, when sweep.evaluate asks for it."""
-    from ghibli.study import read_trials
+    from ghibli.sweeps.trials import read_trials
 
     if not study.settings.evaluate or study.settings.report_only:
         return
@@ -131,42 +132,44 @@ def evaluate_all(study: grids.Study) -> None:
         try:
             evaluate_one(trial.run, study.evaluate)
         except Exception as error:  # the others go on, and the report is made
-            if not isinstance(error, UserMistake):
+            if not isinstance(error, UserError):
                 traceback.print_exc()
             console.print(f"this evaluation failed: {error}", style="yellow")
 
 
 def evaluate_one(run: RunDir, options: EvaluateConfig) -> None:
     """Measures the pictures of one trial, as `ghibli evaluate` does."""
-    from ghibli import dashboard, evaluation
+    from ghibli.evaluation import evaluate
+    from ghibli.training import wandb_logger
 
     config = from_yaml(run.config)
     config.evaluate = options
-    result = evaluation.evaluate(run, config)
+    result = evaluate.evaluate(run, config)
     for finding in result["findings"]:
         console.print(f"{finding['name']}: {finding['text']}", style="yellow")
-    dashboard.log_evaluation(config, run, result)
+    wandb_logger.log_evaluation(config, run, result)
 
 
 def report(folder: Path) -> None:
     """Ranks all trials of the study's folder, those of earlier grids too."""
-    from ghibli import ranking, slides_table, study
-    from ghibli.report import write as write_page
+    from ghibli.report.page import write as write_page
+    from ghibli.sweeps import comparison, costs, effects, ranking
+    from ghibli.sweeps.trials import read_trials
 
-    trials = study.read_trials(folder)
+    trials = read_trials(folder)
     if not trials:
-        raise UserMistake(f"{folder} holds no trial yet: without sweep.report_only=true they are trained")
+        raise UserError(f"{folder} holds no trial yet: without sweep.report_only=true they are trained")
     console.print(ranking.table(trials))
-    for line in (*study.effects(trials), study.seed_noise(trials)):
+    for line in (*effects.effects(trials), effects.seed_noise(trials)):
         console.print(str(line or ""))
-    for table in (slides_table.cell_table(trials), slides_table.cost_table(trials)):
+    for table in (comparison.cell_table(trials), costs.cost_table(trials)):
         if table is not None:
             console.print("", table)
     writers = (
         ranking.write_table, ranking.write_plot, ranking.write_grids,
-        slides_table.write_cells, slides_table.write_models,
+        comparison.write_cells, comparison.write_models,
     )  # fmt: skip
-    for line in (*slides_table.notes(trials), *slides_table.comparisons(trials)):
+    for line in (*comparison.notes(trials), *comparison.comparisons(trials)):
         console.print(line)
     written = [*(write(folder, trials) for write in writers), write_page([folder])]
     console.print(f"written  {', '.join(str(path) for path in written if path)}")
@@ -176,16 +179,16 @@ def main() -> None:
     """The command."""
     here = str(Path(__file__).resolve().parent)  # a launcher's processes import this file by its name
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    choice = one_line_mistakes(lambda: grids.choice_of(sys.argv[1:]))
+    choice = one_line_errors(lambda: grid.choice_of(sys.argv[1:]))
     if choice is None:
         hydra_entry(Path(__file__).parent / "conf", "sweep", hydra_job)
     else:
-        one_line_mistakes(lambda: choose_and_train(choice))
+        one_line_errors(lambda: choose_and_train(choice))
     if studies:
-        one_line_mistakes(lambda: repeat_the_best(studies[-1]))
-        one_line_mistakes(lambda: evaluate_all(studies[-1]))
-        one_line_mistakes(lambda: report(studies[-1].folder))
-        if failures or grids.notes(studies[-1].folder):
+        one_line_errors(lambda: repeat_the_best(studies[-1]))
+        one_line_errors(lambda: evaluate_all(studies[-1]))
+        one_line_errors(lambda: report(studies[-1].folder))
+        if failures or grid.notes(studies[-1].folder):
             raise SystemExit(1)
 
 

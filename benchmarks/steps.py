@@ -13,17 +13,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ghibli import dashboard, footprint, lora
-from ghibli.checkpoints import CleanStop
-from ghibli.compute import PromptEmbeds, is_frozen, shrink_frozen
-from ghibli.config import look_at
-from ghibli.data import GhibliDataModule
-from ghibli.diffusion import guided_noise, predict_branches
-from ghibli.module import GhibliModule
-from ghibli.run_dir import RunDir
-from ghibli.sampling import Cell, in_eval_mode, sample
-from ghibli.schema import Config
-from ghibli.trainer import choose_precision, make_trainer
+from ghibli.adapters import apply
+from ghibli.config.schema import Config
+from ghibli.data.datamodule import GhibliDataModule
+from ghibli.diffusion.process import guided_noise, predict_branches
+from ghibli.diffusion.samplers import Cell, in_eval_mode, sample
+from ghibli.models.performance import PromptEmbeds, is_frozen, shrink_frozen
+from ghibli.runs.compose import look_at
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.resources import forget_peak, peak_memory
+from ghibli.training import wandb_logger
+from ghibli.training.callbacks.checkpoints import CleanStop
+from ghibli.training.module import GhibliModule
+from ghibli.training.trainer import choose_precision, make_trainer
 
 SAMPLING_STEPS = 10
 
@@ -71,7 +73,7 @@ def dtype_of(words: list[str]) -> torch.dtype | None:
 def make_module(words: list[str]) -> GhibliModule:
     """The module of `train.py WORDS` on the fastest device, in training mode, at the run's precision."""
     config = config_of(words)
-    module = GhibliModule(config, lora.load_base(config.model))
+    module = GhibliModule(config, apply.load_base(config.model))
     shrink_frozen(module.base, choose_precision(str(config.trainer["precision"]), "auto"))
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     if is_frozen(module.text_encoder):
@@ -110,9 +112,9 @@ def training(words: list[str], batch_size: int, repeats: int, rate: float) -> di
         optimizer.zero_grad()
 
     step()  # compiles, and allocates the optimiser's moments
-    footprint.forget_peak()
+    forget_peak()
     each = seconds(step, repeats)
-    peak = footprint.peak_memory()
+    peak = peak_memory()
     with FlopCounterMode(display=False) as flops:
         module.losses(batch).mean().backward() if dtype is None else step()
     activities = [ProfilerActivity.CUDA if module.device.type == "cuda" else ProfilerActivity.CPU]
@@ -176,16 +178,16 @@ def overhead(words: list[str]) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
         run.update_status(state="running")
-        base = lora.load_base(config.model)
+        base = apply.load_base(config.model)
         module = GhibliModule(config, base)
         data = GhibliDataModule(config, base, run, module.num_train_timesteps)
-        logger = dashboard.make_logger(config, run, "benchmark")
+        logger = wandb_logger.make_logger(config, run, "benchmark")
         with CleanStop(run) as stop:
             trainer = make_trainer(config, run, stop, logger)
             paired = Paired()
             trainer.callbacks.append(paired)
             trainer.fit(module, data)
-        dashboard.close()
+        wandb_logger.close()
     return median(paired.steps), median(paired.bare)
 
 

@@ -10,7 +10,7 @@ import peer
 import steps
 import torch
 
-from ghibli.module import device_name
+from ghibli.runtime.resources import device_name
 
 REPO = Path(__file__).resolve().parents[1]
 OPTIONS = {

@@ -16,20 +16,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from ghibli import base_model, lora, scenes
-from ghibli.captions import CaptionedPicture
-from ghibli.config import from_yaml, register
-from ghibli.features import in_batches, standardised, style_features
-from ghibli.finish import load_weights
-from ghibli.latents import Moments
-from ghibli.metrics import kernel_distance
-from ghibli.module import GhibliModule
-from ghibli.progress import counted
-from ghibli.records import read_rows
-from ghibli.run_dir import RunDir
-from ghibli.sampling import Cell, sample, to_image
-from ghibli.validation import make_items, paired_gain
-from ghibli.whole_files import write_json
+from ghibli.adapters import apply
+from ghibli.config.files import from_yaml
+from ghibli.data.folder import CaptionedPicture
+from ghibli.data.latents import Moments
+from ghibli.data.validation_items import make_items
+from ghibli.demo.scenes import canvas
+from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
+from ghibli.diffusion.samplers import Cell, sample
+from ghibli.evaluation.distances import kernel_distance
+from ghibli.evaluation.features import in_batches, standardised, style_features
+from ghibli.evaluation.gain import paired_gain
+from ghibli.images.grid import to_image
+from ghibli.models.base import place_of
+from ghibli.models.load import load
+from ghibli.runs.compose import register
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import counted
+from ghibli.runtime.files import read_rows, write_json
+from ghibli.training.callbacks.checkpoints import load_weights
+from ghibli.training.module import GhibliModule
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "loss-anomaly"
@@ -80,9 +86,9 @@ def column(run: RunDir, name: str, first: int = 0) -> np.ndarray:
 def model_of(run: RunDir, weights: Path | None = None) -> GhibliModule:
     """The model of a run, best weights or these, ready to predict; without weights (`base`) untouched."""
     config = from_yaml(run.config)
-    base = base_model.load(config.model.path)
+    base = load(config.model.path)
     if config.model.adapter is not None:
-        lora.merge(base, base_model.place_of(config.model.adapter), config.model.adapter_scale)
+        apply.merge(base, place_of(config.model.adapter), config.model.adapter_scale)
     module = GhibliModule(config, base)
     if weights != Path("base"):
         load_weights(module, weights or run.best_checkpoint)
@@ -153,7 +159,7 @@ def checkpoints(pictures: int = 108, items: int = 4) -> None:
     Unpaired means as in training: each model on pictures, timesteps and noise of its own, 432 of them.
     """
     run = run_of("slides-3")
-    first, losses = scenes.EVALUATION_SEEDS.start + 20_000, {}
+    first, losses = EVALUATION_SEEDS.start + 20_000, {}
     for name, module in (("base", model_of(run, Path("base"))), ("checkpoint", model_of(run))):
         means = losses_of(module, probe_items(module, first, pictures, items)).mean(1)
         losses[name] = means.mean().item(), (means.std() / pictures**0.5).item()
@@ -185,8 +191,8 @@ def probe_items(module: GhibliModule, first: int, count: int, items: int) -> lis
     """Probe batches of freshly drawn scenes, one a picture."""
     pictures, means, logvars = [], [], []
     for seed in range(first, first + count):
-        scene = scenes.compose(seed)
-        array = np.asarray(scenes.draw(scene, "drawn"), dtype=np.float32) / 127.5 - 1
+        scene = compose(seed)
+        array = np.asarray(draw(scene, "drawn"), dtype=np.float32) / 127.5 - 1
         posterior = module.base.vae.encode(torch.from_numpy(array).permute(2, 0, 1)[None]).latent_dist
         means.append(posterior.mean)
         logvars.append(posterior.logvar)
@@ -205,7 +211,7 @@ def schedule() -> None:
     """What the wrong betas do: the base's loss by timestep, and pictures."""
     run = run_of("slides_asrun-10")
     module = model_of(run, Path("base"))
-    batches = probe_items(module, scenes.EVALUATION_SEEDS.start, 48, 20)
+    batches = probe_items(module, EVALUATION_SEEDS.start, 48, 20)
     tables = {
         "the base's own schedule": module.base_alphas_cumprod,
         "linear 1e-4 .. 0.02": module.alphas_cumprod,
@@ -231,9 +237,7 @@ def schedule() -> None:
 
 def pictures(name: str, models: dict[str, GhibliModule], scale: float = 7.5) -> None:
     """A row of six pictures for each model, same prompts and start noise."""
-    prompts = [
-        f"{scenes.compose(scenes.EVALUATION_SEEDS.start + i).caption}, Studio Ghibli style" for i in range(6)
-    ]
+    prompts = [f"{compose(EVALUATION_SEEDS.start + i).caption}, Studio Ghibli style" for i in range(6)]
     figure, axes = plt.subplots(len(models), 6, figsize=(10, 1.72 * len(models)), layout="constrained")
     for row, (label, module) in enumerate(models.items()):
         drawn = sample(
@@ -274,13 +278,13 @@ def diverged() -> None:
 
 def scene(seed: int, look: str = "drawn") -> torch.Tensor:
     """A scene as a picture (3, 128, 128) in 0 .. 1."""
-    array = np.array(scenes.draw(scenes.compose(seed), look), dtype=np.float32) / 255
+    array = np.array(draw(compose(seed), look), dtype=np.float32) / 255
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def guidance(count: int = 64) -> None:
     """The kernel distance to drawn pictures over the sampling scale, for four trainings."""
-    vae, first = base_model.load("demo").vae, scenes.EVALUATION_SEEDS.start
+    vae, first = load("demo").vae, EVALUATION_SEEDS.start
     drawn = torch.stack([scene(first + 1000 + i) for i in range(300)])
     own = in_batches(lambda x: style_features(vae, x), drawn)
     reference = standardised(own, own)
@@ -292,9 +296,9 @@ def guidance(count: int = 64) -> None:
 
     measured = WORK / "guidance.json"  # so that it can be stopped
     numbers = json.loads(measured.read_text()) if measured.exists() else {}
-    for look in scenes.LOOKS:
+    for look in canvas.LOOKS:
         numbers.setdefault(look, distance(torch.stack([scene(first + i, look) for i in range(count)])))
-    prompts = [f"{scenes.compose(first + i).caption}, Studio Ghibli style" for i in range(count)]
+    prompts = [f"{compose(first + i).caption}, Studio Ghibli style" for i in range(count)]
     for w, d in GUIDED:
         name = f"guidance-{w:g}-dropout-{d:g}"
         if name in numbers:
@@ -358,7 +362,7 @@ def error(redraws: int = 100, pictures: int = 30) -> None:
     gains = []
     with counted("redrawing") as on_progress:
         for redraw in range(redraws):
-            first = scenes.EVALUATION_SEEDS.start + 10_000 + redraw * pictures
+            first = EVALUATION_SEEDS.start + 10_000 + redraw * pictures
             batches = probe_items(base, first, pictures, 4)
             gains.append(paired_gain(losses_of(ours, batches), losses_of(base, batches)))
             on_progress(redraw + 1, redraws)

@@ -1,5 +1,5 @@
 """`python -m ghibli` is the same as `ghibli`."""
 
-from ghibli.cli import main
+from ghibli.cli.main import main
 
 main()

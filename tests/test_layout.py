@@ -1,84 +1,125 @@
-"""ghibli/ is a list: a module imports only from modules above it. And what else holds everywhere."""
+"""The layers of ghibli/: a package imports only from lower lines; no circle of files; what else holds."""
 
 import ast
 from pathlib import Path
 
 import pytest
+from helpers.imports import imports_of
 
-PACKAGE = Path(__file__).parents[1] / "ghibli"
-ORDER = [
-    "mistakes", "progress", "parallel", "whole_files", "provenance", "run_dir",
-    "tensor_cache", "devices", "schema", "trial", "places",
-    "config_mistakes", "config", "randomness",
-    "scene_canvas", "scene_subjects", "scene_painting", "scenes",
-    "near_duplicates", "caption_tables", "captions", "buckets", "base_model", "convert", "latents",
-    "compute", "validation", "base_scores", "data",
-    "lora", "adapter_files", "kohya", "diffusion", "optimizers",
-    "sampling", "module", "checkpoints", "resume_check", "dashboard", "records", "doctor", "callbacks",
-    "features", "metrics", "yardstick", "bench", "distance_curve",
-    "trainer", "model_card", "finish", "trained", "evaluation",
-    "data_lint", "footprint", "preflight", "contact_sheet", "downloads", "prepare", "blip",
-    "compare", "study", "ranking",
-    "slides_table", "export", "wardrobe", "generate", "restyle", "safety", "studio", "app", "push",
-    "report", "grids", "search", "cli_use", "cli", "__main__",
-]  # fmt: skip
-PACKAGES = {"report"}  # demo/ is data, and how it was made
-HYDRA_MODULES = {"hydra", "omegaconf"}
-
-
-def files_of(module: str) -> list[Path]:
-    """The file of a module, or all files of a package."""
-    return [PACKAGE / f"{module}.py"] if module not in PACKAGES else sorted((PACKAGE / module).glob("*.py"))
-
-
-def imported_modules(module: str) -> set[str]:
-    """Every module named in an import anywhere in it."""
-    return set().union(*map(imports_of, files_of(module)))
+ROOT = Path(__file__).parents[1]
+LAYERS: list[set[str]] = [  # bottom up; packages of one line know nothing of each other
+    {"runtime"},
+    {"config", "images"},
+    {"models", "runs"},
+    {"diffusion", "demo"},
+    {"data", "adapters"},
+    {"evaluation"},
+    {"training", "sweeps"},
+    {"prepare", "inference", "report"},
+    {"cli"},
+]
+LINE = {package: line for line, packages in enumerate(LAYERS) for package in packages}
+FILES = {  # dotted name -> file
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "ghibli").rglob("*.py"))
+}
+ENTRY = {"ghibli", "ghibli.__main__"}
+HYDRA_MODULES = {  # who may know Hydra and OmegaConf
+    "ghibli.config.files", "ghibli.config.hydra_errors", "ghibli.runs.compose", "ghibli.runs.launch",
+    "ghibli.sweeps.grid", "ghibli.sweeps.search",
+}  # fmt: skip
 
 
-def imports_of(path: Path) -> set[str]:
-    """Every module named in an import anywhere in a file, `from a import b` as both a and a.b."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+def ours(module: str) -> set[str]:
+    """The modules of ghibli/ that one imports, wherever in the file."""
+    return {name for name in imports_of(FILES[module]) if name in FILES} - {module}
 
 
-def test_the_list_is_complete() -> None:
-    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"demo"}
-    assert packages == PACKAGES
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | packages == set(ORDER)
+def package_of(module: str) -> str:
+    return module.split(".")[1]
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_only_from_above(module: str) -> None:
-    below = set(ORDER[ORDER.index(module) + (module in PACKAGES) :])  # a package imports its own parts
-    ours = {name.split(".")[1] for name in imported_modules(module) if name.startswith("ghibli.")}
-    assert not ours & below
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Every set of modules that import each other, by Tarjan's strongly connected components."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in imports[module]:
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            at = stack.index(module)
+            component, stack[at:] = stack[at:], []
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for module in imports:
+        if module not in index:
+            visit(module)
+    return found
 
 
-@pytest.mark.parametrize("module", sorted(set(ORDER) - {"config", "config_mistakes", "grids", "search"}))
-def test_only_config_and_grids_know_hydra(module: str) -> None:
-    tops = {name.split(".")[0] for name in imported_modules(module)}
-    assert not tops & HYDRA_MODULES
+def test_every_package_has_a_line() -> None:
+    packages = {path.parent.name for path in (ROOT / "ghibli").glob("*/__init__.py")}
+    assert packages == set(LINE)
+    loose = {path.stem for path in (ROOT / "ghibli").glob("*.py")}
+    assert loose == {"__init__", "__main__"}
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - ENTRY))
+def test_imports_only_from_lower_lines(module: str) -> None:
+    above = {
+        other
+        for other in ours(module) - ENTRY
+        if package_of(other) != package_of(module) and LINE[package_of(other)] >= LINE[package_of(module)]
+    }
+    assert not above
+
+
+def test_no_circle_of_files() -> None:
+    assert circles({module: ours(module) for module in FILES}) == []
+
+
+def test_a_circle_would_be_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("module", sorted(name for name in FILES if FILES[name].stem == "__init__"))
+def test_an_init_file_is_one_docstring(module: str) -> None:
+    body = ast.parse(FILES[module].read_text()).body
+    if module == "ghibli":
+        body = [node for node in body if not isinstance(node, ast.Assign)]  # __version__
+    assert len(body) == 1 and ast.get_docstring(ast.parse(FILES[module].read_text()))
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - HYDRA_MODULES))
+def test_few_modules_know_hydra(module: str) -> None:
+    tops = {name.split(".")[0] for name in imports_of(FILES[module])}
+    assert not tops & {"hydra", "omegaconf"}
 
 
 def test_the_demo_has_no_code_path_of_its_own() -> None:
     """Only where its folder is gets decided by name, and in one module."""
-    for module in set(ORDER) - {"base_model", "cli"}:  # cli: the name of a verb
-        trees = [ast.parse(path.read_text()) for path in files_of(module)]
-        words = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    for module in set(FILES) - {"ghibli.models.base", "ghibli.cli.data"}:  # cli: the name of a command
+        words = [
+            n.value for n in ast.walk(ast.parse(FILES[module].read_text())) if isinstance(n, ast.Constant)
+        ]
         assert "demo" not in words, module
 
 
 def test_no_machine_path_or_registry_host_in_the_repository() -> None:
-    root = PACKAGE.parent
     forbidden = ["/" + "root/", "/" + "work/", "pypi" + ".org", "python" + "hosted"]
-    files = [p for part in ("ghibli", "conf", "tests", "docs") for p in (root / part).rglob("*")]
-    files += [root / name for name in ("README.md", "Makefile", "pyproject.toml", "constraints.txt")]
+    files = [p for part in ("ghibli", "conf", "tests", "docs") for p in (ROOT / part).rglob("*")]
+    files += [ROOT / name for name in ("README.md", "Makefile", "pyproject.toml", "constraints.txt")]
     for path in files:
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".json"}:
             text = path.read_text()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+from ghibli.evaluation.gain import Gain
 from ghibli.report.svg import (
     BOTTOM,
     HEIGHT,
@@ -20,9 +21,8 @@ from ghibli.report.svg import (
     round_step,
     spread,
     tag,
-)  # fmt: skip
-from ghibli.report.words import percent, typeset
-from ghibli.validation import Gain
+)
+from ghibli.report.text import percent, typeset
 
 COLOURS = 6  # of style.css: c0 .. c5
 ROOM = 9  # px between neighbours for a dot on each

@@ -4,34 +4,37 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ghibli.config import chosen_groups, look_at
-from ghibli.report import figures, pictures, words
+from ghibli.report import charts, figures, images, text
 from ghibli.report.charts import common_scale, interval, scale_ends
-from ghibli.report.measured import evaluation
+from ghibli.report.evaluation import evaluation
 from ghibli.report.provenance import facts, shared_facts
-from ghibli.report.reading import Part, attempt, gain_of
-from ghibli.slides_table import COSTS, cost_rows
-from ghibli.study import Effect, effects, number_of, seed_noise, varied
-from ghibli.trial import differences, flat, shown, that_count
+from ghibli.report.run_data import RunData, attempt, gain_of
+from ghibli.report.text import percent, verdict
+from ghibli.runs.compose import look_at
+from ghibli.runs.identity import differences, flat, shown, that_count
+from ghibli.runs.launch import chosen_groups
+from ghibli.sweeps.costs import COSTS, cost_rows
+from ghibli.sweeps.effects import Effect, effects, number_of, seed_noise
+from ghibli.sweeps.trials import varied
 
 MOST_KEYS = 6  # in a run's short name
 ALL_GRIDS = 4  # runs of which every one shows its grid; of more the best and the worst
 
 
-def page_of_one(part: Part) -> dict[str, Any]:
+def page_of_one(part: RunData) -> dict[str, Any]:
     """Everything about one run."""
     settings = part.trial.settings
     page = {
         "title": part.name,
         "kind": "run",
         "subtitle": part.trial.status.get("settings", ""),
-        "verdict": words.verdict(part),
+        "verdict": text.verdict(part),
         "settings": attempt(lambda: not_default(part), []),
         "all_settings": [(key, shown(value)) for key, value in settings.items()],
         "costs": costs([(part.name, part)]),
         "figures": figures.of_one(part),
         "epochs": epoch_rows(part),
-        "grids": pictures.grids(part),
+        "grids": images.grids(part),
         "evaluation": attempt(lambda: evaluation([part])),
         "evaluation_pictures": evaluation_pictures(part),
         "findings": findings([(part.name, part)]),
@@ -40,7 +43,7 @@ def page_of_one(part: Part) -> dict[str, Any]:
     return page | {"missing": missing(page, [("", part)])}
 
 
-def not_default(part: Part) -> list[tuple[str, str]]:
+def not_default(part: RunData) -> list[tuple[str, str]]:
     """(key, its value and the default) of what differs from what this base and these pictures come with."""
     chosen = chosen_groups(part.run)
     groups = [f"{group}={chosen[group]}" for group in ("model", "data") if group in chosen]
@@ -55,7 +58,7 @@ def not_default(part: Part) -> list[tuple[str, str]]:
     ]
 
 
-def page_of_many(title: str, parts: list[Part], study: Path | None) -> dict[str, Any]:
+def page_of_many(title: str, parts: list[RunData], study: Path | None) -> dict[str, Any]:
     """Everything about several runs, the best first.
 
     Args:
@@ -73,7 +76,7 @@ def page_of_many(title: str, parts: list[Part], study: Path | None) -> dict[str,
         "kind": "study" if study else "comparison",
         "subtitle": number_of(len(parts), "run"),
         "unfinished": len(finished) < len(parts),
-        "verdict": words.study_verdict(runs, found, noise),
+        "verdict": text.study_verdict(runs, found, noise),
         "keys": keys,
         "named": names != by_settings(parts, keys),
         "ranking": ranking(runs, keys),
@@ -93,25 +96,25 @@ def page_of_many(title: str, parts: list[Part], study: Path | None) -> dict[str,
     return page | {"missing": missing(page, runs)}
 
 
-def place_of(part: Part) -> tuple[bool, float]:
+def place_of(part: RunData) -> tuple[bool, float]:
     """Sorts by the gain; runs that are not finished stand behind, for theirs may still change."""
     gain = -part.gain.value if part.gain else float("inf")
     return part.state != "finished", gain
 
 
-def one_of_many(place: int, label: str, part: Part, common: dict[str, str]) -> dict[str, Any]:
+def one_of_many(place: int, label: str, part: RunData, common: dict[str, str]) -> dict[str, Any]:
     """One run of several, folded up on the page."""
     own = [(what, text) for what, text in facts(part).items() if common.get(what) != text]
     drawn = [figures.gain_curve(part), figures.steps(part)]
     return {
-        "place": place, "label": label, "folder": str(part.run.path), "gain": words.percent(part.gain),
-        "state": part.state, "verdict": words.verdict(part), "figures": [one for one in drawn if one],
+        "place": place, "label": label, "folder": str(part.run.path), "gain": percent(part.gain),
+        "state": part.state, "verdict": verdict(part), "figures": [one for one in drawn if one],
         "findings": [(finding["name"], finding["text"], []) for finding in part.findings],
         "provenance": own,
     }  # fmt: skip
 
 
-def by_settings(parts: list[Part], keys: list[str]) -> list[str]:
+def by_settings(parts: list[RunData], keys: list[str]) -> list[str]:
     """The settings that vary as each run's name; the same for all where there are none or too many."""
     few = keys if len(keys) <= MOST_KEYS else []
     return [
@@ -120,7 +123,7 @@ def by_settings(parts: list[Part], keys: list[str]) -> list[str]:
     ]
 
 
-def labels(parts: list[Part], keys: list[str], is_study: bool) -> list[str]:
+def labels(parts: list[RunData], keys: list[str], is_study: bool) -> list[str]:
     """A short name for each run that tells it apart: a trial by its settings, another one by its folder."""
     settings, names = by_settings(parts, keys), [part.name for part in parts]
     paths = [str(part.run.path) for part in parts]
@@ -138,7 +141,7 @@ def ranking(runs: figures.Labelled, keys: list[str]) -> list[dict[str, Any]]:
         distance = part.trial.distance
         row = {
             "name": label, "settings": [shown(part.trial.settings.get(key)) for key in keys],
-            "gain": words.percent(part.gain),
+            "gain": text.percent(part.gain),
             "interval": interval(part.gain, low, high) if part.gain else "",
             "distance": distance and f"{distance[0]:.2f} +- {distance[1]:.2f} ({distance[2]})",
             "epoch": "-" if part.best_epoch is None else part.best_epoch,
@@ -155,57 +158,57 @@ def effect_rows(found: list[Effect]) -> list[dict[str, Any]]:
     return [
         {
             "key": effect.key, "change": f"{shown(effect.low)} \u2192 {shown(effect.high)}",
-            "pairs": effect.pairs, "difference": words.points(effect.difference),
+            "pairs": effect.pairs, "difference": text.points(effect.difference),
             "interval": interval(effect.difference, low, high), "matters": effect.matters,
         }
         for effect in found
     ]  # fmt: skip
 
 
-def figures_of_all(runs: figures.Labelled) -> list[figures.Figure | None]:
+def figures_of_all(runs: figures.Labelled) -> list[charts.Figure | None]:
     """The curves of all runs in common drawings, and the best one's gain by timestep."""
     curves = [figures.gains_of_all(runs), figures.distance_curve(runs), *figures.loss_curves(runs)]
     return [*curves, figures.steps(runs[0][1], " of the best run")]
 
 
-def epoch_rows(part: Part) -> list[tuple[int, str, str]]:
+def epoch_rows(part: RunData) -> list[tuple[int, str, str]]:
     """The gain of each epoch in numbers: held-out, training pictures."""
     return [
-        (int(row["epoch"]), words.percent(gain_of(row)), words.percent(gain_of(row, "train")))
+        (int(row["epoch"]), text.percent(gain_of(row)), text.percent(gain_of(row, "train")))
         for row in part.probe
     ]
 
 
-def grids_of_many(runs: figures.Labelled) -> list[pictures.Picture]:
+def grids_of_many(runs: figures.Labelled) -> list[images.Picture]:
     """The last grid of every run, or of the best and the worst that have one."""
     drawn = [(label, part) for label, part in runs if part.trial.grid is not None]
     drawn = [run for run in drawn if run[1].state == "finished"] or drawn
     chosen = list(zip([label for label, _ in drawn], drawn, strict=True))
     if len(drawn) > ALL_GRIDS:
         chosen = [(f"best: {drawn[0][0]}", drawn[0]), (f"worst: {drawn[-1][0]}", drawn[-1])]
-    return [one for label, (_, part) in chosen if (one := pictures.last_grid(part, label)) is not None]
+    return [one for label, (_, part) in chosen if (one := images.last_grid(part, label)) is not None]
 
 
-def evaluation_pictures(part: Part) -> list[pictures.Picture]:
+def evaluation_pictures(part: RunData) -> list[images.Picture]:
     """evaluation.png, and evaluation_nearest.png where there is one."""
     shown_files = (
         (part.run.evaluation_pictures, "Prompts of held-out pictures in every cell", "base above, run below"),
         (part.run.path / "evaluation_nearest.png", "Samples beside their nearest training pictures", ""),
     )
     found = [
-        pictures.picture(file, f"{label} {more}".strip(), part.problems, label)
+        images.picture(file, f"{label} {more}".strip(), part.problems, label)
         for file, label, more in shown_files
         if file.exists()
     ]
     return [one for one in found if one is not None]
 
 
-def models_picture(study: Path | None, parts: list[Part]) -> list[pictures.Picture]:
+def models_picture(study: Path | None, parts: list[RunData]) -> list[images.Picture]:
     """models.png of a study: the sample prompts drawn by every evaluated model."""
     if study is None or not (study / "models.png").exists():
         return []
     label = "The same prompts drawn by every evaluated model"
-    found = pictures.picture(study / "models.png", label, parts[0].problems, label)
+    found = images.picture(study / "models.png", label, parts[0].problems, label)
     return [] if found is None else [found]
 
 

@@ -5,14 +5,14 @@ import math
 import numpy as np
 
 from ghibli.report.charts import COLOURS, Figure, Series, bars, curves
-from ghibli.report.reading import Part, Row, by_timestep, gain_of
+from ghibli.report.run_data import Row, RunData, by_timestep, gain_of
 
-Labelled = list[tuple[str, Part]]  # the best first, those that are not finished last
+Labelled = list[tuple[str, RunData]]  # the best first, those that are not finished last
 LOWEST = -200.0  # percent; below that a curve says no more than that it diverged
 LOSS, NORMALISED = "train/loss", "train/loss_normalised"
 
 
-def of_one(part: Part) -> list[Figure]:
+def of_one(part: RunData) -> list[Figure]:
     """Gain, distance, loss and gain by timestep of one run; what its files do not tell is left out."""
     found = [
         gain_curve(part),
@@ -23,7 +23,7 @@ def of_one(part: Part) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def gain_curve(part: Part) -> Figure | None:
+def gain_curve(part: RunData) -> Figure | None:
     """Held-out gain with its band, and that of training pictures, epoch by epoch."""
     held_out = gain_points(part.probe)
     training = [(x, y, math.nan) for x, y, _ in gain_points(part.probe, "train")]
@@ -94,7 +94,7 @@ def loss_curves(runs: Labelled) -> list[Figure | None]:
     ]
 
 
-def points_of(part: Part, column: str) -> list[tuple[float, float, float]]:
+def points_of(part: RunData, column: str) -> list[tuple[float, float, float]]:
     return [(row["step"], row.get(column, math.nan), math.nan) for row in part.metrics]
 
 
@@ -125,7 +125,7 @@ def distance_curve(runs: Labelled) -> Figure | None:
     )
 
 
-def steps(part: Part, of: str = "") -> Figure | None:
+def steps(part: RunData, of: str = "") -> Figure | None:
     """The held-out gain of the best epoch by timestep.
 
     Args:

@@ -1,11 +1,11 @@
 """Where runs come from: commit, versions, machine, hashes, commands; of several what they share."""
 
-from ghibli.compare import Side
-from ghibli.report.reading import Part, attempt
-from ghibli.report.words import moment
+from ghibli.report.run_data import RunData, attempt
+from ghibli.report.text import moment
+from ghibli.runs.compare import Side
 
 
-def facts(part: Part) -> dict[str, str]:
+def facts(part: RunData) -> dict[str, str]:
     """Where the run comes from: commit, versions, machine, hashes, commands."""
     status = part.trial.status
     starts = [start for start in status.get("starts") or [status] if isinstance(start, dict)]
@@ -28,7 +28,7 @@ def facts(part: Part) -> dict[str, str]:
     return {what: str(value) for what, value in rows.items() if value not in (None, "", "None")}
 
 
-def shared_facts(parts: list[Part]) -> dict[str, str]:
+def shared_facts(parts: list[RunData]) -> dict[str, str]:
     """What is the same for all runs."""
     every = [facts(part) for part in parts]
     return {what: text for what, text in every[0].items() if all(own.get(what) == text for own in every)}

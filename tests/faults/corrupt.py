@@ -77,7 +77,12 @@ class Corrupter:
 
     def prepare(self) -> None:
         """Kills a run in its second epoch, keeps that, and resumes it to the undisturbed end."""
-        killed = [sys.executable, str(REPO / "tests" / "killed.py"), "training_step", str(KILLED_AT)]
+        killed = [
+            sys.executable,
+            str(REPO / "tests" / "helpers" / "killed.py"),
+            "training_step",
+            str(KILLED_AT),
+        ]
         words = [*SETTINGS, f"cache_dir={self.cache}", f"hydra.run.dir={self.run}"]
         environment = os.environ | ENVIRONMENT
         done = subprocess.run([*killed, *words], cwd=REPO, env=environment, capture_output=True, text=True)
@@ -119,8 +124,8 @@ class Corrupter:
 
     def outcome(self) -> tuple[str, str]:
         """Resumes the damaged run: what became of it, and the line or the differences."""
-        from ghibli.cli import row_of
-        from ghibli.run_dir import RunDir
+        from ghibli.cli.runs import row_of
+        from ghibli.runs.folder import RunDir
 
         try:
             row_of(RunDir(self.run))  # a line of `ghibli list`
@@ -144,13 +149,13 @@ class Corrupter:
 def in_process(*words: str) -> tuple[int, str, str]:
     """`python train.py WORDS...` in this process: (exit code, stdout, stderr)."""
     import train
-    from ghibli import config
+    from ghibli.runs import launch
 
     out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv
     sys.argv = ["train.py", *words]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            config.hydra_entry(REPO / "conf", "train", train.main)
+            launch.hydra_entry(REPO / "conf", "train", train.main)
     except SystemExit as leave:
         code = leave.code or 0
     finally:

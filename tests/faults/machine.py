@@ -207,11 +207,12 @@ class Backwards(datetime.datetime):
     @classmethod
     def now(cls, tz=None):
         return datetime.datetime.fromtimestamp(time.time(), tz)
-import ghibli.config, ghibli.provenance
-ghibli.config.datetime = ghibli.provenance.datetime = Backwards
+import ghibli.runs.compose, ghibli.runtime.provenance
+ghibli.runs.compose.datetime = ghibli.runtime.provenance.datetime = Backwards
 sys.argv = sys.argv[1:]
 import train
-ghibli.config.hydra_entry(pathlib.Path({str(REPO / "conf")!r}), "train", train.main)
+from ghibli.runs.launch import hydra_entry
+hydra_entry(pathlib.Path({str(REPO / "conf")!r}), "train", train.main)
 """
 
 
@@ -239,14 +240,14 @@ def encode(vae, pixels, *more, **options):
 AutoencoderKL.encode = encode
 sys.argv = sys.argv[1:]
 import train
-from ghibli.config import hydra_entry
+from ghibli.runs.launch import hydra_entry
 hydra_entry(Path({str(REPO / "conf")!r}), "train", train.main)
 """
 
 
 def whole_checkpoint(run: Path) -> None:
     """The files from before the fault are there and whole, and no part of one lies about."""
-    from ghibli.whole_files import is_whole
+    from ghibli.runtime.files import is_whole
 
     require(is_whole(run / "checkpoints" / "last.ckpt"), "last.ckpt is damaged")
     require(not list(run.rglob(".*.tmp")), "a part of a file was left")

@@ -1,0 +1,1 @@
+"""LoRA adapters: train, read, write, apply, describe."""

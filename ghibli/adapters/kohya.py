@@ -1,0 +1,80 @@
+"""The layout of kohya's scripts, which A1111, Forge, ComfyUI and InvokeAI read.
+
+Names and metadata are those that its network module for LoRA writes for Stable Diffusion 1.5.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from ghibli.adapters.files import Adapter, is_dora, kohya_name
+from ghibli.config.schema import Config
+from ghibli.models.safetensors import with_sorted_metadata
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import write_atomically
+
+
+def to_kohya(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """lora_down.weight, lora_up.weight and alpha of every layer, by kohya's names; same dtypes.
+
+    Raises:
+        UserMistake: a DoRA, for whose magnitudes the programs that read this layout have no common form.
+    """
+    if is_dora(adapter):
+        raise UserError(
+            f"{adapter.file} is a DoRA, which kohya's layout has no common form for: use the diffusers file, "
+            "or ghibli export --merge"
+        )
+    state = {}
+    for name, layer in adapter.layers.items():
+        prefix = kohya_name(name)
+        state[f"{prefix}.lora_down.weight"] = layer.down.contiguous()
+        state[f"{prefix}.lora_up.weight"] = layer.up.contiguous()
+        state[f"{prefix}.alpha"] = torch.tensor(layer.alpha, dtype=layer.down.dtype)
+    return state
+
+
+def write_kohya(adapter: Adapter, file: Path, metadata: dict[str, str]) -> None:
+    """Writes the adapter in kohya's layout; the same adapter gives the same bytes."""
+    content = with_sorted_metadata(save(to_kohya(adapter), metadata))
+    write_atomically(file, lambda opened: opened.write(content))
+
+
+def metadata_of(adapter: Adapter, config: Config, facts: dict[str, Any], name: str) -> dict[str, str]:
+    """What the programs show of a file: base, rank, alpha, trigger words, how it was trained, licence.
+
+    Args:
+        facts: step, best_epoch, base_hash, data_hash and perhaps ended, as in status.json.
+    """
+    size, words = config.model.resolution, config.data.style.strip(" ,")
+    dated = {"modelspec.date": facts["ended"][:19]} if facts.get("ended") else {}
+    return {
+        "ss_output_name": name,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": ",".join(map(str, adapter.ranks)),
+        "ss_network_alpha": ",".join(f"{alpha:g}" for alpha in adapter.alphas),
+        "ss_network_dropout": f"{config.lora.dropout:g}",
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+        "ss_sd_model_name": config.model.path.rstrip("/").rpartition("/")[2],
+        "ss_sd_model_hash": str(facts.get("base_hash", "")),
+        "ss_dataset_hash": str(facts.get("data_hash", "")),
+        "ss_steps": str(facts.get("step", "")),
+        "ss_epoch": str(facts.get("best_epoch", "")),
+        "ss_seed": str(config.seed),
+        "ss_learning_rate": f"{config.optimizer.lr:g}",
+        "ss_optimizer": config.optimizer.name,
+        "ss_resolution": f"({size}, {size})",
+        "ss_training_comment": f"training guidance {config.loss.guidance:g}; trigger words: {words}",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.trigger_phrase": words,
+        **dated,
+        "modelspec.license": "CreativeML OpenRAIL-M as its base; the style and pictures are Studio Ghibli's",
+    }

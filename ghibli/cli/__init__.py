@@ -1,0 +1,1 @@
+"""The `ghibli` command line."""

@@ -1,0 +1,10 @@
+"""The `ghibli` command."""
+
+from ghibli.cli import adapters, data, images, runs  # noqa: F401  (each adds its commands to the app)
+from ghibli.cli.options import app
+from ghibli.runtime.errors import one_line_errors
+
+
+def main() -> None:
+    """Run the console script; a user's error ends it with one line."""
+    one_line_errors(app)

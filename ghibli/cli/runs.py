@@ -1,0 +1,129 @@
+"""`ghibli list`, `evaluate`, `compare` and `report`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ghibli.cli.options import app
+from ghibli.runs import compare
+from ghibli.runs.find import all_runs
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import console, full_width
+from ghibli.runtime.errors import UserError
+
+
+@app.command("list")
+def list_runs() -> None:
+    """Shows every run below outputs/ with its state, settings and gain."""
+    runs = all_runs()
+    if not runs:
+        console.print("no runs below outputs/ yet: python train.py makes one")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "state", "settings", "epochs", "gain over the base"):
+        table.add_column(name, no_wrap=name == "run", overflow="fold")
+    for run in runs:
+        table.add_row(*row_of(run))
+    console.print(table)
+
+
+@app.command("evaluate")
+def evaluate(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RUN... [KEY=VALUE...]", help="run folders, settings")
+    ],
+) -> None:
+    """Samples finished runs and their base in every cell and measures the distance to real pictures."""
+    folders = [word for word in words if "=" not in word or Path(word).is_dir()]  # trials have names with =
+    runs = [RunDir(Path(word)) for word in folders]
+    if not runs:
+        raise UserError("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
+    from ghibli.config.files import changed
+    from ghibli.evaluation import evaluate as evaluate_module
+    from ghibli.evaluation.evaluate import CHANGEABLE
+    from ghibli.runs.find import config_of
+    from ghibli.training import wandb_logger  # torch takes seconds to load
+
+    settings = [word for word in words if word not in folders]
+    configs = [changed(config_of(run), settings, CHANGEABLE) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        result = evaluate_module.evaluate(run, config)
+        console.print(evaluation_table(run, result))
+        for finding in result["findings"]:
+            console.print(f"{finding['name']}: {finding['text']}", style="yellow")
+        console.print(f"numbers {run.evaluation}, pictures {run.evaluation_pictures}\n")
+        wandb_logger.log_evaluation(config, run, result)
+
+
+def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
+    """The slides' table of one run: a row for each model and cell."""
+    from ghibli.evaluation.features import called
+
+    kernel, frechet = called(result["features"])
+    counts = f"{result['samples']} samples, {result['reference_pictures']} real pictures"
+    table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
+    for name in ("model", "cell", kernel, "below base", frechet, "captions", "precision", "recall"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
+    for model, rows in result["models"].items():
+        for row in rows:
+            cell = f"{row['sampler'].upper()} {row['guidance']:g}"
+            table.add_row(model, cell, *evaluation_cells(row))
+    table.add_row("real", f"floor of {result['floor_pictures']}", *evaluation_cells(result["real"]))
+    return full_width(table)
+
+
+def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Kernel distance, paired difference, Frechet distance, caption fit, precision and recall as text."""
+
+    def with_error(pair: list[float] | None, digits: int) -> str:
+        return "-" if pair is None else f"{pair[0]:.{digits}f} +- {pair[1]:.{digits}f}"
+
+    difference = row.get("kernel_minus_base")
+    return (
+        with_error(row["kernel"], 2),
+        with_error(difference and [-difference[0], difference[1]], 2),
+        f"{row['frechet']:.1f}",
+        with_error(row["caption_fit"], 1),
+        f"{100 * row['precision']:.0f} %",
+        f"{100 * row['recall']:.0f} %",
+    )
+
+
+def row_of(run: RunDir) -> tuple[str, ...]:
+    """One run as the cells of the table."""
+    status = run.read_status()
+    gain, error = status.get("gain"), status.get("gain_se")
+    words = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
+    epochs = str(status.get("epoch", "-"))
+    return str(run.path), run.state, status.get("settings", "?"), epochs, words
+
+
+@app.command("compare")
+def compare_runs(
+    one: Annotated[str, typer.Argument(help="a run folder")],
+    other: Annotated[str, typer.Argument(help="another one")],
+) -> None:
+    """Says in what two runs differ, and whether that explains their results."""
+    sides = [compare.read_side(folder) for folder in (one, other)]
+    differing, results, verdict = compare.compare(*sides)
+    for name, rows in (("differs", differing), ("result", results)):
+        if rows:
+            table = Table(name, one, other, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table, "")
+    console.print(verdict)
+
+
+@app.command("report")
+def report_page(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_STUDY...", help="run or study folders")],
+    out: Annotated[Path | None, typer.Option(help="the file; else report.html in the first folder")] = None,
+) -> None:
+    """Writes one HTML page about runs or a study: verdict, curves, pictures, tables; it needs no network."""
+    from ghibli.report import page  # torch takes seconds to load
+
+    file = page.write(folders, out)
+    console.print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): one page, for any browser")

@@ -1,0 +1,63 @@
+"""Which images train and which are held out, by content; near-duplicates stay on one side."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ghibli.data.folder import CaptionedPicture
+from ghibli.images.duplicates import near_duplicates
+from ghibli.runtime.seeding import hash_fraction
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which pictures train and which are held out."""
+
+    train: list[CaptionedPicture]
+    held_out: list[CaptionedPicture]
+    moved: dict[CaptionedPicture, CaptionedPicture]  # to training, since nearly the same as this one there
+
+
+def split_by_content(
+    pictures: list[CaptionedPicture], val_fraction: float
+) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
+    """(training pictures, held-out pictures), each by file hash alone: adding pictures moves none.
+
+    A very small set may have no picture below the threshold; then the lowest hash is held out.
+    """
+    held_out = {p.content_hash for p in pictures if hash_fraction(p.content_hash) < val_fraction}
+    if not held_out:
+        held_out = {min(p.content_hash for p in pictures)}
+    train = [p for p in pictures if p.content_hash not in held_out]
+    val = [p for p in pictures if p.content_hash in held_out]
+    return train, val
+
+
+def split_apart(
+    pictures: list[CaptionedPicture], thumbnails: dict[Path, np.ndarray], val_fraction: float
+) -> Split:
+    """split_by_content, but what is nearly a training picture is not held out: the gain on it is memory.
+
+    Args:
+        thumbnails: of every picture, by file.
+    """
+    train, held_out = split_by_content(pictures, val_fraction)
+    moved: dict[CaptionedPicture, CaptionedPicture] = {}
+    while True:
+        rows = [np.stack([thumbnails[p.path] for p in side]) for side in (train, held_out) if side]
+        pairs = near_duplicates(*rows) if len(rows) == 2 else []
+        if not pairs or len(pairs) == len(held_out):  # one has to be held out, whatever it is like
+            return Split(train, held_out, moved)
+        moved |= {held_out[v]: train[t] for t, v, _ in pairs}
+        train = [p for p in pictures if p in moved or p in set(train)]
+        held_out = [p for p in held_out if p not in moved]
+
+
+def first_by_content(pictures: list[CaptionedPicture], count: int) -> list[CaptionedPicture]:
+    """The `count` pictures with the lowest content hash: a fixed part, whatever the folder's order.
+
+    Of files with the same bytes the first by name alone, since the second would tell nothing new.
+    """
+    by_content = {p.content_hash: p for p in sorted(pictures, key=lambda p: str(p.path), reverse=True)}
+    return [by_content[content] for content in sorted(by_content)[:count]]

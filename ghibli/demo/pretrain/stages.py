@@ -1,0 +1,203 @@
+"""The three things the demo base learns, in order: CLIP, VAE, UNet. Losses and their data."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ghibli.demo.scenes.scene import compose, draw
+
+
+def draw_pictures(count: int, look: str, first: int, grain: bool) -> torch.Tensor:
+    """`count` scenes from seed `first` as uint8 (count, 3, 128, 128)."""
+    pictures = [np.asarray(draw(compose(first + i), look, grain=grain)) for i in range(count)]
+    return torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
+
+
+def draw_pool(count: int, look: str, first: int, cache: Path, grain: bool) -> torch.Tensor:
+    """`count` pictures as uint8 (count, 3, 128, 128), drawn once and kept in a file."""
+    file = cache / f"pool_{look}_{first}_{count}_{'grain' if grain else 'clean'}.npy"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        np.save(file, draw_pictures(count, look, first, grain).numpy())
+        print(f"drew {count} {look} pictures", flush=True)
+    return torch.from_numpy(np.load(file))
+
+
+def to_pixel_values(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3, H, W) to float in -1..1."""
+    return pictures.float() / 127.5 - 1
+
+
+def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
+    """Captions to input_ids (B, 77)."""
+    return tokenizer(
+        captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def pick(count: int, batch: int, step: int, generator: torch.Generator) -> torch.Tensor:
+    """Indices of a batch: pass after pass over shuffled data would need state, draws do not."""
+    return torch.randint(count, (batch,), generator=generator)
+
+
+class ClipLoss:
+    """Contrastive loss between pictures of both looks and their captions."""
+
+    def __init__(self, clip, tokenizer, pools: list[torch.Tensor], batch: int):
+        self.clip, self.pools, self.batch = clip, pools, batch
+        captions = [compose(i).caption for i in range(len(pools[0]))]
+        self.input_ids = tokenize(tokenizer, captions)
+
+    def __call__(self, step: int, generator: torch.Generator) -> torch.Tensor:
+        index = pick(len(self.input_ids), self.batch, step, generator)
+        pool = self.pools[step % len(self.pools)]
+        pixel_values = to_pixel_values(pool[index])
+        pixel_values += 0.03 * torch.randn(pixel_values.shape, generator=generator)
+        ids = self.input_ids[index]
+        result = self.clip(input_ids=ids, pixel_values=pixel_values)
+        same = (ids[:, None] == ids[None]).all(dim=2).float()  # equal captions are no negatives
+        target = same / same.sum(dim=1, keepdim=True)
+        logits = result.logits_per_text
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def edges(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences to the right and lower neighbour."""
+    return (pictures[..., 1:] - pictures[..., :-1], pictures[..., 1:, :] - pictures[..., :-1, :])
+
+
+def chroma(pictures: torch.Tensor) -> torch.Tensor:
+    """Colour alone at an eighth of the size: red and blue against green, 8x8 means.
+
+    Without this term brightness is learned first and the pictures stay grey for long.
+    """
+    red, green, blue = F.avg_pool2d(pictures, 8).unbind(dim=1)
+    return torch.stack([red - green, blue - green, red + green + blue], dim=1)
+
+
+class VaeLoss:
+    """Reconstruction of both looks: L1, L2, edges, coarse colour and a very small KL term.
+
+    Most steps see 64x64 crops; the last ones whole pictures, a third as many. Of each three
+    pictures the first pool gives one and the second, the harder ink lines, two.
+    """
+
+    def __init__(self, vae, pools: list[torch.Tensor], batch: int, whole_from: int):
+        self.vae, self.pools, self.batch, self.whole_from = vae, pools, batch, whole_from
+
+    def pictures(self, step: int, generator: torch.Generator) -> torch.Tensor:
+        whole = step >= self.whole_from
+        batch = max(3, self.batch // 3) if whole else self.batch
+        parts = []
+        for pool, thirds in zip(self.pools, (1, 2), strict=True):
+            chosen = pool[pick(len(pool), batch * thirds // 3, step, generator)]
+            if not whole:
+                corners = 8 * torch.randint(9, (len(chosen), 2), generator=generator)
+                chosen = torch.stack(
+                    [
+                        picture[:, y : y + 64, x : x + 64]
+                        for picture, (y, x) in zip(chosen, corners.tolist(), strict=True)
+                    ]
+                )
+            parts.append(chosen)
+        return to_pixel_values(torch.cat(parts))
+
+    def __call__(self, step: int, generator: torch.Generator) -> torch.Tensor:
+        clean = self.pictures(step, generator)
+        grain = 0.02 * torch.randn((len(clean), 1, *clean.shape[2:]), generator=generator)
+        noisy = (clean + grain).contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(noisy).latent_dist
+        latents = posterior.sample(generator=generator)
+        result = self.vae.decode(latents).sample
+        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(result), edges(clean), strict=True))
+        pixel = F.l1_loss(result, clean) + 2 * F.mse_loss(result, clean)
+        colour = F.l1_loss(chroma(result), chroma(clean))
+        return pixel + edge + 2 * colour + 1e-6 * posterior.kl().mean()
+
+
+class UnetLoss:
+    """Noise prediction on cached latents; every tenth caption is empty.
+
+    The text encoder learns along: it starts from CLIP's, which had too short a training.
+    """
+
+    def __init__(
+        self,
+        unet,
+        text_encoder,
+        tokenizer,
+        moments: torch.Tensor,
+        scaling: float,
+        alphas_cumprod: torch.Tensor,
+        batch: int,
+    ):
+        self.unet, self.text_encoder, self.moments = unet, text_encoder, moments
+        self.scaling, self.alphas_cumprod, self.batch = scaling, alphas_cumprod, batch
+        captions = [compose(i).caption for i in range(len(moments))]
+        self.input_ids = tokenize(tokenizer, captions)
+        self.empty_ids = tokenize(tokenizer, [""])
+
+    def __call__(self, step: int, generator: torch.Generator) -> torch.Tensor:
+        index = pick(len(self.moments), self.batch, step, generator)
+        mean, std = self.moments[index].float().chunk(2, dim=1)
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        latents = latents * self.scaling
+        noise = torch.randn(latents.shape, generator=generator)
+        start = torch.rand((), generator=generator)  # timesteps spread evenly
+        spread = (start + torch.arange(self.batch) / self.batch) % 1
+        high = torch.arange(self.batch) % 5 < 2  # two of five in 650..999, where light is decided
+        spread = torch.where(high, 0.65 + 0.35 * spread, spread)
+        timesteps = (spread * len(self.alphas_cumprod)).long()
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noisy_latents = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        empty = torch.rand((self.batch, 1), generator=generator) < 0.1
+        prompt_embeds = self.text_encoder(torch.where(empty, self.empty_ids, self.input_ids[index]))[0]
+        noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
+        noise_pred = self.unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0]
+        return F.mse_loss(noise_pred, noise)
+
+
+@torch.no_grad()
+def encode_pool(vae, pool: torch.Tensor, cache: Path) -> torch.Tensor:
+    """Mean and standard deviation (count, 8, 16, 16) fp16 of a pool of pictures."""
+    if cache.exists():
+        return torch.load(cache, weights_only=True)
+    parts = []
+    for pictures in pool.split(32):
+        posterior = vae.encode(to_pixel_values(pictures)).latent_dist
+        parts.append(torch.cat([posterior.mean, posterior.std], dim=1).half())
+    moments = torch.cat(parts)
+    torch.save(moments, cache)
+    return moments
+
+
+def psnr(vae, pictures: torch.Tensor) -> float:
+    """Mean over pictures (uint8, without grain) of the reconstruction's PSNR in dB."""
+    values = []
+    with torch.no_grad():
+        for part in pictures.split(16):
+            clean = to_pixel_values(part)
+            result = vae.decode(vae.encode(clean).latent_dist.mean).sample.clamp(-1, 1)
+            error = ((result - clean) / 2).square().mean(dim=(1, 2, 3))
+            values.append(-10 * torch.log10(error))
+    return torch.cat(values).mean().item()
+
+
+def sheet(rows: list[list[Image.Image]], file: Path, gap: int = 2) -> None:
+    """Save rows of equally large pictures as one PNG."""
+    width, height = rows[0][0].size
+    page = Image.new("RGB", (len(rows[0]) * (width + gap), len(rows) * (height + gap)), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            page.paste(picture, (x * (width + gap), y * (height + gap)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page.save(file, optimize=True)
+
+
+def to_pictures(pixel_values: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in -1..1 to Pillow pictures."""
+    array = ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in array]

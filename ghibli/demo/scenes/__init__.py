@@ -1,0 +1,1 @@
+"""Draws captioned scenes, photograph-like or in the Ghibli-like look."""

@@ -1,0 +1,1 @@
+"""The formulas: forward process, guidance, losses, samplers."""

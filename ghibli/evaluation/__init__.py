@@ -1,0 +1,1 @@
+"""Is it better? Paired gain, distances, diagnosis."""

@@ -1,0 +1,199 @@
+"""What a network sees in an image, as one row of numbers; caption fit; the reference set.
+
+`style`: the base's own VAE encoder, mean and standard deviation over the image of every channel of every
+block: colours, edges, textures. It is at hand wherever a base is, and sees the look; a CLIP image tower,
+which learned to find the same caption in every look, hardly does.
+`inception`: the network of FID. Only with these is a Frechet distance called FID.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from transformers import CLIPImageProcessor, CLIPModel
+
+from ghibli.config.schema import Config
+from ghibli.evaluation.distances import frechet_distance, kernel_difference, kernel_distance
+from ghibli.evaluation.statistics import Estimate
+from ghibli.models.base import BaseModel, part_hash, place_of, weights_hash
+from ghibli.models.load import quiet
+from ghibli.runtime.errors import UserError, first_line
+
+BATCH = 16
+
+
+def called(kind: str | None) -> tuple[str, str]:
+    """What the kernel distance and the Frechet distance of these features are called."""
+    return ("KID", "FID") if kind == "inception" else ("kernel distance", "Frechet")
+
+
+def in_batches(
+    extract: Callable[[torch.Tensor], torch.Tensor],
+    pictures: torch.Tensor,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> torch.Tensor:
+    """Features (N, D) float64 on the CPU of pictures (N, 3, H, W) in 0 .. 1."""
+    rows = []
+    with torch.no_grad():
+        for start in range(0, len(pictures), BATCH):
+            rows.append(extract(pictures[start : start + BATCH]).double().cpu())
+            on_progress(min(start + BATCH, len(pictures)), len(pictures))
+    return torch.cat(rows)
+
+
+def style_features(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation over the picture of the encoder's channels, block by block, (B, D).
+
+    Its first convolution and all blocks but the last: D is 320 for the demo, 2048 for SD 1.5.
+    """
+    blocks = [vae.encoder.conv_in(pictures.to(vae.device) * 2 - 1)]
+    for block in vae.encoder.down_blocks[:-1]:
+        blocks.append(block(blocks[-1]))
+    return torch.cat([part for b in blocks for part in (b.mean((2, 3)), b.std((2, 3)))], dim=1)
+
+
+def standardised(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Features (N, D) in units of the reference's spread around the reference's mean, column by column."""
+    return (features - reference.mean(0)) / reference.std(0).clamp(min=1e-6)
+
+
+def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
+    """The network of FID, (B, 3, H, W) uint8 -> (B, 2048), from a file or torch-fidelity's own download.
+
+    Raises:
+        UserMistake: the file is not there or not these weights, or it cannot be downloaded.
+    """
+    place = Path(weights).expanduser() if weights else downloaded_inception()
+    if not place.is_file():
+        raise UserError(f"evaluate.inception={weights}: no such file")
+    try:
+        content = torch.load(place, weights_only=True, map_location="cpu")  # the library's own runs pickles
+        if not isinstance(content, dict):
+            raise TypeError
+        return FeatureExtractorInceptionV3("inception", ["2048"], str(place)).eval()
+    except Exception as error:  # torch raises many types; each means the same to the user
+        raise UserError(f"evaluate.inception={place} does not hold the FID network's weights") from error
+
+
+def downloaded_inception() -> Path:
+    """torch-fidelity's file of the weights, downloaded once into torch's own cache.
+
+    Raises:
+        UserMistake: it is not there and cannot be downloaded.
+    """
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    try:
+        if not place.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(place))
+    except OSError as error:
+        raise UserError(
+            f"the Inception weights of FID are not at hand and cannot be downloaded ({error}): put "
+            f"{place.name} from torch-fidelity's releases somewhere and name it, evaluate.inception=FILE, "
+            "or use evaluate.features=style"
+        ) from error
+    return place
+
+
+def inception_features(network: FeatureExtractorInceptionV3, pictures: torch.Tensor) -> torch.Tensor:
+    """The 2048 pooled features of 8-bit pictures, (B, 2048)."""
+    levels = (pictures * 255).round().to(torch.uint8)
+    return network(levels.to(next(network.parameters()).device))[0]
+
+
+def clip_similarity(clip: CLIPModel, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """100 x the cosine between each picture and its caption, (B,): the CLIP score (Hessel et al. 2021).
+
+    Args:
+        pixel_values: (B, 3, S, S), prepared as this CLIP wants them.
+        input_ids: (B, L).
+    """
+    output = clip(pixel_values=pixel_values, input_ids=input_ids)
+    return 100 * (output.image_embeds * output.text_embeds).sum(1)
+
+
+class FeatureExtractor:
+    """The configured feature network and CLIP, loaded once.
+
+    Args:
+        base: an untouched base; its VAE gives the style features.
+
+    Raises:
+        UserMistake: weights that are not at hand.
+    """
+
+    def __init__(self, config: Config, base: BaseModel):
+        self.base, self.kind = base, config.evaluate.features
+        self.clip = load_clip(config.model.clip)
+        self.hashes = {"features": self.kind, "vae": weights_hash(base)}  # of all that measures
+        self.hashes["clip"] = None if self.clip is None else part_hash(self.clip[0])
+        if self.kind == "inception":
+            network = load_inception(config.evaluate.inception).to(base.vae.device)
+            self.hashes["inception"] = part_hash(network)
+            self._extract: Callable = lambda batch: inception_features(network, batch)
+        else:
+            self._extract = lambda batch: style_features(base.vae, batch)
+
+    def measure(self, pictures: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+        """Features (N, D) and, with a CLIP, caption_fit (N,), of pictures (N, 3, H, W) in 0 .. 1."""
+        measured = {"features": in_batches(self._extract, pictures)}
+        if self.clip is not None:
+            measured["caption_fit"] = self._caption_fit(pictures, captions)
+        return measured
+
+    @torch.no_grad()
+    def _caption_fit(self, pictures: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        clip, processor = self.clip
+        scores = []
+        for start in range(0, len(pictures), BATCH):
+            part = slice(start, start + BATCH)
+            levels = (pictures[part] * 255).round().to(torch.uint8)
+            pixel_values = processor(images=list(levels), return_tensors="pt")["pixel_values"]
+            scores.append(clip_similarity(clip, pixel_values, self.base.tokenize(captions[part])))
+        return torch.cat(scores)
+
+
+def load_clip(place: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
+    """The CLIP model of `model.clip` and its picture preparation; None without one.
+
+    Raises:
+        UserMistake: it is not there.
+    """
+    if place is None:
+        return None
+    folder = place_of(place)
+    name = folder if folder.is_dir() else place
+    try:
+        with quiet("transformers"):
+            return CLIPModel.from_pretrained(name).eval(), CLIPImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.clip={place} cannot be loaded ({first_line(error)}): give a folder, or model.clip=null"
+        ) from error
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """Real pictures to compare with, and the units of the distances to them."""
+
+    own: torch.Tensor  # (M, D) features as they came
+    standardise: bool  # style features: in units of the reference's spread; FID and KID want them raw
+
+    def units(self, rows: torch.Tensor) -> torch.Tensor:
+        """Features (N, D) in the units in which distances are taken."""
+        return standardised(rows, self.own) if self.standardise else rows
+
+    def kernel(self, rows: torch.Tensor) -> Estimate:
+        """Kernel distance of features (N, D) to the reference."""
+        return kernel_distance(self.units(rows), self.units(self.own))
+
+    def difference(self, rows: torch.Tensor, others: torch.Tensor) -> Estimate:
+        """Kernel distance of one model's features (N, D) minus that of another's, paired."""
+        return kernel_difference(self.units(rows), self.units(others), self.units(self.own))
+
+    def frechet(self, rows: torch.Tensor) -> float:
+        """Frechet distance of features (N, D) to the reference."""
+        return frechet_distance(self.units(rows), self.units(self.own))

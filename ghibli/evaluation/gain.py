@@ -1,0 +1,134 @@
+"""The paired held-out gain: what scores on fixed items say about learning."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ghibli.evaluation.statistics import Estimate
+from ghibli.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gain(Estimate):
+    """How much better than a reference, as a share of the reference's loss (0.25 = 25 %)."""
+
+    @property
+    def size(self) -> str:
+        """`4.1 % +- 0.3 %`, without the error where one picture gives none."""
+        error = "" if math.isnan(self.standard_error) else f" +- {100 * self.standard_error:.1f} %"
+        return f"{abs(100 * self.value):.1f} %{error}"
+
+    def __str__(self) -> str:
+        word = "better" if self.value >= 0 else "WORSE"
+        return f"{word} than the base by {self.size} on held-out pictures"
+
+
+def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
+    """1 - sum(losses) / sum(base_losses) with its jackknife standard error over pictures.
+
+    Args:
+        losses, base_losses: (P, K) of P pictures with K items each, on the same items.
+
+    The standard error leaves out one picture at a time (Efron & Stein 1981); nan for one picture.
+    """
+    ours, base = losses.double().sum(1), base_losses.double().sum(1)
+    value = 1 - ours.sum() / base.sum()
+    count = len(ours)
+    if count < 2:
+        return Gain(value.item(), float("nan"))
+    without_one = 1 - (ours.sum() - ours) / (base.sum() - base)
+    variance = (count - 1) / count * (without_one - without_one.mean()).square().sum()
+    return Gain(value.item(), variance.sqrt().item())
+
+
+def paired_difference(losses: torch.Tensor, others: torch.Tensor) -> tuple[float, float]:
+    """Mean of losses - others, both (P, K), and its standard error over pictures; nan for one picture."""
+    difference = (losses.double() - others.double()).mean(1)
+    if len(difference) < 2:
+        return difference.mean().item(), float("nan")
+    return difference.mean().item(), (difference.std() / len(difference) ** 0.5).item()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One look at a model: its losses on the items, beside the untouched base's at guidance 1."""
+
+    val: torch.Tensor  # (P, K) held-out pictures, at the training guidance
+    val_g1: torch.Tensor  # (P, K) the same, the conditional branch alone
+    train: torch.Tensor  # (Q, K) a fixed part of the training pictures, at the training guidance
+    base_val: torch.Tensor  # (P, K) the base at guidance 1
+    base_train: torch.Tensor  # (Q, K)
+
+    @property
+    def val_gain(self) -> Gain:
+        return paired_gain(self.val, self.base_val)
+
+    @property
+    def train_gain(self) -> Gain:
+        return paired_gain(self.train, self.base_train)
+
+    @property
+    def gain_by_timestep(self) -> list[Gain]:
+        """Held-out gain in each of the K equal parts of the timesteps, low noise first."""
+        items = self.val.shape[1]
+        return [paired_gain(self.val[:, k : k + 1], self.base_val[:, k : k + 1]) for k in range(items)]
+
+    @property
+    def broken(self) -> list[int]:
+        """The pictures, held-out ones first, with a score that is no number, the model's or the base's."""
+        scores = torch.cat([self.val + self.base_val, self.train + self.base_train])
+        return (~scores.isfinite().all(1)).nonzero()[:, 0].tolist()
+
+
+class Diverged(UserError):
+    """The scores of an epoch are no numbers.
+
+    Args:
+        items: name and timesteps of each picture with such a score.
+    """
+
+    def __init__(self, items: list[tuple[str, list[int]]], epoch: int, lr: float):
+        words = [f"{name} at timesteps {', '.join(map(str, timesteps))}" for name, timesteps in items[:3]]
+        more = f" and {len(items) - len(words)} more pictures" if len(items) > len(words) else ""
+        super().__init__(
+            f"the run diverged: after epoch {epoch} the probe's loss is not finite for "
+            f"{'; '.join(words)}{more}; start it again with a lower learning rate (optimizer.lr was {lr:g}); "
+            "best.ckpt is from before, if there is one"
+        )
+
+
+def best_epoch(history: list[Probe]) -> int:
+    """The finished epoch (1, 2, ...) with the lowest held-out loss; 0 when there is none."""
+    losses = [probe.val.double().sum().item() for probe in history]
+    return min(range(1, len(history)), key=losses.__getitem__, default=0)
+
+
+def significant_best(history: list[Probe]) -> Gain:
+    """The best gain so far, which only moves by more than the paired difference's standard error.
+
+    An epoch that is better by chance alone does not count, so waiting for it to move ends
+    once learning has. With one held-out picture there is no error, and any improvement counts.
+    """
+    best = history[0]
+    for probe in history[1:]:
+        difference, error = paired_difference(probe.val, best.val)
+        if difference < (0 if math.isnan(error) else -error):
+            best = probe
+    return best.val_gain
+
+
+def expected_losses(timesteps: torch.Tensor, losses: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """What a model is expected to score at each timestep, (T,): means over items, interpolated.
+
+    Args:
+        timesteps, losses: (N,) of scored items.
+    """
+    parts = min(20, max(1, len(timesteps) // 8))
+    part = (timesteps * parts // num_train_timesteps).numpy()
+    filled = np.unique(part)
+    means = [losses.double().numpy()[part == i].mean() for i in filled]
+    centers = (filled + 0.5) * num_train_timesteps / parts
+    table = np.interp(np.arange(num_train_timesteps), centers, means)
+    return torch.from_numpy(table).float()

@@ -1,0 +1,39 @@
+"""Estimates with standard errors."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured number and its standard error."""
+
+    value: float
+    standard_error: float
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.value - 1.96 * self.standard_error
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval."""
+        return self.value + 1.96 * self.standard_error
+
+
+def jackknife_error(without: list[torch.Tensor]) -> float:
+    """Standard error of a statistic of independent samples, from its values without each single row.
+
+    Args:
+        without: one (N_i,) for each sample (Arvesen 1969, section 2: the variances add up).
+    """
+    variance = sum((len(v) - 1) / len(v) * (v - v.mean()).square().sum() for v in without)
+    return float(variance) ** 0.5
+
+
+def mean_of(values: torch.Tensor) -> Estimate:
+    """Mean of independent values (N,) and its standard error; nan for one value."""
+    values = values.double()
+    return Estimate(values.mean().item(), (values.std() / len(values) ** 0.5).item())

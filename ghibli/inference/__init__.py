@@ -1,0 +1,1 @@
+"""After a run: load, generate, restyle, export, push."""

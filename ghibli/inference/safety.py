@@ -1,0 +1,56 @@
+"""The checker that comes with Stable Diffusion 1.5: pictures that it takes for unsafe become black.
+
+It compares a picture with some concepts by CLIP and errs both ways (Rando et al. 2022, "Red-Teaming the
+Stable Diffusion Safety Filter").
+"""
+
+import numpy as np
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from ghibli.models.base import place_of
+from ghibli.models.load import quiet
+from ghibli.runtime.errors import UserError, first_line
+
+FOLDER = "safety_checker"  # in the base's folder; feature_extractor/ prepares its pictures
+
+
+def has_checker(base: str) -> bool:
+    """Whether the folder of a base, as `model.path` names it, holds a checker."""
+    return (place_of(base) / FOLDER / "config.json").is_file()
+
+
+class SafetyChecker:
+    """Loaded from the folder of a base."""
+
+    def __init__(self, base: str) -> None:
+        """
+        Raises:
+            UserMistake: the base has no checker, or a damaged one.
+        """
+        folder = place_of(base)
+        if not has_checker(base):
+            raise UserError(f"{base} has no {FOLDER}/ folder: copy it there, or turn the checker off")
+        try:
+            with quiet("transformers", "diffusers"):
+                self._prepare = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
+                self._judge = StableDiffusionSafetyChecker.from_pretrained(
+                    folder / FOLDER, use_safetensors=True
+                )
+        except Exception as error:  # the libraries raise many types; each means the same to the user
+            raise UserError(f"the safety checker of {base} does not load: {first_line(error)}") from error
+
+    @torch.inference_mode()
+    def black_out(self, pictures: list[Image.Image]) -> tuple[list[Image.Image], int]:
+        """The pictures, those taken for unsafe all black, and how many these are."""
+        prepared = self._prepare(pictures, return_tensors="pt").pixel_values
+        arrays = [np.asarray(picture).astype(np.float32) for picture in pictures]
+        with quiet("diffusers"):
+            _, unsafe = self._judge(images=arrays, clip_input=prepared)
+        shown = [
+            Image.new("RGB", picture.size) if bad else picture
+            for picture, bad in zip(pictures, unsafe, strict=True)
+        ]
+        return shown, sum(unsafe)

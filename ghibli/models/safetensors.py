@@ -1,0 +1,47 @@
+"""safetensors files: whole or not, never a pickle, byte-identical metadata."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ghibli.config.paths import NO_PICKLE, convert
+from ghibli.runtime.errors import UserError, first_line
+
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip, or bare
+
+
+def check_whole(file: Path, what: str) -> None:
+    """Raises a UserMistake for a .safetensors file that is cut off, damaged, a pickle or a git-lfs pointer.
+
+    Args:
+        what: the setting that names it, such as model.path=DIR.
+    """
+    with open(file, "rb") as opened:
+        start = opened.read(19)
+    if start == b"version https://git":
+        raise UserError(f"{what}: {file} is not the weights but their git-lfs pointer: git lfs pull")
+    if start.startswith(PICKLE_STARTS):
+        renamed = file.with_suffix(".bin")
+        raise UserError(
+            f"{what}: {file} is a pickle under another name; {NO_PICKLE}; rename it to {renamed.name}, then "
+            f"{convert([renamed])}"
+        )
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{what}: {file} is cut off or damaged; get it anew ({first_line(error)})") from error
+
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+def with_sorted_metadata(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in order of the keys; the library's order is random."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]

@@ -1,0 +1,1 @@
+"""Before a run: download, caption, check data, settings and memory."""

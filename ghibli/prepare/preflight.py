@@ -1,0 +1,325 @@
+"""What one wants to know before a run: `ghibli check` prints all of it, train.py what is wrong."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from ghibli.adapters import apply
+from ghibli.config.paths import check_adapter, check_pictures, check_typed_base
+from ghibli.config.schema import Config, describe
+from ghibli.data.datamodule import GhibliDataModule
+from ghibli.data.dataset import left_out
+from ghibli.diffusion.samplers import cells_of
+from ghibli.evaluation import diagnosis
+from ghibli.evaluation.diagnosis import Finding
+from ghibli.models.base import BaseModel, weights_hash
+from ghibli.models.hub import hub_answers
+from ghibli.models.load import is_here
+from ghibli.prepare import dataset_checks, memory
+from ghibli.runs.compose import conf_folder, look_at
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import console
+from ghibli.runtime.errors import UserError, disk_trouble
+from ghibli.runtime.resources import free_disk, free_memory, of_this_process
+from ghibli.training.callbacks.checkpoints import CleanStop
+from ghibli.training.module import GhibliModule
+from ghibli.training.optimizers import lr_factor
+from ghibli.training.trainer import make_trainer
+
+LEVELS = {"error": "red", "warning": "yellow", "note": None}  # in the order of telling, with their colours
+PREPARED = "prepared.json"  # in conf/local: what `ghibli prepare` saw
+SAID_LATER = {"unusable pictures", "missing captions"}  # when the run encodes the pictures
+Section = TypeVar("Part")
+
+
+def check(words: list[str]) -> list[Finding]:
+    """Everything that can be found without training, for the settings `train.py WORDS` would have."""
+    config, run, mistakes = look_at(words)
+    if config is None:
+        return [Finding("config", mistake, "error") for mistake in mistakes]
+    found = [Finding("config", f"{describe(config)}, seed {config.seed}; every value is in range", "note")]
+    base = attempt(found, "base", lambda: load_base(config, found))
+    if base:  # before adapter layers change it
+        found += since_prepared(config, base)
+    data = GhibliDataModule(config, base, run, 0)
+    is_read = attempt(found, "pictures", lambda: read(data))
+    trainer = attempt(found, "device", lambda: make_trainer(config, run, CleanStop(run), None))
+    module = base and attempt(found, "model", lambda: GhibliModule(config, base))
+    if base:
+        found.append(about_base(config, base))
+    if module:
+        alphas = module.alphas_cumprod, module.base_alphas_cumprod
+        found += diagnosis.at_the_start(config, *alphas, module.trainable.values())
+    if trainer:
+        found.append(about_device(trainer))
+    if is_read:
+        found += about_pictures(data)
+    if is_read and module and trainer:
+        found += about_run(module, data, trainer, run.path)
+    return in_order(found)
+
+
+def before_training(module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer, run: RunDir) -> None:
+    """The same looks inside train.py, at what it has loaded; prints what is wrong, and nothing else.
+
+    A prediction, such as too little memory, does not stop a run; what is certain does.
+
+    Raises:
+        UserMistake: no usable pictures, or fewer than one optimiser step takes.
+    """
+    if not trainer.is_global_zero:
+        return
+    read(data)
+    found = about_pictures(data)
+    if module.config.finetune != "none":
+        data.steps_per_epoch(trainer.accumulate_grad_batches, trainer.world_size)
+    found += about_run(module, data, trainer, run.path)
+    tell(
+        [finding for finding in in_order(found) if finding.level != "note" and finding.name not in SAID_LATER]
+    )
+
+
+def in_order(found: list[Finding]) -> list[Finding]:
+    """Errors, then warnings, then notes."""
+    return sorted(found, key=lambda finding: list(LEVELS).index(finding.level))
+
+
+def tell(found: list[Finding]) -> None:
+    """One line for each finding."""
+    for finding in found:
+        console.print(f"{finding.level}: {finding.name}: {finding.text}", style=LEVELS[finding.level])
+
+
+def attempt(found: list[Finding], name: str, part: Callable[[], Section]) -> Section | None:
+    """What `part` returns; a mistake or a disk's trouble becomes an error among the findings, and None."""
+    try:
+        return part()
+    except (UserError, MisconfigurationException) as error:
+        text = str(error)
+    except OSError as error:
+        text = disk_trouble(error)
+        if text is None:
+            raise
+    found.append(Finding(name, " ".join(text.split()), "error"))
+    return None
+
+
+def load_base(config: Config, found: list[Finding]) -> BaseModel | None:
+    """The base as train.py loads it, with the adapter that belongs to it; None where it would download."""
+    model = config.model
+    check_typed_base(model.path)
+    if not is_here(model.path) and hub_answers():
+        text = (
+            f"model.path={model.path} is not downloaded yet, so it and what depends on it are not checked; "
+            "train.py downloads it first (4 GB for Stable Diffusion 1.5)"
+        )
+        found.append(Finding("base", text))
+        return None
+    if model.adapter is not None:
+        check_adapter(Path(model.adapter))
+    return apply.load_base(model)
+
+
+def read(data: GhibliDataModule) -> bool:
+    """Draws the demo's pictures if they are not there, reads the folder, splits it."""
+    check_pictures(data.config)
+    data.prepare_data()
+    data.read()
+    return True
+
+
+def since_prepared(config: Config, base: BaseModel) -> list[Finding]:
+    """Is the base the one that `ghibli prepare` saw?"""
+    note = conf_folder() / "local" / PREPARED
+    if not note.is_file():
+        return []
+    prepared = json.loads(note.read_text(encoding="utf-8"))
+    if prepared["base"] != config.model.path or config.model.adapter is not None:
+        return []
+    if prepared["base_hash"] == weights_hash(base):
+        return []
+    text = (
+        f"model.path={config.model.path} has other weights than `ghibli prepare` saw: run it again if meant"
+    )
+    return [Finding("base", text)]
+
+
+def about_base(config: Config, base: BaseModel) -> Finding:
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (base.unet, base.text_encoder)]
+    merged = "" if config.model.adapter is None else f", {config.model.adapter} merged in"
+    return Finding(
+        "base",
+        f"model.path={config.model.path} has the parts of Stable Diffusion 1 or 2: UNet of {millions[0]:.1f} "
+        f"million weights, text encoder of {millions[1]:.1f}; it predicts {base.prediction_type}, its VAE "
+        f"makes one latent of {base.vae_factor}x{base.vae_factor} px{merged}",
+        "note",
+    )
+
+
+def about_pictures(data: GhibliDataModule) -> list[Finding]:
+    """Everything odd about pictures and captions."""
+    found = dataset_checks.lint(data.folder, data.train_pictures, data.held_out, data.thumbnails, data.moved)
+    if data.base is not None:
+        long = dataset_checks.too_long(data.folder.pictures, data.base.tokenizer)
+        found += [long] if long else []
+    return found
+
+
+def about_device(trainer: L.Trainer) -> Finding:
+    """Where and how exactly it computes."""
+    device = trainer.strategy.root_device
+    where = f"the CPU with {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    many = f", {trainer.world_size} processes" if trainer.world_size > 1 else ""
+    return Finding("device", f"{where}{many}, trainer.precision={trainer.precision}", "note")
+
+
+def about_run(
+    module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer, folder: Path
+) -> list[Finding]:
+    """Plan, memory, disk and cache."""
+    config = module.config
+    found: list[Finding] = []
+    epochs = trainer.max_epochs if config.finetune != "none" else 0
+    if config.finetune != "none":
+        attempt(found, "plan", lambda: found.extend(plan(config, data, trainer)))
+    found.append(about_memory(module, data, trainer))
+    weights = sum(p.numel() for p in module.trainable.values())
+    cells = len(cells_of(config.sample, config.loss.guidance))
+    found.append(about_disk(memory.disk(config, weights, epochs, cells), folder))
+    return found + about_cache(config, len(data.train_pictures) + len(data.val_pictures))
+
+
+def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:
+    """Steps, epochs and the course of the learning rate.
+
+    Raises:
+        UserMistake: fewer training pictures than one optimiser step takes.
+    """
+    accumulate, devices = trainer.accumulate_grad_batches, trainer.world_size
+    steps, options = data.steps_per_epoch(accumulate, devices), config.optimizer
+    total = steps * trainer.max_epochs
+    if trainer.max_steps > 0:
+        total = min(total, trainer.max_steps)
+
+    def rate(share: float) -> float:
+        step = min(int(share * total), total - 1)
+        return options.lr * lr_factor(
+            step, schedule=options.schedule, warmup_steps=options.warmup_steps, steps_per_epoch=steps,
+            epochs=trainer.max_epochs,
+        )  # fmt: skip
+
+    rates = ", ".join(f"{rate(share):.3g} at {100 * share:.0f} %" for share in (0, 0.25, 0.5, 0.75, 1))
+    text = (
+        f"{len(data.train_pictures)} pictures, batch {config.data.batch_size} x {accumulate} accumulated x "
+        f"{devices} device{'s' * (devices > 1)}: {steps} optimiser steps an epoch, {trainer.max_epochs} "
+        f"epochs, {total} steps; learning rate {rates}"
+    )
+    found = [Finding("plan", text, "note")]
+    if options.warmup_steps >= total:
+        text = (
+            f"optimizer.warmup_steps={options.warmup_steps}, but there are {total} steps: the learning rate "
+            "never gets to its peak; lower it"
+        )
+        found.append(Finding("warm-up", text))
+    lonely = left_out(data.shapes, config.data.batch_size * devices)
+    if lonely:
+        text = (
+            f"{lonely} training pictures have shapes of which there are fewer than a batch of "
+            f"{config.data.batch_size * devices}, so they are never shown: lower data.batch_size (and raise "
+            "data.accumulate), or data.resize=center_crop"
+        )
+        found.append(Finding("shapes", text))
+    return found
+
+
+def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer) -> Finding:
+    """Is there memory for training, probe and grids?"""
+    device, precision = trainer.strategy.root_device, str(trainer.precision)
+    need = memory.memory(module, len(data.train_pictures) + len(data.val_pictures), precision)
+    total = need.total + memory.on_device(module, device, precision)
+    if device.type == "cpu":  # further processes have the same need, and hold what this one holds already
+        further = trainer.num_devices - 1
+        total += further * (need.total + (of_this_process("VmRSS") or 0))
+    free = free_memory(device)
+    phases = ", ".join(f"{name} {size_of(size)}" for name, size in need.phases.items())
+    text = (
+        f"the run takes about {size_of(total)} more: {size_of(need.kept)} all the time for optimiser and "
+        f"latents, and in turn for {phases}"
+    )
+    if free is None:
+        return Finding("memory", text, "note")
+    text += f"; {size_of(free)} are free"
+    if total <= free:
+        return Finding("memory", text + larger_batch(need, module, free - total), "note")
+    return Finding("memory", f"{text}: {cure(need.highest, module.config)}", "error")
+
+
+def larger_batch(need: memory.Memory, module: GhibliModule, room: float) -> str:
+    """The settings that put accumulated passes into one, if there is room: the same gradient, sooner."""
+    batch, accumulate = module.config.data.batch_size, module.config.data.accumulate
+    one_pass = need.phases.get("training", math.inf)
+    fits = [
+        factor
+        for factor in range(2, accumulate + 1)
+        if accumulate % factor == 0 and memory.FRAGMENTS * (factor - 1) * one_pass <= room
+    ]
+    if not fits:
+        return ""
+    factor = max(fits)
+    return (
+        f"; with data.batch_size={factor * batch} data.accumulate={accumulate // factor} it fits too and "
+        "learns the same, faster on a GPU"
+    )
+
+
+def size_of(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def cure(phase: str, config: Config) -> str:
+    """The setting that makes the phase fit."""
+    if phase == "training" and config.data.batch_size > 1:
+        half = config.data.batch_size // 2
+        more = 2 * config.data.accumulate
+        return f"lower data.batch_size to {half} with data.accumulate={more}, which learns the same"
+    if phase == "training" and config.compute.checkpoint_every == 0:
+        return "set compute.checkpoint_every=1, which keeps less and computes a third more"
+    if phase == "the probe" and config.validation.items_per_picture > 1:
+        return f"lower validation.items_per_picture to {config.validation.items_per_picture // 2}"
+    if phase == "drawing the grid" and len(config.sample.prompts) > 1:
+        return "give fewer sample.prompts, or none of the grids with sample.every_n_epochs=0"
+    return f"lower model.resolution (it is {config.model.resolution}), or free some memory"
+
+
+def about_disk(need: memory.Disk, folder: Path) -> Finding:
+    """Is there room for checkpoints, adapters and grids?"""
+    free = free_disk(folder)
+    text = (
+        f"the run writes about {need.total / 1e6:.0f} MB below {folder.parent}: checkpoints "
+        f"{need.checkpoints / 1e6:.0f}, adapters {need.adapters / 1e6:.0f}, grids {need.grids / 1e6:.0f}; "
+        f"{free / 1e6:.0f} MB are free"
+    )
+    if need.total <= free:
+        return Finding("disk", text, "note")
+    return Finding("disk", f"{text}: free some space, or choose another place, hydra.run.dir=DIR", "error")
+
+
+def about_cache(config: Config, pictures: int) -> list[Finding]:
+    """Is there room for the pictures' codes? Nothing if there is."""
+    need, free = memory.latents_size(config, pictures), free_disk(Path(config.cache_dir))
+    if need <= free:
+        return []
+    text = (
+        f"the pictures' codes take {need / 1e6:.1f} MB below cache_dir={config.cache_dir}, where "
+        f"{free / 1e6:.1f} MB are free: free some space, or choose another place, cache_dir=DIR"
+    )
+    return [Finding("cache", text, "error")]

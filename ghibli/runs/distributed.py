@@ -1,0 +1,181 @@
+"""Several devices, one process each: the first starts the others, writes and speaks; they train along.
+
+The first process writes config.yaml and tells each other one by its environment which run to join, so
+`resume=latest`, a dated folder or one trial of a sweep is the same to all. Nobody waits with a timeout,
+as the first may draw pictures for long; instead each side watches whether the other is still there.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import console
+from ghibli.runtime.errors import UserError, disk_trouble
+from ghibli.runtime.files import write_text
+from ghibli.runtime.provenance import now
+
+JOINS = "GHIBLI_JOINS"  # in a process that train.py started: the first one's id, a space, the run folder
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")  # what Lightning reads
+FOREVER = timedelta(days=1000)
+GRACE = 10  # seconds in which a process that has lost its partner may end by itself
+
+
+def started_outside() -> bool:
+    """True when srun, torchrun or the like started several processes of this command."""
+    tasks = os.environ.get("SLURM_NTASKS", 1) if "SLURM_PROCID" in os.environ else 1
+    return JOINS not in os.environ and int(os.environ.get("WORLD_SIZE", tasks)) > 1
+
+
+def run_to_join() -> RunDir | None:
+    """The run that this process was started to train along with; None for a command of the user."""
+    if JOINS not in os.environ:
+        return None
+    return RunDir(Path(os.environ[JOINS].split(" ", 1)[1]))
+
+
+def last_words(run: RunDir, rank: int) -> Path:
+    """Where a further process leaves the reason why it ends."""
+    return run.path / f".process_{rank}"
+
+
+@contextmanager
+def together(trainer: Any, run: RunDir, script: Path) -> Iterator[None]:
+    """Around trainer.fit in the first process: starts the others by `python script` and ends them.
+
+    Raises:
+        UserMistake: another process ended before the run did; with the reason it gave.
+    """
+    if hasattr(trainer.strategy, "_timeout"):
+        trainer.strategy._timeout = FOREVER
+    if trainer.strategy.launcher is None or trainer.strategy.cluster_environment.creates_processes_externally:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in RENDEZVOUS}
+    processes = start_others(trainer, run, script)
+    done = threading.Event()
+    threading.Thread(target=watch, args=(processes, run, done), daemon=True).start()
+    try:
+        yield
+        with suppress(subprocess.TimeoutExpired):
+            for process in processes:
+                process.wait(GRACE)
+    except UserError:
+        raise
+    except Exception as error:  # a broken connection may come a moment before its process has ended
+        time.sleep(1)
+        if any(process.poll() for process in processes):
+            raise UserError(why_ended(processes, run)) from error
+        raise
+    finally:
+        done.set()
+        end_others(processes, run)
+        leave_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def start_others(trainer: Any, run: RunDir, script: Path) -> list[subprocess.Popen]:
+    """Starts a process for each further device of this machine, as Lightning's documentation has it."""
+    environment = trainer.strategy.cluster_environment
+    os.environ |= {
+        "MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port),
+        "NODE_RANK": str(environment.node_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(trainer.world_size),
+    }  # fmt: skip
+    joins = {JOINS: f"{os.getpid()} {run.path.resolve()}", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    words = [sys.executable, str(script)]
+    return [  # in sessions of their own, so that a terminal's Ctrl-C reaches the first process only
+        subprocess.Popen(words, env=os.environ | joins | {"LOCAL_RANK": str(rank)}, start_new_session=True)
+        for rank in range(1, trainer.num_devices)
+    ]
+
+
+def watch(processes: list[subprocess.Popen], run: RunDir, done: threading.Event) -> None:
+    """A thread of the first process: ends it when another has failed and it waits for that one for ever."""
+    while not done.wait(1):
+        if any(process.poll() for process in processes):
+            if done.wait(GRACE):
+                return
+            reason = why_ended(processes, run)
+            run.update_status(state="failed", reason=reason, ended=now())
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+            end_others(processes, run)
+            os._exit(2)
+
+
+def end_others(processes: list[subprocess.Popen], run: RunDir) -> None:
+    """Ends the processes that still run; they write nothing, so it may be at any moment."""
+    for rank, process in enumerate(processes, start=1):
+        process.kill()
+        process.wait()
+        last_words(run, rank).unlink(missing_ok=True)
+
+
+def why_ended(processes: list[subprocess.Popen], run: RunDir) -> str:
+    """The reason that the first of the ended processes gave, or how it ended."""
+    rank, code = next((rank, p.poll()) for rank, p in enumerate(processes, start=1) if p.poll())
+    try:
+        return last_words(run, rank).read_text()
+    except OSError:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return (
+            f"process {rank + 1} of {len(processes) + 1} {how} without a word, perhaps for lack of memory; "
+            f"what was saved is kept: python train.py resume={os.path.relpath(run.path)}"
+        )
+
+
+def leave_group() -> None:
+    """Ends the processes' connection, so that the next trial of a sweep can make its own."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def following(run: RunDir) -> Iterator[None]:
+    """Around all that a further process does: silent, deaf to signals, and gone when the first one is."""
+    console.quiet = True
+    warnings.simplefilter("ignore")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    first = int(os.environ[JOINS].split(" ", 1)[0]) if JOINS in os.environ else os.getppid()
+    threading.Thread(target=leave_with, args=(first,), daemon=True).start()
+    try:
+        yield
+    except UserError as mistake:
+        give_up(run, str(mistake))
+    except Exception as error:
+        time.sleep(GRACE / 2)  # when the first process has failed, it ends this one meanwhile
+        trouble = disk_trouble(error)
+        if trouble is None:
+            traceback.print_exc()
+        give_up(run, trouble or f"{type(error).__name__}: {error}")
+
+
+def leave_with(first: int) -> None:
+    """A thread of a further process: ends it as soon as the process that started it is gone."""
+    while os.getppid() == first:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def give_up(run: RunDir, reason: str) -> None:
+    """Leaves the reason for the process that started this one and ends at once, whatever the threads do."""
+    if JOINS in os.environ:
+        write_text(last_words(run, int(os.environ["LOCAL_RANK"])), reason)
+    else:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    os._exit(2)

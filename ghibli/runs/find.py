@@ -1,0 +1,79 @@
+"""Finding run folders: all of them, one by name, the finished ones."""
+
+from pathlib import Path
+
+from ghibli.config.files import from_yaml
+from ghibli.config.schema import Config
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+
+OUTPUTS = Path("outputs")
+
+
+def all_runs(root: Path = OUTPUTS) -> list[RunDir]:
+    """Every run folder below `root`, oldest first by the time its status says it started."""
+    runs = [RunDir(path.parent) for path in root.glob("**/status.json")]
+    return sorted(runs, key=lambda run: (str(run.read_status().get("started", "")), str(run.path)))
+
+
+def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
+    """The run folder called `name`, or the newest run with a checkpoint for `latest`.
+
+    Raises:
+        UserMistake: no such folder, or nothing in it to go on from.
+    """
+    if name == "latest":
+        runs = [run for run in all_runs(root) if has_checkpoint(run)]
+        if not runs:
+            raise UserError(f"resume=latest: no run with a checkpoint below {root}/")
+        run = runs[-1]
+    else:
+        run = RunDir(Path(name))
+    if not run.path.is_dir():
+        raise UserError(f"resume={name}: no such folder (`ghibli list` shows the runs)")
+    if not has_checkpoint(run):
+        raise UserError(
+            f"resume={name}: this folder holds no checkpoints/last.ckpt to go on from; "
+            "start the run anew (`ghibli list` shows the runs)"
+        )
+    if not run.config.exists():
+        raise UserError(f"resume={run.path}: its config.yaml is gone: put it back, or start a new run")
+    run.checkpoint_to_resume()
+    return run
+
+
+def has_checkpoint(run: RunDir) -> bool:
+    """True where there is a checkpoint to go on from, whole or not."""
+    return run.last_checkpoint.exists() or run.previous_checkpoint.exists()
+
+
+def finished_run(name: str) -> RunDir:
+    """The run folder called `name`; for `latest` the newest finished run that trained something.
+
+    Raises:
+        UserMistake: there is none.
+    """
+    if name != "latest":
+        return RunDir(Path(name))
+    finished = runs_with_weights()
+    if not finished:
+        raise UserError("latest: no finished run below outputs/ yet: python train.py makes one")
+    return finished[-1]
+
+
+def runs_with_weights() -> list[RunDir]:
+    """Finished runs below outputs/ that trained something, the oldest first."""
+    return [run for run in all_runs() if run.state == "finished" and run.has_weights]
+
+
+def config_of(run: RunDir) -> Config:
+    """The settings of a finished run.
+
+    Raises:
+        UserMistake: no such folder, no run in it, or one that has not finished.
+    """
+    if not run.config.is_file():
+        raise UserError(f"{run.path} holds no run: `ghibli list` shows them")
+    if run.state != "finished":
+        raise UserError(f"{run.path} is {run.state}, not finished: python train.py resume={run.path}")
+    return from_yaml(run.config)

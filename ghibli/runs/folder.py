@@ -1,0 +1,260 @@
+"""The files of a run folder: their names, and what state it is in."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import checksum_of, is_whole, write_atomically, write_json
+from ghibli.runtime.provenance import now
+from ghibli.runtime.rank import is_first
+
+PLACE = (  # the entries of status.json that name code and machine; each start of a run notes them
+    "code", "git_commit", "git_dirty", "versions",
+    "machine", "processor", "threads", "device", "devices", "precision",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder, `outputs/train/DATE_TIME` or a trial of a sweep."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def no_result(self) -> Path:
+        """Why the last `python sweep.py` that asked for this trial got no result; else not there."""
+        return self.path / "no_result.txt"
+
+    @property
+    def split(self) -> Path:
+        return self.path / "split.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def probe(self) -> Path:
+        return self.path / "probe.csv"
+
+    @property
+    def distances(self) -> Path:
+        return self.path / "distance.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        """The last.ckpt before the present one, for when that is damaged."""
+        return self.checkpoints / "previous.ckpt"
+
+    def usable_checkpoint(self) -> Path | None:
+        """Where to go on from: last.ckpt, else previous.ckpt; None when neither is whole."""
+        both = (self.last_checkpoint, self.previous_checkpoint)
+        return next((checkpoint for checkpoint in both if is_whole(checkpoint)), None)
+
+    def checkpoint_to_resume(self) -> Path:
+        """usable_checkpoint, without which going on would silently be a start from untrained weights.
+
+        Raises:
+            UserMistake: there is none.
+        """
+        found = self.usable_checkpoint()
+        if found is None:
+            raise UserError(
+                f"resume={self.path}: {self.last_checkpoint} is damaged or cut off; start the run anew"
+            )
+        return found
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter of the best epoch."""
+        return self.path / "adapter"
+
+    @property
+    def last_adapter(self) -> Path:
+        """The adapter as training left it."""
+        return self.path / "adapter_last"
+
+    @property
+    def unet(self) -> Path:
+        """The whole UNet of a run with finetune=full, as a diffusers folder."""
+        return self.path / "unet"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_pictures(self) -> Path:
+        return self.path / "evaluation.png"
+
+    @property
+    def evaluation_nearest(self) -> Path:
+        return self.path / "evaluation_nearest.png"
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether training left something to draw with: an adapter or a whole UNet."""
+        return self.adapter.is_dir() or self.unet.is_dir()
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def read_status(self) -> dict[str, Any]:
+        """The content of status.json; empty when there is none or it was damaged."""
+        try:
+            content = json.loads(self.status.read_text())
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(content, dict):
+            return {}
+        checksum = content.pop("sha256", None)
+        return content if checksum in (None, _checksum(content)) else {}
+
+    @property
+    def weights(self) -> str | None:
+        """What tells the best epoch's weights from any others: the checksum of best.ckpt."""
+        return checksum_of(self.best_checkpoint)
+
+    def is_older(self, evaluation: dict[str, Any]) -> bool:
+        """True for the content of an evaluation.json that measured weights which training has replaced."""
+        measured, now = evaluation.get("weights"), self.weights
+        return None not in (measured, now) and measured != now
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """The content of evaluation.json; empty without one, or where it is damaged or older than the run."""
+        try:
+            content = json.loads(self.evaluation.read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) and not self.is_older(content) else {}
+
+    @property
+    def state(self) -> str:
+        """running, finished, interrupted, failed; killed if it says running and no longer runs."""
+        status = self.read_status()
+        state = status.get("state", "unknown")
+        return "killed" if state == "running" and not _is_alive(status.get("process")) else state
+
+    def lock(self, key: str = "hydra.run.dir") -> BinaryIO:
+        """Makes this run the only one that writes the folder, until the process ends or closes the result.
+
+        Removes what a process that was killed left half written.
+
+        Args:
+            key: the setting that chooses another folder.
+
+        Raises:
+            UserMistake: another process is at work here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = open(self.path / ".lock", "ab")  # noqa: SIM115
+        if not is_first():
+            return file
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; loader processes have none
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UserError(
+                f"another process is at work in {self.path}: wait for its end, or choose another folder "
+                f"with {key}=DIR"
+            ) from None
+        for unfinished in self.unfinished():
+            unfinished.unlink(missing_ok=True)
+        return file
+
+    def unfinished(self) -> Iterator[Path]:
+        """What was left half written here; not below, where a folder with a lock of its own begins."""
+        for folder, inner, names in os.walk(self.path):
+            inner[:] = [name for name in inner if not Path(folder, name, ".lock").exists()]
+            yield from (Path(folder, n) for n in names if n.startswith(".") and n.endswith(".tmp"))
+
+    def as_it_was(self) -> Callable[[], None]:
+        """A function that puts what a resume changes before its first step back to what it is now."""
+        paths = (self.config, self.status, self.split)
+        kept = {path: path.read_bytes() for path in paths if path.is_file()}
+
+        def put_back() -> None:
+            for path, content in kept.items():
+                write_atomically(path, lambda file, content=content: file.write(content))
+
+        return put_back
+
+    def update_status(self, **changes: Any) -> None:
+        """Writes status.json with these entries added or replaced, and a checksum."""
+        content = self.read_status() | changes
+        write_json(self.status, content | {"sha256": _checksum(content)})
+
+    def note_start(self, **where: Any) -> None:
+        """Adds to status.json where this process trains, and to `starts` from which step and by which code.
+
+        A run that was resumed has several, which tells whether it moved on the way.
+        """
+        status = self.read_status() | where
+        start = {key: status.get(key) for key in ("command", "step", *PLACE)}
+        self.update_status(**where, starts=[*status.get("starts", []), {"at": now()} | start])
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step that a run goes on from with this checkpoint.
+
+    status.json is written a moment before the checkpoint is, and may be ahead of it.
+    """
+    import torch  # takes seconds, and only who goes on needs it
+
+    return torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["global_step"]
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_alive(process: int | None) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, TypeError, OverflowError):  # the last two: status.json is damaged
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def check_unchanged(run: RunDir, key: str, value: str, what: str) -> None:
+    """Notes a hash in status.json, or refuses when a resumed run finds another one than it noted.
+
+    Raises:
+        UserMistake: `what` is not what the run was started with.
+    """
+    noted = run.read_status().get(key, value)
+    if noted != value:
+        raise UserError(
+            f"resume={run.path}: {what} is not the same as when the run was started "
+            f"({key} {value[:12]}, was {noted[:12]}); put it back, or start a new run"
+        )
+    run.update_status(**{key: value})

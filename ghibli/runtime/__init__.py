@@ -1,0 +1,1 @@
+"""Errors, terminal, files, cache, random numbers, machine: what everything else stands on."""

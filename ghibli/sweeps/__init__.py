@@ -1,0 +1,1 @@
+"""Many runs: grids, searches, ranking, effects, comparison tables."""

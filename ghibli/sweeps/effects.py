@@ -1,0 +1,149 @@
+"""What each swept setting did to the gain, and how much of that seeds alone explain."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+
+from ghibli.evaluation.gain import Gain, paired_gain
+from ghibli.runs.identity import shown
+from ghibli.sweeps.trials import Trial, levels, varied
+
+
+def distinct(trials: list[Trial]) -> list[Trial]:
+    """One trial for each full settings: the same again in another folder is no second result."""
+    first: dict[str, Trial] = {}
+    for trial in trials:
+        first.setdefault(as_key(trial.settings), trial)
+    return list(first.values())
+
+
+def as_key(settings: dict[str, Any]) -> str:
+    """The same words for the same settings."""
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one setting changes: the mean over pairs of trials that differ in nothing else."""
+
+    key: str
+    low: Any
+    high: Any
+    pairs: int
+    difference: Gain  # gain at `high` minus gain at `low`
+
+    @property
+    def matters(self) -> bool:
+        """The 95 % interval does not hold 0."""
+        return self.difference.low > 0 or self.difference.high < 0
+
+    def __str__(self) -> str:
+        value, error = 100 * self.difference.value, 100 * self.difference.standard_error
+        low, high = 100 * self.difference.low, 100 * self.difference.high
+        change = f"{self.key} {shown(self.low)} -> {shown(self.high)}"
+        size = f"{value:+.2f} +- {error:.2f} points of gain, 95 % {low:+.2f} .. {high:+.2f}"
+        word = "" if self.matters else " (not told apart from nothing)"
+        return f"{change}: {size}, {number_of(self.pairs, 'pair')}{word}"
+
+
+def number_of(count: int, word: str) -> str:
+    """`1 pair`, `2 pairs`."""
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def effects(trials: list[Trial]) -> list[Effect]:
+    """The effect of every varied setting, between neighbouring values, largest first.
+
+    The error is that of the choice of held-out pictures (jackknife); what another seed would change
+    is not in it.
+    """
+    scored = distinct([trial for trial in trials if trial.best is not None])
+    found = [effect for key in varied(scored) if key != "seed" for effect in effects_of(key, scored)]
+    return sorted(found, key=lambda effect: -abs(effect.difference.value))
+
+
+def effects_of(key: str, trials: list[Trial]) -> Iterator[Effect]:
+    """Effects of one setting's neighbouring values, where there are pairs."""
+    values = levels(key, trials)
+    others = [name for name in varied(trials) if name != key]
+    for low, high in zip(values, values[1:], strict=False):
+        pairs = [
+            (a, b)
+            for a in trials
+            for b in trials
+            if a.settings.get(key) == low
+            and b.settings.get(key) == high
+            and all(a.settings.get(name) == b.settings.get(name) for name in others)
+            and torch.equal(a.best.base_val, b.best.base_val)
+        ]
+        if pairs:
+            yield Effect(key, low, high, len(pairs), gain_difference(pairs))
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """What another seed alone changes."""
+
+    deviation: float  # of the gain among trials that differ in the seed only
+    freedom: int  # repeats beyond the first, over all settings that were repeated
+    settings: int
+
+    @property
+    def band(self) -> float:
+        """Two single trials must differ by more than this before the difference can be believed (95 %)."""
+        return float(scipy.stats.t.ppf(0.975, self.freedom) * 2**0.5 * self.deviation)
+
+    def __str__(self) -> str:
+        repeats = f"{number_of(self.freedom, 'repeat')} of {number_of(self.settings, 'setting')}"
+        return (
+            f"seed: another one alone moves the gain by {100 * self.deviation:.2f} points (standard "
+            f"deviation, {repeats}); two single trials that differ by less than {100 * self.band:.2f} points "
+            "cannot be told apart"
+        )
+
+
+def seed_noise(trials: list[Trial]) -> SeedNoise | None:
+    """The spread among trials that differ in the seed alone, pooled; None without such trials."""
+    groups: dict[str, list[float]] = {}
+    for trial in distinct([trial for trial in trials if trial.gain is not None]):
+        rest = as_key({key: value for key, value in trial.settings.items() if key != "seed"})
+        groups.setdefault(rest, []).append(trial.gain.value)
+    repeated = [gains for gains in groups.values() if len(gains) > 1]
+    if not repeated:
+        return None
+    freedom = sum(len(gains) - 1 for gains in repeated)
+    squares = sum(np.var(gains) * len(gains) for gains in repeated)
+    return SeedNoise(float((squares / freedom) ** 0.5), freedom, len(repeated))
+
+
+def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
+    """Mean of the second's gain minus the first's, with its jackknife error over pictures.
+
+    Pairs that share the base's scores are one group, whose mean difference is the gain of
+    base + mean(second - first). Groups of other bases or items may share pictures, so their errors
+    are added as if they went together, which never makes them too small.
+    """
+    groups: list[list[tuple[Trial, Trial]]] = []
+    for pair in pairs:
+        same = [group for group in groups if torch.equal(group[0][0].best.base_val, pair[0].best.base_val)]
+        if same:
+            same[0].append(pair)
+        else:
+            groups.append([pair])
+    found = [difference_within(group) for group in groups]
+    shares = [len(group) / len(pairs) for group in groups]
+    value = sum(share * gain.value for share, gain in zip(shares, found, strict=True))
+    error = sum(share * gain.standard_error for share, gain in zip(shares, found, strict=True))
+    return Gain(value, error)
+
+
+def difference_within(pairs: list[tuple[Trial, Trial]]) -> Gain:
+    """gain_difference of pairs that all have the same base's scores."""
+    base = pairs[0][0].best.base_val.double()
+    change = torch.stack([b.best.val.double() - a.best.val.double() for a, b in pairs]).mean(0)
+    return paired_gain(base + change, base)

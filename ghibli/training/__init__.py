@@ -1,0 +1,1 @@
+"""The LightningModule, its callbacks, and one training session from lock to result."""

@@ -1,0 +1,198 @@
+"""When and how a run is saved: whole files, between optimiser steps, and when a signal stops it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import console, relative_path
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import is_whole, write_with_checksum
+from ghibli.runtime.rank import is_first
+from ghibli.training.module import GhibliModule
+
+
+class StopRequested(BaseException):
+    """Ctrl-C or SIGTERM came and what could be saved is saved. No handler of errors catches it."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+def in_slurm() -> bool:
+    """True within a job of Slurm."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def requeue() -> None:
+    """Puts this Slurm job into the queue again; as a job array's task it has a name of two parts.
+
+    Raises:
+        subprocess.SubprocessError, OSError: Slurm refuses, or there is no scontrol here.
+    """
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=60)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint to a temporary file, flushes and renames it: never half a file.
+
+    Its last bytes are a checksum. The last.ckpt before the new one stays as previous.ckpt.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        if path.name == "last.ckpt" and path.exists():
+            keep_previous(path)
+
+        def write(file: BinaryIO) -> None:
+            torch.save(checkpoint, file)
+
+        write_with_checksum(path, write)
+
+
+def keep_previous(last: Path) -> None:
+    """Gives last.ckpt a second name, previous.ckpt; last.ckpt itself stays until it is replaced."""
+    second = last.with_name(f".previous.ckpt.{os.getpid()}.tmp")
+    second.unlink(missing_ok=True)
+    try:
+        os.link(last, second)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(last, second)
+    os.replace(second, RunDir(last.parents[1]).previous_checkpoint)
+
+
+class FolderCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that knows its best score again when the run folder was moved.
+
+    Lightning's own forgets it then, and the next epoch would be taken for the best.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return path.replace(str(state_dict["dirpath"]), str(self.dirpath), 1)
+
+        paths = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path")
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        moved = {name: here(state_dict[name]) for name in paths} | {"best_k_models": best}
+        super().load_state_dict(state_dict | moved)
+
+
+class StepCheckpoint(FolderCheckpoint):
+    """last.ckpt every n optimiser steps, only between two steps and not at an epoch's end.
+
+    Within an accumulation gradients would be lost; the end of an epoch has its own checkpoint,
+    after validation and grid.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if between_steps(trainer, batch_idx) and not is_last:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def between_steps(trainer: L.Trainer, batch_idx: int) -> bool:
+    """True when an optimiser step has just been made."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class CleanStop(Callback):
+    """Around a run and inside its training: what Ctrl-C, SIGTERM and, in a Slurm job, SIGUSR1 do.
+
+    In training the first one finishes the optimiser step, saves and stops; in the last step or
+    validation it lets the run finish. A second one, or any outside training, stops at once. All end
+    in StopRequested.
+    """
+
+    def __init__(self, run: RunDir):
+        self.run, self.received, self.in_training, self.began = run, 0, False, False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "CleanStop":
+        if threading.current_thread() is threading.main_thread():  # signals reach only that one
+            numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGUSR1] * in_slurm()
+            self.previous = {n: signal.getsignal(n) for n in numbers}
+            self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        for number in self.previous:
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        if not is_first():  # the first process tells the others when
+            return
+        if self.received or not self.in_training:
+            raise StopRequested(number)
+        self.received = number
+        console.print("stopping after this step; once more to stop at once", style="yellow")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.in_training = self.began = True
+        self.install()  # Lightning has put its own: under Slurm they save within an accumulation
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if between_steps(trainer, batch_idx) and not is_last and self.agree(trainer):
+            trainer.save_checkpoint(self.run.last_checkpoint)
+            raise StopRequested(self.received)
+
+    def obey(self) -> None:
+        """Raises StopRequested if a signal came that the training was too near its end to stop for."""
+        if self.received:
+            raise StopRequested(self.received)
+
+    def agree(self, trainer: L.Trainer) -> int:
+        """The signal that came, 0 for none: to all processes what it is to the first."""
+        if trainer.world_size > 1:
+            received = torch.tensor(self.received, device=trainer.strategy.root_device)
+            self.received = int(trainer.strategy.reduce(received, reduce_op="max"))
+        return self.received
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        if self.agree(trainer):  # it came at the end of the epoch before, which has its own checkpoint
+            raise StopRequested(self.received)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.in_training = False
+
+
+def load_weights(module: GhibliModule, checkpoint: Path, epoch: int | None = None) -> None:
+    """Puts a checkpoint's trainable weights into the module; says so if they are not of this epoch.
+
+    Raises:
+        UserMistake: the file is missing or was damaged after it was written.
+    """
+    if not is_whole(checkpoint):
+        raise UserError(f"{checkpoint} is missing or damaged: the weights of that epoch are lost")
+    content = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    weights, found = content["state_dict"], len(content["probe"]) - 1
+    if epoch not in (None, found):
+        console.print(
+            f"{relative_path(checkpoint)} is of epoch {found}, not of the best one, {epoch}: "
+            "so is what is written",
+            style="yellow",
+        )
+    with torch.no_grad():
+        for name, parameter in module.trainable.items():
+            parameter.copy_(weights[name])

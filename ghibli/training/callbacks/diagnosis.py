@@ -1,0 +1,105 @@
+"""Runs the doctor's rules while training, and reports each finding once."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+
+from ghibli.config.schema import Config
+from ghibli.evaluation import diagnosis
+from ghibli.evaluation.gain import Diverged
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import console
+from ghibli.runtime.errors import UserError
+from ghibli.training import wandb_logger
+from ghibli.training.callbacks.checkpoints import between_steps
+from ghibli.training.module import GhibliModule
+
+
+class Doctor(Callback):
+    """Looks at a run before it starts, before every optimiser step and after every epoch, and speaks up.
+
+    Each finding is said once: in the terminal, in status.json, as an alert of the dashboard.
+    """
+
+    def __init__(self, config: Config, run: RunDir):
+        self.config, self.run = config, run
+        self.findings: list[diagnosis.Finding] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"findings": [vars(finding) for finding in self.findings]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.findings = [diagnosis.Finding(**stored) for stored in state_dict["findings"]]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        found = diagnosis.at_the_start(
+            self.config, pl_module.alphas_cumprod, pl_module.base_alphas_cumprod, pl_module.trainable.values()
+        )
+        self.report(trainer, found)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: GhibliModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Stops before an update that would destroy the weights.
+
+        In fp16 a gradient may overflow, and the scaler skips that step by itself; a loss may not.
+        """
+        if str(trainer.precision) == "16-mixed":
+            losses = torch.cat([seen.losses for seen in pl_module.seen]).double().sum()
+            found = trainer.strategy.reduce(losses, reduce_op="sum")
+        else:
+            gradients = [p.grad for p in pl_module.trainable.values() if p.grad is not None]
+            found = torch.nn.utils.get_total_norm(gradients)
+        if not found.isfinite():
+            raise UserError(self.not_finite(trainer, pl_module))
+
+    def on_exception(self, trainer: L.Trainer, pl_module: GhibliModule, exception: BaseException) -> None:
+        if isinstance(exception, Diverged):
+            self.report(trainer, [diagnosis.Finding("not finite", str(exception))], say=False)
+
+    def not_finite(self, trainer: L.Trainer, pl_module: GhibliModule) -> str:
+        names, timesteps, losses = map(list, zip(*seen_everywhere(pl_module), strict=True))
+        text = diagnosis.not_finite(names, timesteps, losses, trainer.global_step, self.config.optimizer.lr)
+        self.report(trainer, [diagnosis.Finding("not finite", text)], say=False)
+        return text
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if between_steps(trainer, batch_idx):
+            pl_module.seen.clear()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.report(trainer, diagnosis.after_epoch(pl_module.history, self.config))
+
+    def report(self, trainer: L.Trainer, found: list[diagnosis.Finding], say: bool = True) -> None:
+        """Tells what has not been told before."""
+        known = {finding.name for finding in self.findings}
+        new = [finding for finding in found if finding.name not in known]
+        self.findings += new
+        if not trainer.is_global_zero:
+            return
+        self.run.update_status(findings=[vars(finding) for finding in self.findings])
+        for finding in new:
+            if say:
+                console.print(f"doctor: {finding.name}: {finding.text}", style="yellow")
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    wandb_logger.alert(logger, finding.name, finding.text)
+
+
+def seen_everywhere(pl_module: GhibliModule) -> list[tuple[str, int, float]]:
+    """(name, timestep, loss) of each example since the last optimiser step, of all devices."""
+    here = [
+        example
+        for seen in pl_module.seen
+        for example in zip(seen.names, seen.timesteps.tolist(), seen.losses.tolist(), strict=True)
+    ]
+    if pl_module.trainer.world_size == 1:
+        return here
+    everywhere: list = [None] * pl_module.trainer.world_size
+    torch.distributed.all_gather_object(everywhere, here)
+    return [example for examples in everywhere for example in examples]

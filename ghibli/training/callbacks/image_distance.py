@@ -1,0 +1,81 @@
+"""The curve that one wants to see fall: the distance of sampled pictures to real ones, epoch by epoch."""
+
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from ghibli.config.schema import Config
+from ghibli.data.sources import real_pictures
+from ghibli.diffusion.samplers import cells_of, in_eval_mode
+from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
+from ghibli.evaluation.samples import SampleCache
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import console
+from ghibli.runtime.files import write_rows
+from ghibli.training.callbacks.metrics import log
+from ghibli.training.module import GhibliModule
+
+COLUMNS = ("step", "epoch", "evaluate/kernel_distance", "evaluate/kernel_distance_se")
+
+
+class DistanceCurve(Callback):
+    """Samples the untouched base, then the model every n epochs; writes distance.csv and the dashboard.
+
+    The same prompts and start noise every time, so the points compare with each other. The last cell of
+    the grid: of a guided run its own scale, and for the base the last of sample.guidance. The training
+    does not notice: no random number of its own is used.
+    """
+
+    def __init__(self, config: Config, run: RunDir):
+        self.config, self.run, self.options = config, run, config.evaluate
+        self.cell = cells_of(config.sample, config.loss.guidance)[-1]
+        self.base_cell = cells_of(config.sample, 1)[-1]  # the base is not guided by its training
+        self.rows: list[dict[str, float]] = []
+        self.bench: SampleCache | None = None
+        self.reference: ReferenceSet | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        if trainer.is_global_zero and not self.rows:
+            self.measure(trainer, pl_module, epoch=0)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if trainer.is_global_zero and epoch % self.options.every_n_epochs == 0:
+            self.measure(trainer, pl_module, epoch)
+
+    def measure(self, trainer: L.Trainer, module: GhibliModule, epoch: int) -> None:
+        """Adds a point to the curve."""
+        if self.bench is None:
+            self.prepare(module)
+        cell = self.base_cell if epoch == 0 else self.cell
+        with in_eval_mode(module.base):
+            sampled = self.bench.measure_model(module.base, cell, self.options.epoch_samples)
+        distance = self.reference.kernel(sampled["features"])
+        values = (trainer.global_step, epoch, distance.value, distance.standard_error)
+        self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+        write_rows(self.run.distances, COLUMNS, self.rows)
+        log(trainer, self.rows[-1])
+        beside = "" if self.cell == self.base_cell else f" in {self.base_cell.label}"
+        base = "" if epoch == 0 else f", base {self.rows[0][COLUMNS[2]]:.2f}{beside}"
+        who = "base   " if epoch == 0 else f"epoch {epoch}"
+        console.print(
+            f"{who}  kernel distance {distance.value:.2f} +- {distance.standard_error:.2f} to real pictures "
+            f"({self.options.epoch_samples} drawn, {cell.label}{base})"
+        )
+
+    def prepare(self, module: GhibliModule) -> None:
+        """Measures the real pictures, once."""
+        pictures, _ = real_pictures(self.config)
+        plain = replace(self.config, model=replace(self.config.model, clip=None))
+        yardstick = FeatureExtractor(plain, module.base)
+        self.bench = SampleCache(plain, yardstick, [picture.caption for picture in pictures])
+        own = self.bench.measure_real("measuring the reference", pictures)["features"]
+        self.reference = ReferenceSet(own, standardise=self.options.features == "style")

@@ -1,0 +1,172 @@
+"""The exact rows of a run: metrics.csv within the epochs, probe.csv after each, and the dashboard."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+
+from ghibli.evaluation.gain import Gain, Probe
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.files import write_rows
+from ghibli.training import wandb_logger
+from ghibli.training.callbacks.checkpoints import between_steps
+from ghibli.training.module import GhibliModule
+
+METRICS = ("step", "epoch", "train/loss", "train/loss_normalised", "lr", "time/images_per_second")
+
+
+class Records(Callback):
+    """One row in metrics.csv every n optimiser steps, one in probe.csv before training and every epoch.
+
+    A row's train/loss is the mean over all examples since the row before. A checkpoint carries the
+    rows up to it, and a resumed run writes the files anew from those: the rows are those of a run
+    that was never stopped, whatever has become of the files.
+    """
+
+    def __init__(self, run: RunDir):
+        self.run = run
+        self.rows: list[dict[str, Any]] = []
+        self.probe_rows: list[dict[str, Any]] = []
+        self.row, self.epoch = Sums(), Sums()
+        self.examples, self.since = 0, time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = {"row": vars(self.row), "epoch": vars(self.epoch)}
+        return sums | {"rows": self.rows, "probe_rows": self.probe_rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.row, self.epoch = Sums(**state_dict["row"]), Sums(**state_dict["epoch"])
+        self.rows, self.probe_rows = list(state_dict["rows"]), list(state_dict["probe_rows"])
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        """Lightning calls this after it has restored a checkpoint."""
+        if self.probe_rows:
+            self.flush(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.examples, self.since = 0, time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        if not self.probe_rows:
+            self.add_probe(trainer, pl_module.history)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        here = torch.stack([outputs["loss"].detach(), outputs["plain"], outputs["expected"]]).double()
+        here[0] *= trainer.accumulate_grad_batches
+        everywhere = trainer.strategy.reduce(here, reduce_op="mean")  # as one device with all the examples
+        for sums in (self.row, self.epoch):
+            sums.add(*everywhere)
+        self.examples += len(batch["example"]) * trainer.world_size
+        if between_steps(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0:
+            self.write_train_row(trainer)
+
+    def write_train_row(self, trainer: L.Trainer) -> None:
+        speed = self.examples / (time.monotonic() - self.since)
+        values = self.row.means()
+        row = {
+            "train/loss": values["loss"], "train/loss_normalised": values["normalised"],
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+        }  # fmt: skip
+        self.rows.append(numbered(trainer, row | {"time/images_per_second": round(speed, 2)}))
+        log(trainer, self.rows[-1])
+        self.row = Sums()
+        self.examples, self.since = 0, time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.add_probe(trainer, pl_module.history)
+        self.flush(trainer)
+        self.epoch = Sums()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        """For early stopping on the training loss, as the slides had it."""
+        loss = self.probe_rows[-1]["train/epoch_loss"]
+        if loss != "":  # else training ended within its first epoch
+            pl_module.log("train/epoch_loss", float(loss), logger=False)
+
+    def add_probe(self, trainer: L.Trainer, history: list[Probe]) -> None:
+        """A row of probe.csv and of the dashboard for the newest probe."""
+        losses = self.epoch.means() if self.epoch.batches else {}
+        values = probe_values(history[-1], trainer.datamodule.num_train_timesteps)
+        values["train/epoch_loss"] = losses.get("loss", "")
+        values["train/epoch_loss_se"] = losses.get("error", "")
+        row = {"step": trainer.global_step, "epoch": len(history) - 1}
+        self.probe_rows.append(row | values)
+        log(trainer, row | {key: value for key, value in values.items() if value != ""})
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
+                wandb_logger.log_gain_by_timestep(logger, bars, trainer.global_step)
+                wandb_logger.log_gain_curve(logger, self.probe_rows, trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
+        self.flush(trainer)
+
+    def flush(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            write_rows(self.run.metrics, METRICS, self.rows)
+            if self.probe_rows:
+                write_rows(self.run.probe, tuple(self.probe_rows[0]), self.probe_rows)
+
+
+@dataclass
+class Sums:
+    """Running sums over forward passes, each of all devices: the loss, its square, what makes it readable."""
+
+    batches: int = 0
+    loss: torch.Tensor | float = 0.0
+    square: torch.Tensor | float = 0.0
+    plain: torch.Tensor | float = 0.0  # before any weighting
+    expected: torch.Tensor | float = 0.0  # what the base scores at these timesteps
+
+    def add(self, loss: torch.Tensor, plain: torch.Tensor, expected: torch.Tensor) -> None:
+        self.batches += 1
+        self.loss, self.square = self.loss + loss, self.square + loss.square()
+        self.plain, self.expected = self.plain + plain, self.expected + expected
+
+    def means(self) -> dict[str, float]:
+        """The loss, its error as if every pass were an independent draw, and loss / expected."""
+        loss, square, plain, expected = map(float, (self.loss, self.square, self.plain, self.expected))
+        mean = loss / self.batches
+        variance = max(0.0, square / self.batches - mean**2)
+        error = (variance / max(1, self.batches - 1)) ** 0.5
+        return {"loss": mean, "error": error, "normalised": plain / expected}
+
+
+def probe_values(probe: Probe, num_train_timesteps: int) -> dict[str, float]:
+    """A probe as the columns of probe.csv."""
+    val, train = probe.val_gain, probe.train_gain
+    values = {
+        "probe/val_loss": probe.val.double().mean().item(),
+        "probe/val_loss_g1": probe.val_g1.double().mean().item(),
+        "probe/val_gain": val.value, "probe/val_gain_se": val.standard_error,
+        "probe/val_gain_low": val.low, "probe/val_gain_high": val.high,
+        "probe/train_loss": probe.train.double().mean().item(),
+        "probe/train_gain": train.value, "probe/train_gain_se": train.standard_error,
+    }  # fmt: skip
+    for part, gain in gain_by_timestep(probe, num_train_timesteps).items():
+        values[f"probe/val_gain_t{part}"] = gain.value
+        values[f"probe/val_gain_t{part}_se"] = gain.standard_error
+    return values
+
+
+def gain_by_timestep(probe: Probe, num_train_timesteps: int) -> dict[str, Gain]:
+    """`0-249` -> the held-out gain at those timesteps."""
+    gains = probe.gain_by_timestep
+    edges = [k * num_train_timesteps // len(gains) for k in range(len(gains) + 1)]
+    return {f"{edges[k]}-{edges[k + 1] - 1}": gain for k, gain in enumerate(gains)}
+
+
+def numbered(trainer: L.Trainer, values: dict[str, float]) -> dict[str, float]:
+    return {"step": trainer.global_step, "epoch": trainer.current_epoch} | values
+
+
+def log(trainer: L.Trainer, row: dict[str, float]) -> None:
+    """Sends a row to the dashboard."""
+    for logger in trainer.loggers:
+        logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])

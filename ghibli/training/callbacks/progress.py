@@ -1,0 +1,79 @@
+"""The terminal while training: one bar over the whole run, one line per epoch; status.json."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import console, make_bar
+from ghibli.runtime.provenance import now
+from ghibli.training.callbacks.metrics import Records
+from ghibli.training.module import GhibliModule
+
+
+class Narrator(Callback):
+    """The terminal: one bar over the whole run with loss and time left, one line an epoch."""
+
+    def __init__(self, records: Records):
+        self.records, self.bar = records, None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        if trainer.is_global_zero and trainer.global_step == 0:
+            self.say_start(pl_module)
+        self.bar = make_bar()
+        self.bar.start()
+        total = int(trainer.estimated_stepping_batches)
+        self.task = self.bar.add_task("training", total=total, completed=trainer.global_step, note="")
+
+    def say_start(self, pl_module: GhibliModule) -> None:
+        """Where a guided training starts; at guidance 1 that is the base itself, and zero."""
+        guidance = pl_module.config.loss.guidance
+        if guidance == 1:
+            return
+        start = pl_module.history[0]
+        console.print(
+            f"start    at guidance {guidance:g} the untouched base scores {start.val.mean():.2f}, at 1 "
+            f"{start.base_val.mean():.2f}: guided, it is no predictor of the noise, so the gain starts at "
+            f"{100 * start.val_gain.value:.0f} %"
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        note = f"epoch {trainer.current_epoch + 1}"
+        if self.records.rows:
+            note += f"  loss {float(self.records.rows[-1]['train/loss']):.4f}"
+        self.bar.update(self.task, completed=trainer.global_step, note=note)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        if not trainer.is_global_zero or len(pl_module.history) < 2:
+            return
+        probe = pl_module.history[-1]
+        train = f"(train {100 * probe.train_gain.value:.1f} %)"
+        console.print(f"epoch {len(pl_module.history) - 1}  {probe.val_gain} {train}")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.bar.refresh()
+
+    def teardown(self, trainer: L.Trainer, pl_module: GhibliModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: GhibliModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "")
+
+
+class StatusWriter(Callback):
+    """Keeps status.json up to date while training."""
+
+    def __init__(self, run: RunDir):
+        self.run = run
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
+        if trainer.is_global_zero:
+            gain = pl_module.history[-1].val_gain if len(pl_module.history) > 1 else None
+            self.run.update_status(
+                step=trainer.global_step, epoch=trainer.current_epoch, updated=now(),
+                gain=gain.value if gain else None, gain_se=gain.standard_error if gain else None,
+            )  # fmt: skip

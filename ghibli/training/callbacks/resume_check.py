@@ -1,0 +1,188 @@
+"""Before a resumed run makes its first step: are these the weights, and do they still score the same?"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+
+from ghibli.adapters import lora
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import console
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.provenance import processor_name
+from ghibli.runtime.resources import device_name
+from ghibli.training.module import GhibliModule
+
+HASHES = {"base_hash": "the base", "data_hash": "the picture set"}  # noted in status.json, too
+PICTURES = 2  # held-out pictures that are scored again
+ROUNDING = {32: 1e-3, 16: 0.1}  # bits -> relative difference of a picture's loss on another machine
+
+
+class ResumeCheck(Callback):
+    """Writes into every checkpoint what its weights are and score; compares both on resume.
+
+    Between the two lie all ways in which a resume can go wrong unseen: an adapter that was not
+    loaded, another base, other pictures, other settings.
+    """
+
+    def __init__(self, run: RunDir):
+        self.run = run
+        self.written: dict[str, Any] = {"weights": None}
+        self.restored: dict[str, Any] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict[str, Any]
+    ) -> None:
+        weights = trained_weights_hash(pl_module)
+        if self.written["weights"] != weights:  # an epoch's end writes two files of the same weights
+            self.written = {
+                "weights": weights, "scores": rescore(trainer, pl_module),
+                "place": place(pl_module), "precision": str(trainer.precision),
+            }  # fmt: skip
+        status = self.run.read_status()
+        checkpoint["identity"] = self.written | {"hashes": {key: status.get(key) for key in HASHES}}
+        checkpoint["max_epochs"] = trainer.max_epochs
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.restored = {key: checkpoint.get(key) for key in ("identity", "max_epochs")}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        """Lightning has restored everything and the next thing is a step.
+
+        Raises:
+            UserMistake: the weights or their scores are not those of the checkpoint.
+        """
+        if self.restored is None:
+            return
+        if self.restored["identity"] is None:
+            console.print(
+                "this checkpoint is from before weights and scores were noted: going on unchecked",
+                style="yellow",
+            )
+        else:
+            self.compare(trainer, pl_module, self.restored["identity"])
+        if self.restored["max_epochs"] not in (None, trainer.max_epochs):
+            self.replan(trainer, self.restored["max_epochs"])
+        elif any(stopping.stopped_epoch for stopping in stoppings(trainer)):
+            trainer.should_stop = True  # it had stopped early; one more epoch would be another run
+
+    def compare(self, trainer: L.Trainer, pl_module: GhibliModule, stored: dict[str, Any]) -> None:
+        self.compare_hashes(stored.get("hashes", {}))
+        found = trained_weights_hash(pl_module)
+        if found != stored["weights"]:
+            raise UserError(
+                f"resume={self.run.path}: the weights in the networks are not those of the checkpoint "
+                f"(sha256 {found[:12]}, stored {stored['weights'][:12]}): it was edited, or its adapter was "
+                "not loaded; start a new run"
+            )
+        scores, before = rescore(trainer, pl_module), stored["scores"]
+        if torch.equal(scores, before):
+            return
+        is_same_place = stored["place"] == place(pl_module) and pl_module.device.type == "cpu"
+        means = [losses.mean(-1) for losses in (scores, before)]  # (pictures, 2)
+        bits = 16 if "16" in f"{trainer.precision} {stored['precision']}" else 32
+        if scores.shape == before.shape and not is_same_place and torch.allclose(*means, rtol=ROUNDING[bits]):
+            return
+        raise UserError(
+            f"resume={self.run.path}: the checkpoint's weights now score {numbers(means[0])} on held-out "
+            f"pictures, {numbers(means[1])} when it was written: another base, edited pictures or captions, "
+            "or an edited config.yaml; put them back, or start a new run"
+        )
+
+    def compare_hashes(self, stored: dict[str, str]) -> None:
+        """Of base and pictures, as the run has noted them again where status.json had lost them."""
+        status = self.run.read_status()
+        for key, before in stored.items():
+            if before != status.get(key):
+                raise UserError(
+                    f"resume={self.run.path}: {HASHES[key]} is not the same as when the checkpoint was "
+                    f"written ({key} {str(status.get(key))[:12]}, was {str(before)[:12]}); put it back, or "
+                    "start a new run"
+                )
+
+    def replan(self, trainer: L.Trainer, before: int) -> None:
+        """Says what more epochs mean, and puts the learning rate where the longer plan has it."""
+        done, planned = trainer.fit_loop.epoch_progress.current.processed, trainer.max_epochs
+        old, new = put_learning_rate(trainer)
+        for stopping in stoppings(trainer):
+            stopping.wait_count = stopping.stopped_epoch = 0  # whoever asks for more gets more
+        rate = f"stays at {old:g}" if old == new else f"jumps from {old:g} to {new:g} at the next step"
+        stretched = "" if old == new else ", as its course is stretched over all epochs"
+        console.print(
+            f"{done} of {before} epochs are done; now {planned} are planned, so {planned - done} are to do\n"
+            f"the learning rate {rate}{stretched}"
+        )
+        if trainer.is_global_zero:
+            grown = [*self.run.read_status().get("grown", []), [trainer.global_step, before, planned]]
+            self.run.update_status(grown=grown)  # [step, epochs before, epochs planned now]
+
+
+def stoppings(trainer: L.Trainer) -> list[EarlyStopping]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]
+
+
+def numbers(means: torch.Tensor) -> str:
+    return " and ".join(f"{value:.6f}" for value in means[:, 0].tolist())
+
+
+def trained_weights_hash(module: GhibliModule) -> str:
+    """sha256 over what is trainable in the networks themselves, whatever the module believes it trains."""
+    total = hashlib.sha256()
+    for name, tensor in lora.trainable(module.base).items():
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+@torch.no_grad()
+def rescore(trainer: L.Trainer, module: GhibliModule) -> torch.Tensor:
+    """What the weights score on the first held-out pictures now, (pictures, 2, K) on the CPU."""
+    data, guidance = trainer.datamodule, module.config.loss.guidance
+    count = min(PICTURES, len(data.val_pictures))
+    with undisturbed(module), trainer.precision_plugin.forward_context():
+        batches = [
+            module.transfer_batch_to_device(batch, module.device, 0) for batch in data.probe_batches[:count]
+        ]
+        scores = [module.scores(batch, guidance, module.base_alphas_cumprod) for batch in batches]
+    return torch.stack(scores).float().cpu()
+
+
+@contextmanager
+def undisturbed(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode within; every part is back in its own mode afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def place(module: GhibliModule) -> str:
+    """All that rounding depends on, the settings apart."""
+    return f"{device_name(module.device)}, {processor_name()}, torch {torch.__version__}"
+
+
+def put_learning_rate(trainer: L.Trainer) -> tuple[float, float]:
+    """Sets the rate of the next step to what the schedule says now; (before, now) of the first group.
+
+    Restored are the rates that the old schedule had worked out for it.
+    """
+    (config,) = trainer.lr_scheduler_configs
+    schedule = config.scheduler
+    before = schedule.optimizer.param_groups[0]["lr"]
+    rates = [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+    return before, rates[0]

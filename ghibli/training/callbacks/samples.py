@@ -1,0 +1,90 @@
+"""Draws sample grids while training."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+
+from ghibli.config.schema import Config, describe
+from ghibli.diffusion.samplers import cells_of, draw_cells
+from ghibli.images.grid import compose_grid
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.cache import cached
+from ghibli.runtime.console import counted
+from ghibli.runtime.files import write_atomically
+from ghibli.runtime.resources import device_name
+from ghibli.training import wandb_logger
+from ghibli.training.module import GhibliModule
+
+
+class SampleGrid(Callback):
+    """Draws prompts x {DDPM, DDIM} x guidance every n epochs, the base above, from the same noise."""
+
+    def __init__(self, config: Config, run: RunDir):
+        self.config, self.run = config, run
+        self.cells = cells_of(config.sample, config.loss.guidance)
+        self.base_pictures: torch.Tensor | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: GhibliModule, stage: str) -> None:
+        """Draws the untouched base; Lightning restores a checkpoint only after this."""
+        if self.config.sample.every_n_epochs == 0 or not trainer.is_global_zero:
+            return
+        pl_module.to(trainer.strategy.root_device)
+        sample, model = self.config.sample, self.config.model
+        key = {
+            "base": pl_module.base_hash, "device": device_name(trainer.strategy.root_device),
+            "precision": str(trainer.precision),
+            "cells": [asdict(cell) for cell in self.cells], "prompts": list(sample.prompts),
+            "steps": sample.num_inference_steps, "seed": sample.seed, "resolution": model.resolution,
+        }  # fmt: skip
+        label = "drawing what the base makes of the prompts"
+        folder = Path(self.config.cache_dir) / "base_grids"
+        drawn = cached(folder, key, lambda: {"pictures": self.draw(trainer, pl_module, label)})
+        self.base_pictures = drawn["pictures"]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        epoch, every = trainer.current_epoch + 1, self.config.sample.every_n_epochs
+        if self.base_pictures is not None and epoch % every == 0 and epoch < trainer.max_epochs:
+            self.save(trainer, pl_module, f"epoch_{epoch:03d}", f"epoch {epoch}")
+
+    def save(self, trainer: L.Trainer, pl_module: GhibliModule, name: str, label: str) -> Path:
+        """Draws the model as it is now, writes samples/NAME.png and logs it; returns the file."""
+        rows = [("base", self.base_pictures)]
+        if self.config.finetune != "none":
+            rows.append((label, self.draw(trainer, pl_module, f"drawing the grid of {label}")))
+        columns = [cell.label for cell in self.cells]
+        grid = compose_grid(rows, self.config.sample.prompts, columns, self.title())
+        path = self.run.samples / f"{name}.png"
+        write_atomically(path, lambda file: grid.save(file, format="PNG"))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                wandb_logger.log_grid(logger, grid, label, trainer.global_step)
+        return path
+
+    def draw(self, trainer: L.Trainer, pl_module: GhibliModule, label: str) -> torch.Tensor:
+        steps = len(self.cells) * self.config.sample.num_inference_steps
+        done = 0
+        with counted(label) as on_progress, trainer.precision_plugin.forward_context():
+
+            def on_step() -> None:
+                nonlocal done
+                done += 1
+                on_progress(done, steps)
+
+            return draw_cells(
+                pl_module.base,
+                self.config.sample,
+                self.cells,
+                self.config.model.resolution,
+                on_step,
+            )
+
+    def title(self) -> str:
+        sample = self.config.sample
+        return (
+            f"{describe(self.config)}\n{sample.num_inference_steps} steps, "
+            f"seeds {sample.seed} to {sample.seed + len(sample.prompts) - 1}, same start noise in a block"
+        )

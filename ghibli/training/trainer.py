@@ -1,0 +1,124 @@
+"""Builds the Lightning Trainer of a run: precision, callbacks, checkpoints."""
+
+import inspect
+import logging
+import warnings
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import WandbLogger
+
+from ghibli.config.schema import Config
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError, did_you_mean
+from ghibli.training.callbacks.checkpoints import (
+    CleanStop,
+    FolderCheckpoint,
+    StepCheckpoint,
+    WholeCheckpoints,
+)
+from ghibli.training.callbacks.diagnosis import Doctor
+from ghibli.training.callbacks.metrics import Records
+from ghibli.training.callbacks.progress import Narrator, StatusWriter
+from ghibli.training.callbacks.resume_check import ResumeCheck
+from ghibli.training.callbacks.samples import SampleGrid
+
+WATCHED = {  # early_stopping.watch -> what is logged, and which way is better
+    "probe": ("probe/significant_best", "max"),
+    "train_loss": ("train/epoch_loss", "min"),
+}
+
+
+def make_trainer(config: Config, run: RunDir, stop: CleanStop, logger: WandbLogger | None) -> L.Trainer:
+    """The Trainer with our callbacks around the flags of `config.trainer`.
+
+    Raises:
+        UserMistake: a flag Lightning does not know or refuses.
+    """
+    hush()
+    flags = dict(config.trainer)
+    known = set(inspect.signature(L.Trainer.__init__).parameters)
+    for name in set(flags) - known:
+        raise UserError(f"trainer.{name} is no flag of lightning.Trainer{did_you_mean(name, known)}")
+    if flags["accelerator"] == "auto":  # Lightning's own choice might be one that was never tried
+        flags["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+    flags["precision"] = choose_precision(str(flags["precision"]), str(flags["accelerator"]))
+    try:
+        return L.Trainer(
+            **flags,
+            callbacks=make_callbacks(config, run, stop),
+            logger=logger or False,
+            plugins=[WholeCheckpoints()],
+            default_root_dir=run.path,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"trainer: Lightning refuses these flags: {error}") from error
+
+
+def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> list[Callback]:
+    """All callbacks; Lightning runs the checkpoints last, so they see what the others did."""
+    records = Records(run)
+    callbacks = [
+        ResumeCheck(run), records, SampleGrid(config, run), StatusWriter(run), Narrator(records),
+        Doctor(config, run), stop,
+    ]  # fmt: skip
+    if config.finetune == "none":
+        return callbacks
+    if config.evaluate.every_n_epochs > 0:
+        from ghibli.training.callbacks.image_distance import (
+            DistanceCurve,  # its feature networks take seconds to import
+        )
+
+        callbacks.insert(-1, DistanceCurve(config, run))
+    if config.early_stopping.patience is not None:
+        monitor, mode = WATCHED[config.early_stopping.watch]
+        patience = config.early_stopping.patience
+        callbacks.append(EarlyStopping(monitor, mode=mode, patience=patience, check_on_train_epoch_end=True))
+    common = {"dirpath": run.checkpoints, "enable_version_counter": False, "save_on_train_epoch_end": True}
+    best = FolderCheckpoint(monitor="probe/val_gain", mode="max", filename="best", **common)
+    epoch = FolderCheckpoint(filename="last", every_n_epochs=1, **common)
+    common["save_on_train_epoch_end"] = None
+    step = StepCheckpoint(filename="last", every_n_train_steps=config.checkpoint.every_n_steps, **common)
+    return [*callbacks, best, epoch, step]
+
+
+def choose_precision(wanted: str, accelerator: str) -> str:
+    """Lightning's precision for `auto`: the fastest that is safe on this device; auto-16: fp16 on a GPU.
+
+    Raises:
+        UserMistake: 16-mixed on a CPU, which would silently be bf16.
+    """
+    has_gpu = torch.cuda.is_available() and accelerator not in ("cpu",)
+    if wanted == "16-mixed" and not has_gpu:
+        raise UserError("trainer.precision=16-mixed needs a GPU: use 32-true (or bf16-mixed) on this machine")
+    if wanted not in ("auto", "auto-16"):
+        return wanted
+    if not has_gpu:
+        return "32-true"
+    if wanted == "auto-16":
+        return "16-mixed"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def hush() -> None:
+    """Silences what Lightning says about choices that are made on purpose here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*ended before the epoch ended and your dataloader is not resumable.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*The number of training batches .* is smaller than the logging interval.*",
+        ".*have modified the .* flags.*",
+        ".*GPU available but not used.*",
+        ".*module.s. in eval mode at the start of training.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*It is recommended to use .*sync_dist=True.*",  # what is logged is the same on all devices
+        ".*functional.all_gather is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)

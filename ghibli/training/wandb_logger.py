@@ -1,0 +1,171 @@
+"""The W&B logger: online when logged in, else offline, never asking and never waiting long."""
+
+import logging
+import os
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+
+from ghibli.config.schema import Config
+from ghibli.evaluation.gain import Gain
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import console
+from ghibli.runtime.errors import UserError
+
+START_SECONDS = 10  # an unreachable server is given up after this
+
+
+def make_logger(config: Config, run: RunDir, name: str) -> WandbLogger | None:
+    """A started logger for this run, or None with wandb.mode=disabled.
+
+    A resumed run goes on under the W&B id in its status.json.
+
+    Raises:
+        UserMistake: wandb.mode=online without a login or without an answer.
+    """
+    mode = config.wandb.mode
+    if mode == "disabled":
+        return None
+    if mode == "online" and not logged_in():
+        raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use auto")
+    if mode == "online" or (mode == "auto" and logged_in()):
+        try:
+            return start(config, run, name, "online")
+        except Exception as error:  # wandb has no narrower common type for "no connection"
+            if mode == "online":
+                raise UserError(f"wandb.mode=online: no answer from W&B ({first_words(error)})") from error
+            console.print("W&B does not answer: logging offline", style="yellow")
+    return start(config, run, name, "offline")
+
+
+def logged_in() -> bool:
+    """True when an API key is in the environment or was stored by `wandb login`."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+        return False
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except Exception:  # a malformed key is as good as none
+        return False
+
+
+def start(config: Config, run: RunDir, name: str, mode: str) -> WandbLogger:
+    """Starts a W&B run in the run folder. Nothing of the console or the environment is recorded."""
+    import wandb
+
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    status = run.read_status()
+    experiment = wandb.init(
+        project=config.wandb.project,
+        group=config.wandb.group,
+        name=config.wandb.name or name,
+        id=status.get("wandb_id"),
+        resume="allow",
+        dir=run.path,
+        config=asdict(config) | {"git_commit": status.get("git_commit")},
+        settings=wandb.Settings(
+            mode=mode, init_timeout=START_SECONDS, console="off", silent=True,
+            x_disable_meta=True, save_code=False,
+        ),
+    )  # fmt: skip
+    experiment.define_metric("trainer/global_step")
+    experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    run.update_status(wandb_id=experiment.id)
+    return WandbLogger(experiment=experiment, log_model=False)
+
+
+def how_to_look(run: RunDir, logger: WandbLogger) -> str:
+    """Where a run's curves and pictures are: a page, or the commands for an offline run."""
+    if not logger.experiment.offline:
+        return f"W&B      {logger.experiment.url}"
+    folder = os.path.relpath(run.path / "wandb" / "latest-run")
+    return f"W&B      wandb beta leet {folder}\n         wandb sync {folder}   (once logged in)"
+
+
+def log_grid(logger: WandbLogger, grid: Image.Image, caption: str, step: int) -> None:
+    """Sends a picture grid."""
+    logger.log_image("samples", [grid], step=step, caption=[caption])
+
+
+def log_gain_by_timestep(logger: WandbLogger, gains: dict[str, Gain], step: int) -> None:
+    """Sends the gain at each part of the timesteps as a bar chart."""
+    import wandb
+
+    rows = [[part, gain.value, gain.standard_error] for part, gain in gains.items()]
+    table = wandb.Table(columns=["timesteps", "gain", "standard error"], data=rows)
+    chart = wandb.plot.bar(table, "timesteps", "gain", title="held-out gain by timestep")
+    logger.experiment.log({"probe/gain_by_timestep": chart, "trainer/global_step": step})
+
+
+def log_gain_curve(logger: WandbLogger, rows: list[dict[str, float]], step: int) -> None:
+    """Sends the gain of all epochs so far with its 95 % band, from rows of probe.csv."""
+    import wandb
+
+    lines = [[float(row[f"probe/val_gain{end}"]) for row in rows] for end in ("", "_low", "_high")]
+    epochs = [int(row["epoch"]) for row in rows]
+    keys = ["gain", "95 % low", "95 % high"]
+    chart = wandb.plot.line_series(epochs, lines, keys, title="held-out gain over the base", xname="epoch")
+    logger.experiment.log({"probe/gain_curve": chart, "trainer/global_step": step})
+
+
+def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
+    """Adds the table, the scan and the pictures of `ghibli evaluate` to the run's own W&B run."""
+    import wandb
+
+    logger = logger_afterwards(config, run)
+    if logger is None:
+        return
+    columns = ("model", "sampler", "guidance", "kernel distance", "standard error", "frechet", "recall")
+    rows = [
+        [model, row["sampler"], row["guidance"], *row["kernel"], row["frechet"], row["recall"]]
+        for model, cells in result["models"].items()
+        for row in cells
+    ]
+    scan = [
+        [model, float(scale), *kernel]
+        for model, kernels in result["scan"].items()
+        for scale, kernel in kernels.items()
+    ]
+    scan_columns = ["model", "guidance", "kernel distance", "standard error"]
+    logger.experiment.log(
+        {
+            "evaluate/cells": wandb.Table(columns=list(columns), data=rows),
+            "evaluate/scan": wandb.Table(columns=scan_columns, data=scan),
+            "evaluate/pictures": wandb.Image(str(run.evaluation_pictures)),
+        }
+    )
+    own = result["models"].get("run", result["models"]["base"])
+    logger.experiment.summary.update({"best/kernel_distance": min(row["kernel"][0] for row in own)})
+    for finding in result["findings"]:
+        alert(logger, finding["name"], finding["text"])
+    close()
+
+
+def logger_afterwards(config: Config, run: RunDir) -> WandbLogger | None:
+    """The logger of a run that is over: what it was online for must not get lost, so else offline."""
+    name = str(run.read_status().get("settings", run.path.name))
+    try:
+        return make_logger(config, run, name)
+    except UserError as mistake:
+        console.print(f"{mistake}; logging offline", style="yellow")
+        return start(config, run, name, "offline")
+
+
+def alert(logger: WandbLogger, name: str, text: str) -> None:
+    """Sends a finding of the doctor as an alert."""
+    logger.experiment.alert(title=name, text=text, level="WARN")
+
+
+def first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:100]
+
+
+def close() -> None:
+    """Ends the process's W&B run, so that the next trial of a sweep gets its own."""
+    import wandb
+
+    wandb.finish()

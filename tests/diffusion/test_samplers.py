@@ -1,0 +1,359 @@
+"""Sampling against diffusers' own pipeline and, in float64, against the written steps; the grid."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from helpers.sd15_random import SCHEDULER
+from torch import nn
+
+from ghibli.config.schema import Config
+from ghibli.diffusion.samplers import Cell, cells_of, draw_cells, make_scheduler, sample
+from ghibli.images.grid import compose_grid, to_image
+from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.load import load
+
+PROMPTS = ["a panda on top of a red train", "a girl standing in a greenhouse, Studio Ghibli style"]
+SEEDS = [7, 11]
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def demo() -> BaseModel:
+    """The demo base, shared by tests that leave it as it is."""
+    return load("demo")
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    """diffusers' pipeline of the same folder."""
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def with_scheduler(base: BaseModel, config: dict) -> BaseModel:
+    return replace(base, scheduler_config=config)
+
+
+# The pipeline
+
+
+@pytest.mark.parametrize("guidance", [1, 7.5])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_sample_is_the_stable_diffusion_pipeline(
+    demo: BaseModel, pipeline: StableDiffusionPipeline, sampler: str, guidance: float
+) -> None:
+    scheduler = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]
+    pipeline.scheduler = scheduler.from_config(demo.scheduler_config)
+    expected = pipeline(
+        PROMPTS, height=SIDE, width=SIDE, num_inference_steps=6, guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], output_type="pt",
+    ).images  # fmt: skip
+    ours = sample(demo, PROMPTS, Cell(sampler, guidance), num_inference_steps=6, seeds=SEEDS, resolution=SIDE)
+    assert ours.shape == (2, 3, SIDE, SIDE)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    assert ours.std() > 0.01  # a picture, not one colour that any sampler would give
+
+
+def test_sampler_guidance_prompt_and_seed_all_matter(demo: BaseModel) -> None:
+    """Otherwise the comparisons above would prove nothing."""
+
+    def picture(sampler: str, guidance: float, prompt: str, seed: int) -> torch.Tensor:
+        return sample(
+            demo, [prompt], Cell(sampler, guidance), num_inference_steps=6, seeds=[seed], resolution=SIDE
+        )
+
+    reference = picture("ddim", 7.5, PROMPTS[0], 7)
+    others = [("ddpm", 7.5, PROMPTS[0], 7), ("ddim", 1, PROMPTS[0], 7), ("ddim", 7.5, PROMPTS[1], 7),
+              ("ddim", 7.5, PROMPTS[0], 8)]  # fmt: skip
+    for other in others:
+        assert (picture(*other) - reference).abs().max() > 0.005, other
+
+
+# The written steps, with a noise predictor that is an ordinary function
+
+
+def fake_noise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A smooth function of latents and timestep, mild enough not to blow up rounding errors."""
+    return 0.7 * x + 0.3 * torch.sin(x) + 0.2 * torch.cos(t.to(x.dtype).view(-1, 1, 1, 1) / 100)
+
+
+class FakeUnet(nn.Module):
+    """fake_noise with the interface of a UNet; remembers the timesteps it was asked for."""
+
+    config = SimpleNamespace(in_channels=4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device_marker = nn.Parameter(torch.zeros(()))
+        self.timesteps: list[int] = []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor, return_dict: bool) -> tuple:
+        self.timesteps.append(int(t[0]))
+        return (fake_noise(x, t),)
+
+
+@pytest.fixture
+def fake(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> BaseModel:
+    """The demo with the fake noise predictor and SD 1.5's schedule, showing latents as pictures."""
+    monkeypatch.setattr(base, "unet", FakeUnet())
+    monkeypatch.setattr(base, "decode", lambda latents: latents)
+    monkeypatch.setattr(base, "scheduler_config", SCHEDULER)
+    return base
+
+
+def betas_of_sd15() -> torch.Tensor:
+    """From the published numbers in float64: linear in their square roots."""
+    return torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000, dtype=torch.float64) ** 2
+
+
+def abar_of_sd15() -> torch.Tensor:
+    return torch.cumprod(1 - betas_of_sd15(), 0)
+
+
+def noises(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[torch.Tensor]:
+    """Start noise and then DDPM's noise of one picture, as one CPU generator gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randn(1, 4, 8, 8, generator=generator, dtype=dtype).double()
+
+
+def ddpm_by_hand(timesteps: list[int], z: Iterator[torch.Tensor]) -> torch.Tensor:
+    """The slides' step in float64, with beta = 1 - abar_t / abar_t-k; abar is 1 after the last step."""
+    abar = abar_of_sd15()
+    x = next(z)
+    for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
+        abar_after = abar[after] if after is not None else torch.ones(()).double()
+        alpha = abar[t] / abar_after
+        beta = 1 - alpha
+        eps = fake_noise(x, torch.tensor([t]))
+        x = (x - beta / (1 - abar[t]).sqrt() * eps) / alpha.sqrt()
+        x = x + ((1 - abar_after) / (1 - abar[t]) * beta).sqrt() * next(z)
+    return x
+
+
+def ddim_by_hand(timesteps: list[int], z: Iterator[torch.Tensor]) -> torch.Tensor:
+    """The slides' step in float64; below 0 abar is abar_0, as SD 1.5's file says."""
+    abar, step = abar_of_sd15(), 1000 // len(timesteps)
+    x = next(z)
+    for t in timesteps:
+        eps = fake_noise(x, torch.tensor([t]))
+        latent = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
+        after = abar[max(t - step, 0)]
+        x = after.sqrt() * latent + (1 - after).sqrt() * eps
+    return x
+
+
+BY_HAND = {"ddpm": ddpm_by_hand, "ddim": ddim_by_hand}
+
+
+def leading(steps: int) -> list[int]:
+    """SD 1.5's timesteps: every (1000 // steps)-th, shifted by 1 where there is room."""
+    shift = 1 if steps < 1000 else 0
+    return [k * (1000 // steps) + shift for k in reversed(range(steps))]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 30, 600, 1000])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_trajectory_is_the_written_step(fake: BaseModel, sampler: str, steps: int) -> None:
+    """Every picture of a batch ends where float64 arithmetic by the formula ends."""
+    ours = sample(
+        fake, PROMPTS, Cell(sampler, 1), num_inference_steps=steps, seeds=SEEDS, resolution=SIDE
+    ).double()
+    assert fake.unet.timesteps == leading(steps)
+    for latents, seed in zip(ours, SEEDS, strict=True):
+        expected = BY_HAND[sampler](leading(steps), noises(seed))[0]
+        torch.testing.assert_close(latents, expected, rtol=0, atol=2e-4)
+
+
+def test_all_1000_steps_of_ddpm_use_the_published_betas(fake: BaseModel) -> None:
+    """The formula as printed, with beta_t itself: nothing is skipped, so nothing is combined."""
+    betas, abar, z = betas_of_sd15(), abar_of_sd15(), noises(3)
+    x = next(z)
+    for t in reversed(range(1000)):
+        mean = x - betas[t] / (1 - abar[t]).sqrt() * fake_noise(x, torch.tensor([t]))
+        variance = betas[t] * (1 - abar[t - 1]) / (1 - abar[t]) if t > 0 else torch.zeros(()).double()
+        x = mean / (1 - betas[t]).sqrt() + variance.sqrt() * next(z)
+    ours = sample(fake, ["x"], Cell("ddpm", 1), num_inference_steps=1000, seeds=[3], resolution=SIDE)
+    torch.testing.assert_close(ours.double(), x, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("steps", [7, 30, 900])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_steps_in_float64_equal_the_formula_to_rounding(demo: BaseModel, sampler: str, steps: int) -> None:
+    """The scheduler we make, with float64 numbers: no fp32 rounding hides a small difference."""
+    scheduler = make_scheduler(sampler, with_scheduler(demo, SCHEDULER))
+    scheduler.alphas_cumprod = abar_of_sd15()
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
+    for t in scheduler.timesteps:
+        x = scheduler.step(fake_noise(x, t[None]), t, x, generator=generator).prev_sample
+    expected = BY_HAND[sampler](leading(steps), noises(5, torch.float64))
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-9)
+
+
+# Settings
+
+
+FILES = {
+    "as published": SCHEDULER,
+    "without clip_sample": {k: v for k, v in SCHEDULER.items() if k != "clip_sample"},
+    "without set_alpha_to_one": {k: v for k, v in SCHEDULER.items() if k != "set_alpha_to_one"},
+    "without steps_offset": {k: v for k, v in SCHEDULER.items() if k != "steps_offset"},
+    "without betas": {k: v for k, v in SCHEDULER.items() if not k.startswith("beta_")},
+    "empty": {"_class_name": "PNDMScheduler"},
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_scheduler_is_sd15s_whatever_its_file_leaves_out(demo: BaseModel, sampler: str, file: str) -> None:
+    scheduler = make_scheduler(sampler, with_scheduler(demo, FILES[file]))
+    assert scheduler.config.clip_sample is False
+    assert scheduler.config.steps_offset == 1
+    assert scheduler.config.prediction_type == "epsilon"
+    assert scheduler.config.timestep_spacing == "leading"
+    assert scheduler.config.thresholding is False
+    torch.testing.assert_close(scheduler.betas.double(), betas_of_sd15(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), abar_of_sd15(), rtol=1e-4, atol=0)
+    if sampler == "ddim":
+        assert scheduler.config.set_alpha_to_one is False
+        assert scheduler.final_alpha_cumprod == scheduler.alphas_cumprod[0]
+    else:
+        assert scheduler.config.variance_type == "fixed_small"
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_scheduler_follows_what_a_base_says_itself(demo: BaseModel, sampler: str) -> None:
+    own = {
+        "beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction",
+        "steps_offset": 0, "set_alpha_to_one": True, "timestep_spacing": "trailing",
+    }  # fmt: skip
+    scheduler = make_scheduler(sampler, with_scheduler(demo, SCHEDULER | own))
+    for name, value in own.items():
+        if name in scheduler.config:
+            assert scheduler.config[name] == value, name
+    assert torch.equal(scheduler.betas, torch.linspace(0.001, 0.02, 1000))
+
+
+# One picture does not depend on another
+
+
+@pytest.mark.parametrize("guidance", [1, 7.5])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_picture_does_not_depend_on_its_neighbours(demo: BaseModel, sampler: str, guidance: float) -> None:
+    options = {"num_inference_steps": 4, "resolution": SIDE}
+    cell = Cell(sampler, guidance)
+    together = sample(demo, PROMPTS, cell, seeds=SEEDS, **options)
+    swapped = sample(demo, PROMPTS[::-1], cell, seeds=SEEDS[::-1], **options)
+    alone = torch.cat(
+        [sample(demo, [p], cell, seeds=[s], **options) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    )
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(together, swapped.flip(0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_same_seed_twice_is_bit_equal(demo: BaseModel, sampler: str) -> None:
+    def draw() -> torch.Tensor:
+        return sample(demo, PROMPTS, Cell(sampler, 7.5), num_inference_steps=3, seeds=SEEDS, resolution=SIDE)
+
+    first = draw()
+    torch.manual_seed(99)  # the global generator has no say
+    assert torch.equal(first, draw())
+
+
+def test_on_step_is_called_after_every_step(fake: BaseModel) -> None:
+    calls = []
+    sample(
+        fake, ["x"], Cell("ddim", 1), num_inference_steps=9, seeds=[0], resolution=SIDE,
+        on_step=lambda: calls.append(len(fake.unet.timesteps)),
+    )  # fmt: skip
+    assert calls == list(range(1, 10))
+
+
+# The grid
+
+
+def test_cells_are_every_sampler_at_every_guidance(make_config: Callable[..., Config]) -> None:
+    cells = cells_of(make_config().sample, training_guidance=1)
+    assert cells == [Cell("ddpm", 1), Cell("ddpm", 7.5), Cell("ddim", 1), Cell("ddim", 7.5)]
+
+
+def test_a_run_trained_with_guidance_w_is_also_drawn_at_twice_w(make_config: Callable) -> None:
+    cells = cells_of(make_config().sample, training_guidance=7.5)
+    assert [c.guidance for c in cells if c.sampler == "ddim"] == [1, 7.5, 15]
+    assert [c.guidance for c in cells if c.sampler == "ddpm"] == [1, 7.5, 15]
+    assert cells[2].label == "DDPM  guidance 15"
+    three = cells_of(make_config("sample.samplers=[ddim]").sample, training_guidance=3)
+    assert three == [Cell("ddim", 1), Cell("ddim", 7.5), Cell("ddim", 6)]
+    half = cells_of(make_config("sample.samplers=[ddim]").sample, training_guidance=3.75)
+    assert half == [Cell("ddim", 1), Cell("ddim", 7.5)]
+
+
+def test_draw_cells_is_sample_with_the_rows_seed_in_every_cell(
+    demo: BaseModel, make_config: Callable[..., Config]
+) -> None:
+    config = make_config("sample.seed=40", "sample.num_inference_steps=2").sample
+    cells = [Cell("ddpm", 1), Cell("ddim", 7.5)]
+    demo.unet.train()
+    pictures = draw_cells(demo, config, cells, SIDE)
+    assert demo.unet.training
+    demo.unet.eval()
+    assert pictures.shape == (2, 2, 3, SIDE, SIDE)
+    for c, cell in enumerate(cells):
+        expected = sample(demo, config.prompts, cell, num_inference_steps=2, seeds=[40, 41], resolution=SIDE)
+        assert torch.equal(pictures[:, c], expected)
+
+
+def test_pictures_are_rounded_to_the_nearest_8_bit_level() -> None:
+    levels = torch.tensor([0, 1, 127, 128, 254, 255])
+    shifted = ((levels + torch.tensor([0.4, -0.4, 0.4, -0.4, 0.4, 0])) / 255).expand(3, 1, 6)
+    assert np.array_equal(np.asarray(to_image(shifted)), levels.view(1, 6, 1).expand(1, 6, 3).numpy())
+
+
+def box(grid: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of everything in exactly this colour, which fills its box."""
+    ys, xs = np.nonzero((grid == colour).all(-1))
+    left, top, width, height = xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1
+    assert len(ys) == width * height, "the colour is in one place only, and whole"
+    return int(left), int(top), int(width), int(height)
+
+
+@pytest.mark.parametrize(("side", "tile"), [(64, 128), (128, 256), (256, 256), (512, 512)])
+def test_grid_has_every_picture_once_in_its_place(side: int, tile: int) -> None:
+    """2 prompts x 2 rows x 3 cells in 12 colours, found again by their colours."""
+    prompts, cells = PROMPTS, [Cell("ddpm", 1), Cell("ddim", 1), Cell("ddim", 7.5)]
+
+    def colour(p: int, r: int, c: int) -> tuple[int, int, int]:
+        return 60 + 120 * p, 40 + 150 * r, 30 + 80 * c
+
+    rows = [
+        (label, torch.tensor([[colour(p, r, c) for c in range(3)] for p in range(2)]).float() / 255)
+        for r, label in enumerate(("base", "adapter"))
+    ]
+    rows = [(label, colours[..., None, None].expand(-1, -1, -1, side, side)) for label, colours in rows]
+    grid = np.asarray(compose_grid(rows, prompts, [cell.label for cell in cells], "title"))
+    boxes = {(p, r, c): box(grid, colour(p, r, c)) for p in range(2) for r in range(2) for c in range(3)}
+    assert {size[2:] for size in boxes.values()} == {(tile, tile)}
+    gap = 6
+    for (p, r, c), (left, top, _, _) in boxes.items():
+        assert left == boxes[0, 0, 0][0] + c * (tile + gap)
+        assert top == boxes[p, 0, 0][1] + r * (tile + gap)
+    last_row, below = boxes[0, 1, 0][1] + tile, boxes[1, 0, 0][1]
+    assert 20 <= below - last_row <= 60  # room for the second prompt's line
+    left, top = boxes[0, 0, 0][:2]
+    assert left >= 100  # room for the rows' labels
+    assert grid.shape[1] == left + 3 * (tile + gap) + gap
+    assert grid.shape[0] == boxes[1, 1, 2][1] + tile + 2 * gap
+    for name, strip in (("title and cells", grid[:top]), ("rows", grid[top:, :left])):
+        assert (strip != 255).any(), f"no label at {name}"

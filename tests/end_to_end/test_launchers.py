@@ -1,0 +1,150 @@
+"""A study of eight trials: killed five times, and on Ray, submitit and joblib, it gives the same table.
+
+Each takes minutes and most need an extra of pyproject.toml, so they run with `-m slow`.
+"""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.commands import REPO, SMALL, run_python
+from helpers.wandb_files import environment
+
+from ghibli.runs.folder import RunDir
+
+pytestmark = pytest.mark.slow
+GRID = ("lora.rank=2,4", "optimizer.lr=1e-4,1e-3", "loss.guidance=1,7.5", "threads=1")
+RAY = (
+    "hydra/launcher=ray",
+    "+hydra.launcher.ray.init.num_cpus=2",
+    "+hydra.launcher.ray.init.include_dashboard=false",
+)
+
+
+def words(folder: Path, pictures: Path) -> list[str]:
+    """`python sweep.py ...` of eight small trials into a folder."""
+    settings = [*SMALL, f"data.root={pictures}", "data.draw=null", "sample.every_n_epochs=0", *GRID]
+    return [str(REPO / "sweep.py"), *settings, f"hydra.sweep.dir={folder}"]
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """study.csv but for the minutes, and the bytes of each adapter."""
+    with open(folder / "study.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row.pop("minutes")
+        (adapter,) = (folder / row["trial"] / "adapter").glob("*.safetensors")
+        row["adapter"] = adapter.read_bytes().hex()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run_python(*words(folder, pictures), timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(table(folder)) == 8
+    return folder
+
+
+def started(folder: Path, pictures: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *words(folder, pictures), *more]
+    log = open(folder.with_suffix(".log"), "ab")  # noqa: SIM115
+    return subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log, env=environment())
+
+
+def running(folder: Path) -> Iterator[RunDir]:
+    """The trials that are being trained and have a checkpoint."""
+    for status in folder.glob("*/status.json"):
+        run = RunDir(status.parent)
+        if run.state == "running" and run.last_checkpoint.exists():
+            yield run
+
+
+def half_done(study: subprocess.Popen[bytes], folder: Path) -> RunDir:
+    """Waits for a trial that is being trained and has a checkpoint."""
+    end = time.monotonic() + 300
+    while not (found := list(running(folder))):
+        assert study.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    return found[0]
+
+
+def resumed(folder: Path) -> list[RunDir]:
+    """The trials that went on from a checkpoint."""
+    runs = [RunDir(status.parent) for status in folder.glob("*/status.json")]
+    return [run for run in runs if len(run.read_status()["starts"]) > 1]
+
+
+def test_killed_five_times_the_table_is_the_same(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
+    folder, moments = tmp_path / "killed", random.Random(0)
+    for place in range(5):
+        study = started(folder, pictures)
+        time.sleep(8 + 8 * moments.random())
+        if place == 0:
+            half_done(study, folder)
+        assert study.poll() is None, "the study had ended before it could be killed"
+        study.kill()
+        study.wait()
+    done = run_python(*words(folder, pictures), timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert resumed(folder)
+    assert table(folder) == table(undisturbed)
+
+
+def test_a_search_killed_three_times_is_the_same_search(pictures: Path, tmp_path: Path) -> None:
+    """Twelve real trials, chosen by Optuna; the table and what was asked are those of an undisturbed one."""
+    optuna = pytest.importorskip("optuna")
+    chosen = ("lora.rank=2,4", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "sweep.search=12")
+    more = (*chosen, "trainer.max_epochs=1", "loss.guidance=1", "lora.text_encoder=false")
+    moments, asked = random.Random(1), []
+    for name, kills in (("undisturbed", 0), ("killed", 3)):
+        for place in range(kills):
+            study = started(tmp_path / name, pictures, *more)
+            time.sleep(10 + 8 * moments.random())
+            if place == 0:
+                half_done(study, tmp_path / name)
+            assert study.poll() is None, "the search had ended before it could be killed"
+            study.kill()
+            study.wait()
+        done = run_python(*words(tmp_path / name, pictures), *more, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        search = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / name / 'optuna.db'}")
+        asked.append([(trial.number, trial.params, trial.value) for trial in search.trials])
+    assert len(asked[0]) == 12 and asked[0] == asked[1]
+    assert resumed(tmp_path / "killed")
+    assert table(tmp_path / "killed") == table(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("package", "launcher"),
+    [
+        ("ray", RAY),
+        ("submitit", ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=15")),
+        ("joblib", ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")),
+    ],
+)
+def test_other_launchers_give_the_same_table(
+    package: str, launcher: tuple[str, ...], undisturbed: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{package}_launcher")
+    done = run_python(*words(tmp_path / package, pictures), *launcher, timeout=900, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert table(tmp_path / package) == table(undisturbed)
+
+
+def test_ray_survives_a_worker_that_is_killed(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    folder = tmp_path / "study"
+    study = started(folder, pictures, *RAY)
+    os.kill(half_done(study, folder).read_status()["process"], signal.SIGKILL)
+    assert study.wait(timeout=900) == 0, folder.with_suffix(".log").read_text()
+    assert resumed(folder)
+    assert table(folder) == table(undisturbed)

@@ -1,0 +1,84 @@
+"""Killed with SIGKILL and resumed equals never stopped: weights, optimiser, metrics, grids, bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults.compare import checkpoint, different_parts
+from helpers.commands import REPO, SMALL, run_python
+
+EXTRA = ("lora.dropout=0.1", "loss.caption_dropout=0.5")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run_python(str(REPO / "train.py"), *overrides(pictures, folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def overrides(pictures: Path, folder: Path) -> list[str]:
+    return [*SMALL, f"data.root={pictures}", "data.draw=null", *EXTRA, f"hydra.run.dir={folder}"]
+
+
+# Of the 2 epochs with 5 optimiser steps of 2 batches each, one validation and one grid an epoch.
+MOMENTS = [
+    ("training_step", 8),  # in the middle of an accumulation, in the first epoch
+    ("grid", 1),  # after the first validation, before the epoch's checkpoint
+    ("validation_step", 6),  # in the second epoch's validation, which has 4
+    ("save_checkpoint", 4),  # while the first epoch's checkpoint is written
+    ("training_step", 17),  # in the second epoch
+]
+
+
+@pytest.mark.parametrize(("where", "call"), MOMENTS)
+def test_killed_and_resumed_equals_undisturbed(
+    undisturbed: Path, pictures: Path, tmp_path: Path, where: str, call: int
+) -> None:
+    killed = run_python(
+        str(REPO / "tests" / "helpers" / "killed.py"), where, str(call), *overrides(pictures, tmp_path)
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "adapter").exists()
+    resumed = run_python(str(REPO / "train.py"), f"resume={tmp_path}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert not different_parts(undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize(("where", "call"), [("save_checkpoint", 4), ("training_step", 17)])
+def test_averaged_weights_too(pictures: Path, tmp_path: Path, where: str, call: int) -> None:
+    """A schedule-free optimiser has two sets of weights; both go on where they were."""
+    pytest.importorskip("schedulefree", reason="extra of this project")
+    words = ("optimizer.name=adamw_schedulefree", "optimizer.schedule=constant")
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    done = run_python(str(REPO / "train.py"), *overrides(pictures, whole), *words)
+    assert done.returncode == 0, done.stderr
+    killed = run_python(
+        str(REPO / "tests" / "helpers" / "killed.py"), where, str(call), *overrides(pictures, half), *words
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert run_python(str(REPO / "train.py"), f"resume={half}").returncode == 0
+    assert not different_parts(whole, half)
+    kept = checkpoint(whole, "last")
+    assert not any(group["train_mode"] for group in kept["optimizer_states"][0]["param_groups"])
+
+
+def test_the_same_command_twice_is_bit_equal(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
+    again = run_python(str(REPO / "train.py"), *overrides(pictures, tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert not different_parts(undisturbed, tmp_path)
+
+
+def test_a_checkpoint_holds_no_frozen_weights(undisturbed: Path, train_py: Callable) -> None:
+    content = checkpoint(undisturbed, "last")
+    assert all("lora_" in name for name in content["state_dict"])
+    assert (undisturbed / "checkpoints" / "last.ckpt").stat().st_size < 20e6
+
+
+def test_a_finished_run_resumes_to_the_same_end(undisturbed: Path) -> None:
+    before = (undisturbed / "adapter" / "pytorch_lora_weights.safetensors").read_bytes()
+    done = run_python(str(REPO / "train.py"), f"resume={undisturbed}")
+    assert done.returncode == 0, done.stderr
+    assert (undisturbed / "adapter" / "pytorch_lora_weights.safetensors").read_bytes() == before

@@ -1,0 +1,237 @@
+"""The run doctor: runs that are really broken, each in one way, and a healthy one."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.commands import CACHE
+from lightning.pytorch.loggers import WandbLogger
+
+import train
+from ghibli.data import latents
+from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
+from ghibli.evaluation.diagnosis import Finding
+from ghibli.images.resize import preprocess
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+from ghibli.training.callbacks.diagnosis import Doctor
+from ghibli.training.module import Examples, GhibliModule
+
+QUIET = ("sample.every_n_epochs=0", "early_stopping.patience=null", "data.batch_size=4", "data.accumulate=1")
+
+
+@pytest.fixture(scope="module")
+def half_held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pictures, to be split in halves: enough held-out ones for small standard errors."""
+    root = tmp_path_factory.mktemp("doctor")
+    write_folder(root, "drawn", 40, FINETUNE_SEEDS.start + 500)
+    return root
+
+
+@pytest.fixture
+def findings(make_config: Callable, half_held_out: Path, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Trains in this process and returns what the doctor found, name -> text, from status.json."""
+
+    def run(*overrides: str) -> dict[str, str]:
+        words = (f"data.root={half_held_out}", "data.val_fraction=0.5", f"cache_dir={CACHE}", *QUIET)
+        try:
+            train.run(make_config(*words, *overrides), RunDir(tmp_path))
+        finally:
+            found = json.loads((tmp_path / "status.json").read_text()).get("findings", [])
+        return {finding["name"]: finding["text"] for finding in found}
+
+    return run
+
+
+def test_a_healthy_run_has_no_finding(findings: Callable, capsys: pytest.CaptureFixture) -> None:
+    assert findings("trainer.max_epochs=4") == {}
+    said = capsys.readouterr().out
+    assert "doctor   nothing to report" in said
+    line = r"epoch 4  better than the base by \d+\.\d % \+- \d\.\d % on held-out pictures \(train \d+\.\d %\)"
+    assert re.search(line, said)
+
+
+def test_noise_schedule(findings: Callable, capsys: pytest.CaptureFixture) -> None:
+    found = findings("experiment=slides_asrun", "trainer.max_epochs=1", "data.epochs=1")
+    assert (
+        "at timestep 500 the base expects 85.1 % noise and this training gives it 96.0 %"
+        in (found["noise schedule"])
+    )
+    assert "doctor: noise schedule: at timestep 500" in capsys.readouterr().out
+
+
+def test_learning_rate_too_low(findings: Callable) -> None:
+    found = findings("trainer.max_epochs=3", "optimizer.lr=1e-8")
+    assert set(found) == {"no learning"}
+    assert "after 3 epochs" in found["no learning"] and "try optimizer.lr=3e-08" in found["no learning"]
+
+
+def test_an_adapter_without_effect(findings: Callable) -> None:
+    found = findings("trainer.max_epochs=1", "optimizer.lr=1e-30")
+    assert set(found) == {"no effect"}
+
+
+def test_learning_rate_too_high(findings: Callable) -> None:
+    found = findings("trainer.max_epochs=1", "optimizer.lr=0.027", "validation.items_per_picture=8")
+    assert set(found) == {"learning rate too high"}
+    assert (
+        "start again with a third of the learning rate, optimizer.lr=0.009"
+        in (found["learning rate too high"])
+    )
+
+
+def test_collapse(findings: Callable) -> None:
+    """At a rate so high that no processor's rounding keeps the loss below the bound."""
+    found = findings("trainer.max_epochs=1", "optimizer.lr=0.1")
+    assert set(found) == {"collapse"}
+    assert "1.0 is what predicting nothing scores" in found["collapse"]
+    assert "optimizer.lr=0.01" in found["collapse"]
+
+
+def test_overfitting(findings: Callable) -> None:
+    """Six pictures, long and fast, on a base that knows the look already."""
+    few = ("model=demo_near", "data.val_fraction=0.85", "optimizer.lr=0.005", "optimizer.schedule=constant")
+    found = findings(*few, "trainer.max_epochs=16")
+    assert "it learns these pictures by heart" in found["overfitting"]
+    assert "a lower lora.rank" in found["overfitting"]
+
+
+def test_guided_training_wants_another_sampling_scale(findings: Callable) -> None:
+    found = findings("trainer.max_epochs=1", "loss.guidance=4")
+    assert set(found) == {"sampling scale"}
+    assert "sample it at about 8, the last column" in found["sampling scale"]
+
+
+def test_few_held_out_pictures_are_no_ground_for_a_finding(findings: Callable) -> None:
+    """One to four of them have no standard error worth the name; a run that learns stays unblamed."""
+    assert findings("data.val_fraction=0.01", "trainer.max_epochs=4") == {}
+
+
+def test_findings_survive_a_stop(findings: Callable, tmp_path: Path, make_config: Callable) -> None:
+    """What was said before a checkpoint is known, and kept, after it; and said once."""
+    doctor = Doctor(make_config(), RunDir(tmp_path))
+    doctor.findings = [Finding("collapse", "the loss is 1")]
+    later = Doctor(make_config(), RunDir(tmp_path))
+    later.load_state_dict(doctor.state_dict())
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[])
+    later.report(trainer, [Finding("collapse", "again"), Finding("overfitting", "new")])
+    stored = json.loads((tmp_path / "status.json").read_text())["findings"]
+    assert [(finding["name"], finding["text"]) for finding in stored] == [
+        ("collapse", "the loss is 1"), ("overfitting", "new"),
+    ]  # fmt: skip
+
+
+def test_weights_in_16_bits(findings: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = GhibliModule.__init__
+
+    def halved(module: GhibliModule, *arguments: object) -> None:
+        attach(module, *arguments)
+        for weight in module.trainable.values():
+            weight.data = weight.data.bfloat16()
+
+    monkeypatch.setattr(GhibliModule, "__init__", halved)
+    found = findings("trainer.max_epochs=1", "trainer.precision=bf16-mixed")
+    assert "the trained weights are bfloat16" in found["weights in 16 bits"]
+
+
+def test_a_loss_that_is_no_number_names_the_picture(
+    findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One picture's latents turn to nan after two steps: no update is made, the checkpoint is whole."""
+    step = GhibliModule.training_step
+    names: list[str] = []
+
+    def broken(module: GhibliModule, batch: dict, batch_idx: int) -> dict:
+        if module.trainer.global_step == 2:
+            batch["latents"][1] = torch.nan
+            names.append(batch["name"][1])
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(GhibliModule, "training_step", broken)
+    with pytest.raises(UserError, match="step 2: the loss is not finite for ") as caught:
+        findings("trainer.max_epochs=1")
+    for name in names:
+        assert f"{name} at timestep " in str(caught.value)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(weight.isfinite().all() for weight in state.values())
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["findings"][0]["text"] == status["reason"] == str(caught.value)
+
+
+def test_scores_that_are_no_numbers_end_the_run_and_name_the_picture(
+    findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scores = GhibliModule.scores
+
+    def broken(module: GhibliModule, batch: dict, guidance: float, schedule: torch.Tensor) -> torch.Tensor:
+        found = scores(module, batch, guidance, schedule)
+        if module.history and module.trainer.state.fn == "fit" and module.trainer.global_step > 0:
+            found[0, 1] = torch.inf
+        return found
+
+    monkeypatch.setattr(GhibliModule, "scores", broken)
+    with pytest.raises(UserError, match=r"after epoch 1 the probe's loss is not finite for scene_\d+.png at"):
+        findings("trainer.max_epochs=1")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["findings"][0]["name"]) == ("failed", "not finite")
+
+
+def test_a_base_that_scores_no_numbers_is_refused(
+    findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before the first step, and the learning rate is not blamed."""
+    scores = GhibliModule.scores
+    monkeypatch.setattr(GhibliModule, "scores", lambda *words: scores(*words) * torch.nan)
+    with pytest.raises(UserError, match="the untouched base itself has a loss that is not finite"):
+        findings("trainer.max_epochs=1", f"cache_dir={tmp_path / 'cache'}")
+
+
+def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callable, tmp_path: Path) -> None:
+    """Lightning's scaler is for GPUs, so the callback is asked by itself."""
+    reduce = SimpleNamespace(reduce=lambda value, reduce_op: value)
+    trainer = SimpleNamespace(
+        precision="16-mixed", strategy=reduce, is_global_zero=True, loggers=[], global_step=3, world_size=1
+    )
+    gradient = SimpleNamespace(grad=torch.tensor([torch.inf]))
+
+    def step(loss: float) -> None:
+        seen = [Examples(["cat.png"], torch.tensor([812]), torch.tensor([loss]))]
+        module = SimpleNamespace(seen=seen, trainable={"a": gradient}, trainer=trainer)
+        Doctor(make_config(), RunDir(tmp_path)).on_before_optimizer_step(trainer, module, None)
+
+    step(0.2)
+    with pytest.raises(
+        UserError, match=r"step 3: the loss is not finite for cat.png at timestep 812 \(nan\)"
+    ):
+        step(torch.nan)
+
+
+def test_a_finding_is_an_alert_of_the_dashboard(
+    make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alerts = []
+    experiment = SimpleNamespace(alert=lambda **words: alerts.append(words))
+    logger = WandbLogger.__new__(WandbLogger)
+    monkeypatch.setattr(WandbLogger, "experiment", experiment)
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[logger])
+    Doctor(make_config(), RunDir(tmp_path)).report(trainer, [Finding("collapse", "the loss is 1")])
+    assert [(alert["title"], alert["text"]) for alert in alerts] == [("collapse", "the loss is 1")]
+
+
+def test_latents_that_are_no_numbers_name_the_picture(
+    findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = preprocess
+
+    def broken(picture: object, resolution: int, resize: str) -> torch.Tensor:
+        monkeypatch.setattr(latents, "preprocess", original)
+        return torch.full((3, resolution, resolution), torch.nan)
+
+    monkeypatch.setattr(latents, "preprocess", broken)
+    with pytest.raises(UserError, match=r"scene_\d+.png: the VAE makes no finite latents of it"):
+        findings(f"cache_dir={tmp_path / 'cache'}")  # another one has the codes of these pictures

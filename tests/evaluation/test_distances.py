@@ -1,0 +1,264 @@
+"""Distances against scipy, torch-fidelity and large samples; features on real changes of a picture."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch_fidelity import calculate_metrics, feature_extractor_inceptionv3
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kernel_mmd
+
+from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
+from ghibli.evaluation import distances, features, statistics
+from ghibli.evaluation.distances import kernel_difference, kernel_distance
+from ghibli.evaluation.features import FeatureExtractor
+from ghibli.evaluation.statistics import Estimate
+from ghibli.models.base import BaseModel, part_hash
+from ghibli.runtime.errors import UserError
+
+
+def normal_rows(count: int, seed: int, shift: float = 0.0, width: int = 8) -> torch.Tensor:
+    """(count, width) float64 normal numbers around `shift`."""
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=made, dtype=torch.float64) + shift
+
+
+def drawn(count: int, first: int = EVALUATION_SEEDS.start, look: str = "drawn") -> torch.Tensor:
+    """(count, 3, 128, 128) in 0 .. 1."""
+    pictures = [np.array(draw(compose(first + i), look)) for i in range(count)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def style_of(base: BaseModel, pictures: torch.Tensor) -> torch.Tensor:
+    return features.in_batches(lambda batch: features.style_features(base.vae, batch), pictures)
+
+
+@pytest.mark.parametrize(("count", "others"), [(200, 300), (6, 5)])  # 6 rows: singular covariances
+def test_frechet_distance_is_scipys(count: int, others: int) -> None:
+    x, y = normal_rows(count, 0, 0.3), 1.5 * normal_rows(others, 1)
+    covariances = [np.cov(rows.numpy(), rowvar=False) for rows in (x, y)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    means = (x.mean(0) - y.mean(0)).square().sum().item()
+    wanted = means + sum(np.trace(c) for c in covariances) - 2 * np.trace(root)
+    assert distances.frechet_distance(x, y) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_frechet_distance_is_torch_fidelitys() -> None:
+    x, y = normal_rows(500, 2, 0.3, 32), normal_rows(400, 3, width=32)
+    wanted = fid_statistics_to_metric(*map(fid_features_to_statistics, (x, y)), verbose=False)
+    found = distances.frechet_distance(x, y)
+    assert found == pytest.approx(wanted["frechet_inception_distance"], rel=1e-6)
+
+
+def test_kernel_distance_is_torch_fidelitys() -> None:
+    x, y = normal_rows(60, 4, 0.4), normal_rows(60, 5)
+    wanted = kernel_mmd(x.numpy(), y.numpy())
+    assert distances.kernel_distance(x, y).value == pytest.approx(float(wanted), rel=1e-9)
+
+
+def test_leave_one_out_is_what_it_says() -> None:
+    x, y = normal_rows(7, 6, 0.4), normal_rows(9, 7)
+    value, (no_x, no_y) = distances.leave_one_out(x, y)
+    assert value == distances.kernel_distance(x, y).value
+    for i in range(7):
+        less = torch.cat([x[:i], x[i + 1 :]])
+        assert no_x[i].item() == pytest.approx(distances.kernel_distance(less, y).value, rel=1e-9)
+    for i in range(9):
+        less = torch.cat([y[:i], y[i + 1 :]])
+        assert no_y[i].item() == pytest.approx(distances.kernel_distance(x, less).value, rel=1e-9)
+
+
+def share_covered(estimates: list[Estimate], truth: float) -> float:
+    return sum(e.low <= truth <= e.high for e in estimates) / len(estimates)
+
+
+def test_intervals_hold_the_large_sample_value() -> None:
+    """95 % intervals of 200 small samples around the value of a large one."""
+    x, y = normal_rows(6000, 8, 0.25), normal_rows(6000, 9)
+    z = 0.5 * x + normal_rows(6000, 10)  # a second model that fails on the same prompts
+    distances, differences, means = [], [], []
+    for i in range(200):
+        rng = torch.Generator().manual_seed(i)
+        ours, real = (torch.randint(6000, (n,), generator=rng) for n in (60, 120))
+        distances.append(kernel_distance(x[ours], y[real]))
+        differences.append(kernel_difference(x[ours], z[ours], y[real]))
+        means.append(statistics.mean_of(x[ours, 0].tanh()))
+    value = kernel_distance(x, y).value
+    assert 0.9 <= share_covered(distances, value) <= 0.99
+    difference = value - kernel_distance(z, y).value
+    assert 0.9 <= share_covered(differences, difference) <= 0.99
+    assert 0.9 <= share_covered(means, x[:, 0].tanh().mean().item()) <= 0.99
+
+
+def test_a_paired_difference_is_sharper_than_two_distances() -> None:
+    x, y = normal_rows(80, 11, 0.3), normal_rows(200, 12)
+    almost = x + 0.05 * normal_rows(80, 13)
+    paired = distances.kernel_difference(almost, x, y)
+    assert paired.value == pytest.approx(
+        distances.kernel_distance(almost, y).value - distances.kernel_distance(x, y).value
+    )
+    assert paired.standard_error < 0.5 * distances.kernel_distance(x, y).standard_error
+
+
+def test_same_set_is_zero_and_two_halves_of_one_set_are_near_it(base: BaseModel) -> None:
+    rows = style_of(base, drawn(80))
+    rows = features.standardised(rows, rows)
+    assert distances.frechet_distance(rows, rows) == pytest.approx(0, abs=1e-6)
+    halves = distances.kernel_distance(rows[:40], rows[40:])
+    assert halves.low < 0 < halves.high
+    assert distances.precision_recall(rows, rows) == (1.0, 1.0)
+
+
+def test_precision_and_recall_of_two_pictures() -> None:
+    """With fewer than k + 1 rows a radius is the distance to the farthest one of the set."""
+    two, near, far = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5], [0.6]]), torch.tensor([[5.0], [6.0]])
+    assert distances.precision_recall(near, two) == (1.0, 0.0)
+    assert distances.precision_recall(far, two) == (0.0, 0.0)
+
+
+def test_distances_grow_with_noise_blur_and_the_other_look(base: BaseModel) -> None:
+    pictures, reference = drawn(24), style_of(base, drawn(40, EVALUATION_SEEDS.start + 100))
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+    blurred = [pictures]
+    for size in (5, 9):
+        blurred.append(torch.nn.functional.avg_pool2d(pictures, size, 1, size // 2, count_include_pad=False))
+    noisy = [pictures] + [(pictures + s * noise).clamp(0, 1) for s in (0.15, 0.3)]
+    looks = [pictures, (pictures + drawn(24, look="photo")) / 2, drawn(24, look="photo")]
+    reference = features.standardised(own := reference, reference)
+    for steps in (blurred, noisy, looks):
+        rows = [features.standardised(style_of(base, step), own) for step in steps]
+        values = [distances.kernel_distance(row, reference).value for row in rows]
+        assert values == sorted(values) and values[-1] > 10 * abs(values[0])
+        frechet = [distances.frechet_distance(row, reference) for row in rows]
+        assert frechet == sorted(frechet)
+
+
+def test_features_do_not_depend_on_the_batch(base: BaseModel) -> None:
+    pictures = drawn(features.BATCH + 3)
+    together, alone = style_of(base, pictures), style_of(base, pictures[-1:])
+    assert torch.allclose(together[-1:], alone, rtol=1e-4, atol=1e-5)
+    assert together.shape == (len(pictures), 2 * (16 + 16 + 32 + 96))
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of the FID network with random weights: what can be had without a network."""
+    torch.manual_seed(0)
+    network = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+
+    def no_download(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", no_download)
+        with pytest.raises(ConnectionError):  # all layers are made before it asks for weights
+            network.__init__("inception", ["2048"])
+    file = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(network.state_dict(), file)
+    return str(file)
+
+
+def test_a_missing_or_wrong_inception_file_is_one_line(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.inception=.*no such file"):
+        features.load_inception(str(tmp_path / "gone.pth"))
+    wrong = tmp_path / "wrong.pth"
+    torch.save({"fc.weight": torch.zeros(3)}, wrong)
+    with pytest.raises(UserError, match="does not hold the FID network's weights"):
+        features.load_inception(str(wrong))
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04", pickle.dumps(["no", "weights"])])
+def test_a_file_without_weights_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "odd.pth").write_bytes(content)
+    with pytest.raises(UserError, match="does not hold the FID network's weights"):
+        features.load_inception(str(tmp_path / "odd.pth"))
+
+
+def test_code_in_a_file_of_weights_is_not_run(tmp_path: Path) -> None:
+    class Hidden:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "it ran",)
+
+    torch.save({"fc.weight": Hidden()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="does not hold the FID network's weights"):
+        features.load_inception(str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "it ran").exists()
+
+
+def levels_of(pictures: torch.Tensor) -> torch.Tensor:
+    return (pictures * 255).round().to(torch.uint8)
+
+
+def by_hand(pictures: torch.Tensor) -> torch.Tensor:
+    """What the FID network's first layer gets of 128 px pictures, (N, 3, 299, 299) float64.
+
+    8 bits, bilinear to 299 as TensorFlow 1 does it (corner pixels at 0), (x - 128) / 128.
+    """
+    levels = levels_of(pictures).double().numpy()
+    at = np.arange(299) * 128 / 299
+    low, share = at.astype(int), at - at.astype(int)
+    high = np.minimum(low + 1, 127)
+    rows = levels[:, :, low] * (1 - share)[:, None] + levels[:, :, high] * share[:, None]
+    resized = rows[..., low] * (1 - share) + rows[..., high] * share
+    return (torch.from_numpy(resized) - 128) / 128
+
+
+def features_by_hand(network: FeatureExtractorInceptionV3, pictures: torch.Tensor) -> torch.Tensor:
+    """The network's features of pictures that were prepared by hand."""
+    wanted = by_hand(pictures).float()
+    handle = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: (wanted,))
+    with torch.no_grad():
+        rows = network(levels_of(pictures))[0].double()
+    handle.remove()
+    return rows
+
+
+def test_fid_is_torch_fidelitys_and_that_of_preprocessing_by_hand(inception_file: str) -> None:
+    """The same code path as with the real weights, and our own float64 sum from features made by hand."""
+
+    class Levels(torch.utils.data.Dataset):
+        def __init__(self, pictures: torch.Tensor):
+            self.levels = levels_of(pictures)
+
+        def __len__(self) -> int:
+            return len(self.levels)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return self.levels[index]
+
+    sets = drawn(8), drawn(8, look="photo")
+    network = features.load_inception(inception_file)
+    rows = [features.in_batches(lambda b: features.inception_features(network, b), s) for s in sets]
+    wanted = calculate_metrics(
+        input1=Levels(sets[0]), input2=Levels(sets[1]), fid=True, cuda=False, verbose=False,
+        feature_extractor_weights_path=inception_file, cache=False,
+    )["frechet_inception_distance"]  # fmt: skip
+    assert distances.frechet_distance(*rows) == pytest.approx(wanted, rel=1e-3)
+    made = [features_by_hand(network, pictures) for pictures in sets]
+    assert distances.frechet_distance(*made) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_inception_preprocessing_is_the_one_by_hand(inception_file: str) -> None:
+    network, pictures = features.load_inception(inception_file), drawn(2)
+    seen = []
+    handle = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    features.inception_features(network, pictures)
+    handle.remove()
+    assert torch.allclose(seen[0].double(), by_hand(pictures), atol=1e-4)
+
+
+def test_caption_fit_falls_when_captions_are_shuffled(base: BaseModel, make_config: Callable) -> None:
+    """And what measures is known by its weights, not by its place."""
+    yardstick = FeatureExtractor(make_config(), base)
+    captions = [compose(EVALUATION_SEEDS.start + i).caption for i in range(24)]
+    right, wrong = (
+        statistics.mean_of(yardstick.measure(drawn(24), words)["caption_fit"])
+        for words in (captions, captions[7:] + captions[:7])
+    )
+    assert wrong.high < right.low
+    assert yardstick.hashes["clip"] == part_hash(yardstick.clip[0])

@@ -1,0 +1,327 @@
+"""`ghibli evaluate`: the table, its cache, what it refuses, and what it says about too few pictures."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import train
+from ghibli.adapters.trained import starting_base, trained_base
+from ghibli.cli import runs
+from ghibli.config.files import changed
+from ghibli.config.schema import Config
+from ghibli.data import sources
+from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
+from ghibli.diffusion import samplers
+from ghibli.diffusion.samplers import Cell, sample
+from ghibli.evaluation import evaluate, samples
+from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
+from ghibli.models.base import BaseModel, weights_hash
+from ghibli.runs.find import config_of
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import checksum_of, write_with_checksum
+from ghibli.training import wandb_logger
+
+QUICK = (
+    "evaluate.samples=6", "evaluate.scan_samples=3", "evaluate.scales=[1,3]", "evaluate.batch_size=4",
+    "sample.guidance=[1,7.5]", "sample.samplers=[ddim]",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A tiny finished run trained with guidance 7.5, with its own cache and reference."""
+    root = tmp_path_factory.mktemp("evaluation")
+    write_folder(root / "reference", "drawn", 16, EVALUATION_SEEDS.start)
+    config = make_config(
+        "data.reference_draw=null", f"data.reference={root / 'reference'}", f"cache_dir={root / 'cache'}",
+        "loss.guidance=7.5", "trainer.max_epochs=1", "sample.every_n_epochs=0", "data.val_fraction=0.2",
+        *QUICK,
+    )  # fmt: skip
+    run = RunDir(root / "run")
+    train.run(config, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def result(finished: RunDir) -> dict:
+    return evaluate.evaluate(finished, config_of(finished))
+
+
+def test_the_table_has_every_cell_and_the_guided_run_its_own_scale(finished: RunDir, result: dict) -> None:
+    cells = {name: [(r["sampler"], r["guidance"]) for r in rows] for name, rows in result["models"].items()}
+    assert cells["base"] == [("ddim", 1), ("ddim", 7.5)]
+    assert cells["run"] == [("ddim", 1), ("ddim", 7.5), ("ddim", 15)]
+    assert json.loads(finished.evaluation.read_text()) == json.loads(json.dumps(result))
+    assert set(result["scan"]["run"]) == {"1", "3"}
+    assert finished.evaluation_pictures.stat().st_size > 10_000
+
+
+def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, result: dict) -> None:
+    config = config_of(finished)
+    base = starting_base(config)
+    reference_pictures, training = sources.real_pictures(config)
+    assert len(reference_pictures) == 16 and len(training) < 24
+    prompts = [p.caption for p in reference_pictures][:6]
+    options = {"num_inference_steps": 2, "resolution": 128}
+    batches = [list(range(4)), [4, 5]]
+    drawn = [sample(base, [prompts[i] for i in b], Cell("ddim", 7.5), seeds=b, **options) for b in batches]
+    yardstick = FeatureExtractor(config, base)
+    own = samples.SampleCache(config, yardstick, prompts).measure_real("", reference_pictures)["features"]
+    wanted = ReferenceSet(own, standardise=True).kernel(
+        yardstick.measure(torch.cat(drawn), prompts)["features"]
+    )
+    row = next(r for r in result["models"]["base"] if r["guidance"] == 7.5)
+    assert row["kernel"] == (wanted.value, wanted.standard_error)
+
+
+def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: dict) -> None:
+    config = config_of(finished)
+    ruler = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), [])
+    pictures, _ = sources.real_pictures(config)
+    ruler.captions = [picture.caption for picture in pictures]
+    reference = ReferenceSet(ruler.measure_real("", pictures)["features"], standardise=True)
+    model = trained_base(finished, config)
+    for scale, count, found in (
+        (15, 6, result["models"]["run"][2]["kernel"]),
+        (3, 3, result["scan"]["run"]["3"]),
+    ):
+        wanted = reference.kernel(ruler.measure_model(model, Cell("ddim", scale), count)["features"])
+        assert tuple(found) == (wanted.value, wanted.standard_error)
+
+
+def test_the_picture_has_the_runs_own_column(finished: RunDir, result: dict) -> None:
+    """Three columns of 256 px tiles; in the third the base's is white, the run's is not."""
+    picture = Image.open(finished.evaluation_pictures).convert("RGB")
+    assert picture.width == 120 + 3 * (256 + 6) + 6
+    left = 120 + 2 * (256 + 6)
+    tiles = [picture.crop((left, top, left + 256, top + 256)) for top in (130, 130 + 256 + 6)]
+    assert tiles[0].getextrema() == ((255, 255),) * 3
+    assert min(low for low, _ in tiles[1].getextrema()) < 200
+
+
+def test_the_command_prints_the_table_of_a_folder_with_an_equals_sign(
+    finished: RunDir, result: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    copy = RunDir(tmp_path / "experiment=slides")
+    shutil.copytree(finished.path, copy.path)
+    runs.evaluate([str(copy.path), "evaluate.samples=6"])
+    assert "evaluation.json" in capsys.readouterr().out.replace("\n", "")
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(runs.evaluation_table(copy, copy.read_evaluation()))
+    lines = captured.get().splitlines()
+    assert "6 samples, 16 real pictures" in " ".join(captured.get().split())
+    assert any(line.startswith("model") and "kernel distance" in line for line in lines)
+    row = result["models"]["run"][1]
+    kernel, below = ("{:.2f} +- {:.2f}".format(*pair) for pair in (row["kernel"], below_base(row)))
+    (line,) = (line for line in lines if line.startswith("run") and "DDIM 7.5" in line)
+    assert kernel in line and below in line and line.rstrip().endswith(f"{100 * row['recall']:.0f} %")
+    assert lines[-1].split()[:4] == ["real", "floor", "of", "6"]
+
+
+def below_base(row: dict) -> tuple[float, float]:
+    value, error = row["kernel_minus_base"]
+    return -value, error
+
+
+class Dashboard:
+    """What W&B would get."""
+
+    def __init__(self):
+        self.logged, self.alerts, self.summary, self.experiment = {}, [], {}, self
+
+    def log(self, values: dict) -> None:
+        self.logged |= values
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.alerts.append(title)
+
+
+def test_a_run_that_was_online_is_logged_offline_without_a_login(
+    finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config, modes, board = config_of(finished), [], Dashboard()
+    config.wandb.mode = "online"
+    monkeypatch.setattr(wandb_logger, "start", lambda *words: modes.append(words[-1]) or board)
+    wandb_logger.log_evaluation(config, finished, result)
+    assert modes == ["offline"] and "logging offline" in " ".join(capsys.readouterr().out.split())
+    assert board.alerts == ["few pictures"] and len(board.logged["evaluate/cells"].data) == 5
+
+
+def test_the_difference_to_the_base_is_the_tables(result: dict) -> None:
+    for row, base in zip(result["models"]["run"], result["models"]["base"], strict=False):
+        difference = row["kernel"][0] - base["kernel"][0]
+        assert row["kernel_minus_base"][0] == pytest.approx(difference, rel=1e-6)
+    assert "kernel_minus_base" not in result["models"]["run"][2]  # the base is not drawn at 15
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same(
+    finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Stopped in its third cell, then the first one's file is damaged: only the second is not drawn again."""
+    config = changed(config_of(finished), [f"cache_dir={tmp_path}"], evaluate.CHANGEABLE)
+    calls, real, copy = [], samplers.sample, RunDir(tmp_path / "run")
+    shutil.copytree(finished.path, copy.path)
+
+    def counting(base: BaseModel, prompts: list[str], cell: Cell, **options: object) -> torch.Tensor:
+        calls.append((len(prompts), cell.guidance))
+        if len(calls) == 5 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise KeyboardInterrupt
+        return real(base, prompts, cell, **options)
+
+    monkeypatch.setattr(samples, "sample", counting)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(copy, config)
+    first = tmp_path / "evaluation" / result["models"]["base"][0]["file"]
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 1
+    first.write_bytes(content)
+    calls.clear()
+    assert evaluate.evaluate(copy, config) == result | {"cache_dir": str(tmp_path)}
+    again = [1, 1, 7.5, 15]  # the base's first cell, and those of the run
+    of_cells = [(count, guidance) for guidance in again for count in (4, 2)]
+    assert calls == [*of_cells, *[(3, 3)] * 2, (6, 15)]  # the scan, whose 1 is a cell's; the nearest samples
+
+
+def test_the_trained_base_is_the_run_and_not_the_base(finished: RunDir) -> None:
+    config = config_of(finished)
+    assert weights_hash(trained_base(finished, config)) != weights_hash(starting_base(config))
+
+
+def test_few_pictures_are_said_and_enough_are_not(finished: RunDir, result: dict) -> None:
+    """The run's Frechet distance really is asked of fewer pictures than features."""
+    (finding,) = result["findings"]
+    noted = [said["name"] for said in finished.read_status()["findings"]]
+    assert noted.count("few pictures") == 1 and "sampling scale" in noted  # the second is from the training
+    assert finding["name"] == "few pictures"
+    assert "6 pictures" in finding["text"] and "320 features" in finding["text"]
+    assert evaluate.doctor.few_pictures(321, 320, 1.0) == []
+
+
+def test_the_nearest_training_pictures_are_shown(finished: RunDir, result: dict) -> None:
+    """A sample that is a training picture is found, as the first, with distance 0."""
+    assert finished.evaluation_nearest.stat().st_size > 10_000
+    draws = torch.Generator().manual_seed(0)
+    training = torch.rand(9, 12, generator=draws)
+    own = {"thumbnails": torch.rand(5, 12, generator=draws)}
+    samples = {"thumbnails": torch.rand(7, 12, generator=draws)}
+    samples["thumbnails"][4] = training[2]
+    found = evaluate.nearest_copies(samples, evaluate.Real(None, own, None, training))
+    assert found[0] == (4, 2, 0.0) and len(found) == evaluate.SHOWN
+    assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
+
+
+def test_copies_of_training_pictures_show(finished: RunDir) -> None:
+    config = config_of(finished)
+    measure = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), ["a"]).measure_real
+    reference_pictures, training_pictures = sources.real_pictures(config)
+    own, training = measure("", reference_pictures), measure("", training_pictures)
+    real = evaluate.Real(ReferenceSet(own["features"], True), own, None, training["thumbnails"])
+    assert evaluate.copying(own, real) == 1
+    assert evaluate.copying(training, real) == pytest.approx(0, abs=1e-4)
+
+
+def test_copies_are_looked_for_among_all_training_pictures(
+    finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 24 pictures some 20 are trained on; the floor is that of as many as there are samples, 6."""
+    config = config_of(finished)
+    seen, copying = [], evaluate.copying
+    monkeypatch.setattr(evaluate, "copying", lambda rows, real: seen.append(real) or copying(rows, real))
+    evaluate.evaluate(finished, config)
+    _, training = sources.real_pictures(config)
+    assert len(training) > 6 == result["floor_pictures"] == len(seen[0].floor["features"])
+    yardstick = FeatureExtractor(config, starting_base(config))
+    wanted = samples.SampleCache(config, yardstick, ["a"]).measure_real("", training)["thumbnails"]
+    assert torch.equal(seen[0].training, wanted)
+
+
+def test_the_seed_of_the_start_noise_is_the_grids(finished: RunDir) -> None:
+    config = changed(config_of(finished), ["sample.seed=40"], evaluate.CHANGEABLE)
+    base, cell = starting_base(config), Cell("ddim", 1)
+    measured = samples.SampleCache(config, FeatureExtractor(config, base), ["a", "b"]).measure_model(
+        base, cell, 2
+    )
+    drawn = sample(base, ["a", "b"], cell, seeds=[40, 41], num_inference_steps=2, resolution=128)
+    assert torch.equal(measured["kept"], (drawn * 255).round().to(torch.uint8))
+
+
+def test_a_users_folder_is_never_drawn_into(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = make_config(f"data.reference={tmp_path / 'mine'}")
+    with pytest.raises(UserError, match=r"data\.reference=.*mine: no such folder"):
+        sources.real_pictures(config)
+    write_folder(tmp_path / "mine", "drawn", 4, EVALUATION_SEEDS.start, size=64)
+    (tmp_path / "mine" / "captions.txt").unlink()
+    config.data.caption = "a"
+    files = sorted((tmp_path / "mine").rglob("*"))
+    assert len(sources.real_pictures(config)[0]) == 4 and sorted((tmp_path / "mine").rglob("*")) == files
+
+
+def test_too_few_pictures_to_compare_with_are_one_line(make_config: Callable[..., Config]) -> None:
+    config = make_config("data.reference=null", "data.val_fraction=0.01")
+    with pytest.raises(UserError, match=r"^too few pictures held out .*: 1, .* data\.reference=DIR$"):
+        sources.real_pictures(config)
+
+
+def test_an_evaluation_of_other_weights_is_not_read(finished: RunDir, result: dict, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    assert copy.read_evaluation() == json.loads(json.dumps(result))
+    assert result["weights"] == copy.weights == checksum_of(copy.best_checkpoint)
+    write_with_checksum(copy.best_checkpoint, lambda file: file.write(b"a better epoch"))
+    assert copy.read_evaluation() == {}
+    copy.best_checkpoint.unlink()  # whether it is another cannot be told
+    assert copy.read_evaluation() != {}
+
+
+def test_held_out_pictures_are_the_reference_without_a_folder(finished: RunDir) -> None:
+    config = config_of(finished)
+    config.data.reference = None
+    reference, training = sources.real_pictures(config)
+    split = json.loads(finished.split.read_text())
+    assert {p.content_hash for p in reference} == set(split["val"].values())
+    assert {p.content_hash for p in training} == set(split["train"].values())
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("evaluate.samples=2", "at least 3"),
+        ("evaluate.features=vgg", "choose one of style, inception"),
+        ("lora.rank=4", "only evaluate"),
+        ("sample.prompts=[a]", "only evaluate"),
+        ("evaluate.sample=2", "unknown key evaluate.sample"),
+        ("evaluate.inception=gone.pth", None),
+    ],
+)
+def test_wrong_settings_are_one_line(finished: RunDir, word: str, message: str | None) -> None:
+    config = config_of(finished)
+    if message is None:
+        config = changed(config, [word, "evaluate.features=inception"], evaluate.CHANGEABLE)
+        with pytest.raises(UserError, match=r"evaluate\.inception=gone\.pth: no such file"):
+            FeatureExtractor(config, starting_base(config))
+        return
+    with pytest.raises(UserError, match=message):
+        changed(config, [word], evaluate.CHANGEABLE)
+
+
+def test_what_is_no_finished_run_is_one_line(finished: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        config_of(RunDir(tmp_path))
+    copy = RunDir(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    copy.update_status(state="interrupted")
+    with pytest.raises(UserError, match=r"is interrupted, not finished: python train\.py resume="):
+        config_of(copy)
+    copy.update_status(state="finished")
+    (copy.adapter / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(UserError, match="no pytorch_lora_weights"):
+        trained_base(copy, config_of(copy))

@@ -1,0 +1,275 @@
+"""The paired gain and its standard error, and the fixed items it is measured on."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ghibli.adapters import apply
+from ghibli.data.folder import CaptionedPicture
+from ghibli.data.latents import Moments, encode
+from ghibli.data.validation_items import make_items, strata
+from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
+from ghibli.diffusion.losses import denoising_losses
+from ghibli.diffusion.process import add_noise
+from ghibli.diffusion.samplers import make_scheduler
+from ghibli.evaluation.gain import Gain, Probe, best_epoch, expected_losses, paired_gain, significant_best
+from ghibli.models.base import BaseModel, place_of
+from ghibli.models.load import load
+
+T, SCALING = 1000, 0.18215
+
+# The gain
+
+
+def losses_of(seed: int, pictures: int, items: int, gain: float) -> tuple[np.ndarray, np.ndarray]:
+    """(losses, base losses) as training gives them: a large common spread, a small own one."""
+    rng = np.random.default_rng(seed)
+    difficulty = rng.gamma(4, 0.05, (pictures, 1)) * rng.gamma(1, 1, (pictures, items))
+    share = 1 - gain + 0.15 * rng.standard_normal((pictures, 1))
+    return difficulty * share, difficulty * (1 + 0.05 * rng.standard_normal((pictures, items)))
+
+
+def jackknife(losses: np.ndarray, base: np.ndarray) -> tuple[float, float]:
+    """1 - sum / sum and its standard error, by really leaving out one picture after another."""
+
+    def gain(ours: np.ndarray, theirs: np.ndarray) -> float:
+        return 1 - ours.sum() / theirs.sum()
+
+    count = len(losses)
+    left_out = [gain(np.delete(losses, i, 0), np.delete(base, i, 0)) for i in range(count)]
+    squares = sum((value - np.mean(left_out)) ** 2 for value in left_out)
+    return gain(losses, base), ((count - 1) / count * squares) ** 0.5
+
+
+@pytest.mark.parametrize(("pictures", "items"), [(2, 1), (3, 4), (64, 8)])
+def test_gain_and_standard_error_are_the_jackknife_by_hand(pictures: int, items: int) -> None:
+    losses, base = losses_of(1, pictures, items, 0.2)
+    ours = paired_gain(torch.from_numpy(losses), torch.from_numpy(base))
+    value, error = jackknife(losses, base)
+    assert ours.value == pytest.approx(value, rel=1e-10)
+    assert ours.standard_error == pytest.approx(error, rel=1e-10)
+
+
+def test_standard_error_is_the_spread_over_repeats() -> None:
+    """600 experiments with 64 pictures each: how far their gains scatter is what each predicted."""
+    gains = [paired_gain(*map(torch.from_numpy, losses_of(seed, 64, 8, 0.3))) for seed in range(600)]
+    values = np.array([gain.value for gain in gains])
+    errors = np.array([gain.standard_error for gain in gains])
+    assert abs(values.mean() - 0.3) < 4 * values.std() / len(gains) ** 0.5 + 0.002
+    assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(ddof=1), rel=0.12)
+    covered = (np.abs(values - 0.3) < 1.96 * errors).mean()
+    assert 0.91 < covered < 0.98  # 95 % of the intervals hold the true gain
+
+
+def test_pairing_shrinks_the_standard_error() -> None:
+    """Against base losses of other pictures the same gain would have a several times larger one."""
+    losses, base = map(torch.from_numpy, losses_of(2, 64, 8, 0.3))
+    unpaired = paired_gain(losses, base[torch.randperm(64, generator=torch.Generator().manual_seed(0))])
+    assert paired_gain(losses, base).standard_error < unpaired.standard_error / 3
+
+
+def test_equal_losses_are_a_gain_of_exactly_zero() -> None:
+    losses = torch.rand(7, 3)
+    assert paired_gain(losses, losses.clone()) == Gain(0.0, 0.0)
+
+
+@pytest.mark.parametrize(("factor", "gain"), [(0.75, 0.25), (0.5, 0.5), (2.0, -1.0), (0.0, 1.0)])
+def test_losses_a_factor_lower_are_that_gain_without_error(factor: float, gain: float) -> None:
+    base = torch.rand(7, 3) + 0.1
+    ours = paired_gain(factor * base, base)
+    assert ours.value == pytest.approx(gain, abs=1e-6)
+    assert ours.standard_error == pytest.approx(0, abs=1e-6)
+
+
+def test_one_picture_has_a_gain_but_no_standard_error() -> None:
+    ours = paired_gain(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]]))
+    assert ours.value == 0.25
+    assert np.isnan(ours.standard_error)
+    assert str(ours) == "better than the base by 25.0 % on held-out pictures"
+
+
+def test_many_small_losses_are_summed_in_float64() -> None:
+    """fp32 sums of a million numbers lose more than the gain to be seen."""
+    base = torch.full((1000, 1000), 0.1)
+    assert paired_gain(base * (1 - 2**-20), base).value == pytest.approx(2**-20, rel=0.05)
+
+
+# A run's history
+
+
+def history_of(*val_gains: float, pictures: int = 40, noise: float = 0.01) -> list[Probe]:
+    """Probes with about these gains over the base, the first of them the untouched model's."""
+    rng = np.random.default_rng(5)
+    base = torch.from_numpy(rng.gamma(4, 0.05, (pictures, 4)))
+
+    def probe(gain: float) -> Probe:
+        share = 1 - gain + noise * torch.from_numpy(rng.standard_normal((pictures, 1))) * (gain != 0)
+        return Probe(val=base * share, val_g1=base * share, train=base, base_val=base, base_train=base)
+
+    return [probe(gain) for gain in val_gains]
+
+
+def test_best_epoch_is_the_lowest_loss_and_never_the_start() -> None:
+    assert best_epoch(history_of(0, 0.1, 0.3, 0.2)) == 2
+    assert best_epoch(history_of(0, -0.1, -0.3)) == 1
+    assert best_epoch(history_of(0)) == 0
+
+
+def test_significant_best_moves_by_more_than_chance_only() -> None:
+    steps = history_of(0, 0.10, 0.1001, 0.2, 0.19, 0.15)
+    moved = [significant_best(steps[:count]).value for count in range(1, 7)]
+    assert moved[0] == 0
+    assert moved[1] == pytest.approx(0.10, abs=0.01)
+    assert moved[2] == moved[1]  # 0.0001 better is within the error
+    assert moved[3] == pytest.approx(0.2, abs=0.01)
+    assert moved[5] == moved[4] == moved[3]
+
+
+def test_gain_by_timestep_is_the_gain_of_each_part() -> None:
+    base = torch.rand(9, 4) + 0.1
+    ours = base * torch.tensor([1.0, 0.9, 0.5, 2.0])
+    probe = Probe(val=ours, val_g1=ours, train=ours, base_val=base, base_train=base)
+    assert [gain.value for gain in probe.gain_by_timestep] == pytest.approx([0, 0.1, 0.5, -1], abs=1e-6)
+
+
+def test_expected_losses_follow_the_timestep() -> None:
+    """A loss that falls with the timestep is met everywhere, from scattered noisy items."""
+    rng = np.random.default_rng(0)
+    timesteps = torch.from_numpy(rng.integers(0, T, 800))
+    truth = torch.linspace(1.0, 0.1, T)
+    losses = truth[timesteps] * torch.from_numpy(1 + 0.1 * rng.standard_normal(800)).float()
+    table = expected_losses(timesteps, losses, T)
+    assert table.shape == (T,)
+    assert (table - truth).abs().max() < 0.05
+    few = expected_losses(torch.tensor([10, 900]), torch.tensor([0.8, 0.2]), T)
+    assert torch.equal(few, torch.full((T,), 0.5))
+
+
+# The items
+
+
+def picture(name: str, caption: str = "a cat") -> CaptionedPicture:
+    return CaptionedPicture(Path(name), caption, hashlib.sha256(name.encode()).hexdigest())
+
+
+@pytest.mark.parametrize("items", [1, 2, 4, 8, 1000])
+def test_strata_hold_one_timestep_each(items: int) -> None:
+    for number in range(50):
+        drawn = strata(picture(str(number)).content_hash, items, T)
+        assert len(drawn) == items
+        for k, t in enumerate(drawn):
+            assert k * T // items <= t <= (k + 1) * T // items - 1 + (T % items > 0)
+
+
+def test_strata_are_uniform_over_many_pictures() -> None:
+    drawn = np.concatenate([strata(picture(str(n)).content_hash, 8, T) for n in range(1000)])
+    counts = np.bincount(drawn // 25, minlength=40)
+    assert counts.sum() == 8000
+    assert np.abs(counts - 200).max() < 5 * 200**0.5
+
+
+def test_strata_follow_from_content_alone() -> None:
+    one, other = picture("one").content_hash, picture("other").content_hash
+    before = strata(one, 8, T)
+    assert before != strata(other, 8, T)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert strata(one, 8, T) == before
+
+
+def items_of(names: list[str], items_per_picture: int = 4) -> dict[str, dict[str, torch.Tensor]]:
+    """Picture name -> its batch of items; a picture's latents and caption follow from its name."""
+    pictures = [picture(name) for name in names]
+    seeds = [int(p.content_hash[:8], 16) for p in pictures]
+    drawn = [torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    moments = Moments(torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn]))
+    input_ids = torch.tensor([[seed % 800] * 77 for seed in seeds])
+    batches = make_items(
+        pictures, moments, input_ids, items_per_picture=items_per_picture,
+        num_train_timesteps=T, scaling_factor=SCALING,
+    )  # fmt: skip
+    return dict(zip(names, batches, strict=True))
+
+
+def test_items_do_not_depend_on_other_pictures() -> None:
+    reference = items_of(["a", "b", "c"])
+    torch.manual_seed(3)
+    for names in (["c"], ["b", "a"], ["x", "c", "y", "a", "z", "b"]):
+        batches = items_of(names)
+        for name in set(names) & set(reference):
+            assert batches[name].keys() == {"latents", "noise", "timesteps", "input_ids"}
+            assert len(batches[name]["timesteps"]) == 4
+            for key, value in batches[name].items():
+                assert torch.equal(value, reference[name][key])
+
+
+def test_items_of_a_picture_differ_from_each_other() -> None:
+    batch = items_of(["a"], items_per_picture=8)["a"]
+    for i in range(8):
+        for j in range(i + 1, 8):
+            assert batch["timesteps"][i] < batch["timesteps"][j]
+            assert not torch.equal(batch["noise"][i], batch["noise"][j])
+            assert not torch.equal(batch["latents"][i], batch["latents"][j])
+
+
+def test_probe_noise_is_not_the_noise_of_its_latents() -> None:
+    """The posterior's draw and the added noise are two streams of random numbers."""
+    pictures = [picture(str(n)) for n in range(40)]
+    flat = Moments(torch.zeros(40, 4, 8, 8), torch.zeros(40, 4, 8, 8))  # so latents are the draw itself
+    batches = make_items(
+        pictures, flat, torch.zeros(40, 77, dtype=torch.int64), items_per_picture=2,
+        num_train_timesteps=T, scaling_factor=1.0,
+    )  # fmt: skip
+    latents, noise = (torch.cat([batch[key] for batch in batches]) for key in ("latents", "noise"))
+    standard_error = noise.numel() ** -0.5
+    assert abs((latents * noise).mean()) < 5 * standard_error
+    for drawn in (latents, noise):
+        assert abs(drawn.mean()) < 5 * standard_error
+        assert abs(drawn.square().mean() - 1) < 5 * 2**0.5 * standard_error
+
+
+@torch.no_grad()
+def test_standard_error_is_the_spread_over_redrawn_pictures_and_items() -> None:
+    """A small docs/loss_anomaly.py `error`: sixteen times six fresh scenes with fresh items."""
+    models = [load("demo"), load("demo")]
+    apply.merge(models[1], place_of("demo/near"), 1.0)
+    base, alphas_cumprod = models[0], make_scheduler("ddpm", models[0]).alphas_cumprod
+    gains = []
+    for seed in range(EVALUATION_SEEDS.start, EVALUATION_SEEDS.start + 96, 6):
+        drawn = [np.asarray(draw(compose(seed + i), "drawn")) for i in range(6)]
+        pixel_values = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
+        posterior = base.vae.encode(pixel_values).latent_dist
+        drawn = [picture(str(seed + i), compose(seed + i).caption) for i in range(6)]
+        input_ids = base.tokenize([p.caption for p in drawn])
+        batches = make_items(
+            drawn, Moments(posterior.mean, posterior.logvar), input_ids, items_per_picture=2,
+            num_train_timesteps=T, scaling_factor=base.vae.config.scaling_factor,
+        )  # fmt: skip
+        scores = [torch.stack([losses(model, b, alphas_cumprod) for b in batches]) for model in models]
+        gains.append(paired_gain(scores[1], scores[0]))
+    spread = np.std([gain.value for gain in gains], ddof=1)
+    reported = np.mean([gain.standard_error for gain in gains])
+    assert np.mean([gain.value for gain in gains]) > 0.2
+    assert 0.6 < reported / spread < 1.7  # sixteen repeats know a spread to 18 %
+
+
+def losses(model: BaseModel, batch: dict, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """(K,) of one picture's items."""
+    noisy_latents = add_noise(batch["latents"], batch["noise"], batch["timesteps"], alphas_cumprod)
+    prompt_embeds = model.encode_prompts(batch["input_ids"])
+    noise_pred = model.unet(noisy_latents, batch["timesteps"], prompt_embeds).sample
+    return denoising_losses(noise_pred, batch["noise"])
+
+
+def test_a_pictures_moments_do_not_depend_on_the_others(base: BaseModel, pictures: Path) -> None:
+    """Bit for bit, wherever in a chunk it is encoded; else probe items would differ after all."""
+    files = sorted((pictures / "images").iterdir())[:11]
+    size = {"resolution": 64, "resize": "squash"}
+    together = encode(base, files, **size)
+    for index in (0, 5, 9):
+        alone = encode(base, [files[index]], **size)
+        assert torch.equal(together.mean[index], alone.mean[0])
+        assert torch.equal(together.logvar[index], alone.logvar[0])

@@ -1,0 +1,395 @@
+"""`ghibli app`, as people use it: in a browser, two at once, with files that are no photos."""
+
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.browsers import new_browser
+from PIL import Image
+from typer.testing import CliRunner
+
+import train
+from ghibli.cli.options import app as command_line
+from ghibli.images.grid import to_image
+from ghibli.inference.app import page, session
+from ghibli.inference.app.page import serve
+from ghibli.inference.app.session import AppSession
+from ghibli.inference.generate import Count, Request, draw
+from ghibli.inference.load import LoadedModel, load_model
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+
+gradio = pytest.importorskip("gradio")
+
+QUICK = ("trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4")
+RUN = "outputs/train/run"
+STEPS = 2
+PATIENCE = 120  # seconds
+
+
+@pytest.fixture(scope="module")
+def outside(make_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder in which the page is opened; a finished run lies below outputs/."""
+    folder = tmp_path_factory.mktemp("app")
+    train.run(make_config(*QUICK), RunDir(folder / RUN))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture
+def studio(outside: Path) -> AppSession:
+    return AppSession(["model=demo", "data=demo"])
+
+
+@pytest.fixture(scope="module")
+def address(outside: Path) -> Iterator[str]:
+    """Of the page, open."""
+    page, address = serve(["model=demo", "data=demo"], "127.0.0.1", None)
+    yield address
+    page.close()
+
+
+def expected(dressed: LoadedModel, seed: int, scale: float) -> np.ndarray:
+    side = dressed.config.model.resolution
+    prompt = dressed.config.sample.prompts[0]
+    request = Request([prompt], "ddim", dressed.guidance, STEPS, seed, (side, side), scale=scale)
+    return np.asarray(to_image(draw(dressed, request)[0]), float)
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was given up in the middle, in the page's words: filled while it draws."""
+    given_up: list[str] = []
+
+    def recorded(dressed: LoadedModel, request: Request, label: str, count: Count) -> Any:
+        try:
+            return draw(dressed, request, label, count)
+        except session.Stopped:
+            given_up.append(f"{label}, seed {request.seed}")
+            raise
+
+    monkeypatch.setattr(session, "draw", recorded)
+    return given_up
+
+
+# Behind the page
+
+
+def test_only_what_was_trained_is_offered(studio: AppSession, outside: Path) -> None:
+    other = RunDir(outside / "outputs/train/other")
+    other.adapter.mkdir(parents=True)
+    other.update_status(state="failed", gain=0.1)
+    assert list(studio.runs()) == [RUN]
+    other.adapter.rmdir()
+    other.update_status(state="finished")  # finetune=none: it only measured the base
+    assert list(studio.runs()) == [RUN]
+    other.status.unlink()
+    ((label, value),) = studio.choices()
+    assert value == RUN and re.fullmatch(rf"{RUN}, -?[\d.]+ % better than the base", label)
+    for strange in ("/etc", "../run", f"{RUN}/"):
+        with pytest.raises(UserError, match="is no finished run any more: reload the page"):
+            studio.dressed([strange])
+
+
+def test_a_stop_ends_what_is_drawn_and_nothing_else(studio: AppSession) -> None:
+    request = gradio.Request(session_hash="somebody")
+    studio.stop(request)  # nothing is drawn yet
+
+    def in_turn() -> None:
+        with studio.turn("somebody", lambda *a, **k: None) as count, count("drawing") as on_progress:
+            on_progress(1, 3)
+            studio.leave(gradio.Request(session_hash="somebody else"))
+            on_progress(2, 3)
+            studio.leave(request)
+            on_progress(3, 3)
+
+    with pytest.raises(session.Stopped):
+        in_turn()
+    assert not studio._alone.locked() and not studio._stops
+
+
+def test_the_checker_blacks_out(tmp_path: Path, studio: AppSession) -> None:
+    """A tiny checker of SD 1.5's own class, once with thresholds that take everything, once nothing."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    from ghibli.inference.safety import SafetyChecker, has_checker
+
+    assert not has_checker("demo")
+    with pytest.raises(UserError, match="demo has no safety_checker/ folder"):
+        SafetyChecker("demo")
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=layers, vision_config=layers | {"image_size": 32, "patch_size": 16}, projection_dim=8
+    )
+    pictures = [Image.new("RGB", (40, 24), colour) for colour in ("red", "blue")]
+    judge = StableDiffusionSafetyChecker(config)
+    for threshold, taken in ((-2.0, 2), (2.0, 0)):
+        judge.concept_embeds_weights.data.fill_(threshold)
+        judge.save_pretrained(tmp_path / "safety_checker")
+        CLIPImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path / "feature_extractor")
+        assert has_checker(str(tmp_path))
+        shown, gone = SafetyChecker(str(tmp_path)).black_out(pictures)
+        assert gone == taken
+        for before, after in zip(pictures, shown, strict=True):
+            assert after.size == before.size
+            assert (np.asarray(after).max() == 0) == bool(taken)
+
+
+def test_a_port_that_is_taken(address: str) -> None:
+    port = address.rstrip("/").rpartition(":")[2]
+    result = CliRunner().invoke(command_line, ["app", "model=demo", "data=demo", "--port", port])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(f"--port {port} on 127.0.0.1 cannot be used")
+
+
+# Over the wire
+
+
+def call(address: str, index: int, data: list[Any]) -> dict[str, Any]:
+    """Sends what a browser would and returns the last event."""
+    body = json.dumps({"data": data, "fn_index": index, "session_hash": "forged"}).encode()
+    url = f"{address}gradio_api/queue/join"
+    urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"}))
+    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=forged") as events:
+        for line in events:
+            if line.startswith(b"data: "):
+                event = json.loads(line[6:])
+                if event["msg"] == "process_completed":
+                    return event
+    raise AssertionError("no answer")
+
+
+def index_of(address: str, name: str) -> int:
+    """The number under which the page calls a handler: that of its place among the buttons' targets."""
+    with urllib.request.urlopen(f"{address}config") as answer:
+        config = json.load(answer)
+    ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
+    return next(
+        call["id"] for call in config["dependencies"] if [ids[name], "click"] in map(list, call["targets"])
+    )
+
+
+def test_no_file_of_this_machine_is_shown(address: str, outside: Path) -> None:
+    secret = outside / RUN / "config.yaml"
+    for path in (secret, "/etc/hostname"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}gradio_api/file={path}")
+        assert refused.value.code in (403, 404)
+    grid = next((outside / RUN / "samples").glob("*.png"))
+    photo = {"path": str(grid), "meta": {"_type": "gradio.FileData"}}
+    settings = ["a lake", "", "ddim", 1, 2, 0, 1, False, 0.5]
+    event = call(address, index_of(address, "restyle"), [[], photo, *settings])
+    assert not event["success"] and "data" not in event["output"]
+
+
+def test_a_run_that_is_not_offered_is_refused(address: str) -> None:
+    settings = ["a lake", "", "ddim", 1, 2, 0, 1, False]
+    event = call(address, index_of(address, "draw"), [["/etc"], *settings])
+    assert not event["success"]
+    event = call(address, index_of(address, "draw"), [[RUN], *settings])
+    assert event["success"]
+
+
+def test_a_photo_that_is_too_large_is_refused(address: str) -> None:
+    limit = int(page.UPLOAD.removesuffix("mb")) * 10**6
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+    body = head + bytes(limit + 2 * 10**6) + b"\r\n--x--\r\n"
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{address}gradio_api/upload", body, form))
+    assert refused.value.code == 413
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    driver = new_browser(width=1280, height=1000)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def tab(browser: Any, address: str) -> Any:
+    """The page, freshly opened, few steps set."""
+    return opened(browser, address)
+
+
+def opened(browser: Any, address: str) -> Any:
+    browser.get(address)
+    wait(lambda: RUN in browser.page_source and one(browser, "#draw"))
+    fill(browser, "#steps input[type=number]", STEPS)
+    return browser
+
+
+def wait(true: Callable[[], Any]) -> Any:
+    """What `true` returns, once that is something."""
+    from selenium.common.exceptions import WebDriverException
+
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            if found := true():
+                return found
+        except (WebDriverException, AttributeError):
+            pass  # the page draws itself anew, and what is looked for is not there yet
+        time.sleep(0.1)
+    raise AssertionError("the page did not get there")
+
+
+def one(browser: Any, selector: str) -> Any:
+    return next(iter(browser.find_elements("css selector", selector)), None)
+
+
+def fill(browser: Any, selector: str, value: object) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    field = wait(lambda: one(browser, selector))
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(str(value), Keys.TAB)
+
+
+def click(browser: Any, selector: str) -> None:
+    browser.execute_script("arguments[0].click()", wait(lambda: one(browser, selector)))
+
+
+def open_tab(browser: Any, label: str) -> None:
+    found = next(b for b in browser.find_elements("css selector", "button[role=tab]") if b.text == label)
+    browser.execute_script("arguments[0].click()", found)
+
+
+def shown(browser: Any, name: str) -> np.ndarray:
+    """The picture in a frame, as the server sends it."""
+    source = wait(lambda: one(browser, f"#{name} img").get_attribute("src"))
+    with urllib.request.urlopen(source) as answer:
+        return np.asarray(Image.open(BytesIO(answer.read())).convert("RGB"), float)
+
+
+def words(browser: Any, name: str) -> str:
+    """What stands below the pictures, once they are there."""
+    return wait(lambda: one(browser, f"#{name}").text)
+
+
+def said(browser: Any) -> str:
+    """The message that pops up."""
+    return wait(lambda: one(browser, ".toast-body").text)
+
+
+def test_base_and_adapter_side_by_side(tab: Any) -> None:
+    """Drawn as `ghibli generate` draws them; nothing comes from elsewhere, the console stays clean."""
+    fill(tab, "#seed input", 3)
+    click(tab, "#draw")
+    assert re.search(r"\d\.\d s$", words(tab, "drawn"))
+    dressed = load_model([RUN], [])
+    for name, scale in (("base", 0.0), ("trained", 1.0)):
+        assert np.abs(shown(tab, name) - expected(dressed, 3, scale)).max() <= 1
+    assert np.abs(shown(tab, "base") - shown(tab, "trained")).max() > 20
+    sources = tab.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    host = tab.current_url.split("/")[2]
+    assert [url for url in sources if url.startswith("http") and url.split("/")[2] != host] == []
+    bad = [line for line in tab.get_log("browser") if line["level"] == "SEVERE"]
+    assert bad == []
+
+
+def test_a_photo_is_restyled(tab: Any, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    blocks = np.random.default_rng(0).integers(0, 255, (3, 6, 3), np.uint8)
+    Image.fromarray(blocks).resize((120, 60)).save(photo)
+    fill(tab, "#steps input[type=number]", 8)
+    open_tab(tab, "Restyle a photo")
+    one(tab, "input[type=file]").send_keys(str(photo))
+    assert shown(tab, "photo").shape == (60, 120, 3)
+    click(tab, "#restyle")
+    assert "say what is on the photo" in said(tab)
+    fill(tab, "#what textarea", "a lake")
+    click(tab, "#restyle")
+    words(tab, "restyled")
+    wide = load_model([RUN], []).config.model.resolution / 2**0.5
+    base, trained = shown(tab, "restyled-base"), shown(tab, "restyled-trained")
+    assert base.shape == trained.shape == (round(wide / 8) * 8, round(2 * wide / 8) * 8, 3)
+    assert np.abs(base - trained).max() > 2
+
+
+def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
+    """A text file is named as one; 100 megapixels are made small."""
+    text, large = tmp_path / "text.jpg", tmp_path / "large.png"
+    text.write_text("no picture")
+    Image.new("L", (10_000, 10_000), 200).save(large)
+    open_tab(tab, "Restyle a photo")
+    one(tab, "input[type=file]").send_keys(str(text))
+    assert "it is no picture, whatever its name says" in said(tab)
+    opened(tab, tab.current_url)
+    open_tab(tab, "Restyle a photo")
+    one(tab, "input[type=file]").send_keys(str(large))
+    assert shown(tab, "photo").shape == (1200, 1200, 3)
+    fill(tab, "#what textarea", "a lake")
+    click(tab, "#restyle")
+    words(tab, "restyled")
+    side = load_model([RUN], []).config.model.resolution
+    assert shown(tab, "restyled-trained").shape == (side, side, 3)
+
+
+def test_two_people_at_once_and_a_closed_tab(browser: Any, address: str, stopped: list[str]) -> None:
+    """Each gets their own picture; what somebody asked for who went away is given up."""
+    first = opened(browser, address).current_window_handle
+    fill(browser, "#steps input[type=number]", 100)
+    click(browser, "#draw")
+    wait(lambda: "base" in (one(browser, "#base .wrap") or one(browser, "#base")).text)
+    browser.switch_to.new_window("tab")
+    for seed in (5, 6):
+        if seed == 6:
+            browser.switch_to.new_window("tab")
+        opened(browser, address)
+        fill(browser, "#seed input", seed)
+        click(browser, "#draw")
+    handles = [handle for handle in browser.window_handles if handle != first]
+    browser.switch_to.window(first)
+    browser.close()
+    dressed = load_model([RUN], [])
+    seeds = []
+    for handle in handles:
+        browser.switch_to.window(handle)
+        words(browser, "drawn")
+        found = shown(browser, "trained")
+        seeds += [seed for seed in (5, 6) if np.abs(found - expected(dressed, seed, 1.0)).max() <= 1]
+    assert sorted(seeds) == [5, 6]
+    assert stopped == ["base, seed 0"]
+    for handle in handles[1:]:
+        browser.switch_to.window(handle)
+        browser.close()
+    browser.switch_to.window(handles[0])
+
+
+def test_cancel(tab: Any, stopped: list[str]) -> None:
+    fill(tab, "#steps input[type=number]", 100)
+    click(tab, "#draw")
+    wait(lambda: re.search(r"\d+/100", one(tab, "#base").text))
+    click(tab, "#cancel")
+    wait(lambda: stopped and not re.search(r"\d+/100", one(tab, "#base").text))
+    assert stopped == ["base, seed 0"]
+    fill(tab, "#steps input[type=number]", STEPS)
+    click(tab, "#draw")
+    words(tab, "drawn")
+    assert shown(tab, "trained").shape[2] == 3
+
+
+def test_it_fits_a_telephone(tab: Any) -> None:
+    size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    tab.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened(tab, tab.current_url)
+    wide, room = tab.execute_script(
+        "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]"
+    )
+    tab.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert wide <= room

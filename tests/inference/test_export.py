@@ -1,0 +1,348 @@
+"""An adapter outside: files that other programs read, proved; and one from outside, trained on."""
+
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from helpers.commands import run_python
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import train
+from ghibli.adapters import apply, files, kohya
+from ghibli.adapters.apply import load_adapters, scale
+from ghibli.adapters.files import Layer, check_same_shape, kohya_name, named_layers, read_adapter
+from ghibli.cli import adapters
+from ghibli.cli.options import app
+from ghibli.config.schema import ModelConfig
+from ghibli.inference import export
+from ghibli.inference.export import compare, predict, probe_inputs
+from ghibli.inference.generate import Request, draw
+from ghibli.inference.load import load_model
+from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.load import load
+from ghibli.models.safetensors import ADAPTER_FILE
+from ghibli.runs.find import config_of
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+
+QUICK = ("trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4", "lora.alpha=6")
+
+
+@pytest.fixture(scope="module")
+def run(make_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A finished run of a few steps."""
+    found = RunDir(tmp_path_factory.mktemp("exported") / "run")
+    train.run(make_config(*QUICK), found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(run: RunDir) -> tuple[Path, list[export.Proof]]:
+    folder = run.path / "export"
+    return folder, export.export(run, config_of(run), folder, merge=True)
+
+
+# Files for others
+
+
+PLAIN_DIFFUSERS = """
+import sys
+import numpy as np, torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+base, file, prompt, out = sys.argv[1:]
+pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False,
+                                               set_alpha_to_one=False, steps_offset=1)
+pipeline.load_lora_weights(file.rpartition("/")[0], weight_name=file.rpartition("/")[2])
+pipeline.unet.eval(); pipeline.text_encoder.eval()
+pictures = pipeline(prompt, height=128, width=128, num_inference_steps=4, guidance_scale=7.5,
+                    output_type="np",
+                    generator=torch.Generator().manual_seed(3)).images
+assert not [name for name in sys.modules if name.split(".")[0] == "ghibli"]
+np.save(out, (pictures[0] * 255).round())
+"""
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "run_kohya.safetensors"])
+def test_a_process_that_knows_only_diffusers_draws_the_same(
+    exported: tuple[Path, list], run: RunDir, tmp_path: Path, name: str
+) -> None:
+    prompt = "a red train by a lake, Studio Ghibli style"
+    words = (str(DEMO), str(exported[0] / name), prompt, str(tmp_path / "it.npy"))
+    done = run_python("-c", PLAIN_DIFFUSERS, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = np.load(tmp_path / "it.npy")
+    dressed = load_model([str(run.path)], [])
+    request = Request([prompt], "ddim", 7.5, 4, 3, (128, 128))
+    ours = (draw(dressed, request)[0].permute(1, 2, 0).numpy() * 255).round()
+    assert (abs(ours - theirs) > 1).mean() <= 0.001
+    base = (draw(dressed, Request([prompt], "ddim", 7.5, 4, 3, (128, 128), scale=0))[0]) * 255
+    assert (abs(base.permute(1, 2, 0).numpy() - theirs) > 1).mean() > 0.2
+
+
+def test_every_file_is_proved(exported: tuple[Path, list[export.Proof]]) -> None:
+    folder, proofs = exported
+    assert [proof.file.name for proof in proofs] == [
+        "pytorch_lora_weights.safetensors", "run_kohya.safetensors", "merged",
+    ]  # fmt: skip
+    assert all(proof.from_live < 1e-5 < 1e-2 < proof.from_base for proof in proofs)
+    merged = StableDiffusionPipeline.from_pretrained(folder / "merged", safety_checker=None)
+    assert type(merged.scheduler).__name__ == load("demo").scheduler_config["_class_name"]
+
+
+def test_a_file_that_does_not_do_the_same_is_refused(tmp_path: Path) -> None:
+    live, base = torch.ones(3), torch.zeros(3)
+    assert compare(tmp_path, live + 1e-6, live, base).from_base == pytest.approx(1, abs=1e-5)
+    with pytest.raises(UserError, match="does not do what the trained model does"):
+        compare(tmp_path, live + 0.01, live, base)
+    with pytest.raises(UserError, match="changes nothing"):
+        compare(tmp_path, live, live, live)
+
+
+def test_the_card_says_how_good_and_whose(exported: tuple[Path, list], run: RunDir) -> None:
+    card = (exported[0] / "README.md").read_text()
+    status = run.read_status()
+    assert "`kohya.safetensors`" in (run.adapter / "README.md").read_text()
+    assert f"{100 * status['gain']:.1f} % +- {100 * status['gain_se']:.1f} %" in card
+    for words in ("Studio Ghibli's", "OpenRAIL-M", "rank 4, alpha 6", status["data_hash"][:12], "kohya"):
+        assert words in card
+
+
+def test_the_runs_own_kohya_file(run: RunDir, base: BaseModel) -> None:
+    """Written at the end of every run, without a date: the same run gives the same bytes."""
+    ours = read_adapter(run.adapter / "kohya.safetensors", base, "x")
+    theirs = read_adapter(run.adapter, base, "x")
+    assert (ours.layout, theirs.layout) == ("kohya", "diffusers")
+    assert (ours.ranks, ours.alphas) == (theirs.ranks, theirs.alphas) == ([4], [6.0])
+    assert ours.metadata["ss_network_dim"] == "4" and ours.metadata["ss_network_alpha"] == "6"
+    assert ours.metadata["modelspec.trigger_phrase"] == "Studio Ghibli style"
+    assert ours.metadata["ss_dataset_hash"] == run.read_status()["data_hash"]
+    assert "modelspec.date" not in ours.metadata
+    for name, layer in theirs.layers.items():
+        assert torch.equal(layer.up, ours.layers[name].up) and torch.equal(layer.down, ours.layers[name].down)
+
+
+def test_a_run_ends_well_with_an_alpha_that_no_float_is(make_config: Callable, tmp_path: Path) -> None:
+    """The kohya file has alpha as float32; rslora's is alpha times the root of the rank."""
+    run = RunDir(tmp_path / "run")
+    train.run(
+        make_config("trainer.max_epochs=1", "lora.rank=2", "lora.alpha=0.1", "lora.variant=rslora"), run
+    )
+    assert run.state == "finished" and (run.adapter / "kohya.safetensors").is_file()
+
+
+def sd_scripts_names() -> dict[str, tuple[int, int]]:
+    """Attention layers as sd-scripts names them for Stable Diffusion 1.5 -> (in, out)."""
+    places = {f"down_blocks_{b}_attentions_{a}": 320 * 2**b for b in range(3) for a in range(2)}
+    places |= {f"up_blocks_{b}_attentions_{a}": 1280 // 2 ** (b - 1) for b in (1, 2, 3) for a in range(3)}
+    places |= {"mid_block_attentions_0": 1280}
+    names = {}
+    for place, width in places.items():
+        block = f"lora_unet_{place}_transformer_blocks_0"
+        for attention, context in (("attn1", width), ("attn2", 768)):
+            for layer in ("to_q", "to_k", "to_v", "to_out_0"):
+                inside = context if layer in ("to_k", "to_v") else width
+                names[f"{block}_{attention}_{layer}"] = (inside, width)
+    for layer in range(12):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            names[f"lora_te_text_model_encoder_layers_{layer}_self_attn_{name}"] = (768, 768)
+    return names
+
+
+def test_names_and_shapes_are_those_of_sd_scripts_at_real_size() -> None:
+    from helpers.sd15_random import TEXT_ENCODER, UNET
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET)
+        text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER))
+    whole = BaseModel(None, text_encoder, None, unet, {})
+    endings = (".to_q", ".to_k", ".to_v", ".to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+    layers = {
+        name: Layer(torch.zeros(8, module.in_features), torch.zeros(module.out_features, 8), 16)
+        for name, module in named_layers(whole).items()
+        if name.endswith(endings)
+    }
+    state = kohya.to_kohya(files.Adapter(Path("x"), "diffusers", layers, {}))
+    expected = {}
+    for name, (inside, outside) in sd_scripts_names().items():
+        expected |= {
+            f"{name}.lora_down.weight": (8, inside),
+            f"{name}.lora_up.weight": (outside, 8),
+            f"{name}.alpha": (),
+        }
+    assert {key: tuple(value.shape) for key, value in state.items()} == expected
+
+
+# Several, and none
+
+
+def test_two_adapters_add_up_and_nought_is_the_base(run: RunDir) -> None:
+    near = DEMO / "near"
+
+    def layer_of(*weights: float) -> torch.Tensor:
+        base = load("demo")
+        load_adapters(
+            base,
+            [(read_adapter(file, base, "x"), w) for file, w in zip((run.path, near), weights, strict=True)],
+        )
+        layer = base.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+        return layer(torch.ones(1, 64)).detach()
+
+    nought, one, other = layer_of(0, 0), layer_of(1, 0), layer_of(0, 1)
+    torch.testing.assert_close(layer_of(0.3, -2) - nought, 0.3 * (one - nought) - 2 * (other - nought))
+    untouched = load("demo")
+    dressed = load("demo")
+    load_adapters(
+        dressed, [(read_adapter(run.path, dressed, "x"), 1.0), (read_adapter(near, dressed, "x"), 1.0)]
+    )
+    inputs = probe_inputs(untouched)
+    assert not torch.equal(predict(dressed, inputs), predict(untouched, inputs))
+    scale(dressed, [0.0, 0.0])
+    assert torch.equal(predict(dressed, inputs), predict(untouched, inputs))
+
+
+# From elsewhere
+
+
+def test_training_starts_from_another_adapter(run: RunDir, make_config: Callable, tmp_path: Path) -> None:
+    """The gain is still that over the base, and from a kohya file it starts where the other run ended."""
+    file = run.adapter / "kohya.safetensors"
+    later = RunDir(tmp_path / "later")
+    train.run(make_config(*QUICK, "optimizer.lr=1e-30", f"lora.init={file}"), later)
+    before, after = (load_file(r.adapter / ADAPTER_FILE) for r in (run, later))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert later.read_status()["gain"] == pytest.approx(run.read_status()["gain"], abs=1e-6)
+    assert later.read_status()["init_hash"] == read_adapter(file, load("demo"), "x").hash
+
+
+def test_other_settings_than_the_files_are_named(run: RunDir, make_config: Callable, tmp_path: Path) -> None:
+    config = make_config("lora.rank=8", "lora.alpha=6", f"lora.init={run.path}")
+    with pytest.raises(
+        UserError, match="lora.init=.*: lora.rank of this run are not those of the file; `ghibli"
+    ):
+        train.run(config, RunDir(tmp_path / "other"))
+
+
+def test_import_says_what_it_is_and_what_to_type(run: RunDir) -> None:
+    file = run.adapter / "kohya.safetensors"
+    done = CliRunner().invoke(app, ["import", str(file), "model=demo", "data=demo"])
+    assert done.exit_code == 0, done.output
+    assert "kohya, LoRA of 92 layers, rank 4, alpha 6" in done.output
+    assert f"lora.init={file} lora.rank=4 lora.alpha=6 lora.targets=[to_k,to_out.0,to_q,to_v]" in done.output
+
+
+def test_the_printed_settings_take_the_file(run: RunDir, base: BaseModel, make_config: Callable) -> None:
+    """Also of rsLoRA, whose alpha is no round number, and of DoRA; layers of several ranks have none."""
+    adapter = read_adapter(run.adapter, base, "import")
+    layer = next(iter(adapter.layers.values()))
+    odd = {name: replace(each, alpha=3 * 7**0.5) for name, each in adapter.layers.items()}
+    dora = {
+        name: replace(each, magnitude=torch.ones(each.up.shape[0])) for name, each in adapter.layers.items()
+    }
+    for layers in (adapter.layers, odd, dora):
+        changed = replace(adapter, layers=layers)
+        words = adapters.train_on(changed).split()[2:]
+        check_same_shape(changed, make_config(*words).lora)
+    half = replace(layer, up=layer.up[:, :2], down=layer.down[:2])
+    mixed = replace(adapter, layers={**adapter.layers, next(iter(adapter.layers)): half})
+    assert adapters.train_on(mixed) == "cannot be done: its layers differ in rank or alpha"
+
+
+def test_files_that_are_no_adapter_of_this_base(run: RunDir, base: BaseModel, tmp_path: Path) -> None:
+    def refused(state: dict[str, torch.Tensor] | bytes, name: str = "it.safetensors") -> str:
+        file = tmp_path / name
+        file.write_bytes(state) if isinstance(state, bytes) else save_file(state, file)
+        with pytest.raises(UserError) as caught:
+            read_adapter(file, base, "adapter")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    whole = (run.adapter / "kohya.safetensors").read_bytes()
+    assert "cut off or damaged" in refused(whole[:-100])
+    assert "is a pickle under another name" in refused(b"PK\x03\x04....")
+    assert "only .safetensors files are read" in refused(b"PK", "it.ckpt")
+    assert "adapter of SDXL" in refused({"lora_te2_x.lora_down.weight": torch.zeros(4, 4)})
+    assert "is no LoRA of this base: it has `something`" in refused({"something": torch.zeros(4)})
+    name = kohya_name("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    wide = {f"{name}.lora_down.weight": torch.zeros(4, 768), f"{name}.lora_up.weight": torch.zeros(1280, 4)}
+    text = refused(wide)
+    assert "maps 768 values to 1280, and the base's layer 64 to 128: it was made for another base" in text
+    with pytest.raises(UserError, match="no such file or run"):
+        read_adapter(tmp_path / "nowhere", base, "adapter")
+
+
+def test_one_model_at_a_time(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of Stable Diffusion 1.5 takes 4 GB: the earlier ones are gone when the next is loaded."""
+    load, seen = apply.load_base, []
+
+    def watched(model: ModelConfig) -> BaseModel:
+        gc.collect()  # as base_model.load does
+        assert not any(unet() for unet in seen)
+        loaded = load(model)
+        seen.append(weakref.ref(loaded.unet))
+        return loaded
+
+    monkeypatch.setattr(apply, "load_base", watched)
+    export.export(run, config_of(run), tmp_path / "out", merge=True)
+    assert len(seen) == 5  # untouched, live, merged, and one for each file
+
+
+# The hub
+
+
+def test_notes_that_are_damaged(run: RunDir, base: BaseModel, tmp_path: Path) -> None:
+    file = tmp_path / "notes.safetensors"
+    save_file(load_file(run.adapter / ADAPTER_FILE), file, {"lora_adapter_metadata": "{"})
+    with pytest.raises(UserError, match="cannot be read as a LoRA"):
+        read_adapter(file, base, "import")
+
+
+def test_push_says_what_would_go_and_sends_nothing(exported: tuple[Path, list], run: RunDir) -> None:
+    done = CliRunner().invoke(app, ["push", str(run.path), "me/mine"])
+    assert done.exit_code == 0, done.output
+    assert "run_kohya.safetensors" in done.output and "README.md" in done.output
+    assert "nothing was sent" in done.output and "merged" not in done.output
+
+
+def test_push_sends_just_that(
+    exported: tuple[Path, list], run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from ghibli.inference import push
+
+    asked = {}
+
+    class Api:
+        endpoint = "https://hub"
+
+        def create_repo(self, name: str, **options: object) -> None:
+            asked["repo"] = (name, options)
+
+        def upload_folder(self, **options: object) -> None:
+            asked["upload"] = options
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="hf auth login"):
+        push.push(exported[0], "me/mine", private=True)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    monkeypatch.setattr(push, "hub_answers", lambda: True)
+    done = CliRunner().invoke(app, ["push", str(run.path), "me/mine", "--really"])
+    assert "sent to https://hub/me/mine" in done.output and "hf_secret" not in done.output
+    assert asked["repo"] == ("me/mine", {"private": True, "exist_ok": True})
+    assert set(asked["upload"]["allow_patterns"]) == {name for name, _ in push.files_of(exported[0])}
+    assert json.dumps(asked["upload"]["allow_patterns"]).count("merged") == 0
+    empty = shutil.copytree(exported[0], run.path / "empty", ignore=lambda *_: ["README.md", "merged"])
+    with pytest.raises(UserError, match="holds nothing to send"):
+        push.files_of(empty)

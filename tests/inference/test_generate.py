@@ -1,0 +1,284 @@
+"""Drawing with what was trained: what is named, what is asked for, and the files that come of it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from ghibli.adapters.files import named_layers
+from ghibli.cli.options import app
+from ghibli.images.grid import to_image
+from ghibli.inference import generate
+from ghibli.inference.generate import Request, draw, write_pictures
+from ghibli.inference.load import LoadedModel, load_model, weighted
+from ghibli.models.base import DEMO, BaseModel
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+
+REQUEST = Request(["a red train", "a lake", "a blue house"], "ddpm", 3.0, 2, 7, (64, 64), "fog", batch=3)
+
+
+def write_adapter(file: Path, base: BaseModel, seed: int = 0) -> Path:
+    """A LoRA of rank 2 on every attention layer of the UNet, of random numbers that show in a picture."""
+    random = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, layer in named_layers(base).items():
+        if name.startswith("unet") and name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")):
+            outside, inside = layer.weight.shape
+            state[f"{name}.lora_A.weight"] = torch.randn(2, inside, generator=random) / inside**0.5
+            state[f"{name}.lora_B.weight"] = torch.randn(outside, 2, generator=random) / 2
+    save_file(state, file)
+    return file
+
+
+@pytest.fixture
+def adapter(base: BaseModel, tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "look.safetensors", base)
+
+
+@pytest.fixture
+def dressed(adapter: Path) -> LoadedModel:
+    return load_model([str(adapter)], ["model=demo"])
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sampler": "euler"}, "--sampler euler is unknown: choose one of"),
+        ({"prompts": ["a train", "  "]}, "an empty prompt: say what to draw"),
+        ({"prompts": []}, "an empty prompt"),
+        ({"steps": 0}, "--steps 0: from 1 to 1000"),
+        ({"seed": 10**20}, "--seed 100000000000000000000: from 0 to 4294967295"),
+        ({"seed": -1}, "--seed -1: from 0 to 4294967295"),
+        ({"steps": 1001}, "--steps 1001: from 1 to 1000"),
+        ({"size": (100, 64)}, "--size 100: a multiple of 8 from 64 to 2048, such as 96"),
+        ({"size": (64, 4096)}, "--size 4096: a multiple of 8 from 64 to 2048, such as 2048"),
+        ({"size": (32, 64)}, "--size 32: a multiple of 8 from 64 to 2048, such as 64"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(change: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        replace(REQUEST, **change)
+    assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
+
+
+def test_sizes_as_people_write_them() -> None:
+    assert generate.size_of("512") == (512, 512)
+    assert generate.size_of("640x384") == generate.size_of("640X384") == (640, 384)
+    for text in ("", "x", "640x", "1x2x3", "-64", "64.5", "²"):
+        with pytest.raises(UserError, match="a number of px, or WIDTHxHEIGHT"):
+            generate.size_of(text)
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa train\r\n\r\n  ein Fluß \n".encode())
+    assert generate.lines_of(file) == ["a train", "ein Fluß"]
+    for damaged in (tmp_path / "nowhere.txt", tmp_path):
+        with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
+            generate.lines_of(damaged)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
+        generate.lines_of(file)
+
+
+def test_words_that_the_text_encoder_never_sees_are_named(base: BaseModel) -> None:
+    room = base.tokenizer.model_max_length - 2  # without start and end
+    assert generate.lost_words([" ".join(["train"] * room)], base) == []
+    said = generate.lost_words(["a lake", " ".join(["train"] * room + ["lake"])], base)
+    assert len(said) == 1 and said[0].endswith("the text encoder never sees `lake`")
+
+
+# The pictures
+
+
+def test_a_picture_does_not_depend_on_what_is_drawn_with_it(dressed: LoadedModel) -> None:
+    together = draw(dressed, REQUEST)
+    assert together.shape == (3, 3, 64, 64) and 0 <= together.min() < together.max() <= 1
+    for batch in (1, 2):
+        assert (draw(dressed, replace(REQUEST, batch=batch)) - together).abs().max() < 1e-4
+    second = replace(REQUEST, prompts=REQUEST.prompts[1:2], seed=REQUEST.seed + 1)
+    assert (draw(dressed, second)[0] - together[1]).abs().max() < 1e-4
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_scale_nought_is_the_base_to_the_bit(dressed: LoadedModel) -> None:
+    base = draw(load_model([], ["model=demo"]), REQUEST)
+    assert torch.equal(draw(dressed, replace(REQUEST, scale=0.0)), base)
+    assert (draw(dressed, REQUEST) - base).abs().max() > 0.1
+
+
+def test_a_weight_is_that_much_of_the_adapter(dressed: LoadedModel, adapter: Path) -> None:
+    half = draw(load_model([f"{adapter}:0.5"], ["model=demo"]), REQUEST)
+    assert (half - draw(dressed, replace(REQUEST, scale=0.5))).abs().max() < 1e-5
+    assert (half - draw(dressed, REQUEST)).abs().max() > 0.01
+
+
+def test_size_and_negative_prompt(dressed: LoadedModel) -> None:
+    wide = replace(REQUEST, prompts=["a train"], size=(96, 64))
+    assert draw(dressed, wide).shape == (1, 3, 64, 96)
+    small = replace(REQUEST, prompts=["a train"])
+    assert not torch.allclose(draw(dressed, small), draw(dressed, replace(small, negative="")), atol=0.01)
+    unguided = replace(small, guidance=1.0)  # there is nothing to steer away from
+    assert torch.equal(draw(dressed, unguided), draw(dressed, replace(unguided, negative="")))
+
+
+def test_a_picture_carries_what_makes_it_again(dressed: LoadedModel, adapter: Path, tmp_path: Path) -> None:
+    pictures = draw(dressed, REQUEST)
+    files = write_pictures(pictures, REQUEST, dressed, tmp_path / "out")
+    assert [file.name for file in files] == ["000.png", "001.png", "002.png"]
+    with Image.open(files[1]) as opened:
+        notes, drawn = opened.text, np.asarray(opened)
+    note = json.loads(notes["ghibli"])
+    assert (note.pop("adapters"), note.pop("weights"), note.pop("base")) == ([str(adapter)], [1.0], "demo")
+    again = draw(dressed, Request(**note | {"size": tuple(note["size"])}))[0]
+    assert np.abs(again.permute(1, 2, 0).numpy() * 255 - drawn).max() < 1
+    assert notes["parameters"].splitlines() == [
+        "a lake",
+        "Negative prompt: fog",
+        "Steps: 2, Sampler: DDPM, CFG scale: 3, Seed: 8, Size: 64x64, Model: demo",
+    ]
+
+
+def test_sheets_leave_the_adapter_as_it_was(dressed: LoadedModel) -> None:
+    """Their columns are what is drawn alone; at the end the adapter is at its scale again."""
+    request = replace(REQUEST, prompts=["a red train"])
+    drawn = draw(dressed, request)
+    sheet = np.asarray(generate.beside_base(dressed, request, drawn))
+    assert torch.equal(draw(dressed, request), drawn)
+    strip = np.asarray(generate.strip(dressed, request))
+    assert torch.equal(draw(dressed, request), drawn)
+    tiles = [draw(dressed, replace(request, scale=scale))[0] for scale in (0.0, 1.0)]
+    for tile in tiles:
+        assert all(shows(page, tile) for page in (sheet, strip))
+
+
+def shows(page: np.ndarray, picture: torch.Tensor) -> bool:
+    """Whether a sheet shows the picture somewhere, twice as large."""
+    height, width = (2 * side for side in picture.shape[1:])
+    tile = np.asarray(to_image(picture).resize((width, height), Image.Resampling.LANCZOS), int)
+    corners = np.argwhere((page[: 1 - height, : 1 - width] == tile[0, 0]).all(-1))
+    return any((page[y : y + height, x : x + width] == tile).all() for y, x in corners)
+
+
+def test_no_memory_is_one_line(dressed: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(reason: Exception) -> None:
+        def sample(*args: object, **options: object) -> None:
+            raise reason
+
+        monkeypatch.setattr(generate, "sample", sample)
+        draw(dressed, REQUEST)
+
+    for reason in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ):
+        with pytest.raises(UserError, match="not enough memory: draw fewer at once or smaller"):
+            fails(reason)
+    with pytest.raises(RuntimeError, match="shapes"):
+        fails(RuntimeError("shapes do not match"))
+
+
+def test_torch_words_the_lack_of_memory_as_expected() -> None:
+    with pytest.raises(UserError, match="not enough memory"), generate.enough_memory():
+        torch.empty(2**55, dtype=torch.uint8)
+
+
+# What is named
+
+
+def test_names_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert weighted("a/b.safetensors") == ("a/b.safetensors", 1.0)
+    assert weighted("a/b.safetensors:-0.7") == ("a/b.safetensors", -0.7)
+    assert weighted("C:/look") == ("C:/look", 1.0)
+    (tmp_path / "seed:3").mkdir()
+    assert weighted("seed:3") == ("seed:3", 1.0)
+    with pytest.raises(UserError, match="no finished run below outputs/ yet"):
+        weighted("latest:0.5")
+    for name, made in (
+        ("a trained one", "adapter"),
+        ("b that only measured", "samples"),
+    ):
+        (tmp_path / "outputs" / name / made).mkdir(parents=True)
+        RunDir(tmp_path / "outputs" / name).update_status(state="finished", started=name[0])
+    assert weighted("latest:0.5") == ("outputs/a trained one", 0.5)
+
+
+@pytest.fixture
+def make_run(make_config: Callable, tmp_path: Path) -> Callable[..., str]:
+    """A run folder that says it is finished, with nothing but its settings."""
+
+    def make(name: str, *words: str) -> str:
+        run = RunDir(tmp_path / name)
+        run.path.mkdir()
+        OmegaConf.save(OmegaConf.structured(make_config(*words)), run.config)
+        run.update_status(state="finished")
+        return str(run.path)
+
+    return make
+
+
+def test_what_cannot_be_worn_together(make_run: Callable[..., str], tmp_path: Path) -> None:
+    plain, idle = make_run("plain"), make_run("idle", "finetune=none")
+    whole = make_run("whole", "finetune=full")
+    other = make_run("other", f"model.path={DEMO}")
+
+    def refused(*names: str) -> str:
+        with pytest.raises(UserError) as caught:
+            load_model(list(names), [])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "only measured the base: name no run" in refused(idle)
+    assert "trained all weights: it cannot be combined" in refused(whole, plain)
+    assert "these runs have different bases" in refused(plain, other)
+    assert "nowhere" in refused(str(tmp_path / "nowhere"))
+
+
+# The command
+
+
+def command(*words: str) -> tuple[int, list[str]]:
+    result = CliRunner().invoke(app, ["generate", *words])
+    reason = [f"{result.exception}"] if isinstance(result.exception, UserError) else []
+    return result.exit_code, result.output.splitlines() + reason
+
+
+def test_the_command(adapter: Path, tmp_path: Path) -> None:
+    """A long prompt is drawn, and the words that are lost are named; sheets where they are asked for."""
+    out = tmp_path / "out"
+    words = ("--steps", "1", "--size", "64", "--base", "--interpolate", "--to", str(out))
+    code, said = command(str(adapter), "-p", "train " * 500, *words)
+    assert code == 0, said
+    assert "is too long, the text encoder never sees" in " ".join(said)
+    assert sorted(file.name for file in out.iterdir()) == ["000.png", "adapter_scales.png", "beside_base.png"]
+    with Image.open(out / "000.png") as opened:
+        assert opened.size == (64, 64) and json.loads(opened.text["ghibli"])["guidance"] == 7.5
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "what shall it draw? --prompt TEXT, or --prompts FILE"),
+        (["-p", ""], "an empty prompt: say what to draw, --prompt TEXT"),
+        (["-p", "a lake", "--size", "100"], "--size 100: a multiple of 8 from 64 to 2048, such as 96"),
+        (["-p", "a lake", "modle=demo"], "modle"),
+        (["-p", "a lake", "--interpolate"], "--interpolate changes the scale of an adapter"),
+    ],
+)
+def test_mistakes_of_the_command(words: list[str], reason: str) -> None:
+    code, said = command(*words, *(["model=demo"] if not any("=" in word for word in words) else []))
+    assert code and reason in said[-1]

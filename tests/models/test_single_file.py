@@ -1,0 +1,75 @@
+"""A single-file checkpoint in the original layout: diffusers reads it, configs come from model.config."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.original_layout import write_single_file
+from safetensors.torch import load_file, save_file
+
+from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.load import load
+from ghibli.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("single") / "one.safetensors"
+    write_single_file(load("demo"), file)
+    return file
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> Path:
+    """A folder with the configs and the tokenizer of the demo base and no weights."""
+    place = tmp_path / "configs"
+    shutil.copytree(DEMO, place, ignore=shutil.ignore_patterns("*.safetensors", "*.py", "__pycache__"))
+    return place
+
+
+def test_it_is_the_same_base_as_the_folder(single: Path, configs: Path, base: BaseModel) -> None:
+    one = load(str(single), str(configs))
+    assert not any("diffusion_pytorch_model" in key for key in load_file(single))
+    for part in ("text_encoder", "vae", "unet"):
+        mine, theirs = getattr(one, part).state_dict(), getattr(base, part).state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine), part
+    assert torch.equal(one.tokenize(["a girl in a greenhouse"]), base.tokenize(["a girl in a greenhouse"]))
+    keys = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "steps_offset", "clip_sample")
+    assert {k: one.scheduler_config[k] for k in keys} == {k: base.scheduler_config[k] for k in keys}
+    assert one.prediction_type == base.prediction_type
+    assert not any(p.requires_grad or p.is_meta for p in one.unet.parameters())
+
+
+def refused(file: Path, config: str | None) -> str:
+    with pytest.raises(UserError) as caught:
+        load(str(file), config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_it_lacks_is_named(single: Path, configs: Path, tmp_path: Path) -> None:
+    text = refused(single, None)
+    assert "its configs and tokenizer are on the hub, out of reach now" in text
+    assert "give a folder that has them, model.config=DIR" in text
+    assert f"model.config={tmp_path / 'nowhere'} lacks model_index.json" in refused(
+        single, str(tmp_path / "nowhere")
+    )
+    (configs / "vae" / "config.json").unlink()
+    assert f"model.config={configs} lacks vae/config.json" in refused(single, str(configs))
+
+
+@pytest.mark.parametrize("part", ["first_stage_model.", "cond_stage_model.", "model.diffusion_model.out.2"])
+def test_a_file_with_a_part_missing_is_refused(
+    single: Path, configs: Path, tmp_path: Path, part: str
+) -> None:
+    file = tmp_path / "part.safetensors"
+    save_file({key: w for key, w in load_file(single).items() if not key.startswith(part)}, file)
+    assert refused(file, str(configs)).startswith(f"model.path={file}")
+
+
+def test_configs_of_another_model_are_refused(single: Path, configs: Path) -> None:
+    config = configs / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"cross_attention_dim": 64', '"cross_attention_dim": 96'))
+    assert refused(single, str(configs)).startswith(f"model.path={single}")

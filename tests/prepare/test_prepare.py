@@ -1,0 +1,266 @@
+"""`ghibli prepare`: base and pictures from wherever they lie, looked at and noted; each mistake one line."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from ghibli.cli.options import app
+from ghibli.data.folder import list_pictures, read_folder, recognised
+from ghibli.data.split import first_by_content
+from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
+from ghibli.evaluation import diagnosis
+from ghibli.images.grid import COLUMNS, GAP, TILE, contact_sheet
+from ghibli.images.read import open_picture
+from ghibli.models.base import weights_hash
+from ghibli.models.load import load
+from ghibli.prepare import download, preflight, prepare
+from ghibli.runs.compose import look_at
+from ghibli.runtime.errors import UserError
+
+
+def no_progress(done: int, total: int) -> None:
+    """Nobody looks."""
+
+
+@pytest.fixture
+def set_of_ten(tmp_path: Path) -> Path:
+    """images/ and captions.txt."""
+    write_folder(tmp_path / "ten", "drawn", 10, FINETUNE_SEEDS.start)
+    return tmp_path / "ten"
+
+
+def captions_of(root: Path) -> dict[str, str]:
+    return {name: caption for name, _, caption in list_pictures(root)}
+
+
+# Layouts
+
+
+def test_three_tables_say_the_same(set_of_ten: Path) -> None:
+    """metadata.jsonl and metadata.csv as the hub's `datasets` writes them, in images/ or above it."""
+    plain = captions_of(set_of_ten)
+    rows = list(plain.items())
+    (set_of_ten / "captions.txt").unlink()
+    for place, prefix in ((set_of_ten, "images/"), (set_of_ten, ""), (set_of_ten / "images", "")):
+        table = place / "metadata.jsonl"
+        lines = [json.dumps({"file_name": prefix + name, "text": caption}) for name, caption in rows]
+        table.write_text("\n".join(lines))
+        assert captions_of(set_of_ten) == plain
+        table.unlink()
+    csv = set_of_ten / "metadata.csv"
+    csv.write_text("file_name,text\n" + "".join(f'images/{name},"{text}"\n' for name, text in rows))
+    assert captions_of(set_of_ten) == plain
+    assert recognised(set_of_ten) == "images/ with metadata.csv"
+
+
+def test_of_two_tables_the_first_that_knows_a_picture_counts(set_of_ten: Path) -> None:
+    plain = captions_of(set_of_ten)
+    first, second, *_ = plain
+    table = set_of_ten / "captions.txt"
+    table.write_text(table.read_text().replace(f"{second}|{plain[second]}", f"{second}|"))
+    rows = f"file_name,text\nimages/{first},other\nimages/{second},from the second\n"
+    (set_of_ten / "metadata.csv").write_text(rows)
+    assert captions_of(set_of_ten) == plain | {second: "from the second"}
+    assert recognised(set_of_ten) == "images/ with captions.txt, then metadata.csv"
+
+
+def test_the_kaggle_set(tmp_path: Path, set_of_ten: Path) -> None:
+    """{trainA, trainB_ghibli} without captions, as the zip unpacks it."""
+    drawn = tmp_path / "kaggle" / "dataset" / "trainB_ghibli"
+    shutil.copytree(set_of_ten / "images", drawn)
+    shutil.copytree(set_of_ten / "images", tmp_path / "kaggle" / "dataset" / "trainA")
+    assert {path.parent for _, path, _ in list_pictures(tmp_path / "kaggle")} == {drawn}
+    assert recognised(tmp_path / "kaggle") == "dataset/trainB_ghibli/ without captions"
+    with pytest.raises(UserError, match="pictures without captions: ghibli caption .* or --caption TEXT"):
+        prepare.read(tmp_path / "kaggle", None)
+    assert len(prepare.read(tmp_path / "kaggle", "a scene").pictures) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"a"\n', "line 2 is no JSON object"),
+        ("metadata.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("metadata.jsonl", '{"text": "x"}\n', "line 1 has no file_name: expected file_name and text"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', "line 1: its text is no text: `3`"),
+        ("metadata.csv", "file_name,words\na.png,x\n", "line 2 has no text"),
+        ("metadata.csv", "name,text\na.png,x\n", "line 2 has no file_name"),
+    ],
+)
+def test_a_table_that_cannot_be_read(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        list_pictures(tmp_path)
+
+
+# Where they come from
+
+
+def zipped(folder: Path, file: Path, inside: str = "") -> Path:
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, Path(inside) / path.relative_to(folder))
+    return file
+
+
+def test_a_zip_file(tmp_path: Path, set_of_ten: Path) -> None:
+    """Also one that wraps all in a folder, with macOS's shadows and files nobody asked for."""
+    file = zipped(set_of_ten, tmp_path / "set.zip", "some folder")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("__MACOSX/._a.png", "x")
+        archive.writestr("some folder/setup.exe", "x")
+        archive.writestr("../../outside.png", "x")
+    root = download.fetch(str(file), tmp_path / "data", no_progress)
+    assert captions_of(root) == captions_of(set_of_ten)
+    found = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert not {"outside.png", "setup.exe", "._a.png"} & found
+    (root / "mine.txt").touch()
+    assert download.fetch(str(file), tmp_path / "data", no_progress) == root  # what is there is used again
+    assert (root / "mine.txt").is_file()
+
+
+def test_another_zip_file_of_the_same_name_is_another_set(tmp_path: Path, set_of_ten: Path) -> None:
+    file = zipped(set_of_ten, tmp_path / "archive.zip")
+    root = download.fetch(str(file), tmp_path / "data", no_progress)
+    (set_of_ten / "captions.txt").write_text(
+        "".join(f"{path.name}|new\n" for _, path, _ in list_pictures(set_of_ten))
+    )
+    for other in (tmp_path / "archive.zip", tmp_path / "elsewhere" / "archive.zip"):  # replaced; elsewhere
+        other.parent.mkdir(exist_ok=True)
+        other.unlink(missing_ok=True)
+        zipped(set_of_ten, other)
+        found = download.fetch(str(other), tmp_path / "data", no_progress)
+        assert found != root and set(captions_of(found).values()) == {"new"}
+
+
+def test_zip_files_that_cannot_be_used(
+    tmp_path: Path, set_of_ten: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = zipped(set_of_ten, tmp_path / "set.zip")
+    monkeypatch.setattr(download, "free_disk", lambda folder: 2**30)
+    with pytest.raises(UserError, match="takes 0.0 GiB and .* has 1.0 free: free some space"):
+        download.fetch(str(file), tmp_path / "data", no_progress)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="no whole zip file: .*; get it anew"):
+        download.fetch(str(file), tmp_path / "data", no_progress)
+    zipfile.ZipFile(file, "w").close()
+    with pytest.raises(UserError, match="no pictures in it"):
+        download.fetch(str(file), tmp_path / "data", no_progress)
+    assert not (tmp_path / "data").exists()
+
+
+def test_parquet_shards(tmp_path: Path, set_of_ten: Path) -> None:
+    """Pictures and captions come out as `pyarrow` wrote them, byte for byte."""
+    pyarrow = pytest.importorskip("pyarrow", reason="extra of this project")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"image": {"bytes": path.read_bytes(), "path": name}, "text": caption}
+        for name, path, caption in list_pictures(set_of_ten)
+    ]
+    shards = tmp_path / "hub" / "data"
+    shards.mkdir(parents=True)
+    for number in range(2):
+        table = pyarrow.Table.from_pylist(rows[5 * number : 5 * number + 5])
+        parquet.write_table(table, shards / f"train-{number:05d}-of-00002.parquet")
+    root = download.fetch(str(tmp_path / "hub"), tmp_path / "data", no_progress)
+    found = list_pictures(root)
+    assert [caption for *_, caption in found] == [row["text"] for row in rows]
+    assert [path.read_bytes() for _, path, _ in found] == [row["image"]["bytes"] for row in rows]
+
+
+def test_parquet_rows_without_a_picture_or_with_several_captions(tmp_path: Path, set_of_ten: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="extra of this project")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    content = list_pictures(set_of_ten)[0][1].read_bytes()
+    rows = [
+        {"image": {"bytes": content, "path": "a.png"}, "text": ["the first", "the second"]},
+        {"image": None, "text": ["of nothing"]},
+        {"image": {"bytes": content, "path": "b.png"}, "text": None},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
+    root = download.fetch(str(tmp_path / "set.parquet"), tmp_path / "data", no_progress)
+    folder = read_folder(root, default_caption="a scene", style="", min_side=8)
+    assert [picture.caption for picture in folder.pictures] == ["the first", "a scene"]
+    assert list(folder.unusable) == ["000001.png"]
+
+
+def test_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("kagglehub", reason="extra of this project")
+    with pytest.raises(UserError, match="kaggle.com cannot be reached: download the set .* with a browser"):
+        download.fetch("kaggle", tmp_path, no_progress)
+    with pytest.raises(UserError, match="a/b: no such folder here, and the hub cannot be reached"):
+        download.fetch("a/b", tmp_path, no_progress)
+    with pytest.raises(UserError, match="--data nowhere: no such folder or file"):
+        download.fetch("nowhere", tmp_path, no_progress)
+
+
+# The contact sheet
+
+
+def test_the_sheet_shows_pictures_above_their_captions(set_of_ten: Path) -> None:
+    pictures = first_by_content(prepare.read(set_of_ten, None).pictures, 8)
+    sheet = contact_sheet([(open_picture(p.path), p.caption) for p in pictures])
+    assert sheet.width == COLUMNS * (TILE + GAP) + GAP
+    for place, left in enumerate(range(GAP, sheet.width - TILE, TILE + GAP)):
+        tile = sheet.crop((left, GAP, left + TILE, GAP + TILE))
+        assert (
+            tile.tobytes() == Image.open(pictures[place].path).resize((TILE, TILE), Image.BICUBIC).tobytes()
+        )
+        below = sheet.crop((left, GAP + TILE, left + TILE, GAP + TILE + 60)).convert("L")
+        assert below.getextrema() == (0, 255)
+
+
+# The whole command
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of conf/ where one is, so that conf/local of the project stays as it is."""
+    shutil.copytree("conf", tmp_path / "here" / "conf", ignore=shutil.ignore_patterns("local"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here" / "conf" / "local"
+
+
+def test_what_is_noted_is_what_train_takes(local: Path, set_of_ten: Path) -> None:
+    result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])
+    assert result.exit_code == 0, result.output
+    assert "images/ with captions.txt; 10 usable" in result.output
+    assert Image.open(local / "pictures.png").width > 1000
+    noted, _, mistakes = look_at([])
+    assert mistakes == []
+    assert (noted.model.path, noted.data.root) == ("demo", str(set_of_ten))
+    base = load("demo")
+    assert json.loads((local / "prepared.json").read_text())["base_hash"] == weights_hash(base)
+    assert preflight.since_prepared(noted, base) == []
+    assert not [finding for finding in preflight.check([]) if "has other weights" in finding.text]
+    next(base.vae.parameters()).data += 1
+    (finding,) = preflight.since_prepared(noted, base)
+    assert "has other weights than `ghibli prepare` saw" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--base", "runwayml/stable-diffusion-v1-5"], "use stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        (["--base", "nobody/nothing"], "not downloaded yet, and the hub cannot be reached"),
+        (["--base", "nowhere"], "no such folder or file, and no hub id"),
+    ],
+)
+def test_a_base_that_cannot_be_got(local: Path, set_of_ten: Path, words: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["prepare", *words, "--data", str(set_of_ten)])
+    assert message in str(result.exception)
+    assert not (local / "default.yaml").exists()
+
+
+def test_errors_are_not_noted(local: Path, set_of_ten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = diagnosis.Finding("memory", "too little", "error")
+    monkeypatch.setattr(preflight, "check", lambda words: [finding])
+    result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])
+    assert result.exit_code == 2
+    assert "error: memory: too little" in result.output and "nothing was noted" in result.output
+    assert not (local / "default.yaml").exists()

@@ -1,0 +1,208 @@
+"""The slides' table of a study: every model once, in its cells, with what it cost."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.report_material import make_run
+from rich.console import Console
+from safetensors.torch import save_file
+
+import sweep
+from ghibli.evaluation.distances import kernel_difference
+from ghibli.models.safetensors import ADAPTER_FILE
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import write_with_checksum
+from ghibli.sweeps import comparison, costs, evaluations
+from ghibli.sweeps.costs import cost_rows
+from ghibli.sweeps.trials import Trial
+
+BASE = [
+    {"sampler": "ddpm", "guidance": 1.0, "kernel": [8.0, 1.0]},
+    {"sampler": "ddim", "guidance": 7.5, "kernel": [4.0, 0.5]},
+]
+
+
+def made(folder: Path, finetune: str, guidance: float, rows: list[dict] | None) -> Trial:
+    run = RunDir(folder)
+    run.adapter.mkdir(parents=True)
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, run.adapter / ADAPTER_FILE)
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, run.adapter / "kohya.safetensors")  # the same
+    run.metrics.write_text("step,time/images_per_second\n5,10\n10,30\n15,20\n")
+    models = {"base": BASE} | ({"run": rows} if rows else {})
+    run.evaluation.write_text(json.dumps({"models": models}))
+    settings = {
+        "finetune": finetune, "loss.guidance": guidance, "data.batch_size": 2,
+        "trainer.accumulate_grad_batches": 4,
+    }  # fmt: skip
+    return Trial(run, settings, {"epoch": 3, "step": 15, "peak_memory": 2**30, "devices": 1}, None)
+
+
+@pytest.fixture
+def trials(tmp_path: Path) -> list[Trial]:
+    one = [BASE[0] | {"kernel": [2.0, 0.4]}, BASE[1] | {"kernel": [0.5, 0.2]}]
+    guided = [*one, {"sampler": "ddim", "guidance": 15.0, "kernel": [0.9, 0.3]}]
+    return [
+        made(tmp_path / "a", "none", 1, None),
+        made(tmp_path / "b", "lora", 1.0, one),
+        made(tmp_path / "c", "lora", 7.5, guided),
+    ]
+
+
+def test_every_model_stands_once_in_its_cells(trials: list[Trial]) -> None:
+    cells, rows = comparison.cell_rows(trials)
+    assert [(c.sampler, c.guidance) for c in cells] == [("ddpm", 1), ("ddim", 7.5), ("ddim", 15)]
+    names = ["untouched base", "LoRA, trained at guidance 1", "LoRA, trained at guidance 7.5"]
+    assert [name for name, _ in rows] == names
+    assert [row and row["kernel"][0] for row in rows[0][1]] == [8.0, 4.0, None]
+    assert [row and row["kernel"][0] for row in rows[2][1]] == [2.0, 0.5, 0.9]
+
+
+def test_the_tables_are_whole_in_a_pipe(trials: list[Trial]) -> None:
+    """Of 80 columns; the models' names went first."""
+    pipe = Console(width=80)
+    with pipe.capture() as captured:
+        for table in (comparison.cell_table(trials), costs.cost_table(trials)):
+            pipe.print(table, soft_wrap=True)
+    lines = captured.get().splitlines()
+    (row,) = (line for line in lines if "guidance 7.5" in line and "+-" in line)
+    assert all(number in row for number in ("2.00 +- 0.40", "0.50 +- 0.20", "0.90 +- 0.30"))
+    assert sum("LoRA, trained at guidance 7.5" in line for line in lines) == 2
+
+
+def test_models_of_one_name_are_told_apart_by_what_varies(trials: list[Trial], tmp_path: Path) -> None:
+    ranks = [made(tmp_path / f"rank {rank}", "lora", 1.0, BASE) for rank in (4, 8)]
+    for rank, trial in zip((4, 8), ranks, strict=True):
+        trial.settings["lora.rank"] = rank
+    names = ["LoRA, trained at guidance 1, rank 4", "LoRA, trained at guidance 1, rank 8"]
+    assert evaluations.names_of([*ranks, trials[2]]) == [*names, "LoRA, trained at guidance 7.5"]
+    assert [name for name, _ in comparison.cell_rows(ranks)[1]] == ["untouched base", *names]
+    assert [name for name, _ in costs.cost_rows(ranks)] == names
+    ranks[1].settings["lora.rank"] = 4
+    wanted = [f"LoRA, trained at guidance 1 (rank {rank})" for rank in (4, 8)]
+    assert evaluations.names_of(ranks) == wanted
+
+
+def test_two_bases_have_a_line_each(trials: list[Trial], tmp_path: Path) -> None:
+    other = made(tmp_path / "d", "lora", 3.0, BASE)
+    content = json.loads(other.run.evaluation.read_text())
+    content["models"]["base"] = [BASE[0] | {"kernel": [3.0, 1.0]}]
+    other.run.evaluation.write_text(json.dumps(content))
+    _, rows = comparison.cell_rows([trials[1], other])
+    names = ["base of: LoRA, trained at guidance 1", "base of: LoRA, trained at guidance 3"]
+    assert [name for name, _ in rows[:2]] == names
+    assert [row["kernel"][0] for row in rows[1][1] if row] == [3.0]
+
+
+def test_the_nearest_models_are_compared_in_pairs(trials: list[Trial], tmp_path: Path) -> None:
+    """With the files that the evaluations left in the cache, each in its best cell."""
+    draws = torch.Generator().manual_seed(0)
+    sets = {
+        name: 0.5 * shift + torch.randn(40, 6, generator=draws, dtype=torch.float64)
+        for name, shift in (("real", 0), ("base", 4), ("one", 1), ("guided", 2))
+    }
+    for name, features in sets.items():
+        file = tmp_path / "evaluation" / f"{name}.pt"
+        write_with_checksum(
+            file, lambda opened, features=features: torch.save({"features": features}, opened)
+        )
+    for trial, name in zip(trials[1:], ("one", "guided"), strict=True):
+        content = json.loads(trial.run.evaluation.read_text())
+        content |= {"cache_dir": str(tmp_path), "reference_file": "real.pt", "features": "inception"}
+        for model, file in (("base", "base.pt"), ("run", f"{name}.pt")):
+            content["models"][model] = [row | {"file": file} for row in content["models"][model]]
+        trial.run.evaluation.write_text(json.dumps(content))
+    lines = comparison.comparisons(trials[1:])
+    wanted = kernel_difference(sets["guided"], sets["one"], sets["real"])
+    behind = f"{wanted.value:.2f} +- {wanted.standard_error:.2f}"
+    names = [f"LoRA, trained at guidance {scale} (DDIM 7.5)" for scale in (1, 7.5)]
+    assert lines[0] == f"{names[1]} is farther from real pictures than {names[0]} by {behind}, in pairs."
+    assert len(lines) == 3 and "untouched base (DDIM 7.5) is farther" in lines[1]
+    (tmp_path / "evaluation" / "one.pt").unlink()
+    assert comparison.comparisons(trials[1:]) == []
+
+
+def test_what_stands_under_the_table(trials: list[Trial], tmp_path: Path) -> None:
+    content = json.loads(trials[2].run.evaluation.read_text())
+    content |= {"floor_pictures": 41, "real": {"kernel": [0.05, 0.1]}, "findings": []}
+    content["findings"] = [{"name": "few pictures", "text": "12 are few"}]
+    trials[2].run.evaluation.write_text(json.dumps(content))
+    text = comparison.write_cells(tmp_path, trials).read_text()
+    assert "\nFloor, 41 real pictures: 0.05 +- 0.10.\n" in text and "\nfew pictures: 12 are few.\n" in text
+    assert "Trained at guidance 7.5 a model learns to undo that guidance" in text
+    assert comparison.mush(trials[:2]) == []
+
+
+def test_costs_of_all_weights_are_the_unets(trials: list[Trial]) -> None:
+    trials[1].settings["finetune"] = "full"
+    shutil.rmtree(trials[1].run.adapter)
+    trials[1].run.unet.mkdir()
+    save_file({"a": torch.zeros(300, 1000)}, trials[1].run.unet / "x.safetensors")
+    (name, costs), _ = cost_rows(trials)
+    assert (name, *costs[:2]) == ("all weights", "300,000", "1.2 MB")
+
+
+def test_models_png_leaves_out_what_is_not_finished(trials: list[Trial], tmp_path: Path) -> None:
+    """config_of refuses a trial that was stopped, or whose folder lacks its settings."""
+    assert comparison.write_models(tmp_path, trials) is None
+
+
+def test_one_evaluation_that_fails_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in "ab":
+        make_run(tmp_path / name)
+    seen = []
+
+    def evaluate_one(run: RunDir, options: object) -> None:
+        seen.append(run.path.name)
+        if len(seen) == 1:
+            raise UserError("no such folder")
+
+    monkeypatch.setattr(sweep, "evaluate_one", evaluate_one)
+    settings = SimpleNamespace(evaluate=True, report_only=False)
+    sweep.evaluate_all(SimpleNamespace(settings=settings, folder=tmp_path, evaluate=None))
+    assert sorted(seen) == ["a", "b"]
+    assert "this evaluation failed: no such folder" in capsys.readouterr().out
+
+
+def test_the_study_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, gains in (("a", (0, 0.3, 0.4)), ("b", (0, 0.1, 0.2))):
+        make_run(tmp_path / name, gains)
+    sweep.report(tmp_path)
+    assert "The first is ahead of the second" in (tmp_path / "report.html").read_text()
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_costs_are_the_files_own(trials: list[Trial]) -> None:
+    """15 steps of 8 examples in 3 epochs at a median of 20 a second: 2 seconds an epoch; 17 numbers."""
+    (name, costs), _ = cost_rows(trials)
+    assert name == "LoRA, trained at guidance 1"
+    assert costs == ("17", "0.0 MB", "2.0", "1.00 GiB")
+
+
+def test_the_markdown_holds_both_tables(trials: list[Trial], tmp_path: Path) -> None:
+    lines = comparison.write_cells(tmp_path, trials).read_text().splitlines()
+    assert lines[0] == "| model | DDPM 1 | DDIM 7.5 | DDIM 15 |"
+    assert lines[2] == "| untouched base | 8.00 +- 1.00 | 4.00 +- 0.50 |  |"
+    assert "| LoRA, trained at guidance 7.5 | 17 | 0.0 MB | 2.0 | 1.00 GiB |" in lines
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "[]", "{", '{"models": {"base": [{"kernel": 1}]}}', '{"models": {"base": []}, "real": 1}'],
+)
+def test_an_odd_evaluation_is_left_out(trials: list[Trial], content: str) -> None:
+    trials[1].run.evaluation.write_text(content)
+    assert [trial for trial, _ in evaluations.evaluated(trials)] == [trials[0], trials[2]]
+
+
+def test_a_study_that_was_not_evaluated_has_no_table(trials: list[Trial], tmp_path: Path) -> None:
+    for trial in trials:
+        trial.run.evaluation.unlink()
+    assert comparison.cell_table(trials) is costs.cost_table(trials) is None
+    assert comparison.write_cells(tmp_path, trials) is None

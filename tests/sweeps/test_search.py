@@ -1,0 +1,226 @@
+"""`python sweep.py` with sweep.search, sweep.halving and sweep.repeats: what is trained, and going on."""
+
+import math
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.commands import REPO, SMALL, python_sweep
+from hydra.core.config_store import ConfigStore
+
+import sweep
+import train
+from ghibli.evaluation.gain import Probe
+from ghibli.runs import launch
+from ghibli.runs.folder import RunDir
+from ghibli.sweeps import grid, search, trials
+from ghibli.sweeps.effects import seed_noise
+from ghibli.sweeps.trials import Trial
+
+LINES = ("lora.rank=2,4,8", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "seed=3")
+
+
+@pytest.fixture
+def words(pictures: Path, tmp_path: Path) -> list[str]:
+    return [*SMALL, f"data.root={pictures}", "data.draw=null", f"hydra.sweep.dir={tmp_path / 'study'}"]
+
+
+def stands_in(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[tuple[int, float]]:
+    """Replaces training by a function of rank and rate; at trial `stop_at` the process dies instead."""
+    asked: list[tuple[int, float]] = []
+
+    def gain(config, run, resumes=False) -> float:
+        if run.state != "finished":
+            if stop_at is not None and len(asked) == stop_at:
+                raise SystemExit(137)
+            asked.append((config.lora.rank, config.optimizer.lr))
+            run.update_status(state="finished")
+        return -abs(math.log10(config.optimizer.lr) + 3) - 1 / config.lora.rank
+
+    monkeypatch.setattr(train, "run", gain)
+    monkeypatch.setattr(sweep, "report", lambda folder: None)
+    return asked
+
+
+def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    optuna = pytest.importorskip("optuna")
+    undisturbed = stands_in(monkeypatch)
+    python_sweep(*words, *LINES, "sweep.search=12", f"hydra.sweep.dir={tmp_path / 'other'}")
+    asked = []
+    for stop_at in (2, 0, 5, None):
+        asked.append(stands_in(monkeypatch, stop_at))
+        with suppress(SystemExit):
+            python_sweep(*words, *LINES, "sweep.search=12")
+    assert [len(part) for part in asked] == [2, 0, 5, 5]
+    assert [one for part in asked for one in part] == undisturbed
+    assert len(undisturbed) == 12 and len({lr for _, lr in undisturbed}) == 12
+    assert all(1e-4 <= lr <= 1e-2 and rank in (2, 4, 8) for rank, lr in undisturbed)
+    table = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study' / 'optuna.db'}")
+    assert len(table.trials) == 12 and {t.state.name for t in table.trials} == {"COMPLETE"}
+
+
+def test_a_trial_that_fails_does_not_stop_the_search_and_is_tried_again(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    optuna = pytest.importorskip("optuna")
+    stands_in(monkeypatch)
+    good = train.run
+
+    def sometimes(config, run, resumes=False) -> float:
+        if config.lora.rank == 4:
+            raise RuntimeError("no memory")
+        return good(config, run)
+
+    monkeypatch.setattr(train, "run", sometimes)
+    for _ in range(2):  # it fails the second time too
+        with pytest.raises(SystemExit) as left:
+            python_sweep(*words, "lora.rank=2,4", "sweep.search=8")
+        assert left.value.code == 1
+    table = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study' / 'optuna.db'}")
+    states = [(trial.params["lora.rank"], trial.state.name) for trial in table.trials]
+    failed = states.count(("4", "FAIL")) // 2
+    assert set(states) == {("2", "COMPLETE"), ("4", "FAIL")} and len(states) == 8 + failed
+    monkeypatch.setattr(train, "run", good)
+    python_sweep(*words, "lora.rank=2,4", "sweep.search=8")
+    states = [trial.state.name for trial in table.trials]
+    assert states.count("COMPLETE") == 8 and len(states) == 8 + 2 * failed
+
+
+def test_a_deleted_trial_of_a_search_is_trained_anew(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna")
+    first = stands_in(monkeypatch)
+    python_sweep(*words, "lora.rank=range(2,64)", "sweep.search=3")
+    lost = next(path for path in (tmp_path / "study").iterdir() if f"rank={first[1][0]}," in path.name)
+    shutil.rmtree(lost)
+    again = stands_in(monkeypatch)
+    python_sweep(*words, "lora.rank=range(2,64)", "sweep.search=3")
+    assert again == first[1:2] and lost.is_dir()
+
+
+def test_other_choices_in_the_same_folder_are_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("optuna")
+    stands_in(monkeypatch)
+    python_sweep(*words, "lora.rank=2,4", "sweep.search=1")
+    with pytest.raises(SystemExit):
+        python_sweep(*words, "lora.rank=2,16", "sweep.search=2")
+    assert "lora.rank: the search in this folder had other values" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (("sweep.halving=true",), "add optimizer.schedule=constant"),
+        (("-m", "sweep.halving=true"), "add optimizer.schedule=constant"),
+        (("sweep.halving=true", "optimizer.schedule=constant"), "early_stopping.patience=null"),
+        (("sweep.halving=true", "hydra/launcher=elsewhere"), "drop hydra/launcher"),
+        (("sweep.halving=true", "optimizer.schedule=constant", "trainer.max_epochs=2,3"), "give one value"),
+        (("sweep.halving=true", "sweep.search=3"), "sweep.halving=True is out of range: not together"),
+        (("sweep.halving=true", "lora.rank=0,2"), "trial lora.rank=0"),
+        (("sweep.search=0",), "sweep.search=0 is out of range"),
+        (("sweep.search=3", "lora.rnak=2,4"), "unknown key lora.rnak"),
+        (("sweep.search=3", "lora.rank=4,0"), "trial lora.rank=0: lora.rank=0 is out of range"),
+        (("sweep.search=3", "optimizer.lr=interval(0.1,5)"), "optimizer.lr=5 is out of range"),
+        (
+            ("sweep.search=3", "wandb.project=a,b"),
+            "would have the folder of trial lora.rank=2, wandb.project=a",
+        ),
+    ],
+)
+def test_what_is_refused_in_one_line(
+    more: tuple[str, ...], line: str, words: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    node = {"_target_": "elsewhere.Launcher"}
+    ConfigStore.instance().store(name="elsewhere", node=node, group="hydra/launcher")
+    with pytest.raises(SystemExit) as left:
+        python_sweep(*words, "lora.rank=2,4", *more)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert line in said
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [("sweep.search=3", "python sweep.py"), ("seed=0", "to go on with")]
+)
+def test_train_py_refuses_a_search_and_says_how_a_grid_goes_on(
+    more: str, said: str, pictures: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    given = [*SMALL, f"data.root={pictures}", "data.draw=null", "lora.rank=2,4", more]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *given])
+    monkeypatch.chdir(tmp_path)
+    started: list[int] = []
+    with suppress(SystemExit):
+        launch.hydra_entry(REPO / "conf", "train", lambda cfg: started.append(cfg.lora.rank))
+    printed = "".join(capsys.readouterr())
+    assert said in printed and printed.count("\n") == 1
+    assert started == ([] if "search" in more else [2, 4])
+    assert ("hydra.sweep.dir=outputs/sweeps/" in printed) == bool(started)
+
+
+def test_of_a_key_given_twice_the_last_counts(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    asked = stands_in(monkeypatch)
+    python_sweep(*words, "lora.rank=2,4", "optimizer.lr=1e-4,1e-3", *LINES, "lora.rank=8", "sweep.search=2")
+    assert [rank for rank, _ in asked] == [8, 8] and not {lr for _, lr in asked} & {1e-4, 1e-3}
+
+
+def test_rungs() -> None:
+    assert [search.rungs(epochs) for epochs in (1, 3, 9, 30)] == [[1], [1, 3], [1, 3, 9], [3, 10, 30]]
+
+
+def test_halving_trains_the_best_third_on_and_is_exact(words: list[str], tmp_path: Path) -> None:
+    """The survivor ends where an unstopped run ends, the others after an epoch; again nothing is trained."""
+    common = ["optimizer.schedule=constant", "sample.every_n_epochs=0", "trainer.max_epochs=3"]
+    common += ["early_stopping.patience=null"]
+    line = [*words, *common, "optimizer.lr=1e-6,1e-4,2e-3", "sweep.halving=true"]
+    python_sweep(*line)
+    folder = grid.studies[0].folder
+    epochs = {path.name: RunDir(path).read_status()["epoch"] for path in folder.iterdir() if path.is_dir()}
+    assert sorted(epochs.values()) == [1, 1, 3]
+    (best,) = [name for name, done in epochs.items() if done == 3]
+    assert trials.read_trial(RunDir(folder / best)).settings["optimizer.lr"] == 2e-3
+
+    straight = tmp_path / "straight"
+    python_sweep(*words, *common, "optimizer.lr=2e-3,1e-4", f"hydra.sweep.dir={straight}")
+    adapter = Path("adapter") / "pytorch_lora_weights.safetensors"
+    (alone,) = (t for t in trials.read_trials(straight) if t.settings["optimizer.lr"] == 2e-3)
+    assert (folder / best / adapter).read_bytes() == (alone.run.path / adapter).read_bytes()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "lead", lambda *_: pytest.fail("it trains"))
+        python_sweep(*line)
+
+
+def test_the_best_are_repeated_with_other_seeds(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    fast = ["sample.every_n_epochs=0", "trainer.max_epochs=1", "lora.text_encoder=false"]
+    python_sweep(*words, *fast, "optimizer.lr=1e-6,2e-3", "sweep.repeats=1", "sweep.best=1")
+    folder = grid.studies[0].folder
+    (repeat,) = [path.name for path in folder.iterdir() if "+seed=" in path.name]
+    assert trials.read_trial(RunDir(folder / repeat)).settings["optimizer.lr"] == 2e-3
+    assert repeat.endswith("+seed=1")
+    assert "seed: another one alone moves the gain by" in " ".join(capsys.readouterr().out.split())
+
+
+def test_seed_noise_is_the_pooled_deviation(tmp_path: Path) -> None:
+    """Against numbers by hand: (0.1, 0.3) and (0.2, 0.6) have variances 0.02 and 0.08, pooled 0.05."""
+
+    def made(rank: int, seed: int, gain: float) -> Trial:
+        base = torch.ones(3, 2)
+        probe = Probe(val=base - gain, val_g1=base, train=base, base_val=base, base_train=base)
+        return Trial(RunDir(tmp_path), {"lora.rank": rank, "seed": seed}, {}, probe)
+
+    trials = [made(2, 0, 0.1), made(2, 1, 0.3), made(4, 0, 0.2), made(4, 1, 0.6)]
+    noise = seed_noise(trials)
+    assert noise.deviation == pytest.approx(0.05**0.5, rel=1e-5)
+    assert (noise.freedom, noise.settings) == (2, 2)
+    assert noise.band == pytest.approx(4.3027 * 2**0.5 * noise.deviation, rel=1e-4)  # t table, 2 degrees
+    assert seed_noise(trials[::2]) is None

@@ -1,0 +1,145 @@
+"""Optimisers, learning rates of their own, and the LoRA variants and targets one can ask for."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ghibli.adapters import apply, lora
+from ghibli.config.schema import TARGETS, Config
+from ghibli.models.base import BaseModel
+from ghibli.models.load import load
+from ghibli.runtime.errors import UserError
+from ghibli.training.optimizers import groups_of, make_optimizer, use_average
+
+
+@pytest.fixture
+def weights() -> dict[str, nn.Parameter]:
+    names = [
+        "unet.q.lora_A.default.weight",
+        "unet.q.lora_B.default.weight",
+        "text_encoder.q.lora_B.default.weight",
+    ]
+    generator = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(4, 3, generator=generator)) for name in names}
+
+
+def rates(groups: list[dict]) -> list[tuple[float, int]]:
+    return [(round(group["lr"], 9), len(group["params"])) for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], [(1e-3, 3)]),
+        (["optimizer.text_encoder_lr=1e-5"], [(1e-3, 2), (1e-5, 1)]),
+        (["optimizer.lora_plus=16"], [(1e-3, 1), (16e-3, 2)]),
+        (["optimizer.lora_plus=4", "optimizer.text_encoder_lr=1e-4"], [(1e-3, 1), (4e-3, 1), (4e-4, 1)]),
+    ],
+)
+def test_each_kind_of_weight_learns_at_its_own_rate(
+    make_config: Callable[..., Config], weights: dict[str, nn.Parameter], words: list[str], expected: list
+) -> None:
+    options = make_config("optimizer.lr=1e-3", *words).optimizer
+    assert rates(groups_of(options, weights)) == expected
+    assert rates(make_optimizer(options, weights, on_gpu=False).param_groups) == expected
+
+
+def step(optimizer: torch.optim.Optimizer, weights: dict[str, nn.Parameter]) -> list[torch.Tensor]:
+    for parameter in weights.values():
+        parameter.grad = torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape)
+    use_average(optimizer, wanted=False)
+    for _ in range(3):
+        optimizer.step()
+    use_average(optimizer, wanted=True)
+    return [parameter.detach().clone() for parameter in weights.values()]
+
+
+def reference(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The same from its package, as that package's own documentation sets it up."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.05, betas=(0.9, 0.99))
+    if name == "prodigy":
+        package = pytest.importorskip("prodigyopt", reason="extra of this project")
+        return package.Prodigy(parameters, lr=1e-2, weight_decay=0.05, betas=(0.9, 0.99))
+    if name == "adamw_schedulefree":
+        package = pytest.importorskip("schedulefree", reason="extra of this project")
+        return package.AdamWScheduleFree(parameters, lr=1e-2, weight_decay=0.05, betas=(0.9, 0.99))
+    from transformers.optimization import Adafactor
+
+    return Adafactor(
+        parameters, lr=1e-2, weight_decay=0.05, scale_parameter=False, relative_step=False, warmup_init=False
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "adamw_schedulefree"])
+def test_steps_as_its_package_does(
+    make_config: Callable[..., Config], weights: dict[str, nn.Parameter], name: str
+) -> None:
+    copies = {key: nn.Parameter(value.detach().clone()) for key, value in weights.items()}
+    wanted = step(reference(name, list(copies.values())), copies)
+    words = ("optimizer.lr=1e-2", "optimizer.weight_decay=0.05", "optimizer.betas=[0.9,0.99]")
+    options = make_config(f"optimizer.name={name}", "optimizer.schedule=constant", *words).optimizer
+    ours = step(make_optimizer(options, weights, on_gpu=False), weights)
+    assert all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True))
+    assert not torch.equal(ours[0], torch.zeros_like(ours[0]))
+
+
+def test_schedule_free_wants_no_schedule(make_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match="optimizer.schedule.*constant"):
+        make_config("optimizer.name=adamw_schedulefree")
+
+
+def test_eight_bits_without_a_gpu_are_refused(
+    make_config: Callable[..., Config], weights: dict[str, nn.Parameter]
+) -> None:
+    options = make_config("optimizer.name=adamw8bit").optimizer
+    with pytest.raises(UserError, match="optimizer.name=adamw8bit needs a GPU"):
+        make_optimizer(options, weights, on_gpu=False)
+
+
+@pytest.mark.parametrize("words", [["optimizer.name=adamm"], ["optimizer.lora_plus=0"], ["lora.variant=loro"],
+                                   ["lora.targets=attention+fff"], ["lora.targets=7"]])  # fmt: skip
+def test_a_mistake_is_named(make_config: Callable[..., Config], words: list[str]) -> None:
+    with pytest.raises(UserError, match=words[0].split("=")[0]):
+        make_config(*words)
+
+
+@pytest.mark.parametrize("variant", ["dora", "rslora"])
+def test_a_variant_is_saved_and_merged_as_it_was_trained(variant: str, tmp_path: Path) -> None:
+    live = load("demo")
+    options = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": TARGETS["attention"], "text_encoder": True}
+    lora.attach(live, **options, variant=variant, seed=0)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in lora.trainable(live).items():
+        if ".lora_B." in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    layer = live.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    assert layer.scaling[lora.NAME] == (8 / 4**0.5 if variant == "rslora" else 8 / 4)
+    lora.save_adapter(live, tmp_path)
+    merged = load("demo")
+    untouched = predicted(merged)
+    apply.merge(merged, tmp_path, 1.0)
+    torch.testing.assert_close(predicted(merged), predicted(live), rtol=1e-4, atol=1e-5)
+    assert (predicted(merged) - untouched).abs().max() > 0.01
+
+
+@torch.no_grad()
+def predicted(base: BaseModel) -> torch.Tensor:
+    embeds = base.encode_prompts(base.tokenize(["a girl standing in a greenhouse"]))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(6))
+    return base.unet(latents, torch.tensor([500]), embeds).sample
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"), [("attention+ff", {"ff.net.2"}), ("all", {"ff.net.2", "conv1", "proj_in"})]
+)
+def test_targets_by_name(make_config: Callable[..., Config], base: BaseModel, name: str, ends: set) -> None:
+    config = make_config(f"lora.targets={name}", "lora.rank=2")
+    lora.attach(base, **vars(config.lora), seed=0)
+    adapted = {key.split(".lora_A.")[0] for key in lora.trainable(base) if ".lora_A." in key}
+    every = {f"unet.{key}".replace(".base_layer", "") for key, _ in base.unet.named_modules()}
+    for end in ends | {"to_q", "to_out.0"}:
+        assert {key for key in every if key.endswith(f".{end}")} <= adapted
