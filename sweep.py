@@ -121,7 +121,7 @@ def repeat(first: RunDir, seed: int) -> None:
 
 
 def evaluate_all(study: grid.Study) -> None:
-    """Measures the pictures of every finished trial, when sweep.evaluate asks for it."""
+    """Measures the images of every finished trial, when sweep.evaluate asks for it."""
     from ghibli.sweeps.trials import read_trials
 
     if not study.settings.evaluate or study.settings.report_only:
@@ -138,7 +138,7 @@ def evaluate_all(study: grid.Study) -> None:
 
 
 def evaluate_one(run: RunDir, options: EvaluateConfig) -> None:
-    """Measures the pictures of one trial, as `ghibli evaluate` does."""
+    """Measures the images of one trial, as `ghibli evaluate` does."""
     from ghibli.evaluation import evaluate
     from ghibli.training import wandb_logger
 

@@ -1,4 +1,4 @@
-"""Writes metadata.jsonl beside the pictures of a folder with captions.txt: what other trainers read."""
+"""Writes metadata.jsonl beside the images of a folder with captions.txt: what other trainers read."""
 
 import json
 import sys

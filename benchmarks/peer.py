@@ -54,7 +54,7 @@ def compare(words: list[str], peer: str, rounds: int) -> Ratio:
     """
     ours = shlex.join([
         sys.executable, "train.py", *words, "wandb.mode=disabled", "sample.every_n_epochs=0",
-        "validation.max_pictures=1", "validation.items_per_picture=1",
+        "validation.max_images=1", "validation.items_per_image=1",
         "+trainer.max_steps={steps}", "hydra.run.dir={out}",
     ])  # fmt: skip
     pairs = [(step_seconds(ours), step_seconds(peer)) for _ in range(rounds + 1)][1:]

@@ -192,19 +192,19 @@ def overhead(words: list[str]) -> tuple[float, float]:
 
 
 def encoding(words: list[str], batch_size: int) -> dict[str, float]:
-    """Seconds that one picture and one caption cost where they are encoded anew in every step."""
+    """Seconds that one image and one caption cost where they are encoded anew in every step."""
     module = make_module(words)
     vae, side = module.base.vae, module.config.model.resolution
     pixels = torch.randn(batch_size, 3, side, side, device=module.device)
     input_ids = module.empty_ids.expand(batch_size, -1)
     with torch.no_grad():
-        picture = median(seconds(lambda: vae.encode(pixels), 5)) / batch_size
+        image = median(seconds(lambda: vae.encode(pixels), 5)) / batch_size
         caption = median(seconds(lambda: module.text_encoder(input_ids), 5)) / batch_size
-    return {"picture": picture, "caption": caption}
+    return {"image": image, "caption": caption}
 
 
 def sampling(words: list[str], count: int) -> dict[str, float]:
-    """UNet evaluations and pictures a second of a guided DDIM cell, with all its steps."""
+    """UNet evaluations and images a second of a guided DDIM cell, with all its steps."""
     module = make_module(words)
     module.known_prompts = None
     module.base.unet.to(memory_format=torch.channels_last)
@@ -212,7 +212,7 @@ def sampling(words: list[str], count: int) -> dict[str, float]:
     def draw() -> None:
         with torch.no_grad(), in_eval_mode(module.base):
             sample(
-                module.base, ["a picture"] * count, Cell("ddim", 7.5), num_inference_steps=SAMPLING_STEPS,
+                module.base, ["an image"] * count, Cell("ddim", 7.5), num_inference_steps=SAMPLING_STEPS,
                 seeds=list(range(count)), resolution=module.config.model.resolution,
             )  # fmt: skip
 
@@ -221,5 +221,5 @@ def sampling(words: list[str], count: int) -> dict[str, float]:
     steps = module.config.sample.num_inference_steps
     return {
         "evaluations_per_second": 2 * count * SAMPLING_STEPS / each,
-        "pictures_per_second": count / (each * steps / SAMPLING_STEPS),
+        "images_per_second": count / (each * steps / SAMPLING_STEPS),
     }

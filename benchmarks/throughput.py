@@ -91,13 +91,13 @@ def main() -> None:
         print(f"\nA step of the trainer costs {ours / bare:.3f} x the bare forward and backward.")
     if "encoding" in args.what:
         each = found["encoding"] = steps.encoding(args.words, max(args.batch))
-        print(f"\nWithout caches every step would take {1000 * each['picture']:.1f} ms more for each picture "
+        print(f"\nWithout caches every step would take {1000 * each['image']:.1f} ms more for each image "
               f"and {1000 * each['caption']:.2f} ms for each caption.")  # fmt: skip
     if "sampling" in args.what:
         found["sampling"] = steps.sampling(args.words, max(args.batch))
         rates = found["sampling"]
         print(f"\nSampling: {rates['evaluations_per_second']:.1f} UNet evaluations/s, "
-              f"{rates['pictures_per_second']:.2f} pictures/s of a guided cell.")  # fmt: skip
+              f"{rates['images_per_second']:.2f} images/s of a guided cell.")  # fmt: skip
     if args.peer:
         ratio = peer.compare(args.words, args.peer, args.rounds)
         found["peer"] = ratio._asdict() | {"command": args.peer}

@@ -18,7 +18,7 @@ import torch
 
 from ghibli.adapters import apply
 from ghibli.config.files import from_yaml
-from ghibli.data.folder import CaptionedPicture
+from ghibli.data.folder import CaptionedImage
 from ghibli.data.latents import Moments
 from ghibli.data.validation_items import make_items
 from ghibli.demo.scenes import canvas
@@ -140,7 +140,7 @@ def curves(epochs: int = 10) -> None:
             "paired gain at the end": f"{100 * gain[-1]:.2f} +- {100 * gain_error[-1]:.2f}",
         }
     below.axhline(0, color=GREY, lw=0.8)
-    below.set(xlabel="epoch", ylabel="paired gain, held-out pictures (%)")
+    below.set(xlabel="epoch", ylabel="paired gain, held-out images (%)")
     above.set_ylabel("mean training loss of an epoch")
     above.legend(frameon=False)
     save(figure, f"curves-{epochs}")
@@ -153,17 +153,17 @@ def curves50() -> None:
 
 
 @torch.no_grad()
-def checkpoints(pictures: int = 108, items: int = 4) -> None:
+def checkpoints(images: int = 108, items: int = 4) -> None:
     """Three epochs: the paired gain of their checkpoint, and its unpaired loss beside the base's.
 
-    Unpaired means as in training: each model on pictures, timesteps and noise of its own, 432 of them.
+    Unpaired means as in training: each model on images, timesteps and noise of its own, 432 of them.
     """
     run = run_of("slides-3")
     first, losses = EVALUATION_SEEDS.start + 20_000, {}
     for name, module in (("base", model_of(run, Path("base"))), ("checkpoint", model_of(run))):
-        means = losses_of(module, probe_items(module, first, pictures, items)).mean(1)
-        losses[name] = means.mean().item(), (means.std() / pictures**0.5).item()
-        first += pictures
+        means = losses_of(module, probe_items(module, first, images, items)).mean(1)
+        losses[name] = means.mean().item(), (means.std() / images**0.5).item()
+        first += images
     (base, base_error), (ours, error) = losses["base"], losses["checkpoint"]
     gains = column(run, "probe/val_gain", 1), column(run, "probe/val_gain_se", 1)
     note(
@@ -188,8 +188,8 @@ def epochs() -> None:
 
 
 def probe_items(module: GhibliModule, first: int, count: int, items: int) -> list[dict]:
-    """Probe batches of freshly drawn scenes, one a picture."""
-    pictures, means, logvars = [], [], []
+    """Probe batches of freshly drawn scenes, one an image."""
+    images, means, logvars = [], [], []
     for seed in range(first, first + count):
         scene = compose(seed)
         array = np.asarray(draw(scene, "drawn"), dtype=np.float32) / 127.5 - 1
@@ -197,10 +197,10 @@ def probe_items(module: GhibliModule, first: int, count: int, items: int) -> lis
         means.append(posterior.mean)
         logvars.append(posterior.logvar)
         text = f"{scene.caption}, Studio Ghibli style"
-        pictures.append(CaptionedPicture(Path(str(seed)), text, f"{seed:064x}"))
-    input_ids = module.base.tokenize([p.caption for p in pictures])
+        images.append(CaptionedImage(Path(str(seed)), text, f"{seed:064x}"))
+    input_ids = module.base.tokenize([p.caption for p in images])
     return make_items(
-        pictures, Moments(torch.cat(means), torch.cat(logvars)), input_ids, items_per_picture=items,
+        images, Moments(torch.cat(means), torch.cat(logvars)), input_ids, items_per_image=items,
         num_train_timesteps=module.num_train_timesteps,
         scaling_factor=module.base.vae.config.scaling_factor,
     )  # fmt: skip
@@ -208,7 +208,7 @@ def probe_items(module: GhibliModule, first: int, count: int, items: int) -> lis
 
 @torch.no_grad()
 def schedule() -> None:
-    """What the wrong betas do: the base's loss by timestep, and pictures."""
+    """What the wrong betas do: the base's loss by timestep, and images."""
     run = run_of("slides_asrun-10")
     module = model_of(run, Path("base"))
     batches = probe_items(module, EVALUATION_SEEDS.start, 48, 20)
@@ -232,11 +232,11 @@ def schedule() -> None:
     note("schedule", **numbers)
     models = {"base (demo_near)": module, "slides": model_of(run_of("slides-10"))}
     models["slides_asrun"] = model_of(run, run.last_checkpoint)
-    pictures("schedule-pictures", models)
+    images("schedule-images", models)
 
 
-def pictures(name: str, models: dict[str, GhibliModule], scale: float = 7.5) -> None:
-    """A row of six pictures for each model, same prompts and start noise."""
+def images(name: str, models: dict[str, GhibliModule], scale: float = 7.5) -> None:
+    """A row of six images for each model, same prompts and start noise."""
     prompts = [f"{compose(EVALUATION_SEEDS.start + i).caption}, Studio Ghibli style" for i in range(6)]
     figure, axes = plt.subplots(len(models), 6, figsize=(10, 1.72 * len(models)), layout="constrained")
     for row, (label, module) in enumerate(models.items()):
@@ -273,24 +273,24 @@ def diverged() -> None:
     save(figure, "diverged")
     note("diverged", **numbers)
     models = {"full": model_of(run_of("full")), "full-too-fast": model_of(run_of("full-too-fast"))}
-    pictures("diverged-pictures", models)
+    images("diverged-images", models)
 
 
 def scene(seed: int, look: str = "drawn") -> torch.Tensor:
-    """A scene as a picture (3, 128, 128) in 0 .. 1."""
+    """A scene as an image (3, 128, 128) in 0 .. 1."""
     array = np.array(draw(compose(seed), look), dtype=np.float32) / 255
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def guidance(count: int = 64) -> None:
-    """The kernel distance to drawn pictures over the sampling scale, for four trainings."""
+    """The kernel distance to drawn images over the sampling scale, for four trainings."""
     vae, first = load("demo").vae, EVALUATION_SEEDS.start
     drawn = torch.stack([scene(first + 1000 + i) for i in range(300)])
     own = in_batches(lambda x: style_features(vae, x), drawn)
     reference = standardised(own, own)
 
-    def distance(pictures: torch.Tensor) -> list[float]:
-        rows = standardised(in_batches(lambda x: style_features(vae, x), pictures), own)
+    def distance(images: torch.Tensor) -> list[float]:
+        rows = standardised(in_batches(lambda x: style_features(vae, x), images), own)
         found = kernel_distance(rows, reference)
         return [round(found.value, 3), round(found.standard_error, 3)]
 
@@ -317,7 +317,7 @@ def guidance(count: int = 64) -> None:
     plot_guidance(numbers)
     models = {f"trained with {w:g}": model_of(run_of(f"guidance-{w:g}-dropout-0.1")) for w in (1, 7.5)}
     for scale in (1, 7.5, 15, 56):
-        pictures(f"guidance-pictures-{scale:g}", models, scale)
+        images(f"guidance-images-{scale:g}", models, scale)
 
 
 def plot_guidance(numbers: dict[str, dict[str, list[float]]]) -> None:
@@ -331,7 +331,7 @@ def plot_guidance(numbers: dict[str, dict[str, list[float]]]) -> None:
         label = f"trained with guidance {w:g}, caption dropout {d:g}"
         for axis, x in zip(axes, (scales, scales / w), strict=True):
             axis.errorbar(x, values, 1.96 * errors, label=label, lw=1.3, elinewidth=0.8, **style)
-    axes[0].set(ylabel="kernel distance to drawn pictures", xlabel="sampling scale s")
+    axes[0].set(ylabel="kernel distance to drawn images", xlabel="sampling scale s")
     axes[1].set(xlabel="s / training guidance")
     for axis in axes:
         axis.axhline(numbers["photo"][0], color=GREY, lw=0.8, ls=":")
@@ -341,7 +341,7 @@ def plot_guidance(numbers: dict[str, dict[str, list[float]]]) -> None:
     axes[1].set_xticks((0.13, 0.5, 1, 2, 7.5, 30), ["0.13", "0.5", "1", "2", "7.5", "30"])
     for axis in axes:
         axis.minorticks_off()
-    axes[0].text(4.5, numbers["photo"][0] * 1.06, "photograph-like pictures", color=GREY, fontsize=8)
+    axes[0].text(4.5, numbers["photo"][0] * 1.06, "photograph-like images", color=GREY, fontsize=8)
     axes[1].legend(frameon=False, fontsize=8)
     save(figure, "guidance")
 
@@ -355,21 +355,21 @@ def losses_of(
 
 
 @torch.no_grad()
-def error(redraws: int = 100, pictures: int = 30) -> None:
-    """Is the standard error right? Pictures and items redrawn, the gain's spread beside its error."""
+def error(redraws: int = 100, images: int = 30) -> None:
+    """Is the standard error right? Images and items redrawn, the gain's spread beside its error."""
     run = run_of("slides-10")
     ours, base = model_of(run), model_of(run, Path("base"))
     gains = []
     with counted("redrawing") as on_progress:
         for redraw in range(redraws):
-            first = EVALUATION_SEEDS.start + 10_000 + redraw * pictures
-            batches = probe_items(base, first, pictures, 4)
+            first = EVALUATION_SEEDS.start + 10_000 + redraw * images
+            batches = probe_items(base, first, images, 4)
             gains.append(paired_gain(losses_of(ours, batches), losses_of(base, batches)))
             on_progress(redraw + 1, redraws)
     values = np.array([gain.value for gain in gains])
     errors = np.array([gain.standard_error for gain in gains])
     note(
-        "error", redraws=redraws, pictures=pictures, mean_gain=round(values.mean(), 5),
+        "error", redraws=redraws, images=images, mean_gain=round(values.mean(), 5),
         spread=round(values.std(ddof=1), 5), mean_reported_error=round(errors.mean(), 5),
         ratio=round(errors.mean() / values.std(ddof=1), 3),
     )  # fmt: skip

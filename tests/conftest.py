@@ -26,9 +26,9 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 24 drawn pictures with captions, of which 2 are held out."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 drawn images with captions, of which 2 are held out."""
+    root = tmp_path_factory.mktemp("images")
     write_folder(root, "drawn", 24, FINETUNE_SEEDS.start)
     return root
 
@@ -40,24 +40,24 @@ def base() -> BaseModel:
 
 
 @pytest.fixture(scope="session")
-def make_config(pictures: Path) -> Callable[..., Config]:
+def make_config(images: Path) -> Callable[..., Config]:
     """Composes conf/train.yaml as `train.py` does, shrunk, with further overrides."""
     register()
 
     def make(*overrides: str) -> Config:
         with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-            words = [*SMALL, f"data.root={pictures}", "data.draw=null", *overrides]
+            words = [*SMALL, f"data.root={images}", "data.draw=null", *overrides]
             return to_config(compose("train", overrides=words))
 
     return make
 
 
 @pytest.fixture
-def train_py(pictures: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def train_py(images: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs train.py, shrunk, as a user would; `small=False` leaves the settings alone."""
 
     def run(*overrides: str, small: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
-        words = [*SMALL, f"data.root={pictures}", "data.draw=null"] if small else []
+        words = [*SMALL, f"data.root={images}", "data.draw=null"] if small else []
         return run_python(str(REPO / "train.py"), *words, *overrides, **options)
 
     return run

@@ -100,7 +100,7 @@ def save_adapter(base: BaseModel, folder: Path) -> Path:
     """Writes the adapter as diffusers safetensors; `load_lora_weights(folder)` reads it anywhere.
 
     The file carries rank and alpha, without which a loader would take alpha = rank. Dropout is
-    written as 0: some loaders would leave it on and draw random pictures. The same weights give
+    written as 0: some loaders would leave it on and draw random images. The same weights give
     the same bytes, whatever the process and the machine.
     """
     layers, metadata = {}, {}

@@ -7,10 +7,10 @@ from ghibli.config.schema import Config, describe
 from ghibli.diffusion.process import usual_guidance
 from ghibli.runs.folder import RunDir
 
-LICENCE = """The style and the pictures it was trained on are Studio Ghibli's. Do not pass off what it
+LICENCE = """The style and the images it was trained on are Studio Ghibli's. Do not pass off what it
 draws as theirs, and ask a lawyer before you earn money with it. Stable Diffusion 1.5 and all that derives
 from it come under the CreativeML OpenRAIL-M licence; its use restrictions bind you and all you give it to.
-The demo base of Ghibli LoRA Lab and its drawn pictures come under Apache-2.0."""
+The demo base of Ghibli LoRA Lab and its drawn images come under Apache-2.0."""
 
 
 def model_card(run: RunDir, config: Config, name: str, files: list[str]) -> str:
@@ -82,9 +82,9 @@ def gain(status: dict[str, object]) -> str:
     """The probe's sentence."""
     value, error = status.get("gain"), status.get("gain_se")
     if value is None or error is None:
-        return "It was not measured on held-out pictures."
+        return "It was not measured on held-out images."
     return (
-        f"On held-out pictures its denoising loss is {100 * value:.1f} % +- {100 * error:.1f} % (one "
+        f"On held-out images its denoising loss is {100 * value:.1f} % +- {100 * error:.1f} % (one "
         "standard error) below the base's, at the same noise and timesteps, after epoch "
         f"{status.get('best_epoch')}."
     )
@@ -93,8 +93,8 @@ def gain(status: dict[str, object]) -> str:
 def distance(run: RunDir) -> str:
     """The kernel distances of `ghibli evaluate`, if they are of these weights."""
     if not run.evaluation.is_file():
-        return "The distance of its pictures to real ones was not measured (`ghibli evaluate`)."
-    found = json.loads(run.evaluation.read_text(encoding="utf-8"))
+        return "The distance of its images to real ones was not measured (`ghibli evaluate`)."
+    found = run.load_evaluation()
     if found["weights"] != run.weights:
         return "Its last evaluation is of other weights (`ghibli evaluate` makes a new one)."
     rows = [
@@ -104,7 +104,7 @@ def distance(run: RunDir) -> str:
         for row in cells
     ]
     head = [
-        f"Kernel distance of {found['samples']} samples to {found['reference_pictures']} real pictures "
+        f"Kernel distance of {found['samples']} samples to {found['reference_images']} real images "
         f"({found['features']} features), lower is nearer:",
         "",
         "| model | sampler | guidance | distance |",
@@ -127,7 +127,7 @@ def settings(config: Config, status: dict[str, object]) -> str:
         "steps": status.get("step"),
         "resolution": f"{config.model.resolution} px",
         "seed": config.seed,
-        "pictures": f"hash {str(status.get('data_hash'))[:12]}",
+        "images": f"hash {str(status.get('data_hash'))[:12]}",
         "base": f"hash {str(status.get('base_hash'))[:12]}",
         "code": f"commit {str(status.get('git_commit'))[:12]}",
     }

@@ -19,18 +19,18 @@ app.add_typer(demo, name="demo")
 def draw(
     folder: Annotated[Path, typer.Argument(help="folder to fill; made if missing")],
     look: Annotated[str, typer.Option(help="drawn or photo")] = "drawn",
-    count: Annotated[int, typer.Option(help="number of pictures", min=1)] = 1000,
+    count: Annotated[int, typer.Option(help="number of images", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="first scene; the default is used by no training")] = 2_000_000,
     size: Annotated[int, typer.Option(help="side in px", min=32, max=1024)] = 128,
 ) -> None:
-    """Draws pictures with captions into a folder that `data.root=` reads."""
+    """Draws images with captions into a folder that `data.root=` reads."""
     if look not in canvas.LOOKS:
         raise UserError(f"--look {look} is unknown: choose one of {', '.join(canvas.LOOKS)}")
     if (folder / "captions.txt").exists():
         raise UserError(f"{folder} holds captions.txt already: choose another folder")
     with counted("drawing") as on_progress:
         write_folder(folder, look, count, seed, size=size, on_progress=on_progress)
-    console.print(f"{count} {look} pictures in {folder}: train.py data=ghibli data.root={folder}")
+    console.print(f"{count} {look} images in {folder}: train.py data=ghibli data.root={folder}")
 
 
 @app.command("check")
@@ -39,7 +39,7 @@ def check(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as for train.py")
     ] = None,
 ) -> None:
-    """Looks at settings, base, pictures, memory and disk of a run before it starts; trains nothing."""
+    """Looks at settings, base, images, memory and disk of a run before it starts; trains nothing."""
     with stop_at_once():
         from ghibli.prepare import preflight
 
@@ -60,10 +60,10 @@ def prepare_command(
     config: Annotated[
         str | None, typer.Option(help="for one file: a folder with its configs and tokenizer")
     ] = None,
-    caption: Annotated[str | None, typer.Option(help="of pictures that have none")] = None,
+    caption: Annotated[str | None, typer.Option(help="of images that have none")] = None,
     into: Annotated[Path, typer.Option(help="where zip and parquet files are unpacked")] = Path("data"),
 ) -> None:
-    """Gets the base and your pictures, looks at both, and makes them what train.py takes here."""
+    """Gets the base and your images, looks at both, and makes them what train.py takes here."""
     with stop_at_once():
         from ghibli.prepare import preflight, prepare
         from ghibli.runs.compose import conf_folder
@@ -80,13 +80,13 @@ def prepare_command(
 
 @app.command("caption")
 def caption_command(
-    folder: Annotated[Path, typer.Argument(help="a picture folder of any layout")],
+    folder: Annotated[Path, typer.Argument(help="an image folder of any layout")],
     model: Annotated[
         str, typer.Option(help="BLIP: a hub id or a folder")
     ] = "Salesforce/blip-image-captioning-base",
-    batch_size: Annotated[int, typer.Option(help="pictures captioned together", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="images captioned together", min=1)] = 8,
 ) -> None:
-    """Writes captions by BLIP for the pictures that have none; hand-made ones stay. It may be stopped."""
+    """Writes captions by BLIP for the images that have none; hand-made ones stay. It may be stopped."""
     with stop_at_once():
         from ghibli.data.folder import summarise
         from ghibli.prepare import captioning
@@ -96,13 +96,13 @@ def caption_command(
             folder, captioning.blip(model), batch_size=batch_size, on_progress=on_progress
         )
     if done.skipped:
-        console.print(f"pictures: {summarise(done.skipped, elsewhere='')}", style="yellow")
+        console.print(f"images: {summarise(done.skipped, elsewhere='')}", style="yellow")
     if done.written:
         console.print(f"{len(done.written)} captions written to {done.table}; {done.had_one} were there")
         for name, words in list(done.written.items())[:5]:
             console.print(f"  {name}: {words}", markup=False)
     elif not done.skipped:
-        console.print(f"every picture has a caption: {done.had_one} in {folder}")
+        console.print(f"every image has a caption: {done.had_one} in {folder}")
 
 
 @app.command("convert")

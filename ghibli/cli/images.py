@@ -22,7 +22,7 @@ def generate_command(
     seed: Seed = 0,
     size: Annotated[str | None, typer.Option(help="px, or WIDTHxHEIGHT; none: that of the training")] = None,
     negative: Negative = "",
-    batch: Annotated[int, typer.Option(help="pictures drawn together", min=1)] = 4,
+    batch: Annotated[int, typer.Option(help="images drawn together", min=1)] = 4,
     scale: Scale = 1.0,
     base: Annotated[bool, typer.Option("--base", help="also a sheet with the base above")] = False,
     interpolate: Annotated[
@@ -47,12 +47,12 @@ def generate_command(
     )  # fmt: skip
     for sentence in generate.lost_words(lines, dressed.base):
         console.print(sentence, style="yellow", markup=False)
-    pictures = generate.draw(dressed, request)
-    files = generate.write_pictures(pictures, request, dressed, folder)
+    images = generate.draw(dressed, request)
+    files = generate.write_images(images, request, dressed, folder)
     more = f" ... {files[-1].name}" if len(files) > 1 else ""
     console.print(f"drawn    {files[0]}{more}, guidance {request.guidance:g}")
     if base:
-        generate.write_png(folder / "beside_base.png", generate.beside_base(dressed, request, pictures))
+        generate.write_png(folder / "beside_base.png", generate.beside_base(dressed, request, images))
         console.print(f"sheet    {folder / 'beside_base.png'}")
     if interpolate:
         generate.write_png(folder / "adapter_scales.png", generate.strip(dressed, request))
@@ -61,7 +61,7 @@ def generate_command(
 
 @app.command("restyle")
 def restyle_command(
-    photos: Annotated[list[Path], typer.Argument(help="pictures, or a folder of them")],
+    photos: Annotated[list[Path], typer.Argument(help="images, or a folder of them")],
     source: Annotated[
         list[str] | None, typer.Option("--with", help="run or adapter file, as for generate")
     ] = None,

@@ -13,7 +13,7 @@ Sources = Annotated[
 Sampler = Annotated[str, typer.Option(help="ddim or ddpm")]
 Guidance = Annotated[float | None, typer.Option(help="1 = off; none: what suits the training", min=0)]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
-Seed = Annotated[int, typer.Option(help="picture i starts from the noise of seed + i")]
+Seed = Annotated[int, typer.Option(help="image i starts from the noise of seed + i")]
 Negative = Annotated[str, typer.Option(help="what should not be seen; needs guidance")]
 Scale = Annotated[float, typer.Option(help="of all adapters: 0 = the base, 1 = as trained")]
 

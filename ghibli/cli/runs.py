@@ -35,7 +35,7 @@ def evaluate(
         list[str], typer.Argument(metavar="RUN... [KEY=VALUE...]", help="run folders, settings")
     ],
 ) -> None:
-    """Samples finished runs and their base in every cell and measures the distance to real pictures."""
+    """Samples finished runs and their base in every cell and measures the distance to real images."""
     folders = [word for word in words if "=" not in word or Path(word).is_dir()]  # trials have names with =
     runs = [RunDir(Path(word)) for word in folders]
     if not runs:
@@ -53,7 +53,7 @@ def evaluate(
         console.print(evaluation_table(run, result))
         for finding in result["findings"]:
             console.print(f"{finding['name']}: {finding['text']}", style="yellow")
-        console.print(f"numbers {run.evaluation}, pictures {run.evaluation_pictures}\n")
+        console.print(f"numbers {run.evaluation}, images {run.evaluation_images}\n")
         wandb_logger.log_evaluation(config, run, result)
 
 
@@ -62,7 +62,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
     from ghibli.evaluation.features import called
 
     kernel, frechet = called(result["features"])
-    counts = f"{result['samples']} samples, {result['reference_pictures']} real pictures"
+    counts = f"{result['samples']} samples, {result['reference_images']} real images"
     table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
     for name in ("model", "cell", kernel, "below base", frechet, "captions", "precision", "recall"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
@@ -70,7 +70,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
         for row in rows:
             cell = f"{row['sampler'].upper()} {row['guidance']:g}"
             table.add_row(model, cell, *evaluation_cells(row))
-    table.add_row("real", f"floor of {result['floor_pictures']}", *evaluation_cells(result["real"]))
+    table.add_row("real", f"floor of {result['floor_images']}", *evaluation_cells(result["real"]))
     return full_width(table)
 
 
@@ -122,7 +122,7 @@ def report_page(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_STUDY...", help="run or study folders")],
     out: Annotated[Path | None, typer.Option(help="the file; else report.html in the first folder")] = None,
 ) -> None:
-    """Writes one HTML page about runs or a study: verdict, curves, pictures, tables; it needs no network."""
+    """Writes one HTML page about runs or a study: verdict, curves, images, tables; it needs no network."""
     from ghibli.report import page  # torch takes seconds to load
 
     file = page.write(folders, out)

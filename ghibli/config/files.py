@@ -1,7 +1,6 @@
 """A `Config` as YAML with a checksum, and back; settings changed after a run."""
 
 import hashlib
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ghibli.config.hydra_errors import hydra_errors
-from ghibli.config.schema import LATER_KEYS, Config
+from ghibli.config.schema import LATER_KEYS, RENAMED_KEYS, Config
 from ghibli.runtime.errors import UserError
 
 SEAL = "# sha256 of the lines above: "
@@ -32,6 +31,24 @@ def to_yaml(config: Config) -> str:
     return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
+def with_present_names(content: Any) -> Any:
+    """Give the keys of an older version's config.yaml the names they have now."""
+    for (section, before), now in RENAMED_KEYS.items():
+        inner = content.get(section) if isinstance(content, dict) else None
+        if isinstance(inner, dict) and before in inner:
+            content[section] = {now if key == before else key: value for key, value in inner.items()}
+    return content
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """Read a run's config.yaml as nested dictionaries, unchecked; None when it is missing or damaged."""
+    try:
+        content = with_present_names(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def from_yaml(path: Path) -> Config:
     """The configuration that a run wrote to its config.yaml.
 
@@ -40,7 +57,7 @@ def from_yaml(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        config = checked(OmegaConf.merge(LATER_KEYS, OmegaConf.load(io.StringIO(text))))
+        config = checked(OmegaConf.merge(LATER_KEYS, with_present_names(yaml.safe_load(text))))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split("full_key:")[0].split())
         raise UserError(f"{path} is not the configuration of a run of this version: {reason}") from error

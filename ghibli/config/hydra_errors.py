@@ -10,7 +10,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ghibli.config import schema
-from ghibli.config.schema import Config
+from ghibli.config.schema import RENAMED_KEYS, Config
 from ghibli.config.trainer_flags import reject_unknown_flags
 from ghibli.runtime.errors import UserError, did_you_mean
 
@@ -29,6 +29,8 @@ def reject_unknown_keys(node: Any, section: type, prefix: str = "") -> None:
 def unknown_key(key: str, known: Any) -> str:
     """The sentence for a key that is not there: one of that name elsewhere, or a similar one here."""
     prefix, _, name = key.rpartition(".")
+    if (prefix, name) in RENAMED_KEYS:
+        return f"unknown key {key}: it is called {prefix}.{RENAMED_KEYS[prefix, name]} now"
     elsewhere = [full for full in all_keys(Config) if full.endswith(f".{name}") and full != key]
     hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(name, known)
     here = f"in {prefix}" if prefix else "at the top"

@@ -16,20 +16,20 @@ NO_PICKLE = "only .safetensors files are read, because loading a .ckpt or .bin f
 
 def check_places(config: Config) -> None:
     """Checks what data.root and model.path name on this machine, as far as a look at the disk tells."""
-    check_pictures(config)
+    check_images(config)
     check_typed_base(config.model.path)
     if config.model.adapter is not None:
         check_adapter(Path(config.model.adapter))
 
 
-def check_pictures(config: Config) -> None:
+def check_images(config: Config) -> None:
     """Raises a UserMistake unless data.root is there, or is a folder of the cache to be drawn."""
     root = config.data.root
     if config.data.draw is None:
         require_folder("data.root", root)
     elif not (Path(root) / "captions.txt").is_file() and not Path(root).is_relative_to(config.cache_dir):
         raise UserError(
-            f"data.root={root}: data=demo would draw its own pictures there; "
+            f"data.root={root}: data=demo would draw its own images there; "
             f"for yours use data=ghibli data.root={root}"
         )
 

@@ -10,7 +10,11 @@ from ghibli.config.checks import require, require_choice
 from ghibli.config.trainer_flags import check_trainer
 from ghibli.runtime.errors import UserError
 
-CONFIG_VERSION = 1  # to be raised when a key is renamed, removed or means something else
+CONFIG_VERSION = 2  # to be raised when a key is renamed, removed or means something else
+RENAMED_KEYS = {  # (section, name before) -> name now, for runs of before and for old habits
+    ("validation", "items_per_picture"): "items_per_image",
+    ("validation", "max_pictures"): "max_images",
+}
 LATER_KEYS = {  # younger than the version; the values are what runs from before had
     "threads": None,
     "data": {"grid_epochs": ""},
@@ -36,7 +40,7 @@ class LocalConfig:
 
     sd15: str  # diffusers folder, hub id or single .safetensors file of Stable Diffusion 1.5
     sd15_config: str | None  # for a single file: the folder with its configs and tokenizer
-    ghibli: str | None  # folder of the Ghibli pictures
+    ghibli: str | None  # folder of the Ghibli images
     caption: str | None  # of those of them that have none
 
 
@@ -46,7 +50,7 @@ class ModelConfig:
 
     path: str  # "demo", a diffusers folder, a hub id or a single .safetensors file
     config: str | None  # for a single file: the folder with configs and tokenizer; None = those of the hub
-    resolution: int  # side of a training picture in px
+    resolution: int  # side of a training image in px
     lr: float  # peak learning rate that suits this base
     clip: str | None  # folder or hub id of the CLIP model that scores captions
     adapter: str | None  # folder of an adapter that is merged into the base first; None = none
@@ -61,10 +65,10 @@ class ModelConfig:
 
 @dataclass
 class DrawConfig:
-    """Pictures drawn by ghibli/scenes.py when the folder is not there yet."""
+    """Images drawn by ghibli/scenes.py when the folder is not there yet."""
 
     look: str  # drawn or photo
-    count: int  # number of pictures
+    count: int  # number of images
 
     def __post_init__(self) -> None:
         require_choice("data.draw.look", self.look, ("drawn", "photo"))
@@ -73,27 +77,27 @@ class DrawConfig:
 
 @dataclass
 class DataConfig:
-    """The picture set and how it reaches the model."""
+    """The image set and how it reaches the model."""
 
-    root: str | None  # folder of pictures and captions
-    draw: DrawConfig | None  # pictures to draw first; None = the folder must be there
-    reference: str | None  # folder of further pictures that evaluation compares with
-    reference_draw: DrawConfig | None  # pictures to draw there first; None = the folder must be there
+    root: str | None  # folder of images and captions
+    draw: DrawConfig | None  # images to draw first; None = the folder must be there
+    reference: str | None  # folder of further images that evaluation compares with
+    reference_draw: DrawConfig | None  # images to draw there first; None = the folder must be there
     style: str  # appended to every caption
     caption: str | None  # stands in for a missing caption
-    val_fraction: float  # share of pictures held out
+    val_fraction: float  # share of images held out
     resize: str  # squash, center_crop or bucket
     flip: bool  # mirror half of the drawn examples
-    min_side: int  # px; smaller pictures are skipped
+    min_side: int  # px; smaller images are skipped
     batch_size: int  # examples in one forward pass on one device
     accumulate: int  # forward passes in one optimiser step
-    epochs: int  # passes over the training pictures
+    epochs: int  # passes over the training images
     workers: int  # loader processes
     grid_epochs: str  # trainer.max_epochs of the slides' grid
 
     @property
     def square_resize(self) -> str:
-        """How a picture becomes a square to be compared with samples, which are square."""
+        """How an image becomes a square to be compared with samples, which are square."""
         return "center_crop" if self.resize == "bucket" else self.resize
 
     def __post_init__(self) -> None:
@@ -225,11 +229,11 @@ class ComputeConfig:
 class ValidationConfig:
     """The fixed items that are scored every epoch."""
 
-    items_per_picture: int  # fixed (timestep, noise) pairs
-    max_pictures: int  # held-out pictures that are scored, and as many training pictures
+    items_per_image: int  # fixed (timestep, noise) pairs
+    max_images: int  # held-out images that are scored, and as many training images
 
     def __post_init__(self) -> None:
-        for name in ("items_per_picture", "max_pictures"):
+        for name in ("items_per_image", "max_images"):
             require(getattr(self, name) >= 1, f"validation.{name}", getattr(self, name), "at least 1")
 
 
@@ -258,13 +262,13 @@ class CheckpointConfig:
 
 @dataclass
 class SampleConfig:
-    """The picture grids drawn in training."""
+    """The image grids drawn in training."""
 
     every_n_epochs: int  # 0 = no grids
     prompts: list[str]  # one block of rows each
     samplers: list[str]  # ddpm, ddim: a group of columns each
     guidance: list[float]  # sampling guidance, a column each
-    num_inference_steps: int  # denoising steps of one picture
+    num_inference_steps: int  # denoising steps of one image
     seed: int  # of the start noise
 
     def __post_init__(self) -> None:
@@ -288,14 +292,14 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig:
-    """`ghibli evaluate`: the cells of `sample` again, with many pictures and measured."""
+    """`ghibli evaluate`: the cells of `sample` again, with many images and measured."""
 
-    samples: int  # pictures of each cell
-    scan_samples: int  # pictures at each scale of the guidance scan
-    every_n_epochs: int  # in training: distance of sampled pictures; 0 = never
-    epoch_samples: int  # pictures of that
+    samples: int  # images of each cell
+    scan_samples: int  # images at each scale of the guidance scan
+    every_n_epochs: int  # in training: distance of sampled images; 0 = never
+    epoch_samples: int  # images of that
     scales: list[float]  # sampling scales of the guidance scan
-    batch_size: int  # pictures sampled together
+    batch_size: int  # images sampled together
     features: str  # style or inception
     inception: str | None  # file with the FID network's weights
 
@@ -333,7 +337,7 @@ class Config:
     finetune: str  # lora, full or none
     resume: str | None  # a run folder, or latest
     threads: int | None  # of torch on the CPU; rounding depends on it
-    cache_dir: str  # drawn pictures
+    cache_dir: str  # drawn images
     local: LocalConfig
     model: ModelConfig
     data: DataConfig
@@ -354,7 +358,7 @@ class Config:
         require_choice("finetune", self.finetune, ("lora", "full", "none"))
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null")
         if not self.data.root:
-            raise UserError("data.root is not set: give a picture folder, data.root=DIR, or use data=demo")
+            raise UserError("data.root is not set: give an image folder, data.root=DIR, or use data=demo")
         if not self.model.path:
             raise UserError("model.path is not set: give a base model, model.path=DIR, or use model=demo")
         check_trainer(self.trainer)
@@ -365,7 +369,7 @@ class SweepConfig:
     """What `sweep.py` does, beside the settings of its runs."""
 
     report_only: bool  # train nothing
-    evaluate: bool  # sample every finished trial and measure its pictures
+    evaluate: bool  # sample every finished trial and measure its images
     search: int | None  # so many trials, chosen by Optuna; None = all of the grid
     halving: bool  # train all a little, the better third further, and so on
     best: int  # how many of the best are repeated

@@ -60,8 +60,8 @@ def check_trainer(trainer: dict[str, Any]) -> None:
             raise UserError(f"trainer.strategy={strategy} is not for this trainer ({why}): use ddp")
     for key in VALIDATION_FLAGS & set(trainer):
         raise UserError(
-            f"trainer.{key} cannot be given: a run is judged by all held-out pictures after every "
-            "epoch; for a quick try lower trainer.max_epochs or validation.max_pictures"
+            f"trainer.{key} cannot be given: a run is judged by all held-out images after every "
+            "epoch; for a quick try lower trainer.max_epochs or validation.max_images"
         )
     if "limit_train_batches" in trainer:
         raise UserError(

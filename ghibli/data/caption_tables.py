@@ -1,4 +1,4 @@
-"""Where captions stand: in a table beside the pictures, which has one of three forms."""
+"""Where captions stand: in a table beside the images, which has one of three forms."""
 
 import csv
 import io
@@ -13,28 +13,28 @@ TABLES = (
     "captions.txt",
     "metadata.jsonl",
     "metadata.csv",
-)  # of several the first that knows a picture counts
+)  # of several the first that knows an image counts
 NAME = "file_name"
 TEXTS = ("text", "caption")  # the first that a row has counts
 
 
 def find_tables(root: Path, folder: Path) -> list[Path]:
-    """The tables of a picture set, the one that counts most first.
+    """The tables of an image set, the one that counts most first.
 
     Args:
         root: what the user named.
-        folder: where the pictures lie: root itself or a folder in it.
+        folder: where the images lie: root itself or a folder in it.
     """
     places = dict.fromkeys((root, folder))
     return [place / name for name in TABLES for place in places if (place / name).is_file()]
 
 
 def read_table(table: Path, folder: Path) -> dict[str, str]:
-    """Picture's file name -> caption, in one line; of several rows for one file the last counts.
+    """Image's file name -> caption, in one line; of several rows for one file the last counts.
 
     Args:
         table: one of TABLES. Its names are paths from its own folder or names within `folder`.
-        folder: where the pictures lie.
+        folder: where the images lie.
 
     Raises:
         UserMistake: not UTF-8, or a row that cannot be read, named by its number.
@@ -67,7 +67,7 @@ def bar_rows(table: Path, text: str) -> Iterator[tuple[str, str]]:
 
 
 def json_rows(table: Path, text: str) -> Iterator[tuple[str, str]]:
-    """(file name, caption) of lines `{"file_name": ..., "text": ...}`, as hub picture sets have them."""
+    """(file name, caption) of lines `{"file_name": ..., "text": ...}`, as hub image sets have them."""
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -104,7 +104,7 @@ def name_and_text(row: dict[str, Any], where: str) -> tuple[str, str]:
 
 
 def name_within(folder: Path, place: Path, name: str) -> str:
-    """The name of a picture within `folder`, as a table in `place` spells it, perhaps from there."""
+    """The name of an image within `folder`, as a table in `place` spells it, perhaps from there."""
     path = PurePosixPath(name)
     try:
         return str(path.relative_to(folder.relative_to(place).as_posix()))

@@ -14,26 +14,26 @@ from ghibli.runtime.seeding import Stream, chance, epoch_order, independent_time
 
 
 def batches_in(shapes: Sequence[Size], together: int) -> int:
-    """Full batches of one shape each in an epoch of these pictures."""
+    """Full batches of one shape each in an epoch of these images."""
     return sum(count // together for count in Counter(shapes).values())
 
 
 def left_out(shapes: Sequence[Size], together: int) -> int:
-    """Pictures whose shape has too few of them for any batch."""
+    """Images whose shape has too few of them for any batch."""
     return sum(count for count in Counter(shapes).values() if count < together)
 
 
 def in_batches(order: np.ndarray, shapes: Sequence[Size], together: int) -> list[int]:
-    """The same order, laid so that each `together` pictures in a row have one shape.
+    """The same order, laid so that each `together` images in a row have one shape.
 
-    Pictures are dealt to their shape in turn, and a batch follows as soon as it is full; what is left
+    Images are dealt to their shape in turn, and a batch follows as soon as it is full; what is left
     at the end is left out. With a single shape the order stays as it is.
     """
     waiting: dict[Size, list[int]] = {}
     laid: list[int] = []
-    for picture in order:
-        batch = waiting.setdefault(shapes[picture], [])
-        batch.append(int(picture))
+    for image in order:
+        batch = waiting.setdefault(shapes[image], [])
+        batch.append(int(image))
         if len(batch) == together:
             laid += batch
             batch.clear()
@@ -58,7 +58,7 @@ class TrainExamples(Dataset):
         shapes: list[Size] | None = None,
         together: int = 1,
     ):
-        self.shapes = shapes or [(0, 0)] * len(names)  # of the pictures; `together` in a row have one shape
+        self.shapes = shapes or [(0, 0)] * len(names)  # of the images; `together` in a row have one shape
         self.together = together
         self.moments, self.mirrored = moments, mirrored
         self.input_ids, self.empty_ids, self.names = input_ids, empty_ids, names
@@ -72,8 +72,8 @@ class TrainExamples(Dataset):
     def __len__(self) -> int:
         return self.examples_per_epoch
 
-    def picture_of(self, example: int) -> int:
-        """The index of the picture shown as this running example number."""
+    def image_of(self, example: int) -> int:
+        """The index of the image shown as this running example number."""
         epoch, position = divmod(example, self.examples_per_epoch)
         if self._order[0] != epoch:
             order = epoch_order(len(self.names), self.seed, epoch)
@@ -82,10 +82,10 @@ class TrainExamples(Dataset):
 
     def __getitem__(self, example: int) -> dict[str, object]:
         """latents, noise (4, h, w); timesteps (); input_ids (L,); example and name as they are."""
-        picture, seed = self.picture_of(example), self.seed
+        image, seed = self.image_of(example), self.seed
         flipped = self.mirrored is not None and chance(0.5, Stream.FLIP, seed, example)
         moments = self.mirrored if flipped else self.moments
-        shape = tuple(moments.mean[picture].shape)
+        shape = tuple(moments.mean[image].shape)
         noise = normal(shape, Stream.NOISE, seed, example)
         if self.loss.noise_offset > 0:
             offset = normal((shape[0], 1, 1), Stream.OFFSET, seed, example)
@@ -93,12 +93,12 @@ class TrainExamples(Dataset):
         dropped = chance(self.loss.caption_dropout, Stream.CAPTION, seed, example)
         posterior_noise = normal(shape, Stream.POSTERIOR, seed, example)
         return {
-            "latents": moments.sample(picture, posterior_noise, self.scaling_factor),
+            "latents": moments.sample(image, posterior_noise, self.scaling_factor),
             "noise": noise,
             "timesteps": torch.tensor(self.timestep(example, self.num_train_timesteps, seed)),
-            "input_ids": self.empty_ids if dropped else self.input_ids[picture],
+            "input_ids": self.empty_ids if dropped else self.input_ids[image],
             "example": example,
-            "name": self.names[picture],
+            "name": self.names[image],
         }
 
 
@@ -140,9 +140,9 @@ class ExampleNumbers(Sampler[int]):
 
 
 def share_of_probe(count: int, rank: int, world_size: int) -> list[int]:
-    """Which of `count` pictures a device scores: every world_size-th, and as many on each device.
+    """Which of `count` images a device scores: every world_size-th, and as many on each device.
 
-    Laid side by side the shares are the pictures in their order, and behind them the first few again.
+    Laid side by side the shares are the images in their order, and behind them the first few again.
     """
     each = -(-count // world_size)
     return [index % count for index in range(rank, each * world_size, world_size)]

@@ -1,4 +1,4 @@
-"""Pictures -> pixel_values -> VAE posterior moments, made once before training and kept in memory."""
+"""Images -> pixel_values -> VAE posterior moments, made once before training and kept in memory."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
-from ghibli.images.read import open_picture
+from ghibli.images.read import open_image
 from ghibli.images.resize import preprocess
 from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError
 
-CHUNK = 8  # pictures encoded at once; always the same, so a picture's code never depends on others
+CHUNK = 8  # images encoded at once; always the same, so an image's code never depends on others
 
 
 @dataclass(frozen=True)
 class Moments:
-    """The VAE posterior q(z | picture) = N(mean, exp(logvar)) of N pictures, unscaled.
+    """The VAE posterior q(z | image) = N(mean, exp(logvar)) of N images, unscaled.
 
     Kept instead of one sample of it, so that training draws a new one for every example.
     """
@@ -24,13 +24,13 @@ class Moments:
     mean: Sequence[torch.Tensor]  # N of (4, H/8, W/8) float32; one tensor where all have one shape
     logvar: Sequence[torch.Tensor]  # like mean
 
-    def of(self, pictures: Iterable[int]) -> "Moments":
-        """Those of some of the pictures, in this order."""
-        rows = list(pictures)
+    def of(self, images: Iterable[int]) -> "Moments":
+        """Those of some of the images, in this order."""
+        rows = list(images)
         return Moments([self.mean[row] for row in rows], [self.logvar[row] for row in rows])
 
     def sample(self, index: int, noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
-        """Scaled latents (4, H/8, W/8) of one picture, drawn with `noise` of that shape."""
+        """Scaled latents (4, H/8, W/8) of one image, drawn with `noise` of that shape."""
         deviation = torch.exp(0.5 * self.logvar[index])
         return (self.mean[index] + deviation * noise) * scaling_factor
 
@@ -45,12 +45,12 @@ def encode(
     mirrored: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Moments:
-    """Encodes picture files, in order, in fp32 on the device the VAE is on.
+    """Encodes image files, in order, in fp32 on the device the VAE is on.
 
     Args:
         resolution: side of the square, px; a multiple of 8.
-        mirrored: encode the pictures flipped left to right.
-        on_progress: called with (pictures done, pictures in all) after each chunk.
+        mirrored: encode the images flipped left to right.
+        on_progress: called with (images done, images in all) after each chunk.
     """
     device = next(base.vae.parameters()).device
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -67,8 +67,8 @@ def encode(
 def encode_chunk(
     base: BaseModel, paths: list[Path], resolution: int, resize: str, mirrored: bool, device: torch.device
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(mean, logvar) of each of up to CHUNK pictures; those of one shape go through the VAE together."""
-    values = [preprocess(open_picture(path), resolution, resize) for path in paths]
+    """(mean, logvar) of each of up to CHUNK images; those of one shape go through the VAE together."""
+    values = [preprocess(open_image(path), resolution, resize) for path in paths]
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for shape in dict.fromkeys(value.shape for value in values):
         rows = [row for row, value in enumerate(values) if value.shape == shape]
@@ -80,6 +80,6 @@ def encode_chunk(
         for place, row in enumerate(rows):
             mean = posterior.mean[place].cpu().clone()
             if not mean.isfinite().all():
-                raise UserError(f"{paths[row]}: the VAE makes no finite latents of it; take this picture out")
+                raise UserError(f"{paths[row]}: the VAE makes no finite latents of it; take this image out")
             found[row] = mean, posterior.logvar[place].cpu().clone()
     return [found[row] for row in range(len(paths))]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ghibli.config.schema import Config, DrawConfig
-from ghibli.data.folder import CaptionedPicture, read_folder
+from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import first_by_content, split_apart
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, FINETUNE_SEEDS, PRETRAIN_SEEDS, damaged, write_folder
 from ghibli.images.duplicates import thumbnail
@@ -14,7 +14,7 @@ from ghibli.runtime.errors import UserError
 
 
 def draw_missing(root: str, draw: DrawConfig | None, cache_dir: str, seeds: range | None = None) -> None:
-    """Draws the pictures of a folder that is to be drawn and is not there yet, or damaged in the cache.
+    """Draws the images of a folder that is to be drawn and is not there yet, or damaged in the cache.
 
     Args:
         seeds: of the scenes; None: those that training is for.
@@ -25,46 +25,46 @@ def draw_missing(root: str, draw: DrawConfig | None, cache_dir: str, seeds: rang
     if (place / "captions.txt").exists():
         if not (place.is_relative_to(cache_dir) and damaged(place)):
             return
-        console.print(f"the drawn pictures in {root} are damaged: drawing them again", style="yellow")
+        console.print(f"the drawn images in {root} are damaged: drawing them again", style="yellow")
     usual = {"drawn": FINETUNE_SEEDS, "photo": PRETRAIN_SEEDS}
     first = (seeds or usual[draw.look]).start
-    with counted("drawing the demo pictures") as on_progress:
+    with counted("drawing the demo images") as on_progress:
         write_folder(place, draw.look, draw.count, first, on_progress=on_progress)
 
 
-LEAST = 3  # pictures; with fewer a kernel distance has no error
+LEAST = 3  # images; with fewer a kernel distance has no error
 
 
-def real_pictures(config: Config) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
-    """(reference, training pictures), each in an order that follows from their content alone.
+def real_images(config: Config) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+    """(reference, training images), each in an order that follows from their content alone.
 
     The reference is the folder data.reference, drawn first where it is to be drawn and lies in the cache,
-    else the held-out pictures. No training has seen either.
+    else the held-out images. No training has seen either.
 
     Raises:
-        UserMistake: no such folder, or too few pictures to compare with.
+        UserMistake: no such folder, or too few images to compare with.
     """
     data = config.data
     options = {"style": data.style, "default_caption": data.caption, "min_side": data.min_side}
     thumbnails: dict[Path, np.ndarray] = {}
     draw_missing(data.root, data.draw, config.cache_dir)
-    with counted("checking the pictures") as on_progress:
+    with counted("checking the images") as on_progress:
         found = read_folder(
             Path(data.root), on_progress=on_progress, **options,
-            on_picture=lambda path, picture: thumbnails.update({path: thumbnail(picture)}),
+            on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
         )  # fmt: skip
-    split = split_apart(found.pictures, thumbnails, data.val_fraction)
+    split = split_apart(found.images, thumbnails, data.val_fraction)
     training, held_out = split.train, split.held_out
     if data.reference is not None:
         if Path(data.reference).is_relative_to(config.cache_dir):  # any other folder is the user's
             draw_missing(data.reference, data.reference_draw, config.cache_dir, EVALUATION_SEEDS)
         options["key"] = "data.reference"
         with counted("checking the reference") as on_progress:
-            held_out = read_folder(Path(data.reference), on_progress=on_progress, **options).pictures
+            held_out = read_folder(Path(data.reference), on_progress=on_progress, **options).images
     if len(held_out) < LEAST:
         where = "held out" if data.reference is None else f"in data.reference={data.reference}"
         raise UserError(
-            f"too few pictures {where} to compare with: {len(held_out)}, and at least {LEAST} are needed; "
+            f"too few images {where} to compare with: {len(held_out)}, and at least {LEAST} are needed; "
             "give a folder of further ones, data.reference=DIR"
         )
     return first_by_content(held_out, len(held_out)), first_by_content(training, len(training))

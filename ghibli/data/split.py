@@ -5,59 +5,59 @@ from pathlib import Path
 
 import numpy as np
 
-from ghibli.data.folder import CaptionedPicture
+from ghibli.data.folder import CaptionedImage
 from ghibli.images.duplicates import near_duplicates
 from ghibli.runtime.seeding import hash_fraction
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which pictures train and which are held out."""
+    """Which images train and which are held out."""
 
-    train: list[CaptionedPicture]
-    held_out: list[CaptionedPicture]
-    moved: dict[CaptionedPicture, CaptionedPicture]  # to training, since nearly the same as this one there
+    train: list[CaptionedImage]
+    held_out: list[CaptionedImage]
+    moved: dict[CaptionedImage, CaptionedImage]  # to training, since nearly the same as this one there
 
 
 def split_by_content(
-    pictures: list[CaptionedPicture], val_fraction: float
-) -> tuple[list[CaptionedPicture], list[CaptionedPicture]]:
-    """(training pictures, held-out pictures), each by file hash alone: adding pictures moves none.
+    images: list[CaptionedImage], val_fraction: float
+) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+    """(training images, held-out images), each by file hash alone: adding images moves none.
 
-    A very small set may have no picture below the threshold; then the lowest hash is held out.
+    A very small set may have no image below the threshold; then the lowest hash is held out.
     """
-    held_out = {p.content_hash for p in pictures if hash_fraction(p.content_hash) < val_fraction}
+    held_out = {p.content_hash for p in images if hash_fraction(p.content_hash) < val_fraction}
     if not held_out:
-        held_out = {min(p.content_hash for p in pictures)}
-    train = [p for p in pictures if p.content_hash not in held_out]
-    val = [p for p in pictures if p.content_hash in held_out]
+        held_out = {min(p.content_hash for p in images)}
+    train = [p for p in images if p.content_hash not in held_out]
+    val = [p for p in images if p.content_hash in held_out]
     return train, val
 
 
 def split_apart(
-    pictures: list[CaptionedPicture], thumbnails: dict[Path, np.ndarray], val_fraction: float
+    images: list[CaptionedImage], thumbnails: dict[Path, np.ndarray], val_fraction: float
 ) -> Split:
-    """split_by_content, but what is nearly a training picture is not held out: the gain on it is memory.
+    """split_by_content, but what is nearly a training image is not held out: the gain on it is memory.
 
     Args:
-        thumbnails: of every picture, by file.
+        thumbnails: of every image, by file.
     """
-    train, held_out = split_by_content(pictures, val_fraction)
-    moved: dict[CaptionedPicture, CaptionedPicture] = {}
+    train, held_out = split_by_content(images, val_fraction)
+    moved: dict[CaptionedImage, CaptionedImage] = {}
     while True:
         rows = [np.stack([thumbnails[p.path] for p in side]) for side in (train, held_out) if side]
         pairs = near_duplicates(*rows) if len(rows) == 2 else []
         if not pairs or len(pairs) == len(held_out):  # one has to be held out, whatever it is like
             return Split(train, held_out, moved)
         moved |= {held_out[v]: train[t] for t, v, _ in pairs}
-        train = [p for p in pictures if p in moved or p in set(train)]
+        train = [p for p in images if p in moved or p in set(train)]
         held_out = [p for p in held_out if p not in moved]
 
 
-def first_by_content(pictures: list[CaptionedPicture], count: int) -> list[CaptionedPicture]:
-    """The `count` pictures with the lowest content hash: a fixed part, whatever the folder's order.
+def first_by_content(images: list[CaptionedImage], count: int) -> list[CaptionedImage]:
+    """The `count` images with the lowest content hash: a fixed part, whatever the folder's order.
 
     Of files with the same bytes the first by name alone, since the second would tell nothing new.
     """
-    by_content = {p.content_hash: p for p in sorted(pictures, key=lambda p: str(p.path), reverse=True)}
+    by_content = {p.content_hash: p for p in sorted(images, key=lambda p: str(p.path), reverse=True)}
     return [by_content[content] for content in sorted(by_content)[:count]]

@@ -98,9 +98,9 @@ def predict_noise(
     return cond if uncond is None else guided_noise(uncond, cond, guidance_scale)
 
 
-GUIDED_SCALE = 2  # x the training guidance: nearest to real pictures, docs/loss-anomaly.md (part guidance)
+GUIDED_SCALE = 2  # x the training guidance: nearest to real images, docs/loss-anomaly.md (part guidance)
 
 
 def usual_guidance(training_guidance: float) -> float:
-    """The guidance scale at which the pictures of a training are best."""
+    """The guidance scale at which the images of a training are best."""
     return 7.5 if training_guidance == 1 else GUIDED_SCALE * training_guidance

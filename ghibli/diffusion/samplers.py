@@ -59,9 +59,9 @@ def sample(
     negative_prompt: str = "",
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Pictures (B, 3, height, width), float32 in 0 .. 1 on the CPU, one for each prompt.
+    """Images (B, 3, height, width), float32 in 0 .. 1 on the CPU, one for each prompt.
 
-    Start noise, and DDPM's noise, come from one CPU generator per picture, so a picture does not
+    Start noise, and DDPM's noise, come from one CPU generator per image, so an image does not
     depend on its neighbours in the batch or (but for rounding) on the device. DDPM with skipped
     timesteps uses beta = 1 - abar_t / abar_{t-k} (Ho et al. 2020, equations 6 and 7); DDIM is
     eta = 0 (Song et al. 2021, equation 12).
@@ -101,7 +101,7 @@ def sample(
 def cells_of(config: SampleConfig, training_guidance: float) -> list[Cell]:
     """The grid's columns: every sampler at every guidance.
 
-    A run trained with guidance w is also drawn at GUIDED_SCALE times w, where its pictures are best.
+    A run trained with guidance w is also drawn at GUIDED_SCALE times w, where its images are best.
     Each column stands there once.
     """
     scales = list(config.guidance)
@@ -117,20 +117,20 @@ def draw_cells(
     resolution: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Pictures (prompts, cells, 3, resolution, resolution), 0 .. 1, for the grid's prompts.
+    """Images (prompts, cells, 3, resolution, resolution), 0 .. 1, for the grid's prompts.
 
     Prompt i starts from the noise of seed `config.seed + i` in every cell.
     """
     seeds = [config.seed + i for i in range(len(config.prompts))]
     with in_eval_mode(base):
-        pictures = [
+        images = [
             sample(
                 base, config.prompts, cell, num_inference_steps=config.num_inference_steps,
                 seeds=seeds, resolution=resolution, on_step=on_step,
             )
             for cell in cells
         ]  # fmt: skip
-    return torch.stack(pictures, dim=1)
+    return torch.stack(images, dim=1)
 
 
 @contextmanager

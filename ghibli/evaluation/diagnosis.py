@@ -15,7 +15,7 @@ from ghibli.evaluation.gain import Probe, best_epoch, paired_difference, paired_
 EPOCHS_TO_LEARN = 3  # a learning rate that fits shows within the first; three leave room for doubt
 NOTHING = 0.001  # a gain below this is nothing, even where pairing proves that it is not zero
 VISIBLE = 0.01  # a gain that 2 standard errors must be able to show before its absence means anything
-FEWEST_PICTURES = 5  # held out; with fewer a standard error is worth nothing
+FEWEST_IMAGES = 5  # held out; with fewer a standard error is worth nothing
 COLLAPSED = 0.9  # always predicting zero scores 1.0, the variance of the noise
 
 
@@ -55,14 +55,14 @@ def at_the_start(
 def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
     """What the newest probe says. `history` starts with the untouched model.
 
-    With fewer than FEWEST_PICTURES held-out pictures only what needs no standard error is asked.
+    With fewer than FEWEST_IMAGES held-out images only what needs no standard error is asked.
     """
     if len(history) < 2 or not history[-1].base_val.isfinite().all():
         return []
     rate = config.optimizer.lr
     collapse = collapsed(history, rate) if config.loss.guidance == 1 else None
     found = [collapse, no_effect(history, config.finetune)]
-    enough = len(history[-1].val) >= FEWEST_PICTURES
+    enough = len(history[-1].val) >= FEWEST_IMAGES
     # trained with other noise than it is judged with, it may get worse whatever the rate is
     same_noise = config.loss.noise_schedule == "base" and config.loss.noise_offset == 0
     if enough and same_noise and not any(found):
@@ -100,7 +100,7 @@ def half_precision(trainable: Iterable[torch.Tensor]) -> Finding | None:
 
 
 def sampling_scale(guidance: float) -> Finding | None:
-    """A guided training moves the sampling scale at which pictures look as usual."""
+    """A guided training moves the sampling scale at which images look as usual."""
     if guidance == 1:
         return None
     return Finding(
@@ -125,7 +125,7 @@ def collapsed(history: list[Probe], rate: float) -> Finding | None:
 
 
 def rate_too_high(history: list[Probe], rate: float) -> Finding | None:
-    """Worse than at the start by more than 3 standard errors and rising; training pictures are worse too."""
+    """Worse than at the start by more than 3 standard errors and rising; training images are worse too."""
     gain = paired_gain(history[-1].val, history[0].val)
     rises = history[-1].val.sum() > history[-2].val.sum()
     by_heart = history[-1].train.sum() < history[0].train.sum()  # that is overfitting
@@ -163,13 +163,13 @@ def no_learning(history: list[Probe], rate: float) -> Finding | None:
     return Finding(
         "no learning",
         f"after {len(history) - 1} epochs the gain since the start is {percent(gain.value)} +- "
-        f"{percent(error)}, which is nothing: the learning rate is too low, or captions and pictures do not "
+        f"{percent(error)}, which is nothing: the learning rate is too low, or captions and images do not "
         f"belong together; try optimizer.lr={3 * rate:.2g}, and look at the captions in data.root",
     )
 
 
 def overfitting(history: list[Probe], finetune: str) -> Finding | None:
-    """Two epochs in a row, held-out pictures are worse than at the best epoch, training ones better."""
+    """Two epochs in a row, held-out images are worse than at the best epoch, training ones better."""
     best = best_epoch(history)
     since = history[best + 1 :]
     if len(since) < 2 or not all(memorising(probe, history[best]) for probe in since[-2:]):
@@ -178,33 +178,33 @@ def overfitting(history: list[Probe], finetune: str) -> Finding | None:
     smaller = " or a lower lora.rank" if finetune == "lora" else ""
     return Finding(
         "overfitting",
-        f"since epoch {best} held-out pictures get worse (gain {percent(then.val_gain.value)}, now "
-        f"{percent(now.val_gain.value)}) while training pictures get better "
-        f"({percent(then.train_gain.value)}, now {percent(now.train_gain.value)}): it learns these pictures "
-        f"by heart; best.ckpt keeps the best epoch; more pictures, fewer epochs{smaller} help",
+        f"since epoch {best} held-out images get worse (gain {percent(then.val_gain.value)}, now "
+        f"{percent(now.val_gain.value)}) while training images get better "
+        f"({percent(then.train_gain.value)}, now {percent(now.train_gain.value)}): it learns these images "
+        f"by heart; best.ckpt keeps the best epoch; more images, fewer epochs{smaller} help",
     )
 
 
-def few_pictures(pictures: int, features: int, real_frechet: float) -> list[Finding]:
-    """A Frechet distance asked of too few pictures for a covariance of that many features.
+def few_images(images: int, features: int, real_frechet: float) -> list[Finding]:
+    """A Frechet distance asked of too few images for a covariance of that many features.
 
     Args:
-        pictures: the smaller of the two sets.
-        real_frechet: the distance of two sets of real pictures of about that size.
+        images: the smaller of the two sets.
+        real_frechet: the distance of two sets of real images of about that size.
     """
-    if pictures > features:
+    if images > features:
         return []
     text = (
-        f"the Frechet distance is taken from {pictures} pictures in a space of {features} features, where it "
-        f"is mostly bias (two sets of real pictures are {real_frechet:.3g} apart): judge by the kernel "
-        f"distance, which is free of it, or give more than {features} pictures (evaluate.samples, "
+        f"the Frechet distance is taken from {images} images in a space of {features} features, where it "
+        f"is mostly bias (two sets of real images are {real_frechet:.3g} apart): judge by the kernel "
+        f"distance, which is free of it, or give more than {features} images (evaluate.samples, "
         "data.reference)"
     )
-    return [Finding("few pictures", text)]
+    return [Finding("few images", text)]
 
 
 def memorising(now: Probe, then: Probe) -> bool:
-    """Held-out pictures worse by more than 2 standard errors of the difference, training ones better."""
+    """Held-out images worse by more than 2 standard errors of the difference, training ones better."""
     difference, error = paired_difference(now.val, then.val)
     return difference > 2 * error and bool(now.train.sum() < then.train.sum())
 
@@ -219,7 +219,7 @@ def not_finite(names: list[str], timesteps: list[int], losses: list[float], step
     broken = [e for e in examples if e[2] - e[2] != 0]  # inf and nan
     if broken:
         what = "the loss is not finite for " + listed(broken)
-        cure = "run it again, and if it is the same pictures, look at them; else lower"
+        cure = "run it again, and if it is the same images, look at them; else lower"
     else:
         what = "a gradient is not finite, after the losses of " + listed(examples)
         cure = "lower"

@@ -1,4 +1,4 @@
-"""Distances between two sets of pictures, from their features, with errors where one can be had.
+"""Distances between two sets of images, from their features, with errors where one can be had.
 
 The Frechet distance is what the literature reports, but it has no interval and at small sizes it is
 mostly bias: it stands beside the distance of two real sets of the same size. The kernel distance is
@@ -47,7 +47,7 @@ def kernel_difference(features: torch.Tensor, others: torch.Tensor, reference: t
     """kernel_distance(features) - kernel_distance(others), paired.
 
     Args:
-        features, others: (N, D) of two models' pictures of the same N prompts and start noises.
+        features, others: (N, D) of two models' images of the same N prompts and start noises.
         reference: (M, D).
     """
     ours, ours_without = leave_one_out(features, reference)
@@ -80,7 +80,7 @@ def off_diagonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of pictures that look like the reference, and share of the reference that is covered.
+    """Share of images that look like the reference, and share of the reference that is covered.
 
     Kynkaanniemi et al. 2019, equations 1 and 2: a row is covered when it lies within the distance of
     some row of the other set to that row's k-th nearest neighbour in its own set, or to the farthest

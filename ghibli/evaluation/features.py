@@ -32,24 +32,24 @@ def called(kind: str | None) -> tuple[str, str]:
 
 def in_batches(
     extract: Callable[[torch.Tensor], torch.Tensor],
-    pictures: torch.Tensor,
+    images: torch.Tensor,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> torch.Tensor:
-    """Features (N, D) float64 on the CPU of pictures (N, 3, H, W) in 0 .. 1."""
+    """Features (N, D) float64 on the CPU of images (N, 3, H, W) in 0 .. 1."""
     rows = []
     with torch.no_grad():
-        for start in range(0, len(pictures), BATCH):
-            rows.append(extract(pictures[start : start + BATCH]).double().cpu())
-            on_progress(min(start + BATCH, len(pictures)), len(pictures))
+        for start in range(0, len(images), BATCH):
+            rows.append(extract(images[start : start + BATCH]).double().cpu())
+            on_progress(min(start + BATCH, len(images)), len(images))
     return torch.cat(rows)
 
 
-def style_features(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Mean and standard deviation over the picture of the encoder's channels, block by block, (B, D).
+def style_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation over the image of the encoder's channels, block by block, (B, D).
 
     Its first convolution and all blocks but the last: D is 320 for the demo, 2048 for SD 1.5.
     """
-    blocks = [vae.encoder.conv_in(pictures.to(vae.device) * 2 - 1)]
+    blocks = [vae.encoder.conv_in(images.to(vae.device) * 2 - 1)]
     for block in vae.encoder.down_blocks[:-1]:
         blocks.append(block(blocks[-1]))
     return torch.cat([part for b in blocks for part in (b.mean((2, 3)), b.std((2, 3)))], dim=1)
@@ -98,14 +98,14 @@ def downloaded_inception() -> Path:
     return place
 
 
-def inception_features(network: FeatureExtractorInceptionV3, pictures: torch.Tensor) -> torch.Tensor:
-    """The 2048 pooled features of 8-bit pictures, (B, 2048)."""
-    levels = (pictures * 255).round().to(torch.uint8)
+def inception_features(network: FeatureExtractorInceptionV3, images: torch.Tensor) -> torch.Tensor:
+    """The 2048 pooled features of 8-bit images, (B, 2048)."""
+    levels = (images * 255).round().to(torch.uint8)
     return network(levels.to(next(network.parameters()).device))[0]
 
 
 def clip_similarity(clip: CLIPModel, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """100 x the cosine between each picture and its caption, (B,): the CLIP score (Hessel et al. 2021).
+    """100 x the cosine between each image and its caption, (B,): the CLIP score (Hessel et al. 2021).
 
     Args:
         pixel_values: (B, 3, S, S), prepared as this CLIP wants them.
@@ -137,27 +137,27 @@ class FeatureExtractor:
         else:
             self._extract = lambda batch: style_features(base.vae, batch)
 
-    def measure(self, pictures: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
-        """Features (N, D) and, with a CLIP, caption_fit (N,), of pictures (N, 3, H, W) in 0 .. 1."""
-        measured = {"features": in_batches(self._extract, pictures)}
+    def measure(self, images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+        """Features (N, D) and, with a CLIP, caption_fit (N,), of images (N, 3, H, W) in 0 .. 1."""
+        measured = {"features": in_batches(self._extract, images)}
         if self.clip is not None:
-            measured["caption_fit"] = self._caption_fit(pictures, captions)
+            measured["caption_fit"] = self._caption_fit(images, captions)
         return measured
 
     @torch.no_grad()
-    def _caption_fit(self, pictures: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    def _caption_fit(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
         clip, processor = self.clip
         scores = []
-        for start in range(0, len(pictures), BATCH):
+        for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
-            levels = (pictures[part] * 255).round().to(torch.uint8)
+            levels = (images[part] * 255).round().to(torch.uint8)
             pixel_values = processor(images=list(levels), return_tensors="pt")["pixel_values"]
             scores.append(clip_similarity(clip, pixel_values, self.base.tokenize(captions[part])))
         return torch.cat(scores)
 
 
 def load_clip(place: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
-    """The CLIP model of `model.clip` and its picture preparation; None without one.
+    """The CLIP model of `model.clip` and its image preparation; None without one.
 
     Raises:
         UserMistake: it is not there.
@@ -177,7 +177,7 @@ def load_clip(place: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """Real pictures to compare with, and the units of the distances to them."""
+    """Real images to compare with, and the units of the distances to them."""
 
     own: torch.Tensor  # (M, D) features as they came
     standardise: bool  # style features: in units of the reference's spread; FID and KID want them raw

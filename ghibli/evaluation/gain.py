@@ -16,22 +16,22 @@ class Gain(Estimate):
 
     @property
     def size(self) -> str:
-        """`4.1 % +- 0.3 %`, without the error where one picture gives none."""
+        """`4.1 % +- 0.3 %`, without the error where one image gives none."""
         error = "" if math.isnan(self.standard_error) else f" +- {100 * self.standard_error:.1f} %"
         return f"{abs(100 * self.value):.1f} %{error}"
 
     def __str__(self) -> str:
         word = "better" if self.value >= 0 else "WORSE"
-        return f"{word} than the base by {self.size} on held-out pictures"
+        return f"{word} than the base by {self.size} on held-out images"
 
 
 def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
-    """1 - sum(losses) / sum(base_losses) with its jackknife standard error over pictures.
+    """1 - sum(losses) / sum(base_losses) with its jackknife standard error over images.
 
     Args:
-        losses, base_losses: (P, K) of P pictures with K items each, on the same items.
+        losses, base_losses: (P, K) of P images with K items each, on the same items.
 
-    The standard error leaves out one picture at a time (Efron & Stein 1981); nan for one picture.
+    The standard error leaves out one image at a time (Efron & Stein 1981); nan for one image.
     """
     ours, base = losses.double().sum(1), base_losses.double().sum(1)
     value = 1 - ours.sum() / base.sum()
@@ -44,7 +44,7 @@ def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
 
 
 def paired_difference(losses: torch.Tensor, others: torch.Tensor) -> tuple[float, float]:
-    """Mean of losses - others, both (P, K), and its standard error over pictures; nan for one picture."""
+    """Mean of losses - others, both (P, K), and its standard error over images; nan for one image."""
     difference = (losses.double() - others.double()).mean(1)
     if len(difference) < 2:
         return difference.mean().item(), float("nan")
@@ -55,9 +55,9 @@ def paired_difference(losses: torch.Tensor, others: torch.Tensor) -> tuple[float
 class Probe:
     """One look at a model: its losses on the items, beside the untouched base's at guidance 1."""
 
-    val: torch.Tensor  # (P, K) held-out pictures, at the training guidance
+    val: torch.Tensor  # (P, K) held-out images, at the training guidance
     val_g1: torch.Tensor  # (P, K) the same, the conditional branch alone
-    train: torch.Tensor  # (Q, K) a fixed part of the training pictures, at the training guidance
+    train: torch.Tensor  # (Q, K) a fixed part of the training images, at the training guidance
     base_val: torch.Tensor  # (P, K) the base at guidance 1
     base_train: torch.Tensor  # (Q, K)
 
@@ -77,7 +77,7 @@ class Probe:
 
     @property
     def broken(self) -> list[int]:
-        """The pictures, held-out ones first, with a score that is no number, the model's or the base's."""
+        """The images, held-out ones first, with a score that is no number, the model's or the base's."""
         scores = torch.cat([self.val + self.base_val, self.train + self.base_train])
         return (~scores.isfinite().all(1)).nonzero()[:, 0].tolist()
 
@@ -86,12 +86,12 @@ class Diverged(UserError):
     """The scores of an epoch are no numbers.
 
     Args:
-        items: name and timesteps of each picture with such a score.
+        items: name and timesteps of each image with such a score.
     """
 
     def __init__(self, items: list[tuple[str, list[int]]], epoch: int, lr: float):
         words = [f"{name} at timesteps {', '.join(map(str, timesteps))}" for name, timesteps in items[:3]]
-        more = f" and {len(items) - len(words)} more pictures" if len(items) > len(words) else ""
+        more = f" and {len(items) - len(words)} more images" if len(items) > len(words) else ""
         super().__init__(
             f"the run diverged: after epoch {epoch} the probe's loss is not finite for "
             f"{'; '.join(words)}{more}; start it again with a lower learning rate (optimizer.lr was {lr:g}); "
@@ -109,7 +109,7 @@ def significant_best(history: list[Probe]) -> Gain:
     """The best gain so far, which only moves by more than the paired difference's standard error.
 
     An epoch that is better by chance alone does not count, so waiting for it to move ends
-    once learning has. With one held-out picture there is no error, and any improvement counts.
+    once learning has. With one held-out image there is no error, and any improvement counts.
     """
     best = history[0]
     for probe in history[1:]:

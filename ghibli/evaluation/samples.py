@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ghibli.config.schema import Config
-from ghibli.data.folder import CaptionedPicture
+from ghibli.data.folder import CaptionedImage
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.evaluation.features import FeatureExtractor
-from ghibli.images.read import open_picture
+from ghibli.images.read import open_image
 from ghibli.images.resize import preprocess
 from ghibli.models.base import BaseModel, weights_hash
 from ghibli.runtime.cache import cached, file_of
@@ -27,7 +27,7 @@ def two_at_a_time(tasks: Iterable[Callable[[], Result]], device: torch.device) -
     """What the tasks return, in their order; one after the other on a GPU or a single core.
 
     torch's operations release Python's lock, so two threads keep two halves of the cores busy: on the
-    demo's UNet, whose operations are short, a third more pictures. A task's
+    demo's UNet, whose operations are short, a third more images. A task's
     result depends on the number of threads by rounding, and on nothing else.
 
     Args:
@@ -53,8 +53,8 @@ def two_at_a_time(tasks: Iterable[Callable[[], Result]], device: torch.device) -
 
 
 VERSION = 3  # to be raised when sampling or measuring changes
-KEPT = 8  # pictures of a cell that are kept to look at
-THUMBNAIL = 16  # px; copies of training pictures are looked for at this size
+KEPT = 8  # images of a cell that are kept to look at
+THUMBNAIL = 16  # px; copies of training images are looked for at this size
 
 Measurements = dict[str, torch.Tensor]  # features (N, D), thumbnails (N, 768), kept; caption_fit (N,)
 
@@ -73,12 +73,12 @@ class Job(NamedTuple):
         return self.model, self.cell, self.count
 
     def whole(self, jobs: list["Job"]) -> "Job":
-        """The first of these jobs, itself among them, that draws its pictures, and maybe more after them."""
+        """The first of these jobs, itself among them, that draws its images, and maybe more after them."""
         return next(job for job in jobs if job.name[:2] == self.name[:2] and job.count >= self.count)
 
 
 class SampleCache:
-    """Measures real pictures and sampled cells, each once.
+    """Measures real images and sampled cells, each once.
 
     Args:
         captions: what is drawn, again and again with other start noise where samples outnumber them.
@@ -90,35 +90,35 @@ class SampleCache:
         self.common = {"version": VERSION, "resolution": config.model.resolution} | yardstick.hashes
         self.files: dict[Any, str] = {}  # label or (model, cell, count) -> the file of its measurements
 
-    def measure_real(self, label: str, pictures: list[CaptionedPicture]) -> Measurements:
-        """Measures picture files."""
+    def measure_real(self, label: str, images: list[CaptionedImage]) -> Measurements:
+        """Measures image files."""
         size = self.config.model.resolution, self.config.data.square_resize
         step = self.config.evaluate.batch_size
 
         def parts() -> Iterable[Measurements]:
             with counted(label) as on_progress:
-                for start in range(0, len(pictures), step):
-                    part = pictures[start : start + step]
-                    values = [preprocess(open_picture(p.path), *size) / 2 + 0.5 for p in part]
+                for start in range(0, len(images), step):
+                    part = images[start : start + step]
+                    values = [preprocess(open_image(p.path), *size) / 2 + 0.5 for p in part]
                     yield self._measured(torch.stack(values), [p.caption for p in part])
-                    on_progress(start + len(part), len(pictures))
+                    on_progress(start + len(part), len(images))
 
-        key = {"pictures": [(p.content_hash, p.caption) for p in pictures], "resize": size[1]}
+        key = {"images": [(p.content_hash, p.caption) for p in images], "resize": size[1]}
         return self._cached(label, key, lambda: joined(parts()))
 
-    def thumbnails(self, label: str, pictures: list[CaptionedPicture]) -> torch.Tensor:
-        """Thumbnails (N, 768) of picture files, which need no network."""
+    def thumbnails(self, label: str, images: list[CaptionedImage]) -> torch.Tensor:
+        """Thumbnails (N, 768) of image files, which need no network."""
         size = self.config.model.resolution, self.config.data.square_resize
 
         def make() -> dict[str, torch.Tensor]:
             with counted(label) as on_progress:
                 rows = []
-                for picture in pictures:
-                    rows.append(thumbnails_of(preprocess(open_picture(picture.path), *size)[None] / 2 + 0.5))
-                    on_progress(len(rows), len(pictures))
+                for image in images:
+                    rows.append(thumbnails_of(preprocess(open_image(image.path), *size)[None] / 2 + 0.5))
+                    on_progress(len(rows), len(images))
             return {"thumbnails": torch.cat(rows)}
 
-        key = {"thumbnails": [picture.content_hash for picture in pictures], "resize": size[1]}
+        key = {"thumbnails": [image.content_hash for image in images], "resize": size[1]}
         return self._cached(label, key, make)["thumbnails"]
 
     def sample_all(self, jobs: list[Job]) -> dict[tuple[str, Cell, int], Measurements]:
@@ -160,7 +160,7 @@ class SampleCache:
         """Samples and measures a model as it is now; nothing is kept."""
         job = Job("", base, cell, count)
         passes, done = self._passes(job) * self.config.sample.num_inference_steps, [0]
-        with counted(f"drawing {count} pictures to measure") as on_progress:
+        with counted(f"drawing {count} images to measure") as on_progress:
 
             def on_step() -> None:
                 done[0] += 1 if cell.guidance == 1 else 2
@@ -190,22 +190,22 @@ class SampleCache:
 
         def measured(start: int) -> Measurements:
             part = prompts[start : start + step]
-            pictures = sample(
+            images = sample(
                 job.base, part, job.cell,
                 seeds=[self.config.sample.seed + start + i for i in range(len(part))],
                 num_inference_steps=self.config.sample.num_inference_steps,
                 resolution=self.config.model.resolution, on_step=on_step,
             )  # fmt: skip
-            return self._measured(pictures, part)
+            return self._measured(images, part)
 
         batches = [partial(measured, start) for start in range(0, job.count, step)]
         yield from two_at_a_time(batches, next(job.base.unet.parameters()).device)
 
-    def _measured(self, pictures: torch.Tensor, captions: list[str]) -> Measurements:
-        """A row for each picture."""
-        return self.yardstick.measure(pictures, captions) | {
-            "thumbnails": thumbnails_of(pictures),
-            "kept": (pictures * 255).round().to(torch.uint8),
+    def _measured(self, images: torch.Tensor, captions: list[str]) -> Measurements:
+        """A row for each image."""
+        return self.yardstick.measure(images, captions) | {
+            "thumbnails": thumbnails_of(images),
+            "kept": (images * 255).round().to(torch.uint8),
         }
 
     def _cached(self, what: Any, key: dict[str, Any], make: Callable[[], Measurements]) -> Measurements:
@@ -215,7 +215,7 @@ class SampleCache:
 
 
 def joined(parts: Iterable[Measurements]) -> Measurements:
-    """The rows of all parts in their order, the first KEPT pictures."""
+    """The rows of all parts in their order, the first KEPT images."""
     rows: dict[str, list[torch.Tensor]] = {}
     for part in parts:
         for name, values in part.items():
@@ -224,6 +224,6 @@ def joined(parts: Iterable[Measurements]) -> Measurements:
     return {name: torch.cat(values) for name, values in rows.items()}
 
 
-def thumbnails_of(pictures: torch.Tensor) -> torch.Tensor:
-    """Small copies (N, 768) of pictures (N, 3, H, W)."""
-    return torch.nn.functional.adaptive_avg_pool2d(pictures, THUMBNAIL).flatten(1)
+def thumbnails_of(images: torch.Tensor) -> torch.Tensor:
+    """Small copies (N, 768) of images (N, 3, H, W)."""
+    return torch.nn.functional.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)

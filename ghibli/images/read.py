@@ -8,15 +8,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ghibli.runtime.errors import UserError
 
-PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class Unusable(Exception):
-    """A picture that cannot be trained on; its text says why."""
+    """An image that cannot be trained on; its text says why."""
 
 
-def check_picture(path: Path, min_side: int) -> Image.Image:
-    """The picture, perhaps reduced to `min_side`; reads the whole file, so a cut-off one is found.
+def check_image(path: Path, min_side: int) -> Image.Image:
+    """The image, perhaps reduced to `min_side`; reads the whole file, so a cut-off one is found.
 
     Raises:
         Unusable: with the reason.
@@ -25,29 +25,29 @@ def check_picture(path: Path, min_side: int) -> Image.Image:
         raise Unusable("that is a folder" if path.is_dir() else "the file is missing")
     if path.stat().st_size == 0:
         raise Unusable("the file is empty")
-    picture, (width, height) = read_picture(path, at_least=min_side)
+    image, (width, height) = read_image(path, at_least=min_side)
     if min(width, height) < min_side:
         raise Unusable(f"it is too small: {width}x{height} px, data.min_side={min_side}")
-    return picture
+    return image
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The whole picture as 8-bit RGB, turned as its EXIF says, transparency on white.
+def open_image(path: Path) -> Image.Image:
+    """The whole image as 8-bit RGB, turned as its EXIF says, transparency on white.
 
     Raises:
         UserMistake: the file was changed since it was checked.
     """
     try:
-        return read_picture(path)[0]
+        return read_image(path)[0]
     except (Unusable, OSError) as reason:
         raise UserError(f"{path} was readable a moment ago and is not any more: {reason}") from reason
 
 
-def read_picture(path: Path, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """(picture as 8-bit RGB, its size in the file).
+def read_image(path: Path, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """(image as 8-bit RGB, its size in the file).
 
     Args:
-        at_least: px; a JPEG may be decoded that small, which is quick. None: the whole picture.
+        at_least: px; a JPEG may be decoded that small, which is quick. None: the whole image.
 
     Raises:
         Unusable: Pillow cannot read the file, or makes no colours of it.
@@ -63,7 +63,7 @@ def read_picture(path: Path, at_least: int | None = None) -> tuple[Image.Image, 
                 ImageOps.exif_transpose(file, in_place=True)
                 return to_rgb(file), size
     except UnidentifiedImageError:
-        raise Unusable("it is no picture, whatever its name says") from None
+        raise Unusable("it is no image, whatever its name says") from None
     except Image.DecompressionBombError:
         raise Unusable(f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
     except MemoryError:
@@ -72,23 +72,23 @@ def read_picture(path: Path, at_least: int | None = None) -> tuple[Image.Image, 
         raise Unusable(f"it is damaged or of an unknown kind: {error}") from error
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; transparency becomes white, 16 bits are scaled to 8."""
-    if picture.mode == "F":
+    if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
-    if picture.mode.startswith("I"):
-        return sixteen_bit_to_rgb(picture)
-    if picture.has_transparency_data:
-        opaque = Image.new("RGB", picture.size, "white")
-        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-        opaque.paste(picture, mask=picture)
+    if image.mode.startswith("I"):
+        return sixteen_bit_to_rgb(image)
+    if image.has_transparency_data:
+        opaque = Image.new("RGB", image.size, "white")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        opaque.paste(image, mask=image)
         return opaque
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def sixteen_bit_to_rgb(picture: Image.Image) -> Image.Image:
-    """A 16-bit grey picture (0 .. 65535) as 8-bit RGB; Pillow's own conversion clips at 255."""
-    grey = np.asarray(picture).astype(np.float32)
+def sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image (0 .. 65535) as 8-bit RGB; Pillow's own conversion clips at 255."""
+    grey = np.asarray(image).astype(np.float32)
     np.clip(grey, 0, 65535, out=grey)
     grey /= 257  # in place: a large scan is many megabytes
     return Image.fromarray(np.rint(grey, out=grey).astype(np.uint8)).convert("RGB")

@@ -24,25 +24,25 @@ def sizes(resolution: int) -> list[Size]:
     return found
 
 
-def size_for(picture: Size, resolution: int, resize: str) -> Size:
-    """What a picture of this size is scaled and cut to; with `bucket` the shape nearest to its own."""
+def size_for(image: Size, resolution: int, resize: str) -> Size:
+    """What an image of this size is scaled and cut to; with `bucket` the shape nearest to its own."""
     if resize != "bucket":
         return resolution, resolution
-    own = math.log(picture[0] / picture[1])
+    own = math.log(image[0] / image[1])
     return min(sizes(resolution), key=lambda size: (abs(math.log(size[0] / size[1]) - own), size))
 
 
-def preprocess(picture: Image.Image, resolution: int, resize: str) -> torch.Tensor:
-    """RGB picture -> pixel_values (3, resolution, resolution), float32 in -1 .. 1.
+def preprocess(image: Image.Image, resolution: int, resize: str) -> torch.Tensor:
+    """RGB image -> pixel_values (3, resolution, resolution), float32 in -1 .. 1.
 
     `squash` scales both sides to the square as the slides' Resize((512, 512)) does; `center_crop`
     covers the square and cuts the middle; `bucket` covers the shape of about the square's area that
-    is nearest to the picture's own, (3, height, width). Lanczos, antialiased.
+    is nearest to the image's own, (3, height, width). Lanczos, antialiased.
     """
-    size = size_for(picture.size, resolution, resize)
+    size = size_for(image.size, resolution, resize)
     if resize == "squash":
-        scaled = picture.resize(size, Image.Resampling.LANCZOS)
+        scaled = image.resize(size, Image.Resampling.LANCZOS)
     else:
-        scaled = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+        scaled = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     values = np.asarray(scaled, dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(values).permute(2, 0, 1).contiguous()

@@ -24,7 +24,7 @@ from ghibli.training.module import GhibliModule
 
 SAME = 1e-4  # of the largest predicted noise: a file that differs more from the live model is refused
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # latents, timesteps, input_ids
-PICTURES = ("samples/adapter.png", "samples/fine-tuned.png", "evaluation.png")
+IMAGES = ("samples/adapter.png", "samples/fine-tuned.png", "evaluation.png")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Pr
         save_pipeline(trained_base(run, config), folder / "merged")
         files.append(folder / "merged")
     proofs = [prove(file, config, inputs, live, untouched) for file in files]
-    for name in PICTURES:
+    for name in IMAGES:
         copy_or_remove(run.path / name, folder / name)
     lines = [f"`{proof.file.name}`: {proof.words}" for proof in proofs] + notes
     write_text(folder / "README.md", model_card(run, config, run.path.name, lines))

@@ -26,7 +26,7 @@ NO_ROOM = ("out of memory", "not enough memory", "can't allocate memory", "alloc
 
 @dataclass(frozen=True)
 class Request:
-    """How to draw; picture i has the start noise of seed + i, whatever else is drawn with it."""
+    """How to draw; image i has the start noise of seed + i, whatever else is drawn with it."""
 
     prompts: list[str]
     sampler: str  # ddim or ddpm
@@ -35,7 +35,7 @@ class Request:
     seed: int
     size: tuple[int, int]  # width, height in px
     negative: str = ""
-    batch: int = 4  # pictures drawn together
+    batch: int = 4  # images drawn together
     scale: float = 1.0  # of all adapters
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ def lost_words(prompts: list[str], base: BaseModel) -> list[str]:
 def draw(
     dressed: LoadedModel, request: Request, label: str = "drawing", count: Count = counted
 ) -> torch.Tensor:
-    """Pictures (N, 3, height, width), float32 in 0 .. 1, one for each prompt.
+    """Images (N, 3, height, width), float32 in 0 .. 1, one for each prompt.
 
     Args:
         label: what is being done, in words.
@@ -137,31 +137,29 @@ def enough_memory() -> Iterator[None]:
         raise UserError("not enough memory: draw fewer at once or smaller (--batch, --size)") from error
 
 
-def write_pictures(
-    pictures: torch.Tensor, request: Request, dressed: LoadedModel, folder: Path
-) -> list[Path]:
+def write_images(images: torch.Tensor, request: Request, dressed: LoadedModel, folder: Path) -> list[Path]:
     """000.png, 001.png, ... each with the settings that make it, as JSON and as A1111 writes them."""
     files = []
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         alone = replace(request, prompts=[request.prompts[number]], seed=request.seed + number)
         note = PngInfo()
         note.add_text("ghibli", json.dumps(asdict(alone) | worn(dressed), ensure_ascii=False))
         note.add_text("parameters", parameters(alone, dressed))
         file = folder / f"{number:03d}.png"
-        write_png(file, to_image(picture), note)
+        write_png(file, to_image(image), note)
         files.append(file)
     return files
 
 
 def worn(dressed: LoadedModel) -> dict[str, object]:
-    """Base and adapters, for a picture's note."""
+    """Base and adapters, for an image's note."""
     model = dressed.config.model
     merged = {} if model.adapter is None else {"merged": model.adapter, "merged_scale": model.adapter_scale}
     return {"base": model.path, **merged, "adapters": dressed.names, "weights": dressed.weights}
 
 
 def parameters(request: Request, dressed: LoadedModel) -> str:
-    """The text that A1111 puts into its pictures and reads from them."""
+    """The text that A1111 puts into its images and reads from them."""
     negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
     width, height = request.size
     return (
@@ -171,15 +169,15 @@ def parameters(request: Request, dressed: LoadedModel) -> str:
     )
 
 
-def write_png(file: Path, picture: Image.Image, note: PngInfo | None = None) -> None:
+def write_png(file: Path, image: Image.Image, note: PngInfo | None = None) -> None:
     """Atomically."""
-    write_atomically(file, lambda opened: picture.save(opened, "PNG", pnginfo=note))
+    write_atomically(file, lambda opened: image.save(opened, "PNG", pnginfo=note))
 
 
-def beside_base(dressed: LoadedModel, request: Request, pictures: torch.Tensor) -> Image.Image:
+def beside_base(dressed: LoadedModel, request: Request, images: torch.Tensor) -> Image.Image:
     """A sheet: for each prompt the base above, what was drawn below, from the same start noise."""
     base = draw(dressed, replace(request, scale=0.0), "drawing what the base makes of it")
-    rows = [("base", base[:, None]), ("adapter", pictures[:, None])]
+    rows = [("base", base[:, None]), ("adapter", images[:, None])]
     cell = Cell(request.sampler, request.guidance)
     return compose_grid(rows, request.prompts, [cell.label], f"seed {request.seed}")
 

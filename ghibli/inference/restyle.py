@@ -14,9 +14,9 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ghibli.data.folder import SUBFOLDERS, list_pictures, read_beside
+from ghibli.data.folder import SUBFOLDERS, list_images, read_beside
 from ghibli.diffusion.samplers import SAMPLERS, make_scheduler
-from ghibli.images.read import PICTURE_ENDINGS, Unusable, read_picture
+from ghibli.images.read import IMAGE_ENDINGS, Unusable, read_image
 from ghibli.inference.generate import check_seed, enough_memory, write_png
 from ghibli.inference.load import LoadedModel
 from ghibli.models.load import quiet
@@ -70,7 +70,7 @@ def photos_of(paths: Iterable[Path], prompt: str | None, style: str) -> list[Pho
     """
     found = [named for path in paths for named in with_words(path.expanduser(), captions=prompt is None)]
     if not found:
-        raise UserError("no pictures there: name files, or a folder that holds some")
+        raise UserError("no images there: name files, or a folder that holds some")
     silent = [path for path, words in found if not (prompt or words)]
     if silent:
         raise UserError(
@@ -82,16 +82,16 @@ def photos_of(paths: Iterable[Path], prompt: str | None, style: str) -> list[Pho
 def with_words(path: Path, *, captions: bool) -> list[tuple[Path, str | None]]:
     """(file, caption or None) of one file, whose caption is looked for if wanted, or of a folder."""
     if path.is_dir():
-        return [(file, words or beside(file)) for _, file, words in list_pictures(path, "photo")]
+        return [(file, words or beside(file)) for _, file, words in list_images(path, "photo")]
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix.lower() not in PICTURE_ENDINGS:
-        raise UserError(f"{path.name} is no picture: {', '.join(sorted(PICTURE_ENDINGS))} are read")
+    if path.suffix.lower() not in IMAGE_ENDINGS:
+        raise UserError(f"{path.name} is no image: {', '.join(sorted(IMAGE_ENDINGS))} are read")
     if not captions:
         return [(path, None)]
     inside = path.resolve().parent
     root = inside.parent if inside.name in SUBFOLDERS else inside
-    named = {file.resolve(): words for _, file, words in list_pictures(root, "photo")}
+    named = {file.resolve(): words for _, file, words in list_images(root, "photo")}
     return [(path, named.get(path.resolve()) or beside(path))]
 
 
@@ -160,7 +160,7 @@ def restyle_all(
     with counted("restyling") as on_progress:
         for done, (photo, file) in enumerate(zip(photos, files, strict=True), start=1):
             try:
-                before = read_picture(photo.path)[0]
+                before = read_image(photo.path)[0]
             except (Unusable, OSError) as reason:
                 console.print(f"{photo.path.name} is left out: {reason}", style="yellow", markup=False)
                 continue

@@ -1,6 +1,6 @@
-"""The checker that comes with Stable Diffusion 1.5: pictures that it takes for unsafe become black.
+"""The checker that comes with Stable Diffusion 1.5: images that it takes for unsafe become black.
 
-It compares a picture with some concepts by CLIP and errs both ways (Rando et al. 2022, "Red-Teaming the
+It compares an image with some concepts by CLIP and errs both ways (Rando et al. 2022, "Red-Teaming the
 Stable Diffusion Safety Filter").
 """
 
@@ -14,7 +14,7 @@ from ghibli.models.base import place_of
 from ghibli.models.load import quiet
 from ghibli.runtime.errors import UserError, first_line
 
-FOLDER = "safety_checker"  # in the base's folder; feature_extractor/ prepares its pictures
+FOLDER = "safety_checker"  # in the base's folder; feature_extractor/ prepares its images
 
 
 def has_checker(base: str) -> bool:
@@ -43,14 +43,13 @@ class SafetyChecker:
             raise UserError(f"the safety checker of {base} does not load: {first_line(error)}") from error
 
     @torch.inference_mode()
-    def black_out(self, pictures: list[Image.Image]) -> tuple[list[Image.Image], int]:
-        """The pictures, those taken for unsafe all black, and how many these are."""
-        prepared = self._prepare(pictures, return_tensors="pt").pixel_values
-        arrays = [np.asarray(picture).astype(np.float32) for picture in pictures]
+    def black_out(self, images: list[Image.Image]) -> tuple[list[Image.Image], int]:
+        """The images, those taken for unsafe all black, and how many these are."""
+        prepared = self._prepare(images, return_tensors="pt").pixel_values
+        arrays = [np.asarray(image).astype(np.float32) for image in images]
         with quiet("diffusers"):
             _, unsafe = self._judge(images=arrays, clip_input=prepared)
         shown = [
-            Image.new("RGB", picture.size) if bad else picture
-            for picture, bad in zip(pictures, unsafe, strict=True)
+            Image.new("RGB", image.size) if bad else image for image, bad in zip(images, unsafe, strict=True)
         ]
         return shown, sum(unsafe)

@@ -52,11 +52,11 @@ class BaseModel:
         return self.text_encoder(input_ids, return_dict=True).last_hidden_state
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (B, 4, h, w) -> pictures (B, 3, 8h, 8w), float32 in 0 .. 1, one at a time."""
-        pictures = [
+        """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), float32 in 0 .. 1, one at a time."""
+        images = [
             self.vae.decode(one[None].float() / self.vae.config.scaling_factor).sample for one in latents
         ]
-        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
     def to(self, device: torch.device) -> "BaseModel":
         """Moves every part to the device."""

@@ -1,4 +1,4 @@
-"""Captions from BLIP (Li et al. 2022, arXiv 2201.12086) for the pictures that have none."""
+"""Captions from BLIP (Li et al. 2022, arXiv 2201.12086) for the images that have none."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ghibli.config.paths import PICKLES, convert
-from ghibli.data.folder import LAYOUTS, list_pictures, read_beside
-from ghibli.images.read import Unusable, check_picture, read_picture
+from ghibli.data.folder import LAYOUTS, list_images, read_beside
+from ghibli.images.read import Unusable, check_image, read_image
 from ghibli.models.base import place_of
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import quiet
@@ -36,14 +36,14 @@ MANUALLY = (
 class Captioned:
     """What was done in a folder."""
 
-    written: dict[str, str]  # picture -> its new caption
-    had_one: int  # pictures whose captions were left alone
-    skipped: dict[str, str]  # picture -> why it got none
+    written: dict[str, str]  # image -> its new caption
+    had_one: int  # images whose captions were left alone
+    skipped: dict[str, str]  # image -> why it got none
     table: Path  # where the new ones are
 
 
 class Blip:
-    """The model with what prepares its pictures and reads its words."""
+    """The model with what prepares its images and reads its words."""
 
     def __init__(self, path: str, device: torch.device):
         """Loads it from a folder or the hub.
@@ -70,9 +70,9 @@ class Blip:
         self.model.to(device).eval()
         self.device = device
 
-    def __call__(self, pictures: list[Image.Image]) -> list[str]:
-        """RGB pictures of any size -> a caption each; which others are in the batch changes none."""
-        pixels = self.processor(images=pictures, return_tensors="pt").pixel_values.to(self.device)
+    def __call__(self, images: list[Image.Image]) -> list[str]:
+        """RGB images of any size -> a caption each; which others are in the batch changes none."""
+        pixels = self.processor(images=images, return_tensors="pt").pixel_values.to(self.device)
         with torch.inference_mode():
             tokens = self.model.generate(pixel_values=pixels, **HOW)
         words = self.processor.batch_decode(tokens, skip_special_tokens=True)
@@ -119,32 +119,32 @@ def caption_folder(
     batch_size: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Captioned:
-    """Writes a line of captions.txt for every picture without a caption; what is there stays as it is.
+    """Writes a line of captions.txt for every image without a caption; what is there stays as it is.
 
     The file is written after every batch, so a run that was killed goes on where it stopped.
 
     Args:
-        root: a picture folder of any layout.
-        make: loads what captions a batch of pictures; called only if there is anything to caption.
-        batch_size: pictures captioned together.
-        on_progress: called with (pictures done, pictures in all).
+        root: an image folder of any layout.
+        make: loads what captions a batch of images; called only if there is anything to caption.
+        batch_size: images captioned together.
+        on_progress: called with (images done, images in all).
 
     Raises:
-        UserMistake: no such folder, no pictures in it, a caption file that cannot be read.
+        UserMistake: no such folder, no images in it, a caption file that cannot be read.
     """
     require_folder("folder", root)
     root = root.expanduser()
-    listed = list_pictures(root, "folder")
+    listed = list_images(root, "folder")
     if not listed:
-        raise UserError(f"folder={root}: no pictures found; supported layouts: {LAYOUTS}")
+        raise UserError(f"folder={root}: no images found; supported layouts: {LAYOUTS}")
     skipped: dict[str, str] = {}
     open_ones = [(name, path) for name, path, words in listed if wants_caption(name, path, words, skipped)]
     done = Captioned({}, len(listed) - len(open_ones) - len(skipped), skipped, root / TABLE)
     captioner = make() if open_ones else None
     for start in range(0, len(open_ones), batch_size):
         batch = open_ones[start : start + batch_size]
-        pictures = {name: picture for name, path in batch if (picture := opened(name, path, skipped))}
-        captions = dict(zip(pictures, captioner(list(pictures.values())), strict=True)) if pictures else {}
+        images = {name: image for name, path in batch if (image := opened(name, path, skipped))}
+        captions = dict(zip(images, captioner(list(images.values())), strict=True)) if images else {}
         skipped |= {name: "the model had no words for it" for name, words in captions.items() if not words}
         new = {name: words for name, words in captions.items() if words}
         add_lines(done.table, new)
@@ -154,7 +154,7 @@ def caption_folder(
 
 
 def wants_caption(name: str, path: Path, words: str | None, skipped: dict[str, str]) -> bool:
-    """Has no caption file words for it? A picture that cannot get any is noted in `skipped`."""
+    """Has no caption file words for it? An image that cannot get any is noted in `skipped`."""
     try:
         if words or read_beside(path):
             return False
@@ -168,10 +168,10 @@ def wants_caption(name: str, path: Path, words: str | None, skipped: dict[str, s
 
 
 def opened(name: str, path: Path, skipped: dict[str, str]) -> Image.Image | None:
-    """The picture as training sees it; None, noted in `skipped`, if it cannot be read."""
+    """The image as training sees it; None, noted in `skipped`, if it cannot be read."""
     try:
-        check_picture(path, min_side=1)
-        return read_picture(path)[0]
+        check_image(path, min_side=1)
+        return read_image(path)[0]
     except (Unusable, OSError) as reason:
         skipped[name] = str(reason)
         return None

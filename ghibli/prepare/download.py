@@ -1,4 +1,4 @@
-"""Picture sets from elsewhere -> a plain folder: zip files, parquet shards, the hub, Kaggle."""
+"""Image sets from elsewhere -> a plain folder: zip files, parquet shards, the hub, Kaggle."""
 
 import hashlib
 import os
@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from ghibli.data.folder import list_pictures
-from ghibli.images.read import PICTURE_ENDINGS
+from ghibli.data.folder import list_images
+from ghibli.images.read import IMAGE_ENDINGS
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.load import is_here
 from ghibli.runtime.errors import UserError, first_line
@@ -23,7 +23,7 @@ KAGGLE_SET = "shubham1921/real-to-ghibli-image-dataset-5k-paired-images"
 BY_HAND = (
     f"download the set {KAGGLE_SET} with a browser from kaggle.com, then: ghibli prepare --data archive.zip"
 )
-READ = {*PICTURE_ENDINGS, ".txt", ".jsonl", ".csv", ".parquet"}  # what is unpacked of a zip
+READ = {*IMAGE_ENDINGS, ".txt", ".jsonl", ".csv", ".parquet"}  # what is unpacked of a zip
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg"}  # where it is not the name of the kind
 ROOM = 2**30  # bytes of disk that stay free
 TEXT_COLUMNS = ("text", "caption", "prompt")
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 
 def fetch(data: str, into: Path, on_progress: Progress) -> Path:
-    """The folder of pictures that `data` names, unpacked or downloaded below `into` if need be.
+    """The folder of images that `data` names, unpacked or downloaded below `into` if need be.
 
     Args:
         data: a folder, a .zip or .parquet file, `kaggle`, or a hub data set OWNER/NAME.
@@ -42,24 +42,24 @@ def fetch(data: str, into: Path, on_progress: Progress) -> Path:
     """
     place = Path(data).expanduser()
     if data == "kaggle":
-        return with_pictures(from_kaggle())
+        return with_images(from_kaggle())
     if place.is_dir():
-        return unpacked(with_pictures(place), into, place.resolve().name, on_progress)
+        return unpacked(with_images(place), into, place.resolve().name, on_progress)
     if place.is_file():
         if place.suffix.lower() == ".parquet":
             return from_parquet([place], into / name_of(place.stem, [place]), on_progress)
-        folder = with_pictures(from_zip(place, into / name_of(place.stem, [place]), on_progress))
-        return unpacked(folder, into, f"{place.stem}-pictures", on_progress)
+        folder = with_images(from_zip(place, into / name_of(place.stem, [place]), on_progress))
+        return unpacked(folder, into, f"{place.stem}-images", on_progress)
     if data.count("/") == 1 and not data.startswith((".", "/", "~")):
         return unpacked(from_hub(data), into, data.replace("/", "--"), on_progress)
     raise UserError(f"--data {data}: no such folder or file, and no hub data set (OWNER/NAME) or kaggle")
 
 
-def with_pictures(folder: Path) -> Path:
+def with_images(folder: Path) -> Path:
     """The folder, or the only folder in it if it holds nothing else: zip files often wrap one."""
     while True:
         inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__MACOSX"))]
-        if len(inside) != 1 or not inside[0].is_dir() or list_pictures(folder):
+        if len(inside) != 1 or not inside[0].is_dir() or list_images(folder):
             return folder
         folder = inside[0]
 
@@ -73,9 +73,9 @@ def name_of(stem: str, files: list[Path]) -> str:
 
 
 def unpacked(folder: Path, into: Path, name: str, on_progress: Progress) -> Path:
-    """The folder itself, or the pictures of its parquet shards, below `into`, if it has no others."""
+    """The folder itself, or the images of its parquet shards, below `into`, if it has no others."""
     shards = sorted(folder.rglob("*.parquet"))
-    if not shards or list_pictures(folder):
+    if not shards or list_images(folder):
         return folder
     training = [shard for shard in shards if shard.name.startswith("train")]
     shards = training or shards
@@ -96,7 +96,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def from_zip(file: Path, target: Path, on_progress: Progress) -> Path:
-    """Unpacks pictures and captions of a zip file; nothing lands outside `target`.
+    """Unpacks images and captions of a zip file; nothing lands outside `target`.
 
     Raises:
         UserMistake: damaged, encrypted, nothing to unpack, or more than the disk holds.
@@ -108,7 +108,7 @@ def from_zip(file: Path, target: Path, on_progress: Progress) -> Path:
             members = [info for info in archive.infolist() if is_wanted(info)]
             check_room(sum(info.file_size for info in members), target.parent, f"--data {file}")
             if not members:
-                raise UserError(f"--data {file}: no pictures in it")
+                raise UserError(f"--data {file}: no images in it")
             with whole_folder(target) as folder:
                 for done, info in enumerate(members, start=1):
                     archive.extract(info, folder)  # the library drops .. and leading slashes
@@ -121,7 +121,7 @@ def from_zip(file: Path, target: Path, on_progress: Progress) -> Path:
 
 
 def is_wanted(info: zipfile.ZipInfo) -> bool:
-    """Is it a picture or a file of captions, and not one of macOS's shadows?"""
+    """Is it an image or a file of captions, and not one of macOS's shadows?"""
     path = PurePosixPath(info.filename)
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
     return not info.is_dir() and not hidden and path.suffix.lower() in READ
@@ -152,10 +152,10 @@ def check_room_for_base(name: str) -> None:
 
 
 def from_parquet(shards: list[Path], target: Path, on_progress: Progress) -> Path:
-    """Writes the pictures and captions of parquet shards as images/ and captions.txt.
+    """Writes the images and captions of parquet shards as images/ and captions.txt.
 
     Raises:
-        UserMistake: pyarrow is not installed, a damaged file, or no column of pictures.
+        UserMistake: pyarrow is not installed, a damaged file, or no column of images.
     """
     if target.is_dir():
         return target
@@ -178,7 +178,7 @@ def from_parquet(shards: list[Path], target: Path, on_progress: Progress) -> Pat
             column, text = columns(file.schema_arrow, shards[0])
             for batch in file.iter_batches(batch_size=64, columns=[column, *([text] if text else [])]):
                 for row in batch.to_pylist():
-                    name = write_picture(row[column] or {}, folder / "images", len(lines))
+                    name = write_image(row[column] or {}, folder / "images", len(lines))
                     words = row.get(text) or ""
                     first = words[0] if isinstance(words, list) else words  # some sets give several
                     lines.append(f"{name}|{' '.join(str(first).split())}\n")
@@ -188,7 +188,7 @@ def from_parquet(shards: list[Path], target: Path, on_progress: Progress) -> Pat
 
 
 def columns(schema: Any, shard: Path) -> tuple[str, str | None]:
-    """(column of pictures, column of captions or None) of a parquet file of pictures as the hub writes it."""
+    """(column of images, column of captions or None) of a parquet file of images as the hub writes it."""
     found = next(
         (
             field.name
@@ -198,12 +198,12 @@ def columns(schema: Any, shard: Path) -> tuple[str, str | None]:
         None,
     )
     if found is None:
-        raise UserError(f"--data {shard}: no column of pictures among {', '.join(schema.names)}")
+        raise UserError(f"--data {shard}: no column of images among {', '.join(schema.names)}")
     return found, next((name for name in TEXT_COLUMNS if name in schema.names), None)
 
 
-def write_picture(cell: dict[str, Any], folder: Path, number: int) -> str:
-    """Writes one picture's bytes as they are; returns the file's name, with its kind's ending."""
+def write_image(cell: dict[str, Any], folder: Path, number: int) -> str:
+    """Writes one image's bytes as they are; returns the file's name, with its kind's ending."""
     import io
 
     content = cell.get("bytes") or b""

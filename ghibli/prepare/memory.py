@@ -53,7 +53,7 @@ class Live(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one step: for each example and for each px of its picture."""
+    """Bytes of one step: for each example and for each px of its image."""
 
     example: float
     pixel: float
@@ -65,7 +65,7 @@ class Cost:
 def measured(step: Callable[[int, int], Any], side: int) -> Cost:
     """The cost of step(height, width), which works on one example, from its need at two small sizes.
 
-    Every layer's tensors grow with the batch, and with the picture's area or not at all: attention
+    Every layer's tensors grow with the batch, and with the image's area or not at all: attention
     is computed in blocks and keeps no table of all pairs.
     """
 
@@ -96,7 +96,7 @@ class Memory:
         return BESIDE + FRAGMENTS * (self.kept + self.phases[self.highest])
 
 
-def memory(module: GhibliModule, pictures: int, precision: str) -> Memory:
+def memory(module: GhibliModule, images: int, precision: str) -> Memory:
     """What training, probe and grids of this run will take beside what the process holds already.
 
     The model is run on 64 x 64 and 64 x 128 px; what its operations keep alive is counted and scaled
@@ -108,17 +108,17 @@ def memory(module: GhibliModule, pictures: int, precision: str) -> Memory:
 
     Args:
         module: on the CPU, before training; left as it was.
-        pictures: whose latents are kept.
+        images: whose latents are kept.
         precision: Lightning's, such as 32-true or bf16-mixed.
     """
     config, side = module.config, module.config.model.resolution
     cost, loss = costs(module), config.loss
     weights = sum(p.numel() for p in module.trainable.values())
-    latents = latents_size(config, pictures)
+    latents = latents_size(config, images)
     branches = 1 if loss.guidance == 1 else 2
     phases = {
-        "encoding the pictures": cost["encode"].at(side, CHUNK),
-        "the probe": cost["score"].at(side, branches * config.validation.items_per_picture),
+        "encoding the images": cost["encode"].at(side, CHUNK),
+        "the probe": cost["score"].at(side, branches * config.validation.items_per_image),
     }
     if config.finetune != "none":
         phases["training"] = cost["train"].at(side, branches * config.data.batch_size)
@@ -131,9 +131,9 @@ def memory(module: GhibliModule, pictures: int, precision: str) -> Memory:
     return Memory(12.0 * weights + latents, phases)
 
 
-def latents_size(config: Config, pictures: int) -> int:
-    """Bytes of the pictures' codes, in memory and in the cache: mean and log-variance, fp32."""
-    return (2 if config.data.flip else 1) * pictures * 2 * 4 * 4 * (config.model.resolution // 8) ** 2
+def latents_size(config: Config, images: int) -> int:
+    """Bytes of the images' codes, in memory and in the cache: mean and log-variance, fp32."""
+    return (2 if config.data.flip else 1) * images * 2 * 4 * 4 * (config.model.resolution // 8) ** 2
 
 
 def costs(module: GhibliModule) -> dict[str, Cost]:
@@ -202,5 +202,5 @@ def disk(config: Config, weights: int, epochs: int, cells: int) -> Disk:
     every, side = config.sample.every_n_epochs, config.model.resolution
     tile = (side if side >= 256 else 2 * side) ** 2
     grids = 0 if every == 0 else 1 + epochs // every
-    pictures = grids * 2 * cells * len(config.sample.prompts)
-    return Disk(CHECKPOINTS * 12 * weights, 3 * 4 * weights, int(1.5 * tile * pictures))  # a PNG's pixel
+    images = grids * 2 * cells * len(config.sample.prompts)
+    return Disk(CHECKPOINTS * 12 * weights, 3 * 4 * weights, int(1.5 * tile * images))  # a PNG's pixel

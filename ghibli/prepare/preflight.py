@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ghibli.adapters import apply
-from ghibli.config.paths import check_adapter, check_pictures, check_typed_base
+from ghibli.config.paths import check_adapter, check_images, check_typed_base
 from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import left_out
@@ -34,7 +34,7 @@ from ghibli.training.trainer import make_trainer
 
 LEVELS = {"error": "red", "warning": "yellow", "note": None}  # in the order of telling, with their colours
 PREPARED = "prepared.json"  # in conf/local: what `ghibli prepare` saw
-SAID_LATER = {"unusable pictures", "missing captions"}  # when the run encodes the pictures
+SAID_LATER = {"unusable images", "missing captions"}  # when the run encodes the images
 Section = TypeVar("Part")
 
 
@@ -48,7 +48,7 @@ def check(words: list[str]) -> list[Finding]:
     if base:  # before adapter layers change it
         found += since_prepared(config, base)
     data = GhibliDataModule(config, base, run, 0)
-    is_read = attempt(found, "pictures", lambda: read(data))
+    is_read = attempt(found, "images", lambda: read(data))
     trainer = attempt(found, "device", lambda: make_trainer(config, run, CleanStop(run), None))
     module = base and attempt(found, "model", lambda: GhibliModule(config, base))
     if base:
@@ -59,7 +59,7 @@ def check(words: list[str]) -> list[Finding]:
     if trainer:
         found.append(about_device(trainer))
     if is_read:
-        found += about_pictures(data)
+        found += about_images(data)
     if is_read and module and trainer:
         found += about_run(module, data, trainer, run.path)
     return in_order(found)
@@ -71,12 +71,12 @@ def before_training(module: GhibliModule, data: GhibliDataModule, trainer: L.Tra
     A prediction, such as too little memory, does not stop a run; what is certain does.
 
     Raises:
-        UserMistake: no usable pictures, or fewer than one optimiser step takes.
+        UserMistake: no usable images, or fewer than one optimiser step takes.
     """
     if not trainer.is_global_zero:
         return
     read(data)
-    found = about_pictures(data)
+    found = about_images(data)
     if module.config.finetune != "none":
         data.steps_per_epoch(trainer.accumulate_grad_batches, trainer.world_size)
     found += about_run(module, data, trainer, run.path)
@@ -127,8 +127,8 @@ def load_base(config: Config, found: list[Finding]) -> BaseModel | None:
 
 
 def read(data: GhibliDataModule) -> bool:
-    """Draws the demo's pictures if they are not there, reads the folder, splits it."""
-    check_pictures(data.config)
+    """Draws the demo's images if they are not there, reads the folder, splits it."""
+    check_images(data.config)
     data.prepare_data()
     data.read()
     return True
@@ -162,11 +162,11 @@ def about_base(config: Config, base: BaseModel) -> Finding:
     )
 
 
-def about_pictures(data: GhibliDataModule) -> list[Finding]:
-    """Everything odd about pictures and captions."""
-    found = dataset_checks.lint(data.folder, data.train_pictures, data.held_out, data.thumbnails, data.moved)
+def about_images(data: GhibliDataModule) -> list[Finding]:
+    """Everything odd about images and captions."""
+    found = dataset_checks.lint(data.folder, data.train_images, data.held_out, data.thumbnails, data.moved)
     if data.base is not None:
-        long = dataset_checks.too_long(data.folder.pictures, data.base.tokenizer)
+        long = dataset_checks.too_long(data.folder.images, data.base.tokenizer)
         found += [long] if long else []
     return found
 
@@ -194,14 +194,14 @@ def about_run(
     weights = sum(p.numel() for p in module.trainable.values())
     cells = len(cells_of(config.sample, config.loss.guidance))
     found.append(about_disk(memory.disk(config, weights, epochs, cells), folder))
-    return found + about_cache(config, len(data.train_pictures) + len(data.val_pictures))
+    return found + about_cache(config, len(data.train_images) + len(data.val_images))
 
 
 def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:
     """Steps, epochs and the course of the learning rate.
 
     Raises:
-        UserMistake: fewer training pictures than one optimiser step takes.
+        UserMistake: fewer training images than one optimiser step takes.
     """
     accumulate, devices = trainer.accumulate_grad_batches, trainer.world_size
     steps, options = data.steps_per_epoch(accumulate, devices), config.optimizer
@@ -218,7 +218,7 @@ def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Fin
 
     rates = ", ".join(f"{rate(share):.3g} at {100 * share:.0f} %" for share in (0, 0.25, 0.5, 0.75, 1))
     text = (
-        f"{len(data.train_pictures)} pictures, batch {config.data.batch_size} x {accumulate} accumulated x "
+        f"{len(data.train_images)} images, batch {config.data.batch_size} x {accumulate} accumulated x "
         f"{devices} device{'s' * (devices > 1)}: {steps} optimiser steps an epoch, {trainer.max_epochs} "
         f"epochs, {total} steps; learning rate {rates}"
     )
@@ -232,7 +232,7 @@ def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Fin
     lonely = left_out(data.shapes, config.data.batch_size * devices)
     if lonely:
         text = (
-            f"{lonely} training pictures have shapes of which there are fewer than a batch of "
+            f"{lonely} training images have shapes of which there are fewer than a batch of "
             f"{config.data.batch_size * devices}, so they are never shown: lower data.batch_size (and raise "
             "data.accumulate), or data.resize=center_crop"
         )
@@ -243,7 +243,7 @@ def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Fin
 def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer) -> Finding:
     """Is there memory for training, probe and grids?"""
     device, precision = trainer.strategy.root_device, str(trainer.precision)
-    need = memory.memory(module, len(data.train_pictures) + len(data.val_pictures), precision)
+    need = memory.memory(module, len(data.train_images) + len(data.val_images), precision)
     total = need.total + memory.on_device(module, device, precision)
     if device.type == "cpu":  # further processes have the same need, and hold what this one holds already
         further = trainer.num_devices - 1
@@ -293,8 +293,8 @@ def cure(phase: str, config: Config) -> str:
         return f"lower data.batch_size to {half} with data.accumulate={more}, which learns the same"
     if phase == "training" and config.compute.checkpoint_every == 0:
         return "set compute.checkpoint_every=1, which keeps less and computes a third more"
-    if phase == "the probe" and config.validation.items_per_picture > 1:
-        return f"lower validation.items_per_picture to {config.validation.items_per_picture // 2}"
+    if phase == "the probe" and config.validation.items_per_image > 1:
+        return f"lower validation.items_per_image to {config.validation.items_per_image // 2}"
     if phase == "drawing the grid" and len(config.sample.prompts) > 1:
         return "give fewer sample.prompts, or none of the grids with sample.every_n_epochs=0"
     return f"lower model.resolution (it is {config.model.resolution}), or free some memory"
@@ -313,13 +313,13 @@ def about_disk(need: memory.Disk, folder: Path) -> Finding:
     return Finding("disk", f"{text}: free some space, or choose another place, hydra.run.dir=DIR", "error")
 
 
-def about_cache(config: Config, pictures: int) -> list[Finding]:
-    """Is there room for the pictures' codes? Nothing if there is."""
-    need, free = memory.latents_size(config, pictures), free_disk(Path(config.cache_dir))
+def about_cache(config: Config, images: int) -> list[Finding]:
+    """Is there room for the images' codes? Nothing if there is."""
+    need, free = memory.latents_size(config, images), free_disk(Path(config.cache_dir))
     if need <= free:
         return []
     text = (
-        f"the pictures' codes take {need / 1e6:.1f} MB below cache_dir={config.cache_dir}, where "
+        f"the images' codes take {need / 1e6:.1f} MB below cache_dir={config.cache_dir}, where "
         f"{free / 1e6:.1f} MB are free: free some space, or choose another place, cache_dir=DIR"
     )
     return [Finding("cache", text, "error")]

@@ -36,7 +36,7 @@ def page_of_one(part: RunData) -> dict[str, Any]:
         "epochs": epoch_rows(part),
         "grids": images.grids(part),
         "evaluation": attempt(lambda: evaluation([part])),
-        "evaluation_pictures": evaluation_pictures(part),
+        "evaluation_images": evaluation_images(part),
         "findings": findings([(part.name, part)]),
         "provenance": list(facts(part).items()),
     }
@@ -44,7 +44,7 @@ def page_of_one(part: RunData) -> dict[str, Any]:
 
 
 def not_default(part: RunData) -> list[tuple[str, str]]:
-    """(key, its value and the default) of what differs from what this base and these pictures come with."""
+    """(key, its value and the default) of what differs from what this base and these images come with."""
     chosen = chosen_groups(part.run)
     groups = [f"{group}={chosen[group]}" for group in ("model", "data") if group in chosen]
     default, _, _ = look_at([*groups, "data.root=not set"])
@@ -88,7 +88,7 @@ def page_of_many(title: str, parts: list[RunData], study: Path | None) -> dict[s
         "figures": [one for one in figures_of_all(runs) if one is not None],
         "grids": grids_of_many(runs),
         "evaluation": attempt(lambda: evaluation(parts)),
-        "evaluation_pictures": models_picture(study, parts),
+        "evaluation_images": models_image(study, parts),
         "findings": findings(runs),
         "provenance": list(common.items()),
         "runs": [one_of_many(place, label, part, common) for place, (label, part) in enumerate(runs, 1)],
@@ -172,14 +172,14 @@ def figures_of_all(runs: figures.Labelled) -> list[charts.Figure | None]:
 
 
 def epoch_rows(part: RunData) -> list[tuple[int, str, str]]:
-    """The gain of each epoch in numbers: held-out, training pictures."""
+    """The gain of each epoch in numbers: held-out, training images."""
     return [
         (int(row["epoch"]), text.percent(gain_of(row)), text.percent(gain_of(row, "train")))
         for row in part.probe
     ]
 
 
-def grids_of_many(runs: figures.Labelled) -> list[images.Picture]:
+def grids_of_many(runs: figures.Labelled) -> list[images.EmbeddedImage]:
     """The last grid of every run, or of the best and the worst that have one."""
     drawn = [(label, part) for label, part in runs if part.trial.grid is not None]
     drawn = [run for run in drawn if run[1].state == "finished"] or drawn
@@ -189,26 +189,26 @@ def grids_of_many(runs: figures.Labelled) -> list[images.Picture]:
     return [one for label, (_, part) in chosen if (one := images.last_grid(part, label)) is not None]
 
 
-def evaluation_pictures(part: RunData) -> list[images.Picture]:
+def evaluation_images(part: RunData) -> list[images.EmbeddedImage]:
     """evaluation.png, and evaluation_nearest.png where there is one."""
     shown_files = (
-        (part.run.evaluation_pictures, "Prompts of held-out pictures in every cell", "base above, run below"),
-        (part.run.path / "evaluation_nearest.png", "Samples beside their nearest training pictures", ""),
+        (part.run.evaluation_images, "Prompts of held-out images in every cell", "base above, run below"),
+        (part.run.path / "evaluation_nearest.png", "Samples beside their nearest training images", ""),
     )
     found = [
-        images.picture(file, f"{label} {more}".strip(), part.problems, label)
+        images.embed(file, f"{label} {more}".strip(), part.problems, label)
         for file, label, more in shown_files
         if file.exists()
     ]
     return [one for one in found if one is not None]
 
 
-def models_picture(study: Path | None, parts: list[RunData]) -> list[images.Picture]:
+def models_image(study: Path | None, parts: list[RunData]) -> list[images.EmbeddedImage]:
     """models.png of a study: the sample prompts drawn by every evaluated model."""
     if study is None or not (study / "models.png").exists():
         return []
     label = "The same prompts drawn by every evaluated model"
-    found = images.picture(study / "models.png", label, parts[0].problems, label)
+    found = images.embed(study / "models.png", label, parts[0].problems, label)
     return [] if found is None else [found]
 
 
@@ -235,14 +235,14 @@ def missing(page: dict[str, Any], runs: figures.Labelled) -> list[str]:
     lines = []
     unmeasured = [part for _, part in runs if part.evaluation is None]
     if len(unmeasured) == len(runs) == 1:
-        lines.append(f"no evaluation yet: `ghibli evaluate {runs[0][1].run.path}` measures its pictures")
+        lines.append(f"no evaluation yet: `ghibli evaluate {runs[0][1].run.path}` measures its images")
     elif unmeasured:
         lines.append(f"{len(unmeasured)} of {len(runs)} runs have no evaluation yet (`ghibli evaluate RUN`)")
     undrawn = sum(part.trial.grid is None for _, part in runs)
     if undrawn:
-        lines.append("no picture grid (samples/ is empty)" + (f" of {undrawn} runs" if len(runs) > 1 else ""))
+        lines.append("no image grid (samples/ is empty)" + (f" of {undrawn} runs" if len(runs) > 1 else ""))
     if page["kind"] != "run" and not page["effects"]:
-        lines.append("no effects: no two scored runs differ in one setting alone and share their pictures")
+        lines.append("no effects: no two scored runs differ in one setting alone and share their images")
     for label, part in runs:
         lines += [f"{label}: {problem}" if label else problem for problem in dict.fromkeys(part.problems)]
     return lines

@@ -65,12 +65,12 @@ def evaluation(parts: list[RunData]) -> dict[str, Any] | None:
 
 def sizes(parts: list[RunData]) -> str:
     """How much was drawn and measured, and whether that is the same for all."""
-    keys = ("samples", "reference_pictures", "num_inference_steps", "features")
+    keys = ("samples", "reference_images", "num_inference_steps", "features")
     found = dict.fromkeys(tuple(part.evaluation.get(key) for key in keys) for part in parts)
-    (samples, pictures, steps, features), *others = found
-    words = f"{samples} samples a cell, {pictures} real pictures, {steps} steps, {features} features."
-    floor = parts[0].evaluation.get("floor_pictures")
-    words += f" The floor is that of {floor} training pictures." if floor else ""
+    (samples, images, steps, features), *others = found
+    words = f"{samples} samples a cell, {images} real images, {steps} steps, {features} features."
+    floor = parts[0].evaluation.get("floor_images")
+    words += f" The floor is that of {floor} training images." if floor else ""
     return words + (" Not all runs were measured in this way, so they compare badly." if others else "")
 
 
@@ -96,7 +96,7 @@ def lowest(own: list[dict[str, Any] | None]) -> dict[str, Any] | None:
 
 
 def copying(own: list[dict | None], base: list[dict | None], cells: list[Cell]) -> str | None:
-    """What the best cell says about copies of training pictures; None where it was not measured."""
+    """What the best cell says about copies of training images; None where it was not measured."""
     best = lowest(own)
     if best is None or not isinstance(best.get("copying"), float):
         return None
@@ -118,7 +118,7 @@ def scan_figure(scanned: RunData, models: list[Model]) -> Figure | None:
     ]
     caption = "The sampling scale s over the training guidance w. Whiskers are 95 % intervals."
     figure = curves(
-        "Distance over the scale", [*series, base], "s / w", f"{kernel} to real pictures",
+        "Distance over the scale", [*series, base], "s / w", f"{kernel} to real images",
         caption=caption, log=True, zero=True,
     )  # fmt: skip
     if figure is None or few:
@@ -159,14 +159,12 @@ def verdict_on(guided: Model, ordinary: list[Model]) -> tuple[bool, str] | None:
 
 
 def best_scales(models: list[Model]) -> list[str]:
-    """At which scale each training is nearest to real pictures."""
+    """At which scale each training is nearest to real images."""
     if len(models) > MOST_SENTENCES:
         return []
     lines = []
     for model in models:
         ratio, value, error = min(model.scan, key=lambda point: point[1])
         scale = f"{ratio * model.guidance:.3g}"
-        lines.append(
-            f"{model.name} is nearest to real pictures at scale {scale}: {value:.2f} +- {error:.2f}."
-        )
+        lines.append(f"{model.name} is nearest to real images at scale {scale}: {value:.2f} +- {error:.2f}.")
     return lines

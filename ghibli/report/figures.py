@@ -24,12 +24,12 @@ def of_one(part: RunData) -> list[Figure]:
 
 
 def gain_curve(part: RunData) -> Figure | None:
-    """Held-out gain with its band, and that of training pictures, epoch by epoch."""
+    """Held-out gain with its band, and that of training images, epoch by epoch."""
     held_out = gain_points(part.probe)
     training = [(x, y, math.nan) for x, y, _ in gain_points(part.probe, "train")]
     series = [
-        Series("held-out pictures, 95 % band", held_out, "c0", band=True),
-        Series("training pictures", training, "c1", dashed=True),
+        Series("held-out images, 95 % band", held_out, "c0", band=True),
+        Series("training images", training, "c1", dashed=True),
     ]
     caption = (
         "How much lower the loss on fixed items is than the untouched base's; epoch 0 is before training."
@@ -58,7 +58,7 @@ def gains_of_all(runs: Labelled) -> Figure | None:
     scored = [(label, part) for label, part in runs if len(part.probe) > 1]
     series = chosen(scored, lambda part: gain_points(part.probe), bands=3)
     caption = "Bands are 95 % intervals." if any(one.band for one in series) else ""
-    return gain_figure("Gain over the base on held-out pictures", series, caption)
+    return gain_figure("Gain over the base on held-out images", series, caption)
 
 
 def chosen(runs: Labelled, points: object, bands: int = 0) -> list[Series]:
@@ -110,7 +110,7 @@ def scatter(rows: list[Row]) -> str:
 
 
 def distance_curve(runs: Labelled) -> Figure | None:
-    """The kernel distance of sampled pictures to real ones over the epochs, where it was measured."""
+    """The kernel distance of sampled images to real ones over the epochs, where it was measured."""
     column = "evaluate/kernel_distance"
     measured = [(label, part) for label, part in runs if part.distances]
     series = chosen(
@@ -119,10 +119,8 @@ def distance_curve(runs: Labelled) -> Figure | None:
         COLOURS,
     )
     whiskers = [Series(one.label, one.points, one.colour, dashed=one.dashed) for one in series]
-    caption = "Pictures drawn during training; epoch 0 is the untouched base. Whiskers are 95 % intervals."
-    return curves(
-        "Distance to real pictures", whiskers, "epoch", "kernel distance", caption=caption, zero=True
-    )
+    caption = "Images drawn during training; epoch 0 is the untouched base. Whiskers are 95 % intervals."
+    return curves("Distance to real images", whiskers, "epoch", "kernel distance", caption=caption, zero=True)
 
 
 def steps(part: RunData, of: str = "") -> Figure | None:
@@ -135,6 +133,6 @@ def steps(part: RunData, of: str = "") -> Figure | None:
         return None
     title = f"Gain by timestep{of}, epoch {part.best_epoch}"
     caption = (
-        "Low timesteps are nearly clean pictures, high ones nearly pure noise. Whiskers are 95 % intervals."
+        "Low timesteps are nearly clean images, high ones nearly pure noise. Whiskers are 95 % intervals."
     )
     return bars(title, by_timestep(part.best), "timesteps", caption)

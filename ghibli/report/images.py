@@ -1,4 +1,4 @@
-"""The pictures of a page, as PNG within it."""
+"""The images of a page, as PNG within it."""
 
 import base64
 import io
@@ -14,8 +14,8 @@ MOST_GRIDS = 5  # of one run
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that is part of the page."""
+class EmbeddedImage:
+    """An image that is part of the page."""
 
     uri: str
     width: int
@@ -24,7 +24,7 @@ class Picture:
     label: str = ""
 
 
-def picture(path: Path, alt: str, problems: list[str], label: str = "") -> Picture | None:
+def embed(path: Path, alt: str, problems: list[str], label: str = "") -> EmbeddedImage | None:
     """The file as a data URI; None, and a sentence, where it is missing or damaged."""
     try:
         image = Image.open(path).convert("RGB")
@@ -37,11 +37,11 @@ def picture(path: Path, alt: str, problems: list[str], label: str = "") -> Pictu
     content = io.BytesIO()
     image.save(content, "PNG", optimize=True)
     uri = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-    return Picture(uri, image.width, image.height, alt, label)
+    return EmbeddedImage(uri, image.width, image.height, alt, label)
 
 
-def grids(part: RunData) -> list[Picture]:
-    """The run's picture grids from the first epoch to the best; of many a few, evenly chosen."""
+def grids(part: RunData) -> list[EmbeddedImage]:
+    """The run's image grids from the first epoch to the best; of many a few, evenly chosen."""
     files = sorted(
         part.run.samples.glob("*.png"), key=lambda path: (not path.stem.startswith("epoch_"), path)
     )
@@ -49,20 +49,20 @@ def grids(part: RunData) -> list[Picture]:
         chosen = [round(k * (len(files) - 1) / (MOST_GRIDS - 1)) for k in range(MOST_GRIDS)]
         left_out = len(files) - MOST_GRIDS
         part.problems.append(
-            f"{left_out} of {len(files)} picture grids in samples/ are left out to keep the page small"
+            f"{left_out} of {len(files)} image grids in samples/ are left out to keep the page small"
         )
         files = [files[k] for k in chosen]
     alt = "sample prompts in every cell, base above and {} below, from the same start noise"
-    found = [picture(file, alt.format(grid_label(file)), part.problems, grid_label(file)) for file in files]
+    found = [embed(file, alt.format(grid_label(file)), part.problems, grid_label(file)) for file in files]
     return [one for one in found if one is not None]
 
 
-def last_grid(part: RunData, label: str) -> Picture | None:
+def last_grid(part: RunData, label: str) -> EmbeddedImage | None:
     """The newest grid of a run, under the name it has on the page."""
     if part.trial.grid is None:
         return None
-    alt = f"the last picture grid of {part.name}: base above, trained below, from the same start noise"
-    return picture(part.trial.grid, alt, part.problems, label)
+    alt = f"the last image grid of {part.name}: base above, trained below, from the same start noise"
+    return embed(part.trial.grid, alt, part.problems, label)
 
 
 def grid_label(file: Path) -> str:

@@ -23,7 +23,7 @@ def facts(part: RunData) -> dict[str, str]:
         "machine": noted.get("machine"), "processor": noted.get("processor"),
         "device": noted.get("device"), "devices": noted.get("devices"), "threads": noted.get("threads"),
         "precision": noted.get("precision"), "base (sha256)": status.get("base_hash"),
-        "pictures (sha256)": status.get("data_hash"), "settings (sha256)": status.get("settings_hash"),
+        "images (sha256)": status.get("data_hash"), "settings (sha256)": status.get("settings_hash"),
     }  # fmt: skip
     return {what: str(value) for what, value in rows.items() if value not in (None, "", "None")}
 

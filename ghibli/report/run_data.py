@@ -1,7 +1,6 @@
 """What a run's folder tells, read with care: what is missing or damaged is named, never a traceback."""
 
 import csv
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
+from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain
 from ghibli.runs.folder import RunDir
 from ghibli.runs.identity import flat, that_count
@@ -68,7 +68,7 @@ class RunData:
         if not self.run.evaluation.exists():
             return None
         try:
-            content = checked_evaluation(json.loads(self.run.evaluation.read_text()))
+            content = checked_evaluation(self.run.load_evaluation())
         except DAMAGED:
             again = f"`ghibli evaluate {self.run.path}` writes it anew"
             self.problems.append(f"evaluation.json is damaged or of an older version: {again}")
@@ -135,7 +135,7 @@ def number(text: str | None) -> float:
 
 
 def gain_of(row: Row, part: str = "val") -> Gain:
-    """The gain on held-out (val) or training (train) pictures in a row of probe.csv."""
+    """The gain on held-out (val) or training (train) images in a row of probe.csv."""
     return Gain(row[f"probe/{part}_gain"], row[f"probe/{part}_gain_se"])
 
 
@@ -178,8 +178,8 @@ def read_part(run: RunDir, with_scores: bool) -> RunData:
     Args:
         with_scores: reads the best checkpoint too, which paired differences are computed from.
     """
-    content = attempt(lambda: yaml.safe_load(run.config.read_text()))
-    known = isinstance(content, dict)
+    content = read_settings(run.config)
+    known = content is not None
     settings = that_count(flat(content)) if known else {}
     best = attempt(lambda: best_probe(run)) if with_scores else None
     problems = [] if known else ["config.yaml is missing or damaged: the settings are left out"]

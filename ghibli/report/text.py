@@ -58,7 +58,7 @@ def learned(part: RunData) -> str:
     if gain is None:
         return "No epoch is finished yet, so nothing can be said about learning."
     if math.isnan(gain.standard_error):
-        return f"It is {gain}; there is one held-out picture, so this has no error and proves nothing."
+        return f"It is {gain}; there is one held-out image, so this has no error and proves nothing."
     if gain.low > 0 and gain.value >= NOTHING:
         return f"It learned: {gain}."
     if gain.high < 0:
@@ -86,20 +86,20 @@ def epochs(part: RunData) -> str | None:
 
 
 def by_heart(part: RunData) -> str | None:
-    """Whether it learned its training pictures by heart."""
+    """Whether it learned its training images by heart."""
     if part.best is None:
         return None
     if any(finding["name"] == "overfitting" for finding in part.findings):
-        return "It overfits: held-out pictures got worse while training pictures got better."
+        return "It overfits: held-out images got worse while training images got better."
     held_out, training = gain_of(part.probe[-1]), gain_of(part.probe[-1], "train")
     gap, error = training.value - held_out.value, math.hypot(training.standard_error, held_out.standard_error)
     if gap > 2 * error:
         return (
-            f"Training pictures gain more ({percent(training)}) than held-out ones ({percent(held_out)}): "
+            f"Training images gain more ({percent(training)}) than held-out ones ({percent(held_out)}): "
             "part of it is learning by heart, though the doctor saw no overfitting."
         )
     if gap <= 2 * error:
-        return f"No sign of overfitting: training pictures gain as much ({percent(training)})."
+        return f"No sign of overfitting: training images gain as much ({percent(training)})."
     return None
 
 
@@ -165,12 +165,12 @@ def decapitalised(sentence: str) -> str:
 
 
 def ahead(ranked: list[RunData]) -> list[str]:
-    """By how much the best run is ahead of the next, in pairs where their pictures are the same."""
+    """By how much the best run is ahead of the next, in pairs where their images are the same."""
     if len(ranked) < 2:
         return []
     first, second = ranked[0].trial.best, ranked[1].trial.best
     if first is None or second is None or not first.base_val.equal(second.base_val):
-        return ["The first two were not scored on the same held-out pictures, so their gap has no error."]
+        return ["The first two were not scored on the same held-out images, so their gap has no error."]
     lead = gain_difference([(ranked[1].trial, ranked[0].trial)])
     if lead.low > 0 and lead.value >= NOTHING:
         return [f"The first is ahead of the second by {points(lead)} of gain, in pairs."]
@@ -178,14 +178,14 @@ def ahead(ranked: list[RunData]) -> list[str]:
 
 
 def copies(copying: float, base: float | None) -> str:
-    """How near samples come to training pictures, in words."""
+    """How near samples come to training images, in words."""
     beside = "" if base is None else f" (the untouched base: {base:.2f})"
-    amount = f"{copying:.2f} of the distance that unseen real pictures have{beside}"
+    amount = f"{copying:.2f} of the distance that unseen real images have{beside}"
     if copying >= 0.9:
-        return f"no sign of copies: the nearest training picture is at {amount}"
+        return f"no sign of copies: the nearest training image is at {amount}"
     if copying >= 0.5:
-        return f"nearer to training pictures than unseen real ones are: the nearest is at {amount}"
-    return f"close to copies: the nearest training picture is at {amount}"
+        return f"nearer to training images than unseen real ones are: the nearest is at {amount}"
+    return f"close to copies: the nearest training image is at {amount}"
 
 
 def rule_holds(ordinary: Scan, guided: Scan) -> tuple[bool, str] | None:

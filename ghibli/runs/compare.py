@@ -1,4 +1,4 @@
-"""Why two runs differ: settings, code, versions, machine, pictures, base; and whether they do. No torch."""
+"""Why two runs differ: settings, code, versions, machine, images, base; and whether they do. No torch."""
 
 import csv
 from dataclasses import dataclass
@@ -6,14 +6,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ghibli.config.files import read_settings
 from ghibli.runs.folder import PLACE, RunDir
 from ghibli.runs.identity import FOLLOWED, differences, flat, is_free, shown
 from ghibli.runtime.errors import UserError
 
 WEIGHTS = ("adapter/pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors")
-HASHES = {"base_hash": "base", "data_hash": "pictures"}
+HASHES = {"base_hash": "base", "data_hash": "images"}
 TOLD_OTHERWISE = ("data.root", "model.path", *FOLLOWED)  # by the hashes, and by the keys that follow them
 KINDS = {"code": "code", "versions": "versions"}  # of the keys of status.json; the others: machine
 
@@ -58,11 +57,8 @@ def read_side(folder: str) -> Side:
     status = run.read_status()
     if not status:
         raise UserError(f"{run.status} is damaged: this run cannot be compared")
-    try:
-        settings = yaml.safe_load(run.config.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        settings = None
-    if not isinstance(settings, dict):
+    settings = read_settings(run.config)
+    if settings is None:
         raise UserError(f"{run.config} is damaged: this run cannot be compared")
     return Side(run, status, flat(settings))
 
@@ -94,7 +90,7 @@ def results(one: Side, other: Side) -> list[tuple[str, str, str]]:
 
 
 def kinds_of(keys: list[str], one: Side, other: Side) -> list[str]:
-    """The kinds of difference that can change a result: settings, code, versions, machine, base, pictures.
+    """The kinds of difference that can change a result: settings, code, versions, machine, base, images.
 
     A commit is no cause by itself: the hash of the code on the training path is.
     """

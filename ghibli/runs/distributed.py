@@ -2,7 +2,7 @@
 
 The first process writes config.yaml and tells each other one by its environment which run to join, so
 `resume=latest`, a dated folder or one trial of a sweep is the same to all. Nobody waits with a timeout,
-as the first may draw pictures for long; instead each side watches whether the other is still there.
+as the first may draw images for long; instead each side watches whether the other is still there.
 """
 
 import os

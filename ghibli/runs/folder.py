@@ -14,6 +14,7 @@ from ghibli.runtime.files import checksum_of, is_whole, write_atomically, write_
 from ghibli.runtime.provenance import now
 from ghibli.runtime.rank import is_first
 
+EVALUATION_NAMES = {"reference_pictures": "reference_images", "floor_pictures": "floor_images"}
 PLACE = (  # the entries of status.json that name code and machine; each start of a run notes them
     "code", "git_commit", "git_dirty", "versions",
     "machine", "processor", "threads", "device", "devices", "precision",
@@ -110,7 +111,7 @@ class RunDir:
         return self.path / "evaluation.json"
 
     @property
-    def evaluation_pictures(self) -> Path:
+    def evaluation_images(self) -> Path:
         return self.path / "evaluation.png"
 
     @property
@@ -150,10 +151,21 @@ class RunDir:
     def read_evaluation(self) -> dict[str, Any]:
         """The content of evaluation.json; empty without one, or where it is damaged or older than the run."""
         try:
-            content = json.loads(self.evaluation.read_text())
+            content = self.load_evaluation()
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) and not self.is_older(content) else {}
+
+    def load_evaluation(self) -> Any:
+        """Read evaluation.json, whatever it holds; entries of older versions get their present names.
+
+        Raises:
+            OSError, ValueError: it cannot be read or is no JSON.
+        """
+        content = json.loads(self.evaluation.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            return content
+        return {EVALUATION_NAMES.get(key, key): value for key, value in content.items()}
 
     @property
     def state(self) -> str:

@@ -1,7 +1,7 @@
 """Which settings and which code make a result: a trial asked for again goes on, or is finished already.
 
 A folder's status.json holds two hashes: of the settings that can change a result, and of the code
-that lies on the training path. Base and pictures have hashes of their own (run_dir.check_unchanged).
+that lies on the training path. Base and images have hashes of their own (run_dir.check_unchanged).
 """
 
 import hashlib
@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import yaml
-
+from ghibli.config.files import read_settings
 from ghibli.config.schema import CONFIG_VERSION, Config
 from ghibli.runs.folder import RunDir, step_of
 from ghibli.runtime.console import console
@@ -47,7 +46,7 @@ def is_free(key: str) -> bool:
 
 
 def that_count(settings: dict[str, Any]) -> dict[str, Any]:
-    """The flat settings that can change a result. The folder of pictures drawn by seed is not one."""
+    """The flat settings that can change a result. The folder of images drawn by seed is not one."""
     drawn = any(key.startswith("data.draw.") for key in settings)
     return {
         key: value
@@ -168,11 +167,8 @@ def require_this_code(run: RunDir, choose: str) -> None:
 
 def stored_settings(run: RunDir) -> dict[str, Any]:
     """The settings in config.yaml that count; empty when the file cannot be read."""
-    try:
-        content = yaml.safe_load(run.config.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return that_count(flat(content)) if isinstance(content, dict) else {}
+    content = read_settings(run.config)
+    return {} if content is None else that_count(flat(content))
 
 
 def commit(status: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ def chance(probability: float, stream: Stream, *key: int) -> bool:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `count` pictures in an epoch: a permutation of 0 .. count-1."""
+    """The order of `count` images in an epoch: a permutation of 0 .. count-1."""
     return rng(Stream.ORDER, seed, epoch).permutation(count)
 
 
@@ -74,10 +74,10 @@ def seed_global_rng(stream: Stream, *key: int) -> None:
 
 
 def content_key(content_hash: str) -> int:
-    """A picture's sha256 as an integer key for `rng`."""
+    """An image's sha256 as an integer key for `rng`."""
     return int(content_hash, 16)
 
 
 def hash_fraction(content_hash: str) -> float:
-    """A picture's sha256 as a number in 0 .. 1, the same whatever other pictures there are."""
+    """An image's sha256 as a number in 0 .. 1, the same whatever other images there are."""
     return int(content_hash[:13], 16) / 16**13

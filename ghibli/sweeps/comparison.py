@@ -24,7 +24,7 @@ from ghibli.sweeps.costs import COSTS, cost_rows
 from ghibli.sweeps.evaluations import NAMES, evaluated, names_of, short_name
 from ghibli.sweeps.trials import Trial
 
-COMPARED = 4  # models that are compared in pairs, the nearest to real pictures
+COMPARED = 4  # models that are compared in pairs, the nearest to real images
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def cell_rows(trials: list[Trial]) -> tuple[list[Cell], list[tuple[str, list[dic
 def title_of(trials: list[Trial]) -> str:
     """What the numbers of the table are."""
     kinds = {result.get("features") for _, result in evaluated(trials)}
-    return f"{' / '.join(sorted(called(kind)[0] for kind in kinds))} to real pictures"
+    return f"{' / '.join(sorted(called(kind)[0] for kind in kinds))} to real images"
 
 
 def cell_table(trials: list[Trial]) -> Table | None:
-    """The kernel distance to real pictures of every model in every cell; None when nothing was evaluated."""
+    """The kernel distance to real images of every model in every cell; None when nothing was evaluated."""
     cells, rows = cell_rows(trials)
     if not rows:
         return None
@@ -115,12 +115,12 @@ def write_cells(folder: Path, trials: list[Trial]) -> Path | None:
 
 
 def notes(trials: list[Trial]) -> list[str]:
-    """What one must know beside the table: the floor, why a cell looks as it does, too few pictures."""
+    """What one must know beside the table: the floor, why a cell looks as it does, too few images."""
     found = [result for _, result in evaluated(trials)]
     floors = [
-        f"Floor, {result['floor_pictures']} real pictures: {shown(result['real'])}."
+        f"Floor, {result['floor_images']} real images: {shown(result['real'])}."
         for result in found
-        if "floor_pictures" in result and "real" in result
+        if "floor_images" in result and "real" in result
     ]
     findings = [
         f"{finding['name']}: {finding['text']}." for result in found for finding in result.get("findings", [])
@@ -136,7 +136,7 @@ def mush(trials: list[Trial]) -> list[str]:
         if model.trial is not None and any(row["guidance"] == 1 for row in model.rows)
     }
     return [
-        f"Trained at guidance {scale:g} a model learns to undo that guidance: sampled at 1 its pictures are "
+        f"Trained at guidance {scale:g} a model learns to undo that guidance: sampled at 1 its images are "
         f"mush, which is no failed training; its own scale is about {GUIDED_SCALE * scale:g}."
         for scale in sorted(guided - {1})
     ]
@@ -145,7 +145,7 @@ def mush(trials: list[Trial]) -> list[str]:
 def comparisons(trials: list[Trial]) -> list[str]:
     """The nearest models in pairs, each in its best cell: same prompts, same start noise.
 
-    Empty where they were not measured against the same pictures, or the cache no longer has them.
+    Empty where they were not measured against the same images, or the cache no longer has them.
     """
     found = [result for _, result in evaluated(trials)]
     keys = ("cache_dir", "reference_file", "features")
@@ -164,7 +164,7 @@ def comparisons(trials: list[Trial]) -> list[str]:
     for ((near, row), ours), ((far, other), theirs) in combinations(zip(best, features[1:], strict=True), 2):
         behind = reference.difference(theirs, ours)
         lines.append(
-            f"{far} ({label_of(other)}) is farther from real pictures than {near} ({label_of(row)}) by "
+            f"{far} ({label_of(other)}) is farther from real images than {near} ({label_of(row)}) by "
             f"{behind.value:.2f} +- {behind.standard_error:.2f}, in pairs."
         )
     return lines

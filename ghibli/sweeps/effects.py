@@ -59,7 +59,7 @@ def number_of(count: int, word: str) -> str:
 def effects(trials: list[Trial]) -> list[Effect]:
     """The effect of every varied setting, between neighbouring values, largest first.
 
-    The error is that of the choice of held-out pictures (jackknife); what another seed would change
+    The error is that of the choice of held-out images (jackknife); what another seed would change
     is not in it.
     """
     scored = distinct([trial for trial in trials if trial.best is not None])
@@ -122,10 +122,10 @@ def seed_noise(trials: list[Trial]) -> SeedNoise | None:
 
 
 def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
-    """Mean of the second's gain minus the first's, with its jackknife error over pictures.
+    """Mean of the second's gain minus the first's, with its jackknife error over images.
 
     Pairs that share the base's scores are one group, whose mean difference is the gain of
-    base + mean(second - first). Groups of other bases or items may share pictures, so their errors
+    base + mean(second - first). Groups of other bases or items may share images, so their errors
     are added as if they went together, which never makes them too small.
     """
     groups: list[list[tuple[Trial, Trial]]] = []

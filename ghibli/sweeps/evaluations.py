@@ -40,7 +40,7 @@ def name_of(trial: Trial) -> str:
 
 
 def short_name(trial: Trial) -> str:
-    """`LoRA 7.5`, for beside a picture."""
+    """`LoRA 7.5`, for beside an image."""
     kind = trial.settings.get("finetune")
     return NAMES.get(kind) or f"LoRA {trial.settings.get('loss.guidance'):g}"
 

@@ -52,7 +52,7 @@ def write_grids(folder: Path, trials: list[Trial]) -> Path | None:
     drawn = [trial for trial in trials if trial.gain is not None and trial.grid is not None]
     if len(drawn) < 2:
         return None
-    pictures, font = [], ImageFont.load_default(16)
+    images, font = [], ImageFont.load_default(16)
     for word, trial in (("best", drawn[0]), ("worst", drawn[-1])):
         grid = Image.open(trial.grid).convert("RGB")
         page = Image.new("RGB", (grid.width, grid.height + 28), "white")
@@ -60,11 +60,11 @@ def write_grids(folder: Path, trials: list[Trial]) -> Path | None:
         title = f"{word}: {gain}  {trial.run.path.name}"
         ImageDraw.Draw(page).text((8, 5), title, fill="black", font=font)
         page.paste(grid, (0, 28))
-        pictures.append(page)
-    size = max(page.width for page in pictures), sum(page.height for page in pictures)
+        images.append(page)
+    size = max(page.width for page in images), sum(page.height for page in images)
     both = Image.new("RGB", size, "white")
-    both.paste(pictures[0], (0, 0))
-    both.paste(pictures[1], (0, pictures[0].height))
+    both.paste(images[0], (0, 0))
+    both.paste(images[1], (0, images[0].height))
     file = folder / "best_and_worst.png"
     write_atomically(file, lambda opened: both.save(opened, format="png"))
     return file

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import yaml
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
+from ghibli.config.files import read_settings
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.identity import require_same_but_epochs
@@ -208,8 +208,8 @@ def train_until(words: list[str], epochs: int, train: Train) -> float:
 def planned_epochs(run: RunDir) -> int:
     """What the trial was last started for; 0 when it was not."""
     try:
-        return int(yaml.safe_load(run.config.read_text())["trainer"]["max_epochs"])
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        return int(read_settings(run.config)["trainer"]["max_epochs"])
+    except (KeyError, TypeError, ValueError):
         return 0
 
 

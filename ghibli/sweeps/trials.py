@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain, Probe, best_epoch
 from ghibli.runs.folder import RunDir
 from ghibli.runs.identity import flat, that_count
@@ -57,7 +57,7 @@ class Trial:
 
     @property
     def grid(self) -> Path | None:
-        """The last picture grid."""
+        """The last image grid."""
         return max(self.run.samples.glob("*.png"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
     @property
@@ -79,11 +79,8 @@ def read_trials(folder: Path) -> list[Trial]:
 
 def read_trial(run: RunDir) -> Trial | None:
     """One trial; None where config.yaml cannot be read."""
-    try:
-        content = yaml.safe_load(run.config.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    if not isinstance(content, dict):
+    content = read_settings(run.config)
+    if content is None:
         return None
     is_result = run.state == "finished" and not run.no_result.exists()  # nor is what a trial under way has
     best = best_probe(run) if is_result else None

@@ -8,30 +8,30 @@ from typing import Any
 
 import torch
 
-from ghibli.data.folder import CaptionedPicture
+from ghibli.data.folder import CaptionedImage
 from ghibli.runtime.files import write_json
 
 
 def cached_scores(
     folder: Path,
     settings: dict[str, Any],
-    pictures: list[CaptionedPicture],
+    images: list[CaptionedImage],
     score: Callable[[int], torch.Tensor],
 ) -> torch.Tensor:
-    """The scores of all pictures, (P, ...) float32; only those that are not in the cache are computed.
+    """The scores of all images, (P, ...) float32; only those that are not in the cache are computed.
 
     Args:
         folder: holds a file for each set of scores that were computed together, called after the
-            settings and the pictures; safe to delete. Runs may share it: none changes another's file,
-            and a score depends on nothing but the settings and the picture.
+            settings and the images; safe to delete. Runs may share it: none changes another's file,
+            and a score depends on nothing but the settings and the image.
         settings: everything that changes a score, such as base, guidance, device.
-        score: index of a picture -> its scores.
+        score: index of an image -> its scores.
     """
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     known: dict[str, list[float]] = {}
     for file in sorted(folder.glob(f"{name[:32]}-*.json")):
         known |= read_scores(file, settings)
-    keys = [hashlib.sha256(f"{p.content_hash}\n{p.caption}".encode()).hexdigest()[:32] for p in pictures]
+    keys = [hashlib.sha256(f"{p.content_hash}\n{p.caption}".encode()).hexdigest()[:32] for p in images]
     missing = [index for index, key in enumerate(keys) if key not in known]
     new = {keys[index]: score(index).cpu().double().tolist() for index in missing}
     if new:

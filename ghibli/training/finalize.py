@@ -55,7 +55,7 @@ def finish(
         load_weights(module, run.best_checkpoint, best_epoch)
         lines.append(f"gain     {gain}, after epoch {best_epoch}")
     label = {"lora": "adapter", "full": "fine-tuned", "none": "base"}[config.finetune]
-    if grid_drawer.base_pictures is not None:
+    if grid_drawer.base_images is not None:
         lines.append(f"grid     {relative_path(grid_drawer.save(trainer, module, label, label))}")
     if config.finetune == "lora":
         lines.append(f"adapter  {relative_path(lora.save_adapter(module.base, run.adapter))}")

@@ -25,7 +25,7 @@ from ghibli.training.optimizers import lr_factor, make_optimizer, use_average
 
 
 class Examples(NamedTuple):
-    """One forward pass of training: which pictures, at which timesteps, with which losses (B,)."""
+    """One forward pass of training: which images, at which timesteps, with which losses (B,)."""
 
     names: list[str]
     timesteps: torch.Tensor
@@ -161,18 +161,16 @@ class GhibliModule(L.LightningModule):
         self.log("probe/val_gain", probe.val_gain.value, logger=False)
         self.log("probe/significant_best", significant_best(self.history).value, logger=False)
 
-    def named(self, pictures: list[int]) -> list[tuple[str, list[int]]]:
-        """(file name, timesteps) of pictures of the probe."""
+    def named(self, images: list[int]) -> list[tuple[str, list[int]]]:
+        """(file name, timesteps) of images of the probe."""
         data = self.trainer.datamodule
-        return [
-            (data.probe_pictures[i].path.name, data.probe_batches[i]["timesteps"].tolist()) for i in pictures
-        ]
+        return [(data.probe_images[i].path.name, data.probe_batches[i]["timesteps"].tolist()) for i in images]
 
     def gather(self, scores: torch.Tensor) -> torch.Tensor:
         """(P + Q, 2, K) of the whole probe from this device's share of it; see data.share_of_probe."""
         if self.trainer.world_size == 1:
             return scores
-        shares = self.all_gather(scores)  # (devices, pictures each, 2, K)
+        shares = self.all_gather(scores)  # (devices, images each, 2, K)
         return shares.transpose(0, 1).flatten(0, 1)[: len(self.trainer.datamodule.probe_batches)]
 
     @torch.no_grad()
@@ -223,7 +221,7 @@ class GhibliModule(L.LightningModule):
         settings = {
             "version": 1,  # to be raised when the probe's items or the scoring change
             "base": self.base_hash, "guidance": float(guidance), "resolution": self.config.model.resolution,
-            "resize": self.config.data.resize, "items": self.config.validation.items_per_picture,
+            "resize": self.config.data.resize, "items": self.config.validation.items_per_image,
             "schedule": hashlib.sha256(alphas_cumprod.cpu().numpy().tobytes()).hexdigest()[:16],
             "precision": str(trainer.precision), "device": device_name(self.device),
             "torch": torch.__version__,
@@ -237,11 +235,11 @@ class GhibliModule(L.LightningModule):
                 on_progress(index + 1, len(data.probe_batches))
                 return scores
 
-            return trainer.strategy.broadcast(cached_scores(folder, settings, data.probe_pictures, score))
+            return trainer.strategy.broadcast(cached_scores(folder, settings, data.probe_images, score))
 
     def probe(self, scores: torch.Tensor) -> Probe:
         """Scores of the whole probe, (P + Q, 2, K), beside the base's."""
-        held_out = len(self.trainer.datamodule.val_pictures)
+        held_out = len(self.trainer.datamodule.val_images)
         return Probe(
             val=scores[:held_out, 0], val_g1=scores[:held_out, 1], train=scores[held_out:, 0],
             base_val=self.base_losses[:held_out], base_train=self.base_losses[held_out:],

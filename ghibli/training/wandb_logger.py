@@ -79,7 +79,7 @@ def start(config: Config, run: RunDir, name: str, mode: str) -> WandbLogger:
 
 
 def how_to_look(run: RunDir, logger: WandbLogger) -> str:
-    """Where a run's curves and pictures are: a page, or the commands for an offline run."""
+    """Where a run's curves and images are: a page, or the commands for an offline run."""
     if not logger.experiment.offline:
         return f"W&B      {logger.experiment.url}"
     folder = os.path.relpath(run.path / "wandb" / "latest-run")
@@ -87,7 +87,7 @@ def how_to_look(run: RunDir, logger: WandbLogger) -> str:
 
 
 def log_grid(logger: WandbLogger, grid: Image.Image, caption: str, step: int) -> None:
-    """Sends a picture grid."""
+    """Sends an image grid."""
     logger.log_image("samples", [grid], step=step, caption=[caption])
 
 
@@ -113,7 +113,7 @@ def log_gain_curve(logger: WandbLogger, rows: list[dict[str, float]], step: int)
 
 
 def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
-    """Adds the table, the scan and the pictures of `ghibli evaluate` to the run's own W&B run."""
+    """Adds the table, the scan and the images of `ghibli evaluate` to the run's own W&B run."""
     import wandb
 
     logger = logger_afterwards(config, run)
@@ -135,7 +135,7 @@ def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
         {
             "evaluate/cells": wandb.Table(columns=list(columns), data=rows),
             "evaluate/scan": wandb.Table(columns=scan_columns, data=scan),
-            "evaluate/pictures": wandb.Image(str(run.evaluation_pictures)),
+            "evaluate/images": wandb.Image(str(run.evaluation_images)),
         }
     )
     own = result["models"].get("run", result["models"]["base"])

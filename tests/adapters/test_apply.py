@@ -49,7 +49,7 @@ def test_merged_base_equals_base_with_adapter(adapter: tuple, base: BaseModel) -
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_merged_base_draws_the_pictures_of_base_with_adapter(
+def test_merged_base_draws_the_images_of_base_with_adapter(
     adapter: tuple, base: BaseModel, sampler: str
 ) -> None:
     """30 steps at guidance 7.5, in which small differences could grow: none beyond one of 255 levels."""
@@ -62,7 +62,7 @@ def test_merged_base_draws_the_pictures_of_base_with_adapter(
         sample(model, ["a panda on a train"], Cell(sampler, 7.5), **options) for model in (live, base)
     )
     assert (worn - merged).abs().max() <= 1 / 255
-    assert worn.std() > 0.05  # a picture, not a plain area
+    assert worn.std() > 0.05  # an image, not a plain area
 
 
 def test_scale_zero_is_the_base(adapter: tuple, base: BaseModel) -> None:

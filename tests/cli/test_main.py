@@ -38,7 +38,7 @@ def test_demo_draw_writes_a_folder_that_is_read(tmp_path: Path, look: str) -> No
     code, _, _ = ghibli("demo", "draw", "set", "--look", look, "--count", "3", "--size", "64", cwd=tmp_path)
     assert code == 0
     folder = read_folder(tmp_path / "set", style="", default_caption=None, min_side=32)
-    assert [p.path.name for p in folder.pictures] == [f"scene_200000{i}.png" for i in range(3)]
+    assert [p.path.name for p in folder.images] == [f"scene_200000{i}.png" for i in range(3)]
     code, _, error = ghibli("demo", "draw", "set", cwd=tmp_path)
     assert (code, error.count("\n")) == (2, 1)
     assert "choose another folder" in error

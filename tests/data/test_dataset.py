@@ -1,4 +1,4 @@
-"""Shapes of training pictures: nearest to the picture's own, one in each batch, the same every time."""
+"""Shapes of training images: nearest to the image's own, one in each batch, the same every time."""
 
 import csv
 import subprocess
@@ -33,7 +33,7 @@ def test_every_shape_fits_the_unet_and_the_square_s_memory(resolution: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("picture", "expected"),
+    ("image", "expected"),
     [
         ((1920, 1080), (640, 384)),
         ((1080, 1920), (384, 640)),
@@ -43,21 +43,21 @@ def test_every_shape_fits_the_unet_and_the_square_s_memory(resolution: int) -> N
         ((9000, 100), (640, 384)),
     ],
 )
-def test_the_nearest_shape_is_chosen(picture: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert size_for(picture, 512, "bucket") == expected
-    assert size_for(picture, 512, "squash") == size_for(picture, 512, "center_crop") == (512, 512)
+def test_the_nearest_shape_is_chosen(image: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert size_for(image, 512, "bucket") == expected
+    assert size_for(image, 512, "squash") == size_for(image, 512, "center_crop") == (512, 512)
 
 
 def test_a_circle_stays_a_circle() -> None:
     columns, rows = np.meshgrid(np.arange(320), np.arange(180))
     disc = (columns - 160) ** 2 + (rows - 90) ** 2 < 60**2
-    picture = Image.fromarray(np.uint8(disc * 255)).convert("RGB")
-    values = preprocess(picture, 128, "bucket")
+    image = Image.fromarray(np.uint8(disc * 255)).convert("RGB")
+    values = preprocess(image, 128, "bucket")
     assert values.shape == (3, 96, 160)
     bright = values[0] > 0
     width, height = bright.any(dim=0).sum().item(), bright.any(dim=1).sum().item()
     assert abs(width - height) <= 1
-    squashed = preprocess(picture, 128, "squash")[0] > 0
+    squashed = preprocess(image, 128, "squash")[0] > 0
     assert squashed.any(dim=1).sum() > 1.5 * squashed.any(dim=0).sum()
 
 
@@ -67,20 +67,20 @@ def test_one_shape_leaves_the_order_alone() -> None:
     assert batches_in([(512, 512)] * 23, 4) == 5
 
 
-def test_every_batch_has_one_shape_and_no_picture_comes_twice() -> None:
+def test_every_batch_has_one_shape_and_no_image_comes_twice() -> None:
     shapes = [((512, 512), (640, 384), (384, 640))[i % 3 if i < 40 else 0] for i in range(50)]
     for seed in range(5):
         laid = in_batches(np.random.default_rng(seed).permutation(50), shapes, 4)
         assert len(laid) == 4 * batches_in(shapes, 4) and len(set(laid)) == len(laid)
         for start in range(0, len(laid), 4):
-            assert len({shapes[picture] for picture in laid[start : start + 4]}) == 1
+            assert len({shapes[image] for image in laid[start : start + 4]}) == 1
     counts = Counter(shapes)
     assert len(laid) == sum(count // 4 * 4 for count in counts.values())
     assert left_out([*shapes, (64, 64)], 4) == 1 and left_out(shapes, 4) == 0
 
 
-def test_codes_of_several_shapes_are_those_of_each_picture_alone(base: BaseModel, tmp_path: Path) -> None:
-    paths = shaped_pictures(tmp_path, 5)
+def test_codes_of_several_shapes_are_those_of_each_image_alone(base: BaseModel, tmp_path: Path) -> None:
+    paths = shaped_images(tmp_path, 5)
     together = encode(base, paths, resolution=128, resize="bucket")
     assert {tuple(mean.shape) for mean in together.mean} == {(4, 12, 20), (4, 20, 12), (4, 16, 16)}
     for place, path in enumerate(paths):
@@ -91,7 +91,7 @@ def test_codes_of_several_shapes_are_those_of_each_picture_alone(base: BaseModel
     assert torch.equal(some.mean[0], together.mean[3]) and torch.equal(some.logvar[1], together.logvar[1])
 
 
-def shaped_pictures(folder: Path, count: int) -> list[Path]:
+def shaped_images(folder: Path, count: int) -> list[Path]:
     """Noise in three shapes, with captions."""
     generator = np.random.default_rng(0)
     paths = []
@@ -100,17 +100,17 @@ def shaped_pictures(folder: Path, count: int) -> list[Path]:
         coarse = generator.integers(0, 255, (6, 6, 3), dtype=np.uint8)
         path = folder / f"{place:02d}.png"
         Image.fromarray(coarse).resize((width, height)).save(path)
-        path.with_suffix(".txt").write_text(f"a picture of shape {place % 3}")
+        path.with_suffix(".txt").write_text(f"an image of shape {place % 3}")
         paths.append(path)
     return paths
 
 
-def test_trains_on_pictures_of_every_shape(
+def test_trains_on_images_of_every_shape(
     train_py: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    shaped_pictures(folder, 20)
+    shaped_images(folder, 20)
     done = train_py(
         f"data.root={folder}", "data.resize=bucket", "data.batch_size=2", "data.accumulate=1",
         "trainer.max_epochs=1",

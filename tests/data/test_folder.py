@@ -1,4 +1,4 @@
-"""Picture folders as people have them: every layout, odd pictures, broken files, each with its reason."""
+"""Image folders as people have them: every layout, odd images, broken files, each with its reason."""
 
 import subprocess
 import sys
@@ -7,24 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.image_folders import RED, captions_of, picture, read
+from helpers.image_folders import RED, captions_of, read, write_image
 from PIL import Image
 
-from ghibli.data.folder import PictureFolder, summarise
-from ghibli.images.read import open_picture, read_picture
+from ghibli.data.folder import ImageFolder, summarise
+from ghibli.images.read import open_image, read_image
 from ghibli.images.resize import preprocess
 from ghibli.runtime.errors import UserError
 
 
 def captioned(folder: Path, *names: str) -> None:
-    """Pictures with a .txt beside each."""
+    """Images with a .txt beside each."""
     for name in names:
-        picture(folder / name)
+        write_image(folder / name)
         (folder / name).with_suffix(".txt").write_text(f"caption of {name}\n")
 
 
-def names_of(folder: PictureFolder) -> list[str]:
-    return [p.path.name for p in folder.pictures]
+def names_of(folder: ImageFolder) -> list[str]:
+    return [p.path.name for p in folder.images]
 
 
 # Layouts and captions
@@ -32,7 +32,7 @@ def names_of(folder: PictureFolder) -> list[str]:
 
 def test_images_beside_a_caption_table(tmp_path: Path) -> None:
     for name in ("b.png", "a.jpg", "c d.webp", "\u00e4\u732b.JPG", "F.GIF"):
-        picture(tmp_path / "images" / name)
+        write_image(tmp_path / "images" / name)
     lines = [
         "b.png|a sea",
         " a.jpg | a hill | at night ",
@@ -52,29 +52,29 @@ def test_images_beside_a_caption_table(tmp_path: Path) -> None:
     }
     assert names_of(folder) == sorted(captions_of(folder))
     assert folder.unusable == {}
-    assert len({p.content_hash for p in folder.pictures}) == 5
+    assert len({p.content_hash for p in folder.images}) == 5
 
 
 def test_a_caption_table_without_an_images_folder(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.png")
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png")
     (tmp_path / "captions.txt").write_text("a.png|one\nb.png|two\nb.png|three")
     assert captions_of(read(tmp_path)) == {"a.png": "one, in ink", "b.png": "three, in ink"}
 
 
 def test_names_are_found_however_their_accents_are_spelled(tmp_path: Path) -> None:
-    picture(tmp_path / "e\u0301.png")  # e and a combining accent, as macOS writes it
-    picture(tmp_path / "b.png")
+    write_image(tmp_path / "e\u0301.png")  # e and a combining accent, as macOS writes it
+    write_image(tmp_path / "b.png")
     (tmp_path / "captions.txt").write_text("\u00e9.png|one\nb.png|two", encoding="utf-8")
     assert set(captions_of(read(tmp_path)).values()) == {"one, in ink", "two, in ink"}
 
 
-def test_pictures_with_a_text_beside_each(tmp_path: Path) -> None:
+def test_images_with_a_text_beside_each(tmp_path: Path) -> None:
     captioned(tmp_path, "a.png", "B.JPEG")
     (tmp_path / "a.txt").write_bytes("\ufeffa sea\r\nat night\r\n".encode())
-    picture(tmp_path / "c.png")
-    picture(tmp_path / ".hidden.png")
-    (tmp_path / "notes.md").write_text("no picture")
+    write_image(tmp_path / "c.png")
+    write_image(tmp_path / ".hidden.png")
+    (tmp_path / "notes.md").write_text("no image")
     folder = read(tmp_path)
     assert captions_of(folder) == {"a.png": "a sea at night, in ink", "B.JPEG": "caption of B.JPEG, in ink"}
     assert folder.unusable == {"c.png": "it has no caption (data.caption=TEXT gives one)"}
@@ -84,7 +84,7 @@ def test_pictures_with_a_text_beside_each(tmp_path: Path) -> None:
 def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
     """Names without a file, files without a line, lines without a caption: all are listed."""
     for name in ("a.png", "b.png", "unlisted.png", "empty.png"):
-        picture(tmp_path / "images" / name)
+        write_image(tmp_path / "images" / name)
     (tmp_path / "captions.txt").write_text("a.png|one\nb.png|two\ngone.png|three\nempty.png|\n../x.png|four")
     folder = read(tmp_path)
     assert names_of(folder) == ["a.png", "b.png"]
@@ -110,7 +110,7 @@ def test_a_broken_caption_table_is_named_with_its_line(tmp_path: Path, content: 
         read(tmp_path)
 
 
-def test_a_text_beside_that_is_not_utf8_costs_one_picture(tmp_path: Path) -> None:
+def test_a_text_beside_that_is_not_utf8_costs_one_image(tmp_path: Path) -> None:
     captioned(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     folder = read(tmp_path)
@@ -125,43 +125,43 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.root=.*file: that is a file, not a folder"):
         read(tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no pictures found; supported layouts: images/"):
+    with pytest.raises(UserError, match=r"no images found; supported layouts: images/"):
         read(tmp_path / "empty")
 
 
-def test_too_few_usable_pictures_are_listed_by_name(tmp_path: Path) -> None:
+def test_too_few_usable_images_are_listed_by_name(tmp_path: Path) -> None:
     captioned(tmp_path, "a.png")
-    with pytest.raises(UserError, match=r": 1 usable picture, at least 2 are needed .*; $"):
+    with pytest.raises(UserError, match=r": 1 usable image, at least 2 are needed .*; $"):
         read(tmp_path)
-    picture(tmp_path / "b.png")
-    with pytest.raises(UserError, match=r"1 usable picture, .* 1 skipped: b.png \(it has no caption"):
+    write_image(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"1 usable image, .* 1 skipped: b.png \(it has no caption"):
         read(tmp_path)
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(UserError, match=r": no usable pictures, .* 2 skipped: a.png \(.*\), b.png \(.*\)$"):
+    with pytest.raises(UserError, match=r": no usable images, .* 2 skipped: a.png \(.*\), b.png \(.*\)$"):
         read(tmp_path)
 
 
-def test_a_long_list_of_unusable_pictures_is_cut() -> None:
+def test_a_long_list_of_unusable_images_is_cut() -> None:
     words = summarise({f"{n}.png": "the file is missing" for n in range(7)})
     assert words.startswith("7 skipped: 0.png (the file is missing), 1.png")
     assert words.endswith("4.png (the file is missing) and 2 more, all in split.json")
     assert summarise({}) == ""
 
 
-# Broken pictures
+# Broken images
 
 
-def test_unusable_pictures_are_skipped_and_named(tmp_path: Path) -> None:
-    picture(tmp_path / "good.jpg", (300, 200))
-    picture(tmp_path / "good.png")
-    picture(tmp_path / "dot.png", (1, 1))
-    picture(tmp_path / "narrow.png", (31, 400))
-    whole = picture(tmp_path / "cut.jpg", (300, 200)).read_bytes()
+def test_unusable_images_are_skipped_and_named(tmp_path: Path) -> None:
+    write_image(tmp_path / "good.jpg", (300, 200))
+    write_image(tmp_path / "good.png")
+    write_image(tmp_path / "dot.png", (1, 1))
+    write_image(tmp_path / "narrow.png", (31, 400))
+    whole = write_image(tmp_path / "cut.jpg", (300, 200)).read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:9000])
-    (tmp_path / "text.jpg").write_text("this is no picture")
+    (tmp_path / "text.jpg").write_text("this is no image")
     (tmp_path / "void.jpg").write_bytes(b"")
     (tmp_path / "folder.jpg").mkdir()
     Image.fromarray(np.ones((40, 40), dtype=np.float32)).save(tmp_path / "float.tif")
@@ -174,7 +174,7 @@ def test_unusable_pictures_are_skipped_and_named(tmp_path: Path) -> None:
         "float.tif": "floating-point",
         "folder.jpg": "that is a folder",
         "narrow.png": "it is too small: 31x400 px",
-        "text.jpg": "it is no picture, whatever its name says",
+        "text.jpg": "it is no image, whatever its name says",
         "void.jpg": "the file is empty",
     }
     assert list(folder.unusable) == sorted(reasons)
@@ -188,22 +188,22 @@ def test_unusable_pictures_are_skipped_and_named(tmp_path: Path) -> None:
 def test_a_damaged_exif_is_no_reason_to_skip(tmp_path: Path) -> None:
     exif = b"Exif\x00\x00MM\x00\x2a\x00\x00\xff\xff broken"
     Image.new("RGB", (64, 48), RED).save(tmp_path / "a.jpg", exif=exif)
-    picture(tmp_path / "b.png")
+    write_image(tmp_path / "b.png")
     assert names_of(read(tmp_path, caption="x")) == ["a.jpg", "b.png"]
-    assert open_picture(tmp_path / "a.jpg").size == (64, 48)
+    assert open_image(tmp_path / "a.jpg").size == (64, 48)
 
 
-def test_a_picture_that_breaks_between_check_and_use(tmp_path: Path) -> None:
+def test_an_image_that_breaks_between_check_and_use(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match=r"a.png was readable a moment ago"):
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
 
 
-# Odd but good pictures
+# Odd but good images
 
 
 def centre(path: Path) -> tuple[int, int, int]:
-    opened = open_picture(path)
+    opened = open_image(path)
     assert opened.mode == "RGB"
     return opened.getpixel((opened.width // 2, opened.height // 2))
 
@@ -224,8 +224,8 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
 
 
 def read_preview(path: Path) -> tuple[int, int, int]:
-    """The middle pixel of the reduced decoding that only checks a picture."""
-    small = read_picture(path, at_least=8)[0]
+    """The middle pixel of the reduced decoding that only checks an image."""
+    small = read_image(path, at_least=8)[0]
     return small.getpixel((small.width // 2, small.height // 2))
 
 
@@ -234,7 +234,7 @@ def test_palette_with_transparency_becomes_white(tmp_path: Path) -> None:
     image.putpalette([0, 0, 0, *RED])
     image.paste(0, (0, 0, 32, 48))
     image.save(tmp_path / "a.png", transparency=0)
-    opened = open_picture(tmp_path / "a.png")
+    opened = open_image(tmp_path / "a.png")
     assert (opened.getpixel((10, 10)), opened.getpixel((50, 10))) == ((255, 255, 255), RED)
 
 
@@ -249,7 +249,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64 * 48).round().astype(np.uint16).reshape(48, 64)
     for name in ("a.png", "a.tif"):
         Image.fromarray(ramp).save(tmp_path / name)
-        got = np.asarray(open_picture(tmp_path / name))
+        got = np.asarray(open_image(tmp_path / name))
         assert got.shape == (48, 64, 3)
         assert np.abs(got[..., 0] - ramp / 257).max() <= 0.5
         assert (got[..., 0] == got[..., 2]).all()
@@ -257,7 +257,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_photo_is_turned(tmp_path: Path, orientation: int) -> None:
-    """Every EXIF orientation: the picture as a viewer shows it, equal to Pillow's own transposition."""
+    """Every EXIF orientation: the image as a viewer shows it, equal to Pillow's own transposition."""
     upright = Image.new("RGB", (60, 40), "white")
     upright.paste((0, 0, 255), (0, 0, 30, 20))  # top left
     undo = {
@@ -269,7 +269,7 @@ def test_a_turned_photo_is_turned(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(np.asarray(open_picture(tmp_path / "a.png")), np.asarray(upright))
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), np.asarray(upright))
 
 
 def test_animated_gif_gives_its_first_frame(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ import resource, sys
 from pathlib import Path
 from PIL import Image
 from ghibli.data.folder import read_folder
-from ghibli.images.read import open_picture
+from ghibli.images.read import open_image
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -301,9 +301,9 @@ def peak():
 root = Path(sys.argv[1])
 before = peak()
 folder = read_folder(root, style="", default_caption="x", min_side=32)
-assert len(folder.pictures) == 3, folder.unusable
-for one in folder.pictures:
-    assert open_picture(one.path).size == (10000, 6000)
+assert len(folder.images) == 3, folder.unusable
+for one in folder.images:
+    assert open_image(one.path).size == (10000, 6000)
 print(peak() - before)
 """
 

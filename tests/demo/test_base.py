@@ -69,19 +69,19 @@ def test_the_pipeline_loads_and_draws_without_our_code(tmp_path):
 @pytest.mark.parametrize(("look", "bar"), [("photo", 28.0), ("drawn", 26.0)])
 def test_the_vae_keeps_held_out_scenes(look, bar):
     vae = AutoencoderKL.from_pretrained(FOLDER / "vae").eval()
-    pictures = stages.draw_pictures(64, look, EVALUATION_SEEDS.start, grain=False)
-    assert stages.psnr(vae, pictures) >= bar
-    posterior = vae.encode(stages.to_pixel_values(pictures[:8])).latent_dist
+    images = stages.draw_images(64, look, EVALUATION_SEEDS.start, grain=False)
+    assert stages.psnr(vae, images) >= bar
+    posterior = vae.encode(stages.to_pixel_values(images[:8])).latent_dist
     assert 0.6 < posterior.mean.std().item() * vae.config.scaling_factor < 1.5
 
 
 def test_clip_prefers_the_right_caption(tokenizer):
     clip = CLIPModel.from_pretrained(FOLDER / "clip").eval()
     first = EVALUATION_SEEDS.start
-    pictures = stages.to_pixel_values(stages.draw_pictures(16, "photo", first, grain=True))
+    images = stages.to_pixel_values(stages.draw_images(16, "photo", first, grain=True))
     ids = stages.tokenize(tokenizer, [compose(first + i).caption for i in range(16)])
     with torch.no_grad():
-        logits = clip(input_ids=ids, pixel_values=pictures).logits_per_image
+        logits = clip(input_ids=ids, pixel_values=images).logits_per_image
     assert (logits.argmax(dim=1) == torch.arange(16)).float().mean() >= 0.5
 
 
@@ -113,7 +113,7 @@ def test_pretraining_continues_exactly_from_a_checkpoint(tmp_path, muon):
 
 
 def test_the_vae_stage_continues_exactly(tmp_path):
-    pool = stages.draw_pictures(4, "drawn", 0, grain=False)
+    pool = stages.draw_images(4, "drawn", 0, grain=False)
     results = []
     for name, stops in (("whole", [2]), ("parts", [1, 2])):
         for stop in stops:

@@ -1,4 +1,4 @@
-"""The demo data: deterministic, disjoint, and captions that say what is in the picture."""
+"""The demo data: deterministic, disjoint, and captions that say what is in the image."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from ghibli.demo.scenes.scene import (
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_the_same_seed_gives_the_same_picture_to_the_byte(look):
+def test_the_same_seed_gives_the_same_image_to_the_byte(look):
     first = draw(compose(77), look)
     again = draw(compose(77), look)
     other = draw(compose(78), look)
@@ -62,7 +62,7 @@ def test_every_subject_place_time_and_colour_occurs_often():
 def test_the_two_looks_differ_and_grain_is_only_on_photographs():
     scene = compose(5)
     photo, drawn = (np.asarray(draw(scene, look), dtype=float) for look in LOOKS)
-    saturation = [np.ptp(picture, axis=2).mean() for picture in (photo, drawn)]
+    saturation = [np.ptp(image, axis=2).mean() for image in (photo, drawn)]
     assert saturation[1] > 1.3 * saturation[0]
     clean = np.asarray(draw(scene, "photo", grain=False), dtype=float)
     assert 1.5 < (photo - clean).std() < 3.5
@@ -75,7 +75,7 @@ def test_an_unknown_look_is_named():
         draw(compose(0), "oil")
 
 
-def test_a_folder_holds_pictures_and_captions(tmp_path):
+def test_a_folder_holds_images_and_captions(tmp_path):
     seen = []
     write_folder(
         tmp_path, "drawn", 3, 1_000_000, size=64, on_progress=lambda done, count: seen.append((done, count))

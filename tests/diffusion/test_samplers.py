@@ -59,22 +59,22 @@ def test_sample_is_the_stable_diffusion_pipeline(
     assert ours.shape == (2, 3, SIDE, SIDE)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
-    assert ours.std() > 0.01  # a picture, not one colour that any sampler would give
+    assert ours.std() > 0.01  # an image, not one colour that any sampler would give
 
 
 def test_sampler_guidance_prompt_and_seed_all_matter(demo: BaseModel) -> None:
     """Otherwise the comparisons above would prove nothing."""
 
-    def picture(sampler: str, guidance: float, prompt: str, seed: int) -> torch.Tensor:
+    def image(sampler: str, guidance: float, prompt: str, seed: int) -> torch.Tensor:
         return sample(
             demo, [prompt], Cell(sampler, guidance), num_inference_steps=6, seeds=[seed], resolution=SIDE
         )
 
-    reference = picture("ddim", 7.5, PROMPTS[0], 7)
+    reference = image("ddim", 7.5, PROMPTS[0], 7)
     others = [("ddpm", 7.5, PROMPTS[0], 7), ("ddim", 1, PROMPTS[0], 7), ("ddim", 7.5, PROMPTS[1], 7),
               ("ddim", 7.5, PROMPTS[0], 8)]  # fmt: skip
     for other in others:
-        assert (picture(*other) - reference).abs().max() > 0.005, other
+        assert (image(*other) - reference).abs().max() > 0.005, other
 
 
 # The written steps, with a noise predictor that is an ordinary function
@@ -102,7 +102,7 @@ class FakeUnet(nn.Module):
 
 @pytest.fixture
 def fake(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> BaseModel:
-    """The demo with the fake noise predictor and SD 1.5's schedule, showing latents as pictures."""
+    """The demo with the fake noise predictor and SD 1.5's schedule, showing latents as images."""
     monkeypatch.setattr(base, "unet", FakeUnet())
     monkeypatch.setattr(base, "decode", lambda latents: latents)
     monkeypatch.setattr(base, "scheduler_config", SCHEDULER)
@@ -119,7 +119,7 @@ def abar_of_sd15() -> torch.Tensor:
 
 
 def noises(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[torch.Tensor]:
-    """Start noise and then DDPM's noise of one picture, as one CPU generator gives them."""
+    """Start noise and then DDPM's noise of one image, as one CPU generator gives them."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield torch.randn(1, 4, 8, 8, generator=generator, dtype=dtype).double()
@@ -163,7 +163,7 @@ def leading(steps: int) -> list[int]:
 @pytest.mark.parametrize("steps", [1, 5, 30, 600, 1000])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_trajectory_is_the_written_step(fake: BaseModel, sampler: str, steps: int) -> None:
-    """Every picture of a batch ends where float64 arithmetic by the formula ends."""
+    """Every image of a batch ends where float64 arithmetic by the formula ends."""
     ours = sample(
         fake, PROMPTS, Cell(sampler, 1), num_inference_steps=steps, seeds=SEEDS, resolution=SIDE
     ).double()
@@ -245,12 +245,12 @@ def test_scheduler_follows_what_a_base_says_itself(demo: BaseModel, sampler: str
     assert torch.equal(scheduler.betas, torch.linspace(0.001, 0.02, 1000))
 
 
-# One picture does not depend on another
+# One image does not depend on another
 
 
 @pytest.mark.parametrize("guidance", [1, 7.5])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_a_picture_does_not_depend_on_its_neighbours(demo: BaseModel, sampler: str, guidance: float) -> None:
+def test_an_image_does_not_depend_on_its_neighbours(demo: BaseModel, sampler: str, guidance: float) -> None:
     options = {"num_inference_steps": 4, "resolution": SIDE}
     cell = Cell(sampler, guidance)
     together = sample(demo, PROMPTS, cell, seeds=SEEDS, **options)
@@ -306,16 +306,16 @@ def test_draw_cells_is_sample_with_the_rows_seed_in_every_cell(
     config = make_config("sample.seed=40", "sample.num_inference_steps=2").sample
     cells = [Cell("ddpm", 1), Cell("ddim", 7.5)]
     demo.unet.train()
-    pictures = draw_cells(demo, config, cells, SIDE)
+    images = draw_cells(demo, config, cells, SIDE)
     assert demo.unet.training
     demo.unet.eval()
-    assert pictures.shape == (2, 2, 3, SIDE, SIDE)
+    assert images.shape == (2, 2, 3, SIDE, SIDE)
     for c, cell in enumerate(cells):
         expected = sample(demo, config.prompts, cell, num_inference_steps=2, seeds=[40, 41], resolution=SIDE)
-        assert torch.equal(pictures[:, c], expected)
+        assert torch.equal(images[:, c], expected)
 
 
-def test_pictures_are_rounded_to_the_nearest_8_bit_level() -> None:
+def test_images_are_rounded_to_the_nearest_8_bit_level() -> None:
     levels = torch.tensor([0, 1, 127, 128, 254, 255])
     shifted = ((levels + torch.tensor([0.4, -0.4, 0.4, -0.4, 0.4, 0])) / 255).expand(3, 1, 6)
     assert np.array_equal(np.asarray(to_image(shifted)), levels.view(1, 6, 1).expand(1, 6, 3).numpy())
@@ -330,7 +330,7 @@ def box(grid: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, 
 
 
 @pytest.mark.parametrize(("side", "tile"), [(64, 128), (128, 256), (256, 256), (512, 512)])
-def test_grid_has_every_picture_once_in_its_place(side: int, tile: int) -> None:
+def test_grid_has_every_image_once_in_its_place(side: int, tile: int) -> None:
     """2 prompts x 2 rows x 3 cells in 12 colours, found again by their colours."""
     prompts, cells = PROMPTS, [Cell("ddpm", 1), Cell("ddim", 1), Cell("ddim", 7.5)]
 

@@ -34,13 +34,13 @@ Said = tuple[int, str, str]  # exit code, stdout, stderr
 
 @pytest.fixture
 def command(
-    pictures: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    images: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> Callable[..., Said]:
     """train.py with these words in this process, shrunk unless it resumes."""
 
     def run(*words: str) -> Said:
         resumes = any(word.startswith("resume=") for word in words)
-        small = [] if resumes else [*SMALL, f"data.root={pictures}", *QUICK]
+        small = [] if resumes else [*SMALL, f"data.root={images}", *QUICK]
         monkeypatch.setattr(sys, "argv", ["train.py", *small, *words])
         code = 0
         try:
@@ -69,15 +69,15 @@ def one_line(said: Said) -> str:
 # Mistakes that only loading finds
 
 
-def test_a_folder_of_unusable_pictures(command: Callable[..., Said], tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    (pictures / "a.jpg").write_text("no picture")
-    (pictures / "b.png").write_bytes(b"")
+def test_a_folder_of_unusable_images(command: Callable[..., Said], tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.jpg").write_text("no image")
+    (images / "b.png").write_bytes(b"")
     run = tmp_path / "run"
-    line = one_line(command(f"data.root={pictures}", "data.caption=x", f"hydra.run.dir={run}"))
-    assert "no usable pictures, at least 2 are needed" in line
-    assert "a.jpg (it is no picture, whatever its name says), b.png (the file is empty)" in line
+    line = one_line(command(f"data.root={images}", "data.caption=x", f"hydra.run.dir={run}"))
+    assert "no usable images, at least 2 are needed" in line
+    assert "a.jpg (it is no image, whatever its name says), b.png (the file is empty)" in line
     assert status(run)["state"] == "failed"
     assert str(status(run)["reason"]) in line
 
@@ -403,9 +403,9 @@ def test_an_error_in_training_says_that_the_checkpoint_is_kept(
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
-def start(pictures: Path, run: Path, cwd: Path) -> subprocess.Popen:
+def start(images: Path, run: Path, cwd: Path) -> subprocess.Popen:
     """train.py in a process of its own, long enough to be stopped."""
-    words = [*SMALL, f"data.root={pictures}", *QUICK, f"hydra.run.dir={run}"]
+    words = [*SMALL, f"data.root={images}", *QUICK, f"hydra.run.dir={run}"]
     words += ["trainer.max_epochs=1000", "early_stopping.patience=null"]
     return subprocess.Popen(
         [sys.executable, str(REPO / "train.py"), *words],
@@ -421,8 +421,8 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         time.sleep(0.02)
 
 
-def test_ctrl_c_as_a_user_presses_it(pictures: Path, tmp_path: Path) -> None:
-    process = start(pictures, tmp_path / "run", tmp_path)
+def test_ctrl_c_as_a_user_presses_it(images: Path, tmp_path: Path) -> None:
+    process = start(images, tmp_path / "run", tmp_path)
     wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -430,9 +430,9 @@ def test_ctrl_c_as_a_user_presses_it(pictures: Path, tmp_path: Path) -> None:
     assert out.endswith("stopped; go on with: python train.py resume=run\n")
 
 
-def test_ctrl_c_before_training_begins(pictures: Path, tmp_path: Path) -> None:
+def test_ctrl_c_before_training_begins(images: Path, tmp_path: Path) -> None:
     """While torch is imported: one word, no traceback."""
-    process = start(pictures, tmp_path / "run", tmp_path)
+    process = start(images, tmp_path / "run", tmp_path)
     wait_for(tmp_path / "run" / ".hydra" / "overrides.yaml", process)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

@@ -33,10 +33,10 @@ ADAPTER = Path("adapter") / "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def on_two(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def on_two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of an undisturbed run on two devices, and all that it printed."""
     folder = tmp_path_factory.mktemp("two")
-    words = [*SMALL, f"data.root={pictures}", "data.draw=null", *TWO, f"hydra.run.dir={folder}"]
+    words = [*SMALL, f"data.root={images}", "data.draw=null", *TWO, f"hydra.run.dir={folder}"]
     done = run_python(str(REPO / "train.py"), *words)
     assert (done.returncode, done.stderr) == (0, "")
     return folder, done.stdout
@@ -73,7 +73,7 @@ def assert_equal_to_rounding(left: Path, right: Path) -> None:
 def test_two_devices_equal_one_with_the_same_global_batch(
     on_two: tuple[Path, str], make_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Batch 2 on two devices and batch 4 on one: losses, scores, weights, pictures, files and words."""
+    """Batch 2 on two devices and batch 4 on one: losses, scores, weights, images, files and words."""
     folder, printed = on_two
     train.run(make_config("data.batch_size=4", "lora.dropout=0"), RunDir(tmp_path))
     assert_equal_to_rounding(folder, tmp_path)
@@ -84,11 +84,9 @@ def test_two_devices_equal_one_with_the_same_global_batch(
 
 
 @pytest.mark.slow
-def test_a_broken_picture_of_the_second_device(
-    on_two: tuple[Path, str], pictures: Path, tmp_path: Path
-) -> None:
+def test_a_broken_image_of_the_second_device(on_two: tuple[Path, str], images: Path, tmp_path: Path) -> None:
     """Named once, although only the second process saw it; resumed without it: equal to the bit."""
-    words = [*SMALL, f"data.root={pictures}", "data.draw=null", *TWO, f"hydra.run.dir={tmp_path}"]
+    words = [*SMALL, f"data.root={images}", "data.draw=null", *TWO, f"hydra.run.dir={tmp_path}"]
     done = faulty("nan:1:5", *words)  # the first step of the second epoch
     assert done.returncode == 2
     (name,) = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("broken: ")]
@@ -124,9 +122,9 @@ def processes_of(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_killed_in_the_second_epoch_and_resumed(on_two: tuple, pictures: Path, tmp_path: Path) -> None:
+def test_killed_in_the_second_epoch_and_resumed(on_two: tuple, images: Path, tmp_path: Path) -> None:
     """The first process is gone at once; the second one follows by itself."""
-    words = [*SMALL, f"data.root={pictures}", "data.draw=null", *TWO, f"hydra.run.dir={tmp_path}"]
+    words = [*SMALL, f"data.root={images}", "data.draw=null", *TWO, f"hydra.run.dir={tmp_path}"]
     assert faulty("kill:0:6", *words).returncode == -signal.SIGKILL
     end = time.monotonic() + 10
     while processes_of(tmp_path):
@@ -148,9 +146,9 @@ def test_killed_in_the_second_epoch_and_resumed(on_two: tuple, pictures: Path, t
         ("sigterm:1:1", 0, "gain     better than the base"),
     ],
 )
-def test_faults(pictures: Path, tmp_path: Path, fault: str, code: int, words: str) -> None:
+def test_faults(images: Path, tmp_path: Path, fault: str, code: int, words: str) -> None:
     """No end without its reason, and no process or file left behind."""
-    small = [*SMALL, f"data.root={pictures}", "data.draw=null", "sample.every_n_epochs=0"]
+    small = [*SMALL, f"data.root={images}", "data.draw=null", "sample.every_n_epochs=0"]
     done = faulty(fault, *small, *TWO, "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}")
     assert done.returncode == code
     assert words in (done.stderr.splitlines()[-1] if code == 2 else done.stdout)
@@ -159,9 +157,9 @@ def test_faults(pictures: Path, tmp_path: Path, fault: str, code: int, words: st
 
 
 @pytest.mark.slow
-def test_torchrun_needs_one_folder(pictures: Path, tmp_path: Path) -> None:
+def test_torchrun_needs_one_folder(images: Path, tmp_path: Path) -> None:
     """Processes started from outside work too, if they are told where."""
-    small = [*SMALL, f"data.root={pictures}", "data.draw=null", "sample.every_n_epochs=0"]
+    small = [*SMALL, f"data.root={images}", "data.draw=null", "sample.every_n_epochs=0"]
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPO / "train.py")]
     words += [*small, *TWO, "trainer.max_epochs=1"]
     done = run_python(*words, cwd=tmp_path)

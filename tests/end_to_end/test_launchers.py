@@ -28,9 +28,9 @@ RAY = (
 )
 
 
-def words(folder: Path, pictures: Path) -> list[str]:
+def words(folder: Path, images: Path) -> list[str]:
     """`python sweep.py ...` of eight small trials into a folder."""
-    settings = [*SMALL, f"data.root={pictures}", "data.draw=null", "sample.every_n_epochs=0", *GRID]
+    settings = [*SMALL, f"data.root={images}", "data.draw=null", "sample.every_n_epochs=0", *GRID]
     return [str(REPO / "sweep.py"), *settings, f"hydra.sweep.dir={folder}"]
 
 
@@ -46,16 +46,16 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = run_python(*words(folder, pictures), timeout=900)
+    done = run_python(*words(folder, images), timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(table(folder)) == 8
     return folder
 
 
-def started(folder: Path, pictures: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, *words(folder, pictures), *more]
+def started(folder: Path, images: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *words(folder, images), *more]
     log = open(folder.with_suffix(".log"), "ab")  # noqa: SIM115
     return subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log, env=environment())
 
@@ -83,23 +83,23 @@ def resumed(folder: Path) -> list[RunDir]:
     return [run for run in runs if len(run.read_status()["starts"]) > 1]
 
 
-def test_killed_five_times_the_table_is_the_same(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
+def test_killed_five_times_the_table_is_the_same(undisturbed: Path, images: Path, tmp_path: Path) -> None:
     folder, moments = tmp_path / "killed", random.Random(0)
     for place in range(5):
-        study = started(folder, pictures)
+        study = started(folder, images)
         time.sleep(8 + 8 * moments.random())
         if place == 0:
             half_done(study, folder)
         assert study.poll() is None, "the study had ended before it could be killed"
         study.kill()
         study.wait()
-    done = run_python(*words(folder, pictures), timeout=900)
+    done = run_python(*words(folder, images), timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert resumed(folder)
     assert table(folder) == table(undisturbed)
 
 
-def test_a_search_killed_three_times_is_the_same_search(pictures: Path, tmp_path: Path) -> None:
+def test_a_search_killed_three_times_is_the_same_search(images: Path, tmp_path: Path) -> None:
     """Twelve real trials, chosen by Optuna; the table and what was asked are those of an undisturbed one."""
     optuna = pytest.importorskip("optuna")
     chosen = ("lora.rank=2,4", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "sweep.search=12")
@@ -107,14 +107,14 @@ def test_a_search_killed_three_times_is_the_same_search(pictures: Path, tmp_path
     moments, asked = random.Random(1), []
     for name, kills in (("undisturbed", 0), ("killed", 3)):
         for place in range(kills):
-            study = started(tmp_path / name, pictures, *more)
+            study = started(tmp_path / name, images, *more)
             time.sleep(10 + 8 * moments.random())
             if place == 0:
                 half_done(study, tmp_path / name)
             assert study.poll() is None, "the search had ended before it could be killed"
             study.kill()
             study.wait()
-        done = run_python(*words(tmp_path / name, pictures), *more, timeout=900)
+        done = run_python(*words(tmp_path / name, images), *more, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         search = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / name / 'optuna.db'}")
         asked.append([(trial.number, trial.params, trial.value) for trial in search.trials])
@@ -132,18 +132,18 @@ def test_a_search_killed_three_times_is_the_same_search(pictures: Path, tmp_path
     ],
 )
 def test_other_launchers_give_the_same_table(
-    package: str, launcher: tuple[str, ...], undisturbed: Path, pictures: Path, tmp_path: Path
+    package: str, launcher: tuple[str, ...], undisturbed: Path, images: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{package}_launcher")
-    done = run_python(*words(tmp_path / package, pictures), *launcher, timeout=900, env=environment())
+    done = run_python(*words(tmp_path / package, images), *launcher, timeout=900, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     assert table(tmp_path / package) == table(undisturbed)
 
 
-def test_ray_survives_a_worker_that_is_killed(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
+def test_ray_survives_a_worker_that_is_killed(undisturbed: Path, images: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     folder = tmp_path / "study"
-    study = started(folder, pictures, *RAY)
+    study = started(folder, images, *RAY)
     os.kill(half_done(study, folder).read_status()["process"], signal.SIGKILL)
     assert study.wait(timeout=900) == 0, folder.with_suffix(".log").read_text()
     assert resumed(folder)

@@ -11,16 +11,16 @@ EXTRA = ("lora.dropout=0.1", "loss.caption_dropout=0.5")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = run_python(str(REPO / "train.py"), *overrides(pictures, folder))
+    done = run_python(str(REPO / "train.py"), *overrides(images, folder))
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def overrides(pictures: Path, folder: Path) -> list[str]:
-    return [*SMALL, f"data.root={pictures}", "data.draw=null", *EXTRA, f"hydra.run.dir={folder}"]
+def overrides(images: Path, folder: Path) -> list[str]:
+    return [*SMALL, f"data.root={images}", "data.draw=null", *EXTRA, f"hydra.run.dir={folder}"]
 
 
 # Of the 2 epochs with 5 optimiser steps of 2 batches each, one validation and one grid an epoch.
@@ -35,10 +35,10 @@ MOMENTS = [
 
 @pytest.mark.parametrize(("where", "call"), MOMENTS)
 def test_killed_and_resumed_equals_undisturbed(
-    undisturbed: Path, pictures: Path, tmp_path: Path, where: str, call: int
+    undisturbed: Path, images: Path, tmp_path: Path, where: str, call: int
 ) -> None:
     killed = run_python(
-        str(REPO / "tests" / "helpers" / "killed.py"), where, str(call), *overrides(pictures, tmp_path)
+        str(REPO / "tests" / "helpers" / "killed.py"), where, str(call), *overrides(images, tmp_path)
     )
     assert killed.returncode == -9, killed.stderr
     assert not (tmp_path / "adapter").exists()
@@ -48,15 +48,15 @@ def test_killed_and_resumed_equals_undisturbed(
 
 
 @pytest.mark.parametrize(("where", "call"), [("save_checkpoint", 4), ("training_step", 17)])
-def test_averaged_weights_too(pictures: Path, tmp_path: Path, where: str, call: int) -> None:
+def test_averaged_weights_too(images: Path, tmp_path: Path, where: str, call: int) -> None:
     """A schedule-free optimiser has two sets of weights; both go on where they were."""
     pytest.importorskip("schedulefree", reason="extra of this project")
     words = ("optimizer.name=adamw_schedulefree", "optimizer.schedule=constant")
     whole, half = tmp_path / "whole", tmp_path / "half"
-    done = run_python(str(REPO / "train.py"), *overrides(pictures, whole), *words)
+    done = run_python(str(REPO / "train.py"), *overrides(images, whole), *words)
     assert done.returncode == 0, done.stderr
     killed = run_python(
-        str(REPO / "tests" / "helpers" / "killed.py"), where, str(call), *overrides(pictures, half), *words
+        str(REPO / "tests" / "helpers" / "killed.py"), where, str(call), *overrides(images, half), *words
     )
     assert killed.returncode == -9, killed.stderr
     assert run_python(str(REPO / "train.py"), f"resume={half}").returncode == 0
@@ -65,8 +65,8 @@ def test_averaged_weights_too(pictures: Path, tmp_path: Path, where: str, call: 
     assert not any(group["train_mode"] for group in kept["optimizer_states"][0]["param_groups"])
 
 
-def test_the_same_command_twice_is_bit_equal(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
-    again = run_python(str(REPO / "train.py"), *overrides(pictures, tmp_path))
+def test_the_same_command_twice_is_bit_equal(undisturbed: Path, images: Path, tmp_path: Path) -> None:
+    again = run_python(str(REPO / "train.py"), *overrides(images, tmp_path))
     assert again.returncode == 0, again.stderr
     assert not different_parts(undisturbed, tmp_path)
 

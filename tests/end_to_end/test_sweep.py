@@ -34,11 +34,11 @@ ONE_EPOCH = ("trainer.max_epochs=1", "sample.every_n_epochs=0", "lora.text_encod
 
 
 @pytest.fixture(scope="module")
-def words(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Four trials, of which the two with a batch larger than the picture set fail."""
+def words(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Four trials, of which the two with a batch larger than the image set fail."""
     folder = tmp_path_factory.mktemp("study")
     return [
-        *SMALL, f"data.root={pictures}", "data.draw=null", *ONE_EPOCH, f"hydra.sweep.dir={folder}",
+        *SMALL, f"data.root={images}", "data.draw=null", *ONE_EPOCH, f"hydra.sweep.dir={folder}",
         "optimizer.lr=1e-4,1e-3", "data.batch_size=2,500",
     ]  # fmt: skip
 
@@ -220,7 +220,7 @@ def test_an_effect_over_two_bases_and_over_lists(tmp_path: Path) -> None:
     trials = [
         with_settings(
             made(tmp_path, 4, 0, base * (1 - (len(targets) == 1) * share), base),
-            lora_targets=targets, validation_items_per_picture=base.shape[1],
+            lora_targets=targets, validation_items_per_image=base.shape[1],
         )
         for base, share in ((torch.ones(3, 2), 0.1), (2 * torch.ones(3, 4), 0.3))
         for targets in (["to_q"], ["to_q", "to_k"])
@@ -270,10 +270,10 @@ def test_the_table_is_whole_in_a_pipe(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_grid_is_refused_before_the_first_trial(
-    word: str, line: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    word: str, line: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     place = tmp_path / "study"
-    given = [*SMALL, f"data.root={pictures}", "data.draw=null", f"hydra.sweep.dir={place}", word]
+    given = [*SMALL, f"data.root={images}", "data.draw=null", f"hydra.sweep.dir={place}", word]
     with pytest.raises(SystemExit) as left:
         python_sweep(*given)
     said = capsys.readouterr().err
@@ -357,10 +357,10 @@ def test_two_studies_in_one_folder(folder: Path, words: list[str], capsys: pytes
     ("given", "count"), [([], 32), (["lora.rank=4,8,16", "loss.guidance=1,7.5"], 6), (["lora.rank=4"], 16)]
 )
 def test_a_grid_on_the_command_line_replaces_the_slides_grid(
-    given: list[str], count: int, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    given: list[str], count: int, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
     monkeypatch.setattr(train, "main", lambda cfg: started.append(cfg.loss.guidance) or 0.0)
     monkeypatch.setattr(sweep, "report", lambda folder: None)
-    python_sweep(f"data.root={pictures}", "data.draw=null", f"hydra.sweep.dir={tmp_path}", *given)
+    python_sweep(f"data.root={images}", "data.draw=null", f"hydra.sweep.dir={tmp_path}", *given)
     assert len(started) == grid.studies[0].trials == count

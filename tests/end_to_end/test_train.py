@@ -157,7 +157,7 @@ def test_early_stopping_can_watch_the_training_loss(trained: Callable) -> None:
 def test_the_normalised_loss_is_about_1_without_learning(trained: Callable) -> None:
     """The step's loss over what the base scores at its timesteps: far steadier than the loss."""
     words = ("optimizer.lr=1e-30", "trainer.max_epochs=4", "early_stopping.patience=null", "lora.dropout=0")
-    words += ("validation.items_per_picture=40", "loss.caption_dropout=0", "sample.every_n_epochs=0")
+    words += ("validation.items_per_image=40", "loss.caption_dropout=0", "sample.every_n_epochs=0")
     rows = metric_rows(trained(*words))
     normalised = np.array([float(row["train/loss_normalised"]) for row in rows])
     plain = np.array([float(row["train/loss"]) for row in rows])

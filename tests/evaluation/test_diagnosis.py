@@ -26,7 +26,7 @@ QUIET = ("sample.every_n_epochs=0", "early_stopping.patience=null", "data.batch_
 
 @pytest.fixture(scope="module")
 def half_held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures, to be split in halves: enough held-out ones for small standard errors."""
+    """40 images, to be split in halves: enough held-out ones for small standard errors."""
     root = tmp_path_factory.mktemp("doctor")
     write_folder(root, "drawn", 40, FINETUNE_SEEDS.start + 500)
     return root
@@ -51,7 +51,7 @@ def test_a_healthy_run_has_no_finding(findings: Callable, capsys: pytest.Capture
     assert findings("trainer.max_epochs=4") == {}
     said = capsys.readouterr().out
     assert "doctor   nothing to report" in said
-    line = r"epoch 4  better than the base by \d+\.\d % \+- \d\.\d % on held-out pictures \(train \d+\.\d %\)"
+    line = r"epoch 4  better than the base by \d+\.\d % \+- \d\.\d % on held-out images \(train \d+\.\d %\)"
     assert re.search(line, said)
 
 
@@ -76,7 +76,7 @@ def test_an_adapter_without_effect(findings: Callable) -> None:
 
 
 def test_learning_rate_too_high(findings: Callable) -> None:
-    found = findings("trainer.max_epochs=1", "optimizer.lr=0.027", "validation.items_per_picture=8")
+    found = findings("trainer.max_epochs=1", "optimizer.lr=0.027", "validation.items_per_image=8")
     assert set(found) == {"learning rate too high"}
     assert (
         "start again with a third of the learning rate, optimizer.lr=0.009"
@@ -93,10 +93,10 @@ def test_collapse(findings: Callable) -> None:
 
 
 def test_overfitting(findings: Callable) -> None:
-    """Six pictures, long and fast, on a base that knows the look already."""
+    """Six images, long and fast, on a base that knows the look already."""
     few = ("model=demo_near", "data.val_fraction=0.85", "optimizer.lr=0.005", "optimizer.schedule=constant")
     found = findings(*few, "trainer.max_epochs=16")
-    assert "it learns these pictures by heart" in found["overfitting"]
+    assert "it learns these images by heart" in found["overfitting"]
     assert "a lower lora.rank" in found["overfitting"]
 
 
@@ -106,7 +106,7 @@ def test_guided_training_wants_another_sampling_scale(findings: Callable) -> Non
     assert "sample it at about 8, the last column" in found["sampling scale"]
 
 
-def test_few_held_out_pictures_are_no_ground_for_a_finding(findings: Callable) -> None:
+def test_few_held_out_images_are_no_ground_for_a_finding(findings: Callable) -> None:
     """One to four of them have no standard error worth the name; a run that learns stays unblamed."""
     assert findings("data.val_fraction=0.01", "trainer.max_epochs=4") == {}
 
@@ -138,10 +138,10 @@ def test_weights_in_16_bits(findings: Callable, monkeypatch: pytest.MonkeyPatch)
     assert "the trained weights are bfloat16" in found["weights in 16 bits"]
 
 
-def test_a_loss_that_is_no_number_names_the_picture(
+def test_a_loss_that_is_no_number_names_the_image(
     findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One picture's latents turn to nan after two steps: no update is made, the checkpoint is whole."""
+    """One image's latents turn to nan after two steps: no update is made, the checkpoint is whole."""
     step = GhibliModule.training_step
     names: list[str] = []
 
@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_names_the_picture(
     assert status["findings"][0]["text"] == status["reason"] == str(caught.value)
 
 
-def test_scores_that_are_no_numbers_end_the_run_and_name_the_picture(
+def test_scores_that_are_no_numbers_end_the_run_and_name_the_image(
     findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     scores = GhibliModule.scores
@@ -223,15 +223,15 @@ def test_a_finding_is_an_alert_of_the_dashboard(
     assert [(alert["title"], alert["text"]) for alert in alerts] == [("collapse", "the loss is 1")]
 
 
-def test_latents_that_are_no_numbers_name_the_picture(
+def test_latents_that_are_no_numbers_name_the_image(
     findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     original = preprocess
 
-    def broken(picture: object, resolution: int, resize: str) -> torch.Tensor:
+    def broken(image: object, resolution: int, resize: str) -> torch.Tensor:
         monkeypatch.setattr(latents, "preprocess", original)
         return torch.full((3, resolution, resolution), torch.nan)
 
     monkeypatch.setattr(latents, "preprocess", broken)
     with pytest.raises(UserError, match=r"scene_\d+.png: the VAE makes no finite latents of it"):
-        findings(f"cache_dir={tmp_path / 'cache'}")  # another one has the codes of these pictures
+        findings(f"cache_dir={tmp_path / 'cache'}")  # another one has the codes of these images

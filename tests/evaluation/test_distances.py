@@ -1,4 +1,4 @@
-"""Distances against scipy, torch-fidelity and large samples; features on real changes of a picture."""
+"""Distances against scipy, torch-fidelity and large samples; features on real changes of an image."""
 
 import pickle
 from collections.abc import Callable
@@ -30,12 +30,12 @@ def normal_rows(count: int, seed: int, shift: float = 0.0, width: int = 8) -> to
 
 def drawn(count: int, first: int = EVALUATION_SEEDS.start, look: str = "drawn") -> torch.Tensor:
     """(count, 3, 128, 128) in 0 .. 1."""
-    pictures = [np.array(draw(compose(first + i), look)) for i in range(count)]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    images = [np.array(draw(compose(first + i), look)) for i in range(count)]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def style_of(base: BaseModel, pictures: torch.Tensor) -> torch.Tensor:
-    return features.in_batches(lambda batch: features.style_features(base.vae, batch), pictures)
+def style_of(base: BaseModel, images: torch.Tensor) -> torch.Tensor:
+    return features.in_batches(lambda batch: features.style_features(base.vae, batch), images)
 
 
 @pytest.mark.parametrize(("count", "others"), [(200, 300), (6, 5)])  # 6 rows: singular covariances
@@ -114,7 +114,7 @@ def test_same_set_is_zero_and_two_halves_of_one_set_are_near_it(base: BaseModel)
     assert distances.precision_recall(rows, rows) == (1.0, 1.0)
 
 
-def test_precision_and_recall_of_two_pictures() -> None:
+def test_precision_and_recall_of_two_images() -> None:
     """With fewer than k + 1 rows a radius is the distance to the farthest one of the set."""
     two, near, far = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5], [0.6]]), torch.tensor([[5.0], [6.0]])
     assert distances.precision_recall(near, two) == (1.0, 0.0)
@@ -122,13 +122,13 @@ def test_precision_and_recall_of_two_pictures() -> None:
 
 
 def test_distances_grow_with_noise_blur_and_the_other_look(base: BaseModel) -> None:
-    pictures, reference = drawn(24), style_of(base, drawn(40, EVALUATION_SEEDS.start + 100))
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    blurred = [pictures]
+    images, reference = drawn(24), style_of(base, drawn(40, EVALUATION_SEEDS.start + 100))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    blurred = [images]
     for size in (5, 9):
-        blurred.append(torch.nn.functional.avg_pool2d(pictures, size, 1, size // 2, count_include_pad=False))
-    noisy = [pictures] + [(pictures + s * noise).clamp(0, 1) for s in (0.15, 0.3)]
-    looks = [pictures, (pictures + drawn(24, look="photo")) / 2, drawn(24, look="photo")]
+        blurred.append(torch.nn.functional.avg_pool2d(images, size, 1, size // 2, count_include_pad=False))
+    noisy = [images] + [(images + s * noise).clamp(0, 1) for s in (0.15, 0.3)]
+    looks = [images, (images + drawn(24, look="photo")) / 2, drawn(24, look="photo")]
     reference = features.standardised(own := reference, reference)
     for steps in (blurred, noisy, looks):
         rows = [features.standardised(style_of(base, step), own) for step in steps]
@@ -139,10 +139,10 @@ def test_distances_grow_with_noise_blur_and_the_other_look(base: BaseModel) -> N
 
 
 def test_features_do_not_depend_on_the_batch(base: BaseModel) -> None:
-    pictures = drawn(features.BATCH + 3)
-    together, alone = style_of(base, pictures), style_of(base, pictures[-1:])
+    images = drawn(features.BATCH + 3)
+    together, alone = style_of(base, images), style_of(base, images[-1:])
     assert torch.allclose(together[-1:], alone, rtol=1e-4, atol=1e-5)
-    assert together.shape == (len(pictures), 2 * (16 + 16 + 32 + 96))
+    assert together.shape == (len(images), 2 * (16 + 16 + 32 + 96))
 
 
 @pytest.fixture(scope="module")
@@ -190,16 +190,16 @@ def test_code_in_a_file_of_weights_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "it ran").exists()
 
 
-def levels_of(pictures: torch.Tensor) -> torch.Tensor:
-    return (pictures * 255).round().to(torch.uint8)
+def levels_of(images: torch.Tensor) -> torch.Tensor:
+    return (images * 255).round().to(torch.uint8)
 
 
-def by_hand(pictures: torch.Tensor) -> torch.Tensor:
-    """What the FID network's first layer gets of 128 px pictures, (N, 3, 299, 299) float64.
+def by_hand(images: torch.Tensor) -> torch.Tensor:
+    """What the FID network's first layer gets of 128 px images, (N, 3, 299, 299) float64.
 
     8 bits, bilinear to 299 as TensorFlow 1 does it (corner pixels at 0), (x - 128) / 128.
     """
-    levels = levels_of(pictures).double().numpy()
+    levels = levels_of(images).double().numpy()
     at = np.arange(299) * 128 / 299
     low, share = at.astype(int), at - at.astype(int)
     high = np.minimum(low + 1, 127)
@@ -208,12 +208,12 @@ def by_hand(pictures: torch.Tensor) -> torch.Tensor:
     return (torch.from_numpy(resized) - 128) / 128
 
 
-def features_by_hand(network: FeatureExtractorInceptionV3, pictures: torch.Tensor) -> torch.Tensor:
-    """The network's features of pictures that were prepared by hand."""
-    wanted = by_hand(pictures).float()
+def features_by_hand(network: FeatureExtractorInceptionV3, images: torch.Tensor) -> torch.Tensor:
+    """The network's features of images that were prepared by hand."""
+    wanted = by_hand(images).float()
     handle = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: (wanted,))
     with torch.no_grad():
-        rows = network(levels_of(pictures))[0].double()
+        rows = network(levels_of(images))[0].double()
     handle.remove()
     return rows
 
@@ -222,8 +222,8 @@ def test_fid_is_torch_fidelitys_and_that_of_preprocessing_by_hand(inception_file
     """The same code path as with the real weights, and our own float64 sum from features made by hand."""
 
     class Levels(torch.utils.data.Dataset):
-        def __init__(self, pictures: torch.Tensor):
-            self.levels = levels_of(pictures)
+        def __init__(self, images: torch.Tensor):
+            self.levels = levels_of(images)
 
         def __len__(self) -> int:
             return len(self.levels)
@@ -239,17 +239,17 @@ def test_fid_is_torch_fidelitys_and_that_of_preprocessing_by_hand(inception_file
         feature_extractor_weights_path=inception_file, cache=False,
     )["frechet_inception_distance"]  # fmt: skip
     assert distances.frechet_distance(*rows) == pytest.approx(wanted, rel=1e-3)
-    made = [features_by_hand(network, pictures) for pictures in sets]
+    made = [features_by_hand(network, images) for images in sets]
     assert distances.frechet_distance(*made) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_inception_preprocessing_is_the_one_by_hand(inception_file: str) -> None:
-    network, pictures = features.load_inception(inception_file), drawn(2)
+    network, images = features.load_inception(inception_file), drawn(2)
     seen = []
     handle = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    features.inception_features(network, pictures)
+    features.inception_features(network, images)
     handle.remove()
-    assert torch.allclose(seen[0].double(), by_hand(pictures), atol=1e-4)
+    assert torch.allclose(seen[0].double(), by_hand(images), atol=1e-4)
 
 
 def test_caption_fit_falls_when_captions_are_shuffled(base: BaseModel, make_config: Callable) -> None:

@@ -1,4 +1,4 @@
-"""`ghibli evaluate`: the table, its cache, what it refuses, and what it says about too few pictures."""
+"""`ghibli evaluate`: the table, its cache, what it refuses, and what it says about too few images."""
 
 import json
 import shutil
@@ -60,20 +60,20 @@ def test_the_table_has_every_cell_and_the_guided_run_its_own_scale(finished: Run
     assert cells["run"] == [("ddim", 1), ("ddim", 7.5), ("ddim", 15)]
     assert json.loads(finished.evaluation.read_text()) == json.loads(json.dumps(result))
     assert set(result["scan"]["run"]) == {"1", "3"}
-    assert finished.evaluation_pictures.stat().st_size > 10_000
+    assert finished.evaluation_images.stat().st_size > 10_000
 
 
 def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, result: dict) -> None:
     config = config_of(finished)
     base = starting_base(config)
-    reference_pictures, training = sources.real_pictures(config)
-    assert len(reference_pictures) == 16 and len(training) < 24
-    prompts = [p.caption for p in reference_pictures][:6]
+    reference_images, training = sources.real_images(config)
+    assert len(reference_images) == 16 and len(training) < 24
+    prompts = [p.caption for p in reference_images][:6]
     options = {"num_inference_steps": 2, "resolution": 128}
     batches = [list(range(4)), [4, 5]]
     drawn = [sample(base, [prompts[i] for i in b], Cell("ddim", 7.5), seeds=b, **options) for b in batches]
     yardstick = FeatureExtractor(config, base)
-    own = samples.SampleCache(config, yardstick, prompts).measure_real("", reference_pictures)["features"]
+    own = samples.SampleCache(config, yardstick, prompts).measure_real("", reference_images)["features"]
     wanted = ReferenceSet(own, standardise=True).kernel(
         yardstick.measure(torch.cat(drawn), prompts)["features"]
     )
@@ -84,9 +84,9 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, re
 def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: dict) -> None:
     config = config_of(finished)
     ruler = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), [])
-    pictures, _ = sources.real_pictures(config)
-    ruler.captions = [picture.caption for picture in pictures]
-    reference = ReferenceSet(ruler.measure_real("", pictures)["features"], standardise=True)
+    images, _ = sources.real_images(config)
+    ruler.captions = [image.caption for image in images]
+    reference = ReferenceSet(ruler.measure_real("", images)["features"], standardise=True)
     model = trained_base(finished, config)
     for scale, count, found in (
         (15, 6, result["models"]["run"][2]["kernel"]),
@@ -96,12 +96,12 @@ def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: 
         assert tuple(found) == (wanted.value, wanted.standard_error)
 
 
-def test_the_picture_has_the_runs_own_column(finished: RunDir, result: dict) -> None:
+def test_the_image_has_the_runs_own_column(finished: RunDir, result: dict) -> None:
     """Three columns of 256 px tiles; in the third the base's is white, the run's is not."""
-    picture = Image.open(finished.evaluation_pictures).convert("RGB")
-    assert picture.width == 120 + 3 * (256 + 6) + 6
+    image = Image.open(finished.evaluation_images).convert("RGB")
+    assert image.width == 120 + 3 * (256 + 6) + 6
     left = 120 + 2 * (256 + 6)
-    tiles = [picture.crop((left, top, left + 256, top + 256)) for top in (130, 130 + 256 + 6)]
+    tiles = [image.crop((left, top, left + 256, top + 256)) for top in (130, 130 + 256 + 6)]
     assert tiles[0].getextrema() == ((255, 255),) * 3
     assert min(low for low, _ in tiles[1].getextrema()) < 200
 
@@ -117,7 +117,7 @@ def test_the_command_prints_the_table_of_a_folder_with_an_equals_sign(
     with console.capture() as captured:
         console.print(runs.evaluation_table(copy, copy.read_evaluation()))
     lines = captured.get().splitlines()
-    assert "6 samples, 16 real pictures" in " ".join(captured.get().split())
+    assert "6 samples, 16 real images" in " ".join(captured.get().split())
     assert any(line.startswith("model") and "kernel distance" in line for line in lines)
     row = result["models"]["run"][1]
     kernel, below = ("{:.2f} +- {:.2f}".format(*pair) for pair in (row["kernel"], below_base(row)))
@@ -152,7 +152,7 @@ def test_a_run_that_was_online_is_logged_offline_without_a_login(
     monkeypatch.setattr(wandb_logger, "start", lambda *words: modes.append(words[-1]) or board)
     wandb_logger.log_evaluation(config, finished, result)
     assert modes == ["offline"] and "logging offline" in " ".join(capsys.readouterr().out.split())
-    assert board.alerts == ["few pictures"] and len(board.logged["evaluate/cells"].data) == 5
+    assert board.alerts == ["few images"] and len(board.logged["evaluate/cells"].data) == 5
 
 
 def test_the_difference_to_the_base_is_the_tables(result: dict) -> None:
@@ -196,18 +196,18 @@ def test_the_trained_base_is_the_run_and_not_the_base(finished: RunDir) -> None:
     assert weights_hash(trained_base(finished, config)) != weights_hash(starting_base(config))
 
 
-def test_few_pictures_are_said_and_enough_are_not(finished: RunDir, result: dict) -> None:
-    """The run's Frechet distance really is asked of fewer pictures than features."""
+def test_few_images_are_said_and_enough_are_not(finished: RunDir, result: dict) -> None:
+    """The run's Frechet distance really is asked of fewer images than features."""
     (finding,) = result["findings"]
     noted = [said["name"] for said in finished.read_status()["findings"]]
-    assert noted.count("few pictures") == 1 and "sampling scale" in noted  # the second is from the training
-    assert finding["name"] == "few pictures"
-    assert "6 pictures" in finding["text"] and "320 features" in finding["text"]
-    assert evaluate.doctor.few_pictures(321, 320, 1.0) == []
+    assert noted.count("few images") == 1 and "sampling scale" in noted  # the second is from the training
+    assert finding["name"] == "few images"
+    assert "6 images" in finding["text"] and "320 features" in finding["text"]
+    assert evaluate.doctor.few_images(321, 320, 1.0) == []
 
 
-def test_the_nearest_training_pictures_are_shown(finished: RunDir, result: dict) -> None:
-    """A sample that is a training picture is found, as the first, with distance 0."""
+def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -> None:
+    """A sample that is a training image is found, as the first, with distance 0."""
     assert finished.evaluation_nearest.stat().st_size > 10_000
     draws = torch.Generator().manual_seed(0)
     training = torch.rand(9, 12, generator=draws)
@@ -219,26 +219,26 @@ def test_the_nearest_training_pictures_are_shown(finished: RunDir, result: dict)
     assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
 
 
-def test_copies_of_training_pictures_show(finished: RunDir) -> None:
+def test_copies_of_training_images_show(finished: RunDir) -> None:
     config = config_of(finished)
     measure = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), ["a"]).measure_real
-    reference_pictures, training_pictures = sources.real_pictures(config)
-    own, training = measure("", reference_pictures), measure("", training_pictures)
+    reference_images, training_images = sources.real_images(config)
+    own, training = measure("", reference_images), measure("", training_images)
     real = evaluate.Real(ReferenceSet(own["features"], True), own, None, training["thumbnails"])
     assert evaluate.copying(own, real) == 1
     assert evaluate.copying(training, real) == pytest.approx(0, abs=1e-4)
 
 
-def test_copies_are_looked_for_among_all_training_pictures(
+def test_copies_are_looked_for_among_all_training_images(
     finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 24 pictures some 20 are trained on; the floor is that of as many as there are samples, 6."""
+    """Of 24 images some 20 are trained on; the floor is that of as many as there are samples, 6."""
     config = config_of(finished)
     seen, copying = [], evaluate.copying
     monkeypatch.setattr(evaluate, "copying", lambda rows, real: seen.append(real) or copying(rows, real))
     evaluate.evaluate(finished, config)
-    _, training = sources.real_pictures(config)
-    assert len(training) > 6 == result["floor_pictures"] == len(seen[0].floor["features"])
+    _, training = sources.real_images(config)
+    assert len(training) > 6 == result["floor_images"] == len(seen[0].floor["features"])
     yardstick = FeatureExtractor(config, starting_base(config))
     wanted = samples.SampleCache(config, yardstick, ["a"]).measure_real("", training)["thumbnails"]
     assert torch.equal(seen[0].training, wanted)
@@ -257,18 +257,18 @@ def test_the_seed_of_the_start_noise_is_the_grids(finished: RunDir) -> None:
 def test_a_users_folder_is_never_drawn_into(make_config: Callable[..., Config], tmp_path: Path) -> None:
     config = make_config(f"data.reference={tmp_path / 'mine'}")
     with pytest.raises(UserError, match=r"data\.reference=.*mine: no such folder"):
-        sources.real_pictures(config)
+        sources.real_images(config)
     write_folder(tmp_path / "mine", "drawn", 4, EVALUATION_SEEDS.start, size=64)
     (tmp_path / "mine" / "captions.txt").unlink()
     config.data.caption = "a"
     files = sorted((tmp_path / "mine").rglob("*"))
-    assert len(sources.real_pictures(config)[0]) == 4 and sorted((tmp_path / "mine").rglob("*")) == files
+    assert len(sources.real_images(config)[0]) == 4 and sorted((tmp_path / "mine").rglob("*")) == files
 
 
-def test_too_few_pictures_to_compare_with_are_one_line(make_config: Callable[..., Config]) -> None:
+def test_too_few_images_to_compare_with_are_one_line(make_config: Callable[..., Config]) -> None:
     config = make_config("data.reference=null", "data.val_fraction=0.01")
-    with pytest.raises(UserError, match=r"^too few pictures held out .*: 1, .* data\.reference=DIR$"):
-        sources.real_pictures(config)
+    with pytest.raises(UserError, match=r"^too few images held out .*: 1, .* data\.reference=DIR$"):
+        sources.real_images(config)
 
 
 def test_an_evaluation_of_other_weights_is_not_read(finished: RunDir, result: dict, tmp_path: Path) -> None:
@@ -282,10 +282,10 @@ def test_an_evaluation_of_other_weights_is_not_read(finished: RunDir, result: di
     assert copy.read_evaluation() != {}
 
 
-def test_held_out_pictures_are_the_reference_without_a_folder(finished: RunDir) -> None:
+def test_held_out_images_are_the_reference_without_a_folder(finished: RunDir) -> None:
     config = config_of(finished)
     config.data.reference = None
-    reference, training = sources.real_pictures(config)
+    reference, training = sources.real_images(config)
     split = json.loads(finished.split.read_text())
     assert {p.content_hash for p in reference} == set(split["val"].values())
     assert {p.content_hash for p in training} == set(split["train"].values())

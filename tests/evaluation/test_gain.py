@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ghibli.adapters import apply
-from ghibli.data.folder import CaptionedPicture
+from ghibli.data.folder import CaptionedImage
 from ghibli.data.latents import Moments, encode
 from ghibli.data.validation_items import make_items, strata
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
@@ -24,16 +24,16 @@ T, SCALING = 1000, 0.18215
 # The gain
 
 
-def losses_of(seed: int, pictures: int, items: int, gain: float) -> tuple[np.ndarray, np.ndarray]:
+def losses_of(seed: int, images: int, items: int, gain: float) -> tuple[np.ndarray, np.ndarray]:
     """(losses, base losses) as training gives them: a large common spread, a small own one."""
     rng = np.random.default_rng(seed)
-    difficulty = rng.gamma(4, 0.05, (pictures, 1)) * rng.gamma(1, 1, (pictures, items))
-    share = 1 - gain + 0.15 * rng.standard_normal((pictures, 1))
-    return difficulty * share, difficulty * (1 + 0.05 * rng.standard_normal((pictures, items)))
+    difficulty = rng.gamma(4, 0.05, (images, 1)) * rng.gamma(1, 1, (images, items))
+    share = 1 - gain + 0.15 * rng.standard_normal((images, 1))
+    return difficulty * share, difficulty * (1 + 0.05 * rng.standard_normal((images, items)))
 
 
 def jackknife(losses: np.ndarray, base: np.ndarray) -> tuple[float, float]:
-    """1 - sum / sum and its standard error, by really leaving out one picture after another."""
+    """1 - sum / sum and its standard error, by really leaving out one image after another."""
 
     def gain(ours: np.ndarray, theirs: np.ndarray) -> float:
         return 1 - ours.sum() / theirs.sum()
@@ -44,9 +44,9 @@ def jackknife(losses: np.ndarray, base: np.ndarray) -> tuple[float, float]:
     return gain(losses, base), ((count - 1) / count * squares) ** 0.5
 
 
-@pytest.mark.parametrize(("pictures", "items"), [(2, 1), (3, 4), (64, 8)])
-def test_gain_and_standard_error_are_the_jackknife_by_hand(pictures: int, items: int) -> None:
-    losses, base = losses_of(1, pictures, items, 0.2)
+@pytest.mark.parametrize(("images", "items"), [(2, 1), (3, 4), (64, 8)])
+def test_gain_and_standard_error_are_the_jackknife_by_hand(images: int, items: int) -> None:
+    losses, base = losses_of(1, images, items, 0.2)
     ours = paired_gain(torch.from_numpy(losses), torch.from_numpy(base))
     value, error = jackknife(losses, base)
     assert ours.value == pytest.approx(value, rel=1e-10)
@@ -54,7 +54,7 @@ def test_gain_and_standard_error_are_the_jackknife_by_hand(pictures: int, items:
 
 
 def test_standard_error_is_the_spread_over_repeats() -> None:
-    """600 experiments with 64 pictures each: how far their gains scatter is what each predicted."""
+    """600 experiments with 64 images each: how far their gains scatter is what each predicted."""
     gains = [paired_gain(*map(torch.from_numpy, losses_of(seed, 64, 8, 0.3))) for seed in range(600)]
     values = np.array([gain.value for gain in gains])
     errors = np.array([gain.standard_error for gain in gains])
@@ -65,7 +65,7 @@ def test_standard_error_is_the_spread_over_repeats() -> None:
 
 
 def test_pairing_shrinks_the_standard_error() -> None:
-    """Against base losses of other pictures the same gain would have a several times larger one."""
+    """Against base losses of other images the same gain would have a several times larger one."""
     losses, base = map(torch.from_numpy, losses_of(2, 64, 8, 0.3))
     unpaired = paired_gain(losses, base[torch.randperm(64, generator=torch.Generator().manual_seed(0))])
     assert paired_gain(losses, base).standard_error < unpaired.standard_error / 3
@@ -84,11 +84,11 @@ def test_losses_a_factor_lower_are_that_gain_without_error(factor: float, gain: 
     assert ours.standard_error == pytest.approx(0, abs=1e-6)
 
 
-def test_one_picture_has_a_gain_but_no_standard_error() -> None:
+def test_one_image_has_a_gain_but_no_standard_error() -> None:
     ours = paired_gain(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]]))
     assert ours.value == 0.25
     assert np.isnan(ours.standard_error)
-    assert str(ours) == "better than the base by 25.0 % on held-out pictures"
+    assert str(ours) == "better than the base by 25.0 % on held-out images"
 
 
 def test_many_small_losses_are_summed_in_float64() -> None:
@@ -100,13 +100,13 @@ def test_many_small_losses_are_summed_in_float64() -> None:
 # A run's history
 
 
-def history_of(*val_gains: float, pictures: int = 40, noise: float = 0.01) -> list[Probe]:
+def history_of(*val_gains: float, images: int = 40, noise: float = 0.01) -> list[Probe]:
     """Probes with about these gains over the base, the first of them the untouched model's."""
     rng = np.random.default_rng(5)
-    base = torch.from_numpy(rng.gamma(4, 0.05, (pictures, 4)))
+    base = torch.from_numpy(rng.gamma(4, 0.05, (images, 4)))
 
     def probe(gain: float) -> Probe:
-        share = 1 - gain + noise * torch.from_numpy(rng.standard_normal((pictures, 1))) * (gain != 0)
+        share = 1 - gain + noise * torch.from_numpy(rng.standard_normal((images, 1))) * (gain != 0)
         return Probe(val=base * share, val_g1=base * share, train=base, base_val=base, base_train=base)
 
     return [probe(gain) for gain in val_gains]
@@ -151,28 +151,28 @@ def test_expected_losses_follow_the_timestep() -> None:
 # The items
 
 
-def picture(name: str, caption: str = "a cat") -> CaptionedPicture:
-    return CaptionedPicture(Path(name), caption, hashlib.sha256(name.encode()).hexdigest())
+def image(name: str, caption: str = "a cat") -> CaptionedImage:
+    return CaptionedImage(Path(name), caption, hashlib.sha256(name.encode()).hexdigest())
 
 
 @pytest.mark.parametrize("items", [1, 2, 4, 8, 1000])
 def test_strata_hold_one_timestep_each(items: int) -> None:
     for number in range(50):
-        drawn = strata(picture(str(number)).content_hash, items, T)
+        drawn = strata(image(str(number)).content_hash, items, T)
         assert len(drawn) == items
         for k, t in enumerate(drawn):
             assert k * T // items <= t <= (k + 1) * T // items - 1 + (T % items > 0)
 
 
-def test_strata_are_uniform_over_many_pictures() -> None:
-    drawn = np.concatenate([strata(picture(str(n)).content_hash, 8, T) for n in range(1000)])
+def test_strata_are_uniform_over_many_images() -> None:
+    drawn = np.concatenate([strata(image(str(n)).content_hash, 8, T) for n in range(1000)])
     counts = np.bincount(drawn // 25, minlength=40)
     assert counts.sum() == 8000
     assert np.abs(counts - 200).max() < 5 * 200**0.5
 
 
 def test_strata_follow_from_content_alone() -> None:
-    one, other = picture("one").content_hash, picture("other").content_hash
+    one, other = image("one").content_hash, image("other").content_hash
     before = strata(one, 8, T)
     assert before != strata(other, 8, T)
     torch.manual_seed(1)
@@ -180,21 +180,21 @@ def test_strata_follow_from_content_alone() -> None:
     assert strata(one, 8, T) == before
 
 
-def items_of(names: list[str], items_per_picture: int = 4) -> dict[str, dict[str, torch.Tensor]]:
-    """Picture name -> its batch of items; a picture's latents and caption follow from its name."""
-    pictures = [picture(name) for name in names]
-    seeds = [int(p.content_hash[:8], 16) for p in pictures]
+def items_of(names: list[str], items_per_image: int = 4) -> dict[str, dict[str, torch.Tensor]]:
+    """Image name -> its batch of items; an image's latents and caption follow from its name."""
+    images = [image(name) for name in names]
+    seeds = [int(p.content_hash[:8], 16) for p in images]
     drawn = [torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     moments = Moments(torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn]))
     input_ids = torch.tensor([[seed % 800] * 77 for seed in seeds])
     batches = make_items(
-        pictures, moments, input_ids, items_per_picture=items_per_picture,
+        images, moments, input_ids, items_per_image=items_per_image,
         num_train_timesteps=T, scaling_factor=SCALING,
     )  # fmt: skip
     return dict(zip(names, batches, strict=True))
 
 
-def test_items_do_not_depend_on_other_pictures() -> None:
+def test_items_do_not_depend_on_other_images() -> None:
     reference = items_of(["a", "b", "c"])
     torch.manual_seed(3)
     for names in (["c"], ["b", "a"], ["x", "c", "y", "a", "z", "b"]):
@@ -206,8 +206,8 @@ def test_items_do_not_depend_on_other_pictures() -> None:
                 assert torch.equal(value, reference[name][key])
 
 
-def test_items_of_a_picture_differ_from_each_other() -> None:
-    batch = items_of(["a"], items_per_picture=8)["a"]
+def test_items_of_an_image_differ_from_each_other() -> None:
+    batch = items_of(["a"], items_per_image=8)["a"]
     for i in range(8):
         for j in range(i + 1, 8):
             assert batch["timesteps"][i] < batch["timesteps"][j]
@@ -217,10 +217,10 @@ def test_items_of_a_picture_differ_from_each_other() -> None:
 
 def test_probe_noise_is_not_the_noise_of_its_latents() -> None:
     """The posterior's draw and the added noise are two streams of random numbers."""
-    pictures = [picture(str(n)) for n in range(40)]
+    images = [image(str(n)) for n in range(40)]
     flat = Moments(torch.zeros(40, 4, 8, 8), torch.zeros(40, 4, 8, 8))  # so latents are the draw itself
     batches = make_items(
-        pictures, flat, torch.zeros(40, 77, dtype=torch.int64), items_per_picture=2,
+        images, flat, torch.zeros(40, 77, dtype=torch.int64), items_per_image=2,
         num_train_timesteps=T, scaling_factor=1.0,
     )  # fmt: skip
     latents, noise = (torch.cat([batch[key] for batch in batches]) for key in ("latents", "noise"))
@@ -232,7 +232,7 @@ def test_probe_noise_is_not_the_noise_of_its_latents() -> None:
 
 
 @torch.no_grad()
-def test_standard_error_is_the_spread_over_redrawn_pictures_and_items() -> None:
+def test_standard_error_is_the_spread_over_redrawn_images_and_items() -> None:
     """A small docs/loss_anomaly.py `error`: sixteen times six fresh scenes with fresh items."""
     models = [load("demo"), load("demo")]
     apply.merge(models[1], place_of("demo/near"), 1.0)
@@ -242,10 +242,10 @@ def test_standard_error_is_the_spread_over_redrawn_pictures_and_items() -> None:
         drawn = [np.asarray(draw(compose(seed + i), "drawn")) for i in range(6)]
         pixel_values = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
         posterior = base.vae.encode(pixel_values).latent_dist
-        drawn = [picture(str(seed + i), compose(seed + i).caption) for i in range(6)]
+        drawn = [image(str(seed + i), compose(seed + i).caption) for i in range(6)]
         input_ids = base.tokenize([p.caption for p in drawn])
         batches = make_items(
-            drawn, Moments(posterior.mean, posterior.logvar), input_ids, items_per_picture=2,
+            drawn, Moments(posterior.mean, posterior.logvar), input_ids, items_per_image=2,
             num_train_timesteps=T, scaling_factor=base.vae.config.scaling_factor,
         )  # fmt: skip
         scores = [torch.stack([losses(model, b, alphas_cumprod) for b in batches]) for model in models]
@@ -257,16 +257,16 @@ def test_standard_error_is_the_spread_over_redrawn_pictures_and_items() -> None:
 
 
 def losses(model: BaseModel, batch: dict, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """(K,) of one picture's items."""
+    """(K,) of one image's items."""
     noisy_latents = add_noise(batch["latents"], batch["noise"], batch["timesteps"], alphas_cumprod)
     prompt_embeds = model.encode_prompts(batch["input_ids"])
     noise_pred = model.unet(noisy_latents, batch["timesteps"], prompt_embeds).sample
     return denoising_losses(noise_pred, batch["noise"])
 
 
-def test_a_pictures_moments_do_not_depend_on_the_others(base: BaseModel, pictures: Path) -> None:
+def test_an_images_moments_do_not_depend_on_the_others(base: BaseModel, images: Path) -> None:
     """Bit for bit, wherever in a chunk it is encoded; else probe items would differ after all."""
-    files = sorted((pictures / "images").iterdir())[:11]
+    files = sorted((images / "images").iterdir())[:11]
     size = {"resolution": 64, "resize": "squash"}
     together = encode(base, files, **size)
     for index in (0, 5, 9):

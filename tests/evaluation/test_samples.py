@@ -30,7 +30,7 @@ def test_samples_are_those_of_one_thread(two_threads: None, base: BaseModel) -> 
     found = list(two_at_a_time([lambda seed=seed: drawn(seed) for seed in range(6)], CPU))
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    assert all(torch.equal(picture, drawn(seed)) for seed, picture in enumerate(found))
+    assert all(torch.equal(image, drawn(seed)) for seed, image in enumerate(found))
 
 
 def test_two_at_a_time_and_no_more(two_threads: None) -> None:

@@ -1,4 +1,4 @@
-"""Are two run folders the same run? Weights, optimiser, rows and pictures, bit for bit."""
+"""Are two run folders the same run? Weights, optimiser, rows and images, bit for bit."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(opened)]
 
 
-def picture(file: Path) -> np.ndarray:
+def image(file: Path) -> np.ndarray:
     with Image.open(file) as opened:
         return np.asarray(opened.convert("RGB"))
 
@@ -67,6 +67,6 @@ def different_parts(left: Path, right: Path) -> list[str]:
     if grids[0] != grids[1]:
         return [*found, f"samples/ {grids[0]} and {grids[1]}"]
     for name in grids[0]:
-        if not np.array_equal(picture(left / "samples" / name), picture(right / "samples" / name)):
+        if not np.array_equal(image(left / "samples" / name), image(right / "samples" / name)):
             found.append(f"samples/{name}")
     return found

@@ -134,7 +134,7 @@ def disk_becomes_read_only(place: Place) -> str:
 
 
 def cache_fills_up(place: Place) -> str:
-    """No room for the drawn pictures; with room the same command runs through."""
+    """No room for the drawn images; with room the same command runs through."""
     cache, run = place.scratch / "small", place.scratch / "no_cache"
     with mounted(cache, "-t", "tmpfs", "-o", "size=64k", "tmpfs"):
         command = new_command(run, SETTINGS, cache)
@@ -217,7 +217,7 @@ hydra_entry(pathlib.Path({str(REPO / "conf")!r}), "train", train.main)
 
 
 def latents_that_are_no_numbers(place: Place) -> str:
-    """A VAE that makes NaN of one picture: the picture is named; no such code is left in the cache."""
+    """A VAE that makes NaN of one image: the image is named; no such code is left in the cache."""
     run, cache = place.scratch / "nan", place.scratch / "nan_cache"  # a full cache would need no VAE
     command = new_command(run, SETTINGS, cache)
     line = place.one_line(place.begin([sys.executable, "-c", NAN, *command[1:]]))

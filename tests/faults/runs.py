@@ -9,7 +9,7 @@ REPO = Path(__file__).parents[2]
 TINY = (  # the real thing in small: the demo at 64 px, rank 4
     "model=demo", "data=demo", "model.resolution=64", "lora.rank=4", "lora.dropout=0.1",
     "loss.caption_dropout=0.5", "early_stopping.patience=null", "trainer.log_every_n_steps=1",
-    "validation.items_per_picture=2", "validation.max_pictures=2", "wandb.mode=disabled",
+    "validation.items_per_image=2", "validation.max_images=2", "wandb.mode=disabled",
     "sample.num_inference_steps=2", "sample.prompts=[A panda]",
 )  # fmt: skip
 EPOCHS, STEPS = 4, 10  # optimiser steps of an epoch

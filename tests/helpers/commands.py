@@ -12,7 +12,7 @@ CACHE = tempfile.mkdtemp(prefix="ghibli-tests-")  # scores of the base, shared b
 SMALL = (
     "model=demo", "data=demo", "data.batch_size=2", "data.accumulate=2", "trainer.max_epochs=2",
     "sample.num_inference_steps=2", "sample.every_n_epochs=1", "checkpoint.every_n_steps=2",
-    "trainer.log_every_n_steps=1", "validation.items_per_picture=2", "wandb.mode=disabled",
+    "trainer.log_every_n_steps=1", "validation.items_per_image=2", "wandb.mode=disabled",
     f"cache_dir={CACHE}",
 )  # fmt: skip
 

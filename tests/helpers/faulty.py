@@ -2,7 +2,7 @@
 
     FAULT=WHAT:RANK:CALL python tests/helpers/faulty.py OVERRIDES...
 
-At the CALL-th training step of process RANK, WHAT happens: nan (the second picture's latents turn to
+At the CALL-th training step of process RANK, WHAT happens: nan (the second image's latents turn to
 nan), kill (SIGKILL), raise (a fault of ours), stuck (it waits for ever, and process 1 - RANK raises),
 or sigint or sigterm (the process gets that signal).
 """

@@ -5,13 +5,13 @@ from zlib import crc32
 
 from PIL import Image
 
-from ghibli.data.folder import PictureFolder, read_folder
+from ghibli.data.folder import ImageFolder, read_folder
 
 RED = (200, 30, 40)
 
 
-def picture(path: Path, size: tuple[int, int] = (64, 48), colour: tuple[int, int, int] = RED) -> Path:
-    """Writes a picture of one colour, which the name makes unique, and returns its path."""
+def write_image(path: Path, size: tuple[int, int] = (64, 48), colour: tuple[int, int, int] = RED) -> Path:
+    """Writes an image of one colour, which the name makes unique, and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", size, colour)
     if min(size) > 8:
@@ -20,9 +20,9 @@ def picture(path: Path, size: tuple[int, int] = (64, 48), colour: tuple[int, int
     return path
 
 
-def read(root: Path, caption: str | None = None, min_side: int = 32) -> PictureFolder:
+def read(root: Path, caption: str | None = None, min_side: int = 32) -> ImageFolder:
     return read_folder(root, style=", in ink", default_caption=caption, min_side=min_side)
 
 
-def captions_of(folder: PictureFolder) -> dict[str, str]:
-    return {p.path.name: p.caption for p in folder.pictures}
+def captions_of(folder: ImageFolder) -> dict[str, str]:
+    return {p.path.name: p.caption for p in folder.images}

@@ -64,7 +64,7 @@ def make_run(folder: Path, gains: tuple[float, ...] = (0, 0.3, 0.4, 0.35), **cha
 
 
 def probe_of(gain: float) -> Probe:
-    """Scores of 8 pictures that are about `gain` better than the base."""
+    """Scores of 8 images that are about `gain` better than the base."""
     generator = torch.Generator().manual_seed(0)
     base = torch.rand((8, 4), generator=generator) + 0.5
     ours = base * (1 - gain * (1 + 0.1 * torch.rand((8, 4), generator=generator)))
@@ -80,12 +80,12 @@ def evaluation_of(guidance: float, scan: dict[str, list[float]]) -> dict:
     """The content of an evaluation.json."""
     own = [cell("ddim", 1.0, 2.5), cell("ddim", 7.5, 0.48, kernel_minus_base=[-3.7, 1.3], copying=0.41)]
     return {
-        "features": "style", "reference_pictures": 16, "samples": 12, "num_inference_steps": 8,
+        "features": "style", "reference_images": 16, "samples": 12, "num_inference_steps": 8,
         "training_guidance": guidance,
         "real": {"kernel": [0.06, 0.16], "frechet": 116.47, "caption_fit": [83.7, 2.1], "recall": 1.0},
         "models": {"base": [cell("ddim", 1.0, 11.4), cell("ddim", 7.5, 4.3)], "run": own},
         "scan": {"base": {"1": [11.0, 1.0], "7.5": [4.0, 0.5]}, "run": scan},
-        "findings": [{"name": "few pictures", "text": "12 pictures are few"}],
+        "findings": [{"name": "few images", "text": "12 images are few"}],
     }  # fmt: skip
 
 

@@ -131,16 +131,16 @@ def test_the_checker_blacks_out(tmp_path: Path, studio: AppSession) -> None:
     config = CLIPConfig(
         text_config=layers, vision_config=layers | {"image_size": 32, "patch_size": 16}, projection_dim=8
     )
-    pictures = [Image.new("RGB", (40, 24), colour) for colour in ("red", "blue")]
+    images = [Image.new("RGB", (40, 24), colour) for colour in ("red", "blue")]
     judge = StableDiffusionSafetyChecker(config)
     for threshold, taken in ((-2.0, 2), (2.0, 0)):
         judge.concept_embeds_weights.data.fill_(threshold)
         judge.save_pretrained(tmp_path / "safety_checker")
         CLIPImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path / "feature_extractor")
         assert has_checker(str(tmp_path))
-        shown, gone = SafetyChecker(str(tmp_path)).black_out(pictures)
+        shown, gone = SafetyChecker(str(tmp_path)).black_out(images)
         assert gone == taken
-        for before, after in zip(pictures, shown, strict=True):
+        for before, after in zip(images, shown, strict=True):
             assert after.size == before.size
             assert (np.asarray(after).max() == 0) == bool(taken)
 
@@ -270,14 +270,14 @@ def open_tab(browser: Any, label: str) -> None:
 
 
 def shown(browser: Any, name: str) -> np.ndarray:
-    """The picture in a frame, as the server sends it."""
+    """The image in a frame, as the server sends it."""
     source = wait(lambda: one(browser, f"#{name} img").get_attribute("src"))
     with urllib.request.urlopen(source) as answer:
         return np.asarray(Image.open(BytesIO(answer.read())).convert("RGB"), float)
 
 
 def words(browser: Any, name: str) -> str:
-    """What stands below the pictures, once they are there."""
+    """What stands below the images, once they are there."""
     return wait(lambda: one(browser, f"#{name}").text)
 
 
@@ -324,11 +324,11 @@ def test_a_photo_is_restyled(tab: Any, tmp_path: Path) -> None:
 def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
     """A text file is named as one; 100 megapixels are made small."""
     text, large = tmp_path / "text.jpg", tmp_path / "large.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     Image.new("L", (10_000, 10_000), 200).save(large)
     open_tab(tab, "Restyle a photo")
     one(tab, "input[type=file]").send_keys(str(text))
-    assert "it is no picture, whatever its name says" in said(tab)
+    assert "it is no image, whatever its name says" in said(tab)
     opened(tab, tab.current_url)
     open_tab(tab, "Restyle a photo")
     one(tab, "input[type=file]").send_keys(str(large))
@@ -341,7 +341,7 @@ def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
 
 
 def test_two_people_at_once_and_a_closed_tab(browser: Any, address: str, stopped: list[str]) -> None:
-    """Each gets their own picture; what somebody asked for who went away is given up."""
+    """Each gets their own image; what somebody asked for who went away is given up."""
     first = opened(browser, address).current_window_handle
     fill(browser, "#steps input[type=number]", 100)
     click(browser, "#draw")

@@ -64,11 +64,11 @@ pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_s
                                                set_alpha_to_one=False, steps_offset=1)
 pipeline.load_lora_weights(file.rpartition("/")[0], weight_name=file.rpartition("/")[2])
 pipeline.unet.eval(); pipeline.text_encoder.eval()
-pictures = pipeline(prompt, height=128, width=128, num_inference_steps=4, guidance_scale=7.5,
+images = pipeline(prompt, height=128, width=128, num_inference_steps=4, guidance_scale=7.5,
                     output_type="np",
                     generator=torch.Generator().manual_seed(3)).images
 assert not [name for name in sys.modules if name.split(".")[0] == "ghibli"]
-np.save(out, (pictures[0] * 255).round())
+np.save(out, (images[0] * 255).round())
 """
 
 

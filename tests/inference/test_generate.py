@@ -17,7 +17,7 @@ from ghibli.adapters.files import named_layers
 from ghibli.cli.options import app
 from ghibli.images.grid import to_image
 from ghibli.inference import generate
-from ghibli.inference.generate import Request, draw, write_pictures
+from ghibli.inference.generate import Request, draw, write_images
 from ghibli.inference.load import LoadedModel, load_model, weighted
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.runs.folder import RunDir
@@ -27,7 +27,7 @@ REQUEST = Request(["a red train", "a lake", "a blue house"], "ddpm", 3.0, 2, 7, 
 
 
 def write_adapter(file: Path, base: BaseModel, seed: int = 0) -> Path:
-    """A LoRA of rank 2 on every attention layer of the UNet, of random numbers that show in a picture."""
+    """A LoRA of rank 2 on every attention layer of the UNet, of random numbers that show in an image."""
     random = torch.Generator().manual_seed(seed)
     state = {}
     for name, layer in named_layers(base).items():
@@ -100,10 +100,10 @@ def test_words_that_the_text_encoder_never_sees_are_named(base: BaseModel) -> No
     assert len(said) == 1 and said[0].endswith("the text encoder never sees `lake`")
 
 
-# The pictures
+# The images
 
 
-def test_a_picture_does_not_depend_on_what_is_drawn_with_it(dressed: LoadedModel) -> None:
+def test_an_image_does_not_depend_on_what_is_drawn_with_it(dressed: LoadedModel) -> None:
     together = draw(dressed, REQUEST)
     assert together.shape == (3, 3, 64, 64) and 0 <= together.min() < together.max() <= 1
     for batch in (1, 2):
@@ -134,9 +134,9 @@ def test_size_and_negative_prompt(dressed: LoadedModel) -> None:
     assert torch.equal(draw(dressed, unguided), draw(dressed, replace(unguided, negative="")))
 
 
-def test_a_picture_carries_what_makes_it_again(dressed: LoadedModel, adapter: Path, tmp_path: Path) -> None:
-    pictures = draw(dressed, REQUEST)
-    files = write_pictures(pictures, REQUEST, dressed, tmp_path / "out")
+def test_an_image_carries_what_makes_it_again(dressed: LoadedModel, adapter: Path, tmp_path: Path) -> None:
+    images = draw(dressed, REQUEST)
+    files = write_images(images, REQUEST, dressed, tmp_path / "out")
     assert [file.name for file in files] == ["000.png", "001.png", "002.png"]
     with Image.open(files[1]) as opened:
         notes, drawn = opened.text, np.asarray(opened)
@@ -164,10 +164,10 @@ def test_sheets_leave_the_adapter_as_it_was(dressed: LoadedModel) -> None:
         assert all(shows(page, tile) for page in (sheet, strip))
 
 
-def shows(page: np.ndarray, picture: torch.Tensor) -> bool:
-    """Whether a sheet shows the picture somewhere, twice as large."""
-    height, width = (2 * side for side in picture.shape[1:])
-    tile = np.asarray(to_image(picture).resize((width, height), Image.Resampling.LANCZOS), int)
+def shows(page: np.ndarray, image: torch.Tensor) -> bool:
+    """Whether a sheet shows the image somewhere, twice as large."""
+    height, width = (2 * side for side in image.shape[1:])
+    tile = np.asarray(to_image(image).resize((width, height), Image.Resampling.LANCZOS), int)
     corners = np.argwhere((page[: 1 - height, : 1 - width] == tile[0, 0]).all(-1))
     return any((page[y : y + height, x : x + width] == tile).all() for y, x in corners)
 

@@ -58,9 +58,9 @@ def test_what_is_no_photo(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.doc").write_text("x")
     for path, words in (
-        ("empty", "no pictures there: name files, or a folder that holds some"),
+        ("empty", "no images there: name files, or a folder that holds some"),
         ("nowhere", "no such file or folder"),
-        ("notes.doc", "notes.doc is no picture"),
+        ("notes.doc", "notes.doc is no image"),
     ):
         with pytest.raises(UserError, match=words):
             photos_of([tmp_path / path], "a cat", "")
@@ -129,21 +129,21 @@ def test_a_photo_is_turned_as_its_exif_says(base_alone: LoadedModel, tmp_path: P
     how = RestyleOptions(0.1, "ddim", 1.0, 10, 0, "", 1.0, 96)
     _, ((before, after),) = restyle_all(base_alone, [Photo(tmp_path / "a.jpg", "x")], how, tmp_path / "out")
     assert before.size == after.size == (64, 136)
-    for picture in (before, after):
-        grey = np.asarray(picture.convert("L"), float)
+    for image in (before, after):
+        grey = np.asarray(image.convert("L"), float)
         assert grey[-30:].mean() - grey[:30].mean() > 100
 
 
 def test_photos_that_cannot_be_read_are_left_out(
     base_alone: LoadedModel, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (photos / "images" / "text.jpg").write_text("no picture")
+    (photos / "images" / "text.jpg").write_text("no image")
     (photos / "images" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     found = photos_of([photos], "a scene", ", drawn")
     written, pairs = restyle_all(base_alone, found, HOW, tmp_path / "out")
     assert written == len(pairs) == 2 and len(list((tmp_path / "out").iterdir())) == 2
     said = " ".join(capsys.readouterr().out.split())
-    assert "text.jpg is left out: it is no picture, whatever its name says" in said
+    assert "text.jpg is left out: it is no image, whatever its name says" in said
     assert "gone.jpg is left out: " in said
     with Image.open(sorted((tmp_path / "out").iterdir())[0]) as opened:
         note = json.loads(opened.text["ghibli"])

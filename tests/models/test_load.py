@@ -233,7 +233,7 @@ def test_a_unet_for_another_text_encoder(folder: Path) -> None:
     assert f"expects text embeddings of width {2 * width}, its text encoder makes {width}: SDXL" in text
 
 
-def test_a_schedule_that_predicts_pictures(folder: Path) -> None:
+def test_a_schedule_that_predicts_images(folder: Path) -> None:
     edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type="sample")
     assert "predicts sample, which is not supported" in refused(folder)
 

@@ -1,11 +1,11 @@
-"""`ghibli caption`: what transformers' own BLIP says, once for every picture, and no written word is lost."""
+"""`ghibli caption`: what transformers' own BLIP says, once for every image, and no written word is lost."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.image_folders import captions_of, picture, read
+from helpers.image_folders import captions_of, read, write_image
 from PIL import Image
 from transformers import (
     BertTokenizer,
@@ -17,7 +17,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from ghibli.cli.options import app
-from ghibli.images.read import open_picture
+from ghibli.images.read import open_image
 from ghibli.prepare import captioning
 from ghibli.prepare.captioning import Blip, caption_folder
 from ghibli.runtime.errors import UserError
@@ -30,7 +30,7 @@ WORDS = f"{NOUNS} {OTHERS}".split()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BLIP with random weights, large enough ones that pictures matter, saved as BLIP is."""
+    """A tiny BLIP with random weights, large enough ones that images matter, saved as BLIP is."""
     folder = tmp_path_factory.mktemp("blip")
     (folder / "vocab.txt").write_text("\n".join([*MARKS, *WORDS]))
     tokenizer = BertTokenizer(str(folder / "vocab.txt"))
@@ -57,10 +57,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Seven unlike pictures: of all shapes, one with transparency, one turned by its EXIF."""
+    """Seven unlike images: of all shapes, one with transparency, one turned by its EXIF."""
     root = tmp_path / "set"
     for number, size in enumerate([(64, 48), (40, 90), (300, 200), (64, 64), (33, 65)]):
-        picture(root / f"{number}.png", size, (50 * number, 255 - 40 * number, 20 + 97 * number % 256))
+        write_image(root / f"{number}.png", size, (50 * number, 255 - 40 * number, 20 + 97 * number % 256))
     Image.linear_gradient("L").convert("RGB").save(root / "5.jpg", exif=rotated())
     Image.new("RGBA", (50, 50), (250, 10, 60, 128)).save(root / "6.png")
     return root
@@ -84,12 +84,12 @@ def run(folder: Path, model: Path, batch_size: int = 3) -> captioning.Captioned:
 
 
 def one_by_one(folder: Path, model: Path) -> dict[str, str]:
-    """What transformers says of each picture alone, with its generate as its documentation calls it."""
+    """What transformers says of each image alone, with its generate as its documentation calls it."""
     network = BlipForConditionalGeneration.from_pretrained(model).eval()
     processor = BlipProcessor.from_pretrained(model)
     said = {}
     for path in sorted(folder.glob("*.*g")):
-        inputs = processor(open_picture(path), return_tensors="pt")
+        inputs = processor(open_image(path), return_tensors="pt")
         tokens = network.generate(
             **inputs, max_new_tokens=30, num_beams=3, no_repeat_ngram_size=3, do_sample=False
         )
@@ -97,9 +97,9 @@ def one_by_one(folder: Path, model: Path) -> dict[str, str]:
     return said
 
 
-def test_a_batch_says_what_each_picture_alone_gets(folder: Path, model: Path) -> None:
+def test_a_batch_says_what_each_image_alone_gets(folder: Path, model: Path) -> None:
     expected = one_by_one(folder, model)
-    assert len(set(expected.values())) >= 5  # else it would say the same of any picture
+    assert len(set(expected.values())) >= 5  # else it would say the same of any image
     done = run(folder, model)
     assert done.written == expected == lines_of(folder)
     assert (done.had_one, done.skipped) == (0, {})
@@ -131,14 +131,14 @@ def test_killed_it_goes_on_and_keeps_what_was_edited_meanwhile(folder: Path, mod
     expected = one_by_one(folder, model)
     captioner, calls = Blip(str(model), torch.device("cpu")), []
 
-    def killed_in_the_third(pictures: list[Image.Image]) -> list[str]:
-        calls.append(len(pictures))
+    def killed_in_the_third(images: list[Image.Image]) -> list[str]:
+        calls.append(len(images))
         if len(calls) == 3:
             raise KeyboardInterrupt
         if len(calls) == 2:  # someone mends a caption while it runs
             table = folder / "captions.txt"
             table.write_text(table.read_text().replace(f"0.png|{expected['0.png']}", "0.png|mended"))
-        return captioner(pictures)
+        return captioner(images)
 
     with pytest.raises(KeyboardInterrupt):
         caption_folder(folder, lambda: killed_in_the_third, batch_size=2)
@@ -150,18 +150,18 @@ def test_killed_it_goes_on_and_keeps_what_was_edited_meanwhile(folder: Path, mod
 
 
 def test_what_cannot_be_captioned_is_named(folder: Path, model: Path) -> None:
-    picture(folder / "a|b.png")
-    (folder / "7.png").write_bytes(b"no picture")
+    write_image(folder / "a|b.png")
+    (folder / "7.png").write_bytes(b"no image")
     done = run(folder, model, batch_size=50)
     assert len(done.written) == 7
     assert done.skipped == {
         "a|b.png": "captions.txt cannot hold such a name: rename it",
-        "7.png": "it is no picture, whatever its name says",
+        "7.png": "it is no image, whatever its name says",
     }
-    silent = caption_folder(folder, lambda: lambda pictures: [""] * len(pictures), batch_size=1)
+    silent = caption_folder(folder, lambda: lambda images: [""] * len(images), batch_size=1)
     assert silent.written == {}
-    picture(folder / "8.png")
-    silent = caption_folder(folder, lambda: lambda pictures: [""] * len(pictures), batch_size=1)
+    write_image(folder / "8.png")
+    silent = caption_folder(folder, lambda: lambda images: [""] * len(images), batch_size=1)
     assert silent.skipped["8.png"] == "the model had no words for it"
 
 
@@ -169,7 +169,7 @@ def test_captions_of_the_kaggle_set_lie_above_its_folders(folder: Path, model: P
     home = folder.parent / "kaggle"
     (home / "dataset").mkdir(parents=True)
     folder.rename(home / "dataset" / "trainB_ghibli")
-    picture(home / "dataset" / "trainA" / "photo.png")
+    write_image(home / "dataset" / "trainA" / "photo.png")
     done = run(home, model)
     assert done.table == home / "captions.txt"
     assert set(lines_of(home)) == set(done.written) == set(captions_of(read(home)))
@@ -204,4 +204,4 @@ def test_the_command(folder: Path, model: Path) -> None:
     assert done.exit_code == 0, done.output
     assert f"7 captions written to {folder / 'captions.txt'}" in done.output
     done = CliRunner().invoke(app, ["caption", str(folder), "--model", "nowhere"])
-    assert "every picture has a caption" in done.output
+    assert "every image has a caption" in done.output

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import train
 from ghibli.cli.options import app
 from ghibli.data import datamodule
-from ghibli.data.folder import CaptionedPicture, read_folder
+from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import split_apart, split_by_content
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.evaluation.diagnosis import Finding
@@ -33,11 +33,11 @@ from ghibli.training.module import GhibliModule
 
 
 @pytest.fixture
-def check(pictures: Path) -> Callable[..., list[Finding]]:
+def check(images: Path) -> Callable[..., list[Finding]]:
     """preflight.check of the shrunk demo with further words."""
 
     def run(*words: str) -> list[Finding]:
-        return preflight.check([*SMALL, f"data.root={pictures}", "data.draw=null", *words])
+        return preflight.check([*SMALL, f"data.root={images}", "data.draw=null", *words])
 
     return run
 
@@ -54,9 +54,9 @@ def test_a_healthy_run(check: Callable) -> None:
     found = check("data.batch_size=5", "data.accumulate=1", "trainer.max_epochs=4")
     assert {finding.level for finding in found} == {"note"}
     notes = texts(found, "note")
-    assert set(notes) >= {"config", "base", "device", "pictures", "plan", "memory", "disk"}
+    assert set(notes) >= {"config", "base", "device", "images", "plan", "memory", "disk"}
     assert "it predicts epsilon, its VAE makes one latent of 8x8 px" in notes["base"]
-    assert "21 to train on, 3 held out" in notes["pictures"]
+    assert "21 to train on, 3 held out" in notes["images"]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
     rates = []
@@ -72,9 +72,9 @@ def test_a_healthy_run(check: Callable) -> None:
 
 
 def test_the_command_prints_all_and_says_by_its_exit_code(
-    pictures: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["check", *SMALL, f"data.root={pictures}", "data.draw=null"]
+    words = ["check", *SMALL, f"data.root={images}", "data.draw=null"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert [line.split(":")[0] for line in done.output.splitlines()] == ["note"] * 7
@@ -139,7 +139,7 @@ def test_a_base_that_is_not_downloaded_is_not_fetched(
     assert "the hub cannot be reached" in text
 
 
-# Pictures and captions
+# Images and captions
 
 
 def lint(root: Path, base: BaseModel, val_fraction: float = 0.5, notes: bool = False) -> dict[str, str]:
@@ -147,11 +147,11 @@ def lint(root: Path, base: BaseModel, val_fraction: float = 0.5, notes: bool = F
     thumbnails = {}
     folder = read_folder(
         root, style=", Studio Ghibli style", default_caption=None, min_side=32,
-        on_picture=lambda path, picture: thumbnails.update({path: thumbnail(picture)}),
+        on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
     )  # fmt: skip
-    split = split_apart(folder.pictures, thumbnails, val_fraction)
+    split = split_apart(folder.images, thumbnails, val_fraction)
     found = dataset_checks.lint(folder, split.train, split.held_out, thumbnails, split.moved)
-    found += [dataset_checks.too_long(folder.pictures, base.tokenizer)]
+    found += [dataset_checks.too_long(folder.images, base.tokenizer)]
     return {f.name: f.text for f in found if f is not None and (notes or f.level != "note")}
 
 
@@ -164,20 +164,20 @@ def test_captions_that_are_odd(tmp_path: Path, base: BaseModel) -> None:
     write_folder(tmp_path, "drawn", 10, FINETUNE_SEEDS.start)
     assert lint(tmp_path, base) == {}
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
-    captions = [f"picture {number} of a girl" for number in range(10)]
+    captions = [f"image {number} of a girl" for number in range(10)]
     captions[0] = "the legend of ze ze ze ze"
     captions[1] = "one red dog, one red dog, one red dog and a mouse"
     captions[2] = "a very very old house"  # twice is a way of speaking
     captions[3] = " ".join(["a girl in a greenhouse by a lake"] * 2 + ["panda train"] * 40)
     captions[4] = ""
     (tmp_path / "captions.txt").write_text(table(names, captions))
-    (tmp_path / "images" / names[5]).write_bytes(b"no picture")
+    (tmp_path / "images" / names[5]).write_bytes(b"no image")
     found = lint(tmp_path, base)
-    assert set(found) == {"stuttering captions", "long captions", "missing captions", "unusable pictures"}
+    assert set(found) == {"stuttering captions", "long captions", "missing captions", "unusable images"}
     assert "3 of 8 captions repeat" in found["stuttering captions"]
     assert f"{names[0]} (`ze ze ze ze`), {names[1]} (" in found["stuttering captions"]
     assert names[4] in found["missing captions"]
-    assert f"{names[5]} (it is no picture" in found["unusable pictures"]
+    assert f"{names[5]} (it is no image" in found["unusable images"]
     limit = base.tokenizer.model_max_length
     assert f"1 of 8 captions have more than the {limit - 2} tokens" in found["long captions"]
     assert f"{names[3]} loses `" in found["long captions"]
@@ -187,7 +187,7 @@ def test_the_lost_words_are_those_the_tokenizer_cuts_off(base: BaseModel) -> Non
     """What is kept and what is lost make the whole caption, word for word."""
     words = ["a girl", "in", "a", "greenhouse", "by", "a", "lake", "under", "the", "moon"] * 9
     caption = " ".join(words)
-    text = dataset_checks.too_long([CaptionedPicture(Path("a.png"), caption, "0")], base.tokenizer).text
+    text = dataset_checks.too_long([CaptionedImage(Path("a.png"), caption, "0")], base.tokenizer).text
     start = re.search(r"loses `(.*?)( \.\.\.)?`", text)[1]
     kept = base.tokenizer.decode(base.tokenize([caption])[0], skip_special_tokens=True).strip()
     assert caption.startswith(f"{kept} {start}")
@@ -199,26 +199,26 @@ def test_shared_captions(tmp_path: Path, base: BaseModel) -> None:
     captions = ["a cat"] * 6 + ["a dog", "a house"]
     (tmp_path / "captions.txt").write_text(table(names, captions))
     assert (
-        "6 of 8 pictures share their caption with another, 6 of them `a cat, Studio"
+        "6 of 8 images share their caption with another, 6 of them `a cat, Studio"
         in (lint(tmp_path, base)["duplicate captions"])
     )
 
 
-def test_near_duplicates_are_the_same_picture_saved_again_and_nothing_else(tmp_path: Path) -> None:
+def test_near_duplicates_are_the_same_image_saved_again_and_nothing_else(tmp_path: Path) -> None:
     write_folder(tmp_path, "drawn", 40, FINETUNE_SEEDS.start)
     files = sorted((tmp_path / "images").iterdir())
     originals = torch.stack([torch.from_numpy(thumbnail(Image.open(file))) for file in files]).numpy()
     assert near_duplicates(originals[:20], originals[20:]) == []
     again = []
     for number, file in enumerate(files):
-        picture = Image.open(file)
+        image = Image.open(file)
         copy = tmp_path / f"{number}.jpg"
-        picture.resize((picture.width // 2, picture.height // 2)).save(copy, quality=30)
+        image.resize((image.width // 2, image.height // 2)).save(copy, quality=30)
         again.append(thumbnail(Image.open(copy)))
     found = near_duplicates(originals, torch.stack([torch.from_numpy(a) for a in again]).numpy())
     assert [(train, held_out) for train, held_out, _ in found] == [(n, n) for n in range(40)]
     blank = thumbnail(Image.new("RGB", (64, 64), "red"))[None]
-    assert near_duplicates(blank, blank) == []  # flat pictures have nothing to compare
+    assert near_duplicates(blank, blank) == []  # flat images have nothing to compare
 
 
 def test_a_copy_across_the_split_is_trained_on_and_named(tmp_path: Path, base: BaseModel) -> None:
@@ -227,7 +227,7 @@ def test_a_copy_across_the_split_is_trained_on_and_named(tmp_path: Path, base: B
 
     def split() -> tuple[set[str], set[str]]:
         folder = read_folder(tmp_path, style="", default_caption="x", min_side=32)
-        train, held_out = split_by_content(folder.pictures, 0.5)
+        train, held_out = split_by_content(folder.images, 0.5)
         return {p.path.stem for p in train}, {p.path.stem for p in held_out}
 
     original = sorted(split()[1])[0]
@@ -238,7 +238,7 @@ def test_a_copy_across_the_split_is_trained_on_and_named(tmp_path: Path, base: B
             break
     assert "near-duplicates" not in lint(tmp_path, base)
     text = lint(tmp_path, base, notes=True)["near-duplicates"]
-    assert text.startswith("1 pictures that would be held out")
+    assert text.startswith("1 images that would be held out")
     assert f"{original}.png like copy.jpg" in text
 
 
@@ -318,7 +318,7 @@ def test_each_process_of_a_run_on_the_cpu_needs_its_memory(monkeypatch: pytest.M
     monkeypatch.setattr(memory, "memory", lambda *_: memory.Memory(2**30, {"training": 2**30}))
     monkeypatch.setattr(resources, "of_this_process", lambda name: 2**30)
     monkeypatch.setattr(resources, "free_memory", lambda device: None)
-    data = SimpleNamespace(train_pictures=[1], val_pictures=[2])
+    data = SimpleNamespace(train_images=[1], val_images=[2])
     needs = []
     for devices in (1, 3):
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
@@ -331,7 +331,7 @@ def test_each_process_of_a_run_on_the_cpu_needs_its_memory(monkeypatch: pytest.M
 def test_the_codes_in_the_cache_are_as_large_as_predicted(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """131 kB a picture at 512 px; twice that with mirrored ones. One line where there is no room."""
+    """131 kB an image at 512 px; twice that with mirrored ones. One line where there is no room."""
     config = make_config("model.resolution=512", f"cache_dir={tmp_path}")
     codes = torch.zeros(3, 4, 64, 64)  # as latents.Moments holds them
     assert memory.latents_size(config, 3) == 2 * codes.numel() * codes.element_size() == 3 * 131072
@@ -339,9 +339,7 @@ def test_the_codes_in_the_cache_are_as_large_as_predicted(
     assert preflight.about_cache(config, 3) == []
     monkeypatch.setattr(resources, "free_disk", lambda folder: 300_000 if folder == tmp_path else 2**40)
     (finding,) = preflight.about_cache(config, 3)
-    assert finding.text.startswith(
-        f"the pictures' codes take 0.4 MB below cache_dir={tmp_path}, where 0.3 MB"
-    )
+    assert finding.text.startswith(f"the images' codes take 0.4 MB below cache_dir={tmp_path}, where 0.3 MB")
 
 
 def test_a_full_cache_is_one_finding_among_all(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,13 +348,13 @@ def test_a_full_cache_is_one_finding_among_all(check: Callable, monkeypatch: pyt
 
     monkeypatch.setattr(datamodule.GhibliDataModule, "prepare_data", full)
     found = check("trainer.devices=0")
-    assert texts(found, "error")["pictures"] == "cannot write cache/scenes: the disk is full: free some space"
+    assert texts(found, "error")["images"] == "cannot write cache/scenes: the disk is full: free some space"
     assert "`Trainer(devices=0)`" in texts(found, "error")["device"]
     assert "base" in texts(found, "note")
 
 
 def test_the_demo_is_checked_within_a_minute(tmp_path: Path) -> None:
-    """Seconds of the processor, with its pictures still to be drawn: a busy machine fails no test."""
+    """Seconds of the processor, with its images still to be drawn: a busy machine fails no test."""
     began = time.process_time()
     found = preflight.check([f"cache_dir={tmp_path}"])
     assert time.process_time() - began < 60
@@ -374,7 +372,7 @@ def test_train_says_what_is_wrong_and_goes_on(
     disk = memory.disk
     monkeypatch.setattr(memory, "disk", lambda *a: needs.append(disk(*a)) or needs[0])
     monkeypatch.setattr(resources, "free_disk", lambda folder: 0)
-    config = make_config("trainer.max_epochs=2", "validation.max_pictures=2")
+    config = make_config("trainer.max_epochs=2", "validation.max_images=2")
     train.run(config, RunDir(tmp_path))
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[:2] for line in said if line.startswith(("error", "warning", "note"))] == [
@@ -390,7 +388,7 @@ def test_train_says_what_is_wrong_and_goes_on(
     assert 0.3 * needs[0].grids < sum(grids) < 1.5 * needs[0].grids
 
 
-def test_train_stops_before_it_encodes_pictures_for_nothing(
+def test_train_stops_before_it_encodes_images_for_nothing(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ghibli.data.datamodule.encode", lambda *a, **k: pytest.fail("encoded"))

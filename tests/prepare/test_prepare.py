@@ -1,4 +1,4 @@
-"""`ghibli prepare`: base and pictures from wherever they lie, looked at and noted; each mistake one line."""
+"""`ghibli prepare`: base and images from wherever they lie, looked at and noted; each mistake one line."""
 
 import json
 import shutil
@@ -10,12 +10,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ghibli.cli.options import app
-from ghibli.data.folder import list_pictures, read_folder, recognised
+from ghibli.data.folder import list_images, read_folder, recognised
 from ghibli.data.split import first_by_content
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.evaluation import diagnosis
 from ghibli.images.grid import COLUMNS, GAP, TILE, contact_sheet
-from ghibli.images.read import open_picture
+from ghibli.images.read import open_image
 from ghibli.models.base import weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight, prepare
@@ -35,7 +35,7 @@ def set_of_ten(tmp_path: Path) -> Path:
 
 
 def captions_of(root: Path) -> dict[str, str]:
-    return {name: caption for name, _, caption in list_pictures(root)}
+    return {name: caption for name, _, caption in list_images(root)}
 
 
 # Layouts
@@ -58,7 +58,7 @@ def test_three_tables_say_the_same(set_of_ten: Path) -> None:
     assert recognised(set_of_ten) == "images/ with metadata.csv"
 
 
-def test_of_two_tables_the_first_that_knows_a_picture_counts(set_of_ten: Path) -> None:
+def test_of_two_tables_the_first_that_knows_an_image_counts(set_of_ten: Path) -> None:
     plain = captions_of(set_of_ten)
     first, second, *_ = plain
     table = set_of_ten / "captions.txt"
@@ -74,11 +74,11 @@ def test_the_kaggle_set(tmp_path: Path, set_of_ten: Path) -> None:
     drawn = tmp_path / "kaggle" / "dataset" / "trainB_ghibli"
     shutil.copytree(set_of_ten / "images", drawn)
     shutil.copytree(set_of_ten / "images", tmp_path / "kaggle" / "dataset" / "trainA")
-    assert {path.parent for _, path, _ in list_pictures(tmp_path / "kaggle")} == {drawn}
+    assert {path.parent for _, path, _ in list_images(tmp_path / "kaggle")} == {drawn}
     assert recognised(tmp_path / "kaggle") == "dataset/trainB_ghibli/ without captions"
-    with pytest.raises(UserError, match="pictures without captions: ghibli caption .* or --caption TEXT"):
+    with pytest.raises(UserError, match="images without captions: ghibli caption .* or --caption TEXT"):
         prepare.read(tmp_path / "kaggle", None)
-    assert len(prepare.read(tmp_path / "kaggle", "a scene").pictures) == 10
+    assert len(prepare.read(tmp_path / "kaggle", "a scene").images) == 10
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_the_kaggle_set(tmp_path: Path, set_of_ten: Path) -> None:
 def test_a_table_that_cannot_be_read(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        list_pictures(tmp_path)
+        list_images(tmp_path)
 
 
 # Where they come from
@@ -128,7 +128,7 @@ def test_another_zip_file_of_the_same_name_is_another_set(tmp_path: Path, set_of
     file = zipped(set_of_ten, tmp_path / "archive.zip")
     root = download.fetch(str(file), tmp_path / "data", no_progress)
     (set_of_ten / "captions.txt").write_text(
-        "".join(f"{path.name}|new\n" for _, path, _ in list_pictures(set_of_ten))
+        "".join(f"{path.name}|new\n" for _, path, _ in list_images(set_of_ten))
     )
     for other in (tmp_path / "archive.zip", tmp_path / "elsewhere" / "archive.zip"):  # replaced; elsewhere
         other.parent.mkdir(exist_ok=True)
@@ -149,18 +149,18 @@ def test_zip_files_that_cannot_be_used(
     with pytest.raises(UserError, match="no whole zip file: .*; get it anew"):
         download.fetch(str(file), tmp_path / "data", no_progress)
     zipfile.ZipFile(file, "w").close()
-    with pytest.raises(UserError, match="no pictures in it"):
+    with pytest.raises(UserError, match="no images in it"):
         download.fetch(str(file), tmp_path / "data", no_progress)
     assert not (tmp_path / "data").exists()
 
 
 def test_parquet_shards(tmp_path: Path, set_of_ten: Path) -> None:
-    """Pictures and captions come out as `pyarrow` wrote them, byte for byte."""
+    """Images and captions come out as `pyarrow` wrote them, byte for byte."""
     pyarrow = pytest.importorskip("pyarrow", reason="extra of this project")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [
         {"image": {"bytes": path.read_bytes(), "path": name}, "text": caption}
-        for name, path, caption in list_pictures(set_of_ten)
+        for name, path, caption in list_images(set_of_ten)
     ]
     shards = tmp_path / "hub" / "data"
     shards.mkdir(parents=True)
@@ -168,15 +168,15 @@ def test_parquet_shards(tmp_path: Path, set_of_ten: Path) -> None:
         table = pyarrow.Table.from_pylist(rows[5 * number : 5 * number + 5])
         parquet.write_table(table, shards / f"train-{number:05d}-of-00002.parquet")
     root = download.fetch(str(tmp_path / "hub"), tmp_path / "data", no_progress)
-    found = list_pictures(root)
+    found = list_images(root)
     assert [caption for *_, caption in found] == [row["text"] for row in rows]
     assert [path.read_bytes() for _, path, _ in found] == [row["image"]["bytes"] for row in rows]
 
 
-def test_parquet_rows_without_a_picture_or_with_several_captions(tmp_path: Path, set_of_ten: Path) -> None:
+def test_parquet_rows_without_an_image_or_with_several_captions(tmp_path: Path, set_of_ten: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="extra of this project")
     parquet = pytest.importorskip("pyarrow.parquet")
-    content = list_pictures(set_of_ten)[0][1].read_bytes()
+    content = list_images(set_of_ten)[0][1].read_bytes()
     rows = [
         {"image": {"bytes": content, "path": "a.png"}, "text": ["the first", "the second"]},
         {"image": None, "text": ["of nothing"]},
@@ -185,7 +185,7 @@ def test_parquet_rows_without_a_picture_or_with_several_captions(tmp_path: Path,
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
     root = download.fetch(str(tmp_path / "set.parquet"), tmp_path / "data", no_progress)
     folder = read_folder(root, default_caption="a scene", style="", min_side=8)
-    assert [picture.caption for picture in folder.pictures] == ["the first", "a scene"]
+    assert [image.caption for image in folder.images] == ["the first", "a scene"]
     assert list(folder.unusable) == ["000001.png"]
 
 
@@ -202,15 +202,13 @@ def test_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 # The contact sheet
 
 
-def test_the_sheet_shows_pictures_above_their_captions(set_of_ten: Path) -> None:
-    pictures = first_by_content(prepare.read(set_of_ten, None).pictures, 8)
-    sheet = contact_sheet([(open_picture(p.path), p.caption) for p in pictures])
+def test_the_sheet_shows_images_above_their_captions(set_of_ten: Path) -> None:
+    images = first_by_content(prepare.read(set_of_ten, None).images, 8)
+    sheet = contact_sheet([(open_image(p.path), p.caption) for p in images])
     assert sheet.width == COLUMNS * (TILE + GAP) + GAP
     for place, left in enumerate(range(GAP, sheet.width - TILE, TILE + GAP)):
         tile = sheet.crop((left, GAP, left + TILE, GAP + TILE))
-        assert (
-            tile.tobytes() == Image.open(pictures[place].path).resize((TILE, TILE), Image.BICUBIC).tobytes()
-        )
+        assert tile.tobytes() == Image.open(images[place].path).resize((TILE, TILE), Image.BICUBIC).tobytes()
         below = sheet.crop((left, GAP + TILE, left + TILE, GAP + TILE + 60)).convert("L")
         assert below.getextrema() == (0, 255)
 
@@ -230,7 +228,7 @@ def test_what_is_noted_is_what_train_takes(local: Path, set_of_ten: Path) -> Non
     result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])
     assert result.exit_code == 0, result.output
     assert "images/ with captions.txt; 10 usable" in result.output
-    assert Image.open(local / "pictures.png").width > 1000
+    assert Image.open(local / "images.png").width > 1000
     noted, _, mistakes = look_at([])
     assert mistakes == []
     assert (noted.model.path, noted.data.root) == ("demo", str(set_of_ten))

@@ -103,7 +103,7 @@ def test_a_study_is_ranked_and_its_effects_are_those_of_the_study(tmp_path: Path
     ranking = page.text.partition("Each run ")[2]
     assert ranking.index("1. high") < ranking.index("2. low") < ranking.index("3. broken")
     assert "2 learned; 2 finished, 1 failed." in page.text
-    assert "no picture grid (samples/ is empty) of 1 runs" in page.text
+    assert "no image grid (samples/ is empty) of 1 runs" in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 2
 
 
@@ -123,7 +123,7 @@ def test_the_distance_and_the_losses_are_curves(tmp_path: Path) -> None:
     points = [(0, 0, 11.1, 1.2), (30, 3, 1.625, 0.25)]
     write_rows(run.distances, columns, [dict(zip(columns, row, strict=True)) for row in points])
     labels = [attributes.get("aria-label") for tag, attributes in page_of(run.path).tags if tag == "svg"]
-    assert "Distance to real pictures. distance: 1.62 +- 0.25 at 3" in labels
+    assert "Distance to real images. distance: 1.62 +- 0.25 at 3" in labels
     loss = f"Training loss as it is. loss: {0.5 + 0.1 * math.sin(30):.3g} at 30"
     assert loss in labels and "Training loss, readable. loss: 0.5 at 30" in labels
 
@@ -147,14 +147,14 @@ def test_the_evaluation_is_a_table_a_curve_and_words(tmp_path: Path) -> None:
     for said in (
         "precision 20 %, recall 95 %", "large number is the kernel distance to", "Fr\u00e9chet 150.0",
         "Trained at guidance 7.5 a model learns to undo that guidance: sampled at 1",
-        "12 samples a cell, 16 real pictures, 8 steps, style features", "0.48 \u00b1 0.21",
-        "below base +3.70 \u00b1 1.30", "150.0 (116.5)", "recall 95 %", "few pictures",
-        "close to copies: the nearest training picture is at 0.41",
+        "12 samples a cell, 16 real images, 8 steps, style features", "0.48 \u00b1 0.21",
+        "below base +3.70 \u00b1 1.30", "150.0 (116.5)", "recall 95 %", "few images",
+        "close to copies: the nearest training image is at 0.41",
         "trained at guidance 7.5: the rule does not hold: in the 3 points they share, 2 differ",
-        "guidance 7.5 is nearest to real pictures at scale 15: 1.50 \u00b1 0.10.",
+        "guidance 7.5 is nearest to real images at scale 15: 1.50 \u00b1 0.10.",
     ):  # fmt: skip
         assert said in page.text, said
-    assert "Samples beside their nearest training pictures" in page_of(tmp_path / "guided").text
+    assert "Samples beside their nearest training images" in page_of(tmp_path / "guided").text
 
 
 def test_a_run_without_a_scan_is_no_curve(tmp_path: Path) -> None:
@@ -176,9 +176,9 @@ def test_three_models_of_one_name_are_three_lines_and_inceptions_numbers_are_fid
         content = evaluation_of(1.0, {"1": [3.0 + place, 0.1]}) | {"features": "inception"}
         run.evaluation.write_text(json.dumps(content))
     page = page_of(tmp_path)
-    assert "KID to real pictures" in page.text and "FID 150.0 (116.5)" in page.text
+    assert "KID to real images" in page.text and "FID 150.0 (116.5)" in page.text
     for rank in (4, 8, 16):
-        assert f"LoRA, trained at guidance 1, rank {rank} is nearest to real pictures" in page.text
+        assert f"LoRA, trained at guidance 1, rank {rank} is nearest to real images" in page.text
 
 
 def test_an_evaluation_older_than_the_run_is_left_out(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_browser_shows_it(browser: Any, tmp_path: Path, width: int, look: str)
     ]
     for run in runs:
         run.evaluation.write_text(json.dumps(evaluation_of(1.0, {"1": [2.0, 0.1], "7.5": [1.0, 0.2]})))
-        Image.new("RGB", (1200, 900)).save(run.evaluation_pictures)
+        Image.new("RGB", (1200, 900)).save(run.evaluation_images)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [{"name": "prefers-color-scheme", "value": look}]
@@ -97,8 +97,8 @@ def test_a_browser_shows_it(browser: Any, tmp_path: Path, width: int, look: str)
             "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]"
         )
         assert wide <= room <= width
-        pictures = browser.execute_script("return [...document.images].map(one => one.naturalWidth)")
-        assert pictures and all(pictures)
+        images = browser.execute_script("return [...document.images].map(one => one.naturalWidth)")
+        assert images and all(images)
         seen = browser.execute_script(
             "return [...document.querySelectorAll('.stack')].map(stack => "
             "[...stack.querySelectorAll('.sheet')].filter(one => one.offsetHeight > 0).length)"

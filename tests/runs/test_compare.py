@@ -16,7 +16,7 @@ STATUS = {
     "machine": "Linux", "processor": "one", "threads": 2, "device": "cpu", "devices": 1,
     "precision": "32-true",
 }  # fmt: skip
-SETTINGS = {"seed": 0, "lora": {"rank": 4}, "wandb": {"project": "x"}, "data": {"root": "pictures"}}
+SETTINGS = {"seed": 0, "lora": {"rank": 4}, "wandb": {"project": "x"}, "data": {"root": "images"}}
 METRICS = "step,epoch,train/loss,time/images_per_second\n1,0,0.5,{speed}\n2,0,{loss},{speed}\n"
 
 
@@ -60,7 +60,7 @@ def compared(
         ({"rank": 8}, ["differ in settings: this can change the result; yet the results are equal"]),
         ({"code": "f" * 64, "threads": 1}, ["code ccccccc fffffff", "code, machine: each can change"]),
         ({"versions": {"torch": "2.1", "numpy": "1"}}, ["versions.torch 2.0 2.1", "differ in versions"]),
-        ({"data_hash": "other", "base_hash": "x"}, ["base_hash b x", "differ in base, pictures: each"]),
+        ({"data_hash": "other", "base_hash": "x"}, ["base_hash b x", "differ in base, images: each"]),
         ({"grown": [[5, 1, 2]]}, ["differ in epochs added on the way"]),
         ({"state": "interrupted"}, ["state finished interrupted", "once both are finished"]),
         ({"gain": 0.5}, ["gain 25.0 % +- 1.0 % 50.0 % +- 1.0 %"]),

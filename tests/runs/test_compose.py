@@ -46,7 +46,7 @@ def composed(*overrides: str, conf: Path = CONF) -> Config:
 
 @pytest.mark.parametrize(("model", "data"), list(product(names_in("model"), names_in("data"))))
 def test_every_model_with_every_data_set(model: str, data: str) -> None:
-    settings = composed(f"model={model}", f"data={data}", "data.root=pictures")
+    settings = composed(f"model={model}", f"data={data}", "data.root=images")
     assert settings.optimizer.lr == settings.model.lr
     assert settings.trainer["accumulate_grad_batches"] == settings.data.accumulate
 
@@ -54,7 +54,7 @@ def test_every_model_with_every_data_set(model: str, data: str) -> None:
 @pytest.mark.parametrize("experiment", names_in("experiment"))
 def test_every_experiment(experiment: str) -> None:
     """On both bases, with the sizes of that base's own configuration."""
-    real = ("model=sd15", "data=ghibli", "data.root=pictures")
+    real = ("model=sd15", "data=ghibli", "data.root=images")
     for words in (DEMO, real):
         plain, own = composed(*words), composed(*words, f"experiment={experiment}")
         assert own.model == plain.model
@@ -65,7 +65,7 @@ def test_every_experiment(experiment: str) -> None:
 
 
 def test_the_slides_settings_are_the_defaults() -> None:
-    settings = composed("model=sd15", "data=ghibli", "data.root=pictures")
+    settings = composed("model=sd15", "data=ghibli", "data.root=images")
     lora, optimizer = settings.lora, settings.optimizer
     assert (lora.rank, lora.alpha, lora.dropout) == (32, 64, 0.1)
     assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adamw", 1e-4, 0.01)
@@ -75,7 +75,7 @@ def test_the_slides_settings_are_the_defaults() -> None:
     assert settings.loss.noise_schedule == "base"
     assert (settings.data.batch_size, settings.data.accumulate, settings.data.val_fraction) == (1, 4, 0.1)
     assert (settings.model.resolution, settings.data.resize) == (512, "bucket")
-    slides = composed("model=sd15", "data=ghibli", "data.root=pictures", "experiment=slides")
+    slides = composed("model=sd15", "data=ghibli", "data.root=images", "experiment=slides")
     assert slides.data.resize == "squash"
     assert settings.sample.prompts == [
         "A panda on the top of the train, Studio Ghibli style",
@@ -91,18 +91,18 @@ def test_the_slides_settings_are_the_defaults() -> None:
 def test_the_probe_is_cheap() -> None:
     """In UNet passes, a training example being three: forward, and backward twice that.
 
-    With the pictures that each checkpoint scores; tests/training/test_base_scores.py counts in a real epoch.
+    With the images that each checkpoint scores; tests/training/test_base_scores.py counts in a real epoch.
     """
 
     def share(settings: Config, training: int, held_out: int) -> float:
         data = settings.data
         steps = training // (data.batch_size * settings.trainer["accumulate_grad_batches"])
         saves = steps // settings.checkpoint.every_n_steps + 1  # and at the end of the epoch
-        pictures = 2 * min(settings.validation.max_pictures, held_out) + resume_check.PICTURES * saves
-        return pictures * settings.validation.items_per_picture / (3 * training)
+        images = 2 * min(settings.validation.max_images, held_out) + resume_check.IMAGES * saves
+        return images * settings.validation.items_per_image / (3 * training)
 
-    assert share(composed("model=sd15", "data=ghibli", "data.root=pictures"), 2250, 250) <= 0.12
-    assert share(composed(*DEMO), 500 - 54, 54) <= 0.35  # what its own pictures split into
+    assert share(composed("model=sd15", "data=ghibli", "data.root=images"), 2250, 250) <= 0.12
+    assert share(composed(*DEMO), 500 - 54, 54) <= 0.35  # what its own images split into
 
 
 def test_experiment_slides_asrun_repeats_the_mistakes_only() -> None:
@@ -197,21 +197,21 @@ defaults:
   - override /data: ghibli
 local:
   sd15: models/sd15
-  ghibli: pictures/ghibli
+  ghibli: images/ghibli
 """
 
 
 def test_the_local_file_sets_paths(local_conf: Callable) -> None:
-    conf = local_conf("sd15: models/sd15\nghibli: pictures/ghibli\n")
+    conf = local_conf("sd15: models/sd15\nghibli: images/ghibli\n")
     assert composed(conf=conf).model.path == "demo"
     settings = composed("model=sd15", "data=ghibli", conf=conf)
-    assert (settings.model.path, settings.data.root) == ("models/sd15", "pictures/ghibli")
+    assert (settings.model.path, settings.data.root) == ("models/sd15", "images/ghibli")
 
 
 def test_the_local_file_may_choose_and_the_command_line_wins(local_conf: Callable) -> None:
     conf = local_conf(CHOOSING)
     settings = composed(conf=conf)
-    assert (settings.model.path, settings.data.root) == ("models/sd15", "pictures/ghibli")
+    assert (settings.model.path, settings.data.root) == ("models/sd15", "images/ghibli")
     assert (settings.optimizer.lr, settings.data.accumulate) == (1e-4, 4)
     demo = OmegaConf.to_container(OmegaConf.structured(composed(*DEMO, conf=conf)))
     plain = OmegaConf.to_container(OmegaConf.structured(composed(*DEMO)))
@@ -300,8 +300,8 @@ MISTAKES = {
     "lora.rank=16,32": "lora.rank=16,32 could be several things: a list is KEY=[a,b], a grid of",
     "cache_dir=${nowhere}": "cache_dir depends on a key that is not set",
     # places
-    "data=ghibli": "data.root is not set: give a picture folder, data.root=DIR, or use data=demo",
-    "data.root=nowhere": "data.root=nowhere: data=demo would draw its own pictures there; for yours",
+    "data=ghibli": "data.root is not set: give an image folder, data.root=DIR, or use data=demo",
+    "data.root=nowhere": "data.root=nowhere: data=demo would draw its own images there; for yours",
     "data.draw=null data.root=nowhere": "data.root=nowhere: no such folder",
     "data.draw=null data.root=file": "data.root=file: that is a file, not a folder",
     "model.path=./nowhere": "model.path=./nowhere: no such folder or file, and no hub id (OWNER/NAME)",
@@ -435,7 +435,7 @@ def test_help_is_worth_reading(printed: Callable[..., str]) -> None:
     commands = re.findall(r"^python train.py (\S.*?)(?:   |$)", text, re.M)
     assert len(commands) >= 6
     for command in commands:  # each one is a command that composes
-        words = [word.replace("DIR", "pictures") for word in command.split() if "=" in word]
+        words = [word.replace("DIR", "images") for word in command.split() if "=" in word]
         if "-m" not in command and "data=ghibli" not in command and not command.startswith("resume"):
             composed(*words)
 

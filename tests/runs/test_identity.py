@@ -144,13 +144,13 @@ def test_a_half_done_trial_goes_on_to_the_same_end(
 def test_a_failed_trial_without_a_checkpoint_starts_anew(
     config: Config, done: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Whatever the attempt before had noted, such as the hash of wrong pictures, is gone."""
+    """Whatever the attempt before had noted, such as the hash of wrong images, is gone."""
     run = RunDir(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 2)
         with pytest.raises(StandIn):
             train.run(config, run)
-    run.update_status(data_hash="of other pictures", reason="the disk is full")
+    run.update_status(data_hash="of other images", reason="the disk is full")
     assert train.run(config, run) == done[1]
     assert "failed before: the disk is full" in capsys.readouterr().out
     assert different_parts(done[0], tmp_path) == []
@@ -198,9 +198,9 @@ def test_halving_goes_on_with_this_trial_only(finished: RunDir, make_config: Cal
         identity.require_same_but_epochs(longer, finished)
 
 
-def test_a_sweep_twice(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_twice(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.py -m` into the same folder: the second time every trial answers at once."""
-    words = [*SMALL, f"data.root={pictures}", *ONE_EPOCH]
+    words = [*SMALL, f"data.root={images}", *ONE_EPOCH]
     words += ["lora.dropout=0.1", "optimizer.lr=1e-3", "loss.guidance=1"]  # else the slides' grid
     grid = ["lora.rank=1,2", f"hydra.sweep.dir={tmp_path}"]
     objectives: list[float] = []

@@ -1,4 +1,4 @@
-"""Rows of the cache: a new picture costs one row, and a row is what it would be without the cache."""
+"""Rows of the cache: a new image costs one row, and a row is what it would be without the cache."""
 
 from pathlib import Path
 
@@ -66,10 +66,10 @@ def test_what_was_made_before_a_kill_stays(tmp_path: Path, made: list[list[str]]
     assert made == [["dddd"]]
 
 
-def test_a_code_does_not_depend_on_the_pictures_beside_it(pictures: Path, base: BaseModel) -> None:
-    paths = [p.path for p in read_folder(pictures, style="", default_caption=None, min_side=1).pictures][:9]
+def test_a_code_does_not_depend_on_the_images_beside_it(images: Path, base: BaseModel) -> None:
+    paths = [p.path for p in read_folder(images, style="", default_caption=None, min_side=1).images][:9]
     together = encode(base, paths, resolution=64, resize="squash")
     alone = encode(base, paths[4:5], resolution=64, resize="squash")
     assert torch.equal(together.mean[4:5], alone.mean) and torch.equal(together.logvar[4:5], alone.logvar)
-    with Image.open(paths[4]) as picture:
-        assert picture.size[0] >= 64
+    with Image.open(paths[4]) as image:
+        assert image.size[0] >= 64

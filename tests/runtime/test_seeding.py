@@ -26,7 +26,7 @@ from ghibli.runtime.seeding import (
 )
 
 PHI = (1 + 5**0.5) / 2
-PICTURES = 12
+IMAGES = 12
 
 # Timesteps
 
@@ -134,7 +134,7 @@ def test_epoch_order_is_another_permutation_in_every_epoch_and_seed() -> None:
     assert tuple(epoch_order(50, 1, 2)) == orders[-1]
 
 
-def test_every_picture_comes_first_equally_often() -> None:
+def test_every_image_comes_first_equally_often() -> None:
     first = np.bincount([epoch_order(5, 0, epoch)[0] for epoch in range(2000)], minlength=5)
     assert stats.chisquare(first).pvalue > 1e-4
 
@@ -150,16 +150,16 @@ def test_hash_fraction_is_the_hash_as_a_number_from_0_to_1() -> None:
 
 @pytest.fixture
 def make_examples(make_config: Callable[..., Config]) -> Callable[..., TrainExamples]:
-    """Builds TrainExamples of 12 random pictures with every kind of random number in use."""
+    """Builds TrainExamples of 12 random images with every kind of random number in use."""
     generator = torch.Generator().manual_seed(0)
-    moments, mirrored = (Moments(*torch.randn(2, PICTURES, 4, 4, 4, generator=generator)) for _ in range(2))
-    input_ids = torch.randint(1, 800, (PICTURES, 77), generator=generator)
+    moments, mirrored = (Moments(*torch.randn(2, IMAGES, 4, 4, 4, generator=generator)) for _ in range(2))
+    input_ids = torch.randint(1, 800, (IMAGES, 77), generator=generator)
 
-    def make(*overrides: str, examples_per_epoch: int = PICTURES) -> TrainExamples:
+    def make(*overrides: str, examples_per_epoch: int = IMAGES) -> TrainExamples:
         config = make_config("loss.caption_dropout=0.3", "loss.noise_offset=0.2", *overrides)
         return TrainExamples(
             moments, mirrored, input_ids, torch.zeros(77, dtype=torch.int64),
-            [f"{i}.png" for i in range(PICTURES)], config, examples_per_epoch=examples_per_epoch,
+            [f"{i}.png" for i in range(IMAGES)], config, examples_per_epoch=examples_per_epoch,
             num_train_timesteps=1000, scaling_factor=0.18215,
         )  # fmt: skip
 
@@ -206,27 +206,27 @@ def test_another_seed_changes_every_kind_of_number(make_examples: Callable) -> N
     assert not any(torch.equal(one[e]["noise"], other[e]["noise"]) for e in range(12))
 
 
-def test_an_epoch_shows_every_picture_once(make_examples: Callable) -> None:
+def test_an_epoch_shows_every_image_once(make_examples: Callable) -> None:
     examples = make_examples()
     for epoch in range(3):
-        names = [examples[e]["name"] for e in range(epoch * PICTURES, (epoch + 1) * PICTURES)]
-        assert len(set(names)) == PICTURES
+        names = [examples[e]["name"] for e in range(epoch * IMAGES, (epoch + 1) * IMAGES)]
+        assert len(set(names)) == IMAGES
 
 
 def test_what_an_epoch_drops_differs_from_epoch_to_epoch(make_examples: Callable) -> None:
-    """floor(N / global batch): 10 of 12 pictures an epoch, and over epochs all of them."""
+    """floor(N / global batch): 10 of 12 images an epoch, and over epochs all of them."""
     examples = make_examples(examples_per_epoch=10)
     seen = Counter(examples[e]["name"] for e in range(200))
-    assert len(seen) == PICTURES
+    assert len(seen) == IMAGES
     assert max(seen.values()) <= 20
 
 
-def test_an_example_is_built_from_its_picture_as_written(make_examples: Callable) -> None:
-    """latents = (mean + std x noise) x scaling factor of the right picture, the right way round."""
+def test_an_example_is_built_from_its_image_as_written(make_examples: Callable) -> None:
+    """latents = (mean + std x noise) x scaling factor of the right image, the right way round."""
     examples = make_examples("seed=4")
     kinds = Counter()
     for e in range(24):
-        example, index = examples[e], int(epoch_order(PICTURES, 4, e // PICTURES)[e % PICTURES])
+        example, index = examples[e], int(epoch_order(IMAGES, 4, e // IMAGES)[e % IMAGES])
         flipped = chance(0.5, Stream.FLIP, 4, e)
         dropped = chance(0.3, Stream.CAPTION, 4, e)
         moments = examples.mirrored if flipped else examples.moments
@@ -265,7 +265,7 @@ def test_one_device_counts_from_zero_without_a_gap() -> None:
 
 
 def test_batch_4_and_4_times_batch_1_are_the_same_examples(make_examples: Callable) -> None:
-    """The same pictures, noise and timesteps in the same order, whatever the accumulation."""
+    """The same images, noise and timesteps in the same order, whatever the accumulation."""
     big = numbers(batches=3, batch_size=4)
     small = numbers(batches=12, batch_size=1)
     assert [len(batch) for batch in big] == [4] * 9

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ghibli.data.folder import CaptionedPicture, read_folder
+from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.runtime import cache
 from ghibli.training.base_scores import cached_scores
@@ -31,16 +31,16 @@ def side_by_side(*works: Callable[[], None]) -> list[multiprocessing.Process]:
     return processes
 
 
-def test_two_processes_draw_the_same_pictures(tmp_path: Path) -> None:
-    """Whoever looks at any moment sees whole pictures or none; the set is what one process draws."""
+def test_two_processes_draw_the_same_images(tmp_path: Path) -> None:
+    """Whoever looks at any moment sees whole images or none; the set is what one process draws."""
     options = {"look": "drawn", "count": 6, "first_seed": FINETUNE_SEEDS.start, "size": 256}
     write_folder(tmp_path / "alone", **options)
     root, seen = tmp_path / "shared", 0
     workers = side_by_side(*2 * [lambda: write_folder(root, **options)])
     while any(worker.is_alive() for worker in workers):
         for file in root.glob("images/*.png"):
-            with Image.open(file) as picture:
-                picture.load()  # raises on a part of a file
+            with Image.open(file) as image:
+                image.load()  # raises on a part of a file
             seen += 1
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert seen > 0
@@ -49,11 +49,11 @@ def test_two_processes_draw_the_same_pictures(tmp_path: Path) -> None:
         return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
     assert contents(root) == contents(tmp_path / "alone")
-    assert len(read_folder(root, style="", default_caption=None, min_side=32).pictures) == 6
+    assert len(read_folder(root, style="", default_caption=None, min_side=32).images) == 6
 
 
 def test_drawing_goes_on_where_a_killed_process_stopped(tmp_path: Path) -> None:
-    """A half-drawn set has no captions.txt; what is left of it, even half a picture, is drawn anew."""
+    """A half-drawn set has no captions.txt; what is left of it, even half an image, is drawn anew."""
     options = {"look": "drawn", "count": 2, "first_seed": FINETUNE_SEEDS.start}
     write_folder(tmp_path / "whole", **options)
     name = f"images/scene_{FINETUNE_SEEDS.start}.png"
@@ -78,21 +78,21 @@ def test_tensors_of_another_processor_are_made_anew(tmp_path: Path, monkeypatch:
 
 
 def test_two_processes_add_to_the_scores(tmp_path: Path) -> None:
-    """Each scores its own pictures, one after the other; in the end all are known and right."""
-    pictures = [CaptionedPicture(Path(f"{n}.png"), "a cat", f"{n:064x}") for n in range(60)]
+    """Each scores its own images, one after the other; in the end all are known and right."""
+    images = [CaptionedImage(Path(f"{n}.png"), "a cat", f"{n:064x}") for n in range(60)]
 
-    def score(own: list[CaptionedPicture]) -> None:
-        for picture in own:
-            number = int(picture.content_hash, 16)
-            cached_scores(tmp_path, SETTINGS, [picture], lambda index, n=number: torch.tensor([n / 7, n]))
+    def score(own: list[CaptionedImage]) -> None:
+        for image in own:
+            number = int(image.content_hash, 16)
+            cached_scores(tmp_path, SETTINGS, [image], lambda index, n=number: torch.tensor([n / 7, n]))
 
-    workers = side_by_side(lambda: score(pictures[::2]), lambda: score(pictures[1::2]))
+    workers = side_by_side(lambda: score(images[::2]), lambda: score(images[1::2]))
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0]
 
     def unknown(index: int) -> torch.Tensor:
-        raise AssertionError(f"the score of picture {index} was lost")
+        raise AssertionError(f"the score of image {index} was lost")
 
-    scores = cached_scores(tmp_path, SETTINGS, pictures, unknown)
+    scores = cached_scores(tmp_path, SETTINGS, images, unknown)
     assert torch.equal(scores, torch.tensor([[n / 7, n] for n in range(60)]))

@@ -120,7 +120,7 @@ def test_the_nearest_models_are_compared_in_pairs(trials: list[Trial], tmp_path:
     wanted = kernel_difference(sets["guided"], sets["one"], sets["real"])
     behind = f"{wanted.value:.2f} +- {wanted.standard_error:.2f}"
     names = [f"LoRA, trained at guidance {scale} (DDIM 7.5)" for scale in (1, 7.5)]
-    assert lines[0] == f"{names[1]} is farther from real pictures than {names[0]} by {behind}, in pairs."
+    assert lines[0] == f"{names[1]} is farther from real images than {names[0]} by {behind}, in pairs."
     assert len(lines) == 3 and "untouched base (DDIM 7.5) is farther" in lines[1]
     (tmp_path / "evaluation" / "one.pt").unlink()
     assert comparison.comparisons(trials[1:]) == []
@@ -128,11 +128,11 @@ def test_the_nearest_models_are_compared_in_pairs(trials: list[Trial], tmp_path:
 
 def test_what_stands_under_the_table(trials: list[Trial], tmp_path: Path) -> None:
     content = json.loads(trials[2].run.evaluation.read_text())
-    content |= {"floor_pictures": 41, "real": {"kernel": [0.05, 0.1]}, "findings": []}
-    content["findings"] = [{"name": "few pictures", "text": "12 are few"}]
+    content |= {"floor_images": 41, "real": {"kernel": [0.05, 0.1]}, "findings": []}
+    content["findings"] = [{"name": "few images", "text": "12 are few"}]
     trials[2].run.evaluation.write_text(json.dumps(content))
     text = comparison.write_cells(tmp_path, trials).read_text()
-    assert "\nFloor, 41 real pictures: 0.05 +- 0.10.\n" in text and "\nfew pictures: 12 are few.\n" in text
+    assert "\nFloor, 41 real images: 0.05 +- 0.10.\n" in text and "\nfew images: 12 are few.\n" in text
     assert "Trained at guidance 7.5 a model learns to undo that guidance" in text
     assert comparison.mush(trials[:2]) == []
 

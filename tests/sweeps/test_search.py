@@ -24,8 +24,8 @@ LINES = ("lora.rank=2,4,8", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "seed=3
 
 
 @pytest.fixture
-def words(pictures: Path, tmp_path: Path) -> list[str]:
-    return [*SMALL, f"data.root={pictures}", "data.draw=null", f"hydra.sweep.dir={tmp_path / 'study'}"]
+def words(images: Path, tmp_path: Path) -> list[str]:
+    return [*SMALL, f"data.root={images}", "data.draw=null", f"hydra.sweep.dir={tmp_path / 'study'}"]
 
 
 def stands_in(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[tuple[int, float]]:
@@ -151,10 +151,10 @@ def test_what_is_refused_in_one_line(
     ("more", "said"), [("sweep.search=3", "python sweep.py"), ("seed=0", "to go on with")]
 )
 def test_train_py_refuses_a_search_and_says_how_a_grid_goes_on(
-    more: str, said: str, pictures: Path, tmp_path: Path,
+    more: str, said: str, images: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
-    given = [*SMALL, f"data.root={pictures}", "data.draw=null", "lora.rank=2,4", more]
+    given = [*SMALL, f"data.root={images}", "data.draw=null", "lora.rank=2,4", more]
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", *given])
     monkeypatch.chdir(tmp_path)
     started: list[int] = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from ghibli.data.folder import CaptionedPicture
+from ghibli.data.folder import CaptionedImage
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.evaluation.gain import Probe, expected_losses
 from ghibli.runs.folder import RunDir
@@ -20,60 +20,60 @@ from ghibli.training.module import GhibliModule
 SETTINGS = {"base": "abc", "guidance": 1}
 
 
-def picture(number: int, caption: str = "a cat") -> CaptionedPicture:
-    return CaptionedPicture(Path(f"{number}.png"), caption, f"{number:064x}")
+def image(number: int, caption: str = "a cat") -> CaptionedImage:
+    return CaptionedImage(Path(f"{number}.png"), caption, f"{number:064x}")
 
 
 class Scorer:
-    """Scores a picture by its number and counts how often it was asked."""
+    """Scores an image by its number and counts how often it was asked."""
 
-    def __init__(self, pictures: list[CaptionedPicture]):
-        self.pictures, self.asked = pictures, 0
+    def __init__(self, images: list[CaptionedImage]):
+        self.images, self.asked = images, 0
 
     def __call__(self, index: int) -> torch.Tensor:
         self.asked += 1
-        return torch.tensor([1 / 3, 1.0]) * int(self.pictures[index].content_hash, 16)
+        return torch.tensor([1 / 3, 1.0]) * int(self.images[index].content_hash, 16)
 
 
-def scored(folder: Path, pictures: list[CaptionedPicture], settings: dict[str, Any] = SETTINGS) -> tuple:
-    """(scores, how many pictures had to be computed)."""
-    scorer = Scorer(pictures)
-    return cached_scores(folder, settings, pictures, scorer), scorer.asked
+def scored(folder: Path, images: list[CaptionedImage], settings: dict[str, Any] = SETTINGS) -> tuple:
+    """(scores, how many images had to be computed)."""
+    scorer = Scorer(images)
+    return cached_scores(folder, settings, images, scorer), scorer.asked
 
 
 def test_only_what_is_not_known_is_computed(tmp_path: Path) -> None:
-    first, asked = scored(tmp_path, [picture(1), picture(2)])
+    first, asked = scored(tmp_path, [image(1), image(2)])
     assert asked == 2
     assert torch.equal(first, torch.tensor([[1 / 3, 1.0], [2 / 3, 2.0]]))  # float32, to the bit
-    again, asked = scored(tmp_path, [picture(3), picture(2), picture(1)])
+    again, asked = scored(tmp_path, [image(3), image(2), image(1)])
     assert asked == 1
     assert torch.equal(again[[2, 1]], first)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "settings"),
+    ("images", "settings"),
     [
-        ([picture(1, "a dog")], SETTINGS),
-        ([picture(1)], SETTINGS | {"guidance": 7.5}),
-        ([picture(1)], SETTINGS | {"base": "abd"}),
+        ([image(1, "a dog")], SETTINGS),
+        ([image(1)], SETTINGS | {"guidance": 7.5}),
+        ([image(1)], SETTINGS | {"base": "abd"}),
     ],
     ids=["caption", "guidance", "base"],
 )
 def test_another_caption_base_or_guidance_is_scored_anew(
-    tmp_path: Path, pictures: list[CaptionedPicture], settings: dict[str, Any]
+    tmp_path: Path, images: list[CaptionedImage], settings: dict[str, Any]
 ) -> None:
-    scored(tmp_path, [picture(1)])
-    assert scored(tmp_path, pictures, settings)[1] == 1
+    scored(tmp_path, [image(1)])
+    assert scored(tmp_path, images, settings)[1] == 1
 
 
 def test_a_damaged_cache_is_computed_again(tmp_path: Path) -> None:
     """Each byte of the file flipped in turn: never a score that is not the right one."""
-    right, _ = scored(tmp_path, [picture(1)])
+    right, _ = scored(tmp_path, [image(1)])
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     for place in range(len(whole)):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        assert torch.equal(scored(tmp_path, [picture(1)])[0], right)
+        assert torch.equal(scored(tmp_path, [image(1)])[0], right)
 
 
 # In a run
@@ -81,7 +81,7 @@ def test_a_damaged_cache_is_computed_again(tmp_path: Path) -> None:
 
 @pytest.fixture
 def probe_of(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[Probe, list[str], int]]:
-    """Starts a run with finetune=none: (its probe, held-out pictures, pictures scored for the base)."""
+    """Starts a run with finetune=none: (its probe, held-out images, images scored for the base)."""
 
     def start(root: Path, *overrides: str) -> tuple[Probe, list[str], int]:
         seen: dict[str, Any] = {"asked": 0}
@@ -98,13 +98,13 @@ def probe_of(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[Probe
             words = (f"data.root={root}", f"cache_dir={tmp_path / 'cache'}", "sample.every_n_epochs=0")
             train.run(make_config("finetune=none", *words, *overrides), run)
         module = seen["module"]
-        names = [p.path.name for p in module.trainer.datamodule.probe_pictures]
+        names = [p.path.name for p in module.trainer.datamodule.probe_images]
         return module.history[-1], names, seen["asked"] - len(names)  # validation itself asks for each
 
     return start
 
 
-def test_scores_are_bit_equal_whatever_the_batch_size_workers_and_added_pictures(
+def test_scores_are_bit_equal_whatever_the_batch_size_workers_and_added_images(
     probe_of: Callable, tmp_path: Path
 ) -> None:
     few, many = tmp_path / "few", tmp_path / "many"
@@ -122,9 +122,9 @@ def test_scores_are_bit_equal_whatever_the_batch_size_workers_and_added_pictures
         assert torch.equal(reference.base_val[row], other.base_val[place])
 
 
-def test_the_base_is_scored_once_and_read_by_the_next_run(probe_of: Callable, pictures: Path) -> None:
-    first, names, asked = probe_of(pictures)
-    again, _, later = probe_of(pictures)
+def test_the_base_is_scored_once_and_read_by_the_next_run(probe_of: Callable, images: Path) -> None:
+    first, names, asked = probe_of(images)
+    again, _, later = probe_of(images)
     assert (asked, later) == (len(names), 0)
     assert all(torch.equal(vars(first)[key], vars(again)[key]) for key in vars(first))
     assert first.val_gain.value == first.train_gain.value == 0
@@ -132,7 +132,7 @@ def test_the_base_is_scored_once_and_read_by_the_next_run(probe_of: Callable, pi
 
 
 def test_the_training_loss_is_compared_with_the_base_at_its_own_schedule_and_guidance(
-    probe_of: Callable, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    probe_of: Callable, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table behind train/loss_normalised, against the base scored by hand; the cache is shared."""
     tables = []
@@ -148,7 +148,7 @@ def test_the_training_loss_is_compared_with_the_base_at_its_own_schedule_and_gui
 
     monkeypatch.setattr(GhibliModule, "setup", keep)
     for words in ((), ("loss.noise_schedule=linear",), ("loss.guidance=7.5",)):
-        probe_of(pictures, *words)
+        probe_of(images, *words)
     assert all(torch.allclose(own, by_hand, rtol=1e-5) for own, by_hand in tables)
     assert not torch.allclose(tables[0][0], tables[1][0], rtol=1e-2)
     assert not torch.allclose(tables[0][0], tables[2][0], rtol=1e-2)
@@ -159,7 +159,7 @@ def test_what_the_probe_costs_in_examples_through_the_unet(
 ) -> None:
     """Counted in a real epoch: tests/runs/test_compose.py reckons with these numbers for the default sizes.
 
-    A checkpoint notes the scores of two pictures, for a resume to compare with.
+    A checkpoint notes the scores of two images, for a resume to compare with.
     """
     counted, saves = {"training": 0, "scored": 0}, []  # saves: the steps
     branches, save = GhibliModule.branches, GhibliModule.on_save_checkpoint
@@ -178,9 +178,9 @@ def test_what_the_probe_costs_in_examples_through_the_unet(
     monkeypatch.setattr(GhibliModule, "on_save_checkpoint", saving)
     train.run(make_config("trainer.max_epochs=1", "sample.every_n_epochs=0"), RunDir(tmp_path / "second"))
     split = json.loads((tmp_path / "second" / "split.json").read_text())
-    pictures = 2 * len(split["val"]) + resume_check.PICTURES * len(set(saves))
+    images = 2 * len(split["val"]) + resume_check.IMAGES * len(set(saves))
     assert set(saves) == {2, 4, 5}  # best.ckpt and last.ckpt of one step share theirs
-    assert counted["scored"] == pictures * config.validation.items_per_picture
+    assert counted["scored"] == images * config.validation.items_per_image
     assert counted["training"] == len(split["train"]) // 4 * 4
 
 

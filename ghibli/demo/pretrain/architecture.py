@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 FOLDER = Path(__file__).parents[1]  # ghibli/demo: the weights stay where they are
 RESOLUTION = 128
 HIDDEN = 64  # width of the text encoder and of cross-attention
-PROJECTION = 64  # width of the space that pictures and captions share
+PROJECTION = 64  # width of the space that images and captions share
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -36,7 +36,7 @@ MODEL_INDEX = {
 
 
 def make_clip(tokenizer) -> CLIPModel:
-    """Text tower (64 wide, 3 layers) and picture tower (8x8 patches of 16 pixels)."""
+    """Text tower (64 wide, 3 layers) and image tower (8x8 patches of 16 pixels)."""
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
@@ -75,7 +75,7 @@ def make_text_encoder(clip: CLIPModel) -> CLIPTextModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """Pictures (B, 3, 128, 128) in -1..1 to latents (B, 4, 16, 16)."""
+    """Images (B, 3, 128, 128) in -1..1 to latents (B, 4, 16, 16)."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,

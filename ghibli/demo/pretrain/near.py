@@ -1,6 +1,6 @@
 """Make the adapter of model=demo_near: `python -m ghibli.demo.near` (about ten minutes).
 
-It is trained on drawn scenes from the seeds of pretraining, so that the pictures of fine-tuning and
+It is trained on drawn scenes from the seeds of pretraining, so that the images of fine-tuning and
 of evaluation stay unseen. Merged into the base, it leaves a fine-tuning little to gain.
 """
 
@@ -34,11 +34,11 @@ def halve(source: Path, target: Path) -> None:
 
 def main() -> None:
     work = Path("outputs/near")
-    pictures, run = work / "pictures", work / "run"
-    if not (pictures / "captions.txt").exists():
+    images, run = work / "images", work / "run"
+    if not (images / "captions.txt").exists():
         with counted("drawing") as on_progress:
-            write_folder(pictures, "drawn", COUNT, FIRST, on_progress=on_progress)
-    words = [f"data.root={pictures}", f"cache_dir={work}", f"hydra.run.dir={run}"]
+            write_folder(images, "drawn", COUNT, FIRST, on_progress=on_progress)
+    words = [f"data.root={images}", f"cache_dir={work}", f"hydra.run.dir={run}"]
     subprocess.run([sys.executable, "train.py", *SETTINGS, *words], check=True)
     halve(run / "adapter" / ADAPTER_FILE, FOLDER / "near" / ADAPTER_FILE)
 

@@ -15,7 +15,7 @@ from ghibli.demo.pretrain import architecture, stages
 from ghibli.demo.pretrain.tokenizer import write_tokenizer
 from ghibli.demo.pretrain.training_loop import Plan, train
 
-PICTURES = 8000  # scenes of the UNet; CLIP and VAE see the first half in both looks
+IMAGES = 8000  # scenes of the UNet; CLIP and VAE see the first half in both looks
 PLANS = {
     "clip": Plan(steps=600, learning_rate=1e-3, warmup=100, ema=0.99, save_every=200),
     "vae": Plan(steps=5600, learning_rate=4e-3, warmup=30, muon=True, look_every=400),
@@ -40,9 +40,9 @@ def fresh(make, *args):
 
 
 def train_clip(tokenizer, work: Path):
-    """The picture and text tower; writes clip/ and text_encoder/."""
+    """The image and text tower; writes clip/ and text_encoder/."""
     clip = fresh(architecture.make_clip, tokenizer)
-    pools = [stages.draw_pool(PICTURES // 2, look, 0, work, grain=False) for look in ("photo", "drawn")]
+    pools = [stages.draw_pool(IMAGES // 2, look, 0, work, grain=False) for look in ("photo", "drawn")]
     loss = stages.ClipLoss(clip, tokenizer, pools, batch=64)
     train("clip", clip, loss, PLANS["clip"], work / "clip.pt")
     architecture.save_part("clip", clip)
@@ -52,7 +52,7 @@ def train_clip(tokenizer, work: Path):
 def clean_pools(work: Path):
     """What the VAE learns from, and what its progress is measured on."""
     looks = ("photo", "drawn")
-    pools = [stages.draw_pool(PICTURES // 2, look, 0, work, grain=False) for look in looks]
+    pools = [stages.draw_pool(IMAGES // 2, look, 0, work, grain=False) for look in looks]
     held_out = [stages.draw_pool(32, look, 900_000, work, grain=False) for look in looks]
     return pools, held_out
 
@@ -61,14 +61,14 @@ def vae_look(vae, held_out, work: Path):
     """A function that prints the PSNR and saves originals above reconstructions."""
 
     def look(step: int):
-        photo, drawn = (stages.psnr(vae, pictures) for pictures in held_out)
+        photo, drawn = (stages.psnr(vae, images) for images in held_out)
         print(f"vae step {step}: PSNR photo {photo:.2f} dB, drawn {drawn:.2f} dB", flush=True)
         rows = []
-        for pictures in held_out:
-            clean = stages.to_pixel_values(pictures[:8])
+        for images in held_out:
+            clean = stages.to_pixel_values(images[:8])
             with torch.no_grad():
                 result = vae.decode(vae.encode(clean).latent_dist.mean).sample
-            rows += [stages.to_pictures(clean), stages.to_pictures(result)]
+            rows += [stages.to_images(clean), stages.to_images(result)]
         stages.sheet(rows, work / f"vae_{step:05d}.png")
 
     return look
@@ -89,7 +89,7 @@ def train_vae(work: Path):
 
 
 def sample(folder: Path, prompts, guidance_scale: float, seed: int = 7, **parts):
-    """DDIM pictures (30 steps) of the pipeline in a folder, with these parts in place."""
+    """DDIM images (30 steps) of the pipeline in a folder, with these parts in place."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, **parts)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -101,11 +101,11 @@ def sample(folder: Path, prompts, guidance_scale: float, seed: int = 7, **parts)
 
 
 def train_unet(tokenizer, work: Path):
-    """The noise predictor on photograph-like pictures only; writes unet/ and text_encoder/."""
+    """The noise predictor on photograph-like images only; writes unet/ and text_encoder/."""
     folder = architecture.FOLDER
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     text_encoder = architecture.make_text_encoder(CLIPModel.from_pretrained(folder / "clip"))
-    pool = stages.draw_pool(PICTURES, "photo", 0, work, grain=True)
+    pool = stages.draw_pool(IMAGES, "photo", 0, work, grain=True)
     moments = stages.encode_pool(vae, pool, work / "moments.pt")
     unet = fresh(architecture.make_unet).to(memory_format=torch.channels_last)
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})

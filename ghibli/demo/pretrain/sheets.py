@@ -1,4 +1,4 @@
-"""Make the pictures of docs/demo.md and print its numbers: `python -m ghibli.demo.sheets`."""
+"""Make the images of docs/demo.md and print its numbers: `python -m ghibli.demo.sheets`."""
 
 import argparse
 from pathlib import Path
@@ -43,11 +43,11 @@ def scene_sheet(file: Path, first: int, count: int = 24, columns: int = 8) -> No
 def reconstruction_sheet(file: Path, vae, held_out: dict) -> None:
     """Eight held-out scenes a look: original above reconstruction."""
     rows = []
-    for pictures in held_out.values():
-        clean = stages.to_pixel_values(pictures[:8])
+    for images in held_out.values():
+        clean = stages.to_pixel_values(images[:8])
         with torch.no_grad():
             result = vae.decode(vae.encode(clean).latent_dist.mean).sample
-        rows += [stages.to_pictures(clean), stages.to_pictures(result)]
+        rows += [stages.to_images(clean), stages.to_images(result)]
     stages.sheet(rows, file)
 
 
@@ -64,9 +64,9 @@ def main():
     settings = parser.parse_args()
     first = EVALUATION_SEEDS.start
     vae = AutoencoderKL.from_pretrained(settings.folder / "vae").eval()
-    held_out = {look: stages.draw_pictures(64, look, first, grain=False) for look in canvas.LOOKS}
-    for look, pictures in held_out.items():
-        print(f"VAE PSNR, 64 held-out {look} scenes: {stages.psnr(vae, pictures):.2f} dB")
+    held_out = {look: stages.draw_images(64, look, first, grain=False) for look in canvas.LOOKS}
+    for look, images in held_out.items():
+        print(f"VAE PSNR, 64 held-out {look} scenes: {stages.psnr(vae, images):.2f} dB")
     scene_sheet(settings.out / "scenes.png", first)
     reconstruction_sheet(settings.out / "reconstructions.png", vae, held_out)
     sample_sheet(settings.out / "samples.png", settings.folder)

@@ -10,25 +10,25 @@ from PIL import Image
 from ghibli.demo.scenes.scene import compose, draw
 
 
-def draw_pictures(count: int, look: str, first: int, grain: bool) -> torch.Tensor:
+def draw_images(count: int, look: str, first: int, grain: bool) -> torch.Tensor:
     """`count` scenes from seed `first` as uint8 (count, 3, 128, 128)."""
-    pictures = [np.asarray(draw(compose(first + i), look, grain=grain)) for i in range(count)]
-    return torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
+    images = [np.asarray(draw(compose(first + i), look, grain=grain)) for i in range(count)]
+    return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
 
 
 def draw_pool(count: int, look: str, first: int, cache: Path, grain: bool) -> torch.Tensor:
-    """`count` pictures as uint8 (count, 3, 128, 128), drawn once and kept in a file."""
+    """`count` images as uint8 (count, 3, 128, 128), drawn once and kept in a file."""
     file = cache / f"pool_{look}_{first}_{count}_{'grain' if grain else 'clean'}.npy"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        np.save(file, draw_pictures(count, look, first, grain).numpy())
-        print(f"drew {count} {look} pictures", flush=True)
+        np.save(file, draw_images(count, look, first, grain).numpy())
+        print(f"drew {count} {look} images", flush=True)
     return torch.from_numpy(np.load(file))
 
 
-def to_pixel_values(pictures: torch.Tensor) -> torch.Tensor:
+def to_pixel_values(images: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 3, H, W) to float in -1..1."""
-    return pictures.float() / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
 def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
@@ -44,7 +44,7 @@ def pick(count: int, batch: int, step: int, generator: torch.Generator) -> torch
 
 
 class ClipLoss:
-    """Contrastive loss between pictures of both looks and their captions."""
+    """Contrastive loss between images of both looks and their captions."""
 
     def __init__(self, clip, tokenizer, pools: list[torch.Tensor], batch: int):
         self.clip, self.pools, self.batch = clip, pools, batch
@@ -64,31 +64,31 @@ class ClipLoss:
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def edges(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Differences to the right and lower neighbour."""
-    return (pictures[..., 1:] - pictures[..., :-1], pictures[..., 1:, :] - pictures[..., :-1, :])
+    return (images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :])
 
 
-def chroma(pictures: torch.Tensor) -> torch.Tensor:
+def chroma(images: torch.Tensor) -> torch.Tensor:
     """Colour alone at an eighth of the size: red and blue against green, 8x8 means.
 
-    Without this term brightness is learned first and the pictures stay grey for long.
+    Without this term brightness is learned first and the images stay grey for long.
     """
-    red, green, blue = F.avg_pool2d(pictures, 8).unbind(dim=1)
+    red, green, blue = F.avg_pool2d(images, 8).unbind(dim=1)
     return torch.stack([red - green, blue - green, red + green + blue], dim=1)
 
 
 class VaeLoss:
     """Reconstruction of both looks: L1, L2, edges, coarse colour and a very small KL term.
 
-    Most steps see 64x64 crops; the last ones whole pictures, a third as many. Of each three
-    pictures the first pool gives one and the second, the harder ink lines, two.
+    Most steps see 64x64 crops; the last ones whole images, a third as many. Of each three
+    images the first pool gives one and the second, the harder ink lines, two.
     """
 
     def __init__(self, vae, pools: list[torch.Tensor], batch: int, whole_from: int):
         self.vae, self.pools, self.batch, self.whole_from = vae, pools, batch, whole_from
 
-    def pictures(self, step: int, generator: torch.Generator) -> torch.Tensor:
+    def images(self, step: int, generator: torch.Generator) -> torch.Tensor:
         whole = step >= self.whole_from
         batch = max(3, self.batch // 3) if whole else self.batch
         parts = []
@@ -98,15 +98,15 @@ class VaeLoss:
                 corners = 8 * torch.randint(9, (len(chosen), 2), generator=generator)
                 chosen = torch.stack(
                     [
-                        picture[:, y : y + 64, x : x + 64]
-                        for picture, (y, x) in zip(chosen, corners.tolist(), strict=True)
+                        image[:, y : y + 64, x : x + 64]
+                        for image, (y, x) in zip(chosen, corners.tolist(), strict=True)
                     ]
                 )
             parts.append(chosen)
         return to_pixel_values(torch.cat(parts))
 
     def __call__(self, step: int, generator: torch.Generator) -> torch.Tensor:
-        clean = self.pictures(step, generator)
+        clean = self.images(step, generator)
         grain = 0.02 * torch.randn((len(clean), 1, *clean.shape[2:]), generator=generator)
         noisy = (clean + grain).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(noisy).latent_dist
@@ -162,23 +162,23 @@ class UnetLoss:
 
 @torch.no_grad()
 def encode_pool(vae, pool: torch.Tensor, cache: Path) -> torch.Tensor:
-    """Mean and standard deviation (count, 8, 16, 16) fp16 of a pool of pictures."""
+    """Mean and standard deviation (count, 8, 16, 16) fp16 of a pool of images."""
     if cache.exists():
         return torch.load(cache, weights_only=True)
     parts = []
-    for pictures in pool.split(32):
-        posterior = vae.encode(to_pixel_values(pictures)).latent_dist
+    for images in pool.split(32):
+        posterior = vae.encode(to_pixel_values(images)).latent_dist
         parts.append(torch.cat([posterior.mean, posterior.std], dim=1).half())
     moments = torch.cat(parts)
     torch.save(moments, cache)
     return moments
 
 
-def psnr(vae, pictures: torch.Tensor) -> float:
-    """Mean over pictures (uint8, without grain) of the reconstruction's PSNR in dB."""
+def psnr(vae, images: torch.Tensor) -> float:
+    """Mean over images (uint8, without grain) of the reconstruction's PSNR in dB."""
     values = []
     with torch.no_grad():
-        for part in pictures.split(16):
+        for part in images.split(16):
             clean = to_pixel_values(part)
             result = vae.decode(vae.encode(clean).latent_dist.mean).sample.clamp(-1, 1)
             error = ((result - clean) / 2).square().mean(dim=(1, 2, 3))
@@ -187,17 +187,17 @@ def psnr(vae, pictures: torch.Tensor) -> float:
 
 
 def sheet(rows: list[list[Image.Image]], file: Path, gap: int = 2) -> None:
-    """Save rows of equally large pictures as one PNG."""
+    """Save rows of equally large images as one PNG."""
     width, height = rows[0][0].size
     page = Image.new("RGB", (len(rows[0]) * (width + gap), len(rows) * (height + gap)), "white")
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            page.paste(picture, (x * (width + gap), y * (height + gap)))
+        for x, image in enumerate(row):
+            page.paste(image, (x * (width + gap), y * (height + gap)))
     file.parent.mkdir(parents=True, exist_ok=True)
     page.save(file, optimize=True)
 
 
-def to_pictures(pixel_values: torch.Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in -1..1 to Pillow pictures."""
+def to_images(pixel_values: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in -1..1 to Pillow images."""
     array = ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(picture) for picture in array]
+    return [Image.fromarray(image) for image in array]

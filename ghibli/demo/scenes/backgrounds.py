@@ -42,7 +42,7 @@ FLOWERS = ((255, 255, 250), (255, 214, 60), (238, 84, 80), (250, 150, 190))
 
 
 def curve(start: float, heights, bottom: float = 1.02):
-    """A smooth hill line through heights at equal steps, closed at the bottom of the picture."""
+    """A smooth hill line through heights at equal steps, closed at the bottom of the image."""
     count, points = len(heights) - 1, []
     for step in range(count * 6 + 1):
         place = step / 6

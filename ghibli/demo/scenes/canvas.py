@@ -1,6 +1,6 @@
 """A small canvas: one vocabulary of shapes, painted in one of two looks.
 
-Coordinates are fractions of the picture (0..1, y down), colours are (red, green, blue) in 0..255.
+Coordinates are fractions of the image (0..1, y down), colours are (red, green, blue) in 0..255.
 The look decides how a shape is painted: "photo" mutes the colour and shades it softly,
 "drawn" saturates it and traces a dark ink line.
 """
@@ -37,7 +37,7 @@ def mute(colour):
 
 
 class Canvas:
-    """A square picture of `pixels` a side that is painted back to front."""
+    """A square image of `pixels` a side that is painted back to front."""
 
     def __init__(self, pixels: int, look: str, time: str, image: Image.Image | None = None):
         self.image = image if image is not None else Image.new("RGB", (pixels, pixels))
@@ -145,7 +145,7 @@ class Canvas:
         self.polygon(points, colour, depth, ink)
 
     def line(self, points, colour, width):
-        """An open stroke, `width` as a fraction of the picture."""
+        """An open stroke, `width` as a fraction of the image."""
         pen = ImageDraw.Draw(self.image)
         pixels = [(x * self.pixels, y * self.pixels) for x, y in points]
         pen.line(

@@ -1,4 +1,4 @@
-"""The demo data: pictures and captions made from a seed, the same scene in two looks.
+"""The demo data: images and captions made from a seed, the same scene in two looks.
 
 "photo" is photograph-like (muted, soft, hazy, grainy), "drawn" is a hand-painted animation look
 (ink lines, saturated greens and blues, cumulus, flowers). Pillow and numpy only.
@@ -58,7 +58,7 @@ HUES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in one picture. x, size and horizon are fractions of the picture."""
+    """What is in one image. x, size and horizon are fractions of the image."""
 
     seed: int
     subject: str
@@ -154,7 +154,7 @@ def paint_subject(canvas: Canvas, scene: Scene):
 
 
 def draw(scene: Scene, look: str, size: int = 128, grain: bool = True) -> Image.Image:
-    """Paint a scene as an RGB picture of size x size; `grain` adds the photograph's noise."""
+    """Paint a scene as an RGB image of size x size; `grain` adds the photograph's noise."""
     if look not in LOOKS:
         raise ValueError(f"look must be one of {LOOKS}, not {look!r}")
     rng = np.random.default_rng([scene.seed, 2])
@@ -186,16 +186,16 @@ def write_folder(
 ) -> None:
     """Write root/images/scene_SEED.png and, last, root/captions.txt with `NAME.png|caption` lines.
 
-    checksums.txt has the sha256 of each, as `sha256sum --check checksums.txt` reads it. A picture
+    checksums.txt has the sha256 of each, as `sha256sum --check checksums.txt` reads it. An image
     follows from its seed and each file is written whole, so several processes may fill one folder at
-    the same time. on_progress(done, count) is called after every picture.
+    the same time. on_progress(done, count) is called after every image.
     """
     root, lines, checksums = Path(root), [], []
     for index in range(count):
         scene = compose(first_seed + index)
         name = f"scene_{scene.seed:07d}.png"
-        picture = draw(scene, look, size)
-        write_atomically(root / "images" / name, partial(picture.save, format="PNG"))
+        image = draw(scene, look, size)
+        write_atomically(root / "images" / name, partial(image.save, format="PNG"))
         lines.append(f"{name}|{scene.caption}\n")
         checksums.append(f"{sha256(root / 'images' / name)}  images/{name}\n")
         if on_progress is not None:

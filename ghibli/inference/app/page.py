@@ -11,7 +11,7 @@ from ghibli.runtime.errors import UserError
 UPLOAD = "30mb"  # the largest photo
 WAITING = 16  # requests in the queue; more are told to come back
 KEPT = (600, 3600)  # seconds: how often uploads are looked at, and when one is deleted
-ABOUT = "Each picture starts from the same noise for the base and for what was trained on it."
+ABOUT = "Each image starts from the same noise for the base and for what was trained on it."
 STYLE = """
 .gradio-container {max-width: 1200px !important; margin: auto}
 .drawn img {width: 100% !important; height: 100% !important; object-fit: contain !important}
@@ -73,10 +73,10 @@ def draw_tab(studio: AppSession, names: gr.Dropdown, inputs: list[Any]) -> Any:
     with gr.Tab("Draw"):
         start = gr.Button("Draw", variant="primary", elem_id="draw")
         with gr.Row():
-            pictures = [picture("base", "base"), picture("trained", "trained")]
+            images = [image("base", "base"), image("trained", "trained")]
         words = gr.Markdown(elem_id="drawn")
     return start.click(
-        studio.draw, [names, *inputs], [*pictures, words], api_visibility="private", scroll_to_output=True
+        studio.draw, [names, *inputs], [*images, words], api_visibility="private", scroll_to_output=True
     )
 
 
@@ -88,17 +88,17 @@ def restyle_tab(studio: AppSession, names: gr.Dropdown, inputs: list[Any]) -> An
         strength = gr.Slider(0.1, 1, value=0.5, step=0.05, label="Strength", info="1 = all new")
         start = gr.Button("Restyle", variant="primary", elem_id="restyle")
         with gr.Row():
-            shown = picture("photo", "photo")
-            pictures = [picture("base", "restyled-base"), picture("trained", "restyled-trained")]
+            shown = image("photo", "photo")
+            images = [image("base", "restyled-base"), image("trained", "restyled-trained")]
         words = gr.Markdown(elem_id="restyled")
     photo.change(studio.preview, photo, shown, api_visibility="private", show_progress="hidden")
     return start.click(
-        studio.restyle, [names, photo, what, *inputs[1:], strength], [shown, *pictures, words],
+        studio.restyle, [names, photo, what, *inputs[1:], strength], [shown, *images, words],
         api_visibility="private",
     )  # fmt: skip
 
 
-def picture(label: str, name: str) -> gr.Image:
+def image(label: str, name: str) -> gr.Image:
     return gr.Image(
         label=label, format="png", interactive=False, elem_id=name, min_width=140, height=320,
         elem_classes="drawn",

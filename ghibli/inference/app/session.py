@@ -15,7 +15,7 @@ import gradio as gr
 from PIL import Image
 
 from ghibli.images.grid import to_image
-from ghibli.images.read import Unusable, read_picture
+from ghibli.images.read import Unusable, read_image
 from ghibli.inference import restyle
 from ghibli.inference.generate import Count, Request, draw, lost_words
 from ghibli.inference.load import LoadedModel, load_model
@@ -143,7 +143,7 @@ class AppSession:
         self, names: list[str], prompt: str, negative: str, sampler: str, guidance: float, steps: float,
         seed: float, scale: float, safe: bool, request: gr.Request, progress: gr.Progress = PROGRESS,
     ) -> list[Any]:  # fmt: skip
-        """Picture of the base, picture of the adapter, what was done in words."""
+        """Image of the base, image of the adapter, what was done in words."""
         start = time.monotonic()
         with self.turn(request.session_hash, progress) as count:
             dressed = self.dressed(names)
@@ -153,9 +153,9 @@ class AppSession:
             )
             base = draw(dressed, replace(asked, scale=0.0), "base", count)
             trained = draw(dressed, asked, "trained", count) if names else base
-            pictures, said = self._safe([to_image(base[0]), to_image(trained[0])], dressed, safe)
+            images, said = self._safe([to_image(base[0]), to_image(trained[0])], dressed, safe)
             said += lost_words([prompt], dressed.base)
-        return [*pictures, done(said, start)]
+        return [*images, done(said, start)]
 
     @told
     def preview(self, photo: str | None) -> Image.Image | None:
@@ -188,12 +188,12 @@ class AppSession:
         return [before, *afters, done(said, start)]
 
     def _safe(
-        self, pictures: list[Image.Image], dressed: LoadedModel, safe: bool
+        self, images: list[Image.Image], dressed: LoadedModel, safe: bool
     ) -> tuple[list[Image.Image], list[str]]:
-        """The pictures after the checker, if it is wanted, and a sentence if it took some away."""
+        """The images after the checker, if it is wanted, and a sentence if it took some away."""
         if not safe:
-            return pictures, []
-        shown, gone = checker(dressed.config.model.path).black_out(pictures)
+            return images, []
+        shown, gone = checker(dressed.config.model.path).black_out(images)
         return shown, [f"The safety checker blacked out {gone} of {len(shown)}."] if gone else []
 
 
@@ -211,11 +211,11 @@ def small(photo: Path) -> Image.Image:
     """A photo, at most WIDTH px on its longer side.
 
     Raises:
-        Unusable: no picture, a damaged one, or one of more megapixels than Pillow opens.
+        Unusable: no image, a damaged one, or one of more megapixels than Pillow opens.
     """
-    picture = read_picture(photo, at_least=WIDTH)[0]
-    picture.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
-    return picture
+    image = read_image(photo, at_least=WIDTH)[0]
+    image.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+    return image
 
 
 def redrawn(
@@ -244,7 +244,7 @@ def grids(names: list[str]) -> list[tuple[Image.Image, str]]:
     for name in names:
         files = sorted(RunDir(Path(name)).samples.glob("*.png"), key=lambda file: file.stat().st_mtime)
         for file in reversed(files):
-            picture = read_picture(file)[0]
-            picture.thumbnail((WIDTH, 4 * WIDTH), Image.Resampling.LANCZOS)
-            found.append((picture, f"{name}: {file.stem}"))
+            image = read_image(file)[0]
+            image.thumbnail((WIDTH, 4 * WIDTH), Image.Resampling.LANCZOS)
+            found.append((image, f"{name}: {file.stem}"))
     return found

@@ -1,4 +1,4 @@
-"""The curve that one wants to see fall: the distance of sampled pictures to real ones, epoch by epoch."""
+"""The curve that one wants to see fall: the distance of sampled images to real ones, epoch by epoch."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from ghibli.config.schema import Config
-from ghibli.data.sources import real_pictures
+from ghibli.data.sources import real_images
 from ghibli.diffusion.samplers import cells_of, in_eval_mode
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
 from ghibli.evaluation.samples import SampleCache
@@ -67,15 +67,15 @@ class DistanceCurve(Callback):
         base = "" if epoch == 0 else f", base {self.rows[0][COLUMNS[2]]:.2f}{beside}"
         who = "base   " if epoch == 0 else f"epoch {epoch}"
         console.print(
-            f"{who}  kernel distance {distance.value:.2f} +- {distance.standard_error:.2f} to real pictures "
+            f"{who}  kernel distance {distance.value:.2f} +- {distance.standard_error:.2f} to real images "
             f"({self.options.epoch_samples} drawn, {cell.label}{base})"
         )
 
     def prepare(self, module: GhibliModule) -> None:
-        """Measures the real pictures, once."""
-        pictures, _ = real_pictures(self.config)
+        """Measures the real images, once."""
+        images, _ = real_images(self.config)
         plain = replace(self.config, model=replace(self.config.model, clip=None))
         yardstick = FeatureExtractor(plain, module.base)
-        self.bench = SampleCache(plain, yardstick, [picture.caption for picture in pictures])
-        own = self.bench.measure_real("measuring the reference", pictures)["features"]
+        self.bench = SampleCache(plain, yardstick, [image.caption for image in images])
+        own = self.bench.measure_real("measuring the reference", images)["features"]
         self.reference = ReferenceSet(own, standardise=self.options.features == "style")

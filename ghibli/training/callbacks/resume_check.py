@@ -17,16 +17,16 @@ from ghibli.runtime.provenance import processor_name
 from ghibli.runtime.resources import device_name
 from ghibli.training.module import GhibliModule
 
-HASHES = {"base_hash": "the base", "data_hash": "the picture set"}  # noted in status.json, too
-PICTURES = 2  # held-out pictures that are scored again
-ROUNDING = {32: 1e-3, 16: 0.1}  # bits -> relative difference of a picture's loss on another machine
+HASHES = {"base_hash": "the base", "data_hash": "the image set"}  # noted in status.json, too
+IMAGES = 2  # held-out images that are scored again
+ROUNDING = {32: 1e-3, 16: 0.1}  # bits -> relative difference of an image's loss on another machine
 
 
 class ResumeCheck(Callback):
     """Writes into every checkpoint what its weights are and score; compares both on resume.
 
     Between the two lie all ways in which a resume can go wrong unseen: an adapter that was not
-    loaded, another base, other pictures, other settings.
+    loaded, another base, other images, other settings.
     """
 
     def __init__(self, run: RunDir):
@@ -85,18 +85,18 @@ class ResumeCheck(Callback):
         if torch.equal(scores, before):
             return
         is_same_place = stored["place"] == place(pl_module) and pl_module.device.type == "cpu"
-        means = [losses.mean(-1) for losses in (scores, before)]  # (pictures, 2)
+        means = [losses.mean(-1) for losses in (scores, before)]  # (images, 2)
         bits = 16 if "16" in f"{trainer.precision} {stored['precision']}" else 32
         if scores.shape == before.shape and not is_same_place and torch.allclose(*means, rtol=ROUNDING[bits]):
             return
         raise UserError(
             f"resume={self.run.path}: the checkpoint's weights now score {numbers(means[0])} on held-out "
-            f"pictures, {numbers(means[1])} when it was written: another base, edited pictures or captions, "
+            f"images, {numbers(means[1])} when it was written: another base, edited images or captions, "
             "or an edited config.yaml; put them back, or start a new run"
         )
 
     def compare_hashes(self, stored: dict[str, str]) -> None:
-        """Of base and pictures, as the run has noted them again where status.json had lost them."""
+        """Of base and images, as the run has noted them again where status.json had lost them."""
         status = self.run.read_status()
         for key, before in stored.items():
             if before != status.get(key):
@@ -142,9 +142,9 @@ def trained_weights_hash(module: GhibliModule) -> str:
 
 @torch.no_grad()
 def rescore(trainer: L.Trainer, module: GhibliModule) -> torch.Tensor:
-    """What the weights score on the first held-out pictures now, (pictures, 2, K) on the CPU."""
+    """What the weights score on the first held-out images now, (images, 2, K) on the CPU."""
     data, guidance = trainer.datamodule, module.config.loss.guidance
-    count = min(PICTURES, len(data.val_pictures))
+    count = min(IMAGES, len(data.val_images))
     with undisturbed(module), trainer.precision_plugin.forward_context():
         batches = [
             module.transfer_batch_to_device(batch, module.device, 0) for batch in data.probe_batches[:count]

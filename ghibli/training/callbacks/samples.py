@@ -26,7 +26,7 @@ class SampleGrid(Callback):
     def __init__(self, config: Config, run: RunDir):
         self.config, self.run = config, run
         self.cells = cells_of(config.sample, config.loss.guidance)
-        self.base_pictures: torch.Tensor | None = None
+        self.base_images: torch.Tensor | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: GhibliModule, stage: str) -> None:
         """Draws the untouched base; Lightning restores a checkpoint only after this."""
@@ -39,20 +39,21 @@ class SampleGrid(Callback):
             "precision": str(trainer.precision),
             "cells": [asdict(cell) for cell in self.cells], "prompts": list(sample.prompts),
             "steps": sample.num_inference_steps, "seed": sample.seed, "resolution": model.resolution,
+            "kept": "images",  # what the file holds; older versions kept another name
         }  # fmt: skip
         label = "drawing what the base makes of the prompts"
         folder = Path(self.config.cache_dir) / "base_grids"
-        drawn = cached(folder, key, lambda: {"pictures": self.draw(trainer, pl_module, label)})
-        self.base_pictures = drawn["pictures"]
+        drawn = cached(folder, key, lambda: {"images": self.draw(trainer, pl_module, label)})
+        self.base_images = drawn["images"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         epoch, every = trainer.current_epoch + 1, self.config.sample.every_n_epochs
-        if self.base_pictures is not None and epoch % every == 0 and epoch < trainer.max_epochs:
+        if self.base_images is not None and epoch % every == 0 and epoch < trainer.max_epochs:
             self.save(trainer, pl_module, f"epoch_{epoch:03d}", f"epoch {epoch}")
 
     def save(self, trainer: L.Trainer, pl_module: GhibliModule, name: str, label: str) -> Path:
         """Draws the model as it is now, writes samples/NAME.png and logs it; returns the file."""
-        rows = [("base", self.base_pictures)]
+        rows = [("base", self.base_images)]
         if self.config.finetune != "none":
             rows.append((label, self.draw(trainer, pl_module, f"drawing the grid of {label}")))
         columns = [cell.label for cell in self.cells]

@@ -1,4 +1,4 @@
-"""The distance of sampled pictures in training: right, noticed by no weight, and whole after a resume."""
+"""The distance of sampled images in training: right, noticed by no weight, and whole after a resume."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ NAME = "evaluate/kernel_distance"
 
 @pytest.fixture(scope="module")
 def make(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """Settings of two epochs that measure six pictures after each, or not."""
+    """Settings of two epochs that measure six images after each, or not."""
     reference = tmp_path_factory.mktemp("reference")
     write_folder(reference, "drawn", 12, EVALUATION_SEEDS.start)
 
@@ -47,12 +47,10 @@ def measured(make: Callable, tmp_path_factory: pytest.TempPathFactory) -> RunDir
 
 def test_the_points_are_the_base_and_the_trained_model_measured_alone(measured: RunDir) -> None:
     config = config_of(measured)
-    pictures, _ = sources.real_pictures(config)
+    images, _ = sources.real_images(config)
     base = starting_base(config)
-    ruler = samples.SampleCache(
-        config, FeatureExtractor(config, base), [picture.caption for picture in pictures]
-    )
-    reference = ReferenceSet(ruler.measure_real("", pictures)["features"], standardise=True)
+    ruler = samples.SampleCache(config, FeatureExtractor(config, base), [image.caption for image in images])
+    reference = ReferenceSet(ruler.measure_real("", images)["features"], standardise=True)
     rows = read_rows(measured.distances)
     assert [(row["step"], row["epoch"]) for row in rows] == [("0", "0"), ("5", "1"), ("10", "2")]
     assert measured.read_status()["best_epoch"] == 2

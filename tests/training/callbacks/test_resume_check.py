@@ -65,7 +65,7 @@ def test_a_checkpoint_says_what_its_weights_are_and_score(run: RunDir) -> None:
     content = torch.load(run.last_checkpoint, weights_only=True)
     assert content["global_step"] == 8
     assert len(content["identity"]["weights"]) == 64
-    assert content["identity"]["scores"].shape == (2, 2, 2)  # pictures, guidance and conditional, items
+    assert content["identity"]["scores"].shape == (2, 2, 2)  # images, guidance and conditional, items
     best = torch.load(run.best_checkpoint, weights_only=True)  # written after a validation: the same scores
     probe = best["probe"][-1]
     assert torch.equal(best["identity"]["scores"][:, 0], probe["val"][:2])
@@ -100,16 +100,16 @@ def test_settings_edited_in_the_folder_are_refused(run: RunDir, config: Config) 
 
 
 def test_edited_captions_are_refused(
-    run: RunDir, config: Config, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    run: RunDir, config: Config, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    other = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    other = Path(shutil.copytree(images, tmp_path / "images"))
     text = (other / "captions.txt").read_text()
     (other / "captions.txt").write_text(text.replace("|", "|edited ", 1))
     moved = replace(config, data=replace(config.data, root=str(other)))
     with pytest.raises(UserError, match="is not the same as when the run was started"):
         train.run(moved, run, resumes=True)
     run.status.write_text("damaged")  # the checkpoint knows, too
-    with pytest.raises(UserError, match="the picture set is not the same as when the checkpoint was written"):
+    with pytest.raises(UserError, match="the image set is not the same as when the checkpoint was written"):
         train.run(moved, run, resumes=True)
     assert "status.json is damaged or gone: earlier starts are forgotten" in capsys.readouterr().out
 
@@ -146,13 +146,13 @@ def test_settings_from_before_the_later_keys(config: Config, tmp_path: Path) -> 
 
 
 def test_a_refused_resume_leaves_a_finished_run_as_it_was(
-    run: RunDir, config: Config, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, config: Config, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether other pictures are found, or Ctrl-C comes before the first step."""
+    """Whether other images are found, or Ctrl-C comes before the first step."""
     train.run(config, run, resumes=True)
     files = (run.config, run.status, run.split)
     before = [file.read_bytes() for file in files]
-    other = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    other = Path(shutil.copytree(images, tmp_path / "images"))
     next((other / "images").glob("*")).unlink()
     more = replace(config, trainer=config.trainer | {"max_epochs": 20})
     with pytest.raises(UserError, match="is not the same as when the run was started"):
@@ -227,12 +227,12 @@ def test_weights_of_another_epoch_than_the_best_are_named(run: RunDir, capsys: p
 
 @pytest.fixture
 def command(
-    pictures: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    images: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> Callable[..., str]:
     """train.py with these words in this process; returns what it printed, or its one line on stderr."""
 
     def run(*words: str) -> str:
-        small = [] if words[0].startswith("resume=") else [*SMALL, f"data.root={pictures}", *QUICK]
+        small = [] if words[0].startswith("resume=") else [*SMALL, f"data.root={images}", *QUICK]
         monkeypatch.setattr(sys, "argv", ["train.py", *small, *words])
         code = 0
         try:
