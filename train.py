@@ -176,7 +176,7 @@ def follow(config: Config, run_dir: RunDir) -> None:
 
 
 def as_mistake(error: BaseException) -> BaseException:
-    """The error as a UserMistake where other settings help, else itself."""
+    """The error as a UserError where other settings help, else itself."""
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 

@@ -28,7 +28,7 @@ def merge(base: BaseModel, folder: Path, scale: float) -> None:
         folder: holds pytorch_lora_weights.safetensors, in any layout diffusers reads.
 
     Raises:
-        UserMistake: no such file, or an adapter that does not fit this base.
+        UserError: no such file, or an adapter that does not fit this base.
     """
     if not (folder / ADAPTER_FILE).is_file():
         others = [file.name for file in sorted(folder.glob("*.safetensors"))]
@@ -66,7 +66,7 @@ def load_adapters(base: BaseModel, adapters: Iterable[tuple[Adapter, float]]) ->
     The sum of all is added to each layer, so the weights act linearly and 0 is the base to the bit.
 
     Raises:
-        UserMistake: a file that diffusers cannot read.
+        UserError: a file that diffusers cannot read.
     """
     pipeline, weights = pipeline_of(base), {}
     for number, (adapter, weight) in enumerate(adapters):

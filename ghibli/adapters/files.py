@@ -95,7 +95,7 @@ def find_file(path: str | Path, what: str) -> Path:
         what: the key or flag that named it, for messages.
 
     Raises:
-        UserMistake: nothing there, several files, a pickle, or a file that is cut off.
+        UserError: nothing there, several files, a pickle, or a file that is cut off.
     """
     place = Path(path).expanduser()
     if RunDir(place).config.is_file():
@@ -119,7 +119,7 @@ def read_adapter(path: str | Path, base: BaseModel, what: str) -> Adapter:
     """Reads an adapter of either layout for a base.
 
     Raises:
-        UserMistake: as find_file, or the file is no adapter, or one of another base.
+        UserError: as find_file, or the file is no adapter, or one of another base.
     """
     file = find_file(path, what)
     state = load_file(file)
@@ -157,7 +157,7 @@ def named_layers(base: BaseModel) -> dict[str, nn.Module]:
 
 
 def check_fits(layer: Layer, target: nn.Module, where: str) -> None:
-    """Raises a UserMistake unless an adapter's layer has the shape of the base's."""
+    """Raises a UserError unless an adapter's layer has the shape of the base's."""
     out_side, in_side = target.weight.shape[:2]
     shape = (layer.up.shape[0], layer.down.shape[1])
     if shape != (out_side, in_side):
@@ -216,7 +216,7 @@ def noted_alpha(notes: dict[str, Any], part: str, name: str, rank: int) -> float
 
 
 def check_same_shape(adapter: Adapter, options: LoraConfig) -> None:
-    """Raises a UserMistake unless fresh layers with these settings can take an adapter's weights."""
+    """Raises a UserError unless fresh layers with these settings can take an adapter's weights."""
     alpha = options.alpha * (options.rank**0.5 if options.variant == "rslora" else 1)
     wanted = {
         "lora.rank": ([options.rank], adapter.ranks),

@@ -20,7 +20,7 @@ def to_kohya(adapter: Adapter) -> dict[str, torch.Tensor]:
     """lora_down.weight, lora_up.weight and alpha of every layer, by kohya's names; same dtypes.
 
     Raises:
-        UserMistake: a DoRA, for whose magnitudes the programs that read this layout have no common form.
+        UserError: a DoRA, for whose magnitudes the programs that read this layout have no common form.
     """
     if is_dora(adapter):
         raise UserError(

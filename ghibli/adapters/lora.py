@@ -43,7 +43,7 @@ def attach(
     `init` names is filled in when training starts (adapter_files.start_from).
 
     Raises:
-        UserMistake: a target that names no linear or convolution layer of the UNet.
+        UserError: a target that names no linear or convolution layer of the UNet.
     """
     check_targets(base.unet, targets)
 
@@ -66,7 +66,7 @@ def attach(
 
 
 def check_targets(unet: nn.Module, targets: list[str]) -> None:
-    """Raises a UserMistake for a target without a matching layer."""
+    """Raises a UserError for a target without a matching layer."""
     layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):

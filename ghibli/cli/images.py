@@ -37,25 +37,25 @@ def generate_command(
     lines = [*(prompt or []), *(generate.lines_of(prompts) if prompts else [])]
     if not lines:
         raise UserError("what shall it draw? --prompt TEXT, or --prompts FILE")
-    dressed = dressed_of(sources)
-    if interpolate and not dressed.weights:
+    loaded = load_sources(sources)
+    if interpolate and not loaded.weights:
         raise UserError("--interpolate changes the scale of an adapter, and there is none here")
-    side = str(dressed.config.model.resolution)
+    side = str(loaded.config.model.resolution)
     request = generate.Request(
-        lines, sampler, dressed.guidance if guidance is None else guidance, steps, seed,
+        lines, sampler, loaded.guidance if guidance is None else guidance, steps, seed,
         generate.size_of(size or side), negative, batch, scale,
     )  # fmt: skip
-    for sentence in generate.lost_words(lines, dressed.base):
+    for sentence in generate.lost_words(lines, loaded.base):
         console.print(sentence, style="yellow", markup=False)
-    images = generate.draw(dressed, request)
-    files = generate.write_images(images, request, dressed, folder)
+    images = generate.draw(loaded, request)
+    files = generate.write_images(images, request, loaded, folder)
     more = f" ... {files[-1].name}" if len(files) > 1 else ""
     console.print(f"drawn    {files[0]}{more}, guidance {request.guidance:g}")
     if base:
-        generate.write_png(folder / "beside_base.png", generate.beside_base(dressed, request, images))
+        generate.write_png(folder / "beside_base.png", generate.beside_base(loaded, request, images))
         console.print(f"sheet    {folder / 'beside_base.png'}")
     if interpolate:
-        generate.write_png(folder / "adapter_scales.png", generate.strip(dressed, request))
+        generate.write_png(folder / "adapter_scales.png", generate.strip(loaded, request))
         console.print(f"sheet    {folder / 'adapter_scales.png'}")
 
 
@@ -80,13 +80,13 @@ def restyle_command(
         from ghibli.images import grid
         from ghibli.inference import generate, restyle
 
-    dressed = dressed_of(source)
-    found = restyle.photos_of(photos, prompt, dressed.config.data.style)
+    loaded = load_sources(source)
+    found = restyle.photos_of(photos, prompt, loaded.config.data.style)
     how = restyle.RestyleOptions(
-        strength, sampler, dressed.guidance if guidance is None else guidance, steps, seed, negative, scale,
-        dressed.config.model.resolution,
+        strength, sampler, loaded.guidance if guidance is None else guidance, steps, seed, negative, scale,
+        loaded.config.model.resolution,
     )  # fmt: skip
-    written, pairs = restyle.restyle_all(dressed, found, how, folder)
+    written, pairs = restyle.restyle_all(loaded, found, how, folder)
     generate.write_png(folder / restyle.SHEET, grid.before_after_sheet(pairs))
     console.print(f"restyled {written} of {len(found)} into {folder}; sheet {folder / restyle.SHEET}")
 
@@ -113,7 +113,7 @@ def app_command(
     page.block_thread()
 
 
-def dressed_of(sources: list[str] | None) -> Any:
+def load_sources(sources: list[str] | None) -> Any:
     """What was named; nothing: the newest finished run, or the base where there is none."""
     from ghibli.inference.load import load_model
     from ghibli.runs.find import finished_run

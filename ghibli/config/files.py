@@ -53,7 +53,7 @@ def from_yaml(path: Path) -> Config:
     """The configuration that a run wrote to its config.yaml.
 
     Raises:
-        UserMistake: the file is damaged or was written by another version of this project.
+        UserError: the file is damaged or was written by another version of this project.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def changed(config: Config, words: list[str], allowed: tuple[str, ...]) -> Confi
         allowed: keys and sections that may be changed.
 
     Raises:
-        UserMistake: another key, or a value that is not accepted.
+        UserError: another key, or a value that is not accepted.
     """
     for word in words:
         key = word.partition("=")[0]

@@ -48,7 +48,7 @@ def all_keys(section: type, prefix: str = "") -> Iterator[str]:
 
 @contextmanager
 def hydra_errors() -> Iterator[None]:
-    """Turns the exceptions of Hydra and OmegaConf into a UserMistake."""
+    """Turns the exceptions of Hydra and OmegaConf into a UserError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -58,7 +58,7 @@ def hydra_errors() -> Iterator[None]:
 def explain(error: Exception) -> str:
     """Hydra's and OmegaConf's several lines as one that names the key and what is accepted."""
     text = f"{error}\n{error.__cause__ or ''}"
-    own = re.search(r"UserMistake raised while resolving interpolation: (.*)", text)
+    own = re.search(r"UserError raised while resolving interpolation: (.*)", text)
     if own:
         return own[1]
     if isinstance(error, OverrideParseException):

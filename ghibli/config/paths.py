@@ -23,7 +23,7 @@ def check_places(config: Config) -> None:
 
 
 def check_images(config: Config) -> None:
-    """Raises a UserMistake unless data.root is there, or is a folder of the cache to be drawn."""
+    """Raises a UserError unless data.root is there, or is a folder of the cache to be drawn."""
     root = config.data.root
     if config.data.draw is None:
         require_folder("data.root", root)
@@ -41,7 +41,7 @@ def check_typed_base(path: str) -> None:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raises a UserMistake for an adapter that is a pickle; that it is there is checked when it is merged."""
+    """Raises a UserError for an adapter that is a pickle; that it is there is checked when it is merged."""
     place = folder.expanduser()
     pickled = [place] if place.suffix in PICKLES else sorted(place.glob("*"))
     pickled = [file for file in pickled if file.suffix in PICKLES]
@@ -55,7 +55,7 @@ def convert(files: list[Path]) -> str:
 
 
 def check_base(place: Path, path: str) -> None:
-    """Raises a UserMistake unless `place`, typed as `path`, can be a base or a hub id."""
+    """Raises a UserError unless `place`, typed as `path`, can be a base or a hub id."""
     if path in RENAMED_BASES:
         raise UserError(f"model.path={path} is gone from the hub: use {RENAMED_BASES[path]}")
     if place.is_dir():

@@ -37,7 +37,7 @@ def read_table(table: Path, folder: Path) -> dict[str, str]:
         folder: where the images lie.
 
     Raises:
-        UserMistake: not UTF-8, or a row that cannot be read, named by its number.
+        UserError: not UTF-8, or a row that cannot be read, named by its number.
     """
     text = read_text(table)
     rows = {"captions.txt": bar_rows, "metadata.jsonl": json_rows, "metadata.csv": csv_rows}[table.name]

@@ -140,7 +140,7 @@ class GhibliDataModule(L.LightningDataModule):
         With several shapes of images it is the full batches of one shape, over the accumulation.
 
         Raises:
-            UserMistake: fewer training images than one optimiser step takes.
+            UserError: fewer training images than one optimiser step takes.
         """
         steps = batches_in(self.shapes, self.config.data.batch_size * world_size) // accumulate
         if steps == 0:

@@ -59,7 +59,7 @@ def read_folder(
         on_image: called with each readable image, whose sides may be reduced to `min_side`.
 
     Raises:
-        UserMistake: no such folder, no images, or fewer than two of them usable.
+        UserError: no such folder, no images, or fewer than two of them usable.
     """
     require_folder(key, root)
     images: list[CaptionedImage] = []

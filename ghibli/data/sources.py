@@ -42,7 +42,7 @@ def real_images(config: Config) -> tuple[list[CaptionedImage], list[CaptionedIma
     else the held-out images. No training has seen either.
 
     Raises:
-        UserMistake: no such folder, or too few images to compare with.
+        UserError: no such folder, or too few images to compare with.
     """
     data = config.data
     options = {"style": data.style, "default_caption": data.caption, "min_side": data.min_side}

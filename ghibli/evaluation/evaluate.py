@@ -49,7 +49,7 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
         config: the run's own, but for what CHANGEABLE names.
 
     Raises:
-        UserMistake: a base, image set or feature network that is not at hand.
+        UserError: a base, image set or feature network that is not at hand.
     """
     options = config.evaluate
     bases = {"base": starting_base(config)}
@@ -60,14 +60,14 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
     reference_images, training_images = real_images(config)
     if len(training_images) < LEAST:
         raise UserError(f"too few training images to evaluate with: at least {LEAST} are needed")
-    bench = SampleCache(
+    sample_cache = SampleCache(
         config, FeatureExtractor(config, bases["base"]), [p.caption for p in reference_images]
     )
-    real = measured(bench, reference_images, training_images)
+    real = measured(sample_cache, reference_images, training_images)
     scan = list(dict.fromkeys(Cell("ddim", scale) for scale in options.scales))
     jobs = [Job(name, base, cell, options.samples) for name, base in bases.items() for cell in cells[name]]
     jobs += [Job(name, base, cell, options.scan_samples) for name, base in bases.items() for cell in scan]
-    sampled = bench.sample_all(jobs)
+    sampled = sample_cache.sample_all(jobs)
 
     def kernel_of(rows: Measurements) -> tuple[float, float]:
         return pair(real.reference.kernel(rows["features"]))
@@ -77,7 +77,7 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
         "features": options.features, "reference_images": len(reference_images),
         "samples": options.samples, "scan_samples": options.scan_samples,
         "num_inference_steps": config.sample.num_inference_steps, "training_guidance": config.loss.guidance,
-        "weights": run.weights, "cache_dir": config.cache_dir, "reference_file": bench.files[REFERENCE],
+        "weights": run.weights, "cache_dir": config.cache_dir, "reference_file": sample_cache.files[REFERENCE],
         "floor_images": len(real.floor["features"]), "real": numbers(real.floor, real.reference),
         "models": {name: table_of(name, cells[name], of_cells, real) for name in bases},
         "scan": {
@@ -87,17 +87,17 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
     }  # fmt: skip
     for name, rows in result["models"].items():
         for row, cell in zip(rows, cells[name], strict=True):
-            row["file"] = bench.files[name, cell, options.samples]
+            row["file"] = sample_cache.files[name, cell, options.samples]
     least = min(options.samples, len(reference_images))
     found = diagnosis.few_images(least, real.own["features"].shape[1], result["real"]["frechet"])
     result["findings"] = [vars(finding) for finding in found]
     write_json(run.evaluation, result)
     note_findings(run, result["findings"])
-    save_images(run, {key: rows["kept"] for key, rows in of_cells.items()}, bench.captions, cells)
+    save_images(run, {key: rows["kept"] for key, rows in of_cells.items()}, sample_cache.captions, cells)
     if "run" in bases:
         cell = cells["run"][-1]
         found = nearest_copies(of_cells["run", cell], real)
-        drawn = bench.draw(bases["run"], cell, [sample for sample, _, _ in found])
+        drawn = sample_cache.draw(bases["run"], cell, [sample for sample, _, _ in found])
         save_nearest(run, found, drawn, training_images, config)
     return result
 
@@ -108,16 +108,18 @@ def note_findings(run: RunDir, found: list[dict[str, str]]) -> None:
     run.update_status(findings=[*said, *found])
 
 
-def measured(bench: SampleCache, reference: list[CaptionedImage], training: list[CaptionedImage]) -> Real:
+def measured(
+    sample_cache: SampleCache, reference: list[CaptionedImage], training: list[CaptionedImage]
+) -> Real:
     """The real images; the floor has as many as there are samples, reference and training images."""
-    options = bench.config.evaluate
-    own = bench.measure_real(REFERENCE, reference)
+    options = sample_cache.config.evaluate
+    own = sample_cache.measure_real(REFERENCE, reference)
     few = training[: min(options.samples, len(reference))]
     return Real(
         reference=ReferenceSet(own["features"], standardise=options.features == "style"),
         own=own,
-        floor=bench.measure_real("measuring training images", few),
-        training=bench.thumbnails("reading all training images", training),
+        floor=sample_cache.measure_real("measuring training images", few),
+        training=sample_cache.thumbnails("reading all training images", training),
     )
 
 

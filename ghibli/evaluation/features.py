@@ -64,7 +64,7 @@ def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
     """The network of FID, (B, 3, H, W) uint8 -> (B, 2048), from a file or torch-fidelity's own download.
 
     Raises:
-        UserMistake: the file is not there or not these weights, or it cannot be downloaded.
+        UserError: the file is not there or not these weights, or it cannot be downloaded.
     """
     place = Path(weights).expanduser() if weights else downloaded_inception()
     if not place.is_file():
@@ -82,7 +82,7 @@ def downloaded_inception() -> Path:
     """torch-fidelity's file of the weights, downloaded once into torch's own cache.
 
     Raises:
-        UserMistake: it is not there and cannot be downloaded.
+        UserError: it is not there and cannot be downloaded.
     """
     place = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     try:
@@ -122,7 +122,7 @@ class FeatureExtractor:
         base: an untouched base; its VAE gives the style features.
 
     Raises:
-        UserMistake: weights that are not at hand.
+        UserError: weights that are not at hand.
     """
 
     def __init__(self, config: Config, base: BaseModel):
@@ -160,7 +160,7 @@ def load_clip(place: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
     """The CLIP model of `model.clip` and its image preparation; None without one.
 
     Raises:
-        UserMistake: it is not there.
+        UserError: it is not there.
     """
     if place is None:
         return None

@@ -84,10 +84,10 @@ class SampleCache:
         captions: what is drawn, again and again with other start noise where samples outnumber them.
     """
 
-    def __init__(self, config: Config, yardstick: FeatureExtractor, captions: list[str]):
-        self.config, self.yardstick, self.captions = config, yardstick, captions
+    def __init__(self, config: Config, extractor: FeatureExtractor, captions: list[str]):
+        self.config, self.extractor, self.captions = config, extractor, captions
         self.folder = Path(config.cache_dir) / "evaluation"
-        self.common = {"version": VERSION, "resolution": config.model.resolution} | yardstick.hashes
+        self.common = {"version": VERSION, "resolution": config.model.resolution} | extractor.hashes
         self.files: dict[Any, str] = {}  # label or (model, cell, count) -> the file of its measurements
 
     def measure_real(self, label: str, images: list[CaptionedImage]) -> Measurements:
@@ -203,7 +203,7 @@ class SampleCache:
 
     def _measured(self, images: torch.Tensor, captions: list[str]) -> Measurements:
         """A row for each image."""
-        return self.yardstick.measure(images, captions) | {
+        return self.extractor.measure(images, captions) | {
             "thumbnails": thumbnails_of(images),
             "kept": (images * 255).round().to(torch.uint8),
         }

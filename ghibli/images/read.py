@@ -35,7 +35,7 @@ def open_image(path: Path) -> Image.Image:
     """The whole image as 8-bit RGB, turned as its EXIF says, transparency on white.
 
     Raises:
-        UserMistake: the file was changed since it was checked.
+        UserError: the file was changed since it was checked.
     """
     try:
         return read_image(path)[0]

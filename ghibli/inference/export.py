@@ -50,7 +50,7 @@ def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Pr
         merge: also the whole pipeline with the adapter merged in, as a diffusers folder.
 
     Raises:
-        UserMistake: nothing was trained, or a written file does not do what the live model does.
+        UserError: nothing was trained, or a written file does not do what the live model does.
     """
     if config.finetune == "none":
         raise UserError(f"{run.path} only measured the base: there is nothing to export")
@@ -119,7 +119,7 @@ def prove(file: Path, config: Config, inputs: Inputs, live: torch.Tensor, untouc
     """Loads what was written and compares it.
 
     Raises:
-        UserMistake: it does not do its work, and is taken away again.
+        UserError: it does not do its work, and is taken away again.
     """
     try:
         return compare(file, predict(loaded(file, config), inputs), live, untouched)
@@ -163,7 +163,7 @@ def compare(file: Path, found: torch.Tensor, live: torch.Tensor, untouched: torc
     """How far a written file is from the live model and from the base.
 
     Raises:
-        UserMistake: too far from the live model, or it changes nothing.
+        UserError: too far from the live model, or it changes nothing.
     """
     largest = live.abs().max().item()
     proof = Proof(

@@ -53,7 +53,7 @@ class Request:
 
 
 def check_seed(seed: int) -> None:
-    """Raises a UserMistake for a seed that torch does not take."""
+    """Raises a UserError for a seed that torch does not take."""
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}: from 0 to {2**32 - 1}")
 
@@ -62,7 +62,7 @@ def size_of(text: str) -> tuple[int, int]:
     """`512` or `640x384` -> (width, height).
 
     Raises:
-        UserMistake: neither.
+        UserError: neither.
     """
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
@@ -74,7 +74,7 @@ def lines_of(file: Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines are left out.
 
     Raises:
-        UserMistake: no such file, or not UTF-8.
+        UserError: no such file, or not UTF-8.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -95,7 +95,7 @@ def lost_words(prompts: list[str], base: BaseModel) -> list[str]:
 
 
 def draw(
-    dressed: LoadedModel, request: Request, label: str = "drawing", count: Count = counted
+    loaded: LoadedModel, request: Request, label: str = "drawing", count: Count = counted
 ) -> torch.Tensor:
     """Images (N, 3, height, width), float32 in 0 .. 1, one for each prompt.
 
@@ -104,9 +104,9 @@ def draw(
         count: shows it with the denoising steps done and in all.
 
     Raises:
-        UserMistake: no memory for it.
+        UserError: no memory for it.
     """
-    base = dressed.at(request.scale)
+    base = loaded.at(request.scale)
     cell, found, done = Cell(request.sampler, request.guidance), [], 0
     with count(label) as on_progress, enough_memory():
         total = -(-len(request.prompts) // request.batch) * request.steps
@@ -137,35 +137,35 @@ def enough_memory() -> Iterator[None]:
         raise UserError("not enough memory: draw fewer at once or smaller (--batch, --size)") from error
 
 
-def write_images(images: torch.Tensor, request: Request, dressed: LoadedModel, folder: Path) -> list[Path]:
+def write_images(images: torch.Tensor, request: Request, loaded: LoadedModel, folder: Path) -> list[Path]:
     """000.png, 001.png, ... each with the settings that make it, as JSON and as A1111 writes them."""
     files = []
     for number, image in enumerate(images):
         alone = replace(request, prompts=[request.prompts[number]], seed=request.seed + number)
         note = PngInfo()
-        note.add_text("ghibli", json.dumps(asdict(alone) | worn(dressed), ensure_ascii=False))
-        note.add_text("parameters", parameters(alone, dressed))
+        note.add_text("ghibli", json.dumps(asdict(alone) | model_note(loaded), ensure_ascii=False))
+        note.add_text("parameters", parameters(alone, loaded))
         file = folder / f"{number:03d}.png"
         write_png(file, to_image(image), note)
         files.append(file)
     return files
 
 
-def worn(dressed: LoadedModel) -> dict[str, object]:
+def model_note(loaded: LoadedModel) -> dict[str, object]:
     """Base and adapters, for an image's note."""
-    model = dressed.config.model
+    model = loaded.config.model
     merged = {} if model.adapter is None else {"merged": model.adapter, "merged_scale": model.adapter_scale}
-    return {"base": model.path, **merged, "adapters": dressed.names, "weights": dressed.weights}
+    return {"base": model.path, **merged, "adapters": loaded.names, "weights": loaded.weights}
 
 
-def parameters(request: Request, dressed: LoadedModel) -> str:
+def parameters(request: Request, loaded: LoadedModel) -> str:
     """The text that A1111 puts into its images and reads from them."""
     negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
     width, height = request.size
     return (
         f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {request.sampler.upper()}, "
         f"CFG scale: {request.guidance:g}, Seed: {request.seed}, Size: {width}x{height}, "
-        f"Model: {dressed.config.model.path}"
+        f"Model: {loaded.config.model.path}"
     )
 
 
@@ -174,18 +174,18 @@ def write_png(file: Path, image: Image.Image, note: PngInfo | None = None) -> No
     write_atomically(file, lambda opened: image.save(opened, "PNG", pnginfo=note))
 
 
-def beside_base(dressed: LoadedModel, request: Request, images: torch.Tensor) -> Image.Image:
+def beside_base(loaded: LoadedModel, request: Request, images: torch.Tensor) -> Image.Image:
     """A sheet: for each prompt the base above, what was drawn below, from the same start noise."""
-    base = draw(dressed, replace(request, scale=0.0), "drawing what the base makes of it")
+    base = draw(loaded, replace(request, scale=0.0), "drawing what the base makes of it")
     rows = [("base", base[:, None]), ("adapter", images[:, None])]
     cell = Cell(request.sampler, request.guidance)
     return compose_grid(rows, request.prompts, [cell.label], f"seed {request.seed}")
 
 
-def strip(dressed: LoadedModel, request: Request) -> Image.Image:
+def strip(loaded: LoadedModel, request: Request) -> Image.Image:
     """A sheet: for each prompt a row, the adapter's scale growing from 0 (the base) to 1.2."""
     columns = [
-        draw(dressed, replace(request, scale=scale), f"drawing at adapter scale {scale:g}") for scale in STRIP
+        draw(loaded, replace(request, scale=scale), f"drawing at adapter scale {scale:g}") for scale in STRIP
     ]
     title = f"adapter scale, seed {request.seed}, {request.sampler.upper()} guidance {request.guidance:g}"
     labels = [f"{scale:g}" for scale in STRIP]

@@ -32,7 +32,7 @@ class LoadedModel:
         """What draws with every adapter at `factor` times its own weight; at 0 the base, to the bit.
 
         Raises:
-            UserMistake: all weights were trained and factor is neither 0 nor 1.
+            UserError: all weights were trained and factor is neither 0 nor 1.
         """
         if self.weights:
             scale(self.base, [factor * weight for weight in self.weights])
@@ -62,7 +62,7 @@ def load_model(sources: list[str], words: list[str]) -> LoadedModel:
         words: settings of train.py that choose the base where no run does.
 
     Raises:
-        UserMistake: nothing there, or adapters of several bases.
+        UserError: nothing there, or adapters of several bases.
     """
     named = [weighted(source) for source in sources]
     runs = [RunDir(Path(name)) for name, _ in named if RunDir(Path(name)).config.is_file()]

@@ -13,7 +13,7 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
     """(name, bytes) of what would be sent: adapters, card and grids; no merged pipeline, no hidden file.
 
     Raises:
-        UserMistake: nothing was exported there.
+        UserError: nothing was exported there.
     """
     found = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*")) if file.suffix in SENT]
     if "README.md" not in dict(found):
@@ -25,7 +25,7 @@ def push(folder: Path, hub_id: str, *, private: bool) -> str:
     """Uploads the files in one commit and returns their address. The token is the one of `hf auth login`.
 
     Raises:
-        UserMistake: no token, no network, or the hub refuses.
+        UserError: no token, no network, or the hub refuses.
     """
     from huggingface_hub import HfApi, get_token
 

@@ -66,7 +66,7 @@ def photos_of(paths: Iterable[Path], prompt: str | None, style: str) -> list[Pho
         style: added to every prompt.
 
     Raises:
-        UserMistake: no such file or folder, no photo, or one that nothing says what is on it.
+        UserError: no such file or folder, no photo, or one that nothing says what is on it.
     """
     found = [named for path in paths for named in with_words(path.expanduser(), captions=prompt is None)]
     if not found:
@@ -110,7 +110,7 @@ def size_like(size: tuple[int, int], resolution: int) -> tuple[int, int]:
 
 
 def restyle(
-    dressed: LoadedModel,
+    loaded: LoadedModel,
     photo: Image.Image,
     prompt: str,
     how: RestyleOptions,
@@ -122,14 +122,14 @@ def restyle(
         on_step: called after every denoising step.
 
     Raises:
-        UserMistake: no memory for it.
+        UserError: no memory for it.
     """
 
     def after_step(*args: Any) -> dict[str, Any]:
         on_step()
         return {}
 
-    base = dressed.at(how.scale)
+    base = loaded.at(how.scale)
     pipeline = StableDiffusionImg2ImgPipeline(
         base.vae, base.text_encoder, base.tokenizer, base.unet, make_scheduler(how.sampler, base),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -145,7 +145,7 @@ def restyle(
 
 
 def restyle_all(
-    dressed: LoadedModel, photos: list[Photo], how: RestyleOptions, folder: Path
+    loaded: LoadedModel, photos: list[Photo], how: RestyleOptions, folder: Path
 ) -> tuple[int, list[tuple[Image.Image, Image.Image]]]:
     """Writes a PNG for each photo; one that cannot be read is named and left out.
 
@@ -153,7 +153,7 @@ def restyle_all(
         How many were written, and (before, after) of the first SHOWN.
 
     Raises:
-        UserMistake: a PNG would be written over a photo, or no photo could be read.
+        UserError: a PNG would be written over a photo, or no photo could be read.
     """
     written, pairs = 0, []
     files = targets([photo.path for photo in photos], folder)
@@ -164,7 +164,7 @@ def restyle_all(
             except (Unusable, OSError) as reason:
                 console.print(f"{photo.path.name} is left out: {reason}", style="yellow", markup=False)
                 continue
-            after = restyle(dressed, before, photo.prompt, how)
+            after = restyle(loaded, before, photo.prompt, how)
             note = PngInfo()
             note.add_text(
                 "ghibli", json.dumps(asdict(how) | {"prompt": photo.prompt, "photo": photo.path.name})
@@ -183,7 +183,7 @@ def targets(photos: list[Path], folder: Path) -> list[Path]:
     """For each photo the PNG to write: called like it; where two would be one, with ending, or numbered.
 
     Raises:
-        UserMistake: one of them is a photo.
+        UserError: one of them is a photo.
     """
     names = [photo.stem for photo in photos]
     if repeated(names):

@@ -28,7 +28,7 @@ class SafetyChecker:
     def __init__(self, base: str) -> None:
         """
         Raises:
-            UserMistake: the base has no checker, or a damaged one.
+            UserError: the base has no checker, or a damaged one.
         """
         folder = place_of(base)
         if not has_checker(base):

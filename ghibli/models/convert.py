@@ -17,7 +17,7 @@ def to_safetensors(file: Path) -> Path:
     """Writes the file's tensors beside it as .safetensors and returns that file; the old one stays.
 
     Raises:
-        UserMistake: no such file, a file that holds more than tensors, or nothing but other things.
+        UserError: no such file, a file that holds more than tensors, or nothing but other things.
     """
     target = file.with_name(RENAMED.get(file.stem, file.stem) + ".safetensors")
     if file.suffix not in PICKLES:

@@ -32,7 +32,7 @@ def load(path: str, config: str | None = None) -> BaseModel:
             a diffusers folder of the same family, weights not needed; None: those of the hub.
 
     Raises:
-        UserMistake: nothing usable there; the text says what was expected.
+        UserError: nothing usable there; the text says what was expected.
     """
     place = place_of(path)
     check_base(place, path)
@@ -51,7 +51,7 @@ def load_folder(folder: Path, path: str) -> tuple[Any, ...]:
     """The five parts from a diffusers folder; `path` is what the user typed.
 
     Raises:
-        UserMistake: a damaged file, or one that is not what its config.json describes.
+        UserError: a damaged file, or one that is not what its config.json describes.
     """
     try:
         with quiet("transformers", "diffusers"):
@@ -117,7 +117,7 @@ def is_here(path: str) -> bool:
         return True
     try:
         check_base(Path(snapshot_download(path, local_files_only=True)), path)
-    except (LocalEntryNotFoundError, OSError, ValueError):  # a UserMistake is one: files are missing
+    except (LocalEntryNotFoundError, OSError, ValueError):  # a UserError is one: files are missing
         return False
     return True
 
@@ -149,7 +149,7 @@ def load_single_file(file: Path, config: str | None) -> tuple[Any, ...]:
 
 
 def check_config_folder(folder: Path, config: str) -> None:
-    """Raises a UserMistake unless a folder has what a single file lacks."""
+    """Raises a UserError unless a folder has what a single file lacks."""
     missing = [name for name in CONFIG_FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -162,7 +162,7 @@ def checked(base: BaseModel, path: str) -> BaseModel:
     """Freezes the parts and refuses what this project cannot train.
 
     Raises:
-        UserMistake: another model family, or a tokenizer that does not fit its text encoder.
+        UserError: another model family, or a tokenizer that does not fit its text encoder.
     """
     unet, text_encoder = base.unet.config, base.text_encoder.config
     if unet.in_channels != base.vae.config.latent_channels:

@@ -12,7 +12,7 @@ PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x0
 
 
 def check_whole(file: Path, what: str) -> None:
-    """Raises a UserMistake for a .safetensors file that is cut off, damaged, a pickle or a git-lfs pointer.
+    """Raises a UserError for a .safetensors file that is cut off, damaged, a pickle or a git-lfs pointer.
 
     Args:
         what: the setting that names it, such as model.path=DIR.

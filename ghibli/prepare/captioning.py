@@ -49,7 +49,7 @@ class Blip:
         """Loads it from a folder or the hub.
 
         Raises:
-            UserMistake: no such model, no network, or weights that are not .safetensors.
+            UserError: no such model, no network, or weights that are not .safetensors.
         """
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
@@ -83,7 +83,7 @@ def from_hub(name: str) -> Path:
     """The model's files in the hub's cache.
 
     Raises:
-        UserMistake: neither there nor to be had.
+        UserError: neither there nor to be had.
     """
     from huggingface_hub import snapshot_download
 
@@ -98,7 +98,7 @@ def from_hub(name: str) -> Path:
 
 
 def check_weights(folder: Path, path: str) -> None:
-    """Raises a UserMistake unless whole .safetensors weights lie in the folder."""
+    """Raises a UserError unless whole .safetensors weights lie in the folder."""
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights:
         check_whole(file, f"--model {path}")
@@ -130,7 +130,7 @@ def caption_folder(
         on_progress: called with (images done, images in all).
 
     Raises:
-        UserMistake: no such folder, no images in it, a caption file that cannot be read.
+        UserError: no such folder, no images in it, a caption file that cannot be read.
     """
     require_folder("folder", root)
     root = root.expanduser()

@@ -38,7 +38,7 @@ def fetch(data: str, into: Path, on_progress: Progress) -> Path:
         into: made if something has to be written; what is there already is used again.
 
     Raises:
-        UserMistake: nothing of the kind, a damaged file, no room on the disk, no network or account.
+        UserError: nothing of the kind, a damaged file, no room on the disk, no network or account.
     """
     place = Path(data).expanduser()
     if data == "kaggle":
@@ -99,7 +99,7 @@ def from_zip(file: Path, target: Path, on_progress: Progress) -> Path:
     """Unpacks images and captions of a zip file; nothing lands outside `target`.
 
     Raises:
-        UserMistake: damaged, encrypted, nothing to unpack, or more than the disk holds.
+        UserError: damaged, encrypted, nothing to unpack, or more than the disk holds.
     """
     if target.is_dir():
         return target
@@ -128,7 +128,7 @@ def is_wanted(info: zipfile.ZipInfo) -> bool:
 
 
 def check_room(needed: int, folder: Path, what: str) -> None:
-    """Raises a UserMistake unless the disk of a folder has room for so many bytes."""
+    """Raises a UserError unless the disk of a folder has room for so many bytes."""
     free = free_disk(folder)
     if needed + ROOM > free:
         raise UserError(
@@ -138,7 +138,7 @@ def check_room(needed: int, folder: Path, what: str) -> None:
 
 
 def check_room_for_base(name: str) -> None:
-    """Raises a UserMistake unless the hub's cache has room for what is still to be downloaded of a base."""
+    """Raises a UserError unless the hub's cache has room for what is still to be downloaded of a base."""
     from huggingface_hub import constants, snapshot_download
 
     if is_here(name) or not hub_answers():
@@ -155,7 +155,7 @@ def from_parquet(shards: list[Path], target: Path, on_progress: Progress) -> Pat
     """Writes the images and captions of parquet shards as images/ and captions.txt.
 
     Raises:
-        UserMistake: pyarrow is not installed, a damaged file, or no column of images.
+        UserError: pyarrow is not installed, a damaged file, or no column of images.
     """
     if target.is_dir():
         return target

@@ -71,7 +71,7 @@ def before_training(module: GhibliModule, data: GhibliDataModule, trainer: L.Tra
     A prediction, such as too little memory, does not stop a run; what is certain does.
 
     Raises:
-        UserMistake: no usable images, or fewer than one optimiser step takes.
+        UserError: no usable images, or fewer than one optimiser step takes.
     """
     if not trainer.is_global_zero:
         return
@@ -201,7 +201,7 @@ def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Fin
     """Steps, epochs and the course of the learning rate.
 
     Raises:
-        UserMistake: fewer training images than one optimiser step takes.
+        UserError: fewer training images than one optimiser step takes.
     """
     accumulate, devices = trainer.accumulate_grad_batches, trainer.world_size
     steps, options = data.steps_per_epoch(accumulate, devices), config.optimizer

@@ -47,7 +47,7 @@ def prepare(
         What `ghibli check` finds; with an error among it default.yaml is left as it was.
 
     Raises:
-        UserMistake: base or images cannot be got.
+        UserError: base or images cannot be got.
     """
     with counted("unpacking the images") as on_progress:
         root = download.fetch(data, into, on_progress)
@@ -71,7 +71,7 @@ def read(root: Path, caption: str | None) -> ImageFolder:
     """The images as train.py will read them.
 
     Raises:
-        UserMistake: fewer than two usable ones; if for want of captions, it says what gives them.
+        UserError: fewer than two usable ones; if for want of captions, it says what gives them.
     """
     try:
         with counted("looking at the images") as on_progress:

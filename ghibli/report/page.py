@@ -21,7 +21,7 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
         out: the file; by default report.html in the first folder.
 
     Raises:
-        UserMistake: a folder that is no run and no study, an `out` that cannot be written.
+        UserError: a folder that is no run and no study, an `out` that cannot be written.
     """
     file = out if out is not None else folders[0] / NAME
     if file.is_dir():
@@ -51,7 +51,7 @@ def runs_in(folder: Path) -> list[RunDir]:
     """The run in a folder, or the trials of a study's folder.
 
     Raises:
-        UserMistake: it is neither.
+        UserError: it is neither.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")

@@ -46,7 +46,7 @@ def short(value: Any) -> Any:
 
 
 def read_side(folder: str) -> Side:
-    """Raises a UserMistake for a folder that is not there, is no run or is damaged."""
+    """Raises a UserError for a folder that is not there, is no run or is damaged."""
     run = RunDir(Path(folder))
     if not run.path.is_dir():
         raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")

@@ -31,7 +31,7 @@ def to_config(cfg: Any) -> Config:
     """The composed Hydra config as a checked, plain `Config`.
 
     Raises:
-        UserMistake: an unknown key, a missing value, a value out of range, a contradiction.
+        UserError: an unknown key, a missing value, a value out of range, a contradiction.
     """
     plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in NOT_OF_A_RUN])
     reject_unknown_keys(plain, Config)
@@ -124,7 +124,7 @@ def conf_folder() -> Path:
     """conf/ of the folder one is in, else that beside this package.
 
     Raises:
-        UserMistake: neither is there.
+        UserError: neither is there.
     """
     for place in (Path("conf"), ROOT / "conf"):
         if (place / "train.yaml").is_file():

@@ -54,7 +54,7 @@ def together(trainer: Any, run: RunDir, script: Path) -> Iterator[None]:
     """Around trainer.fit in the first process: starts the others by `python script` and ends them.
 
     Raises:
-        UserMistake: another process ended before the run did; with the reason it gave.
+        UserError: another process ended before the run did; with the reason it gave.
     """
     if hasattr(trainer.strategy, "_timeout"):
         trainer.strategy._timeout = FOREVER

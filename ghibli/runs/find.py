@@ -20,7 +20,7 @@ def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
     """The run folder called `name`, or the newest run with a checkpoint for `latest`.
 
     Raises:
-        UserMistake: no such folder, or nothing in it to go on from.
+        UserError: no such folder, or nothing in it to go on from.
     """
     if name == "latest":
         runs = [run for run in all_runs(root) if has_checkpoint(run)]
@@ -51,7 +51,7 @@ def finished_run(name: str) -> RunDir:
     """The run folder called `name`; for `latest` the newest finished run that trained something.
 
     Raises:
-        UserMistake: there is none.
+        UserError: there is none.
     """
     if name != "latest":
         return RunDir(Path(name))
@@ -70,7 +70,7 @@ def config_of(run: RunDir) -> Config:
     """The settings of a finished run.
 
     Raises:
-        UserMistake: no such folder, no run in it, or one that has not finished.
+        UserError: no such folder, no run in it, or one that has not finished.
     """
     if not run.config.is_file():
         raise UserError(f"{run.path} holds no run: `ghibli list` shows them")

@@ -78,7 +78,7 @@ class RunDir:
         """usable_checkpoint, without which going on would silently be a start from untrained weights.
 
         Raises:
-            UserMistake: there is none.
+            UserError: there is none.
         """
         found = self.usable_checkpoint()
         if found is None:
@@ -183,7 +183,7 @@ class RunDir:
             key: the setting that chooses another folder.
 
         Raises:
-            UserMistake: another process is at work here.
+            UserError: another process is at work here.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = open(self.path / ".lock", "ab")  # noqa: SIM115
@@ -261,7 +261,7 @@ def check_unchanged(run: RunDir, key: str, value: str, what: str) -> None:
     """Notes a hash in status.json, or refuses when a resumed run finds another one than it noted.
 
     Raises:
-        UserMistake: `what` is not what the run was started with.
+        UserError: `what` is not what the run was started with.
     """
     noted = run.read_status().get(key, value)
     if noted != value:

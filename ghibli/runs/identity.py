@@ -118,7 +118,7 @@ def require_same(config: Config, run: RunDir) -> None:
     another one's by now.
 
     Raises:
-        UserMistake: it holds another trial.
+        UserError: it holds another trial.
     """
     status = run.read_status()
     if not is_first() or not has_something_to_lose(run):
@@ -142,7 +142,7 @@ def require_same_but_epochs(config: Config, run: RunDir) -> None:
     """Lets a trial of halving go into a folder that is free or holds it, for however many epochs.
 
     Raises:
-        UserMistake: it holds other settings, or other code's result.
+        UserError: it holds other settings, or other code's result.
     """
     if not has_something_to_lose(run):
         return
@@ -156,7 +156,7 @@ def require_same_but_epochs(config: Config, run: RunDir) -> None:
 
 
 def require_this_code(run: RunDir, choose: str) -> None:
-    """Raises a UserMistake, which ends in what to do, for a run that was made by other code than this."""
+    """Raises a UserError, which ends in what to do, for a run that was made by other code than this."""
     status = run.read_status()
     if status.get("code_hash") != code_hash():
         raise UserError(
@@ -183,7 +183,7 @@ def take_up(config: Config, run: RunDir) -> tuple[float | None, bool]:
     A finished one has its objective; a half-done one resumes; anything else is cleared away.
 
     Raises:
-        UserMistake: the folder holds another trial.
+        UserError: the folder holds another trial.
     """
     require_same(config, run)
     objective = finished_objective(run)

@@ -41,7 +41,7 @@ def check_first(cfg: Any) -> None:
     """Checks all of a command that can be checked before anything is loaded or written.
 
     Raises:
-        UserMistake: a value that is not accepted, a place that is not there, a folder that is taken.
+        UserError: a value that is not accepted, a place that is not there, a folder that is taken.
     """
     with hydra_errors():
         if cfg.resume is not None:
@@ -87,7 +87,7 @@ def resumed(run: RunDir, overrides: Any) -> Config:
     """The run's own settings, with what may change on the way as it was asked for beside `resume`.
 
     Raises:
-        UserMistake: anything else was asked for than what the run has; all of it is listed.
+        UserError: anything else was asked for than what the run has; all of it is listed.
     """
     dropped = [text for text in overrides.hydra if not text.startswith("hydra.mode=")]
     if dropped:

@@ -23,7 +23,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def require_folder(key: str, folder: str | Path) -> None:
-    """Raises a UserMistake unless the folder is there; `~` is the home folder."""
+    """Raises a UserError unless the folder is there; `~` is the home folder."""
     place = Path(folder).expanduser()
     if not place.is_dir():
         what = "that is a file, not a folder" if place.exists() else "no such folder"

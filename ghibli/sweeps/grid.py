@@ -70,7 +70,7 @@ def begin(cfg: Any, trials: int | None) -> Study:
     """Takes the study's folder for this process.
 
     Raises:
-        UserMistake: another process is at work there.
+        UserError: another process is at work there.
     """
     folder = Path(cfg.hydra.sweep.dir)
     settings = checked(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
@@ -105,7 +105,7 @@ def check_trials(config_name: str, trials: list[list[str]]) -> None:
     """Checks every trial of a sweep before the first one starts.
 
     Raises:
-        UserMistake: a trial that would be refused, or have the folder of another one; it is named by
+        UserError: a trial that would be refused, or have the folder of another one; it is named by
             what it sweeps.
     """
     common = set(trials[0]).intersection(*trials)
@@ -162,7 +162,7 @@ def choice_of(words: list[str]) -> Choice | None:
     """What `sweep.py WORDS` leaves to sweep.search, halving or report_only; None for a plain grid.
 
     Raises:
-        UserMistake: an unknown key or group, or a launcher, which has no part in these.
+        UserError: an unknown key or group, or a launcher, which has no part in these.
     """
     words = [word for word in words if word not in ("-m", "--multirun")]  # it always is one
     if any(word.startswith("-") for word in words):
@@ -187,7 +187,7 @@ def trial_of(words: list[str]) -> tuple[Config, RunDir]:
     """The checked settings of one trial of `sweep.py`, and its folder.
 
     Raises:
-        UserMistake: settings that are not accepted.
+        UserError: settings that are not accepted.
     """
     with hydra_here():
         cfg = composed("sweep", words)

@@ -29,7 +29,7 @@ def search(choice: Choice, study: Study, train: Train) -> None:
     killed goes on as if it had not been. Trials that had failed are tried again first.
 
     Raises:
-        UserMistake: Optuna is not installed, or the folder's earlier search had other choices.
+        UserError: Optuna is not installed, or the folder's earlier search had other choices.
     """
     optuna = import_optuna()
     table = optuna.create_study(
@@ -59,7 +59,7 @@ def import_optuna() -> Any:
     """The library.
 
     Raises:
-        UserMistake: it is not installed.
+        UserError: it is not installed.
     """
     try:
         import optuna
@@ -107,7 +107,7 @@ def suggestions(table: Any, trial: Any, choice: Choice) -> list[str]:
     """The overrides that Optuna suggests, one for each sweep of the command line.
 
     Raises:
-        UserMistake: an earlier trial of this search could choose among other values.
+        UserError: an earlier trial of this search could choose among other values.
     """
     from optuna.samplers import TPESampler
 
@@ -159,7 +159,7 @@ def halve(choice: Choice, trials: list[list[str]], train: Train) -> None:
     nothing counts epochs without an improvement.
 
     Raises:
-        UserMistake: the learning rate is not constant, the epochs are swept, or a trial's folder holds
+        UserError: the learning rate is not constant, the epochs are swept, or a trial's folder holds
             another one.
     """
     words = list(trials)

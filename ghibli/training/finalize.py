@@ -88,7 +88,7 @@ def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[st
     """The best adapter in kohya's layout, read back and compared; the diffusers file where that cannot be.
 
     Raises:
-        UserMistake: what was written is not what was trained.
+        UserError: what was written is not what was trained.
     """
     adapter = read_adapter(run.adapter, module.base, "adapter")
     if is_dora(adapter):

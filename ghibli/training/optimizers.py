@@ -24,7 +24,7 @@ def make_optimizer(
     al. 2024, which averages the weights instead of lowering the rate (see `use_average`).
 
     Raises:
-        UserMistake: a package that is not installed, or 8 bits without a GPU.
+        UserError: a package that is not installed, or 8 bits without a GPU.
     """
     groups, decay, betas = groups_of(options, trainable), options.weight_decay, tuple(options.betas)
     if options.name == "adamw":
@@ -72,7 +72,7 @@ def package(name: str) -> Any:
     """The module of an optional package.
 
     Raises:
-        UserMistake: not installed.
+        UserError: not installed.
     """
     try:
         return importlib.import_module(name)

@@ -34,7 +34,7 @@ def make_trainer(config: Config, run: RunDir, stop: CleanStop, logger: WandbLogg
     """The Trainer with our callbacks around the flags of `config.trainer`.
 
     Raises:
-        UserMistake: a flag Lightning does not know or refuses.
+        UserError: a flag Lightning does not know or refuses.
     """
     hush()
     flags = dict(config.trainer)
@@ -91,7 +91,7 @@ def choose_precision(wanted: str, accelerator: str) -> str:
     """Lightning's precision for `auto`: the fastest that is safe on this device; auto-16: fp16 on a GPU.
 
     Raises:
-        UserMistake: 16-mixed on a CPU, which would silently be bf16.
+        UserError: 16-mixed on a CPU, which would silently be bf16.
     """
     has_gpu = torch.cuda.is_available() and accelerator not in ("cpu",)
     if wanted == "16-mixed" and not has_gpu:

@@ -23,7 +23,7 @@ def make_logger(config: Config, run: RunDir, name: str) -> WandbLogger | None:
     A resumed run goes on under the W&B id in its status.json.
 
     Raises:
-        UserMistake: wandb.mode=online without a login or without an answer.
+        UserError: wandb.mode=online without a login or without an answer.
     """
     mode = config.wandb.mode
     if mode == "disabled":

@@ -254,11 +254,11 @@ def test_inception_preprocessing_is_the_one_by_hand(inception_file: str) -> None
 
 def test_caption_fit_falls_when_captions_are_shuffled(base: BaseModel, make_config: Callable) -> None:
     """And what measures is known by its weights, not by its place."""
-    yardstick = FeatureExtractor(make_config(), base)
+    extractor = FeatureExtractor(make_config(), base)
     captions = [compose(EVALUATION_SEEDS.start + i).caption for i in range(24)]
     right, wrong = (
-        statistics.mean_of(yardstick.measure(drawn(24), words)["caption_fit"])
+        statistics.mean_of(extractor.measure(drawn(24), words)["caption_fit"])
         for words in (captions, captions[7:] + captions[:7])
     )
     assert wrong.high < right.low
-    assert yardstick.hashes["clip"] == part_hash(yardstick.clip[0])
+    assert extractor.hashes["clip"] == part_hash(extractor.clip[0])

@@ -72,10 +72,10 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, re
     options = {"num_inference_steps": 2, "resolution": 128}
     batches = [list(range(4)), [4, 5]]
     drawn = [sample(base, [prompts[i] for i in b], Cell("ddim", 7.5), seeds=b, **options) for b in batches]
-    yardstick = FeatureExtractor(config, base)
-    own = samples.SampleCache(config, yardstick, prompts).measure_real("", reference_images)["features"]
+    extractor = FeatureExtractor(config, base)
+    own = samples.SampleCache(config, extractor, prompts).measure_real("", reference_images)["features"]
     wanted = ReferenceSet(own, standardise=True).kernel(
-        yardstick.measure(torch.cat(drawn), prompts)["features"]
+        extractor.measure(torch.cat(drawn), prompts)["features"]
     )
     row = next(r for r in result["models"]["base"] if r["guidance"] == 7.5)
     assert row["kernel"] == (wanted.value, wanted.standard_error)
@@ -239,8 +239,8 @@ def test_copies_are_looked_for_among_all_training_images(
     evaluate.evaluate(finished, config)
     _, training = sources.real_images(config)
     assert len(training) > 6 == result["floor_images"] == len(seen[0].floor["features"])
-    yardstick = FeatureExtractor(config, starting_base(config))
-    wanted = samples.SampleCache(config, yardstick, ["a"]).measure_real("", training)["thumbnails"]
+    extractor = FeatureExtractor(config, starting_base(config))
+    wanted = samples.SampleCache(config, extractor, ["a"]).measure_real("", training)["thumbnails"]
     assert torch.equal(seen[0].training, wanted)
 
 

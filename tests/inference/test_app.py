@@ -46,7 +46,7 @@ def outside(make_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def studio(outside: Path) -> AppSession:
+def app_session(outside: Path) -> AppSession:
     return AppSession(["model=demo", "data=demo"])
 
 
@@ -58,11 +58,11 @@ def address(outside: Path) -> Iterator[str]:
     page.close()
 
 
-def expected(dressed: LoadedModel, seed: int, scale: float) -> np.ndarray:
-    side = dressed.config.model.resolution
-    prompt = dressed.config.sample.prompts[0]
-    request = Request([prompt], "ddim", dressed.guidance, STEPS, seed, (side, side), scale=scale)
-    return np.asarray(to_image(draw(dressed, request)[0]), float)
+def expected(loaded: LoadedModel, seed: int, scale: float) -> np.ndarray:
+    side = loaded.config.model.resolution
+    prompt = loaded.config.sample.prompts[0]
+    request = Request([prompt], "ddim", loaded.guidance, STEPS, seed, (side, side), scale=scale)
+    return np.asarray(to_image(draw(loaded, request)[0]), float)
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was given up in the middle, in the page's words: filled while it draws."""
     given_up: list[str] = []
 
-    def recorded(dressed: LoadedModel, request: Request, label: str, count: Count) -> Any:
+    def recorded(loaded: LoadedModel, request: Request, label: str, count: Count) -> Any:
         try:
-            return draw(dressed, request, label, count)
+            return draw(loaded, request, label, count)
         except session.Stopped:
             given_up.append(f"{label}, seed {request.seed}")
             raise
@@ -84,40 +84,40 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Behind the page
 
 
-def test_only_what_was_trained_is_offered(studio: AppSession, outside: Path) -> None:
+def test_only_what_was_trained_is_offered(app_session: AppSession, outside: Path) -> None:
     other = RunDir(outside / "outputs/train/other")
     other.adapter.mkdir(parents=True)
     other.update_status(state="failed", gain=0.1)
-    assert list(studio.runs()) == [RUN]
+    assert list(app_session.runs()) == [RUN]
     other.adapter.rmdir()
     other.update_status(state="finished")  # finetune=none: it only measured the base
-    assert list(studio.runs()) == [RUN]
+    assert list(app_session.runs()) == [RUN]
     other.status.unlink()
-    ((label, value),) = studio.choices()
+    ((label, value),) = app_session.choices()
     assert value == RUN and re.fullmatch(rf"{RUN}, -?[\d.]+ % better than the base", label)
     for strange in ("/etc", "../run", f"{RUN}/"):
         with pytest.raises(UserError, match="is no finished run any more: reload the page"):
-            studio.dressed([strange])
+            app_session.loaded([strange])
 
 
-def test_a_stop_ends_what_is_drawn_and_nothing_else(studio: AppSession) -> None:
+def test_a_stop_ends_what_is_drawn_and_nothing_else(app_session: AppSession) -> None:
     request = gradio.Request(session_hash="somebody")
-    studio.stop(request)  # nothing is drawn yet
+    app_session.stop(request)  # nothing is drawn yet
 
     def in_turn() -> None:
-        with studio.turn("somebody", lambda *a, **k: None) as count, count("drawing") as on_progress:
+        with app_session.turn("somebody", lambda *a, **k: None) as count, count("drawing") as on_progress:
             on_progress(1, 3)
-            studio.leave(gradio.Request(session_hash="somebody else"))
+            app_session.leave(gradio.Request(session_hash="somebody else"))
             on_progress(2, 3)
-            studio.leave(request)
+            app_session.leave(request)
             on_progress(3, 3)
 
     with pytest.raises(session.Stopped):
         in_turn()
-    assert not studio._alone.locked() and not studio._stops
+    assert not app_session._alone.locked() and not app_session._stops
 
 
-def test_the_checker_blacks_out(tmp_path: Path, studio: AppSession) -> None:
+def test_the_checker_blacks_out(tmp_path: Path, app_session: AppSession) -> None:
     """A tiny checker of SD 1.5's own class, once with thresholds that take everything, once nothing."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
@@ -291,9 +291,9 @@ def test_base_and_adapter_side_by_side(tab: Any) -> None:
     fill(tab, "#seed input", 3)
     click(tab, "#draw")
     assert re.search(r"\d\.\d s$", words(tab, "drawn"))
-    dressed = load_model([RUN], [])
+    loaded = load_model([RUN], [])
     for name, scale in (("base", 0.0), ("trained", 1.0)):
-        assert np.abs(shown(tab, name) - expected(dressed, 3, scale)).max() <= 1
+        assert np.abs(shown(tab, name) - expected(loaded, 3, scale)).max() <= 1
     assert np.abs(shown(tab, "base") - shown(tab, "trained")).max() > 20
     sources = tab.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     host = tab.current_url.split("/")[2]
@@ -356,13 +356,13 @@ def test_two_people_at_once_and_a_closed_tab(browser: Any, address: str, stopped
     handles = [handle for handle in browser.window_handles if handle != first]
     browser.switch_to.window(first)
     browser.close()
-    dressed = load_model([RUN], [])
+    loaded = load_model([RUN], [])
     seeds = []
     for handle in handles:
         browser.switch_to.window(handle)
         words(browser, "drawn")
         found = shown(browser, "trained")
-        seeds += [seed for seed in (5, 6) if np.abs(found - expected(dressed, seed, 1.0)).max() <= 1]
+        seeds += [seed for seed in (5, 6) if np.abs(found - expected(loaded, seed, 1.0)).max() <= 1]
     assert sorted(seeds) == [5, 6]
     assert stopped == ["base, seed 0"]
     for handle in handles[1:]:

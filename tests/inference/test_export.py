@@ -81,11 +81,11 @@ def test_a_process_that_knows_only_diffusers_draws_the_same(
     done = run_python("-c", PLAIN_DIFFUSERS, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = np.load(tmp_path / "it.npy")
-    dressed = load_model([str(run.path)], [])
+    loaded = load_model([str(run.path)], [])
     request = Request([prompt], "ddim", 7.5, 4, 3, (128, 128))
-    ours = (draw(dressed, request)[0].permute(1, 2, 0).numpy() * 255).round()
+    ours = (draw(loaded, request)[0].permute(1, 2, 0).numpy() * 255).round()
     assert (abs(ours - theirs) > 1).mean() <= 0.001
-    base = (draw(dressed, Request([prompt], "ddim", 7.5, 4, 3, (128, 128), scale=0))[0]) * 255
+    base = (draw(loaded, Request([prompt], "ddim", 7.5, 4, 3, (128, 128), scale=0))[0]) * 255
     assert (abs(base.permute(1, 2, 0).numpy() - theirs) > 1).mean() > 0.2
 
 
@@ -201,14 +201,14 @@ def test_two_adapters_add_up_and_nought_is_the_base(run: RunDir) -> None:
     nought, one, other = layer_of(0, 0), layer_of(1, 0), layer_of(0, 1)
     torch.testing.assert_close(layer_of(0.3, -2) - nought, 0.3 * (one - nought) - 2 * (other - nought))
     untouched = load("demo")
-    dressed = load("demo")
+    loaded = load("demo")
     load_adapters(
-        dressed, [(read_adapter(run.path, dressed, "x"), 1.0), (read_adapter(near, dressed, "x"), 1.0)]
+        loaded, [(read_adapter(run.path, loaded, "x"), 1.0), (read_adapter(near, loaded, "x"), 1.0)]
     )
     inputs = probe_inputs(untouched)
-    assert not torch.equal(predict(dressed, inputs), predict(untouched, inputs))
-    scale(dressed, [0.0, 0.0])
-    assert torch.equal(predict(dressed, inputs), predict(untouched, inputs))
+    assert not torch.equal(predict(loaded, inputs), predict(untouched, inputs))
+    scale(loaded, [0.0, 0.0])
+    assert torch.equal(predict(loaded, inputs), predict(untouched, inputs))
 
 
 # From elsewhere

@@ -45,7 +45,7 @@ def adapter(base: BaseModel, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def dressed(adapter: Path) -> LoadedModel:
+def loaded(adapter: Path) -> LoadedModel:
     return load_model([str(adapter)], ["model=demo"])
 
 
@@ -103,46 +103,46 @@ def test_words_that_the_text_encoder_never_sees_are_named(base: BaseModel) -> No
 # The images
 
 
-def test_an_image_does_not_depend_on_what_is_drawn_with_it(dressed: LoadedModel) -> None:
-    together = draw(dressed, REQUEST)
+def test_an_image_does_not_depend_on_what_is_drawn_with_it(loaded: LoadedModel) -> None:
+    together = draw(loaded, REQUEST)
     assert together.shape == (3, 3, 64, 64) and 0 <= together.min() < together.max() <= 1
     for batch in (1, 2):
-        assert (draw(dressed, replace(REQUEST, batch=batch)) - together).abs().max() < 1e-4
+        assert (draw(loaded, replace(REQUEST, batch=batch)) - together).abs().max() < 1e-4
     second = replace(REQUEST, prompts=REQUEST.prompts[1:2], seed=REQUEST.seed + 1)
-    assert (draw(dressed, second)[0] - together[1]).abs().max() < 1e-4
+    assert (draw(loaded, second)[0] - together[1]).abs().max() < 1e-4
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
-def test_scale_nought_is_the_base_to_the_bit(dressed: LoadedModel) -> None:
+def test_scale_nought_is_the_base_to_the_bit(loaded: LoadedModel) -> None:
     base = draw(load_model([], ["model=demo"]), REQUEST)
-    assert torch.equal(draw(dressed, replace(REQUEST, scale=0.0)), base)
-    assert (draw(dressed, REQUEST) - base).abs().max() > 0.1
+    assert torch.equal(draw(loaded, replace(REQUEST, scale=0.0)), base)
+    assert (draw(loaded, REQUEST) - base).abs().max() > 0.1
 
 
-def test_a_weight_is_that_much_of_the_adapter(dressed: LoadedModel, adapter: Path) -> None:
+def test_a_weight_is_that_much_of_the_adapter(loaded: LoadedModel, adapter: Path) -> None:
     half = draw(load_model([f"{adapter}:0.5"], ["model=demo"]), REQUEST)
-    assert (half - draw(dressed, replace(REQUEST, scale=0.5))).abs().max() < 1e-5
-    assert (half - draw(dressed, REQUEST)).abs().max() > 0.01
+    assert (half - draw(loaded, replace(REQUEST, scale=0.5))).abs().max() < 1e-5
+    assert (half - draw(loaded, REQUEST)).abs().max() > 0.01
 
 
-def test_size_and_negative_prompt(dressed: LoadedModel) -> None:
+def test_size_and_negative_prompt(loaded: LoadedModel) -> None:
     wide = replace(REQUEST, prompts=["a train"], size=(96, 64))
-    assert draw(dressed, wide).shape == (1, 3, 64, 96)
+    assert draw(loaded, wide).shape == (1, 3, 64, 96)
     small = replace(REQUEST, prompts=["a train"])
-    assert not torch.allclose(draw(dressed, small), draw(dressed, replace(small, negative="")), atol=0.01)
+    assert not torch.allclose(draw(loaded, small), draw(loaded, replace(small, negative="")), atol=0.01)
     unguided = replace(small, guidance=1.0)  # there is nothing to steer away from
-    assert torch.equal(draw(dressed, unguided), draw(dressed, replace(unguided, negative="")))
+    assert torch.equal(draw(loaded, unguided), draw(loaded, replace(unguided, negative="")))
 
 
-def test_an_image_carries_what_makes_it_again(dressed: LoadedModel, adapter: Path, tmp_path: Path) -> None:
-    images = draw(dressed, REQUEST)
-    files = write_images(images, REQUEST, dressed, tmp_path / "out")
+def test_an_image_carries_what_makes_it_again(loaded: LoadedModel, adapter: Path, tmp_path: Path) -> None:
+    images = draw(loaded, REQUEST)
+    files = write_images(images, REQUEST, loaded, tmp_path / "out")
     assert [file.name for file in files] == ["000.png", "001.png", "002.png"]
     with Image.open(files[1]) as opened:
         notes, drawn = opened.text, np.asarray(opened)
     note = json.loads(notes["ghibli"])
     assert (note.pop("adapters"), note.pop("weights"), note.pop("base")) == ([str(adapter)], [1.0], "demo")
-    again = draw(dressed, Request(**note | {"size": tuple(note["size"])}))[0]
+    again = draw(loaded, Request(**note | {"size": tuple(note["size"])}))[0]
     assert np.abs(again.permute(1, 2, 0).numpy() * 255 - drawn).max() < 1
     assert notes["parameters"].splitlines() == [
         "a lake",
@@ -151,15 +151,15 @@ def test_an_image_carries_what_makes_it_again(dressed: LoadedModel, adapter: Pat
     ]
 
 
-def test_sheets_leave_the_adapter_as_it_was(dressed: LoadedModel) -> None:
+def test_sheets_leave_the_adapter_as_it_was(loaded: LoadedModel) -> None:
     """Their columns are what is drawn alone; at the end the adapter is at its scale again."""
     request = replace(REQUEST, prompts=["a red train"])
-    drawn = draw(dressed, request)
-    sheet = np.asarray(generate.beside_base(dressed, request, drawn))
-    assert torch.equal(draw(dressed, request), drawn)
-    strip = np.asarray(generate.strip(dressed, request))
-    assert torch.equal(draw(dressed, request), drawn)
-    tiles = [draw(dressed, replace(request, scale=scale))[0] for scale in (0.0, 1.0)]
+    drawn = draw(loaded, request)
+    sheet = np.asarray(generate.beside_base(loaded, request, drawn))
+    assert torch.equal(draw(loaded, request), drawn)
+    strip = np.asarray(generate.strip(loaded, request))
+    assert torch.equal(draw(loaded, request), drawn)
+    tiles = [draw(loaded, replace(request, scale=scale))[0] for scale in (0.0, 1.0)]
     for tile in tiles:
         assert all(shows(page, tile) for page in (sheet, strip))
 
@@ -172,13 +172,13 @@ def shows(page: np.ndarray, image: torch.Tensor) -> bool:
     return any((page[y : y + height, x : x + width] == tile).all() for y, x in corners)
 
 
-def test_no_memory_is_one_line(dressed: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_is_one_line(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(reason: Exception) -> None:
         def sample(*args: object, **options: object) -> None:
             raise reason
 
         monkeypatch.setattr(generate, "sample", sample)
-        draw(dressed, REQUEST)
+        draw(loaded, REQUEST)
 
     for reason in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

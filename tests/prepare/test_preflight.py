@@ -392,5 +392,5 @@ def test_train_stops_before_it_encodes_images_for_nothing(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ghibli.data.datamodule.encode", lambda *a, **k: pytest.fail("encoded"))
-    with pytest.raises(train.UserMistake, match="data.batch_size=20 x accumulation 2"):
+    with pytest.raises(train.UserError, match="data.batch_size=20 x accumulation 2"):
         train.run(make_config("data.batch_size=20"), RunDir(tmp_path))

@@ -18,40 +18,40 @@ STYLE = """
 """
 
 
-def page(studio: AppSession) -> gr.Blocks:
+def page(app_session: AppSession) -> gr.Blocks:
     """The whole page."""
     with gr.Blocks(title="Ghibli LoRA Lab", delete_cache=KEPT) as blocks:
         gr.Markdown(f"# Ghibli LoRA Lab\n{ABOUT}")
         with gr.Row():
             with gr.Column(scale=2, min_width=240):
-                names, inputs, safe = settings(studio)
+                names, inputs, safe = settings(app_session)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
             with gr.Column(scale=3, min_width=240), gr.Tabs():
-                drawn = draw_tab(studio, names, [*inputs, safe])
-                redone = restyle_tab(studio, names, [*inputs, safe])
+                drawn = draw_tab(app_session, names, [*inputs, safe])
+                redone = restyle_tab(app_session, names, [*inputs, safe])
                 with gr.Tab("Grids of the runs"):
                     gallery = gr.Gallery(label="sample grids", columns=1, format="png", height=700)
         guidance = inputs[3]
         belongs = [guidance, safe, gallery]
-        names.change(studio.chosen, names, belongs, show_progress="hidden", api_visibility="private")
-        cancel.click(studio.stop, cancels=[drawn, redone], queue=False, api_visibility="private")
+        names.change(app_session.chosen, names, belongs, show_progress="hidden", api_visibility="private")
+        cancel.click(app_session.stop, cancels=[drawn, redone], queue=False, api_visibility="private")
         blocks.load(
-            lambda: gr.update(choices=studio.choices()), None, names, show_progress="hidden",
+            lambda: gr.update(choices=app_session.choices()), None, names, show_progress="hidden",
             api_visibility="private",
-        ).then(studio.chosen, names, belongs, show_progress="hidden", api_visibility="private")  # fmt: skip
-        blocks.unload(studio.leave)
+        ).then(app_session.chosen, names, belongs, show_progress="hidden", api_visibility="private")  # fmt: skip
+        blocks.unload(app_session.leave)
     return blocks.queue(max_size=WAITING, default_concurrency_limit=4)
 
 
-def settings(studio: AppSession) -> tuple[gr.Dropdown, list[Any], gr.Checkbox]:
+def settings(app_session: AppSession) -> tuple[gr.Dropdown, list[Any], gr.Checkbox]:
     """What both tabs share: (runs, the inputs in the order of the handlers, the checker's switch)."""
-    choices = studio.choices()
+    choices = app_session.choices()
     newest = [value for _, value in choices[:1]]
     try:
-        prompt = studio.dressed(newest).config.sample.prompts[0]
+        prompt = app_session.loaded(newest).config.sample.prompts[0]
     except UserError as mistake:  # its base was moved away: the page opens all the same
         console.print(str(mistake), style="yellow", markup=False)
-        newest, prompt = [], studio.dressed([]).config.sample.prompts[0]
+        newest, prompt = [], app_session.loaded([]).config.sample.prompts[0]
     names = gr.Dropdown(
         choices, value=newest, multiselect=True, label="Runs", elem_id="runs",
         info="none: the base alone; several of one base: their adapters add up",
@@ -68,7 +68,7 @@ def settings(studio: AppSession) -> tuple[gr.Dropdown, list[Any], gr.Checkbox]:
     return names, inputs, gr.Checkbox(False, label="Safety checker", interactive=False)
 
 
-def draw_tab(studio: AppSession, names: gr.Dropdown, inputs: list[Any]) -> Any:
+def draw_tab(app_session: AppSession, names: gr.Dropdown, inputs: list[Any]) -> Any:
     """Base and adapter side by side; returns the event that draws them."""
     with gr.Tab("Draw"):
         start = gr.Button("Draw", variant="primary", elem_id="draw")
@@ -76,11 +76,11 @@ def draw_tab(studio: AppSession, names: gr.Dropdown, inputs: list[Any]) -> Any:
             images = [image("base", "base"), image("trained", "trained")]
         words = gr.Markdown(elem_id="drawn")
     return start.click(
-        studio.draw, [names, *inputs], [*images, words], api_visibility="private", scroll_to_output=True
+        app_session.draw, [names, *inputs], [*images, words], api_visibility="private", scroll_to_output=True
     )
 
 
-def restyle_tab(studio: AppSession, names: gr.Dropdown, inputs: list[Any]) -> Any:
+def restyle_tab(app_session: AppSession, names: gr.Dropdown, inputs: list[Any]) -> Any:
     """A photo, and what base and adapter make of it; returns the event that redraws it."""
     with gr.Tab("Restyle a photo"):
         photo = gr.File(label=f"Photo, at most {UPLOAD}", file_types=["image"], type="filepath", height=110)
@@ -91,9 +91,9 @@ def restyle_tab(studio: AppSession, names: gr.Dropdown, inputs: list[Any]) -> An
             shown = image("photo", "photo")
             images = [image("base", "restyled-base"), image("trained", "restyled-trained")]
         words = gr.Markdown(elem_id="restyled")
-    photo.change(studio.preview, photo, shown, api_visibility="private", show_progress="hidden")
+    photo.change(app_session.preview, photo, shown, api_visibility="private", show_progress="hidden")
     return start.click(
-        studio.restyle, [names, photo, what, *inputs[1:], strength], [shown, *images, words],
+        app_session.restyle, [names, photo, what, *inputs[1:], strength], [shown, *images, words],
         api_visibility="private",
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def serve(words: list[str], host: str, port: int | None) -> tuple[gr.Blocks, str
         The page, to be waited for or closed, and its address.
 
     Raises:
-        UserMistake: the port is taken, or what draws cannot be loaded.
+        UserError: the port is taken, or what draws cannot be loaded.
     """
     blocks = page(AppSession(words))
     try:

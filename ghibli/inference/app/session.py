@@ -71,11 +71,11 @@ class AppSession:
         gains = {name: run.read_status().get("gain", 0.0) for name, run in self.runs().items()}
         return [(f"{name}, {100 * gain:.1f} % better than the base", name) for name, gain in gains.items()]
 
-    def dressed(self, names: list[str]) -> LoadedModel:
+    def loaded(self, names: list[str]) -> LoadedModel:
         """The base of some runs with their adapters on it; the last one is kept.
 
         Raises:
-            UserMistake: a name that is none of a run, or runs that do not go together.
+            UserError: a name that is none of a run, or runs that do not go together.
         """
         known = self.runs()
         strange = next((name for name in names if name not in known), None)
@@ -129,11 +129,11 @@ class AppSession:
     def chosen(self, names: list[str]) -> list[Any]:
         """Guidance, checker's switch and grids that belong to some runs."""
         with self._alone:
-            dressed = self.dressed(names)
-        base, has_one = dressed.config.model.path, has_checker(dressed.config.model.path)
+            loaded = self.loaded(names)
+        base, has_one = loaded.config.model.path, has_checker(loaded.config.model.path)
         why = f"of {base}" if has_one else f"{base} has none"
         return [
-            gr.update(value=dressed.guidance),
+            gr.update(value=loaded.guidance),
             gr.update(value=has_one, interactive=has_one, label=f"Safety checker ({why})"),
             grids(names),
         ]
@@ -146,15 +146,15 @@ class AppSession:
         """Image of the base, image of the adapter, what was done in words."""
         start = time.monotonic()
         with self.turn(request.session_hash, progress) as count:
-            dressed = self.dressed(names)
-            side = dressed.config.model.resolution
+            loaded = self.loaded(names)
+            side = loaded.config.model.resolution
             asked = Request(
                 [prompt], sampler, guidance, int(steps), int(seed or 0), (side, side), negative, scale=scale
             )
-            base = draw(dressed, replace(asked, scale=0.0), "base", count)
-            trained = draw(dressed, asked, "trained", count) if names else base
-            images, said = self._safe([to_image(base[0]), to_image(trained[0])], dressed, safe)
-            said += lost_words([prompt], dressed.base)
+            base = draw(loaded, replace(asked, scale=0.0), "base", count)
+            trained = draw(loaded, asked, "trained", count) if names else base
+            images, said = self._safe([to_image(base[0]), to_image(trained[0])], loaded, safe)
+            said += lost_words([prompt], loaded.base)
         return [*images, done(said, start)]
 
     @told
@@ -176,24 +176,24 @@ class AppSession:
             raise UserError("say what is on the photo")
         before = small(Path(photo))
         with self.turn(request.session_hash, progress) as count:
-            dressed = self.dressed(names)
+            loaded = self.loaded(names)
             how = restyle.RestyleOptions(
                 strength, sampler, guidance, int(steps), int(seed or 0), negative, scale,
-                dressed.config.model.resolution,
+                loaded.config.model.resolution,
             )  # fmt: skip
-            words = prompt + dressed.config.data.style
-            afters = [redrawn(dressed, before, words, replace(how, scale=0.0), "base", count)]
-            afters.append(redrawn(dressed, before, words, how, "trained", count) if names else afters[0])
-            afters, said = self._safe(afters, dressed, safe)
+            words = prompt + loaded.config.data.style
+            afters = [redrawn(loaded, before, words, replace(how, scale=0.0), "base", count)]
+            afters.append(redrawn(loaded, before, words, how, "trained", count) if names else afters[0])
+            afters, said = self._safe(afters, loaded, safe)
         return [before, *afters, done(said, start)]
 
     def _safe(
-        self, images: list[Image.Image], dressed: LoadedModel, safe: bool
+        self, images: list[Image.Image], loaded: LoadedModel, safe: bool
     ) -> tuple[list[Image.Image], list[str]]:
         """The images after the checker, if it is wanted, and a sentence if it took some away."""
         if not safe:
             return images, []
-        shown, gone = checker(dressed.config.model.path).black_out(images)
+        shown, gone = checker(loaded.config.model.path).black_out(images)
         return shown, [f"The safety checker blacked out {gone} of {len(shown)}."] if gone else []
 
 
@@ -219,7 +219,7 @@ def small(photo: Path) -> Image.Image:
 
 
 def redrawn(
-    dressed: LoadedModel,
+    loaded: LoadedModel,
     photo: Image.Image,
     prompt: str,
     how: restyle.RestyleOptions,
@@ -235,7 +235,7 @@ def redrawn(
             steps += 1
             on_progress(steps, total)
 
-        return restyle.restyle(dressed, photo, prompt, how, on_step)
+        return restyle.restyle(loaded, photo, prompt, how, on_step)
 
 
 def grids(names: list[str]) -> list[tuple[Image.Image, str]]:

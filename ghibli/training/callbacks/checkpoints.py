@@ -181,7 +181,7 @@ def load_weights(module: GhibliModule, checkpoint: Path, epoch: int | None = Non
     """Puts a checkpoint's trainable weights into the module; says so if they are not of this epoch.
 
     Raises:
-        UserMistake: the file is missing or was damaged after it was written.
+        UserError: the file is missing or was damaged after it was written.
     """
     if not is_whole(checkpoint):
         raise UserError(f"{checkpoint} is missing or damaged: the weights of that epoch are lost")

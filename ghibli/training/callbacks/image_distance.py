@@ -33,7 +33,7 @@ class DistanceCurve(Callback):
         self.cell = cells_of(config.sample, config.loss.guidance)[-1]
         self.base_cell = cells_of(config.sample, 1)[-1]  # the base is not guided by its training
         self.rows: list[dict[str, float]] = []
-        self.bench: SampleCache | None = None
+        self.sample_cache: SampleCache | None = None
         self.reference: ReferenceSet | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,11 +53,11 @@ class DistanceCurve(Callback):
 
     def measure(self, trainer: L.Trainer, module: GhibliModule, epoch: int) -> None:
         """Adds a point to the curve."""
-        if self.bench is None:
+        if self.sample_cache is None:
             self.prepare(module)
         cell = self.base_cell if epoch == 0 else self.cell
         with in_eval_mode(module.base):
-            sampled = self.bench.measure_model(module.base, cell, self.options.epoch_samples)
+            sampled = self.sample_cache.measure_model(module.base, cell, self.options.epoch_samples)
         distance = self.reference.kernel(sampled["features"])
         values = (trainer.global_step, epoch, distance.value, distance.standard_error)
         self.rows.append(dict(zip(COLUMNS, values, strict=True)))
@@ -75,7 +75,7 @@ class DistanceCurve(Callback):
         """Measures the real images, once."""
         images, _ = real_images(self.config)
         plain = replace(self.config, model=replace(self.config.model, clip=None))
-        yardstick = FeatureExtractor(plain, module.base)
-        self.bench = SampleCache(plain, yardstick, [image.caption for image in images])
-        own = self.bench.measure_real("measuring the reference", images)["features"]
+        extractor = FeatureExtractor(plain, module.base)
+        self.sample_cache = SampleCache(plain, extractor, [image.caption for image in images])
+        own = self.sample_cache.measure_real("measuring the reference", images)["features"]
         self.reference = ReferenceSet(own, standardise=self.options.features == "style")

@@ -56,7 +56,7 @@ class ResumeCheck(Callback):
         """Lightning has restored everything and the next thing is a step.
 
         Raises:
-            UserMistake: the weights or their scores are not those of the checkpoint.
+            UserError: the weights or their scores are not those of the checkpoint.
         """
         if self.restored is None:
             return
