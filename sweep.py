@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import train
-from ghibli.config.files import changed, from_yaml
+from ghibli.config.files import apply_overrides, from_yaml
 from ghibli.config.schema import Config, EvaluateConfig
 from ghibli.runs.folder import RunDir
 from ghibli.runs.launch import hydra_entry, this_run, trial_number
@@ -112,7 +112,7 @@ def repeat(first: RunDir, seed: int) -> None:
     run = RunDir(first.path.with_name(f"{first.path.name}{REPEAT}{seed}"))
 
     def job() -> float:
-        config = changed(from_yaml(first.config), [f"seed={seed}"], ("seed",))
+        config = apply_overrides(from_yaml(first.config), [f"seed={seed}"], ("seed",))
         config.wandb.name = run.path.name
         return train.run(config, run)
 

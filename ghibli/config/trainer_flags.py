@@ -102,5 +102,9 @@ def reject_unknown_flags(flags: Iterable[str]) -> None:
     """Raise a UserError for a name that is not a flag of lightning.Trainer."""
     for flag in flags:
         if flag not in TRAINER_FLAGS:
-            hint = did_you_mean(flag, TRAINER_FLAGS)
-            raise UserError(f"trainer.{flag} is not a flag of lightning.Trainer{hint}")
+            raise UserError(unknown_flag(flag))
+
+
+def unknown_flag(flag: str) -> str:
+    """Say that there is no such flag, with the most similar one."""
+    return f"trainer.{flag} is not a flag of lightning.Trainer{did_you_mean(flag, TRAINER_FLAGS)}"

@@ -13,8 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from ghibli.config.files import checked
-from ghibli.config.hydra_errors import hydra_errors, reject_unknown_keys
+from ghibli.config.files import to_dataclass
+from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.paths import check_typed_base
 from ghibli.config.schema import Command, Config
 from ghibli.config.trainer_flags import check_trainer, reject_unknown_flags
@@ -34,9 +34,8 @@ def to_config(cfg: Any) -> Config:
         UserError: an unknown key, a missing value, a value out of range, a contradiction.
     """
     plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in NOT_OF_A_RUN])
-    reject_unknown_keys(plain, Config)
     reject_unknown_flags(plain.trainer)
-    return checked(OmegaConf.to_container(plain, resolve=True))
+    return to_dataclass(OmegaConf.to_container(plain, resolve=True))
 
 
 def run_dir_for(resume: str | None) -> str:
@@ -134,7 +133,7 @@ def conf_folder() -> Path:
 
 def to_section(node: Any, section: type) -> Any:
     """One part of the configuration, such as `lora`, with its types and ranges checked."""
-    return checked(OmegaConf.to_container(node, resolve=True), section)
+    return to_dataclass(OmegaConf.to_container(node, resolve=True), section)
 
 
 def reject_beside_check(cfg: Any) -> None:
@@ -148,4 +147,4 @@ def reject_misspelled(words: list[str]) -> None:
     """Raises for `KEY =VALUE`, which the shell cuts in two words."""
     for word in words:
         if word.startswith("="):
-            raise UserError(f"cannot read `{word}`: expected KEY=VALUE without spaces around =")
+            raise UserError(f"cannot parse `{word}`: expected KEY=VALUE without spaces around =")

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ghibli.config.files import checked, from_yaml
+from ghibli.config.files import from_yaml, to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.paths import check_places
 from ghibli.config.schema import Config
@@ -99,7 +99,7 @@ def resumed(run: RunDir, overrides: Any) -> Config:
         OmegaConf.update(content, key, value, force_add=key.startswith("trainer."))
     if "trainer.max_epochs" not in values and own.trainer["max_epochs"] == own.data.epochs:
         content.trainer.max_epochs = content.data.epochs  # as conf/train.yaml has it
-    asked = checked(OmegaConf.to_container(content, resolve=True))
+    asked = to_dataclass(OmegaConf.to_container(content, resolve=True))
     reject_unknown_flags(asked.trainer)
     sides = [identity.flat(dataclasses.asdict(config)) for config in (own, asked)]
     different = list(identity.differences(*sides))

@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf, read_write
 
-from ghibli.config.files import checked
+from ghibli.config.files import to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.paths import check_places
 from ghibli.config.schema import Config, EvaluateConfig, SweepConfig
@@ -73,8 +73,8 @@ def begin(cfg: Any, trials: int | None) -> Study:
         UserError: another process is at work there.
     """
     folder = Path(cfg.hydra.sweep.dir)
-    settings = checked(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
-    evaluate = checked(OmegaConf.to_container(cfg.evaluate, resolve=True), EvaluateConfig)
+    settings = to_dataclass(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
+    evaluate = to_dataclass(OmegaConf.to_container(cfg.evaluate, resolve=True), EvaluateConfig)
     studies.append(Study(folder, settings, evaluate, trials, RunDir(folder).lock(key="hydra.sweep.dir")))
     for note in notes(folder):
         note.unlink()
@@ -155,7 +155,7 @@ class Choice:
 
     @property
     def settings(self) -> SweepConfig:
-        return checked(OmegaConf.to_container(self.cfg.sweep, resolve=True), SweepConfig)
+        return to_dataclass(OmegaConf.to_container(self.cfg.sweep, resolve=True), SweepConfig)
 
 
 def choice_of(words: list[str]) -> Choice | None:

@@ -21,7 +21,8 @@ from rich.console import Console
 
 import sweep
 import train
-from ghibli.config.hydra_errors import all_keys, explain
+from ghibli.config.hydra_errors import explain
+from ghibli.config.keys import all_keys
 from ghibli.config.schema import Command
 from ghibli.evaluation.gain import Gain, Probe, paired_gain
 from ghibli.runs import launch
@@ -262,7 +263,7 @@ def test_the_table_is_whole_in_a_pipe(tmp_path: Path) -> None:
         ("lora.rnak=4,8", "unknown key lora.rnak"),
         ("resume=latest", "drop"),
         ("lora.rank=", "lora.rank=: expected a whole number"),
-        ("lora.rank=choice()", "cannot read `lora.rank=choice()`"),
+        ("lora.rank=choice()", "cannot parse `lora.rank=choice()`"),
         ("grid=none", "choose one of models, slides"),
         ("hydra/launcher=slurm", "launchers: basic, joblib, ray, submitit_local, submitit_slurm"),
         ("hydra/sweeper=optuna", "python sweep.py sweep.search=12"),

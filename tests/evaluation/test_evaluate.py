@@ -13,7 +13,7 @@ from rich.console import Console
 import train
 from ghibli.adapters.trained import starting_base, trained_base
 from ghibli.cli import runs
-from ghibli.config.files import changed
+from ghibli.config.files import apply_overrides
 from ghibli.config.schema import Config
 from ghibli.data import sources
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
@@ -166,7 +166,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(
     finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Stopped in its third cell, then the first one's file is damaged: only the second is not drawn again."""
-    config = changed(config_of(finished), [f"cache_dir={tmp_path}"], evaluate.CHANGEABLE)
+    config = apply_overrides(config_of(finished), [f"cache_dir={tmp_path}"], evaluate.CHANGEABLE)
     calls, real, copy = [], samplers.sample, RunDir(tmp_path / "run")
     shutil.copytree(finished.path, copy.path)
 
@@ -245,7 +245,7 @@ def test_copies_are_looked_for_among_all_training_images(
 
 
 def test_the_seed_of_the_start_noise_is_the_grids(finished: RunDir) -> None:
-    config = changed(config_of(finished), ["sample.seed=40"], evaluate.CHANGEABLE)
+    config = apply_overrides(config_of(finished), ["sample.seed=40"], evaluate.CHANGEABLE)
     base, cell = starting_base(config), Cell("ddim", 1)
     measured = samples.SampleCache(config, FeatureExtractor(config, base), ["a", "b"]).measure_model(
         base, cell, 2
@@ -305,12 +305,12 @@ def test_held_out_images_are_the_reference_without_a_folder(finished: RunDir) ->
 def test_wrong_settings_are_one_line(finished: RunDir, word: str, message: str | None) -> None:
     config = config_of(finished)
     if message is None:
-        config = changed(config, [word, "evaluate.features=inception"], evaluate.CHANGEABLE)
+        config = apply_overrides(config, [word, "evaluate.features=inception"], evaluate.CHANGEABLE)
         with pytest.raises(UserError, match=r"evaluate\.inception=gone\.pth: no such file"):
             FeatureExtractor(config, starting_base(config))
         return
     with pytest.raises(UserError, match=message):
-        changed(config, [word], evaluate.CHANGEABLE)
+        apply_overrides(config, [word], evaluate.CHANGEABLE)
 
 
 def test_what_is_no_finished_run_is_one_line(finished: RunDir, tmp_path: Path) -> None:

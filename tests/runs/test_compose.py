@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
-from ghibli.config import files, hydra_errors
+from ghibli.config import files, keys
 from ghibli.config.schema import Command, Config
 from ghibli.runs import identity, launch
 from ghibli.runs.compose import LONGEST_NAME, folder_name, register, to_config
@@ -170,8 +170,8 @@ def test_every_key_says_what_it_means() -> None:
         for name in names_in(group):
             lines = commented_lines(CONF / group / f"{name}.yaml")
             said |= {f"{group}.{key}" for key, is_said in lines.items() if is_said}
-    keys = {*hydra_errors.all_keys(Config), *(key for key in screen if key.startswith("trainer."))}
-    assert sorted(keys - said) == []
+    known = {*keys.all_keys(Config), *(key for key in screen if key.startswith("trainer."))}
+    assert sorted(known - said) == []
 
 
 # conf/local/default.yaml
@@ -254,7 +254,8 @@ MISTAKES = {
     "trainer.nonsense=3": "trainer.nonsense is not a flag of lightning.Trainer",
     "~trainer.max_epochs": "trainer.max_epochs is missing: conf/train.yaml has its default",
     "+trainer.max_epoch=3": "trainer.max_epoch is not a flag of lightning.Trainer; did you mean max_epochs?",
-    "trainer.max_steps=3": "trainer.max_steps has no default here: give it with a plus, +trainer.max_steps=",
+    "trainer.max_steps=3": "trainer.max_steps has no default here: add it with a plus, +trainer.max_steps=",
+    "+trainer.max_epochs=3": "trainer.max_epochs has a value already: drop the plus",
     "+trainer.callbacks=[]": "trainer.callbacks cannot be set: train.py sets it itself",
     "+trainer.enable_progress_bar=true": "trainer.enable_progress_bar cannot be set: train.py sets it itself",
     "+trainer.fast_dev_run=true": "trainer.fast_dev_run cannot be set: every run is validated on all",
@@ -264,7 +265,8 @@ MISTAKES = {
     "model=sd16": "model=sd16 is unknown: choose one of demo, demo_near, sd15; did you mean sd15?",
     "data=gibli": "data=gibli is unknown: choose one of demo, ghibli; did you mean ghibli?",
     "experiment=slide": "experiment=slide is unknown: choose one of",
-    "+experiment=slides": "Multiple values for experiment: give it once, as GROUP=NAME without a plus",
+    "+experiment=slides": "experiment is given more than once: give it once, experiment=NAME without a",
+    "experiment=null": "model, data, grid and experiment take a name, such as model=sd15; leave one out",
     "--config-name=nope": "Cannot find primary config 'nope'",
     "finetune=lorra": "finetune=lorra is unknown: choose one of lora, full, none; did you mean lora?",
     "optimizer.schedule=linear": "optimizer.schedule=linear is unknown: choose one of cosine_epochs,",
@@ -276,8 +278,8 @@ MISTAKES = {
     "lora.rank=null": "lora.rank=null: expected a value, not null",
     "lora.text_encoder=maybe": "lora.text_encoder=maybe: expected true or false",
     "data.val_fraction=10%": "data.val_fraction=10%: expected a number",
-    "sample.prompts=panda": "sample.prompts=panda: expected a list: [VALUE,VALUE]",
-    "lora=3": "lora=3: expected a section; set its keys one by one (rank, alpha, dropout,",
+    "sample.prompts=panda": "sample.prompts=panda: expected a list, [VALUE,VALUE]",
+    "lora=3": "lora=3: expected a section; set its keys instead (rank, alpha, dropout,",
     # ranges
     "lora.rank=0": "lora.rank=0 is out of range: a whole number from 1 to 1024",
     "lora.dropout=1": "lora.dropout=1 is out of range: from 0 to less than 1",
@@ -293,11 +295,11 @@ MISTAKES = {
     "trainer.precision=16": "trainer.precision=16 is unknown: choose one of auto, auto-16, 32-true,",
     "seed=-1": "seed=-1 is out of range",
     # spelling
-    "lora.rank=[": "cannot read `lora.rank=[`: expected KEY=VALUE without spaces around =",
-    "lora.rank": "cannot read `lora.rank`: expected KEY=VALUE",
-    "=3": "cannot read `=3`: expected KEY=VALUE",
-    "data.style=, in ink": "cannot read `data.style=, in ink`: ",
-    "lora.rank=16,32": "lora.rank=16,32 could be several things: a list is KEY=[a,b], a grid of",
+    "lora.rank=[": "cannot parse `lora.rank=[`: expected KEY=VALUE without spaces around =",
+    "lora.rank": "cannot parse `lora.rank`: expected KEY=VALUE",
+    "=3": "cannot parse `=3`: expected KEY=VALUE",
+    "data.style=, in ink": "cannot parse `data.style=, in ink`: ",
+    "lora.rank=16,32": "lora.rank=16,32 is ambiguous: write a list as KEY=[a,b]; a grid of runs needs -m",
     "cache_dir=${nowhere}": "cache_dir depends on a key that is not set",
     # places
     "data=ghibli": "data.root is not set: give an image folder, data.root=DIR, or use data=demo",
@@ -319,7 +321,7 @@ MISTAKES = {
     "resume=latest": "resume=latest: no run with a checkpoint below outputs/",
     "resume=mine": "resume=mine: this folder holds no checkpoints/last.ckpt to go on from",
     "resume=cut": "resume=cut: cut/checkpoints/last.ckpt is damaged or cut off",
-    "resume=edited": "edited/config.yaml is not the configuration of a run of this version: Key 'sed' not in",
+    "resume=edited": "edited/config.yaml is not a run's configuration of this version: unknown key sed; did",
     "resume=old lora.rank=3 seed=1": "1 asked for; lora.rank is 32 in this run, 3 asked for; only",
     "resume=old lora.rank=32 seed=1": "resume=old: seed is 0 in this run, 1 asked for; only trainer.max",
     "resume=old model=demo data=ghibli": "resume=old: data is demo in this run, ghibli asked for; only",
