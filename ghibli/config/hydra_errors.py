@@ -100,7 +100,7 @@ EXPLANATIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"Error merging override \+*(.+)\n(.*)", r"\1: \2"),
     (r"Could not find 'hydra/(launcher|sweeper)/(\w+)'", missing_plugin),
     (
-        r"Could not find '(\w+)/(.+)'\s+Available options in '\w+':\s+([\w\s]+?)\s+Config search path",
+        r"Could not find '(\w+)/(.+)'\s+Available options in '\w+':\s+([\w\s.-]+?)\s+Config search path",
         unknown_option,
     ),
     (r"An item is already at '(.+)'\.", r"\1 has a value already: drop the plus"),

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from ghibli.config.schema import RENAMED_KEYS, Config
+from ghibli.config.schema import NO_EFFECT, RENAMED_KEYS, Command, Config
 from ghibli.runtime.errors import did_you_mean
 
 
@@ -30,3 +30,18 @@ def unknown_key(key: str, known: list[str]) -> str:
     level = f"in {prefix}" if prefix else "at the top level"
     names = f" (known {level}: {', '.join(known)})" if known else ""
     return f"unknown key {key}{hint}{names}"
+
+
+def keys_without_effect(section: type = Command, prefix: str = "") -> Iterator[str]:
+    """Yield the keys and whole sections that the schema marks as unable to change a run's result."""
+    for field in dataclasses.fields(section):
+        key = f"{prefix}{field.name}"
+        if field.metadata == NO_EFFECT:
+            yield key
+        elif dataclasses.is_dataclass(field.type):
+            yield from keys_without_effect(field.type, f"{key}.")
+
+
+def affects_result(key: str) -> bool:
+    """Return whether another value of this full key can change a run's result."""
+    return not any(key == other or key.startswith(f"{other}.") for other in keys_without_effect())

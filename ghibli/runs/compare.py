@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ghibli.config.files import read_settings
+from ghibli.config.keys import affects_result
 from ghibli.runs.folder import PLACE, RunDir
-from ghibli.runs.identity import FOLLOWED, differences, flat, is_free, shown
+from ghibli.runs.identity import FOLLOWED, differences, flat, shown
 from ghibli.runtime.errors import UserError
 
 WEIGHTS = ("adapter/pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors")
@@ -102,7 +103,7 @@ def kinds_of(keys: list[str], one: Side, other: Side) -> list[str]:
             continue
         else:
             kind = "machine" if key in PLACE else "settings"
-        if kind != "settings" or not (is_free(key) or key in TOLD_OTHERWISE):
+        if kind != "settings" or (affects_result(key) and key not in TOLD_OTHERWISE):
             kinds.append(kind)
     if one.status.get("grown") != other.status.get("grown"):
         kinds.append("epochs added on the way")

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from datetime import datetime
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from ghibli.config.files import to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
+from ghibli.config.keys import affects_result, all_keys
 from ghibli.config.paths import check_typed_base
 from ghibli.config.schema import Command, Config
 from ghibli.config.trainer_flags import check_trainer, reject_unknown_flags
@@ -68,6 +70,7 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Command)
     resolvers = {
         "folder_name": folder_name,
+        "and_keys_without_effect": lambda *keys: [*keys, *filterfalse(affects_result, all_keys(Command))],
         "twice": lambda number: 2 * number,
         "tenth": lambda number: number / 10,
         "run_dir_for": run_dir_for,

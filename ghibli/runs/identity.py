@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ghibli.config.files import read_settings
+from ghibli.config.keys import affects_result
 from ghibli.config.schema import CONFIG_VERSION, Config
 from ghibli.runs.folder import RunDir, step_of
 from ghibli.runtime.console import console
@@ -22,10 +23,6 @@ from ghibli.runtime.rank import is_first
 CODE = (  # what train.py trains with, by package; tests/runs/test_identity.py compares with the imports
     "runtime", "config", "images", "models", "runs", "diffusion", "demo/scenes", "data", "adapters",
     "evaluation", "training", "prepare",
-)  # fmt: skip
-FREE = (  # change no result
-    "resume", "cache_dir", "local", "wandb", "checkpoint", "evaluate", "model.clip", "data.workers",
-    "data.reference", "data.reference_draw", "data.grid_epochs",
 )  # fmt: skip
 FOLLOWED = ("data.epochs", "data.accumulate", "model.lr")  # defaults of keys that do count
 Difference = tuple[str, Any, Any]  # dotted key, the one value, the other
@@ -40,18 +37,13 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def is_free(key: str) -> bool:
-    """True for a key that can change no result."""
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
-
-
 def that_count(settings: dict[str, Any]) -> dict[str, Any]:
     """The flat settings that can change a result. The folder of images drawn by seed is not one."""
     drawn = any(key.startswith("data.draw.") for key in settings)
     return {
         key: value
         for key, value in settings.items()
-        if not is_free(key) and key not in FOLLOWED and not (drawn and key == "data.root")
+        if affects_result(key) and key not in FOLLOWED and not (drawn and key == "data.root")
     }
 
 

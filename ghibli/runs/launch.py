@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ghibli.config.files import from_yaml, to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
+from ghibli.config.keys import affects_result
 from ghibli.config.paths import check_places
 from ghibli.config.schema import Config
 from ghibli.config.trainer_flags import reject_unknown_flags
@@ -105,7 +106,7 @@ def resumed(run: RunDir, overrides: Any) -> Config:
     different = list(identity.differences(*sides))
     more = asked.trainer["max_epochs"] > own.trainer["max_epochs"]
     growing = ("trainer.max_epochs", "data.epochs") if more else ()
-    refused += [d for d in different if d[0] not in growing and not identity.is_free(d[0])]
+    refused += [d for d in different if d[0] not in growing and affects_result(d[0])]
     if refused:
         raise UserError(
             f"resume={run.path}: {identity.listed(refused, 'in this run')}; only trainer.max_epochs may "

@@ -284,7 +284,7 @@ MISTAKES = {
     "lora.rank=0": "lora.rank=0 is out of range: a whole number from 1 to 1024",
     "lora.dropout=1": "lora.dropout=1 is out of range: from 0 to less than 1",
     "lora.alpha=inf": "lora.alpha=inf is out of range",
-    "loss.guidance=-1": "loss.guidance=-1 is out of range: 1 (off) or more; 7.5 is the slides' second value",
+    "loss.guidance=-1": "loss.guidance=-1 is out of range: 1 (off) or more; 7.5 is the reference study's",
     "optimizer.lr=nan": "optimizer.lr=nan is out of range: more than 0 and at most 1",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] is out of range: two numbers",
     "model.resolution=100": "model.resolution=100 is out of range: a multiple of 64",
