@@ -9,9 +9,9 @@ from typing import Any
 
 from ghibli.config.files import from_yaml, to_yaml
 from ghibli.config.schema import Config
-from ghibli.runs import distributed, identity
+from ghibli.runs import distributed, identity, reuse
 from ghibli.runs.folder import RunDir, check_unchanged, step_of
-from ghibli.runs.launch import hydra_entry, job_config, this_run
+from ghibli.runs.launch import current_run, hydra_entry, job_config
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
 from ghibli.runtime.files import write_text
@@ -44,9 +44,9 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
                 style="yellow",
             )
         elif resumes:
-            identity.say_what_changed(run_dir)
+            reuse.warn_of_changes(run_dir)
         else:
-            objective, resumes = identity.take_up(config, run_dir)
+            objective, resumes = reuse.resume_or_restart(config, run_dir)
             if objective is not None:
                 return objective
         return lead(config, run_dir, resumes)
@@ -81,7 +81,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         state="running", reason=None, started=run_dir.read_status().get("started", now()),
         settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
         process=os.getpid(), threads=torch.get_num_threads(), **provenance(),
-        **identity.marks(config, run_dir),
+        **identity.identity_fields(config, run_dir),
     )  # fmt: skip
     try:
         with stop:
@@ -195,9 +195,11 @@ def as_mistake(error: BaseException) -> BaseException:
 def main(cfg: Any) -> float:
     """One Hydra job: trains with the composed settings, or resumes with the run's; returns the objective."""
     if is_first():
-        return run(job_config(cfg), this_run(), resumes=cfg.resume is not None)
-    if cfg.resume is not None or identity.finished_objective(this_run()) is None:  # else the first has left
-        follow(job_config(cfg), this_run())
+        return run(job_config(cfg), current_run(), resumes=cfg.resume is not None)
+    if (
+        cfg.resume is not None or identity.finished_objective(current_run()) is None
+    ):  # else the first has left
+        follow(job_config(cfg), current_run())
     return math.nan
 
 

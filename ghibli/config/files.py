@@ -24,6 +24,17 @@ def to_dataclass(content: Any, section: type = Config) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), content))
 
 
+def section_to_dataclass(cfg: Any, name: str) -> Any:
+    """Convert one section of a composed config, such as `lora`, checking nothing else.
+
+    Raises:
+        UserError: as to_dataclass, with the key in full.
+    """
+    with hydra_errors():
+        content = OmegaConf.to_container(cfg[name], resolve=True)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), {name: content})[name])
+
+
 def to_yaml(config: Config) -> str:
     """Write all settings, interpolations resolved, as YAML whose last line is a checksum."""
     text = OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ghibli.runs.identity import shown as value
+from ghibli.runs.settings import as_yaml
 from ghibli.sweeps.trials import Trial, varied
 
 NAMES = {"none": "untouched base", "full": "all weights"}
@@ -50,7 +50,7 @@ def names_of(trials: list[Trial], name: Callable[[Trial], str] = name_of, separa
     plain, names = [name(trial) for trial in trials], []
     for own, trial in zip(plain, trials, strict=True):
         same = [other for other, their in zip(trials, plain, strict=True) if their == own]
-        words = [f"{key.split('.')[-1]} {value(trial.settings.get(key))}" for key in varied(same)]
+        words = [f"{key.split('.')[-1]} {as_yaml(trial.settings.get(key))}" for key in varied(same)]
         names.append(separator.join([own, *words]))
     for folder in (lambda trial: trial.run.path.name, lambda trial: str(trial.run.path)):
         names = [

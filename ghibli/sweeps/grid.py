@@ -16,11 +16,11 @@ from omegaconf import OmegaConf, read_write
 
 from ghibli.config.files import to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
-from ghibli.config.paths import check_places
+from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config, EvaluateConfig, SweepConfig
-from ghibli.runs.compose import conf_folder, parsed, register, to_config
+from ghibli.runs.compose import conf_folder, parse_overrides, register, to_config
 from ghibli.runs.folder import RunDir
-from ghibli.runs.launch import check_first, name_on_dashboard
+from ghibli.runs.launch import check_job, set_wandb_names
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, one_line_errors
 
@@ -43,7 +43,7 @@ class CheckFirst(Callback):
     """Hydra calls this before it makes the run folder, so that a mistake leaves nothing behind."""
 
     def on_run_start(self, config: Any, **_: Any) -> None:
-        one_line_errors(lambda: check_first(config))
+        one_line_errors(lambda: check_job(config))
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         one_line_errors(lambda: reject_resume(config.hydra.overrides.task))
@@ -88,7 +88,7 @@ def notes(folder: Path) -> list[Path]:
 
 def params_of(cfg: Any, words: list[str]) -> dict[str, Any]:
     """The grid of conf/; none where the command line has one, which stands for it."""
-    if any(override.is_sweep_override() for override in parsed(words)):
+    if any(override.is_sweep_override() for override in parse_overrides(words)):
         return {}
     return OmegaConf.to_container(cfg.hydra.sweeper, resolve=True).get("params") or {}
 
@@ -97,7 +97,7 @@ def grid(cfg: Any, words: list[str]) -> list[list[str]]:
     """The overrides of every trial of a full grid, in the order of Hydra's own sweeper."""
     params = [f"{key}={value}" for key, value in params_of(cfg, words).items()]
     with hydra_errors():
-        (trials,) = BasicSweeper.split_arguments(parsed([*params, *words]), None)
+        (trials,) = BasicSweeper.split_arguments(parse_overrides([*params, *words]), None)
     return trials
 
 
@@ -115,7 +115,7 @@ def check_trials(config_name: str, trials: list[list[str]]) -> None:
         try:
             with hydra_errors():
                 cfg = composed(config_name, words)
-                check_places(to_config(cfg))
+                check_paths(to_config(cfg))
                 first = names.setdefault(cfg.hydra.sweep.subdir, own)
         except UserError as mistake:
             raise UserError(f"trial {own}: {mistake}" if own else str(mistake)) from None
@@ -168,7 +168,9 @@ def choice_of(words: list[str]) -> Choice | None:
     if any(word.startswith("-") for word in words):
         return None  # --help and its like are Hydra's
     with hydra_here():
-        given = {o.key_or_group: o for o in parsed(words)}.values()  # of a key given twice the last counts
+        given = {
+            o.key_or_group: o for o in parse_overrides(words)
+        }.values()  # of a key given twice the last counts
         fixed = [o.input_line for o in given if not o.is_sweep_override()]
         cfg = composed("sweep", fixed)
         if cfg.sweep.search is None and not cfg.sweep.halving and not cfg.sweep.report_only:
@@ -178,7 +180,7 @@ def choice_of(words: list[str]) -> Choice | None:
             raise UserError(
                 "sweep.search and sweep.halving train one trial after the other: drop hydra/launcher"
             )
-        params = parsed([f"{key}={value}" for key, value in params_of(cfg, words).items()])
+        params = parse_overrides([f"{key}={value}" for key, value in params_of(cfg, words).items()])
         swept = [o for o in (*params, *given) if o.is_sweep_override()]
         return Choice(cfg, fixed, swept)
 
@@ -192,7 +194,7 @@ def trial_of(words: list[str]) -> tuple[Config, RunDir]:
     with hydra_here():
         cfg = composed("sweep", words)
         config, folder = to_config(cfg), Path(cfg.hydra.sweep.dir)
-        check_places(config)
+        check_paths(config)
         run = RunDir(folder / cfg.hydra.sweep.subdir)
-        name_on_dashboard(config, run, folder)
+        set_wandb_names(config, run, folder)
         return config, run

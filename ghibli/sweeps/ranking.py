@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
-from ghibli.runs.identity import shown
+from ghibli.runs.settings import as_yaml
 from ghibli.runtime.console import full_width
 from ghibli.runtime.files import write_atomically, write_text
 from ghibli.sweeps.effects import effects
@@ -29,7 +29,7 @@ def table(trials: list[Trial]) -> Table:
     for name in ("", *keys, "gain over the base", *distance, "epoch", "min", "verdict"):
         rows.add_column(name, no_wrap=True)
     for place, trial in enumerate(trials, start=1):
-        settings = [shown(trial.settings.get(key)) for key in keys]
+        settings = [as_yaml(trial.settings.get(key)) for key in keys]
         gain = "-" if trial.gain is None else ("" if trial.gain.value >= 0 else "-") + trial.gain.size
         minutes = "-" if trial.minutes is None else f"{trial.minutes:.1f}"
         distance = [distance_of(trial)] if measured else []
@@ -93,7 +93,7 @@ def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
             for level in range(len(values))
         ]
         axis.plot(range(len(values)), means, color="#1f6fb4", lw=2, marker="o")
-        axis.set_xticks(range(len(values)), [shown(value) for value in values])
+        axis.set_xticks(range(len(values)), [as_yaml(value) for value in values])
         axis.set(xlabel=key, xlim=(-0.3, len(values) - 0.7))
         axis.grid(alpha=0.2)
     axes[0, 0].set_ylabel("gain over the base (%)")
@@ -114,7 +114,7 @@ def as_csv(trials: list[Trial]) -> str:
         gain = (trial.gain.value, trial.gain.standard_error) if trial.gain else ("", "")
         minutes = "" if trial.minutes is None else f"{trial.minutes:.1f}"
         epoch = trial.status.get("best_epoch", "")
-        settings = [shown(trial.settings.get(key)) for key in keys]
+        settings = [as_yaml(trial.settings.get(key)) for key in keys]
         distance = trial.distance[:2] if trial.distance else ("", "")
         name = trial.run.path.name
         writer.writerow([place, name, *settings, *gain, *distance, epoch, minutes, trial.verdict])
@@ -129,7 +129,7 @@ def effects_csv(trials: list[Trial]) -> str:
     for effect in effects(trials):
         gain = effect.difference
         points = [f"{100 * x:.4f}" for x in (gain.value, gain.standard_error, gain.low, gain.high)]
-        writer.writerow([effect.key, shown(effect.low), shown(effect.high), effect.pairs, *points])
+        writer.writerow([effect.key, as_yaml(effect.low), as_yaml(effect.high), effect.pairs, *points])
     return text.getvalue()
 
 

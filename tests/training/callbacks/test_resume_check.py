@@ -304,10 +304,10 @@ def test_no_epoch_more_after_an_early_stop(
 def test_what_cannot_change_on_the_way(run: RunDir, command: Callable[..., str]) -> None:
     words = ("lora.rank=8", "optimizer.lr=1e-3", "loss.guidance=1")
     line = command(f"resume={run.path}", *words)
-    assert f"resume={run.path}: lora.rank is 4 in this run, 8 asked for; optimizer.lr is 0.0005 in" in line
+    assert f"resume={run.path}: lora.rank is 4 in this run, 8 requested; optimizer.lr is 0.0005 in" in line
     assert "loss.guidance" not in line
     assert "start a new run for other settings" in line
-    assert "trainer.max_epochs is 2 in this run, 1 asked for" in command(
+    assert "trainer.max_epochs is 2 in this run, 1 requested" in command(
         f"resume={run.path}", "trainer.max_epochs=1"
     )
 
