@@ -77,7 +77,8 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
         "features": options.features, "reference_images": len(reference_images),
         "samples": options.samples, "scan_samples": options.scan_samples,
         "num_inference_steps": config.sample.num_inference_steps, "training_guidance": config.loss.guidance,
-        "weights": run.weights, "cache_dir": config.cache_dir, "reference_file": sample_cache.files[REFERENCE],
+        "weights": run.weights, "cache_dir": config.cache_dir,
+        "reference_file": sample_cache.files[REFERENCE],
         "floor_images": len(real.floor["features"]), "real": numbers(real.floor, real.reference),
         "models": {name: table_of(name, cells[name], of_cells, real) for name in bases},
         "scan": {

@@ -1,8 +1,7 @@
 """GhibliModule: wires base, adapter and loss for Lightning. No maths of its own."""
 
-import hashlib
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,23 +12,15 @@ from ghibli.config.schema import Config
 from ghibli.diffusion.losses import denoising_losses, min_snr_weights
 from ghibli.diffusion.process import add_noise, guided_noise, linear_betas, predict_branches, velocity
 from ghibli.diffusion.samplers import make_scheduler
-from ghibli.evaluation.gain import Diverged, Probe, expected_losses, significant_best
 from ghibli.models.base import BaseModel, weights_hash
 from ghibli.models.performance import PromptEmbeds, arrange, compiled, is_frozen, prompts_fit, shrink_frozen
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.resources import device_name
 from ghibli.runtime.seeding import Stream, seed_global_rng
-from ghibli.training.base_scores import cached_scores
 from ghibli.training.optimizers import lr_factor, make_optimizer, use_average
+from ghibli.training.probe import PairedProbe
 
-
-class Examples(NamedTuple):
-    """One forward pass of training: which images, at which timesteps, with which losses (B,)."""
-
-    names: list[str]
-    timesteps: torch.Tensor
-    losses: torch.Tensor
+LossListener = Callable[[dict[str, Any], torch.Tensor], None]  # (batch, losses (B,)) of a forward pass
 
 
 class GhibliModule(L.LightningModule):
@@ -64,9 +55,8 @@ class GhibliModule(L.LightningModule):
         arrange(base, config.compute)
         self._predict_compiled = compiled(self.predict, config.compute)
         self.known_prompts: PromptEmbeds | None = None  # where the text encoder is not trained
-        self.history: list[Probe] = []  # of the untouched model, then after every epoch
-        self.seen: list[Examples] = []  # since the last optimiser step
-        self._scores: list[torch.Tensor] = []
+        self.probe = PairedProbe(config, self.base_hash)
+        self.loss_listeners: list[LossListener] = []
 
     @property
     def num_train_timesteps(self) -> int:
@@ -131,13 +121,14 @@ class GhibliModule(L.LightningModule):
         """The batch's mean loss, and what the base is expected to score at its timesteps."""
         seed_global_rng(Stream.DROPOUT, self.config.seed, batch["example"][0])
         losses = self.losses(batch)
-        self.seen.append(Examples(batch["name"], batch["timesteps"], losses.detach()))
+        for listen in self.loss_listeners:
+            listen(batch, losses.detach())
         weighted, gamma = losses, self.config.loss.snr_gamma
         if gamma is not None:
             weighted = losses * min_snr_weights(
                 batch["timesteps"], self.alphas_cumprod, gamma, self.base.prediction_type
             )
-        expected = self.expected[batch["timesteps"]].mean()
+        expected = self.probe.expected[batch["timesteps"]].mean()
         return {"loss": weighted.mean(), "plain": losses.detach().mean(), "expected": expected}
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -147,58 +138,26 @@ class GhibliModule(L.LightningModule):
         """What is validated is kept as the epoch's result, until the next batch."""
         if self.trainer.state.fn == "fit":
             use_average(self.optimizers(use_pl_optimizer=False), wanted=True)
-        self._scores = []
+        self.probe.begin_epoch()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._scores.append(self.scores(batch, self.config.loss.guidance, self.base_alphas_cumprod))
+        self.probe.add(self.scores(batch, self.config.loss.guidance, self.base_alphas_cumprod))
 
     def on_validation_epoch_end(self) -> None:
-        """Adds a Probe to the history and logs what stops early and chooses the best epoch."""
-        probe = self.probe(self.gather(torch.stack(self._scores)).cpu())
-        if probe.broken:
-            raise Diverged(self.named(probe.broken), len(self.history), self.config.optimizer.lr)
-        self.history.append(probe)
-        self.log("probe/val_gain", probe.val_gain.value, logger=False)
-        self.log("probe/significant_best", significant_best(self.history).value, logger=False)
-
-    def named(self, images: list[int]) -> list[tuple[str, list[int]]]:
-        """(file name, timesteps) of images of the probe."""
-        data = self.trainer.datamodule
-        return [(data.probe_images[i].path.name, data.probe_batches[i]["timesteps"].tolist()) for i in images]
-
-    def gather(self, scores: torch.Tensor) -> torch.Tensor:
-        """(P + Q, 2, K) of the whole probe from this device's share of it; see data.share_of_probe."""
-        if self.trainer.world_size == 1:
-            return scores
-        shares = self.all_gather(scores)  # (devices, images each, 2, K)
-        return shares.transpose(0, 1).flatten(0, 1)[: len(self.trainer.datamodule.probe_batches)]
+        """Log what stops early and chooses the best epoch."""
+        for name, value in self.probe.end_epoch(self).items():
+            self.log(name, value, logger=False)
 
     @torch.no_grad()
     def setup(self, stage: str) -> None:
-        """Scores the still untouched base, or reads that from the cache: the reference of all gains.
-
-        Lightning calls this before it restores a checkpoint, so a resumed run scores the same.
+        """Score the still untouched base. Lightning calls this before it restores a checkpoint, so a
+        resumed run scores the same.
         """
         shrink_frozen(self.base, str(self.trainer.precision))
         self.to(self.trainer.strategy.root_device)
         self.eval()
         self.remember_prompts()
-        guidance, own = self.config.loss.guidance, self.base_alphas_cumprod
-        self.base_losses = self.score_base(1, own)[:, 0]
-        start_scores = self.score_base(guidance, own)
-        on_training_schedule = self.score_base(guidance, self.alphas_cumprod)[:, 0]
-        timesteps = torch.cat([batch["timesteps"] for batch in self.trainer.datamodule.probe_batches])
-        expected = expected_losses(timesteps, on_training_schedule.flatten(), self.num_train_timesteps)
-        self.expected = expected.to(self.device)
-        start = self.probe(start_scores)
-        if start.broken:
-            name, _ = self.named(start.broken)[0]
-            raise UserError(
-                f"the untouched base itself has a loss that is not finite, on {name} for one: use "
-                "trainer.precision=32-true, and look at the base's weights (ghibli check)"
-            )
-        if stage == "fit":
-            self.history = [start]
+        self.probe.score_untouched(self, stage)
 
     def remember_prompts(self) -> None:
         """Encodes all captions once where the text encoder stays as it is."""
@@ -209,41 +168,6 @@ class GhibliModule(L.LightningModule):
                 self.trainer.precision_plugin.forward_context(),
             ):
                 self.known_prompts = PromptEmbeds(self.base, input_ids.to(self.device), on_progress)
-
-    def score_base(self, guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-        """The base's scores on the whole probe, (P + Q, 2, K), from the cache where they are known.
-
-        With several devices the first one scores and tells the others.
-        """
-        data, trainer = self.trainer.datamodule, self.trainer
-        if not trainer.is_global_zero:
-            return trainer.strategy.broadcast(None)
-        settings = {
-            "version": 1,  # to be raised when the probe's items or the scoring change
-            "base": self.base_hash, "guidance": float(guidance), "resolution": self.config.model.resolution,
-            "resize": self.config.data.resize, "items": self.config.validation.items_per_image,
-            "schedule": hashlib.sha256(alphas_cumprod.cpu().numpy().tobytes()).hexdigest()[:16],
-            "precision": str(trainer.precision), "device": device_name(self.device),
-            "torch": torch.__version__,
-        }  # fmt: skip
-        folder = Path(self.config.cache_dir) / "base_scores"
-        with counted("scoring the base") as on_progress, trainer.precision_plugin.forward_context():
-
-            def score(index: int) -> torch.Tensor:
-                batch = self.transfer_batch_to_device(data.probe_batches[index], self.device, 0)
-                scores = self.scores(batch, guidance, alphas_cumprod)
-                on_progress(index + 1, len(data.probe_batches))
-                return scores
-
-            return trainer.strategy.broadcast(cached_scores(folder, settings, data.probe_images, score))
-
-    def probe(self, scores: torch.Tensor) -> Probe:
-        """Scores of the whole probe, (P + Q, 2, K), beside the base's."""
-        held_out = len(self.trainer.datamodule.val_images)
-        return Probe(
-            val=scores[:held_out, 0], val_g1=scores[:held_out, 1], train=scores[held_out:, 0],
-            base_val=self.base_losses[:held_out], base_train=self.base_losses[held_out:],
-        )  # fmt: skip
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser of the trainable weights; the learning rate is a pure function of the step."""
@@ -266,7 +190,7 @@ class GhibliModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trainable weights only, and the probe's history."""
         checkpoint["state_dict"] = {name: value.detach() for name, value in self.trainable.items()}
-        checkpoint["probe"] = [vars(probe) for probe in self.history]
+        checkpoint["probe"] = self.probe.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of other trainable weights: loading it would change nothing."""
@@ -277,7 +201,7 @@ class GhibliModule(L.LightningModule):
                 f"the checkpoint does not fit this run: {len(different)} weights differ, "
                 f"the first is {different[0]}"
             )
-        self.history = [Probe(**stored) for stored in checkpoint["probe"]]
+        self.probe.restore(checkpoint["probe"])
 
 
 def training_schedule(config: Config, own: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ def test_a_refused_trial_is_not_ranked(
     folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its result is of other code. With report_only, which asks for nothing, it is what is there."""
-    monkeypatch.setattr(train, "lead", lambda *_: 0.0)
+    monkeypatch.setattr(train, "train", lambda *_: 0.0)
     copy = tmp_path / "study"
     shutil.copytree(folder, copy)
     first, second = trials.read_trials(copy)[:2]
@@ -326,7 +326,7 @@ def test_the_same_study_again_trains_only_what_failed(
     folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
-    monkeypatch.setattr(train, "lead", lambda config, run, resumes: started.append(run.path.name) or 0.0)
+    monkeypatch.setattr(train, "train", lambda config, run, resumes: started.append(run.path.name) or 0.0)
     before = rows_of(folder)
     python_sweep(*words)
     assert len(started) == 2 and all("500" in name for name in started)

@@ -127,10 +127,10 @@ def test_a_diverged_run_says_so(train_py: Callable, tmp_path: Path) -> None:
 
 def test_early_stopping_watches_the_probe(make_config: Callable, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    callbacks = make_callbacks(make_config(), run, CleanStop(run))
+    callbacks = make_callbacks(make_config(), run, CleanStop(run)).ordered
     (stopping,) = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
     assert (stopping.monitor, stopping.mode, stopping.patience) == ("probe/significant_best", "max", 3)
-    none = make_callbacks(make_config("early_stopping.patience=null"), run, CleanStop(run))
+    none = make_callbacks(make_config("early_stopping.patience=null"), run, CleanStop(run)).ordered
     assert not [callback for callback in none if isinstance(callback, EarlyStopping)]
 
 

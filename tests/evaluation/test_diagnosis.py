@@ -170,7 +170,7 @@ def test_scores_that_are_no_numbers_end_the_run_and_name_the_image(
 
     def broken(module: GhibliModule, batch: dict, guidance: float, schedule: torch.Tensor) -> torch.Tensor:
         found = scores(module, batch, guidance, schedule)
-        if module.history and module.trainer.state.fn == "fit" and module.trainer.global_step > 0:
+        if module.probe.history and module.trainer.state.fn == "fit" and module.trainer.global_step > 0:
             found[0, 1] = torch.inf
         return found
 

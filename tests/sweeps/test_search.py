@@ -196,7 +196,7 @@ def test_halving_trains_the_best_third_on_and_is_exact(words: list[str], tmp_pat
     assert (folder / best / adapter).read_bytes() == (alone.run.path / adapter).read_bytes()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "lead", lambda *_: pytest.fail("it trains"))
+        patch.setattr(train, "train", lambda *_: pytest.fail("it trains"))
         python_sweep(*line)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.evaluation.gain import Gain, Probe
 from ghibli.runs.folder import RunDir
@@ -52,7 +51,7 @@ class Records(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         if not self.probe_rows:
-            self.add_probe(trainer, pl_module.history)
+            self.add_probe(trainer, pl_module.probe.history)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,7 +78,7 @@ class Records(Callback):
         self.examples, self.since = 0, time.monotonic()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        self.add_probe(trainer, pl_module.history)
+        self.add_probe(trainer, pl_module.probe.history)
         self.flush(trainer)
         self.epoch = Sums()
 
@@ -98,11 +97,9 @@ class Records(Callback):
         row = {"step": trainer.global_step, "epoch": len(history) - 1}
         self.probe_rows.append(row | values)
         log(trainer, row | {key: value for key, value in values.items() if value != ""})
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
-                wandb_logger.log_gain_by_timestep(logger, bars, trainer.global_step)
-                wandb_logger.log_gain_curve(logger, self.probe_rows, trainer.global_step)
+        bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
+        wandb_logger.log_gain_by_timestep(trainer.loggers, bars, trainer.global_step)
+        wandb_logger.log_gain_curve(trainer.loggers, self.probe_rows, trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
         self.flush(trainer)

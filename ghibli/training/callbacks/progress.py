@@ -12,7 +12,7 @@ from ghibli.training.callbacks.metrics import Records
 from ghibli.training.module import GhibliModule
 
 
-class Narrator(Callback):
+class ProgressLine(Callback):
     """The terminal: one bar over the whole run with loss and time left, one line an epoch."""
 
     def __init__(self, records: Records):
@@ -31,7 +31,7 @@ class Narrator(Callback):
         guidance = pl_module.config.loss.guidance
         if guidance == 1:
             return
-        start = pl_module.history[0]
+        start = pl_module.probe.history[0]
         console.print(
             f"start    at guidance {guidance:g} the untouched base scores {start.val.mean():.2f}, at 1 "
             f"{start.base_val.mean():.2f}: guided, it is no predictor of the noise, so the gain starts at "
@@ -47,11 +47,11 @@ class Narrator(Callback):
         self.bar.update(self.task, completed=trainer.global_step, note=note)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        if not trainer.is_global_zero or len(pl_module.history) < 2:
+        if not trainer.is_global_zero or len(pl_module.probe.history) < 2:
             return
-        probe = pl_module.history[-1]
+        probe = pl_module.probe.history[-1]
         train = f"(train {100 * probe.train_gain.value:.1f} %)"
-        console.print(f"epoch {len(pl_module.history) - 1}  {probe.val_gain} {train}")
+        console.print(f"epoch {len(pl_module.probe.history) - 1}  {probe.val_gain} {train}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         self.bar.refresh()
@@ -72,7 +72,7 @@ class StatusWriter(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
         if trainer.is_global_zero:
-            gain = pl_module.history[-1].val_gain if len(pl_module.history) > 1 else None
+            gain = pl_module.probe.history[-1].val_gain if len(pl_module.probe.history) > 1 else None
             self.run.update_status(
                 step=trainer.global_step, epoch=trainer.current_epoch, updated=now(),
                 gain=gain.value if gain else None, gain_se=gain.standard_error if gain else None,

@@ -6,7 +6,6 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.config.schema import Config, describe
 from ghibli.diffusion.samplers import cells_of, draw_cells
@@ -60,9 +59,7 @@ class SampleGrid(Callback):
         grid = compose_grid(rows, self.config.sample.prompts, columns, self.title())
         path = self.run.samples / f"{name}.png"
         write_atomically(path, lambda file: grid.save(file, format="PNG"))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                wandb_logger.log_grid(logger, grid, label, trainer.global_step)
+        wandb_logger.log_grid(trainer.loggers, grid, label, trainer.global_step)
         return path
 
     def draw(self, trainer: L.Trainer, pl_module: GhibliModule, label: str) -> torch.Tensor:
