@@ -1,4 +1,4 @@
-"""GhibliModule: wires base, adapter and loss for Lightning. No maths of its own."""
+"""GhibliModule: wires base, adapter, loss and probe for Lightning; the formulas are in ghibli.diffusion."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ class GhibliModule(L.LightningModule):
         self.register_buffer("base_alphas_cumprod", own, persistent=False)
         self.register_buffer("alphas_cumprod", training_schedule(config, own), persistent=False)
         self.register_buffer("empty_ids", base.tokenize([""]), persistent=False)
-        self.start: Adapter | None = None  # what lora.init names
+        self.start: Adapter | None = None  # lora.init
         if config.finetune == "lora":
             options = vars(config.lora)
             if config.lora.init is not None:
@@ -54,7 +54,7 @@ class GhibliModule(L.LightningModule):
         self.trainable = lora.trainable(base)
         arrange(base, config.compute)
         self._predict_compiled = compiled(self.predict, config.compute)
-        self.known_prompts: PromptEmbeds | None = None  # where the text encoder is not trained
+        self.known_prompts: PromptEmbeds | None = None  # when the text encoder is not trained
         self.probe = PairedProbe(config, self.base_hash)
         self.loss_listeners: list[LossListener] = []
 
@@ -63,13 +63,13 @@ class GhibliModule(L.LightningModule):
         return len(self.alphas_cumprod)
 
     def predict(self, noisy_latents: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        """The UNet's output (B, C, H, W) at timesteps and prompt_embeds."""
+        """Return the UNet's output (B, C, H, W) for timesteps (B,) and prompt_embeds (B, L, D)."""
         return self.unet(noisy_latents, *inputs, return_dict=False)[0]
 
     def branches(
         self, batch: dict[str, Any], guidance_scale: float, alphas_cumprod: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """(uncond or None at guidance 1, cond, target), each (B, C, H, W)."""
+        """Return (uncond or None at guidance 1, cond, target), each (B, C, H, W)."""
         latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
         noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
         prompt_embeds, negative_prompt_embeds = self.embed(batch["input_ids"], guidance_scale)
@@ -82,13 +82,13 @@ class GhibliModule(L.LightningModule):
         return uncond, cond, velocity(latents, noise, timesteps, alphas_cumprod)
 
     def losses(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The training loss of each example before any weighting, (B,) float32."""
+        """Return the training loss of each example before any weighting, (B,) float32."""
         guidance = self.config.loss.guidance
         uncond, cond, target = self.branches(batch, guidance, self.alphas_cumprod)
         return denoising_losses(cond if uncond is None else guided_noise(uncond, cond, guidance), target)
 
     def scores(self, batch: dict[str, Any], guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-        """Losses of a probe batch, (2, K): at this guidance, and of the conditional branch alone."""
+        """Return the losses of a probe batch, (2, K): at this guidance, and of the conditional branch."""
         uncond, cond, target = self.branches(batch, guidance, alphas_cumprod)
         alone = denoising_losses(cond, target)
         if uncond is None:
@@ -98,7 +98,7 @@ class GhibliModule(L.LightningModule):
     def embed(
         self, input_ids: torch.Tensor, guidance_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(prompt_embeds, negative_prompt_embeds), each (B, L, D); the second only with guidance."""
+        """Return (prompt_embeds, negative_prompt_embeds), each (B, L, D); the second None at guidance 1."""
         encode = self.known_prompts or self.base.encode_prompts
         if guidance_scale == 1:
             return encode(input_ids), None
@@ -106,7 +106,7 @@ class GhibliModule(L.LightningModule):
         return embeds[1:], embeds[:1].expand(len(input_ids), -1, -1)
 
     def on_train_start(self) -> None:
-        """Fills in lora.init, after the base has been scored and drawn; switches the adapters' dropout on.
+        """Load lora.init, now that the base is scored and sampled, and switch on the adapters' dropout.
 
         Nothing in the base itself depends on the mode.
         """
@@ -115,10 +115,10 @@ class GhibliModule(L.LightningModule):
         self.unet.train()
         self.text_encoder.train()
         if self.known_prompts is not None:
-            self.text_encoder.cpu()  # room for training; sampling fetches it
+            self.text_encoder.cpu()  # frees memory for training; sampling fetches it
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
-        """The batch's mean loss, and what the base is expected to score at its timesteps."""
+        """Return the batch's mean loss, and what the base is expected to score at its timesteps."""
         seed_global_rng(Stream.DROPOUT, self.config.seed, batch["example"][0])
         losses = self.losses(batch)
         for listen in self.loss_listeners:
@@ -135,7 +135,7 @@ class GhibliModule(L.LightningModule):
         use_average(self.optimizers(use_pl_optimizer=False), wanted=False)
 
     def on_validation_epoch_start(self) -> None:
-        """What is validated is kept as the epoch's result, until the next batch."""
+        """Validate the averaged weights of a schedule-free optimiser, and keep them until the next batch."""
         if self.trainer.state.fn == "fit":
             use_average(self.optimizers(use_pl_optimizer=False), wanted=True)
         self.probe.begin_epoch()
@@ -160,7 +160,7 @@ class GhibliModule(L.LightningModule):
         self.probe.score_untouched(self, stage)
 
     def remember_prompts(self) -> None:
-        """Encodes all captions once where the text encoder stays as it is."""
+        """Encode all captions once, if the text encoder is not trained."""
         input_ids = self.trainer.datamodule.all_input_ids
         if is_frozen(self.text_encoder) and prompts_fit(self.base, input_ids):
             with (
@@ -170,7 +170,7 @@ class GhibliModule(L.LightningModule):
                 self.known_prompts = PromptEmbeds(self.base, input_ids.to(self.device), on_progress)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The optimiser of the trainable weights; the learning rate is a pure function of the step."""
+        """Return optimiser and schedule; the learning rate is a pure function of the step."""
         options = self.config.optimizer
         optimizer = make_optimizer(options, self.trainable, on_gpu=self.device.type == "cuda")
         trainer = self.trainer
@@ -188,12 +188,16 @@ class GhibliModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trainable weights only, and the probe's history."""
+        """Store the trainable weights only, and the probe's history."""
         checkpoint["state_dict"] = {name: value.detach() for name, value in self.trainable.items()}
         checkpoint["probe"] = self.probe.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other trainable weights: loading it would change nothing."""
+        """Restore the probe's history.
+
+        Raises:
+            UserError: the checkpoint has other trainable weights, so loading it would change nothing.
+        """
         stored, wanted = set(checkpoint["state_dict"]), set(self.trainable)
         if stored != wanted:
             different = sorted(stored ^ wanted)
@@ -205,7 +209,7 @@ class GhibliModule(L.LightningModule):
 
 
 def training_schedule(config: Config, own: torch.Tensor) -> torch.Tensor:
-    """alphas_cumprod (T,) of training: the base's own, or the slides' linear betas on purpose."""
+    """Return alphas_cumprod (T,) of training: the base's own, or the reference study's linear betas."""
     if config.loss.noise_schedule == "base":
         return own
     return torch.cumprod(1 - linear_betas(len(own)), dim=0)

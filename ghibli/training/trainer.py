@@ -1,4 +1,4 @@
-"""Builds the Lightning Trainer of a run: precision, callbacks, checkpoints."""
+"""The Lightning Trainer of a run: precision, callbacks, checkpoints."""
 
 import logging
 import warnings
@@ -24,7 +24,7 @@ from ghibli.training.callbacks.progress import ProgressLine, StatusWriter
 from ghibli.training.callbacks.resume_check import ResumeCheck
 from ghibli.training.callbacks.samples import SampleGrid
 
-WATCHED = {  # early_stopping.watch -> what is logged, and which way is better
+WATCHED = {  # early_stopping.watch -> (logged metric, mode)
     "probe": ("probe/significant_best", "max"),
     "train_loss": ("train/epoch_loss", "min"),
 }
@@ -100,10 +100,10 @@ def checkpoints(config: Config, run: RunDir) -> list[Callback]:
 
 
 def choose_precision(wanted: str, accelerator: str) -> str:
-    """Lightning's precision for `auto`: the fastest that is safe on this device; auto-16: fp16 on a GPU.
+    """Return Lightning's precision; `auto` is the fastest safe one on this device, `auto-16` fp16 on a GPU.
 
     Raises:
-        UserError: 16-mixed on a CPU, which would silently be bf16.
+        UserError: 16-mixed on a CPU, which Lightning would silently turn into bf16.
     """
     has_gpu = torch.cuda.is_available() and accelerator not in ("cpu",)
     if wanted == "16-mixed" and not has_gpu:
@@ -118,7 +118,7 @@ def choose_precision(wanted: str, accelerator: str) -> str:
 
 
 def hush() -> None:
-    """Silences what Lightning says about choices that are made on purpose here."""
+    """Silence what Lightning says about choices made on purpose here; none of it is about lost input."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (

@@ -1,4 +1,4 @@
-"""The W&B logger: online when logged in, else offline, never asking and never waiting long."""
+"""The W&B logger: online when logged in, else offline; it never prompts and never waits long."""
 
 import logging
 import os
@@ -16,13 +16,13 @@ from ghibli.runs.folder import RunDir
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 
-START_SECONDS = 10  # an unreachable server is given up after this
+START_SECONDS = 10  # then an unreachable server is given up
 
 
 def make_logger(config: Config, run: RunDir, name: str) -> WandbLogger | None:
-    """A started logger for this run, or None with wandb.mode=disabled.
+    """Start a logger for this run; return None with wandb.mode=disabled.
 
-    A resumed run goes on under the W&B id in its status.json.
+    A resumed run continues under the W&B id in its status.json.
 
     Raises:
         UserError: wandb.mode=online without a login or without an answer.
@@ -51,7 +51,7 @@ def attach(trainer: L.Trainer, config: Config, run: RunDir) -> WandbLogger | Non
 
 
 def logged_in() -> bool:
-    """True when an API key is in the environment or was stored by `wandb login`."""
+    """Return whether an API key is in the environment or was stored by `wandb login`."""
     import wandb
 
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
@@ -59,12 +59,12 @@ def logged_in() -> bool:
     logging.getLogger("wandb").setLevel(logging.ERROR)
     try:
         return bool(wandb.login(prompt=False, verify=False))
-    except Exception:  # a malformed key is as good as none
+    except Exception:  # a malformed key counts as none
         return False
 
 
 def start(config: Config, run: RunDir, name: str, mode: str) -> WandbLogger:
-    """Starts a W&B run in the run folder. Nothing of the console or the environment is recorded."""
+    """Start a W&B run in the run folder, recording nothing of the console or the environment."""
     import wandb
 
     logging.getLogger("wandb").setLevel(logging.ERROR)
@@ -89,7 +89,7 @@ def start(config: Config, run: RunDir, name: str, mode: str) -> WandbLogger:
 
 
 def how_to_look(run: RunDir, logger: WandbLogger) -> str:
-    """Where a run's curves and images are: a page, or the commands for an offline run."""
+    """Return where to see a run's curves and images: a URL, or the commands for an offline run."""
     if not logger.experiment.offline:
         return f"W&B      {logger.experiment.url}"
     folder = os.path.relpath(run.path / "wandb" / "latest-run")
@@ -131,7 +131,7 @@ def log_gain_curve(loggers: Iterable[Logger], rows: list[dict[str, float]], step
 
 
 def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
-    """Adds the table, the scan and the images of `ghibli evaluate` to the run's own W&B run."""
+    """Add the table, the scan and the images of `ghibli evaluate` to the run's own W&B run."""
     import wandb
 
     logger = logger_afterwards(config, run)
@@ -164,7 +164,7 @@ def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
 
 
 def logger_afterwards(config: Config, run: RunDir) -> WandbLogger | None:
-    """The logger of a run that is over: what it was online for must not get lost, so else offline."""
+    """Start the logger of a finished run; where it cannot go online, offline, so that nothing is lost."""
     name = str(run.read_status().get("settings", run.path.name))
     try:
         return make_logger(config, run, name)
@@ -184,7 +184,7 @@ def first_words(error: Exception) -> str:
 
 
 def close() -> None:
-    """Ends the process's W&B run, so that the next trial of a sweep gets its own."""
+    """End the process's W&B run, so that the next trial of a sweep gets its own."""
     import wandb
 
     wandb.finish()

@@ -13,7 +13,7 @@ from ghibli.training.module import GhibliModule
 
 
 class ProgressLine(Callback):
-    """The terminal: one bar over the whole run with loss and time left, one line an epoch."""
+    """Show one bar over the whole run, with loss and time left, and print one line per epoch."""
 
     def __init__(self, records: Records):
         self.records, self.bar = records, None
@@ -27,7 +27,7 @@ class ProgressLine(Callback):
         self.task = self.bar.add_task("training", total=total, completed=trainer.global_step, note="")
 
     def say_start(self, pl_module: GhibliModule) -> None:
-        """Where a guided training starts; at guidance 1 that is the base itself, and zero."""
+        """Say where a guided training starts; at guidance 1 that is the base itself, with a gain of 0."""
         guidance = pl_module.config.loss.guidance
         if guidance == 1:
             return
@@ -65,7 +65,7 @@ class ProgressLine(Callback):
 
 
 class StatusWriter(Callback):
-    """Keeps status.json up to date while training."""
+    """Keep status.json up to date while training."""
 
     def __init__(self, run: RunDir):
         self.run = run
