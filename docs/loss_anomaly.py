@@ -356,7 +356,7 @@ def losses_of(
 
 @torch.no_grad()
 def error(redraws: int = 100, images: int = 30) -> None:
-    """Check the standard error: redraw images and items, compare the gain's spread with its reported error."""
+    """Check the standard error: redraw images and items; compare spread and reported error."""
     run = run_of("slides-10")
     ours, base = model_of(run), model_of(run, Path("base"))
     gains = []
