@@ -224,3 +224,16 @@ def test_seed_noise_is_the_pooled_deviation(tmp_path: Path) -> None:
     assert (noise.freedom, noise.settings) == (2, 2)
     assert noise.band == pytest.approx(4.3027 * 2**0.5 * noise.deviation, rel=1e-4)  # t table, 2 degrees
     assert seed_noise(trials[::2]) is None
+
+
+def test_a_running_trial_is_reopened_with_its_values() -> None:
+    """Through FrozenTrial._trial_id, which is private; as of Optuna 5.0."""
+    optuna = pytest.importorskip("optuna")
+    table = optuna.create_study()
+    trial = table.ask()
+    value = trial.suggest_float("x", 0, 1)
+    (running,) = table.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+    again = search.reopen_trial(table, running)
+    assert (again.number, again.suggest_float("x", 0, 1)) == (trial.number, value)
+    table.tell(again.number, 1.0)
+    assert [one.state.name for one in table.trials] == ["COMPLETE"]
