@@ -25,7 +25,7 @@ from ghibli.demo.scenes import canvas
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.evaluation.distances import kernel_distance
-from ghibli.evaluation.features import in_batches, standardised, style_features
+from ghibli.evaluation.features import extract_in_batches, standardised, style_features
 from ghibli.evaluation.gain import paired_gain
 from ghibli.images.grid import to_image
 from ghibli.models.base import place_of
@@ -286,11 +286,11 @@ def guidance(count: int = 64) -> None:
     """Measure the kernel distance to drawn images over the sampling scale, for four trainings."""
     vae, first = load("demo").vae, EVALUATION_SEEDS.start
     drawn = torch.stack([scene(first + 1000 + i) for i in range(300)])
-    own = in_batches(lambda x: style_features(vae, x), drawn)
+    own = extract_in_batches(lambda x: style_features(vae, x), drawn)
     reference = standardised(own, own)
 
     def distance(images: torch.Tensor) -> list[float]:
-        rows = standardised(in_batches(lambda x: style_features(vae, x), images), own)
+        rows = standardised(extract_in_batches(lambda x: style_features(vae, x), images), own)
         found = kernel_distance(rows, reference)
         return [round(found.value, 3), round(found.standard_error, 3)]
 
