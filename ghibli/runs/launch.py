@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra import main as hydra_main
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -46,6 +47,13 @@ def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -
             decorate(guarded)()
 
     one_line_errors(run)
+
+
+class CheckRun(Callback):
+    """Check a single run before Hydra makes its folder, so that an error leaves nothing behind."""
+
+    def on_run_start(self, config: Any, **_: Any) -> None:
+        one_line_errors(lambda: check_job(config))
 
 
 def check_job(cfg: Any) -> None:

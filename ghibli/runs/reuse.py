@@ -112,6 +112,12 @@ def delete_results(run: RunDir) -> None:
 def warn_of_changes(run: RunDir) -> None:
     """Print a warning for each change since the run's start that may change how it ends on resume."""
     status = run.read_status()
+    if not status:
+        console.print(
+            "status.json is damaged or missing: earlier starts are forgotten, and W&B gets a new run",
+            style="yellow",
+        )
+        return
     version = status.get("config_version", 0)
     if version != CONFIG_VERSION:
         console.print(

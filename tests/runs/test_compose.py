@@ -335,7 +335,7 @@ MISTAKES = {
     "resume=old ~trainer.devices": "a resumed run keeps its own settings: drop ~trainer.devices",
     "resume=old hydra.run.dir=new": "a resumed run continues in its own folder: drop hydra.run.dir=new",
     "resume=moved model=demo": "data.root=gone: no such folder",
-    "-m resume=old": "resume goes on with one run at a time: drop -m",
+    "-m resume=old": "resume continues one run at a time: drop -m",
 }  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def test_edited_captions_are_refused(
     run.status.write_text("damaged")  # the checkpoint knows, too
     with pytest.raises(UserError, match="the image set is not the same as when the checkpoint was written"):
         train.run(moved, run, resumes=True)
-    assert "status.json is damaged or gone: earlier starts are forgotten" in capsys.readouterr().out
+    assert "status.json is damaged or missing: earlier starts are forgotten" in capsys.readouterr().out
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
@@ -193,7 +193,9 @@ def test_a_checkpoint_from_before_the_check_goes_on_and_says_so(
     run.status.write_text(json.dumps(status))
     train.run(config, run, resumes=True)
     said = capsys.readouterr().out
-    assert "this checkpoint is from before weights and scores were noted: going on unchecked" in said
+    assert (
+        "this checkpoint was written before hashes and scores were stored in it: resuming unchecked" in said
+    )
     assert "this run has settings of version 0, this code of version 1" in said
     assert run.state == "finished"
 
