@@ -1,4 +1,4 @@
-"""`ghibli compare`: what differs between two runs, and what must follow from it."""
+"""`ghibli compare`: what differs between two runs, and what that says about their results."""
 
 import sys
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def make_run(folder: Path, speed: int = 1, loss: float = 0.4, rank: int = 4, **s
 def compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> Callable[..., tuple[int, str]]:
-    """Exit code and what `ghibli compare a b` printed, b being made with these changes."""
+    """Run `ghibli compare a b` with these changes in b: (exit code, what it printed)."""
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a")
 
@@ -66,7 +66,7 @@ def compared(
         ({"gain": 0.5}, ["gain 25.0 % +- 1.0 % 50.0 % +- 1.0 %"]),
     ],
 )
-def test_what_differs_and_what_follows(compared: Callable, changes: dict, words: list[str]) -> None:
+def test_differences_and_conclusion(compared: Callable, changes: dict, words: list[str]) -> None:
     code, said = compared(**changes)
     assert code == 0
     for word in words:
@@ -91,7 +91,7 @@ def test_a_damaged_byte_in_metrics_csv_is_a_difference(compared: Callable, tmp_p
     assert "but metrics.csv differs at step 2" in said
 
 
-def test_a_run_that_moved_on_the_way(compared: Callable, tmp_path: Path) -> None:
+def test_a_run_resumed_on_another_machine(compared: Callable, tmp_path: Path) -> None:
     make_run(tmp_path / "b")
     RunDir(tmp_path / "b").note_start(processor="another", step=5)
     _, said = compared()
