@@ -87,7 +87,11 @@ class ResumeCheck(Callback):
         is_same_place = stored["place"] == place(pl_module) and pl_module.device.type == "cpu"
         now, then = scores.mean(-1), before.mean(-1)  # (images, 2)
         bits = 16 if "16" in f"{trainer.precision} {stored['precision']}" else 32
-        if now.shape == then.shape and not is_same_place and torch.allclose(now, then, rtol=ROUNDING[bits]):
+        if (
+            scores.shape == before.shape
+            and not is_same_place
+            and torch.allclose(now, then, rtol=ROUNDING[bits])
+        ):
             return
         raise UserError(
             f"resume={self.run.path}: the checkpoint's weights now score {numbers(now)} on held-out "
