@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 
 from ghibli.adapters.trained import starting_base, trained_base
+from ghibli.config.registry import SAMPLERS, sampler_label
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import GUIDED_SCALE
 from ghibli.diffusion.samplers import Cell, cells_of, draw_cells
@@ -56,9 +57,10 @@ def models_of(trials: list[Trial]) -> list[Model]:
 
 
 def cells_in(models: list[Model]) -> list[Cell]:
-    """Every cell that one of them was drawn in; DDPM first."""
+    """Return every cell that one of them was drawn in, in the order of the samplers."""
     every = {(row["sampler"], row["guidance"]) for model in models for row in model.rows}
-    return [Cell(*cell) for cell in sorted(every, key=lambda cell: (cell[0] != "ddpm", cell[1]))]
+    order = list(dict.fromkeys([*SAMPLERS, *sorted(sampler for sampler, _ in every)]))
+    return [Cell(*cell) for cell in sorted(every, key=lambda cell: (order.index(cell[0]), cell[1]))]
 
 
 def in_cells(model: Model, cells: list[Cell]) -> list[dict[str, Any] | None]:
@@ -88,7 +90,7 @@ def cell_table(trials: list[Trial]) -> Table | None:
     table = Table(title=title_of(trials), box=None, pad_edge=False, title_justify="left")
     table.add_column("model")
     for cell in cells:
-        table.add_column(f"{cell.sampler.upper()} {cell.guidance:g}", justify="right", no_wrap=True)
+        table.add_column(cell.short_label, justify="right", no_wrap=True)
     for name, own in rows:
         table.add_row(name, *(shown(row) for row in own))
     return full_width(table)
@@ -104,7 +106,7 @@ def write_cells(folder: Path, trials: list[Trial]) -> Path | None:
     cells, rows = cell_rows(trials)
     if not rows:
         return None
-    head = ["model", *(f"{cell.sampler.upper()} {cell.guidance:g}" for cell in cells)]
+    head = ["model", *(cell.short_label for cell in cells)]
     lines = [head, ["---"] * len(head), *([name, *map(shown, own)] for name, own in rows)]
     costs = [["model", *COSTS], ["---"] * (1 + len(COSTS))]
     costs += [[name, *values] for name, values in cost_rows([trial for trial, _ in evaluated(trials)])]
@@ -172,7 +174,7 @@ def comparisons(trials: list[Trial]) -> list[str]:
 
 def label_of(row: dict[str, Any]) -> str:
     """`DDIM 7.5`."""
-    return f"{row['sampler'].upper()} {row['guidance']:g}"
+    return f"{sampler_label(row['sampler'])} {row['guidance']:g}"
 
 
 def features_in(file: Path) -> torch.Tensor | None:

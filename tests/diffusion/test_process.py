@@ -14,7 +14,7 @@ from helpers.sd15_random import SCHEDULER
 from ghibli.adapters.lora import trainable
 from ghibli.config.schema import Config
 from ghibli.diffusion import losses, process
-from ghibli.diffusion.losses import denoising_losses
+from ghibli.diffusion.losses import mse
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.training.module import GhibliModule
@@ -133,9 +133,9 @@ def test_predict_noise_with_guidance_is_one_call_with_the_unconditional_half_fir
     torch.testing.assert_close(noise_pred, uncond + guidance * (cond - uncond))
 
 
-def test_denoising_losses_are_mse_of_each_example_in_fp32() -> None:
+def test_mse_is_that_of_each_example_in_fp32() -> None:
     noise_pred, target = torch.randn(2, 3, 4, 8, 8).to(torch.bfloat16)
-    losses = denoising_losses(noise_pred, target)
+    losses = mse(noise_pred, target)
     assert losses.dtype == torch.float32
     assert losses.shape == (3,)
     for i in range(3):
