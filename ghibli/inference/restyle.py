@@ -15,7 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ghibli.config.registry import SAMPLERS
-from ghibli.data.folder import SUBFOLDERS, list_images, read_beside
+from ghibli.data.folder import list_images, read_beside
+from ghibli.data.layouts import SUBFOLDERS
 from ghibli.diffusion.samplers import make_scheduler
 from ghibli.images.read import IMAGE_ENDINGS, Unusable, read_image
 from ghibli.inference.generate import check_seed, enough_memory, write_png
