@@ -57,8 +57,8 @@ def files_in(root: Path) -> list[ListedImage]:
 
 def tables_in(root: Path, table_name: str) -> list[Path]:
     """Return the caption tables of one name: in root and in its image folder, the first one counts most."""
-    places = dict.fromkeys((root, image_folder(root)))
-    return [place / table_name for place in places if (place / table_name).is_file()]
+    folders = dict.fromkeys((root, image_folder(root)))
+    return [folder / table_name for folder in folders if (folder / table_name).is_file()]
 
 
 def rows_in(root: Path, table_name: str, read_rows: RowReader) -> list[ListedImage]:

@@ -18,7 +18,7 @@ CHECKPOINTS = 4  # last, previous, best, and the one that is being written
 CUDA_CONTEXT = 2**29  # bytes that the GPU's own libraries take
 FRAGMENTS = 1.35  # bytes of a process for each byte of live tensors: fragmentation, libraries' buffers
 MIXED = 0.53  # share of fp32's activations that mixed precision keeps for training, measured on the demo
-BESIDE = 40 * 2**20  # bytes, whatever the tensors: what Lightning and the loggers import as training starts
+BESIDE = 40 * 2**20  # bytes on top of all tensors: what Lightning and the loggers import as training starts
 
 
 class Live(TorchDispatchMode):
