@@ -4,13 +4,15 @@ from typing import Annotated
 
 import typer
 
+from ghibli.config.registry import SAMPLERS
+
 Sources = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RUN|FILE[:WEIGHT]]... [KEY=VALUE]...", help="none: the newest finished run, or the base"
     ),
 ]
-Sampler = Annotated[str, typer.Option(help="ddim or ddpm")]
+Sampler = Annotated[str, typer.Option(help=" or ".join(SAMPLERS))]
 Guidance = Annotated[float | None, typer.Option(help="1 = off; none: what suits the training", min=0)]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
 Seed = Annotated[int, typer.Option(help="image i starts from the noise of seed + i")]

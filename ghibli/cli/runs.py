@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from ghibli.cli.options import app
+from ghibli.config.registry import sampler_label
 from ghibli.runs import compare
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
@@ -68,7 +69,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
         table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
     for model, rows in result["models"].items():
         for row in rows:
-            cell = f"{row['sampler'].upper()} {row['guidance']:g}"
+            cell = f"{sampler_label(row['sampler'])} {row['guidance']:g}"
             table.add_row(model, cell, *evaluation_cells(row))
     table.add_row("real", f"floor of {result['floor_images']}", *evaluation_cells(result["real"]))
     return full_width(table)

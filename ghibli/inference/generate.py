@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ghibli.diffusion.samplers import SAMPLERS, Cell, sample
+from ghibli.config.registry import SAMPLERS, sampler_label
+from ghibli.diffusion.samplers import Cell, sample
 from ghibli.images.grid import compose_grid, to_image
 from ghibli.inference.load import LoadedModel
 from ghibli.models.base import BaseModel
@@ -29,7 +30,7 @@ class Request:
     """How to draw; image i has the start noise of seed + i, whatever else is drawn with it."""
 
     prompts: list[str]
-    sampler: str  # ddim or ddpm
+    sampler: str  # a name in SAMPLERS
     guidance: float  # 1 = off
     steps: int
     seed: int
@@ -39,8 +40,7 @@ class Request:
     scale: float = 1.0  # of all adapters
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"--sampler {self.sampler} is unknown: choose one of {', '.join(SAMPLERS)}")
+        SAMPLERS.require(self.sampler, "--sampler")
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise UserError("an empty prompt: say what to draw, --prompt TEXT")
         if not 1 <= self.steps <= 1000:
@@ -163,7 +163,7 @@ def parameters(request: Request, loaded: LoadedModel) -> str:
     negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
     width, height = request.size
     return (
-        f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {request.sampler.upper()}, "
+        f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {sampler_label(request.sampler)}, "
         f"CFG scale: {request.guidance:g}, Seed: {request.seed}, Size: {width}x{height}, "
         f"Model: {loaded.config.model.path}"
     )
@@ -187,6 +187,7 @@ def strip(loaded: LoadedModel, request: Request) -> Image.Image:
     columns = [
         draw(loaded, replace(request, scale=scale), f"drawing at adapter scale {scale:g}") for scale in STRIP
     ]
-    title = f"adapter scale, seed {request.seed}, {request.sampler.upper()} guidance {request.guidance:g}"
+    sampler = sampler_label(request.sampler)
+    title = f"adapter scale, seed {request.seed}, {sampler} guidance {request.guidance:g}"
     labels = [f"{scale:g}" for scale in STRIP]
     return compose_grid([("", torch.stack(columns, dim=1))], request.prompts, labels, title)

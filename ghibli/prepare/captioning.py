@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from ghibli.config.paths import PICKLES, convert
-from ghibli.data.folder import LAYOUTS, list_images, read_beside
+from ghibli.data.folder import list_images, read_beside
+from ghibli.data.layouts import supported_layouts
 from ghibli.images.read import Unusable, check_image, read_image
 from ghibli.models.base import place_of
 from ghibli.models.hub import hub_answers
@@ -136,7 +137,7 @@ def caption_folder(
     root = root.expanduser()
     listed = list_images(root, "folder")
     if not listed:
-        raise UserError(f"folder={root}: no images found; supported layouts: {LAYOUTS}")
+        raise UserError(f"folder={root}: no images found; supported layouts: {supported_layouts()}")
     skipped: dict[str, str] = {}
     open_ones = [(name, path) for name, path, words in listed if wants_caption(name, path, words, skipped)]
     done = Captioned({}, len(listed) - len(open_ones) - len(skipped), skipped, root / TABLE)

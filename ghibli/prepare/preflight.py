@@ -193,9 +193,9 @@ def about_run(
     if config.finetune != "none":
         attempt(found, "plan", lambda: found.extend(plan(config, data, trainer)))
     found.append(about_memory(module, data, trainer))
-    weights = sum(p.numel() for p in module.trainable.values())
+    shapes = [tuple(p.shape) for p in module.trainable.values()]
     cells = len(cells_of(config.sample, config.loss.guidance))
-    found.append(about_disk(memory.disk(config, weights, epochs, cells), folder))
+    found.append(about_disk(memory.estimate_disk(config, shapes, epochs, cells), folder))
     return found + about_cache(config, len(data.train_images) + len(data.val_images))
 
 
@@ -245,7 +245,7 @@ def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Fin
 def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer) -> Finding:
     """Is there memory for training, probe and grids?"""
     device, precision = trainer.strategy.root_device, str(trainer.precision)
-    need = memory.memory(module, len(data.train_images) + len(data.val_images), precision)
+    need = memory.estimate_memory(module, len(data.train_images) + len(data.val_images), precision)
     total = need.total + memory.on_device(module, device, precision)
     if device.type == "cpu":  # further processes have the same need, and hold what this one holds already
         further = trainer.num_devices - 1

@@ -58,7 +58,7 @@ def evaluation(parts: list[RunData]) -> dict[str, Any] | None:
     scanned = next((part for part in usable if part.evaluation["scan"].get("base")), usable[0])
     real, kinds = usable[0].evaluation["real"], [part.evaluation.get("features") for part in usable]
     return {
-        "columns": [f"{cell.sampler.upper()} {cell.guidance:g}" for cell in cells],
+        "columns": [cell.short_label for cell in cells],
         "rows": [(name, [cell_text(row, own) for row in own]) for name, own in rows],
         "real": cell_text(real, []),
         "sizes": sizes(usable),

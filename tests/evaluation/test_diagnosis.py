@@ -229,5 +229,5 @@ def test_latents_that_are_no_numbers_name_the_image(
         return torch.full((3, resolution, resolution), torch.nan)
 
     monkeypatch.setattr(latents, "preprocess", broken)
-    with pytest.raises(UserError, match=r"scene_\d+.png: the VAE makes no finite latents of it"):
+    with pytest.raises(UserError, match=r"scene_\d+.png: its latents are not finite"):
         findings(f"cache_dir={tmp_path / 'cache'}")  # another one has the codes of these images

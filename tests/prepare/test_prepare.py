@@ -84,10 +84,10 @@ def test_the_kaggle_set(tmp_path: Path, set_of_ten: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"a"\n', "line 2 is no JSON object"),
-        ("metadata.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"a"\n', "line 2 is not a JSON object"),
+        ("metadata.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("metadata.jsonl", '{"text": "x"}\n', "line 1 has no file_name: expected file_name and text"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', "line 1: its text is no text: `3`"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', "line 1: its text is not text: `3`"),
         ("metadata.csv", "file_name,words\na.png,x\n", "line 2 has no text"),
         ("metadata.csv", "name,text\na.png,x\n", "line 2 has no file_name"),
     ],

@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from ghibli.config.registry import SAMPLERS
 from ghibli.inference.app.session import AppSession
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
@@ -61,7 +62,7 @@ def settings(app_session: AppSession) -> tuple[gr.Dropdown, list[Any], gr.Checkb
     inputs = [
         gr.Textbox(prompt, label="Prompt", lines=2, max_length=4000, elem_id="prompt"),
         gr.Textbox("", label="Negative prompt", max_length=4000),
-        gr.Radio(["ddim", "ddpm"], value="ddim", label="Sampler"),
+        gr.Radio(list(SAMPLERS), value="ddim", label="Sampler"),
         gr.Slider(1, 30, value=7.5, step=0.5, label="Guidance", info="1 = off"),
         gr.Slider(1, 100, value=30, step=1, label="Steps", elem_id="steps"),
         gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed"),

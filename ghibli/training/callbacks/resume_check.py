@@ -193,5 +193,4 @@ def put_learning_rate(trainer: L.Trainer) -> tuple[float, float]:
     ]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    schedule._last_lr = rates
     return before, rates[0]
