@@ -8,7 +8,7 @@ import typer
 from ghibli.adapters.files import Adapter, is_dora, written
 from ghibli.cli.options import app
 from ghibli.runtime.console import console
-from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.errors import stop_at_once
 
 
 def described(adapter: Adapter) -> list[str]:
@@ -53,11 +53,11 @@ def export_command(
     """Writes a run's adapter for diffusers, ComfyUI and A1111, with a model card, and proves every file."""
     with stop_at_once():
         from ghibli.inference import export
-        from ghibli.runs.find import config_of, finished_run
+        from ghibli.runs.find import finished_config, finished_run
 
     found = finished_run(run)
     target = folder or found.path / "export"
-    for proof in export.export(found, config_of(found), target, merge=merge):
+    for proof in export.export(found, finished_config(found), target, merge=merge):
         console.print(f"{proof.file}: {proof.words}")
     console.print(f"card     {target / 'README.md'}")
 
@@ -93,11 +93,9 @@ def import_command(
     """Says what an adapter file is, whether it fits the base, and how to train on from it or draw with it."""
     with stop_at_once():
         from ghibli.adapters import apply, files
-        from ghibli.runs.compose import look_at
+        from ghibli.runs.compose import compose_config
 
-    config, _, mistakes = look_at(words or [])
-    if config is None:
-        raise UserError(mistakes[0])
+    config = compose_config(words or [])
     adapter = files.read_adapter(file, apply.load_base(config.model), "import")
     for line in described(adapter):
         console.print(line, markup=False)

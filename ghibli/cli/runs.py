@@ -41,14 +41,14 @@ def evaluate(
     runs = [RunDir(Path(word)) for word in folders]
     if not runs:
         raise UserError("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
-    from ghibli.config.files import changed
+    from ghibli.config.files import apply_overrides
     from ghibli.evaluation import evaluate as evaluate_module
     from ghibli.evaluation.evaluate import CHANGEABLE
-    from ghibli.runs.find import config_of
+    from ghibli.runs.find import finished_config
     from ghibli.training import wandb_logger  # torch takes seconds to load
 
     settings = [word for word in words if word not in folders]
-    configs = [changed(config_of(run), settings, CHANGEABLE) for run in runs]
+    configs = [apply_overrides(finished_config(run), settings, CHANGEABLE) for run in runs]
     for run, config in zip(runs, configs, strict=True):
         result = evaluate_module.evaluate(run, config)
         console.print(evaluation_table(run, result))

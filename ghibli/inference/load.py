@@ -11,8 +11,8 @@ from ghibli.adapters.trained import for_sampling, starting_base, trained_base
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import usual_guidance
 from ghibli.models.base import BaseModel
-from ghibli.runs.compose import look_at
-from ghibli.runs.find import config_of, finished_run
+from ghibli.runs.compose import compose_config
+from ghibli.runs.find import finished_config, finished_run
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
@@ -66,7 +66,7 @@ def load_model(sources: list[str], words: list[str]) -> LoadedModel:
     """
     named = [weighted(source) for source in sources]
     runs = [RunDir(Path(name)) for name, _ in named if RunDir(Path(name)).config.is_file()]
-    configs = [config_of(run) for run in runs]
+    configs = [finished_config(run) for run in runs]
     if runs and words:
         raise UserError(f"{words[0]}: {runs[0].path} keeps its own base and settings; leave it out")
     config = configs[0] if configs else settings(words)
@@ -99,10 +99,7 @@ def adapter_of(name: str, base: BaseModel) -> Adapter:
 
 def settings(words: list[str]) -> Config:
     """The settings of `train.py WORDS`."""
-    config, _, mistakes = look_at(words)
-    if config is None:
-        raise UserError(mistakes[0])
-    return config
+    return compose_config(words)
 
 
 def weighted(source: str) -> tuple[str, float]:

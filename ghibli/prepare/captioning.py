@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ghibli.config.paths import PICKLES, convert
+from ghibli.config.paths import PICKLES, convert_command
 from ghibli.data.folder import list_images, read_beside
 from ghibli.data.layouts import supported_layouts
 from ghibli.images.read import Unusable, check_image, read_image
@@ -108,7 +108,8 @@ def check_weights(folder: Path, path: str) -> None:
     pickled = [file for file in sorted(folder.glob("*")) if file.suffix in PICKLES]
     if pickled:
         raise UserError(
-            f"--model {path} has its weights as a pickle, which can run code hidden in it: {convert(pickled)}"
+            f"--model {path} has its weights as a pickle, which can run code hidden in it: "
+            f"{convert_command(pickled)}"
         )
     raise UserError(f"--model {path} has no .safetensors weights: {MANUALLY}")
 

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ghibli.adapters import apply
-from ghibli.config.paths import check_adapter, check_images, check_typed_base
+from ghibli.config.paths import check_adapter, check_base_path, check_images
 from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import left_out
@@ -22,7 +22,7 @@ from ghibli.models.base import BaseModel, weights_hash
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import is_here
 from ghibli.prepare import dataset_checks, memory
-from ghibli.runs.compose import conf_folder, look_at
+from ghibli.runs.compose import check_overrides, conf_folder
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, disk_trouble
@@ -40,9 +40,9 @@ Section = TypeVar("Part")
 
 def check(words: list[str]) -> list[Finding]:
     """Everything that can be found without training, for the settings `train.py WORDS` would have."""
-    config, run, mistakes = look_at(words)
+    config, run, errors = check_overrides(words)
     if config is None:
-        return [Finding("config", mistake, "error") for mistake in mistakes]
+        return [Finding("config", error, "error") for error in errors]
     found = [Finding("config", f"{describe(config)}, seed {config.seed}; every value is in range", "note")]
     base = attempt(found, "base", lambda: load_base(config, found))
     if base:  # before adapter layers change it
@@ -115,7 +115,7 @@ def attempt(found: list[Finding], name: str, part: Callable[[], Section]) -> Sec
 def load_base(config: Config, found: list[Finding]) -> BaseModel | None:
     """The base as train.py loads it, with the adapter that belongs to it; None where it would download."""
     model = config.model
-    check_typed_base(model.path)
+    check_base_path(model.path)
     if not is_here(model.path) and hub_answers():
         text = (
             f"model.path={model.path} is not downloaded yet, so it and what depends on it are not checked; "

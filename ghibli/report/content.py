@@ -10,9 +10,9 @@ from ghibli.report.evaluation import evaluation
 from ghibli.report.provenance import facts, shared_facts
 from ghibli.report.run_data import RunData, attempt, gain_of
 from ghibli.report.text import percent, verdict
-from ghibli.runs.compose import look_at
-from ghibli.runs.identity import differences, flat, shown, that_count
-from ghibli.runs.launch import chosen_groups
+from ghibli.runs.compose import check_overrides
+from ghibli.runs.resume import chosen_groups
+from ghibli.runs.settings import as_yaml, differences, relevant_settings
 from ghibli.sweeps.costs import COSTS, cost_rows
 from ghibli.sweeps.effects import Effect, effects, number_of, seed_noise
 from ghibli.sweeps.ranking import COLUMNS, visible_columns
@@ -31,7 +31,7 @@ def page_of_one(part: RunData) -> dict[str, Any]:
         "subtitle": part.trial.status.get("settings", ""),
         "verdict": text.verdict(part),
         "settings": attempt(lambda: not_default(part), []),
-        "all_settings": [(key, shown(value)) for key, value in settings.items()],
+        "all_settings": [(key, as_yaml(value)) for key, value in settings.items()],
         "costs": costs([(part.name, part)]),
         "figures": figures.of_one(part),
         "epochs": epoch_rows(part),
@@ -48,13 +48,13 @@ def not_default(part: RunData) -> list[tuple[str, str]]:
     """(key, its value and the default) of what differs from what this base and these images come with."""
     chosen = chosen_groups(part.run)
     groups = [f"{group}={chosen[group]}" for group in ("model", "data") if group in chosen]
-    default, _, _ = look_at([*groups, "data.root=not set"])
+    default, _, _ = check_overrides([*groups, "data.root=not set"])
     if default is None:
         return []
     settings = part.trial.settings
     return [
-        (key, f"{shown(own)} (default {shown(usual)})")
-        for key, usual, own in differences(that_count(flat(asdict(default))), settings)
+        (key, f"{as_yaml(own)} (default {as_yaml(usual)})")
+        for key, usual, own in differences(relevant_settings(asdict(default)), settings)
         if key in settings
     ]
 
@@ -118,7 +118,7 @@ def by_settings(parts: list[RunData], keys: list[str]) -> list[str]:
     """The settings that vary as each run's name; the same for all where there are none or too many."""
     few = keys if len(keys) <= MOST_KEYS else []
     return [
-        ", ".join(f"{key.split('.')[-1]} {shown(part.trial.settings.get(key))}" for key in few)
+        ", ".join(f"{key.split('.')[-1]} {as_yaml(part.trial.settings.get(key))}" for key in few)
         for part in parts
     ]
 
@@ -139,7 +139,7 @@ def ranking(runs: figures.Labelled, keys: list[str]) -> dict[str, Any]:
     rows = [
         {
             "name": label,
-            "settings": [shown(part.trial.settings.get(key)) for key in keys],
+            "settings": [as_yaml(part.trial.settings.get(key)) for key in keys],
             "cells": [(column, column.text_of(own[column.name])) for column in columns],
             "interval": interval(part.gain, low, high) if part.gain else "",
         }
@@ -162,7 +162,7 @@ def effect_rows(found: list[Effect]) -> list[dict[str, Any]]:
     low, high = common_scale([effect.difference for effect in found], cut=False)
     return [
         {
-            "key": effect.key, "change": f"{shown(effect.low)} \u2192 {shown(effect.high)}",
+            "key": effect.key, "change": f"{as_yaml(effect.low)} \u2192 {as_yaml(effect.high)}",
             "pairs": effect.pairs, "difference": text.points(effect.difference),
             "interval": interval(effect.difference, low, high), "matters": effect.matters,
         }

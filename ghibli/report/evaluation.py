@@ -8,7 +8,7 @@ from ghibli.evaluation.features import distance_names
 from ghibli.report.charts import COLOURS, Figure, Series, curves
 from ghibli.report.run_data import RunData, attempt
 from ghibli.report.text import Scan, copies, rule_holds
-from ghibli.runs.identity import differences
+from ghibli.runs.settings import differences
 from ghibli.sweeps.comparison import (
     cells_in,
     in_cells,

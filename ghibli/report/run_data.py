@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain
 from ghibli.runs.folder import RunDir
-from ghibli.runs.identity import flat, that_count
+from ghibli.runs.settings import relevant_settings
 from ghibli.runtime.files import read_rows
 from ghibli.sweeps.trials import Trial, best_probe
 
@@ -180,7 +180,7 @@ def read_part(run: RunDir, with_scores: bool) -> RunData:
     """
     content = read_settings(run.config)
     known = content is not None
-    settings = that_count(flat(content)) if known else {}
+    settings = relevant_settings(content) if known else {}
     best = attempt(lambda: best_probe(run)) if with_scores else None
     problems = [] if known else ["config.yaml is missing or damaged: the settings are left out"]
     return RunData(Trial(run, settings, run.read_status(), best), problems)

@@ -20,7 +20,7 @@ from ghibli.diffusion.samplers import Cell, cells_of, draw_cells
 from ghibli.evaluation.features import ReferenceSet, distance_names
 from ghibli.images.grid import compose_grid
 from ghibli.models.base import BaseModel
-from ghibli.runs.find import config_of
+from ghibli.runs.find import finished_config
 from ghibli.runtime.console import console, counted, full_width
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, write_atomically, write_text
@@ -213,7 +213,7 @@ def write_models(folder: Path, trials: list[Trial]) -> Path | None:
 def config_or_none(trial: Trial) -> Config | None:
     """A finished trial's settings; None, and a printed line, for any other."""
     try:
-        return config_of(trial.run)
+        return finished_config(trial.run)
     except UserError as error:
         console.print(f"models.png leaves one trial out: {error}", style="yellow")
         return None

@@ -109,7 +109,7 @@ def test_the_command_prints_all_and_says_by_its_exit_code(
         ),
         (["data.batch_size=20"], ["data.batch_size=20 x accumulation 2 x devices 1 is more than the 21"]),
         (["resume=latest"], ["drop resume"]),
-        (["=3"], ["cannot read `=3`"]),
+        (["=3"], ["cannot parse `=3`"]),
     ],
     ids=["spelling", "ranges", "places", "targets", "batch", "resume", "equals"],
 )

@@ -19,7 +19,7 @@ from ghibli.images.read import open_image
 from ghibli.models.base import weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight, prepare
-from ghibli.runs.compose import look_at
+from ghibli.runs.compose import check_overrides
 from ghibli.runtime.errors import UserError
 
 
@@ -229,8 +229,8 @@ def test_what_is_noted_is_what_train_takes(local: Path, set_of_ten: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "images/ with captions.txt; 10 usable" in result.output
     assert Image.open(local / "images.png").width > 1000
-    noted, _, mistakes = look_at([])
-    assert mistakes == []
+    noted, _, errors = check_overrides([])
+    assert errors == []
     assert (noted.model.path, noted.data.root) == ("demo", str(set_of_ten))
     base = load("demo")
     assert json.loads((local / "prepared.json").read_text())["base_hash"] == weights_hash(base)
@@ -246,7 +246,7 @@ def test_what_is_noted_is_what_train_takes(local: Path, set_of_ten: Path) -> Non
     [
         (["--base", "runwayml/stable-diffusion-v1-5"], "use stable-diffusion-v1-5/stable-diffusion-v1-5"),
         (["--base", "nobody/nothing"], "not downloaded yet, and the hub cannot be reached"),
-        (["--base", "nowhere"], "no such folder or file, and no hub id"),
+        (["--base", "nowhere"], "no such folder or file, and not a hub id"),
     ],
 )
 def test_a_base_that_cannot_be_got(local: Path, set_of_ten: Path, words: list[str], message: str) -> None:
