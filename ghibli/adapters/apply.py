@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from ghibli.adapters.files import Adapter
 from ghibli.config.schema import ModelConfig
-from ghibli.models.base import BaseModel, place_of
+from ghibli.models.base import BaseModel, resolve_path
 from ghibli.models.load import load, quiet
 from ghibli.models.safetensors import ADAPTER_FILE, check_whole
 from ghibli.runtime.errors import UserError, first_line
@@ -17,7 +17,7 @@ def load_base(model: ModelConfig) -> BaseModel:
     """The base that a run starts from: model.path, with model.adapter merged into it."""
     base = load(model.path, model.config)
     if model.adapter is not None:
-        merge(base, place_of(model.adapter), model.adapter_scale)
+        merge(base, resolve_path(model.adapter), model.adapter_scale)
     return base
 
 

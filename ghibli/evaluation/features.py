@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessor, CLIPModel
 from ghibli.config.schema import Config
 from ghibli.evaluation.distances import frechet_distance, kernel_difference, kernel_distance
 from ghibli.evaluation.statistics import Estimate
-from ghibli.models.base import BaseModel, part_hash, place_of, weights_hash
+from ghibli.models.base import BaseModel, part_hash, resolve_path, weights_hash
 from ghibli.models.load import quiet
 from ghibli.runtime.errors import UserError, first_line
 
@@ -164,7 +164,7 @@ def load_clip(place: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
     """
     if place is None:
         return None
-    folder = place_of(place)
+    folder = resolve_path(place)
     name = folder if folder.is_dir() else place
     try:
         with quiet("transformers"):

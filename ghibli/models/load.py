@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils.logging import disable_progress_bar
 
 from ghibli.config.paths import check_base
-from ghibli.models.base import BaseModel, place_of
+from ghibli.models.base import BaseModel, resolve_path
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.safetensors import check_whole
 from ghibli.runtime.errors import UserError, first_line
@@ -34,7 +34,7 @@ def load(path: str, config: str | None = None) -> BaseModel:
     Raises:
         UserError: nothing usable there; the text says what was expected.
     """
-    place = place_of(path)
+    place = resolve_path(path)
     check_base(place, path)
     gc.collect()  # an earlier base with adapter layers holds itself, 4 GB of it
     if place.is_dir():
@@ -113,7 +113,7 @@ def is_here(path: str) -> bool:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if "/" not in path or place_of(path).exists():
+    if "/" not in path or resolve_path(path).exists():
         return True
     try:
         check_base(Path(snapshot_download(path, local_files_only=True)), path)
@@ -126,11 +126,11 @@ def load_single_file(file: Path, config: str | None) -> tuple[Any, ...]:
     """The five parts from one .safetensors checkpoint; configs and tokenizer from a folder or the hub."""
     online = config is None and hub_answers()
     if config is not None:
-        check_config_folder(place_of(config), config)
+        check_config_folder(resolve_path(config), config)
     try:
         with quiet("transformers", "diffusers"):
             pipeline = StableDiffusionPipeline.from_single_file(
-                str(file), config=None if config is None else str(place_of(config)),
+                str(file), config=None if config is None else str(resolve_path(config)),
                 torch_dtype=torch.float32, safety_checker=None, local_files_only=not online,
             )  # fmt: skip
     except Exception as error:  # diffusers raises many types here; each means the same to the user
