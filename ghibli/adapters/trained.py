@@ -20,7 +20,7 @@ def trained_base(run: RunDir, config: Config) -> BaseModel:
     if config.finetune == "lora":
         apply.merge(base, run.adapter, 1.0)
     elif config.finetune == "full":
-        base.unet = load_part(type(base.unet), run.unet, str(run.unet)).eval()
+        base.unet = load_part(type(base.unet), run.unet, str(run.path)).eval()
     return for_sampling(base)
 
 
