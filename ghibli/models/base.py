@@ -36,6 +36,11 @@ class BaseModel:
         """epsilon or v_prediction; epsilon where the scheduler config is silent, as in SD 1.5."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 
+    @property
+    def adaptable(self) -> dict[str, torch.nn.Module]:
+        """The parts that an adapter may change, by their names in adapter files, the UNet first."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
     def tokenize(self, captions: list[str]) -> torch.Tensor:
         """Tokenize captions to input_ids (B, 77), int64, padded and truncated to the model's length."""
         with TOKENIZER_LOCK:
