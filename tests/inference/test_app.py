@@ -328,7 +328,7 @@ def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
     Image.new("L", (10_000, 10_000), 200).save(large)
     open_tab(tab, "Restyle a photo")
     one(tab, "input[type=file]").send_keys(str(text))
-    assert "it is no image, whatever its name says" in said(tab)
+    assert "it is not an image, despite its name" in said(tab)
     opened(tab, tab.current_url)
     open_tab(tab, "Restyle a photo")
     one(tab, "input[type=file]").send_keys(str(large))
