@@ -30,7 +30,7 @@ from ghibli.runtime.resources import free_disk, free_memory, of_this_process
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import lr_factor
-from ghibli.training.trainer import make_trainer
+from ghibli.training.trainer import make_callbacks, make_trainer
 
 LEVELS = {"error": "red", "warning": "yellow", "note": None}  # in the order of telling, with their colours
 PREPARED = "prepared.json"  # in conf/local: what `ghibli prepare` saw
@@ -49,7 +49,9 @@ def check(words: list[str]) -> list[Finding]:
         found += since_prepared(config, base)
     data = GhibliDataModule(config, base, run, 0)
     is_read = attempt(found, "images", lambda: read(data))
-    trainer = attempt(found, "device", lambda: make_trainer(config, run, CleanStop(run), None))
+    trainer = attempt(
+        found, "device", lambda: make_trainer(config, run, make_callbacks(config, run, CleanStop(run)))
+    )
     module = base and attempt(found, "model", lambda: GhibliModule(config, base))
     if base:
         found.append(about_base(config, base))
