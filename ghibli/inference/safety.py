@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from ghibli.models.base import place_of
+from ghibli.models.base import resolve_path
 from ghibli.models.load import quiet
 from ghibli.runtime.errors import UserError, first_line
 
@@ -19,7 +19,7 @@ FOLDER = "safety_checker"  # in the base's folder; feature_extractor/ prepares i
 
 def has_checker(base: str) -> bool:
     """Whether the folder of a base, as `model.path` names it, holds a checker."""
-    return (place_of(base) / FOLDER / "config.json").is_file()
+    return (resolve_path(base) / FOLDER / "config.json").is_file()
 
 
 class SafetyChecker:
@@ -30,7 +30,7 @@ class SafetyChecker:
         Raises:
             UserError: the base has no checker, or a damaged one.
         """
-        folder = place_of(base)
+        folder = resolve_path(base)
         if not has_checker(base):
             raise UserError(f"{base} has no {FOLDER}/ folder: copy it there, or turn the checker off")
         try:

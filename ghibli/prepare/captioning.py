@@ -12,7 +12,7 @@ from ghibli.config.paths import PICKLES, convert_command
 from ghibli.data.folder import list_images, read_beside
 from ghibli.data.layouts import supported_layouts
 from ghibli.images.read import Unusable, check_image, read_image
-from ghibli.models.base import place_of
+from ghibli.models.base import resolve_path
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import quiet
 from ghibli.models.safetensors import check_whole
@@ -54,7 +54,7 @@ class Blip:
         """
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
-        folder = place_of(path) if place_of(path).is_dir() else from_hub(path)
+        folder = resolve_path(path) if resolve_path(path).is_dir() else from_hub(path)
         check_weights(folder, path)
         try:
             with quiet("transformers"):

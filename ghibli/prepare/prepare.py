@@ -10,7 +10,7 @@ from ghibli.data.split import first_by_content
 from ghibli.evaluation.diagnosis import Finding
 from ghibli.images.grid import contact_sheet
 from ghibli.images.read import open_image
-from ghibli.models.base import DEMO, place_of, weights_hash
+from ghibli.models.base import DEMO, resolve_path, weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight
 from ghibli.runtime.console import console, counted, relative_path
@@ -95,7 +95,7 @@ def counts(folder: ImageFolder) -> str:
 
 def base_hash(base: str, config: str | None) -> str:
     """Downloads the base if it is a hub id, loads it, and returns the hash of its weights."""
-    check_base(place_of(base), base)
+    check_base(resolve_path(base), base)
     download.check_room_for_base(base)
     loaded = load(base, config)
     return weights_hash(loaded)
@@ -103,7 +103,7 @@ def base_hash(base: str, config: str | None) -> str:
 
 def whole(path: str) -> str:
     """A path that means the same from every folder; a hub id or a name of ours as it is."""
-    place = place_of(path)
+    place = resolve_path(path)
     is_ours = place.is_relative_to(DEMO)
     return str(place.resolve()) if place.exists() and not is_ours else path
 

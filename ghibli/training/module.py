@@ -44,11 +44,10 @@ class GhibliModule(L.LightningModule):
         self.register_buffer("empty_ids", base.tokenize([""]), persistent=False)
         self.start: Adapter | None = None  # lora.init
         if config.finetune == "lora":
-            options = vars(config.lora)
             if config.lora.init is not None:
                 self.start = read_adapter(config.lora.init, base, "lora.init")
                 check_same_shape(self.start, config.lora)
-            lora.attach(base, seed=config.seed, **options)
+            lora.attach(base, config.lora, config.seed)
         elif config.finetune == "full":
             lora.unfreeze_unet(base)
         self.trainable = lora.trainable(base)

@@ -13,17 +13,17 @@ from PIL import Image
 
 from ghibli.data.dataset import batches_in, left_out, order_in_batches
 from ghibli.data.latents import Moments, encode
-from ghibli.images.resize import WIDEST, preprocess, size_for, sizes
+from ghibli.images.resize import WIDEST, bucket_sizes, preprocess, size_for
 from ghibli.models.base import BaseModel
 
 
 def test_the_shapes_at_512_px() -> None:
-    assert sizes(512) == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
+    assert bucket_sizes(512) == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
 
 
 @pytest.mark.parametrize("resolution", [64, 128, 256, 512, 768])
 def test_every_shape_fits_the_unet_and_the_square_s_memory(resolution: int) -> None:
-    found = sizes(resolution)
+    found = bucket_sizes(resolution)
     assert (resolution, resolution) in found
     for width, height in found:
         assert width % 8 == height % 8 == 0

@@ -77,7 +77,7 @@ def test_a_folder_of_unusable_images(command: Callable[..., Said], tmp_path: Pat
     run = tmp_path / "run"
     line = one_line(command(f"data.root={images}", "data.caption=x", f"hydra.run.dir={run}"))
     assert "no usable images, at least 2 are needed" in line
-    assert "a.jpg (it is no image, whatever its name says), b.png (the file is empty)" in line
+    assert "a.jpg (it is not an image, despite its name), b.png (the file is empty)" in line
     assert status(run)["state"] == "failed"
     assert str(status(run)["reason"]) in line
 

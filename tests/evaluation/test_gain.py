@@ -16,7 +16,7 @@ from ghibli.diffusion.losses import mse
 from ghibli.diffusion.process import add_noise
 from ghibli.diffusion.samplers import make_scheduler
 from ghibli.evaluation.gain import Gain, Probe, best_epoch, expected_losses, paired_gain, significant_best
-from ghibli.models.base import BaseModel, place_of
+from ghibli.models.base import BaseModel, resolve_path
 from ghibli.models.load import load
 
 T, SCALING = 1000, 0.18215
@@ -235,7 +235,7 @@ def test_probe_noise_is_not_the_noise_of_its_latents() -> None:
 def test_standard_error_is_the_spread_over_redrawn_images_and_items() -> None:
     """A small docs/loss_anomaly.py `error`: sixteen times six fresh scenes with fresh items."""
     models = [load("demo"), load("demo")]
-    apply.merge(models[1], place_of("demo/near"), 1.0)
+    apply.merge(models[1], resolve_path("demo/near"), 1.0)
     base, alphas_cumprod = models[0], make_scheduler("ddpm", models[0]).alphas_cumprod
     gains = []
     for seed in range(EVALUATION_SEEDS.start, EVALUATION_SEEDS.start + 96, 6):

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import train
-from ghibli.cli.options import app as command_line
+from ghibli.cli.main import app as command_line
 from ghibli.images.grid import to_image
 from ghibli.inference.app import page, session
 from ghibli.inference.app.page import serve
@@ -328,7 +328,7 @@ def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
     Image.new("L", (10_000, 10_000), 200).save(large)
     open_tab(tab, "Restyle a photo")
     one(tab, "input[type=file]").send_keys(str(text))
-    assert "it is no image, whatever its name says" in said(tab)
+    assert "it is not an image, despite its name" in said(tab)
     opened(tab, tab.current_url)
     open_tab(tab, "Restyle a photo")
     one(tab, "input[type=file]").send_keys(str(large))

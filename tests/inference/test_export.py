@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 import train
 from ghibli.adapters import apply, files, kohya
-from ghibli.adapters.apply import load_adapters, scale
+from ghibli.adapters.apply import load_adapters, set_weights
 from ghibli.adapters.files import Layer, check_same_shape, kohya_name, named_layers, read_adapter
 from ghibli.cli import adapters
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.config.schema import ModelConfig
 from ghibli.inference import export
 from ghibli.inference.export import compare, predict, probe_inputs
@@ -207,7 +207,7 @@ def test_two_adapters_add_up_and_nought_is_the_base(run: RunDir) -> None:
     )
     inputs = probe_inputs(untouched)
     assert not torch.equal(predict(loaded, inputs), predict(untouched, inputs))
-    scale(loaded, [0.0, 0.0])
+    set_weights(loaded, [0.0, 0.0])
     assert torch.equal(predict(loaded, inputs), predict(untouched, inputs))
 
 
@@ -228,7 +228,7 @@ def test_training_starts_from_another_adapter(run: RunDir, make_config: Callable
 def test_other_settings_than_the_files_are_named(run: RunDir, make_config: Callable, tmp_path: Path) -> None:
     config = make_config("lora.rank=8", "lora.alpha=6", f"lora.init={run.path}")
     with pytest.raises(
-        UserError, match="lora.init=.*: lora.rank of this run are not those of the file; `ghibli"
+        UserError, match="lora.init=.*: lora.rank of this run differ from those of the file; `ghibli"
     ):
         train.run(config, RunDir(tmp_path / "other"))
 
@@ -271,12 +271,12 @@ def test_files_that_are_no_adapter_of_this_base(run: RunDir, base: BaseModel, tm
     assert "cut off or damaged" in refused(whole[:-100])
     assert "is a pickle under another name" in refused(b"PK\x03\x04....")
     assert "only .safetensors files are read" in refused(b"PK", "it.ckpt")
-    assert "adapter of SDXL" in refused({"lora_te2_x.lora_down.weight": torch.zeros(4, 4)})
-    assert "is no LoRA of this base: it has `something`" in refused({"something": torch.zeros(4)})
+    assert "adapter for SDXL" in refused({"lora_te2_x.lora_down.weight": torch.zeros(4, 4)})
+    assert "is not a LoRA of this base: it has `something`" in refused({"something": torch.zeros(4)})
     name = kohya_name("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     wide = {f"{name}.lora_down.weight": torch.zeros(4, 768), f"{name}.lora_up.weight": torch.zeros(1280, 4)}
     text = refused(wide)
-    assert "maps 768 values to 1280, and the base's layer 64 to 128: it was made for another base" in text
+    assert "maps 768 values to 1280, the base's layer 64 to 128: it was made for another base" in text
     with pytest.raises(UserError, match="no such file or run"):
         read_adapter(tmp_path / "nowhere", base, "adapter")
 

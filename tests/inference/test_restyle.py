@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.images import grid
 from ghibli.inference import restyle
@@ -143,7 +143,7 @@ def test_photos_that_cannot_be_read_are_left_out(
     written, pairs = restyle_all(base_alone, found, HOW, tmp_path / "out")
     assert written == len(pairs) == 2 and len(list((tmp_path / "out").iterdir())) == 2
     said = " ".join(capsys.readouterr().out.split())
-    assert "text.jpg is left out: it is no image, whatever its name says" in said
+    assert "text.jpg is left out: it is not an image, despite its name" in said
     assert "gone.jpg is left out: " in said
     with Image.open(sorted((tmp_path / "out").iterdir())[0]) as opened:
         note = json.loads(opened.text["ghibli"])

@@ -177,7 +177,7 @@ def test_captions_that_are_odd(tmp_path: Path, base: BaseModel) -> None:
     assert "3 of 8 captions repeat" in found["stuttering captions"]
     assert f"{names[0]} (`ze ze ze ze`), {names[1]} (" in found["stuttering captions"]
     assert names[4] in found["missing captions"]
-    assert f"{names[5]} (it is no image" in found["unusable images"]
+    assert f"{names[5]} (it is not an image" in found["unusable images"]
     limit = base.tokenizer.model_max_length
     assert f"1 of 8 captions have more than the {limit - 2} tokens" in found["long captions"]
     assert f"{names[3]} loses `" in found["long captions"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from ghibli.adapters import apply, lora
 from ghibli.config.registry import OPTIMIZERS, eight_bit_state, factored_state
-from ghibli.config.schema import TARGETS, Config
+from ghibli.config.schema import TARGETS, Config, LoraConfig
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
@@ -154,14 +154,17 @@ def test_an_error_names_its_key(make_config: Callable[..., Config], words: list[
 @pytest.mark.parametrize("variant", ["dora", "rslora"])
 def test_a_variant_is_saved_and_merged_as_it_was_trained(variant: str, tmp_path: Path) -> None:
     live = load("demo")
-    options = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": TARGETS["attention"], "text_encoder": True}
-    lora.attach(live, **options, variant=variant, seed=0)
+    options = LoraConfig(
+        rank=4, alpha=8.0, dropout=0.1, targets=TARGETS["attention"], text_encoder=True, variant=variant,
+        init=None,
+    )  # fmt: skip
+    lora.attach(live, options, seed=0)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in lora.trainable(live).items():
         if ".lora_B." in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     layer = live.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    assert layer.scaling[lora.NAME] == (8 / 4**0.5 if variant == "rslora" else 8 / 4)
+    assert layer.scaling[lora.ADAPTER_NAME] == (8 / 4**0.5 if variant == "rslora" else 8 / 4)
     lora.save_adapter(live, tmp_path)
     merged = load("demo")
     untouched = predicted(merged)
@@ -182,7 +185,7 @@ def predicted(base: BaseModel) -> torch.Tensor:
 )
 def test_targets_by_name(make_config: Callable[..., Config], base: BaseModel, name: str, ends: set) -> None:
     config = make_config(f"lora.targets={name}", "lora.rank=2")
-    lora.attach(base, **vars(config.lora), seed=0)
+    lora.attach(base, config.lora, seed=0)
     adapted = {key.split(".lora_A.")[0] for key in lora.trainable(base) if ".lora_A." in key}
     every = {f"unet.{key}".replace(".base_layer", "") for key, _ in base.unet.named_modules()}
     for end in ends | {"to_q", "to_out.0"}:
