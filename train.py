@@ -65,7 +65,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         from ghibli.data.datamodule import GhibliDataModule
         from ghibli.prepare import preflight
         from ghibli.runtime.console import relative_path
-        from ghibli.runtime.resources import device_name, forget_peak, peak_memory
+        from ghibli.runtime.resources import device_name, reset_peak_memory, peak_memory
         from ghibli.training import finalize, wandb_logger
         from ghibli.training.callbacks.checkpoints import CleanStop, StopRequested
         from ghibli.training.module import GhibliModule
@@ -73,7 +73,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    forget_peak()
+    reset_peak_memory()
     checkpoint = run_dir.checkpoint_to_resume() if resumes else None
     put_back, stop = run_dir.as_it_was(), CleanStop(run_dir)
     write_text(run_dir.config, to_yaml(config))

@@ -24,9 +24,9 @@ from ghibli.models.load import is_here
 from ghibli.prepare import dataset_checks, memory
 from ghibli.runs.compose import conf_folder, look_at
 from ghibli.runs.folder import RunDir
+from ghibli.runtime import resources
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, disk_trouble
-from ghibli.runtime.resources import free_disk, free_memory, of_this_process
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import lr_factor
@@ -247,16 +247,13 @@ def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Traine
     total = need.total + memory.on_device(module, device, precision)
     if device.type == "cpu":  # further processes have the same need, and hold what this one holds already
         further = trainer.num_devices - 1
-        total += further * (need.total + (of_this_process("VmRSS") or 0))
-    free = free_memory(device)
+        total += further * (need.total + resources.resident_memory())
+    free = resources.free_memory(device)
     phases = ", ".join(f"{name} {size_of(size)}" for name, size in need.phases.items())
     text = (
         f"the run takes about {size_of(total)} more: {size_of(need.kept)} all the time for optimiser and "
-        f"latents, and in turn for {phases}"
+        f"latents, and in turn for {phases}; {size_of(free)} are free"
     )
-    if free is None:
-        return Finding("memory", text, "note")
-    text += f"; {size_of(free)} are free"
     if total <= free:
         return Finding("memory", text + larger_batch(need, module, free - total), "note")
     return Finding("memory", f"{text}: {cure(need.highest, module.config)}", "error")
@@ -302,7 +299,7 @@ def cure(phase: str, config: Config) -> str:
 
 def about_disk(need: memory.Disk, folder: Path) -> Finding:
     """Is there room for checkpoints, adapters and grids?"""
-    free = free_disk(folder)
+    free = resources.free_disk(folder)
     text = (
         f"the run writes about {need.total / 1e6:.0f} MB below {folder.parent}: checkpoints "
         f"{need.checkpoints / 1e6:.0f}, adapters {need.adapters / 1e6:.0f}, grids {need.grids / 1e6:.0f}; "
@@ -315,7 +312,7 @@ def about_disk(need: memory.Disk, folder: Path) -> Finding:
 
 def about_cache(config: Config, images: int) -> list[Finding]:
     """Is there room for the images' codes? Nothing if there is."""
-    need, free = memory.latents_size(config, images), free_disk(Path(config.cache_dir))
+    need, free = memory.latents_size(config, images), resources.free_disk(Path(config.cache_dir))
     if need <= free:
         return []
     text = (

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import train
-from ghibli.cli.options import app as command_line
+from ghibli.cli.main import app as command_line
 from ghibli.images.grid import to_image
 from ghibli.inference.app import page, session
 from ghibli.inference.app.page import serve

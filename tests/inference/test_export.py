@@ -21,7 +21,7 @@ from ghibli.adapters import apply, files, kohya
 from ghibli.adapters.apply import load_adapters, scale
 from ghibli.adapters.files import Layer, check_same_shape, kohya_name, named_layers, read_adapter
 from ghibli.cli import adapters
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.config.schema import ModelConfig
 from ghibli.inference import export
 from ghibli.inference.export import compare, predict, probe_inputs

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from ghibli.adapters.files import named_layers
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.images.grid import to_image
 from ghibli.inference import generate
 from ghibli.inference.generate import Request, draw, write_images

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ghibli.adapters import apply
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.config.paths import check_adapter
 from ghibli.models.base import DEMO, BaseModel, weights_hash
 from ghibli.models.convert import to_safetensors

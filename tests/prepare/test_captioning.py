@@ -16,7 +16,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.images.read import open_image
 from ghibli.prepare import captioning
 from ghibli.prepare.captioning import Blip, caption_folder

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import train
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.data import datamodule
 from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import split_apart, split_by_content
@@ -131,10 +131,11 @@ def test_a_base_that_is_not_downloaded_is_not_fetched(
     check: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the hub answers that is a warning; where it does not, training could not begin."""
-    monkeypatch.setattr(load, "hub_answers", lambda: True)
+    monkeypatch.setattr(preflight, "hub_answers", lambda: True)
     text = texts(check("model.path=nobody/nothing"), "warning")["base"]
     assert "nobody/nothing is not downloaded yet" in text
-    monkeypatch.setattr(load, "hub_answers", lambda: False)
+    for module in (preflight, load):
+        monkeypatch.setattr(module, "hub_answers", lambda: False)
     text = texts(check("model.path=nobody/nothing"), "error")["base"]
     assert "the hub cannot be reached" in text
 
@@ -302,28 +303,32 @@ def test_too_little_memory_names_the_setting(check: Callable, monkeypatch: pytes
 
 
 def test_free_memory_knows_a_containers_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = free_memory(torch.device("cpu"))
-    assert whole is None or whole > 2**20
-    monkeypatch.setattr(resources, "MEMORY_LIMITS", tmp_path)
+    cpu = torch.device("cpu")
+    assert free_memory(cpu) > 2**20
+    monkeypatch.setattr(resources, "CGROUP", tmp_path)
+    assert free_memory(cpu) > 2_250_000  # no limit at all
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert free_memory(torch.device("cpu")) in (None, 2_000_000)
+    assert free_memory(cpu) == 2_000_000
     (tmp_path / "memory.stat").write_text("anon 600000\ninactive_file 250000\nactive_file 150000\n")
-    assert free_memory(torch.device("cpu")) in (None, 2_250_000)  # the kernel gives those back
+    assert free_memory(cpu) == 2_250_000  # the kernel frees inactive page cache
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(torch.device("cpu")) != 2_000_000
+    assert free_memory(cpu) > 2_250_000
 
 
-def test_each_process_of_a_run_on_the_cpu_needs_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_of_a_run_on_the_cpu_needs_its_memory(
+    make_config: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory, "memory", lambda *_: memory.Memory(2**30, {"training": 2**30}))
-    monkeypatch.setattr(resources, "of_this_process", lambda name: 2**30)
-    monkeypatch.setattr(resources, "free_memory", lambda device: None)
+    monkeypatch.setattr(resources, "resident_memory", lambda: 2**30)
+    monkeypatch.setattr(resources, "free_memory", lambda device: 2**40)
+    module = SimpleNamespace(config=make_config())
     data = SimpleNamespace(train_images=[1], val_images=[2])
     needs = []
     for devices in (1, 3):
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
         trainer = SimpleNamespace(strategy=strategy, precision="32-true", num_devices=devices)
-        text = preflight.about_memory(None, data, trainer).text
+        text = preflight.about_memory(module, data, trainer).text
         needs.append(float(re.search(r"takes about ([\d.]+) GiB", text)[1]))
     assert needs[1] == pytest.approx(3 * needs[0] + 2, abs=0.2)
 

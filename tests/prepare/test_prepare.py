@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.data.folder import list_images, read_folder, recognised
 from ghibli.data.split import first_by_content
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
