@@ -65,7 +65,7 @@ def lead(config: Config, run_dir: RunDir, resumes: bool) -> float:
         from ghibli.data.datamodule import GhibliDataModule
         from ghibli.prepare import preflight
         from ghibli.runtime.console import relative_path
-        from ghibli.runtime.resources import device_name, reset_peak_memory, peak_memory
+        from ghibli.runtime.resources import device_name, peak_memory, reset_peak_memory
         from ghibli.training import finalize, wandb_logger
         from ghibli.training.callbacks.checkpoints import CleanStop, StopRequested
         from ghibli.training.module import GhibliModule

@@ -21,7 +21,7 @@ from ghibli.diffusion.samplers import Cell, in_eval_mode, sample
 from ghibli.models.performance import PromptEmbeds, is_frozen, shrink_frozen
 from ghibli.runs.compose import look_at
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.resources import reset_peak_memory, peak_memory
+from ghibli.runtime.resources import peak_memory, reset_peak_memory
 from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
