@@ -29,7 +29,9 @@ class LineHandler(RichHandler):
     RichHandler would lay it out as a table as wide as the console, which is 80 columns in a pipe.
     """
 
-    def render(self, *, record: logging.LogRecord, message_renderable: Text, **_: object) -> ConsoleRenderable:
+    def render(
+        self, *, record: logging.LogRecord, message_renderable: Text, **_: object
+    ) -> ConsoleRenderable:
         message_renderable.style = LEVEL_STYLES.get(record.levelno, "")
         return message_renderable
 

@@ -283,7 +283,7 @@ def test_a_loader_process_that_is_killed(
 
     monkeypatch.setattr(GhibliModule, "training_step", step)
     said = command("data.workers=1", f"hydra.run.dir={tmp_path}")
-    assert "a loader process was killed, most often for want of memory" in one_line(said)
+    assert "a loader process was killed, most likely because memory ran out" in one_line(said)
     assert f"go on with: python train.py resume={os.path.relpath(tmp_path)}" in said[1]
     assert status(tmp_path)["state"] == "failed"
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
