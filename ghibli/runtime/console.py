@@ -20,7 +20,7 @@ from rich.text import Text
 
 LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
-console = Console(soft_wrap=True, highlight=False)  # of the sys.stdout of the moment
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)  # prints text as it is
 
 
 class LineHandler(RichHandler):
@@ -37,7 +37,7 @@ class LineHandler(RichHandler):
 
 
 def set_up_logging() -> None:
-    """Send what the package logs, from INFO up, to the console; messages are never read as rich markup.
+    """Send what the package logs, from INFO up, to the console; a message is never read as rich markup.
 
     It stays off the root logger, which Hydra and other libraries configure: no line appears twice.
     """

@@ -18,7 +18,7 @@ from faults.compare import different_parts
 from helpers.commands import REPO, SMALL
 
 import train
-from ghibli.cli.runs import list_runs
+from ghibli.cli.runs import list_command
 from ghibli.config.schema import Config
 from ghibli.runs import launch
 from ghibli.runs.find import find_run
@@ -459,7 +459,7 @@ def test_list_survives_damaged_status_files(
         (runs / name).mkdir()
         (runs / name / "status.json").write_bytes(content)
     (runs / "folder" / "status.json").mkdir(parents=True)
-    list_runs()
+    list_command()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0].rsplit("/", 1)[-1] for line in lines[1:]] == [
         "bytes", "cut", "empty", "folder", "list", "good",

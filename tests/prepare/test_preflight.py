@@ -55,7 +55,7 @@ def test_a_healthy_run(check: Callable) -> None:
     assert {finding.level for finding in found} == {"note"}
     notes = texts(found, "note")
     assert set(notes) >= {"config", "base", "device", "images", "plan", "memory", "disk"}
-    assert "it predicts epsilon, its VAE makes one latent of 8x8 px" in notes["base"]
+    assert "it predicts epsilon, its VAE encodes 8x8 px as one latent" in notes["base"]
     assert "21 to train on, 3 held out" in notes["images"]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
@@ -65,7 +65,8 @@ def test_a_healthy_run(check: Callable) -> None:
         optimizer.step()
         schedule.step()
     assert (
-        "batch 5 x 1 accumulated x 1 device: 4 optimiser steps an epoch, 4 epochs, 16 steps" in notes["plan"]
+        "batch size 5 x accumulation 1 x 1 device: 4 optimiser steps per epoch, 4 epochs, 16 steps"
+        in notes["plan"]
     )
     said = [float(number) for number in re.findall(r"([\d.e-]+) at \d+ %", notes["plan"])]
     assert said == pytest.approx([*rates, rates[-1]], rel=5e-3)  # step 0, 4, 8, 12 and the last, 15
@@ -84,7 +85,7 @@ def test_the_command_prints_all_and_says_by_its_exit_code(
     assert done.exit_code == 2
     levels = [line.split(":")[0] for line in done.output.splitlines()]
     assert levels == ["error"] * 2 + ["warning"] + ["note"] * 5
-    assert "1 MB are free: free some space, or choose another place, hydra.run.dir=DIR" in done.output
+    assert "1 MB are free: free some space, or choose another disk, hydra.run.dir=DIR" in done.output
     assert "warning: warm-up: optimizer.warmup_steps=5000, but there are 10 steps" in done.output
 
 
@@ -151,8 +152,8 @@ def lint(root: Path, base: BaseModel, val_fraction: float = 0.5, notes: bool = F
         on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
     )  # fmt: skip
     split = split_apart(folder.images, thumbnails, val_fraction)
-    found = dataset_checks.lint(folder, split.train, split.held_out, thumbnails, split.moved)
-    found += [dataset_checks.too_long(folder.images, base.tokenizer)]
+    found = dataset_checks.check_dataset(folder, split.train, split.held_out, thumbnails, split.moved)
+    found += [dataset_checks.long_captions(folder.images, base.tokenizer)]
     return {f.name: f.text for f in found if f is not None and (notes or f.level != "note")}
 
 
@@ -188,7 +189,7 @@ def test_the_lost_words_are_those_the_tokenizer_cuts_off(base: BaseModel) -> Non
     """What is kept and what is lost make the whole caption, word for word."""
     words = ["a girl", "in", "a", "greenhouse", "by", "a", "lake", "under", "the", "moon"] * 9
     caption = " ".join(words)
-    text = dataset_checks.too_long([CaptionedImage(Path("a.png"), caption, "0")], base.tokenizer).text
+    text = dataset_checks.long_captions([CaptionedImage(Path("a.png"), caption, "0")], base.tokenizer).text
     start = re.search(r"loses `(.*?)( \.\.\.)?`", text)[1]
     kept = base.tokenizer.decode(base.tokenize([caption])[0], skip_special_tokens=True).strip()
     assert caption.startswith(f"{kept} {start}")
@@ -297,7 +298,7 @@ def test_the_need_of_training_is_found_at_a_small_size(
 def test_too_little_memory_names_the_setting(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "free_memory", lambda device: 50 * 2**20)
     text = texts(check("data.batch_size=8", "data.accumulate=1"), "error")["memory"]
-    assert "50 MiB are free: lower data.batch_size to 4 with data.accumulate=2, which learns the same" in text
+    assert "50 MiB are free: lower data.batch_size to 4 with data.accumulate=2, which gives the same" in text
     text = texts(check("data.batch_size=1", "finetune=none"), "error")["memory"]
     assert "lower model.resolution (it is 128), or free some memory" in text
 
@@ -329,7 +330,7 @@ def test_each_process_of_a_run_on_the_cpu_needs_its_memory(
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
         trainer = SimpleNamespace(strategy=strategy, precision="32-true", num_devices=devices)
         text = preflight.about_memory(module, data, trainer).text
-        needs.append(float(re.search(r"takes about ([\d.]+) GiB", text)[1]))
+        needs.append(float(re.search(r"needs about ([\d.]+) GiB", text)[1]))
     assert needs[1] == pytest.approx(3 * needs[0] + 2, abs=0.2)
 
 
@@ -344,7 +345,7 @@ def test_the_codes_in_the_cache_are_as_large_as_predicted(
     assert preflight.about_cache(config, 3) == []
     monkeypatch.setattr(resources, "free_disk", lambda folder: 300_000 if folder == tmp_path else 2**40)
     (finding,) = preflight.about_cache(config, 3)
-    assert finding.text.startswith(f"the images' codes take 0.4 MB below cache_dir={tmp_path}, where 0.3 MB")
+    assert finding.text.startswith(f"the cached latents need 0.4 MB below cache_dir={tmp_path}, where 0.3 MB")
 
 
 def test_a_full_cache_is_one_finding_among_all(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

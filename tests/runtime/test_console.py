@@ -1,4 +1,4 @@
-"""What the package logs looks like what `console.print` prints, and is never read as markup."""
+"""What the package prints and logs: text as it is, never markup, in the colour of its level."""
 
 import io
 import logging
@@ -25,7 +25,8 @@ def test_a_message_is_printed_as_it_is(message: str, capsys: pytest.CaptureFixtu
     logger.info(message)
     logger.warning(message)
     logger.debug(message)
-    assert capsys.readouterr() == (f"{message}\n" * 2, "")
+    console_module.console.print(message)
+    assert capsys.readouterr() == (f"{message}\n" * 3, "")
 
 
 def test_it_follows_the_stdout_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
