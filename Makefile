@@ -1,9 +1,10 @@
-# Two commands set everything up on a fresh machine: `make train` and `make test`.
+# Two commands set up a clean machine: `make train` and `make test`.
 PYTHON ?= python3
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN := .venv/bin
 
-.PHONY: help train test lint
+.PHONY: help train test slow lint types format check coverage
+.DEFAULT_GOAL := help
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
@@ -19,5 +20,20 @@ train: .venv/installed  ## install, then train a LoRA on the embedded demo
 test: .venv/installed  ## install, then run the tests (no network, no GPU)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-lint: .venv/installed  ## ruff over everything
+slow: .venv/installed  ## run the slow tests, end-to-end ones included (12 GB of free memory)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: .venv/installed  ## check style and formatting with ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: .venv/installed  ## check types with mypy
+	@$(BIN)/mypy $(ARGS)
+
+format: .venv/installed  ## format the code and fix what ruff can fix
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+check: lint types test  ## everything a pull request must pass
+
+coverage: .venv/installed  ## run the tests in one process and list uncovered lines
+	@HF_HUB_OFFLINE=1 $(BIN)/coverage run -m pytest $(ARGS)
+	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report --skip-covered --show-missing

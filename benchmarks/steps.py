@@ -25,7 +25,7 @@ from ghibli.runtime.resources import peak_memory, reset_peak_memory
 from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
-from ghibli.training.trainer import choose_precision, make_trainer
+from ghibli.training.trainer import choose_precision, make_callbacks, make_trainer
 
 SAMPLING_STEPS = 10
 
@@ -181,9 +181,9 @@ def overhead(words: list[str]) -> tuple[float, float]:
         base = apply.load_base(config.model)
         module = GhibliModule(config, base)
         data = GhibliDataModule(config, base, run, module.num_train_timesteps)
-        logger = wandb_logger.make_logger(config, run, "benchmark")
         with CleanStop(run) as stop:
-            trainer = make_trainer(config, run, stop, logger)
+            trainer = make_trainer(config, run, make_callbacks(config, run, stop))
+            wandb_logger.attach(trainer, config, run)
             paired = Paired()
             trainer.callbacks.append(paired)
             trainer.fit(module, data)

@@ -1,7 +1,7 @@
-"""Re-make the figures and numbers of docs/loss-anomaly.md: `python docs/loss_anomaly.py [PART ...]`.
+"""Make the figures and numbers of docs/loss-anomaly.md: `python docs/loss_anomaly.py [PART ...]`.
 
-Parts: curves, checkpoints, epochs, schedule, diverged, guidance, error, curves50; all of them without a word.
-Runs and what was sampled from them lie in outputs/loss-anomaly/ and are made once.
+Parts: curves, checkpoints, epochs, schedule, diverged, guidance, error, curves50; all of them by default.
+Runs and their samples are kept in outputs/loss-anomaly/ and made once.
 """
 
 import json
@@ -25,7 +25,7 @@ from ghibli.demo.scenes import canvas
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.evaluation.distances import kernel_distance
-from ghibli.evaluation.features import in_batches, standardised, style_features
+from ghibli.evaluation.features import extract_in_batches, standardised, style_features
 from ghibli.evaluation.gain import paired_gain
 from ghibli.images.grid import to_image
 from ghibli.models.base import place_of
@@ -67,7 +67,7 @@ BLUE, ORANGE, GREY = "#1f6fb4", "#d9731a", "#777777"
 
 
 def run_of(name: str) -> RunDir:
-    """The finished run of this name; trained first when it is not there."""
+    """Return the finished run of this name; train or resume it first if necessary."""
     run = RunDir(WORK / name)
     if run.state != "finished":
         resume = [f"resume={run.path}"] if run.last_checkpoint.exists() else None
@@ -78,13 +78,13 @@ def run_of(name: str) -> RunDir:
 
 
 def column(run: RunDir, name: str, first: int = 0) -> np.ndarray:
-    """A column of probe.csv from epoch `first` on."""
+    """Return a column of probe.csv from epoch `first` on."""
     rows = read_rows(run.probe)
     return np.array([float(row[name]) for row in rows if int(row["epoch"]) >= first])
 
 
 def model_of(run: RunDir, weights: Path | None = None) -> GhibliModule:
-    """The model of a run, best weights or these, ready to predict; without weights (`base`) untouched."""
+    """Return a run's model in eval mode, with its best weights, these weights, or none of them (`base`)."""
     config = from_yaml(run.config)
     base = load(config.model.path)
     if config.model.adapter is not None:
@@ -102,19 +102,19 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 def known_numbers() -> dict[str, dict]:
-    """What numbers.json holds."""
+    """Return the content of numbers.json."""
     file = FIGURES / "numbers.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
 def note(part: str, **numbers: object) -> None:
-    """Adds numbers to numbers.json and prints them."""
+    """Add numbers to numbers.json and print them."""
     write_json(FIGURES / "numbers.json", known_numbers() | {part: numbers})
     print(part, json.dumps(numbers, indent=1), flush=True)
 
 
 def curves(epochs: int = 10) -> None:
-    """The unpaired loss the students saw, and the paired gain of the same runs."""
+    """Plot the unpaired loss that the students saw, and the paired gain of the same runs."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6.4), sharex=True, layout="constrained")
     numbers = {}
     for name, colour in (("slides_asrun", ORANGE), ("slides", BLUE)):
@@ -148,15 +148,15 @@ def curves(epochs: int = 10) -> None:
 
 
 def curves50() -> None:
-    """The same over 50 epochs."""
+    """Plot the same over 50 epochs."""
     curves(50)
 
 
 @torch.no_grad()
 def checkpoints(images: int = 108, items: int = 4) -> None:
-    """Three epochs: the paired gain of their checkpoint, and its unpaired loss beside the base's.
+    """Measure the paired gain over three epochs, and the unpaired loss of the last checkpoint and the base.
 
-    Unpaired means as in training: each model on images, timesteps and noise of its own, 432 of them.
+    Unpaired as in training: each model has images, timesteps and noise of its own, 432 of them.
     """
     run = run_of("slides-3")
     first, losses = EVALUATION_SEEDS.start + 20_000, {}
@@ -175,7 +175,7 @@ def checkpoints(images: int = 108, items: int = 4) -> None:
 
 
 def epochs() -> None:
-    """How many epochs of unpaired loss show a gain of 1 % (95 %, as many before as after)."""
+    """Compute how many epochs of unpaired loss show a gain of 1 % (95 %, as many before as after)."""
     run = run_of("slides_asrun-10")
     loss, error = (column(run, f"train/epoch_loss{end}", 1).mean() for end in ("", "_se"))
     needed = (1.96 * 2**0.5 * error / (0.01 * loss)) ** 2
@@ -188,7 +188,7 @@ def epochs() -> None:
 
 
 def probe_items(module: GhibliModule, first: int, count: int, items: int) -> list[dict]:
-    """Probe batches of freshly drawn scenes, one an image."""
+    """Return probe batches of freshly drawn scenes, one per image."""
     images, means, logvars = [], [], []
     for seed in range(first, first + count):
         scene = compose(seed)
@@ -208,7 +208,7 @@ def probe_items(module: GhibliModule, first: int, count: int, items: int) -> lis
 
 @torch.no_grad()
 def schedule() -> None:
-    """What the wrong betas do: the base's loss by timestep, and images."""
+    """Show what the wrong betas do: the base's loss by timestep, and images."""
     run = run_of("slides_asrun-10")
     module = model_of(run, Path("base"))
     batches = probe_items(module, EVALUATION_SEEDS.start, 48, 20)
@@ -236,7 +236,7 @@ def schedule() -> None:
 
 
 def images(name: str, models: dict[str, GhibliModule], scale: float = 7.5) -> None:
-    """A row of six images for each model, same prompts and start noise."""
+    """Save a row of six images for each model, from the same prompts and start noise."""
     prompts = [f"{compose(EVALUATION_SEEDS.start + i).caption}, Studio Ghibli style" for i in range(6)]
     figure, axes = plt.subplots(len(models), 6, figsize=(10, 1.72 * len(models)), layout="constrained")
     for row, (label, module) in enumerate(models.items()):
@@ -256,7 +256,7 @@ def images(name: str, models: dict[str, GhibliModule], scale: float = 7.5) -> No
 
 
 def diverged() -> None:
-    """Full fine-tuning: a learning rate that destroys the model, beside one that works."""
+    """Plot full fine-tuning with a learning rate that destroys the model, beside one that works."""
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     numbers = {}
     for name, colour in (("full-too-fast", ORANGE), ("full", BLUE)):
@@ -277,24 +277,24 @@ def diverged() -> None:
 
 
 def scene(seed: int, look: str = "drawn") -> torch.Tensor:
-    """A scene as an image (3, 128, 128) in 0 .. 1."""
+    """Draw a scene as an image (3, 128, 128) in 0 .. 1."""
     array = np.array(draw(compose(seed), look), dtype=np.float32) / 255
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def guidance(count: int = 64) -> None:
-    """The kernel distance to drawn images over the sampling scale, for four trainings."""
+    """Measure the kernel distance to drawn images over the sampling scale, for four trainings."""
     vae, first = load("demo").vae, EVALUATION_SEEDS.start
     drawn = torch.stack([scene(first + 1000 + i) for i in range(300)])
-    own = in_batches(lambda x: style_features(vae, x), drawn)
+    own = extract_in_batches(lambda x: style_features(vae, x), drawn)
     reference = standardised(own, own)
 
     def distance(images: torch.Tensor) -> list[float]:
-        rows = standardised(in_batches(lambda x: style_features(vae, x), images), own)
+        rows = standardised(extract_in_batches(lambda x: style_features(vae, x), images), own)
         found = kernel_distance(rows, reference)
         return [round(found.value, 3), round(found.standard_error, 3)]
 
-    measured = WORK / "guidance.json"  # so that it can be stopped
+    measured = WORK / "guidance.json"  # so that it can be interrupted
     numbers = json.loads(measured.read_text()) if measured.exists() else {}
     for look in canvas.LOOKS:
         numbers.setdefault(look, distance(torch.stack([scene(first + i, look) for i in range(count)])))
@@ -321,7 +321,7 @@ def guidance(count: int = 64) -> None:
 
 
 def plot_guidance(numbers: dict[str, dict[str, list[float]]]) -> None:
-    """The distance over the sampling scale, and over the scale divided by the training guidance."""
+    """Plot the distance over the sampling scale, and over the scale divided by the training guidance."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for w, d in GUIDED:
         found = numbers[f"guidance-{w:g}-dropout-{d:g}"]
@@ -349,14 +349,14 @@ def plot_guidance(numbers: dict[str, dict[str, list[float]]]) -> None:
 def losses_of(
     module: GhibliModule, batches: list[dict], schedule: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The losses (P, K) at guidance 1, on the base's own schedule or this one."""
+    """Return the losses (P, K) at guidance 1, with the base's own schedule or this one."""
     alphas_cumprod = module.base_alphas_cumprod if schedule is None else schedule
     return torch.stack([module.scores(batch, 1, alphas_cumprod)[0] for batch in batches])
 
 
 @torch.no_grad()
 def error(redraws: int = 100, images: int = 30) -> None:
-    """Is the standard error right? Images and items redrawn, the gain's spread beside its error."""
+    """Check the standard error: redraw images and items; compare spread and reported error."""
     run = run_of("slides-10")
     ours, base = model_of(run), model_of(run, Path("base"))
     gains = []

@@ -59,9 +59,9 @@ def evaluate_command(
 
 def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
     """Build the table of the reference study for one run: a row per model and cell."""
-    from ghibli.evaluation.features import called
+    from ghibli.evaluation.features import distance_names
 
-    kernel, frechet = called(result["features"])
+    kernel, frechet = distance_names(result["features"])
     counts = f"{result['samples']} samples, {result['reference_images']} real images"
     table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
     for name in ("model", "cell", kernel, "below base", frechet, "captions", "precision", "recall"):

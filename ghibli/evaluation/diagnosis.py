@@ -1,6 +1,6 @@
-"""The run doctor: what goes wrong in a training, each with what was seen, what it means, what to do.
+"""The run doctor's rules: what goes wrong in a training, what was seen, what it means and what to do.
 
-Pure rules: configuration and scores in, findings out. callbacks.Doctor asks and tells.
+Pure functions from settings and scores to findings; the callback Doctor calls them and reports.
 """
 
 from collections.abc import Iterable
@@ -12,23 +12,24 @@ from ghibli.config.schema import Config
 from ghibli.diffusion.process import GUIDED_SCALE
 from ghibli.evaluation.gain import Probe, best_epoch, paired_difference, paired_gain
 
-EPOCHS_TO_LEARN = 3  # a learning rate that fits shows within the first; three leave room for doubt
-NOTHING = 0.001  # a gain below this is nothing, even where pairing proves that it is not zero
-VISIBLE = 0.01  # a gain that 2 standard errors must be able to show before its absence means anything
-FEWEST_IMAGES = 5  # held out; with fewer a standard error is worth nothing
-COLLAPSED = 0.9  # always predicting zero scores 1.0, the variance of the noise
+EPOCHS_TO_LEARN = 3  # a learning rate that fits shows in the first epoch; three leave a margin
+NOTHING = 0.001  # a gain below this is nothing, even if it is significantly above zero
+VISIBLE = 0.01  # 2 standard errors must be below this before the absence of a gain means anything
+FEWEST_IMAGES = 5  # held out; with fewer a standard error is meaningless
+COLLAPSED = 0.9  # always predicting zero has loss 1.0, the variance of the noise
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or that one should know."""
+    """One thing that is wrong, or worth knowing."""
 
     name: str
     text: str
     level: str = "warning"  # or error, or note
 
 
-def percent(share: float) -> str:
+def percent_text(share: float) -> str:
+    """`4.1 %` for 0.041."""
     return f"{100 * share:.1f} %"
 
 
@@ -38,56 +39,59 @@ def at_the_start(
     base_alphas_cumprod: torch.Tensor,
     trainable: Iterable[torch.Tensor],
 ) -> list[Finding]:
-    """What can be said before the first step.
+    """Findings before the first step.
 
     Args:
-        alphas_cumprod, base_alphas_cumprod: (T,) of training and of the base.
+        alphas_cumprod, base_alphas_cumprod: (T,) of the training and of the base.
         trainable: the weights that are trained.
     """
     found = [
-        schedule(alphas_cumprod, base_alphas_cumprod),
-        half_precision(trainable),
-        sampling_scale(config.loss.guidance),
+        wrong_noise_schedule(alphas_cumprod, base_alphas_cumprod),
+        weights_in_16_bits(trainable),
+        guided_sampling_scale(config.loss.guidance),
     ]
     return [finding for finding in found if finding is not None]
 
 
 def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
-    """What the newest probe says. `history` starts with the untouched model.
+    """Findings from the newest probe.
 
-    With fewer than FEWEST_IMAGES held-out images only what needs no standard error is asked.
+    With fewer than FEWEST_IMAGES held-out images, only the rules that need no standard error apply.
+
+    Args:
+        history: starts with the untouched model.
     """
     if len(history) < 2 or not history[-1].base_val.isfinite().all():
         return []
-    rate = config.optimizer.lr
-    collapse = collapsed(history, rate) if config.loss.guidance == 1 else None
-    found = [collapse, no_effect(history, config.finetune)]
-    enough = len(history[-1].val) >= FEWEST_IMAGES
-    # trained with other noise than it is judged with, it may get worse whatever the rate is
+    rate, finetune = config.optimizer.lr, config.finetune
+    found = [collapse(history, rate)] if config.loss.guidance == 1 else []
+    found.append(no_effect(history, finetune))
+    enough_images = len(history[-1].val) >= FEWEST_IMAGES
+    # a training with other noise than the probe's may get worse at any learning rate
     same_noise = config.loss.noise_schedule == "base" and config.loss.noise_offset == 0
-    if enough and same_noise and not any(found):
-        found += [rate_too_high(history, rate), no_learning(history, rate)]
-    if enough:
-        found.append(overfitting(history, config.finetune))
+    if enough_images and same_noise and not any(found):
+        found += [learning_rate_too_high(history, rate), no_learning(history, rate)]
+    if enough_images:
+        found.append(overfitting(history, finetune))
     return [finding for finding in found if finding is not None]
 
 
-def schedule(alphas_cumprod: torch.Tensor, base_alphas_cumprod: torch.Tensor) -> Finding | None:
-    """Training adds noise by other betas than the base was trained with."""
+def wrong_noise_schedule(alphas_cumprod: torch.Tensor, base_alphas_cumprod: torch.Tensor) -> Finding | None:
+    """Training adds noise with other betas than the base was trained with; both (T,)."""
     if torch.allclose(alphas_cumprod, base_alphas_cumprod, atol=1e-6):
         return None
     middle = len(alphas_cumprod) // 2
     meant, given = ((1 - table[middle]).sqrt().item() for table in (base_alphas_cumprod, alphas_cumprod))
     return Finding(
         "noise schedule",
-        f"at timestep {middle} the base expects {percent(meant)} noise and this training gives it "
-        f"{percent(given)}: the adapter learns to correct the mix-up before it learns the style, and every "
-        "sampler uses the base's schedule; leave loss.noise_schedule at base, unless the slides' mistake "
-        "is what you want to see",
+        f"at timestep {middle} the base expects {percent_text(meant)} noise and this training gives it "
+        f"{percent_text(given)}: the adapter learns to correct this mismatch before it learns the style, and "
+        "every sampler uses the base's schedule; keep loss.noise_schedule=base, unless you want to reproduce "
+        "the reference study's error",
     )
 
 
-def half_precision(trainable: Iterable[torch.Tensor]) -> Finding | None:
+def weights_in_16_bits(trainable: Iterable[torch.Tensor]) -> Finding | None:
     """Trained weights in 16 bits lose small updates: 0.05 + 0.0001 is 0.05 in bf16."""
     kinds = {str(weight.dtype).removeprefix("torch.") for weight in trainable} - {"float32", "float64"}
     if not kinds:
@@ -99,48 +103,48 @@ def half_precision(trainable: Iterable[torch.Tensor]) -> Finding | None:
     )
 
 
-def sampling_scale(guidance: float) -> Finding | None:
-    """A guided training moves the sampling scale at which images look as usual."""
+def guided_sampling_scale(guidance: float) -> Finding | None:
+    """Training with guidance moves the sampling scale at which images look as usual."""
     if guidance == 1:
         return None
     return Finding(
         "sampling scale",
-        f"trained with loss.guidance={guidance:g}, it is mush when sampled at 1 and looks like an ordinary "
-        f"model at 1 when sampled at {guidance:g}; neither means that training failed: sample it at about "
-        f"{GUIDED_SCALE * guidance:g}, the last column of the grids (`ghibli evaluate RUN` tries more)",
+        f"trained with loss.guidance={guidance:g}, the images are mush when sampled at 1 and look like an "
+        f"ordinary model's at 1 when sampled at {guidance:g}; neither means that training failed: sample at "
+        f"about {GUIDED_SCALE * guidance:g}, the last column of the grids (`ghibli evaluate RUN` tries more)",
     )
 
 
-def collapsed(history: list[Probe], rate: float) -> Finding | None:
-    """Guidance 1 only: the loss of a network that always predicts zero. The base was far below."""
+def collapse(history: list[Probe], rate: float) -> Finding | None:
+    """At guidance 1: the loss of a network that always predicts zero, while the base's was far below."""
     now, base = history[-1].val_g1.mean().item(), history[-1].base_val.mean().item()
     if now < COLLAPSED or base >= COLLAPSED:
         return None
     return Finding(
         "collapse",
-        f"the held-out loss is {now:.2f}, the base's {base:.2f}; 1.0 is what predicting nothing scores: "
-        f"the weights are destroyed and will hardly recover; stop, and start again with a tenth of the "
-        f"learning rate, optimizer.lr={rate / 10:g}",
+        f"the held-out loss is {now:.2f}, the base's {base:.2f}, and always predicting zero scores 1.0: the "
+        "weights are destroyed and will hardly recover; stop, and start again with a tenth of the learning "
+        f"rate, optimizer.lr={rate / 10:g}",
     )
 
 
-def rate_too_high(history: list[Probe], rate: float) -> Finding | None:
-    """Worse than at the start by more than 3 standard errors and rising; training images are worse too."""
+def learning_rate_too_high(history: list[Probe], rate: float) -> Finding | None:
+    """Worse than at the start by over 3 standard errors and still rising, on training images too."""
     gain = paired_gain(history[-1].val, history[0].val)
-    rises = history[-1].val.sum() > history[-2].val.sum()
-    by_heart = history[-1].train.sum() < history[0].train.sum()  # that is overfitting
-    if not (gain.value < -3 * gain.standard_error and rises) or by_heart:
+    is_rising = history[-1].val.sum() > history[-2].val.sum()
+    training_improved = history[-1].train.sum() < history[0].train.sum()  # then it is overfitting
+    if not (gain.value < -3 * gain.standard_error and is_rising) or training_improved:
         return None
     return Finding(
         "learning rate too high",
-        f"the held-out loss is {percent(-gain.value)} +- {percent(gain.standard_error)} above where it "
-        f"started and rises: each step goes too far; start again with a third of the learning rate, "
-        f"optimizer.lr={rate / 3:.2g}",
+        f"the held-out loss is {percent_text(-gain.value)} +- {percent_text(gain.standard_error)} above "
+        "where it started and still rising: each step overshoots; start again with a third of the learning "
+        f"rate, optimizer.lr={rate / 3:.2g}",
     )
 
 
 def no_effect(history: list[Probe], finetune: str) -> Finding | None:
-    """Every score is still the untouched model's, to the bit."""
+    """Every score still equals the untouched model's, bit for bit."""
     if not torch.equal(history[-1].val, history[0].val):
         return None
     switched_off = " or an adapter that is switched off" if finetune == "lora" else ""
@@ -152,9 +156,9 @@ def no_effect(history: list[Probe], finetune: str) -> Finding | None:
 
 
 def no_learning(history: list[Probe], rate: float) -> Finding | None:
-    """Within 2 standard errors of the start, or next to it, after EPOCHS_TO_LEARN epochs.
+    """After EPOCHS_TO_LEARN epochs the gain is within 2 standard errors of zero, or below NOTHING.
 
-    Not asked where the standard error is so large that a gain of VISIBLE could hide in it.
+    Skipped if the standard error is so large that a gain of VISIBLE could hide in it.
     """
     gain = paired_gain(history[-1].val, history[0].val)
     error = gain.standard_error
@@ -162,14 +166,14 @@ def no_learning(history: list[Probe], rate: float) -> Finding | None:
         return None
     return Finding(
         "no learning",
-        f"after {len(history) - 1} epochs the gain since the start is {percent(gain.value)} +- "
-        f"{percent(error)}, which is nothing: the learning rate is too low, or captions and images do not "
-        f"belong together; try optimizer.lr={3 * rate:.2g}, and look at the captions in data.root",
+        f"after {len(history) - 1} epochs the gain since the start is {percent_text(gain.value)} +- "
+        f"{percent_text(error)}, which is nothing: the learning rate is too low, or captions and images do "
+        f"not match; try optimizer.lr={3 * rate:.2g}, and check the captions in data.root",
     )
 
 
 def overfitting(history: list[Probe], finetune: str) -> Finding | None:
-    """Two epochs in a row, held-out images are worse than at the best epoch, training ones better."""
+    """For two epochs in a row, held-out images are worse than at the best epoch, training images better."""
     best = best_epoch(history)
     since = history[best + 1 :]
     if len(since) < 2 or not all(memorising(probe, history[best]) for probe in since[-2:]):
@@ -178,50 +182,50 @@ def overfitting(history: list[Probe], finetune: str) -> Finding | None:
     smaller = " or a lower lora.rank" if finetune == "lora" else ""
     return Finding(
         "overfitting",
-        f"since epoch {best} held-out images get worse (gain {percent(then.val_gain.value)}, now "
-        f"{percent(now.val_gain.value)}) while training images get better "
-        f"({percent(then.train_gain.value)}, now {percent(now.train_gain.value)}): it learns these images "
-        f"by heart; best.ckpt keeps the best epoch; more images, fewer epochs{smaller} help",
+        f"since epoch {best} held-out images get worse (gain {percent_text(then.val_gain.value)}, now "
+        f"{percent_text(now.val_gain.value)}) while training images get better "
+        f"({percent_text(then.train_gain.value)}, now {percent_text(now.train_gain.value)}): the training "
+        f"images are memorised; best.ckpt keeps the best epoch; more images, fewer epochs{smaller} help",
     )
 
 
+def memorising(now: Probe, then: Probe) -> bool:
+    """Held-out images are worse by over 2 standard errors of the difference, training images better."""
+    difference, error = paired_difference(now.val, then.val)
+    return difference > 2 * error and bool(now.train.sum() < then.train.sum())
+
+
 def few_images(images: int, features: int, real_frechet: float) -> list[Finding]:
-    """A Frechet distance asked of too few images for a covariance of that many features.
+    """The Frechet distance is computed from too few images for a covariance of that many features.
 
     Args:
-        images: the smaller of the two sets.
-        real_frechet: the distance of two sets of real images of about that size.
+        images: the size of the smaller set.
+        real_frechet: the distance between two sets of real images of about that size.
     """
     if images > features:
         return []
     text = (
-        f"the Frechet distance is taken from {images} images in a space of {features} features, where it "
+        f"the Frechet distance is computed from {images} images in a space of {features} features, where it "
         f"is mostly bias (two sets of real images are {real_frechet:.3g} apart): judge by the kernel "
-        f"distance, which is free of it, or give more than {features} images (evaluate.samples, "
+        f"distance, which is unbiased, or give more than {features} images (evaluate.samples, "
         "data.reference)"
     )
     return [Finding("few images", text)]
 
 
-def memorising(now: Probe, then: Probe) -> bool:
-    """Held-out images worse by more than 2 standard errors of the difference, training ones better."""
-    difference, error = paired_difference(now.val, then.val)
-    return difference > 2 * error and bool(now.train.sum() < then.train.sum())
-
-
 def not_finite(names: list[str], timesteps: list[int], losses: list[float], step: int, rate: float) -> str:
-    """The sentence for a loss or gradient that is no number, naming the worst examples.
+    """The text for a loss or gradient that is not finite, naming the examples to blame.
 
     Args:
         names, timesteps, losses: of the examples since the last optimiser step.
     """
     examples = list(zip(names, timesteps, losses, strict=True))
-    broken = [e for e in examples if e[2] - e[2] != 0]  # inf and nan
+    broken = [e for e in examples if e[2] - e[2] != 0]  # inf and NaN
     if broken:
-        what = "the loss is not finite for " + listed(broken)
-        cure = "run it again, and if it is the same images, look at them; else lower"
+        what = "the loss is not finite for " + list_examples(broken)
+        cure = "run it again, and if it is the same images, check them; otherwise lower"
     else:
-        what = "a gradient is not finite, after the losses of " + listed(examples)
+        what = "a gradient is not finite, after the losses of " + list_examples(examples)
         cure = "lower"
     return (
         f"step {step}: {what}; nothing was updated with it and the checkpoints are from before: {cure} "
@@ -229,8 +233,8 @@ def not_finite(names: list[str], timesteps: list[int], losses: list[float], step
     )
 
 
-def listed(examples: list[tuple[str, int, float]]) -> str:
+def list_examples(examples: list[tuple[str, int, float]]) -> str:
     """`panda.png at timestep 812 (nan), ...`, five at most."""
-    words = [f"{name} at timestep {timestep} ({loss:.3g})" for name, timestep, loss in examples[:5]]
-    more = len(examples) - len(words)
-    return ", ".join(words) + (f" and {more} more" if more else "")
+    listed = [f"{name} at timestep {timestep} ({loss:.3g})" for name, timestep, loss in examples[:5]]
+    more = len(examples) - len(listed)
+    return ", ".join(listed) + (f" and {more} more" if more else "")

@@ -1,8 +1,8 @@
-"""Distances between two sets of images, from their features, with errors where one can be had.
+"""Distances between two sets of images, computed from their features, with standard errors where possible.
 
-The Frechet distance is what the literature reports, but it has no interval and at small sizes it is
-mostly bias: it stands beside the distance of two real sets of the same size. The kernel distance is
-unbiased at every size and has a standard error, so it decides.
+The Frechet distance is what the literature reports, but it has no interval, and with few images it is
+mostly bias; so it is always shown beside the distance between two real sets of the same size. The kernel
+distance is unbiased at every size and has a standard error, so models are judged by it.
 """
 
 import torch
@@ -15,7 +15,7 @@ def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
 
     Args:
         features, others: (N, D) and (M, D), at least two rows each. With fewer than D + 1 rows a
-            covariance is singular; the number is still defined, and biased upwards.
+            covariance is singular; the distance is still defined, but biased upwards.
     """
     means, covariances, roots = [], [], []
     for rows in (features.double(), others.double()):
@@ -31,10 +31,10 @@ def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
 
 
 def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Estimate:
-    """Unbiased squared maximum mean discrepancy with k(x, y) = (x . y / D + 1)^3, and its error.
+    """Unbiased squared maximum mean discrepancy with k(x, y) = (x . y / D + 1)^3, and its standard error.
 
-    Binkowski et al. 2018, equation 4 and section 4: KID where the features are Inception's. Around
-    0 for two sets of one kind, below it by chance too.
+    Binkowski et al. 2018, equation 4 and section 4; called KID if the features are Inception's. Two sets
+    from one distribution have a distance around 0, by chance also below.
 
     Args:
         features, reference: (N, D) and (M, D), at least three rows each.
@@ -47,8 +47,8 @@ def kernel_difference(features: torch.Tensor, others: torch.Tensor, reference: t
     """kernel_distance(features) - kernel_distance(others), paired.
 
     Args:
-        features, others: (N, D) of two models' images of the same N prompts and start noises.
-        reference: (M, D).
+        features, others: (N, D) of two models' images from the same N prompts and start noises.
+        reference: (M, D) of real images.
     """
     ours, ours_without = leave_one_out(features, reference)
     theirs, theirs_without = leave_one_out(others, reference)
@@ -57,7 +57,7 @@ def kernel_difference(features: torch.Tensor, others: torch.Tensor, reference: t
 
 
 def leave_one_out(x: torch.Tensor, y: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
-    """The kernel distance, and its values without each row of x (N,) and without each row of y (M,)."""
+    """The kernel distance of x (N, D) and y (M, D), and its values without each row of x (N,) and y (M,)."""
     n, m = len(x), len(y)
     xx, yy, xy = off_diagonal(kernel(x, x)), off_diagonal(kernel(y, y)), kernel(x, y)
     within_x, within_y, between = xx.sum() / (n * (n - 1)), yy.sum() / (m * (m - 1)), xy.mean()
@@ -70,21 +70,23 @@ def leave_one_out(x: torch.Tensor, y: torch.Tensor) -> tuple[float, list[torch.T
 
 
 def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(x . y / D + 1)^3 for all pairs of rows, (N, M) float64."""
+    """(x . y / D + 1)^3 for all pairs of rows of x (N, D) and y (M, D): (N, M) float64."""
     return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
 
 
 def off_diagonal(matrix: torch.Tensor) -> torch.Tensor:
-    """A square matrix with zeros on its diagonal."""
+    """A copy of a square matrix with zeros on its diagonal."""
     return matrix - torch.diag(matrix.diagonal())
 
 
 def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of images that look like the reference, and share of the reference that is covered.
+    """Share of images that look like the reference, and share of the reference that the images cover.
 
-    Kynkaanniemi et al. 2019, equations 1 and 2: a row is covered when it lies within the distance of
-    some row of the other set to that row's k-th nearest neighbour in its own set, or to the farthest
-    in a set of fewer than k + 1.
+    Kynkaanniemi et al. 2019, equations 1 and 2: a row is covered if it is nearer to some row of the other
+    set than that row is to its own k-th nearest neighbour, or to its farthest in a set of fewer than k + 1.
+
+    Args:
+        features, reference: (N, D) and (M, D).
     """
     features, reference = features.double(), reference.double()
     between = torch.cdist(features, reference)

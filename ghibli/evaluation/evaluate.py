@@ -1,6 +1,7 @@
-"""The slides' table: a run and its base sampled in every cell, and how far that is from real images.
+"""Evaluate a run: sample it and its base in every cell, and measure the distance to real images.
 
-All models draw the same prompts from the same start noise, so they compare in pairs.
+A cell is a sampler with a guidance scale. All models draw the same prompts from the same start noise, so
+they can be compared in pairs.
 """
 
 from dataclasses import asdict
@@ -9,151 +10,188 @@ from typing import Any, NamedTuple
 import torch
 
 from ghibli.adapters.trained import starting_base, trained_base
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, EvaluateConfig
 from ghibli.data.folder import CaptionedImage
 from ghibli.data.sources import LEAST, real_images
 from ghibli.diffusion.samplers import Cell, cells_of
 from ghibli.evaluation import diagnosis
 from ghibli.evaluation.distances import precision_recall
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
-from ghibli.evaluation.samples import Job, Measurements, SampleCache
+from ghibli.evaluation.samples import Job, Measurements, SampleCache, read_unit_image
 from ghibli.evaluation.statistics import Estimate, mean_of
 from ghibli.images.grid import compose_grid
-from ghibli.images.read import open_image
-from ghibli.images.resize import preprocess
+from ghibli.models.base import BaseModel
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically, write_json
 
-SHOWN = 6  # samples beside their nearest training image
-CHANGEABLE = (
+NEAREST_SAMPLES = 6  # shown beside their nearest training image
+CHANGEABLE = (  # settings that may differ from those of the run
     "evaluate", "sample.samplers", "sample.guidance", "sample.num_inference_steps", "sample.seed",
     "data.reference", "model.clip", "cache_dir",
 )  # fmt: skip
-REFERENCE = "measuring the reference"
+REFERENCE = "measuring the reference"  # label of the progress bar and of the cached file
+Sampled = dict[tuple[str, Cell, int], Measurements]  # by model, cell and number of samples
 
 
-class Real(NamedTuple):
-    """The real images, measured."""
+class ModelCells(NamedTuple):
+    """A model and the cells it is evaluated in."""
+
+    base: BaseModel
+    cells: list[Cell]
+
+
+class RealImages(NamedTuple):
+    """Measurements of the real images."""
 
     reference: ReferenceSet  # what samples are compared with
     own: Measurements  # of the reference
-    floor: Measurements  # of a fixed part of the training images: what real images score
-    training: torch.Tensor  # thumbnails (N, 768) of all training images: what samples might be copies of
+    floor: Measurements  # of a fixed subset of the training images: the best score that samples could have
+    training: torch.Tensor  # thumbnails (N, 768) of all training images, to search for copies
 
 
 def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
-    """Samples and measures a run and its base; writes evaluation.json and evaluation.png into its folder.
+    """Sample and measure a run and its base; write evaluation.json and images into the run folder.
 
     Args:
-        config: the run's own, but for what CHANGEABLE names.
+        config: the run's own, except for the keys in CHANGEABLE.
+
+    Returns:
+        The content of evaluation.json.
 
     Raises:
-        UserError: a base, image set or feature network that is not at hand.
+        UserError: a base, image set or feature network is missing, or there are too few images.
     """
-    options = config.evaluate
-    bases = {"base": starting_base(config)}
-    cells = {"base": cells_of(config.sample, 1)}
-    if config.finetune != "none":
-        bases["run"] = trained_base(run, config)
-        cells["run"] = cells_of(config.sample, config.loss.guidance)
+    models = models_to_evaluate(run, config)
     reference_images, training_images = real_images(config)
     if len(training_images) < LEAST:
         raise UserError(f"too few training images to evaluate with: at least {LEAST} are needed")
-    sample_cache = SampleCache(
-        config, FeatureExtractor(config, bases["base"]), [p.caption for p in reference_images]
-    )
-    real = measured(sample_cache, reference_images, training_images)
-    scan = list(dict.fromkeys(Cell("ddim", scale) for scale in options.scales))
-    jobs = [Job(name, base, cell, options.samples) for name, base in bases.items() for cell in cells[name]]
-    jobs += [Job(name, base, cell, options.scan_samples) for name, base in bases.items() for cell in scan]
-    sampled = sample_cache.sample_all(jobs)
+    extractor = FeatureExtractor(config, models["base"].base)
+    cache = SampleCache(config, extractor, [image.caption for image in reference_images])
+    real = measure_real_images(cache, reference_images, training_images)
+    sampled = cache.sample_all(sampling_jobs(models, config.evaluate))
 
-    def kernel_of(rows: Measurements) -> tuple[float, float]:
-        return pair(real.reference.kernel(rows["features"]))
-
-    of_cells = {key[:2]: rows for key, rows in sampled.items() if key[2] == options.samples}
-    result = {
-        "features": options.features, "reference_images": len(reference_images),
-        "samples": options.samples, "scan_samples": options.scan_samples,
-        "num_inference_steps": config.sample.num_inference_steps, "training_guidance": config.loss.guidance,
-        "weights": run.weights, "cache_dir": config.cache_dir, "reference_file": sample_cache.files[REFERENCE],
-        "floor_images": len(real.floor["features"]), "real": numbers(real.floor, real.reference),
-        "models": {name: table_of(name, cells[name], of_cells, real) for name in bases},
-        "scan": {
-            name: {f"{c.guidance:g}": kernel_of(sampled[name, c, options.scan_samples]) for c in scan}
-            for name in bases
-        },
-    }  # fmt: skip
-    for name, rows in result["models"].items():
-        for row, cell in zip(rows, cells[name], strict=True):
-            row["file"] = sample_cache.files[name, cell, options.samples]
-    least = min(options.samples, len(reference_images))
-    found = diagnosis.few_images(least, real.own["features"].shape[1], result["real"]["frechet"])
-    result["findings"] = [vars(finding) for finding in found]
+    result = {"weights": run.weights} | scores(models, sampled, real, cache)
+    findings = check_image_count(result, real)
+    result["findings"] = [vars(finding) for finding in findings]
     write_json(run.evaluation, result)
-    note_findings(run, result["findings"])
-    save_images(run, {key: rows["kept"] for key, rows in of_cells.items()}, sample_cache.captions, cells)
-    if "run" in bases:
-        cell = cells["run"][-1]
-        found = nearest_copies(of_cells["run", cell], real)
-        drawn = sample_cache.draw(bases["run"], cell, [sample for sample, _, _ in found])
-        save_nearest(run, found, drawn, training_images, config)
+    replace_findings(run, result["findings"])
+    save_cells(run, models, sampled, cache)
+    if "run" in models:
+        save_nearest(run, models["run"], sampled, real, cache, training_images)
     return result
 
 
-def note_findings(run: RunDir, found: list[dict[str, str]]) -> None:
-    """Adds them to what the doctor said in training, in place of those of an earlier evaluation."""
-    said = [finding for finding in run.read_status().get("findings", []) if finding["name"] != "few images"]
-    run.update_status(findings=[*said, *found])
+def models_to_evaluate(run: RunDir, config: Config) -> dict[str, ModelCells]:
+    """The untouched base, and the trained run where there is one, with their cells."""
+    models = {"base": ModelCells(starting_base(config), cells_of(config.sample, 1))}
+    if config.finetune != "none":
+        models["run"] = ModelCells(trained_base(run, config), cells_of(config.sample, config.loss.guidance))
+    return models
 
 
-def measured(
-    sample_cache: SampleCache, reference: list[CaptionedImage], training: list[CaptionedImage]
-) -> Real:
-    """The real images; the floor has as many as there are samples, reference and training images."""
-    options = sample_cache.config.evaluate
-    own = sample_cache.measure_real(REFERENCE, reference)
-    few = training[: min(options.samples, len(reference))]
-    return Real(
+def measure_real_images(
+    cache: SampleCache, reference: list[CaptionedImage], training: list[CaptionedImage]
+) -> RealImages:
+    """Measure the real images; the floor uses as many as there are samples, reference and training images."""
+    options = cache.config.evaluate
+    own = cache.measure_real(REFERENCE, reference)
+    floor = training[: min(options.samples, len(reference))]
+    return RealImages(
         reference=ReferenceSet(own["features"], standardise=options.features == "style"),
         own=own,
-        floor=sample_cache.measure_real("measuring training images", few),
-        training=sample_cache.thumbnails("reading all training images", training),
+        floor=cache.measure_real("measuring training images", floor),
+        training=cache.thumbnails("reading all training images", training),
     )
 
 
-def table_of(
-    name: str, cells: list[Cell], sampled: dict[tuple[str, Cell], Measurements], real: Real
+def sampling_jobs(models: dict[str, ModelCells], options: EvaluateConfig) -> list[Job]:
+    """Every cell of every model, then the guidance scan of every model."""
+    jobs = [
+        Job(name, model.base, cell, options.samples) for name, model in models.items() for cell in model.cells
+    ]
+    scan = scan_cells(options)
+    jobs += [
+        Job(name, model.base, cell, options.scan_samples) for name, model in models.items() for cell in scan
+    ]
+    return jobs
+
+
+def scan_cells(options: EvaluateConfig) -> list[Cell]:
+    """The cells of the guidance scan: DDIM at each scale, once."""
+    return list(dict.fromkeys(Cell("ddim", scale) for scale in options.scales))
+
+
+def scores(
+    models: dict[str, ModelCells], sampled: Sampled, real: RealImages, cache: SampleCache
+) -> dict[str, Any]:
+    """How it was measured, and the scores of real images, every model in its cells and the guidance scan."""
+    config, options = cache.config, cache.config.evaluate
+    return {
+        "features": options.features,
+        "reference_images": len(real.own["features"]),
+        "samples": options.samples,
+        "scan_samples": options.scan_samples,
+        "num_inference_steps": config.sample.num_inference_steps,
+        "training_guidance": config.loss.guidance,
+        "cache_dir": config.cache_dir,
+        "reference_file": cache.files[REFERENCE],
+        "floor_images": len(real.floor["features"]),
+        "real": set_scores(real.floor, real.reference),
+        "models": {
+            name: cell_scores(name, model.cells, sampled, real, cache) for name, model in models.items()
+        },
+        "scan": {
+            name: {
+                f"{cell.guidance:g}": kernel_pair(sampled[name, cell, options.scan_samples], real)
+                for cell in scan_cells(options)
+            }
+            for name in models
+        },
+    }
+
+
+def cell_scores(
+    name: str, cells: list[Cell], sampled: Sampled, real: RealImages, cache: SampleCache
 ) -> list[dict[str, Any]]:
-    """The rows of one model: a row for each cell; beside the base's same cell where there is one."""
-    rows = []
+    """The scores of one model in each cell, with the paired difference to the base in the same cell."""
+    samples, rows = cache.config.evaluate.samples, []
     for cell in cells:
-        ours, base = sampled[name, cell], sampled.get(("base", cell))
-        row = asdict(cell) | numbers(ours, real.reference) | {"copying": copying(ours, real)}
+        ours, base = sampled[name, cell, samples], sampled.get(("base", cell, samples))
+        row = asdict(cell) | set_scores(ours, real.reference) | {"copying": copying_ratio(ours, real)}
         if name != "base" and base is not None:
-            row["kernel_minus_base"] = pair(real.reference.difference(ours["features"], base["features"]))
-        rows.append(row)
+            row["kernel_minus_base"] = as_pair(real.reference.difference(ours["features"], base["features"]))
+        rows.append(row | {"file": cache.files[name, cell, samples]})
     return rows
 
 
-def numbers(rows: Measurements, reference: ReferenceSet) -> dict[str, Any]:
-    """What one set of images scores; kernel and caption_fit are (value, standard error)."""
+def set_scores(rows: Measurements, reference: ReferenceSet) -> dict[str, Any]:
+    """The scores of one set of images; kernel and caption_fit are (value, standard error)."""
     features = rows["features"]
-    precision, recall = precision_recall(reference.units(features), reference.units(reference.own))
+    precision, recall = precision_recall(reference.scaled(features), reference.scaled(reference.own))
     return {
-        "kernel": pair(reference.kernel(features)),
+        "kernel": as_pair(reference.kernel(features)),
         "frechet": reference.frechet(features),
-        "caption_fit": pair(mean_of(rows["caption_fit"])) if "caption_fit" in rows else None,
+        "caption_fit": as_pair(mean_of(rows["caption_fit"])) if "caption_fit" in rows else None,
         "precision": precision,
         "recall": recall,
     }
 
 
-def copying(rows: Measurements, real: Real) -> float:
-    """How near samples come to the training images: 1 = as near as unseen real images, 0 = copies.
+def kernel_pair(rows: Measurements, real: RealImages) -> tuple[float, float]:
+    """(kernel distance to real images, standard error)."""
+    return as_pair(real.reference.kernel(rows["features"]))
 
-    The median distance of thumbnails to their nearest training image, over that of the reference.
+
+def as_pair(estimate: Estimate) -> tuple[float, float]:
+    """(value, standard error), for JSON."""
+    return estimate.value, estimate.standard_error
+
+
+def copying_ratio(rows: Measurements, real: RealImages) -> float:
+    """How near samples come to training images: 1 is as near as unseen real images, 0 is copies.
+
+    The median distance of thumbnails to their nearest training image, divided by that of the reference.
     """
     ours, unseen = (
         torch.cdist(part["thumbnails"], real.training).min(1).values.median() for part in (rows, real.own)
@@ -161,50 +199,67 @@ def copying(rows: Measurements, real: Real) -> float:
     return (ours / unseen).item()
 
 
-def nearest_copies(rows: Measurements, real: Real) -> list[tuple[int, int, float]]:
-    """(sample, training image, distance) of the samples that come nearest to one, the nearest first.
+def nearest_copies(rows: Measurements, real: RealImages) -> list[tuple[int, int, float]]:
+    """(sample, training image, distance) of the samples nearest to a training image, the nearest first.
 
-    The distance is that of thumbnails, over the median distance of unseen real images to theirs.
+    The distance is that of thumbnails, divided by the median distance of unseen real images.
     """
     unseen = torch.cdist(real.own["thumbnails"], real.training).min(1).values.median()
     distances, images = torch.cdist(rows["thumbnails"], real.training).min(1)
-    first = distances.argsort()[:SHOWN]
+    first = distances.argsort()[:NEAREST_SAMPLES]
     return [(int(i), int(images[i]), (distances[i] / unseen).item()) for i in first]
+
+
+def check_image_count(result: dict[str, Any], real: RealImages) -> list[diagnosis.Finding]:
+    """The doctor's finding if the Frechet distances were computed from too few images."""
+    images = min(result["samples"], result["reference_images"])
+    return diagnosis.few_images(images, real.own["features"].shape[1], result["real"]["frechet"])
+
+
+def replace_findings(run: RunDir, found: list[dict[str, str]]) -> None:
+    """Add findings to those of the training in status.json, replacing those of an earlier evaluation."""
+    noted = run.read_status().get("findings", [])
+    run.update_status(findings=[*(finding for finding in noted if finding["name"] != "few images"), *found])
+
+
+def save_cells(run: RunDir, models: dict[str, ModelCells], sampled: Sampled, cache: SampleCache) -> None:
+    """Write evaluation.png: the first prompts in every cell, base above, run below; white if not sampled."""
+    samples = cache.config.evaluate.samples
+    kept = {
+        (name, cell): sampled[name, cell, samples]["kept"]
+        for name, model in models.items()
+        for cell in model.cells
+    }
+    every = list(dict.fromkeys(cell for model in reversed(models.values()) for cell in model.cells))
+    few = min(4, len(cache.captions), *(len(images) for images in kept.values()))
+    empty = torch.ones_like(next(iter(kept.values()))[:few], dtype=torch.float32)
+
+    def tiles(name: str) -> list[torch.Tensor]:
+        return [kept[name, cell][:few] / 255 if (name, cell) in kept else empty for cell in every]
+
+    rows = [(name, torch.stack(tiles(name), dim=1)) for name in models]
+    title = f"evaluation of {run.path.name}\nsame start noise in a row"
+    grid = compose_grid(rows, cache.captions[:few], [cell.label for cell in every], title)
+    write_atomically(run.evaluation_images, lambda file: grid.save(file, "PNG"))
 
 
 def save_nearest(
     run: RunDir,
-    found: list[tuple[int, int, float]],
-    drawn: torch.Tensor,
+    model: ModelCells,
+    sampled: Sampled,
+    real: RealImages,
+    cache: SampleCache,
     training: list[CaptionedImage],
-    config: Config,
 ) -> None:
-    """evaluation_nearest.png: of all samples those nearest to a training image, above that image."""
-    size = config.model.resolution, config.data.square_resize
-    originals = [preprocess(open_image(training[place].path), *size) / 2 + 0.5 for _, place, _ in found]
-    rows = [("sample", drawn[None]), ("nearest\ntraining\nimage", torch.stack(originals)[None])]
+    """Write evaluation_nearest.png: the samples nearest to a training image, each above that image.
+
+    Of the last cell, at the run's own scale.
+    """
+    cell = model.cells[-1]
+    found = nearest_copies(sampled["run", cell, cache.config.evaluate.samples], real)
+    drawn = cache.draw(model.base, cell, [sample for sample, _, _ in found])
+    originals = torch.stack([read_unit_image(training[image].path, cache.config) for _, image, _ in found])
+    rows = [("sample", drawn[None]), ("nearest\ntraining\nimage", originals[None])]
     title = "copies? The samples that come nearest to a training image\n1 = as near as an unseen image is"
     grid = compose_grid(rows, [""], [f"{distance:.2f}" for _, _, distance in found], title)
     write_atomically(run.evaluation_nearest, lambda file: grid.save(file, "PNG"))
-
-
-def pair(estimate: Estimate) -> tuple[float, float]:
-    """(value, standard error), for JSON."""
-    return estimate.value, estimate.standard_error
-
-
-def save_images(
-    run: RunDir, kept: dict[tuple[str, Cell], torch.Tensor], prompts: list[str], cells: dict[str, list[Cell]]
-) -> None:
-    """evaluation.png: the first prompts in every cell, base above, run below; white where it is not drawn."""
-    every = list(dict.fromkeys(cell for own in reversed(cells.values()) for cell in own))
-    few = min(4, len(prompts), *(len(images) for images in kept.values()))
-    empty = torch.ones_like(next(iter(kept.values()))[:few], dtype=torch.float32)
-
-    def tiles(name: str) -> list[torch.Tensor]:
-        return [kept[name, cell][:few] / 255 if cell in cells[name] else empty for cell in every]
-
-    rows = [(name, torch.stack(tiles(name), dim=1)) for name in cells]
-    title = f"evaluation of {run.path.name}\nsame start noise in a row"
-    grid = compose_grid(rows, prompts[:few], [cell.label for cell in every], title)
-    write_atomically(run.evaluation_images, lambda file: grid.save(file, "PNG"))

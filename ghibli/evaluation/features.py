@@ -1,9 +1,9 @@
-"""What a network sees in an image, as one row of numbers; caption fit; the reference set.
+"""Image features for the distances, the fit of image and caption, and the reference set.
 
-`style`: the base's own VAE encoder, mean and standard deviation over the image of every channel of every
-block: colours, edges, textures. It is at hand wherever a base is, and sees the look; a CLIP image tower,
-which learned to find the same caption in every look, hardly does.
-`inception`: the network of FID. Only with these is a Frechet distance called FID.
+`style`: mean and standard deviation over the image of every channel in every block of the base's own VAE
+encoder: colours, edges, textures. It is available wherever a base is and sensitive to style; a CLIP image
+tower, trained to recognise the same caption in every style, hardly is.
+`inception`: the network of FID. Only with these features is a Frechet distance called FID.
 """
 
 from collections.abc import Callable
@@ -22,20 +22,25 @@ from ghibli.models.base import BaseModel, part_hash, place_of, weights_hash
 from ghibli.models.load import quiet
 from ghibli.runtime.errors import UserError, first_line
 
-BATCH = 16
+BATCH = 16  # images that pass a feature network together
 
 
-def called(kind: str | None) -> tuple[str, str]:
-    """What the kernel distance and the Frechet distance of these features are called."""
+def distance_names(kind: str | None) -> tuple[str, str]:
+    """The names of the kernel distance and the Frechet distance with these features."""
     return ("KID", "FID") if kind == "inception" else ("kernel distance", "Frechet")
 
 
-def in_batches(
+def extract_in_batches(
     extract: Callable[[torch.Tensor], torch.Tensor],
     images: torch.Tensor,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> torch.Tensor:
-    """Features (N, D) float64 on the CPU of images (N, 3, H, W) in 0 .. 1."""
+    """Features (N, D) float64 on the CPU of images (N, 3, H, W) in 0 .. 1.
+
+    Args:
+        extract: images (B, 3, H, W) in 0 .. 1 -> features (B, D).
+        on_progress: called with (images done, images in total).
+    """
     rows = []
     with torch.no_grad():
         for start in range(0, len(images), BATCH):
@@ -45,9 +50,12 @@ def in_batches(
 
 
 def style_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Mean and standard deviation over the image of the encoder's channels, block by block, (B, D).
+    """Mean and standard deviation over the image of the VAE encoder's channels, block by block: (B, D).
 
-    Its first convolution and all blocks but the last: D is 320 for the demo, 2048 for SD 1.5.
+    From the first convolution and all blocks but the last: D is 320 for the demo, 2048 for SD 1.5.
+
+    Args:
+        images: (B, 3, H, W) in 0 .. 1.
     """
     blocks = [vae.encoder.conv_in(images.to(vae.device) * 2 - 1)]
     for block in vae.encoder.down_blocks[:-1]:
@@ -56,50 +64,50 @@ def style_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 def standardised(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Features (N, D) in units of the reference's spread around the reference's mean, column by column."""
+    """Features (N, D), each column shifted and scaled by mean and deviation of the reference (M, D)."""
     return (features - reference.mean(0)) / reference.std(0).clamp(min=1e-6)
 
 
 def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
-    """The network of FID, (B, 3, H, W) uint8 -> (B, 2048), from a file or torch-fidelity's own download.
+    """Load the network of FID, (B, 3, H, W) uint8 -> (B, 2048), from a file or torch-fidelity's download.
 
     Raises:
-        UserError: the file is not there or not these weights, or it cannot be downloaded.
+        UserError: the file is missing or holds other weights, or it cannot be downloaded.
     """
-    place = Path(weights).expanduser() if weights else downloaded_inception()
-    if not place.is_file():
+    file = Path(weights).expanduser() if weights else downloaded_inception()
+    if not file.is_file():
         raise UserError(f"evaluate.inception={weights}: no such file")
     try:
-        content = torch.load(place, weights_only=True, map_location="cpu")  # the library's own runs pickles
+        content = torch.load(file, weights_only=True, map_location="cpu")  # the library's loader unpickles
         if not isinstance(content, dict):
             raise TypeError
-        return FeatureExtractorInceptionV3("inception", ["2048"], str(place)).eval()
+        return FeatureExtractorInceptionV3("inception", ["2048"], str(file)).eval()
     except Exception as error:  # torch raises many types; each means the same to the user
-        raise UserError(f"evaluate.inception={place} does not hold the FID network's weights") from error
+        raise UserError(f"evaluate.inception={file} does not hold the FID network's weights") from error
 
 
 def downloaded_inception() -> Path:
-    """torch-fidelity's file of the weights, downloaded once into torch's own cache.
+    """The path of torch-fidelity's weights, downloaded once into torch's cache.
 
     Raises:
-        UserError: it is not there and cannot be downloaded.
+        UserError: they are not there and cannot be downloaded.
     """
-    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     try:
-        if not place.is_file():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(place))
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file))
     except OSError as error:
         raise UserError(
-            f"the Inception weights of FID are not at hand and cannot be downloaded ({error}): put "
-            f"{place.name} from torch-fidelity's releases somewhere and name it, evaluate.inception=FILE, "
+            f"the Inception weights of FID are not on this machine and cannot be downloaded ({error}): get "
+            f"{file.name} from torch-fidelity's releases and give its path with evaluate.inception=FILE, "
             "or use evaluate.features=style"
         ) from error
-    return place
+    return file
 
 
 def inception_features(network: FeatureExtractorInceptionV3, images: torch.Tensor) -> torch.Tensor:
-    """The 2048 pooled features of 8-bit images, (B, 2048)."""
+    """The pooled features (B, 2048) of images (B, 3, H, W) in 0 .. 1, which are rounded to 8 bits first."""
     levels = (images * 255).round().to(torch.uint8)
     return network(levels.to(next(network.parameters()).device))[0]
 
@@ -108,8 +116,8 @@ def clip_similarity(clip: CLIPModel, pixel_values: torch.Tensor, input_ids: torc
     """100 x the cosine between each image and its caption, (B,): the CLIP score (Hessel et al. 2021).
 
     Args:
-        pixel_values: (B, 3, S, S), prepared as this CLIP wants them.
-        input_ids: (B, L).
+        pixel_values: (B, 3, S, S), preprocessed for this CLIP.
+        input_ids: (B, L) int64.
     """
     output = clip(pixel_values=pixel_values, input_ids=input_ids)
     return 100 * (output.image_embeds * output.text_embeds).sum(1)
@@ -119,16 +127,16 @@ class FeatureExtractor:
     """The configured feature network and CLIP, loaded once.
 
     Args:
-        base: an untouched base; its VAE gives the style features.
+        base: an untouched base; its VAE gives the style features, its tokenizer CLIP's input_ids.
 
     Raises:
-        UserError: weights that are not at hand.
+        UserError: weights that are not on this machine.
     """
 
     def __init__(self, config: Config, base: BaseModel):
         self.base, self.kind = base, config.evaluate.features
         self.clip = load_clip(config.model.clip)
-        self.hashes = {"features": self.kind, "vae": weights_hash(base)}  # of all that measures
+        self.hashes = {"features": self.kind, "vae": weights_hash(base)}  # of every network that measures
         self.hashes["clip"] = None if self.clip is None else part_hash(self.clip[0])
         if self.kind == "inception":
             network = load_inception(config.evaluate.inception).to(base.vae.device)
@@ -138,8 +146,8 @@ class FeatureExtractor:
             self._extract = lambda batch: style_features(base.vae, batch)
 
     def measure(self, images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
-        """Features (N, D) and, with a CLIP, caption_fit (N,), of images (N, 3, H, W) in 0 .. 1."""
-        measured = {"features": in_batches(self._extract, images)}
+        """`features` (N, D) and, with a CLIP, `caption_fit` (N,) of images (N, 3, H, W) in 0 .. 1."""
+        measured = {"features": extract_in_batches(self._extract, images)}
         if self.clip is not None:
             measured["caption_fit"] = self._caption_fit(images, captions)
         return measured
@@ -156,44 +164,46 @@ class FeatureExtractor:
         return torch.cat(scores)
 
 
-def load_clip(place: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
-    """The CLIP model of `model.clip` and its image preparation; None without one.
+def load_clip(name: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
+    """Load the CLIP model of `model.clip`, a folder or hub name, and its image processor; None without one.
 
     Raises:
-        UserError: it is not there.
+        UserError: it cannot be loaded.
     """
-    if place is None:
+    if name is None:
         return None
-    folder = place_of(place)
-    name = folder if folder.is_dir() else place
+    folder = place_of(name)
+    source = folder if folder.is_dir() else name
     try:
         with quiet("transformers"):
-            return CLIPModel.from_pretrained(name).eval(), CLIPImageProcessor.from_pretrained(name)
+            return CLIPModel.from_pretrained(source).eval(), CLIPImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.clip={place} cannot be loaded ({first_line(error)}): give a folder, or model.clip=null"
+            f"model.clip={name} cannot be loaded ({first_line(error)}): give a folder, or model.clip=null"
         ) from error
 
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """Real images to compare with, and the units of the distances to them."""
+    """The features of the real images to compare with, and how features are scaled for the distances."""
 
-    own: torch.Tensor  # (M, D) features as they came
-    standardise: bool  # style features: in units of the reference's spread; FID and KID want them raw
+    own: torch.Tensor  # (M, D) raw features
+    standardise: (
+        bool  # True for style features: in units of the reference's deviation; FID and KID want raw ones
+    )
 
-    def units(self, rows: torch.Tensor) -> torch.Tensor:
-        """Features (N, D) in the units in which distances are taken."""
+    def scaled(self, rows: torch.Tensor) -> torch.Tensor:
+        """Features (N, D), scaled for the distances."""
         return standardised(rows, self.own) if self.standardise else rows
 
     def kernel(self, rows: torch.Tensor) -> Estimate:
         """Kernel distance of features (N, D) to the reference."""
-        return kernel_distance(self.units(rows), self.units(self.own))
+        return kernel_distance(self.scaled(rows), self.scaled(self.own))
 
     def difference(self, rows: torch.Tensor, others: torch.Tensor) -> Estimate:
-        """Kernel distance of one model's features (N, D) minus that of another's, paired."""
-        return kernel_difference(self.units(rows), self.units(others), self.units(self.own))
+        """Kernel distance of one model's features (N, D) minus that of another's (N, D), paired."""
+        return kernel_difference(self.scaled(rows), self.scaled(others), self.scaled(self.own))
 
     def frechet(self, rows: torch.Tensor) -> float:
         """Frechet distance of features (N, D) to the reference."""
-        return frechet_distance(self.units(rows), self.units(self.own))
+        return frechet_distance(self.scaled(rows), self.scaled(self.own))

@@ -1,4 +1,4 @@
-"""The paired held-out gain: what scores on fixed items say about learning."""
+"""The paired gain on held-out images: whether scores on fixed items show learning."""
 
 import math
 from dataclasses import dataclass
@@ -12,13 +12,20 @@ from ghibli.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Gain(Estimate):
-    """How much better than a reference, as a share of the reference's loss (0.25 = 25 %)."""
+    """How far a loss is below a reference's, as a share of the latter (0.25 = 25 %)."""
 
     @property
     def size(self) -> str:
-        """`4.1 % +- 0.3 %`, without the error where one image gives none."""
+        """`4.1 % +- 0.3 %` without a sign; without the error where one image gives none."""
         error = "" if math.isnan(self.standard_error) else f" +- {100 * self.standard_error:.1f} %"
         return f"{abs(100 * self.value):.1f} %{error}"
+
+    @property
+    def signed_size(self) -> str:
+        """`size` with a minus sign for a loss above the reference's; `-` for NaN."""
+        if math.isnan(self.value):
+            return "-"
+        return f"{'' if self.value >= 0 else '-'}{self.size}"
 
     def __str__(self) -> str:
         word = "better" if self.value >= 0 else "WORSE"
@@ -31,7 +38,7 @@ def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
     Args:
         losses, base_losses: (P, K) of P images with K items each, on the same items.
 
-    The standard error leaves out one image at a time (Efron & Stein 1981); nan for one image.
+    The standard error leaves out one image at a time (Efron & Stein 1981); it is NaN for one image.
     """
     ours, base = losses.double().sum(1), base_losses.double().sum(1)
     value = 1 - ours.sum() / base.sum()
@@ -44,7 +51,7 @@ def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
 
 
 def paired_difference(losses: torch.Tensor, others: torch.Tensor) -> tuple[float, float]:
-    """Mean of losses - others, both (P, K), and its standard error over images; nan for one image."""
+    """Mean of losses - others, both (P, K), and its standard error over images, NaN for one image."""
     difference = (losses.double() - others.double()).mean(1)
     if len(difference) < 2:
         return difference.mean().item(), float("nan")
@@ -53,63 +60,72 @@ def paired_difference(losses: torch.Tensor, others: torch.Tensor) -> tuple[float
 
 @dataclass(frozen=True)
 class Probe:
-    """One look at a model: its losses on the items, beside the untouched base's at guidance 1."""
+    """A model's losses on the fixed items, beside those of the untouched base at guidance 1."""
 
     val: torch.Tensor  # (P, K) held-out images, at the training guidance
-    val_g1: torch.Tensor  # (P, K) the same, the conditional branch alone
+    val_g1: torch.Tensor  # (P, K) the same at guidance 1: the conditional branch alone
     train: torch.Tensor  # (Q, K) a fixed part of the training images, at the training guidance
     base_val: torch.Tensor  # (P, K) the base at guidance 1
     base_train: torch.Tensor  # (Q, K)
 
     @property
     def val_gain(self) -> Gain:
+        """The gain over the base on held-out images."""
         return paired_gain(self.val, self.base_val)
 
     @property
     def train_gain(self) -> Gain:
+        """The gain over the base on training images."""
         return paired_gain(self.train, self.base_train)
 
     @property
     def gain_by_timestep(self) -> list[Gain]:
-        """Held-out gain in each of the K equal parts of the timesteps, low noise first."""
+        """Held-out gain in each of K equal intervals of the timesteps, low noise first."""
         items = self.val.shape[1]
         return [paired_gain(self.val[:, k : k + 1], self.base_val[:, k : k + 1]) for k in range(items)]
 
     @property
     def broken(self) -> list[int]:
-        """The images, held-out ones first, with a score that is no number, the model's or the base's."""
+        """Indices of images with a score that is not finite, held-out first: the model's or the base's."""
         scores = torch.cat([self.val + self.base_val, self.train + self.base_train])
         return (~scores.isfinite().all(1)).nonzero()[:, 0].tolist()
 
 
 class Diverged(UserError):
-    """The scores of an epoch are no numbers.
+    """Some scores of an epoch are not finite.
 
     Args:
-        items: name and timesteps of each image with such a score.
+        items: (name, timesteps) of each image with such a score.
     """
 
     def __init__(self, items: list[tuple[str, list[int]]], epoch: int, lr: float):
-        words = [f"{name} at timesteps {', '.join(map(str, timesteps))}" for name, timesteps in items[:3]]
-        more = f" and {len(items) - len(words)} more images" if len(items) > len(words) else ""
+        named = [f"{name} at timesteps {', '.join(map(str, timesteps))}" for name, timesteps in items[:3]]
+        more = f" and {len(items) - len(named)} more images" if len(items) > len(named) else ""
         super().__init__(
             f"the run diverged: after epoch {epoch} the probe's loss is not finite for "
-            f"{'; '.join(words)}{more}; start it again with a lower learning rate (optimizer.lr was {lr:g}); "
-            "best.ckpt is from before, if there is one"
+            f"{'; '.join(named)}{more}; start again with a lower learning rate (optimizer.lr was {lr:g}); "
+            "best.ckpt, if there is one, is from before"
         )
 
 
 def best_epoch(history: list[Probe]) -> int:
-    """The finished epoch (1, 2, ...) with the lowest held-out loss; 0 when there is none."""
+    """The finished epoch (1, 2, ...) with the lowest held-out loss; 0 before the first.
+
+    Args:
+        history: starts with the untouched model.
+    """
     losses = [probe.val.double().sum().item() for probe in history]
     return min(range(1, len(history)), key=losses.__getitem__, default=0)
 
 
 def significant_best(history: list[Probe]) -> Gain:
-    """The best gain so far, which only moves by more than the paired difference's standard error.
+    """The best gain so far, ignoring improvements within the paired difference's standard error.
 
-    An epoch that is better by chance alone does not count, so waiting for it to move ends
-    once learning has. With one held-out image there is no error, and any improvement counts.
+    An epoch that is better only by chance does not count, so early stopping on this value ends when
+    learning does. With one held-out image there is no error, and any improvement counts.
+
+    Args:
+        history: starts with the untouched model.
     """
     best = history[0]
     for probe in history[1:]:
@@ -120,10 +136,11 @@ def significant_best(history: list[Probe]) -> Gain:
 
 
 def expected_losses(timesteps: torch.Tensor, losses: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
-    """What a model is expected to score at each timestep, (T,): means over items, interpolated.
+    """The loss a model is expected to have at each timestep, (T,) float32: means over items, interpolated.
 
     Args:
         timesteps, losses: (N,) of scored items.
+        num_train_timesteps: T.
     """
     parts = min(20, max(1, len(timesteps) // 8))
     part = (timesteps * parts // num_train_timesteps).numpy()

@@ -1,4 +1,4 @@
-"""Sampled and real images as rows of measurements, kept in the cache."""
+"""Sample images and measure them and real ones: features, thumbnails and caption fit, kept in the cache."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,15 +20,21 @@ from ghibli.models.base import BaseModel, weights_hash
 from ghibli.runtime.cache import cached, file_of
 from ghibli.runtime.console import counted
 
+VERSION = 3  # part of the cache keys; raise it when sampling or measuring changes
+KEPT_IMAGES = 8  # images of each cell that are kept to look at
+THUMBNAIL = 16  # px; copies of training images are searched for at this size
+
+# features (N, D), thumbnails (N, 768), caption_fit (N,) with a CLIP, kept (<= KEPT_IMAGES, 3, H, W) uint8
+Measurements = dict[str, torch.Tensor]
 Result = TypeVar("Result")
 
 
 def two_at_a_time(tasks: Iterable[Callable[[], Result]], device: torch.device) -> Iterator[Result]:
-    """What the tasks return, in their order; one after the other on a GPU or a single core.
+    """Yield what the tasks return, in order, running two at a time; one at a time on a GPU or a single core.
 
-    torch's operations release Python's lock, so two threads keep two halves of the cores busy: on the
-    demo's UNet, whose operations are short, a third more images. A task's
-    result depends on the number of threads by rounding, and on nothing else.
+    torch releases Python's lock in its operations, so two threads with half the cores each keep all cores
+    busy: a third more images per second with the demo's UNet, whose operations are short. The result of a
+    task depends on the number of threads only by rounding.
 
     Args:
         device: where the tasks compute.
@@ -43,20 +49,13 @@ def two_at_a_time(tasks: Iterable[Callable[[], Result]], device: torch.device) -
     try:
         for task in tasks:
             waiting.append(pool.submit(task))
-            if len(waiting) > 2:  # results are large: no more of them than needed
+            if len(waiting) > 2:  # results are large: hold no more of them than needed
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-
-
-VERSION = 3  # to be raised when sampling or measuring changes
-KEPT = 8  # images of a cell that are kept to look at
-THUMBNAIL = 16  # px; copies of training images are looked for at this size
-
-Measurements = dict[str, torch.Tensor]  # features (N, D), thumbnails (N, 768), kept; caption_fit (N,)
 
 
 class Job(NamedTuple):
@@ -69,68 +68,76 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> tuple[str, Cell, int]:
-        """What it is called among the results."""
+        """Its key among the results."""
         return self.model, self.cell, self.count
 
-    def whole(self, jobs: list["Job"]) -> "Job":
-        """The first of these jobs, itself among them, that draws its images, and maybe more after them."""
+    def covering(self, jobs: list["Job"]) -> "Job":
+        """The first of these jobs, itself among them, whose images start with all of this one's."""
         return next(job for job in jobs if job.name[:2] == self.name[:2] and job.count >= self.count)
 
 
 class SampleCache:
-    """Measures real images and sampled cells, each once.
+    """Measures real images and sampled cells, each once, and keeps the measurements on disk.
 
     Args:
-        captions: what is drawn, again and again with other start noise where samples outnumber them.
+        captions: the prompts; if there are more samples than captions, they repeat with new start noise.
     """
 
     def __init__(self, config: Config, extractor: FeatureExtractor, captions: list[str]):
         self.config, self.extractor, self.captions = config, extractor, captions
         self.folder = Path(config.cache_dir) / "evaluation"
         self.common = {"version": VERSION, "resolution": config.model.resolution} | extractor.hashes
-        self.files: dict[Any, str] = {}  # label or (model, cell, count) -> the file of its measurements
+        self.files: dict[Any, str] = {}  # label or Job.name -> the name of the file with its measurements
 
     def measure_real(self, label: str, images: list[CaptionedImage]) -> Measurements:
-        """Measures image files."""
-        size = self.config.model.resolution, self.config.data.square_resize
+        """Measure image files.
+
+        Args:
+            label: names the progress bar and, in `files`, the cache file.
+        """
         step = self.config.evaluate.batch_size
 
         def parts() -> Iterable[Measurements]:
             with counted(label) as on_progress:
                 for start in range(0, len(images), step):
                     part = images[start : start + step]
-                    values = [preprocess(open_image(p.path), *size) / 2 + 0.5 for p in part]
-                    yield self._measured(torch.stack(values), [p.caption for p in part])
+                    values = [read_unit_image(image.path, self.config) for image in part]
+                    yield self._measure_batch(torch.stack(values), [image.caption for image in part])
                     on_progress(start + len(part), len(images))
 
-        key = {"images": [(p.content_hash, p.caption) for p in images], "resize": size[1]}
-        return self._cached(label, key, lambda: joined(parts()))
+        key = {
+            "images": [(image.content_hash, image.caption) for image in images],
+            "resize": self.config.data.square_resize,
+        }
+        return self._cached(label, key, lambda: concatenated(parts()))
 
     def thumbnails(self, label: str, images: list[CaptionedImage]) -> torch.Tensor:
-        """Thumbnails (N, 768) of image files, which need no network."""
-        size = self.config.model.resolution, self.config.data.square_resize
+        """Thumbnails (N, 768) of image files, without the features."""
 
         def make() -> dict[str, torch.Tensor]:
             with counted(label) as on_progress:
                 rows = []
                 for image in images:
-                    rows.append(thumbnails_of(preprocess(open_image(image.path), *size)[None] / 2 + 0.5))
+                    rows.append(thumbnails_of(read_unit_image(image.path, self.config)[None]))
                     on_progress(len(rows), len(images))
             return {"thumbnails": torch.cat(rows)}
 
-        key = {"thumbnails": [image.content_hash for image in images], "resize": size[1]}
+        key = {
+            "thumbnails": [image.content_hash for image in images],
+            "resize": self.config.data.square_resize,
+        }
         return self._cached(label, key, make)["thumbnails"]
 
     def sample_all(self, jobs: list[Job]) -> dict[tuple[str, Cell, int], Measurements]:
-        """Samples and measures every job that is not in the cache, with the time left for all.
+        """Sample and measure every job that is not in the cache, under one progress bar.
 
-        A job that is the beginning of another one is not drawn again.
+        A job whose images are the first ones of another job is not sampled again.
         """
-        wholes = {job.name: job.whole(jobs) for job in jobs}
-        drawn = self._sample_each([job for job in jobs if wholes[job.name] is job])
+        covering = {job.name: job.covering(jobs) for job in jobs}
+        sampled = self._sample_each([job for job in jobs if covering[job.name] is job])
         return {
-            name: {what: rows[: name[2]] for what, rows in drawn[whole.name].items()}
-            for name, whole in wholes.items()
+            name: {what: rows[: name[2]] for what, rows in sampled[larger.name].items()}
+            for name, larger in covering.items()
         }
 
     def _sample_each(self, jobs: list[Job]) -> dict[tuple[str, Cell, int], Measurements]:
@@ -147,7 +154,7 @@ class SampleCache:
                         done[0] += 1 if job.cell.guidance == 1 else 2
                         on_progress(done[0], sum(work))
 
-                    return joined(self._sampled(job, on_step))
+                    return concatenated(self._sample_batches(job, on_step))
 
                 key = {"weights": hashes[id(job.base)], "cell": asdict(job.cell), "steps": steps}
                 key["prompts"] = self._prompts(job.count)
@@ -157,7 +164,7 @@ class SampleCache:
         return results
 
     def measure_model(self, base: BaseModel, cell: Cell, count: int) -> Measurements:
-        """Samples and measures a model as it is now; nothing is kept."""
+        """Sample and measure a model as it is now, without the cache."""
         job = Job("", base, cell, count)
         passes, done = self._passes(job) * self.config.sample.num_inference_steps, [0]
         with counted(f"drawing {count} images to measure") as on_progress:
@@ -166,14 +173,14 @@ class SampleCache:
                 done[0] += 1 if cell.guidance == 1 else 2
                 on_progress(done[0], passes)
 
-            return joined(self._sampled(job, on_step))
+            return concatenated(self._sample_batches(job, on_step))
 
-    def draw(self, base: BaseModel, cell: Cell, places: list[int]) -> torch.Tensor:
-        """Single samples of a cell again, (len(places), 3, H, W); but for rounding as they were measured."""
-        prompts = self._prompts(max(places) + 1)
+    def draw(self, base: BaseModel, cell: Cell, indices: list[int]) -> torch.Tensor:
+        """Sample single images of a cell again, (len(indices), 3, H, W) in 0 .. 1; equal up to rounding."""
+        prompts = self._prompts(max(indices) + 1)
         return sample(
-            base, [prompts[place] for place in places], cell,
-            seeds=[self.config.sample.seed + place for place in places],
+            base, [prompts[index] for index in indices], cell,
+            seeds=[self.config.sample.seed + index for index in indices],
             num_inference_steps=self.config.sample.num_inference_steps,
             resolution=self.config.model.resolution,
         )  # fmt: skip
@@ -185,10 +192,10 @@ class SampleCache:
     def _prompts(self, count: int) -> list[str]:
         return [self.captions[i % len(self.captions)] for i in range(count)]
 
-    def _sampled(self, job: Job, on_step: Callable[[], None]) -> Iterable[Measurements]:
+    def _sample_batches(self, job: Job, on_step: Callable[[], None]) -> Iterable[Measurements]:
         prompts, step = self._prompts(job.count), self.config.evaluate.batch_size
 
-        def measured(start: int) -> Measurements:
+        def sample_and_measure(start: int) -> Measurements:
             part = prompts[start : start + step]
             images = sample(
                 job.base, part, job.cell,
@@ -196,34 +203,40 @@ class SampleCache:
                 num_inference_steps=self.config.sample.num_inference_steps,
                 resolution=self.config.model.resolution, on_step=on_step,
             )  # fmt: skip
-            return self._measured(images, part)
+            return self._measure_batch(images, part)
 
-        batches = [partial(measured, start) for start in range(0, job.count, step)]
+        batches = [partial(sample_and_measure, start) for start in range(0, job.count, step)]
         yield from two_at_a_time(batches, next(job.base.unet.parameters()).device)
 
-    def _measured(self, images: torch.Tensor, captions: list[str]) -> Measurements:
-        """A row for each image."""
+    def _measure_batch(self, images: torch.Tensor, captions: list[str]) -> Measurements:
+        """The measurements of images (N, 3, H, W) in 0 .. 1."""
         return self.extractor.measure(images, captions) | {
             "thumbnails": thumbnails_of(images),
             "kept": (images * 255).round().to(torch.uint8),
         }
 
     def _cached(self, what: Any, key: dict[str, Any], make: Callable[[], Measurements]) -> Measurements:
-        """The measurements under this key, made and kept when they are not there or damaged."""
+        """The measurements under this key, made and stored if they are missing or damaged."""
         self.files[what] = file_of(self.folder, self.common | key).name
         return cached(self.folder, self.common | key, make)
 
 
-def joined(parts: Iterable[Measurements]) -> Measurements:
-    """The rows of all parts in their order, the first KEPT images."""
+def read_unit_image(path: Path, config: Config) -> torch.Tensor:
+    """Read an image file as training does, but in 0 .. 1: (3, H, W) float32."""
+    pixel_values = preprocess(open_image(path), config.model.resolution, config.data.square_resize)
+    return pixel_values / 2 + 0.5
+
+
+def concatenated(parts: Iterable[Measurements]) -> Measurements:
+    """Concatenate the rows of all parts in order; of `kept`, only the first KEPT_IMAGES."""
     rows: dict[str, list[torch.Tensor]] = {}
     for part in parts:
         for name, values in part.items():
             rows.setdefault(name, []).append(values)
-        rows["kept"] = [torch.cat(rows["kept"])[:KEPT]]
+        rows["kept"] = [torch.cat(rows["kept"])[:KEPT_IMAGES]]
     return {name: torch.cat(values) for name, values in rows.items()}
 
 
 def thumbnails_of(images: torch.Tensor) -> torch.Tensor:
-    """Small copies (N, 768) of images (N, 3, H, W)."""
+    """Images (N, 3, H, W) in 0 .. 1, shrunk to THUMBNAIL px and flattened: (N, 768)."""
     return torch.nn.functional.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)

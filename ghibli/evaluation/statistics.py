@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured number and its standard error."""
+    """A measured value with its standard error."""
 
     value: float
     standard_error: float
@@ -27,13 +27,13 @@ def jackknife_error(without: list[torch.Tensor]) -> float:
     """Standard error of a statistic of independent samples, from its values without each single row.
 
     Args:
-        without: one (N_i,) for each sample (Arvesen 1969, section 2: the variances add up).
+        without: one (N_i,) for each sample; their variances add up (Arvesen 1969, section 2).
     """
     variance = sum((len(v) - 1) / len(v) * (v - v.mean()).square().sum() for v in without)
     return float(variance) ** 0.5
 
 
 def mean_of(values: torch.Tensor) -> Estimate:
-    """Mean of independent values (N,) and its standard error; nan for one value."""
+    """Mean of independent values (N,) with its standard error, which is NaN for one value."""
     values = values.double()
     return Estimate(values.mean().item(), (values.std() / len(values) ** 0.5).item())

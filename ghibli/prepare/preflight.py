@@ -30,7 +30,7 @@ from ghibli.runtime.errors import UserError, disk_trouble
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import lr_factor
-from ghibli.training.trainer import make_trainer
+from ghibli.training.trainer import make_callbacks, make_trainer
 
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}  # in this order
 PREPARED = "prepared.json"  # in conf/local: the base that `ghibli prepare` checked
@@ -51,7 +51,9 @@ def check(overrides: list[str]) -> list[Finding]:
         found += changed_since_prepared(config, base)
     data = GhibliDataModule(config, base, run, 0)
     is_read = result_or_finding(found, "images", lambda: read_dataset(data))
-    trainer = result_or_finding(found, "device", lambda: make_trainer(config, run, CleanStop(run), None))
+    trainer = result_or_finding(
+        found, "device", lambda: make_trainer(config, run, make_callbacks(config, run, CleanStop(run)))
+    )
     module = base and result_or_finding(found, "model", lambda: GhibliModule(config, base))
     if base:
         found.append(about_base(config, base))

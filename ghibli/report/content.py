@@ -15,6 +15,7 @@ from ghibli.runs.identity import differences, flat, shown, that_count
 from ghibli.runs.launch import chosen_groups
 from ghibli.sweeps.costs import COSTS, cost_rows
 from ghibli.sweeps.effects import Effect, effects, number_of, seed_noise
+from ghibli.sweeps.ranking import COLUMNS, visible_columns
 from ghibli.sweeps.trials import varied
 
 MOST_KEYS = 6  # in a run's short name
@@ -80,7 +81,6 @@ def page_of_many(title: str, parts: list[RunData], study: Path | None) -> dict[s
         "keys": keys,
         "named": names != by_settings(parts, keys),
         "ranking": ranking(runs, keys),
-        "ranking_scale": scale_ends(*common_scale([part.gain for part in parts if part.gain])),
         "effects": effect_rows(found),
         "effects_scale": scale_ends(*common_scale([effect.difference for effect in found], cut=False)),
         "noise": noise,
@@ -131,25 +131,30 @@ def labels(parts: list[RunData], keys: list[str], is_study: bool) -> list[str]:
     return next(found for found in order if len(set(found)) == len(parts))
 
 
-def ranking(runs: figures.Labelled, keys: list[str]) -> list[dict[str, Any]]:
-    """A row for each run, with its gain drawn on a common scale."""
-    gains = [part.gain for _, part in runs if part.gain is not None]
-    low, high = common_scale(gains)
-    rows = []
-    for label, part in runs:
-        minutes = attempt(lambda part=part: part.trial.minutes)
-        distance = part.trial.distance
-        row = {
-            "name": label, "settings": [shown(part.trial.settings.get(key)) for key in keys],
-            "gain": text.percent(part.gain),
+def ranking(runs: figures.Labelled, keys: list[str]) -> dict[str, Any]:
+    """The ranking table: its columns, and a row for each run with its gain drawn on a common scale."""
+    low, high = common_scale([part.gain for _, part in runs if part.gain is not None])
+    values = [ranked_values(part) for _, part in runs]
+    columns = visible_columns(values)
+    rows = [
+        {
+            "name": label,
+            "settings": [shown(part.trial.settings.get(key)) for key in keys],
+            "cells": [(column, column.text_of(own[column.name])) for column in columns],
             "interval": interval(part.gain, low, high) if part.gain else "",
-            "distance": distance and f"{distance[0]:.2f} +- {distance[1]:.2f} ({distance[2]})",
-            "epoch": "-" if part.best_epoch is None else part.best_epoch,
-            "minutes": "-" if minutes is None else f"{minutes:.1f}",
-            "verdict": attempt(lambda part=part: part.trial.verdict, "-"),
-        }  # fmt: skip
-        rows.append(row)
-    return rows
+        }
+        for (label, part), own in zip(runs, values, strict=True)
+    ]
+    return {"columns": columns, "rows": rows, "scale": scale_ends(low, high)}
+
+
+def ranked_values(part: RunData) -> dict[str, Any]:
+    """The values of a run by the names of the ranking's columns; None where a file is missing or damaged.
+
+    Gain and best epoch are those of probe.csv, which an unfinished run has too.
+    """
+    values = {column.name: attempt(lambda column=column: column.value(part.trial)) for column in COLUMNS}
+    return values | {"gain": part.gain, "best_epoch": part.best_epoch}
 
 
 def effect_rows(found: list[Effect]) -> list[dict[str, Any]]:

@@ -4,13 +4,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghibli.diffusion.samplers import Cell
-from ghibli.evaluation.features import called
+from ghibli.evaluation.features import distance_names
 from ghibli.report.charts import COLOURS, Figure, Series, curves
 from ghibli.report.run_data import RunData, attempt
 from ghibli.report.text import Scan, copies, rule_holds
 from ghibli.runs.identity import differences
-from ghibli.sweeps.comparison import cells_in, comparisons, in_cells, models_of, mush, shown
-from ghibli.sweeps.evaluations import name_of
+from ghibli.sweeps.comparison import (
+    cells_in,
+    in_cells,
+    kernel_text,
+    models_of,
+    paired_comparisons,
+    unguided_cell_notes,
+)
+from ghibli.sweeps.evaluations import model_name
 
 MOST_SENTENCES = 4
 
@@ -39,7 +46,7 @@ def over(scan: dict[str, list[float]], guidance: float) -> Scan:
 
 def evaluation(parts: list[RunData]) -> dict[str, Any] | None:
     """All that the page shows of evaluations; None when no run has one."""
-    usable = [part for part in parts if part.evaluation and attempt(lambda part=part: name_of(part.trial))]
+    usable = [part for part in parts if part.evaluation and attempt(lambda part=part: model_name(part.trial))]
     if not usable:
         return None
     trials, part_of = [part.trial for part in usable], {id(part.trial): part for part in usable}
@@ -55,9 +62,9 @@ def evaluation(parts: list[RunData]) -> dict[str, Any] | None:
         "rows": [(name, [cell_text(row, own) for row in own]) for name, own in rows],
         "real": cell_text(real, []),
         "sizes": sizes(usable),
-        "names": [name.replace("Frechet", "Fr\u00e9chet") for name in called(kinds[0])],
+        "names": [name.replace("Frechet", "Fr\u00e9chet") for name in distance_names(kinds[0])],
         "copies": [(line.name, said) for line, own in trained if (said := copying(own, rows[0][1], cells))],
-        "notes": [*mush(trials), *comparisons(trials)],
+        "notes": [*unguided_cell_notes(trials), *paired_comparisons(trials)],
         "scan": scan_figure(scanned, models),
         "scan_words": scan_words(models),
     }
@@ -80,7 +87,7 @@ def cell_text(row: dict[str, Any] | None, own: list[dict[str, Any] | None]) -> d
         return None
     captions, below = row.get("caption_fit"), row.get("kernel_minus_base")
     return {
-        "kernel": shown(row),
+        "kernel": kernel_text(row),
         "frechet": f"{row['frechet']:.1f}",
         "captions": None if captions is None else f"{captions[0]:.1f} +- {captions[1]:.1f}",
         "precision": f"{100 * row['precision']:.0f} %" if "precision" in row else None,
@@ -108,7 +115,7 @@ def copying(own: list[dict | None], base: list[dict | None], cells: list[Cell]) 
 def scan_figure(scanned: RunData, models: list[Model]) -> Figure | None:
     """Distance over scale / training guidance for all trainings, on one logarithmic axis."""
     base = Series("untouched base", over(scanned.evaluation["scan"].get("base", {}), 1.0), "c5", dashed=True)
-    few, kernel = len(models) < COLOURS, called(scanned.evaluation.get("features"))[0]
+    few, kernel = len(models) < COLOURS, distance_names(scanned.evaluation.get("features"))[0]
     colours = [f"c{k}" if few else "c0" if model.guidance == 1 else "c1" for k, model in enumerate(models)]
     names = [model.name if few else f"all trained at guidance {model.guidance:g}" for model in models]
     series = [

@@ -35,9 +35,7 @@ def prose(text: object) -> Markup:
 
 def percent(gain: Gain | None) -> str:
     """`63.2 % +- 0.9 %` with its sign where it is below 0; `-` without a gain."""
-    if gain is None or math.isnan(gain.value):
-        return "-"
-    return ("" if gain.value >= 0 else "-") + gain.size
+    return "-" if gain is None else gain.signed_size
 
 
 def points(gain: Gain) -> str:

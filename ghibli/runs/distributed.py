@@ -1,8 +1,12 @@
-"""Several devices, one process each: the first starts the others, writes and speaks; they train along.
+"""One process per device: the first one starts the others, writes and prints; they only train along.
 
-The first process writes config.yaml and tells each other one by its environment which run to join, so
-`resume=latest`, a dated folder or one trial of a sweep is the same to all. Nobody waits with a timeout,
-as the first may draw images for long; instead each side watches whether the other is still there.
+The first process writes config.yaml and tells each of the others, through its environment, which run to
+join, so `resume=latest`, a dated folder or one trial of a sweep is the same to all. Nobody waits with a
+timeout, as the first one may sample images for minutes; each side watches whether the other is alive.
+
+Why not Lightning's own launcher: it starts the same command line again, which would compose the settings
+anew (another dated folder, another `latest`) and, in a sweep, run every trial again in every process; and
+when one process dies, the others hang in their next collective operation.
 """
 
 import os
@@ -25,39 +29,39 @@ from ghibli.runtime.errors import UserError, disk_trouble
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now
 
-JOINS = "GHIBLI_JOINS"  # in a process that train.py started: the first one's id, a space, the run folder
-RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")  # what Lightning reads
+JOINS = "GHIBLI_JOINS"  # set for processes that train.py starts: id of the first one, a space, the run folder
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")  # read by Lightning
 FOREVER = timedelta(days=1000)
-GRACE = 10  # seconds in which a process that has lost its partner may end by itself
+GRACE = 10  # seconds for a process that has lost its partner to end by itself
 
 
 def started_outside() -> bool:
-    """True when srun, torchrun or the like started several processes of this command."""
+    """Return whether srun, torchrun or the like started several processes of this command."""
     tasks = os.environ.get("SLURM_NTASKS", 1) if "SLURM_PROCID" in os.environ else 1
     return JOINS not in os.environ and int(os.environ.get("WORLD_SIZE", tasks)) > 1
 
 
 def run_to_join() -> RunDir | None:
-    """The run that this process was started to train along with; None for a command of the user."""
+    """Return the run that this process was started to join; None for a command of the user."""
     if JOINS not in os.environ:
         return None
     return RunDir(Path(os.environ[JOINS].split(" ", 1)[1]))
 
 
 def last_words(run: RunDir, rank: int) -> Path:
-    """Where a further process leaves the reason why it ends."""
+    """Return the file where a further process leaves the reason why it ends."""
     return run.path / f".process_{rank}"
 
 
 @contextmanager
 def together(trainer: Any, run: RunDir, script: Path) -> Iterator[None]:
-    """Around trainer.fit in the first process: starts the others by `python script` and ends them.
+    """Start the other processes by `python script` around trainer.fit in the first, and end them after it.
 
     Raises:
-        UserError: another process ended before the run did; with the reason it gave.
+        UserError: another process ended before the run did, with the reason it gave.
     """
     if hasattr(trainer.strategy, "_timeout"):
-        trainer.strategy._timeout = FOREVER
+        trainer.strategy._timeout = FOREVER  # private in Lightning 2.6; its constructor is not ours to call
     if trainer.strategy.launcher is None or trainer.strategy.cluster_environment.creates_processes_externally:
         yield
         return
@@ -72,7 +76,7 @@ def together(trainer: Any, run: RunDir, script: Path) -> Iterator[None]:
                 process.wait(GRACE)
     except UserError:
         raise
-    except Exception as error:  # a broken connection may come a moment before its process has ended
+    except Exception as error:  # a broken connection may be seen before its process has ended
         time.sleep(1)
         if any(process.poll() for process in processes):
             raise UserError(why_ended(processes, run)) from error
@@ -88,7 +92,7 @@ def together(trainer: Any, run: RunDir, script: Path) -> Iterator[None]:
 
 
 def start_others(trainer: Any, run: RunDir, script: Path) -> list[subprocess.Popen]:
-    """Starts a process for each further device of this machine, as Lightning's documentation has it."""
+    """Start a process for each further device of this machine, with the environment Lightning documents."""
     environment = trainer.strategy.cluster_environment
     os.environ |= {
         "MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port),
@@ -103,7 +107,7 @@ def start_others(trainer: Any, run: RunDir, script: Path) -> list[subprocess.Pop
 
 
 def watch(processes: list[subprocess.Popen], run: RunDir, done: threading.Event) -> None:
-    """A thread of the first process: ends it when another has failed and it waits for that one for ever."""
+    """Thread of the first process: end it when another has failed and it would wait for that one for ever."""
     while not done.wait(1):
         if any(process.poll() for process in processes):
             if done.wait(GRACE):
@@ -116,7 +120,7 @@ def watch(processes: list[subprocess.Popen], run: RunDir, done: threading.Event)
 
 
 def end_others(processes: list[subprocess.Popen], run: RunDir) -> None:
-    """Ends the processes that still run; they write nothing, so it may be at any moment."""
+    """Kill the processes that still run; they write nothing, so any moment is fine."""
     for rank, process in enumerate(processes, start=1):
         process.kill()
         process.wait()
@@ -124,20 +128,20 @@ def end_others(processes: list[subprocess.Popen], run: RunDir) -> None:
 
 
 def why_ended(processes: list[subprocess.Popen], run: RunDir) -> str:
-    """The reason that the first of the ended processes gave, or how it ended."""
+    """Return the reason that the first process to end gave, or how it ended."""
     rank, code = next((rank, p.poll()) for rank, p in enumerate(processes, start=1) if p.poll())
     try:
         return last_words(run, rank).read_text()
     except OSError:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return (
-            f"process {rank + 1} of {len(processes) + 1} {how} without a word, perhaps for lack of memory; "
+            f"process {rank + 1} of {len(processes) + 1} {how} without a message, perhaps out of memory; "
             f"what was saved is kept: python train.py resume={os.path.relpath(run.path)}"
         )
 
 
 def leave_group() -> None:
-    """Ends the processes' connection, so that the next trial of a sweep can make its own."""
+    """Close the process group, so that the next trial of a sweep can open its own."""
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -146,7 +150,7 @@ def leave_group() -> None:
 
 @contextmanager
 def following(run: RunDir) -> Iterator[None]:
-    """Around all that a further process does: silent, deaf to signals, and gone when the first one is."""
+    """Run as a further process: print nothing, ignore signals, and end when the first process does."""
     console.quiet = True
     warnings.simplefilter("ignore")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -158,7 +162,7 @@ def following(run: RunDir) -> Iterator[None]:
     except UserError as mistake:
         give_up(run, str(mistake))
     except Exception as error:
-        time.sleep(GRACE / 2)  # when the first process has failed, it ends this one meanwhile
+        time.sleep(GRACE / 2)  # meanwhile the first process, if it has failed, ends this one
         trouble = disk_trouble(error)
         if trouble is None:
             traceback.print_exc()
@@ -166,14 +170,14 @@ def following(run: RunDir) -> Iterator[None]:
 
 
 def leave_with(first: int) -> None:
-    """A thread of a further process: ends it as soon as the process that started it is gone."""
+    """Thread of a further process: end it as soon as the process that started it is gone."""
     while os.getppid() == first:
         time.sleep(0.5)
     os._exit(1)
 
 
 def give_up(run: RunDir, reason: str) -> None:
-    """Leaves the reason for the process that started this one and ends at once, whatever the threads do."""
+    """Leave the reason for the process that started this one and exit at once, whatever the threads do."""
     if JOINS in os.environ:
         write_text(last_words(run, int(os.environ["LOCAL_RANK"])), reason)
     else:

@@ -1,4 +1,4 @@
-"""The files of a run folder: their names, and what state it is in."""
+"""The files of a run folder and their names; its lock."""
 
 import fcntl
 import hashlib
@@ -37,7 +37,7 @@ class RunDir:
 
     @property
     def no_result(self) -> Path:
-        """Why the last `python sweep.py` that asked for this trial got no result; else not there."""
+        """Why the last `python sweep.py` that asked for this trial got no result; missing otherwise."""
         return self.path / "no_result.txt"
 
     @property
@@ -66,16 +66,16 @@ class RunDir:
 
     @property
     def previous_checkpoint(self) -> Path:
-        """The last.ckpt before the present one, for when that is damaged."""
+        """The last.ckpt before the current one, in case that is damaged."""
         return self.checkpoints / "previous.ckpt"
 
     def usable_checkpoint(self) -> Path | None:
-        """Where to go on from: last.ckpt, else previous.ckpt; None when neither is whole."""
+        """Return the checkpoint to resume from: last.ckpt, else previous.ckpt; None when both are damaged."""
         both = (self.last_checkpoint, self.previous_checkpoint)
         return next((checkpoint for checkpoint in both if is_whole(checkpoint)), None)
 
     def checkpoint_to_resume(self) -> Path:
-        """usable_checkpoint, without which going on would silently be a start from untrained weights.
+        """Return usable_checkpoint; resuming without one would silently start from untrained weights.
 
         Raises:
             UserError: there is none.
@@ -98,7 +98,7 @@ class RunDir:
 
     @property
     def last_adapter(self) -> Path:
-        """The adapter as training left it."""
+        """The adapter of the last epoch."""
         return self.path / "adapter_last"
 
     @property
@@ -120,7 +120,7 @@ class RunDir:
 
     @property
     def has_weights(self) -> bool:
-        """Whether training left something to draw with: an adapter or a whole UNet."""
+        """Whether training left something to sample with: an adapter or a whole UNet."""
         return self.adapter.is_dir() or self.unet.is_dir()
 
     @property
@@ -140,16 +140,16 @@ class RunDir:
 
     @property
     def weights(self) -> str | None:
-        """What tells the best epoch's weights from any others: the checksum of best.ckpt."""
+        """The checksum of best.ckpt, which identifies the best epoch's weights."""
         return checksum_of(self.best_checkpoint)
 
     def is_older(self, evaluation: dict[str, Any]) -> bool:
-        """True for the content of an evaluation.json that measured weights which training has replaced."""
+        """Return whether the content of an evaluation.json is of weights that training has since replaced."""
         measured, now = evaluation.get("weights"), self.weights
         return None not in (measured, now) and measured != now
 
     def read_evaluation(self) -> dict[str, Any]:
-        """The content of evaluation.json; empty without one, or where it is damaged or older than the run."""
+        """Read evaluation.json; empty when it is missing, damaged or older than the weights."""
         try:
             content = self.load_evaluation()
         except (OSError, ValueError):
@@ -175,9 +175,9 @@ class RunDir:
         return "killed" if state == "running" and not _is_alive(status.get("process")) else state
 
     def lock(self, key: str = "hydra.run.dir") -> BinaryIO:
-        """Makes this run the only one that writes the folder, until the process ends or closes the result.
+        """Make this process the folder's only writer, until it ends or closes the result.
 
-        Removes what a process that was killed left half written.
+        Removes half-written files of a process that was killed.
 
         Args:
             key: the setting that chooses another folder.
@@ -190,7 +190,9 @@ class RunDir:
         if not is_first():
             return file
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; loader processes have none
+            fcntl.lockf(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # released when we die; data loader processes do not inherit it
         except (BlockingIOError, PermissionError):
             file.close()
             raise UserError(
@@ -202,13 +204,13 @@ class RunDir:
         return file
 
     def unfinished(self) -> Iterator[Path]:
-        """What was left half written here; not below, where a folder with a lock of its own begins."""
+        """Yield half-written files here, but not in folders below that have a lock of their own."""
         for folder, inner, names in os.walk(self.path):
             inner[:] = [name for name in inner if not Path(folder, name, ".lock").exists()]
             yield from (Path(folder, n) for n in names if n.startswith(".") and n.endswith(".tmp"))
 
     def as_it_was(self) -> Callable[[], None]:
-        """A function that puts what a resume changes before its first step back to what it is now."""
+        """Return a function that restores what a resume changes before its first step."""
         paths = (self.config, self.status, self.split)
         kept = {path: path.read_bytes() for path in paths if path.is_file()}
 
@@ -234,11 +236,8 @@ class RunDir:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimiser step that a run goes on from with this checkpoint.
-
-    status.json is written a moment before the checkpoint is, and may be ahead of it.
-    """
-    import torch  # takes seconds, and only who goes on needs it
+    """Return the optimiser step of a checkpoint; status.json is written just before it and may be ahead."""
+    import torch  # takes seconds to import, and only a resume needs it
 
     return torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["global_step"]
 
@@ -258,7 +257,7 @@ def _is_alive(process: int | None) -> bool:
 
 
 def check_unchanged(run: RunDir, key: str, value: str, what: str) -> None:
-    """Notes a hash in status.json, or refuses when a resumed run finds another one than it noted.
+    """Store a hash in status.json, or compare it with the one stored when the run was started.
 
     Raises:
         UserError: `what` is not what the run was started with.

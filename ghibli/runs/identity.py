@@ -215,6 +215,12 @@ def start_afresh(run: RunDir) -> None:
 def say_what_changed(run: RunDir) -> None:
     """A line for each thing about a run that is resumed by hand and may make its end another one."""
     status = run.read_status()
+    if not status:
+        console.print(
+            "status.json is damaged or gone: earlier starts are forgotten, the dashboard has a new run",
+            style="yellow",
+        )
+        return
     version = status.get("config_version", 0)
     if version != CONFIG_VERSION:
         console.print(

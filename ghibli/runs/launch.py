@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from hydra import main as hydra_main
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,6 +36,13 @@ def this_run() -> RunDir:
 def trial_number() -> int:
     """The place of the running job in its sweep, from 0."""
     return int(HydraConfig.get().job.num)
+
+
+class CheckRun(Callback):
+    """Check a single run before Hydra makes its folder, so that an error leaves nothing behind."""
+
+    def on_run_start(self, config: Any, **_: Any) -> None:
+        one_line_errors(lambda: check_first(config))
 
 
 def check_first(cfg: Any) -> None:

@@ -1,4 +1,7 @@
-"""The slides' table of a study: models x cells, what each cost, and all of them on the slides' prompts."""
+"""The comparison table of the reference study: models x cells, notes below it, and models.png.
+
+A cell is a sampler with a guidance scale; a model is an untouched base or an evaluated training.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +16,7 @@ from ghibli.adapters.trained import starting_base, trained_base
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import GUIDED_SCALE
 from ghibli.diffusion.samplers import Cell, cells_of, draw_cells
-from ghibli.evaluation.features import ReferenceSet, called
+from ghibli.evaluation.features import ReferenceSet, distance_names
 from ghibli.images.grid import compose_grid
 from ghibli.models.base import BaseModel
 from ghibli.runs.find import config_of
@@ -21,179 +24,180 @@ from ghibli.runtime.console import console, counted, full_width
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, write_atomically, write_text
 from ghibli.sweeps.costs import COSTS, cost_rows
-from ghibli.sweeps.evaluations import NAMES, evaluated, names_of, short_name
+from ghibli.sweeps.evaluations import UNGUIDED_NAMES, evaluated, short_model_name, unique_names
 from ghibli.sweeps.trials import Trial
 
-COMPARED = 4  # models that are compared in pairs, the nearest to real images
+COMPARED = 4  # how many models are compared in pairs: those nearest to real images
+CellScores = dict[str, Any]  # of one model in one cell, as in evaluation.json
 
 
 @dataclass(frozen=True)
-class Model:
+class ComparedModel:
     """One line of the table."""
 
     name: str
     trial: Trial | None  # None for an untouched base
-    rows: list[dict[str, Any]]  # of evaluation.json, one for each cell
+    rows: list[CellScores]
 
 
-def models_of(trials: list[Trial]) -> list[Model]:
-    """The untouched bases, then every evaluated training."""
+def models_of(trials: list[Trial]) -> list[ComparedModel]:
+    """The untouched bases, each once, then every evaluated training."""
     found = evaluated(trials)
     trained = [(trial, result) for trial, result in found if "run" in result["models"]]
-    names = names_of([trial for trial, _ in trained])
+    names = unique_names([trial for trial, _ in trained])
     models = [
-        Model(name, trial, result["models"]["run"])
+        ComparedModel(name, trial, result["models"]["run"])
         for name, (trial, result) in zip(names, trained, strict=True)
     ]
-    bases: dict[tuple, Model] = {}
-    for name, (_, result) in zip(names_of([trial for trial, _ in found]), found, strict=True):
+    bases: dict[tuple, ComparedModel] = {}  # bases with equal scores are one
+    for name, (_, result) in zip(unique_names([trial for trial, _ in found]), found, strict=True):
         rows = result["models"]["base"]
         scores = tuple((row["sampler"], row["guidance"], *row["kernel"]) for row in rows)
-        bases.setdefault(scores, Model(f"base of: {name}", None, rows))
+        bases.setdefault(scores, ComparedModel(f"base of: {name}", None, rows))
     if len(bases) == 1:
-        return [replace(base, name=NAMES["none"]) for base in bases.values()] + models
+        return [replace(base, name=UNGUIDED_NAMES["none"]) for base in bases.values()] + models
     return [*bases.values(), *models]
 
 
-def cells_in(models: list[Model]) -> list[Cell]:
-    """Every cell that one of them was drawn in; DDPM first."""
+def cells_in(models: list[ComparedModel]) -> list[Cell]:
+    """Every cell that any of the models was sampled in; DDPM first."""
     every = {(row["sampler"], row["guidance"]) for model in models for row in model.rows}
     return [Cell(*cell) for cell in sorted(every, key=lambda cell: (cell[0] != "ddpm", cell[1]))]
 
 
-def in_cells(model: Model, cells: list[Cell]) -> list[dict[str, Any] | None]:
-    """Its row in each cell, None where it was not drawn."""
+def in_cells(model: ComparedModel, cells: list[Cell]) -> list[CellScores | None]:
+    """The model's scores in each of these cells, None where it was not sampled."""
     own = {(row["sampler"], row["guidance"]): row for row in model.rows}
     return [own.get((cell.sampler, cell.guidance)) for cell in cells]
 
 
-def cell_rows(trials: list[Trial]) -> tuple[list[Cell], list[tuple[str, list[dict | None]]]]:
-    """(cells, (model, its row of evaluation.json in each cell or None)); the base first."""
+def cell_rows(trials: list[Trial]) -> tuple[list[Cell], list[tuple[str, list[CellScores | None]]]]:
+    """(cells, (model name, its scores in each cell or None)), the base first."""
     models = models_of(trials)
     cells = cells_in(models)
     return cells, [(model.name, in_cells(model, cells)) for model in models]
 
 
-def title_of(trials: list[Trial]) -> str:
-    """What the numbers of the table are."""
+def table_title(trials: list[Trial]) -> str:
+    """What the numbers of the table measure."""
     kinds = {result.get("features") for _, result in evaluated(trials)}
-    return f"{' / '.join(sorted(called(kind)[0] for kind in kinds))} to real images"
+    return f"{' / '.join(sorted(distance_names(kind)[0] for kind in kinds))} to real images"
 
 
 def cell_table(trials: list[Trial]) -> Table | None:
-    """The kernel distance to real images of every model in every cell; None when nothing was evaluated."""
+    """The kernel distance to real images of every model in every cell; None if nothing was evaluated."""
     cells, rows = cell_rows(trials)
     if not rows:
         return None
-    table = Table(title=title_of(trials), box=None, pad_edge=False, title_justify="left")
+    table = Table(title=table_title(trials), box=None, pad_edge=False, title_justify="left")
     table.add_column("model")
     for cell in cells:
         table.add_column(f"{cell.sampler.upper()} {cell.guidance:g}", justify="right", no_wrap=True)
     for name, own in rows:
-        table.add_row(name, *(shown(row) for row in own))
+        table.add_row(name, *(kernel_text(row) for row in own))
     return full_width(table)
 
 
-def shown(row: dict[str, Any] | None) -> str:
+def kernel_text(row: CellScores | None) -> str:
     """`0.58 +- 0.22`."""
     return "" if row is None else "{:.2f} +- {:.2f}".format(*row["kernel"])
 
 
 def write_cells(folder: Path, trials: list[Trial]) -> Path | None:
-    """cells.md: the same table and the costs, to paste."""
+    """Write cells.md: the same table, the costs and the notes as Markdown, to paste."""
     cells, rows = cell_rows(trials)
     if not rows:
         return None
     head = ["model", *(f"{cell.sampler.upper()} {cell.guidance:g}" for cell in cells)]
-    lines = [head, ["---"] * len(head), *([name, *map(shown, own)] for name, own in rows)]
+    distances = [head, ["---"] * len(head), *([name, *map(kernel_text, own)] for name, own in rows)]
     costs = [["model", *COSTS], ["---"] * (1 + len(COSTS))]
     costs += [[name, *values] for name, values in cost_rows([trial for trial, _ in evaluated(trials)])]
-    text = "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in part) for part in (lines, costs))
+    tables = ["\n".join(f"| {' | '.join(line)} |" for line in table) for table in (distances, costs)]
     file = folder / "cells.md"
-    write_text(file, "\n\n".join([text, *notes(trials), *comparisons(trials)]) + "\n")
+    write_text(file, "\n\n".join([*tables, *table_notes(trials), *paired_comparisons(trials)]) + "\n")
     return file
 
 
-def notes(trials: list[Trial]) -> list[str]:
-    """What one must know beside the table: the floor, why a cell looks as it does, too few images."""
+def table_notes(trials: list[Trial]) -> list[str]:
+    """What a reader of the table must know: the floor, why a guided cell looks bad, the doctor's findings."""
     found = [result for _, result in evaluated(trials)]
     floors = [
-        f"Floor, {result['floor_images']} real images: {shown(result['real'])}."
+        f"Floor, {result['floor_images']} real images: {kernel_text(result['real'])}."
         for result in found
         if "floor_images" in result and "real" in result
     ]
     findings = [
         f"{finding['name']}: {finding['text']}." for result in found for finding in result.get("findings", [])
     ]
-    return [*dict.fromkeys(floors), *mush(trials), *dict.fromkeys(findings)]
+    return [*dict.fromkeys(floors), *unguided_cell_notes(trials), *dict.fromkeys(findings)]
 
 
-def mush(trials: list[Trial]) -> list[str]:
-    """Why a guided training sampled without guidance looks as it does, where the table has such a cell."""
+def unguided_cell_notes(trials: list[Trial]) -> list[str]:
+    """Why a model trained with guidance looks bad when sampled without, if the table has such a cell."""
     guided = {
         model.trial.settings.get("loss.guidance", 1)
         for model in models_of(trials)
         if model.trial is not None and any(row["guidance"] == 1 for row in model.rows)
     }
     return [
-        f"Trained at guidance {scale:g} a model learns to undo that guidance: sampled at 1 its images are "
-        f"mush, which is no failed training; its own scale is about {GUIDED_SCALE * scale:g}."
+        f"A model trained at guidance {scale:g} learns to undo that guidance: sampled at 1 its images are "
+        f"mush, which does not mean that training failed; its own scale is about {GUIDED_SCALE * scale:g}."
         for scale in sorted(guided - {1})
     ]
 
 
-def comparisons(trials: list[Trial]) -> list[str]:
-    """The nearest models in pairs, each in its best cell: same prompts, same start noise.
+def paired_comparisons(trials: list[Trial]) -> list[str]:
+    """Compare the nearest models in pairs, each in its best cell: same prompts, same start noise.
 
-    Empty where they were not measured against the same images, or the cache no longer has them.
+    Empty if they were not measured against the same images, or the cache no longer has their features.
     """
     found = [result for _, result in evaluated(trials)]
     keys = ("cache_dir", "reference_file", "features")
-    places = {tuple(str(result.get(key)) for key in keys) for result in found}
+    references = {tuple(str(result.get(key)) for key in keys) for result in found}
+    if len(references) != 1:
+        return []
+    cache_dir, reference_file, kind = references.pop()
     best = [(model.name, min(model.rows, key=lambda row: row["kernel"][0])) for model in models_of(trials)]
     best = sorted(best, key=lambda one: one[1]["kernel"][0])[:COMPARED]
-    if len(places) != 1:
-        return []
-    cache_dir, reference_file, kind = places.pop()
     files = [reference_file, *(str(row.get("file")) for _, row in best)]
-    features = [features_in(Path(cache_dir) / "evaluation" / file) for file in files]
-    if any(rows is None for rows in features) or len({len(rows) for rows in features[1:]}) != 1:
+    real, *sampled = [features_in(Path(cache_dir) / "evaluation" / file) for file in files]
+    if real is None or any(rows is None for rows in sampled) or len({len(rows) for rows in sampled}) != 1:
         return []
-    reference = ReferenceSet(features[0], standardise=kind == "style")
+    reference = ReferenceSet(real, standardise=kind == "style")
     lines = []
-    for ((near, row), ours), ((far, other), theirs) in combinations(zip(best, features[1:], strict=True), 2):
+    for ((near, row), ours), ((far, other), theirs) in combinations(zip(best, sampled, strict=True), 2):
         behind = reference.difference(theirs, ours)
         lines.append(
-            f"{far} ({label_of(other)}) is farther from real images than {near} ({label_of(row)}) by "
+            f"{far} ({cell_label(other)}) is farther from real images than {near} ({cell_label(row)}) by "
             f"{behind.value:.2f} +- {behind.standard_error:.2f}, in pairs."
         )
     return lines
 
 
-def label_of(row: dict[str, Any]) -> str:
+def cell_label(row: CellScores) -> str:
     """`DDIM 7.5`."""
     return f"{row['sampler'].upper()} {row['guidance']:g}"
 
 
 def features_in(file: Path) -> torch.Tensor | None:
-    """The features that an evaluation left in the cache; None when they are gone."""
+    """The features (N, D) that an evaluation left in the cache; None when they are gone or damaged."""
     return torch.load(file, weights_only=True)["features"] if is_whole(file) else None
 
 
 def write_models(folder: Path, trials: list[Trial]) -> Path | None:
-    """models.png: the sample prompts drawn by every evaluated model from the same start noise."""
+    """Write models.png: the sample prompts drawn by every evaluated model from the same start noise."""
     trained = [trial for trial, _ in evaluated(trials) if trial.settings.get("finetune") != "none"]
     found = [(trial, config) for trial in trained if (config := config_or_none(trial)) is not None]
     if not found:
         return None
     widest = max((config for _, config in found), key=lambda config: config.loss.guidance)
     cells, sample = cells_of(widest.sample, widest.loss.guidance), widest.sample
-    labels = names_of([trial for trial, _ in found], short_name, "\n")
+    labels = unique_names([trial for trial, _ in found], short_model_name, "\n")
     loaders = base_loaders([config for _, config in found])
     for label, (trial, config) in zip(labels, found, strict=True):
         loaders.append((label, lambda trial=trial, config=config: trained_base(trial.run, config)))
     rows = []
-    with counted("drawing the slides' prompts") as on_progress:
+    with counted("drawing the sample prompts") as on_progress:
         for number, (label, load) in enumerate(loaders):
             rows.append((label, draw_cells(load(), sample, cells, widest.model.resolution)))
             on_progress(number + 1, len(loaders))
@@ -205,16 +209,16 @@ def write_models(folder: Path, trials: list[Trial]) -> Path | None:
 
 
 def config_or_none(trial: Trial) -> Config | None:
-    """A finished trial's settings; None, and a line, for any other."""
+    """A finished trial's settings; None, and a printed line, for any other."""
     try:
         return config_of(trial.run)
-    except UserError as mistake:
-        console.print(f"models.png leaves one out: {mistake}", style="yellow")
+    except UserError as error:
+        console.print(f"models.png leaves one trial out: {error}", style="yellow")
         return None
 
 
 def base_loaders(configs: list[Config]) -> list[tuple[str, Callable[[], BaseModel]]]:
-    """(label, how to load it) of every base that these trainings start from."""
+    """(label, function that loads it) of every base that these trainings start from."""
     bases = {(c.model.path, c.model.adapter, c.model.adapter_scale): c for c in configs}
     labels = ["base"] if len(bases) == 1 else [f"base of\n{path}" for path, *_ in bases]
     return [

@@ -1,4 +1,4 @@
-"""What each kind of training costs: parameters, memory, seconds per epoch, file size."""
+"""What each kind of training costs: parameters, file size, seconds per epoch, memory."""
 
 import math
 from pathlib import Path
@@ -10,20 +10,20 @@ from safetensors import safe_open
 from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runtime.console import full_width
 from ghibli.runtime.files import read_rows
-from ghibli.sweeps.evaluations import evaluated, names_of
+from ghibli.sweeps.evaluations import evaluated, unique_names
 from ghibli.sweeps.trials import Trial
 
 COSTS = ("trainable", "file", "seconds per epoch", "peak memory")
 
 
 def cost_rows(trials: list[Trial]) -> list[tuple[str, tuple[str, ...]]]:
-    """Trainable parameters, size of the file, time and memory of every model that was trained."""
+    """(model name, its COSTS as text) of every model that was trained."""
     trained = [trial for trial in trials if trial.settings.get("finetune") != "none"]
-    return [(name, cost(trial)) for name, trial in zip(names_of(trained), trained, strict=True)]
+    return [(name, trial_costs(trial)) for name, trial in zip(unique_names(trained), trained, strict=True)]
 
 
-def cost(trial: Trial) -> tuple[str, ...]:
-    """One model's costs as text; `-` where the folder does not tell."""
+def trial_costs(trial: Trial) -> tuple[str, ...]:
+    """One model's COSTS as text; `-` where its folder does not say."""
     files = [*trial.run.adapter.glob(ADAPTER_FILE), *trial.run.unet.glob("*.safetensors")]
     parameters = sum(parameters_in(file) for file in files)
     size = sum(file.stat().st_size for file in files)
@@ -37,13 +37,13 @@ def cost(trial: Trial) -> tuple[str, ...]:
 
 
 def parameters_in(file: Path) -> int:
-    """Numbers in a .safetensors file."""
+    """Count the parameters in a .safetensors file."""
     with safe_open(file, framework="pt") as opened:
         return sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
 
 
 def seconds_per_epoch(trial: Trial) -> float | None:
-    """Training alone, without validation and grids, from the median speed in metrics.csv."""
+    """Seconds of training alone, without validation and image grids, from the median speed in metrics.csv."""
     speeds = [float(row["time/images_per_second"]) for row in read_rows(trial.run.metrics)]
     settings, status = trial.settings, trial.status
     if not speeds or not status.get("epoch"):
@@ -53,11 +53,11 @@ def seconds_per_epoch(trial: Trial) -> float | None:
 
 
 def cost_table(trials: list[Trial]) -> Table | None:
-    """What every evaluated model cost; None when there is none."""
+    """The costs of every evaluated model; None when there is none."""
     rows = cost_rows([trial for trial, _ in evaluated(trials)])
     if not rows:
         return None
-    table = Table(title="what it cost", box=None, pad_edge=False, title_justify="left")
+    table = Table(title="costs", box=None, pad_edge=False, title_justify="left")
     for name in ("model", *COSTS):
         table.add_column(name, justify="left" if name == "model" else "right")
     for name, values in rows:

@@ -1,4 +1,4 @@
-"""What each swept setting did to the gain, and how much of that seeds alone explain."""
+"""What each swept setting did to the gain, and how much of that the seed alone explains."""
 
 import json
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ import scipy.stats
 import torch
 
 from ghibli.evaluation.gain import Gain, paired_gain
-from ghibli.runs.identity import shown
-from ghibli.sweeps.trials import Trial, levels, varied
+from ghibli.runs.identity import shown as as_typed
+from ghibli.sweeps.trials import Trial, setting_values, varied
 
 
-def distinct(trials: list[Trial]) -> list[Trial]:
-    """One trial for each full settings: the same again in another folder is no second result."""
+def without_duplicates(trials: list[Trial]) -> list[Trial]:
+    """One trial for each full set of settings: the same again in another folder is no second result."""
     first: dict[str, Trial] = {}
     for trial in trials:
-        first.setdefault(as_key(trial.settings), trial)
+        first.setdefault(settings_key(trial.settings), trial)
     return list(first.values())
 
 
-def as_key(settings: dict[str, Any]) -> str:
-    """The same words for the same settings."""
+def settings_key(settings: dict[str, Any]) -> str:
+    """The same text for the same settings."""
     return json.dumps(settings, sort_keys=True, default=str)
 
 
@@ -39,37 +39,37 @@ class Effect:
 
     @property
     def matters(self) -> bool:
-        """The 95 % interval does not hold 0."""
+        """True if the 95 % interval does not contain 0."""
         return self.difference.low > 0 or self.difference.high < 0
 
     def __str__(self) -> str:
         value, error = 100 * self.difference.value, 100 * self.difference.standard_error
         low, high = 100 * self.difference.low, 100 * self.difference.high
-        change = f"{self.key} {shown(self.low)} -> {shown(self.high)}"
+        change = f"{self.key} {as_typed(self.low)} -> {as_typed(self.high)}"
         size = f"{value:+.2f} +- {error:.2f} points of gain, 95 % {low:+.2f} .. {high:+.2f}"
-        word = "" if self.matters else " (not told apart from nothing)"
-        return f"{change}: {size}, {number_of(self.pairs, 'pair')}{word}"
+        doubt = "" if self.matters else " (indistinguishable from zero)"
+        return f"{change}: {size}, {number_of(self.pairs, 'pair')}{doubt}"
 
 
-def number_of(count: int, word: str) -> str:
+def number_of(count: int, noun: str) -> str:
     """`1 pair`, `2 pairs`."""
-    return f"{count} {word}{'s' * (count != 1)}"
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def effects(trials: list[Trial]) -> list[Effect]:
     """The effect of every varied setting, between neighbouring values, largest first.
 
-    The error is that of the choice of held-out images (jackknife); what another seed would change
-    is not in it.
+    The standard error is over the choice of held-out images (jackknife); what another seed would change
+    is not part of it.
     """
-    scored = distinct([trial for trial in trials if trial.best is not None])
+    scored = without_duplicates([trial for trial in trials if trial.best is not None])
     found = [effect for key in varied(scored) if key != "seed" for effect in effects_of(key, scored)]
     return sorted(found, key=lambda effect: -abs(effect.difference.value))
 
 
 def effects_of(key: str, trials: list[Trial]) -> Iterator[Effect]:
-    """Effects of one setting's neighbouring values, where there are pairs."""
-    values = levels(key, trials)
+    """The effects between neighbouring values of one setting, as far as there are pairs of trials."""
+    values = setting_values(key, trials)
     others = [name for name in varied(trials) if name != key]
     for low, high in zip(values, values[1:], strict=False):
         pairs = [
@@ -87,31 +87,31 @@ def effects_of(key: str, trials: list[Trial]) -> Iterator[Effect]:
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """What another seed alone changes."""
+    """How much a new seed alone changes the gain."""
 
-    deviation: float  # of the gain among trials that differ in the seed only
-    freedom: int  # repeats beyond the first, over all settings that were repeated
-    settings: int
+    deviation: float  # standard deviation of the gain among trials that differ only in the seed
+    freedom: int  # degrees of freedom: repeats beyond the first, over all settings that were repeated
+    settings: int  # how many settings were repeated
 
     @property
     def band(self) -> float:
-        """Two single trials must differ by more than this before the difference can be believed (95 %)."""
+        """Two single trials must differ by more than this for the difference to be credible (95 %)."""
         return float(scipy.stats.t.ppf(0.975, self.freedom) * 2**0.5 * self.deviation)
 
     def __str__(self) -> str:
         repeats = f"{number_of(self.freedom, 'repeat')} of {number_of(self.settings, 'setting')}"
         return (
-            f"seed: another one alone moves the gain by {100 * self.deviation:.2f} points (standard "
+            f"seed: a new one alone moves the gain by {100 * self.deviation:.2f} points (standard "
             f"deviation, {repeats}); two single trials that differ by less than {100 * self.band:.2f} points "
             "cannot be told apart"
         )
 
 
 def seed_noise(trials: list[Trial]) -> SeedNoise | None:
-    """The spread among trials that differ in the seed alone, pooled; None without such trials."""
+    """The pooled spread among trials that differ only in the seed; None without such trials."""
     groups: dict[str, list[float]] = {}
-    for trial in distinct([trial for trial in trials if trial.gain is not None]):
-        rest = as_key({key: value for key, value in trial.settings.items() if key != "seed"})
+    for trial in without_duplicates([trial for trial in trials if trial.gain is not None]):
+        rest = settings_key({key: value for key, value in trial.settings.items() if key != "seed"})
         groups.setdefault(rest, []).append(trial.gain.value)
     repeated = [gains for gains in groups.values() if len(gains) > 1]
     if not repeated:
@@ -122,11 +122,11 @@ def seed_noise(trials: list[Trial]) -> SeedNoise | None:
 
 
 def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
-    """Mean of the second's gain minus the first's, with its jackknife error over images.
+    """Mean of the second trial's gain minus the first's, with its jackknife error over images.
 
-    Pairs that share the base's scores are one group, whose mean difference is the gain of
-    base + mean(second - first). Groups of other bases or items may share images, so their errors
-    are added as if they went together, which never makes them too small.
+    Pairs that share the base's scores form a group, whose mean difference is the gain of
+    base + mean(second - first). Groups with other bases or items may share images, so their errors are
+    added as if fully correlated, which never underestimates the total.
     """
     groups: list[list[tuple[Trial, Trial]]] = []
     for pair in pairs:

@@ -1,5 +1,6 @@
-"""The trials of a sweep: a grid of settings, every one checked before the first is trained."""
+"""Plan the trials of a sweep: a grid of settings, every trial checked before the first one is trained."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
@@ -20,7 +20,7 @@ from ghibli.config.paths import check_places
 from ghibli.config.schema import Config, EvaluateConfig, SweepConfig
 from ghibli.runs.compose import conf_folder, parsed, register, to_config
 from ghibli.runs.folder import RunDir
-from ghibli.runs.launch import check_first, name_on_dashboard
+from ghibli.runs.launch import name_on_dashboard
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, one_line_errors
 
@@ -31,166 +31,195 @@ class Study:
 
     folder: Path
     settings: SweepConfig
-    evaluate: EvaluateConfig  # of sweep.evaluate
-    trials: int | None  # how many; None with a sweeper that decides as it goes
-    lock: BinaryIO  # held as long as the process lives
+    evaluate: EvaluateConfig  # for sweep.evaluate
+    trials: int | None  # how many; None with a sweeper that decides while it runs
+    lock: BinaryIO  # held until the process ends
 
 
-studies: list[Study] = []  # the sweep of this process, once it has begun
+studies: list[Study] = []  # the sweep of this process, once it has started
 
 
-class CheckFirst(Callback):
-    """Hydra calls this before it makes the run folder, so that a mistake leaves nothing behind."""
-
-    def on_run_start(self, config: Any, **_: Any) -> None:
-        one_line_errors(lambda: check_first(config))
+class CheckSweep(Callback):
+    """Check all trials of a sweep before Hydra starts the first, so that an error leaves nothing behind."""
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         one_line_errors(lambda: reject_resume(config.hydra.overrides.task))
-        one_line_errors(lambda: self.plan(config))
-
-    def plan(self, cfg: Any) -> None:
-        """Checks all trials, and takes the study's folder for this process alone."""
-        if cfg.sweep.search is not None or cfg.sweep.halving:
-            raise UserError("sweep.search and sweep.halving are for `python sweep.py KEY=VALUE ...` alone")
-        words = list(cfg.hydra.overrides.task)
-        with read_write(cfg.hydra):
-            cfg.hydra.sweeper.params = params_of(cfg, words)
-        trials = None
-        if "BasicSweeper" in cfg.hydra.sweeper._target_:
-            trials = grid(cfg, words)
-            check_trials(cfg.hydra.job.config_name, trials)
-        folder = begin(cfg, None if trials is None else len(trials)).folder
-        chosen = any(word.startswith("hydra.sweep.dir=") for word in cfg.hydra.overrides.hydra)
-        if cfg.hydra.job.config_name == "train" and not chosen:  # then the folder is called after the time
-            console.print(f"to go on with these trials: the same words and hydra.sweep.dir={folder}")
+        one_line_errors(lambda: plan_sweep(config))
 
 
-def begin(cfg: Any, trials: int | None) -> Study:
-    """Takes the study's folder for this process.
+def plan_sweep(cfg: Any) -> None:
+    """Check the trials that Hydra is about to start, and lock the study's folder.
 
     Raises:
-        UserError: another process is at work there.
+        UserError: a trial that would be refused, or another process works on this study.
+    """
+    if cfg.sweep.search is not None or cfg.sweep.halving:
+        raise UserError("sweep.search and sweep.halving work only with `python sweep.py KEY=VALUE ...`")
+    overrides = list(cfg.hydra.overrides.task)
+    with read_write(cfg.hydra):
+        cfg.hydra.sweeper.params = default_grid(cfg, overrides)
+    count = None
+    if "BasicSweeper" in cfg.hydra.sweeper._target_:
+        trials = grid_trials(cfg, overrides)
+        check_trials(cfg.hydra.job.config_name, trials)
+        count = len(trials)
+    study = open_study(cfg, count)
+    chosen = any(word.startswith("hydra.sweep.dir=") for word in cfg.hydra.overrides.hydra)
+    if cfg.hydra.job.config_name == "train" and not chosen:  # then the folder is named after the time
+        console.print(f"to resume these trials: the same command with hydra.sweep.dir={study.folder}")
+
+
+def open_study(cfg: Any, trials: int | None) -> Study:
+    """Lock the study's folder for this process and forget which trials failed last time.
+
+    Args:
+        trials: how many there will be; None where that is decided while the study runs.
+
+    Raises:
+        UserError: another process works on this study.
     """
     folder = Path(cfg.hydra.sweep.dir)
     settings = checked(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
     evaluate = checked(OmegaConf.to_container(cfg.evaluate, resolve=True), EvaluateConfig)
     studies.append(Study(folder, settings, evaluate, trials, RunDir(folder).lock(key="hydra.sweep.dir")))
-    for note in notes(folder):
+    for note in failure_notes(folder):
         note.unlink()
     return studies[-1]
 
 
-def notes(folder: Path) -> list[Path]:
-    """What the trials of a study left that failed since it began, in whichever process they ran."""
+def failure_notes(folder: Path) -> list[Path]:
+    """The notes left by trials that failed since the study was opened, in whichever process they ran."""
     return list(folder.glob("*/no_result.txt"))
 
 
-def params_of(cfg: Any, words: list[str]) -> dict[str, Any]:
-    """The grid of conf/; none where the command line has one, which stands for it."""
-    if any(override.is_sweep_override() for override in parsed(words)):
+def default_grid(cfg: Any, overrides: list[str]) -> dict[str, Any]:
+    """The grid of conf/grid; empty where the command line sweeps something itself."""
+    if any(override.is_sweep_override() for override in parsed(overrides)):
         return {}
     return OmegaConf.to_container(cfg.hydra.sweeper, resolve=True).get("params") or {}
 
 
-def grid(cfg: Any, words: list[str]) -> list[list[str]]:
-    """The overrides of every trial of a full grid, in the order of Hydra's own sweeper."""
-    params = [f"{key}={value}" for key, value in params_of(cfg, words).items()]
+def grid_trials(cfg: Any, overrides: list[str]) -> list[list[str]]:
+    """The overrides of every trial of a full grid, in the order of Hydra's BasicSweeper.
+
+    Raises:
+        UserError: a sweep whose values cannot be listed.
+    """
+    params = [f"{key}={value}" for key, value in default_grid(cfg, overrides).items()]
+    choices: dict[str, list[str]] = {}  # key -> its overrides; the last one given for a key counts
     with hydra_errors():
-        (trials,) = BasicSweeper.split_arguments(parsed([*params, *words]), None)
-    return trials
+        for override in parsed([*params, *overrides]):
+            key = override.get_key_element()
+            choices[key] = [f"{key}={value}" for value in listed_values(override)]
+    return [list(trial) for trial in itertools.product(*choices.values())]
+
+
+def listed_values(override: Override) -> list[str]:
+    """All values of an override, as they are typed: one, or several of a sweep.
+
+    Raises:
+        UserError: an interval, which has no list of values.
+    """
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if not override.is_discrete_sweep():
+        raise UserError(
+            f"{override.input_line}: a grid needs a list or a range of values; "
+            "an interval is for sweep.search=N"
+        )
+    return list(override.sweep_string_iterator())
 
 
 def check_trials(config_name: str, trials: list[list[str]]) -> None:
-    """Checks every trial of a sweep before the first one starts.
+    """Check every trial of a sweep before the first one starts.
 
     Raises:
-        UserError: a trial that would be refused, or have the folder of another one; it is named by
-            what it sweeps.
+        UserError: a trial that would be refused, or that has the same folder as another one; the
+            message names it by what it sweeps.
     """
     common = set(trials[0]).intersection(*trials)
     names: dict[str, str] = {}  # folder -> the trial that has it
-    for words in trials:
-        own = ", ".join(word for word in words if word not in common)
+    for overrides in trials:
+        own = ", ".join(word for word in overrides if word not in common)
         try:
             with hydra_errors():
-                cfg = composed(config_name, words)
+                cfg = compose_trial(config_name, overrides)
                 check_places(to_config(cfg))
                 first = names.setdefault(cfg.hydra.sweep.subdir, own)
-        except UserError as mistake:
-            raise UserError(f"trial {own}: {mistake}" if own else str(mistake)) from None
+        except UserError as error:
+            raise UserError(f"trial {own}: {error}" if own else str(error)) from None
         if first != own:
             raise UserError(
-                f"trial {own} would have the folder of trial {first}, as folders are not called after what "
-                "differs there: sweep other keys, or give each a study of its own with hydra.sweep.dir=DIR"
+                f"trial {own} would have the folder of trial {first}, because folder names leave out what "
+                "differs between them: sweep other keys, or give each a study of its own with "
+                "hydra.sweep.dir=DIR"
             )
 
 
-def composed(config_name: str, words: list[str]) -> Any:
-    """conf/CONFIG_NAME.yaml with these overrides, and Hydra's own settings, as one job of a sweep gets it."""
-    return GlobalHydra.instance().config_loader().load_configuration(config_name, words, RunMode.RUN)
+def compose_trial(config_name: str, overrides: list[str]) -> Any:
+    """Compose conf/CONFIG_NAME.yaml with these overrides and Hydra's own settings, as each job does."""
+    return GlobalHydra.instance().config_loader().load_configuration(config_name, overrides, RunMode.RUN)
 
 
-def reject_resume(words: list[str]) -> None:
-    """Raises for `-m resume=...`."""
-    if any(text.startswith("resume=") for text in words):
-        raise UserError("resume goes on with one run at a time: drop -m")
+def reject_resume(overrides: list[str]) -> None:
+    """Raise a UserError for `-m resume=...`."""
+    if any(text.startswith("resume=") for text in overrides):
+        raise UserError("resume continues one run at a time: drop -m")
 
 
 @contextmanager
-def hydra_here() -> Iterator[None]:
-    """Makes conf/ known to Hydra where it does not run the command itself."""
+def hydra_on_conf() -> Iterator[None]:
+    """Point Hydra to conf/ where it does not run the command itself."""
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"), hydra_errors():
         yield
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A study whose trials are no plain grid: what is fixed, and what is to be chosen."""
+class Request:
+    """A study that sweep.py runs without Hydra's sweeper: sweep.search, halving or report_only."""
 
-    cfg: Any  # the composed settings without what is to be chosen
+    cfg: Any  # the composed settings without the sweeps
     fixed: list[str]  # overrides that all trials share
-    free: list[Override]  # the sweeps: a choice, a range or an interval each
+    free: list[Override]  # the sweeps: a list, a range or an interval each
 
     @property
     def settings(self) -> SweepConfig:
         return checked(OmegaConf.to_container(self.cfg.sweep, resolve=True), SweepConfig)
 
 
-def choice_of(words: list[str]) -> Choice | None:
-    """What `sweep.py WORDS` leaves to sweep.search, halving or report_only; None for a plain grid.
+def parse_request(overrides: list[str]) -> Request | None:
+    """Read `sweep.py WORDS` as a search, halving or report_only; None for a plain grid, which is Hydra's.
 
     Raises:
-        UserError: an unknown key or group, or a launcher, which has no part in these.
+        UserError: an unknown key or group, or a launcher, which these do not use.
     """
-    words = [word for word in words if word not in ("-m", "--multirun")]  # it always is one
-    if any(word.startswith("-") for word in words):
+    overrides = [word for word in overrides if word not in ("-m", "--multirun")]  # sweep.py always is one
+    if any(word.startswith("-") for word in overrides):
         return None  # --help and its like are Hydra's
-    with hydra_here():
-        given = {o.key_or_group: o for o in parsed(words)}.values()  # of a key given twice the last counts
+    with hydra_on_conf():
+        given = {o.key_or_group: o for o in parsed(overrides)}.values()  # the last one given for a key counts
         fixed = [o.input_line for o in given if not o.is_sweep_override()]
-        cfg = composed("sweep", fixed)
+        cfg = compose_trial("sweep", fixed)
         if cfg.sweep.search is None and not cfg.sweep.halving and not cfg.sweep.report_only:
             return None
-        reject_resume(words)
+        reject_resume(overrides)
         if "BasicLauncher" not in cfg.hydra.launcher._target_ and not cfg.sweep.report_only:
             raise UserError(
                 "sweep.search and sweep.halving train one trial after the other: drop hydra/launcher"
             )
-        params = parsed([f"{key}={value}" for key, value in params_of(cfg, words).items()])
-        swept = [o for o in (*params, *given) if o.is_sweep_override()]
-        return Choice(cfg, fixed, swept)
+        params = parsed([f"{key}={value}" for key, value in default_grid(cfg, overrides).items()])
+        return Request(cfg, fixed, [o for o in (*params, *given) if o.is_sweep_override()])
 
 
-def trial_of(words: list[str]) -> tuple[Config, RunDir]:
+def settings_and_folder(overrides: list[str]) -> tuple[Config, RunDir]:
     """The checked settings of one trial of `sweep.py`, and its folder.
 
     Raises:
         UserError: settings that are not accepted.
     """
-    with hydra_here():
-        cfg = composed("sweep", words)
+    with hydra_on_conf():
+        cfg = compose_trial("sweep", overrides)
         config, folder = to_config(cfg), Path(cfg.hydra.sweep.dir)
         check_places(config)
         run = RunDir(folder / cfg.hydra.sweep.subdir)

@@ -1,141 +1,142 @@
-"""What a study shows: the ranked table on the terminal and as CSV, a plot, the best and the worst grid."""
+"""The ranking of a study: its columns, the table on the terminal, study.csv and effects.csv."""
 
 import csv
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
-from ghibli.runs.identity import shown
+from ghibli.runs.identity import shown as as_typed
 from ghibli.runtime.console import full_width
-from ghibli.runtime.files import write_atomically, write_text
+from ghibli.runtime.files import write_text
 from ghibli.sweeps.effects import effects
-from ghibli.sweeps.trials import Trial, levels, varied
+from ghibli.sweeps.trials import Trial, varied
 
-matplotlib.use("Agg")
-
-
-def table(trials: list[Trial]) -> Table:
-    """The ranked table for the terminal, as wide as it needs to be."""
-    keys = varied(trials)
-    rows = Table(box=None, pad_edge=False)
-    measured = any(trial.distance for trial in trials)
-    distance = ("kernel distance",) if measured else ()
-    for name in ("", *keys, "gain over the base", *distance, "epoch", "min", "verdict"):
-        rows.add_column(name, no_wrap=True)
-    for place, trial in enumerate(trials, start=1):
-        settings = [shown(trial.settings.get(key)) for key in keys]
-        gain = "-" if trial.gain is None else ("" if trial.gain.value >= 0 else "-") + trial.gain.size
-        minutes = "-" if trial.minutes is None else f"{trial.minutes:.1f}"
-        distance = [distance_of(trial)] if measured else []
-        verdict = shorten(trial.verdict, 60, placeholder=" ...")
-        epoch = str(trial.status.get("best_epoch", "-"))
-        rows.add_row(str(place), *settings, gain, *distance, epoch, minutes, verdict)
-    return full_width(rows)
+LONGEST_TEXT = 60  # characters of a cell on the terminal
 
 
-def distance_of(trial: Trial) -> str:
+@dataclass(frozen=True)
+class Column:
+    """One column of the ranking, after those of the varied settings.
+
+    The terminal, study.csv and the report all take their columns from COLUMNS.
+    """
+
+    title: str  # for a person
+    csv_names: tuple[str, ...]  # in study.csv
+    value: Callable[[Trial], Any]  # None where a trial has none
+    text: Callable[[Any], str]  # the value for a person
+    csv_cells: Callable[[Any], tuple[Any, ...]] = lambda value: (value,)  # one for each of csv_names
+    align: str = "right"  # in the report; the terminal aligns everything left
+    optional: bool = False  # hidden from a person if no trial has a value
+
+    @property
+    def name(self) -> str:
+        """The first of csv_names, which identifies the column."""
+        return self.csv_names[0]
+
+    def text_of(self, value: Any) -> str:
+        """The value for a person; `-` for none."""
+        return "-" if value is None else self.text(value)
+
+    def csv_cells_of(self, value: Any) -> tuple[Any, ...]:
+        """The value for study.csv; empty cells for none."""
+        return ("",) * len(self.csv_names) if value is None else self.csv_cells(value)
+
+
+def distance_text(distance: tuple[float, float, str]) -> str:
     """`0.58 +- 0.22 (ddim 7.5)`."""
-    if trial.distance is None:
-        return "-"
-    value, error, cell = trial.distance
+    value, error, cell = distance
     return f"{value:.2f} +- {error:.2f} ({cell})"
 
 
-def write_grids(folder: Path, trials: list[Trial]) -> Path | None:
-    """best_and_worst.png: the last grids of the first and the last trial of the ranking that drew one."""
-    drawn = [trial for trial in trials if trial.gain is not None and trial.grid is not None]
-    if len(drawn) < 2:
-        return None
-    images, font = [], ImageFont.load_default(16)
-    for word, trial in (("best", drawn[0]), ("worst", drawn[-1])):
-        grid = Image.open(trial.grid).convert("RGB")
-        page = Image.new("RGB", (grid.width, grid.height + 28), "white")
-        gain = f"{'' if trial.gain.value >= 0 else '-'}{trial.gain.size}"
-        title = f"{word}: {gain}  {trial.run.path.name}"
-        ImageDraw.Draw(page).text((8, 5), title, fill="black", font=font)
-        page.paste(grid, (0, 28))
-        images.append(page)
-    size = max(page.width for page in images), sum(page.height for page in images)
-    both = Image.new("RGB", size, "white")
-    both.paste(images[0], (0, 0))
-    both.paste(images[1], (0, images[0].height))
-    file = folder / "best_and_worst.png"
-    write_atomically(file, lambda opened: both.save(opened, format="png"))
-    return file
+COLUMNS = [
+    Column(
+        title="gain over the base",
+        csv_names=("gain", "gain_se"),
+        value=lambda trial: trial.gain,
+        text=lambda gain: gain.signed_size,
+        csv_cells=lambda gain: (gain.value, gain.standard_error),
+    ),
+    Column(
+        title="kernel distance",
+        csv_names=("distance", "distance_se"),
+        value=lambda trial: trial.distance,
+        text=distance_text,
+        csv_cells=lambda distance: distance[:2],
+        optional=True,
+    ),
+    Column(title="epoch", csv_names=("best_epoch",), value=lambda trial: trial.best_epoch, text=str),
+    Column(
+        title="min",
+        csv_names=("minutes",),
+        value=lambda trial: trial.minutes,
+        text="{:.1f}".format,
+        csv_cells=lambda minutes: (f"{minutes:.1f}",),
+    ),
+    Column(
+        title="verdict", csv_names=("verdict",), value=lambda trial: trial.verdict, text=str, align="left"
+    ),
+]
 
 
-def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
-    """study.png: a panel for each varied setting, a line for each set of trials equal in all else."""
-    scored = [trial for trial in trials if trial.gain is not None]
-    keys = varied(scored)
-    if not keys:
-        return None
-    figure, axes = plt.subplots(
-        1, len(keys), figsize=(1.2 + 2.4 * len(keys), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, key in zip(axes[0], keys, strict=True):
-        values = levels(key, scored)
-        lines: dict[tuple, list[tuple[int, float]]] = {}
-        for trial in scored:
-            rest = tuple(str(trial.settings.get(other)) for other in keys if other != key)
-            point = values.index(trial.settings.get(key)), 100 * trial.gain.value
-            lines.setdefault(rest, []).append(point)
-        for points in lines.values():
-            axis.plot(*zip(*sorted(points), strict=True), color="#999999", lw=0.8, marker=".")
-        means = [
-            np.mean([y for points in lines.values() for x, y in points if x == level])
-            for level in range(len(values))
-        ]
-        axis.plot(range(len(values)), means, color="#1f6fb4", lw=2, marker="o")
-        axis.set_xticks(range(len(values)), [shown(value) for value in values])
-        axis.set(xlabel=key, xlim=(-0.3, len(values) - 0.7))
-        axis.grid(alpha=0.2)
-    axes[0, 0].set_ylabel("gain over the base (%)")
-    file = folder / "study.png"
-    write_atomically(file, lambda opened: figure.savefig(opened, format="png", dpi=120))
-    plt.close(figure)
-    return file
+def visible_columns(rows: list[dict[str, Any]]) -> list[Column]:
+    """The columns to show a person, given the values of every trial by the columns' names."""
+    return [
+        column
+        for column in COLUMNS
+        if not column.optional or any(row[column.name] is not None for row in rows)
+    ]
 
 
-def as_csv(trials: list[Trial]) -> str:
-    """The ranked table: place, folder, varied settings, gain, its error, best epoch, minutes, verdict."""
+def ranking_table(trials: list[Trial]) -> Table:
+    """The ranking for the terminal, as wide as it needs to be."""
+    keys = varied(trials)
+    rows = [{column.name: column.value(trial) for column in COLUMNS} for trial in trials]
+    columns = visible_columns(rows)
+    table = Table(box=None, pad_edge=False)
+    for title in ("", *keys, *(column.title for column in columns)):
+        table.add_column(title, no_wrap=True)
+    for place, (trial, row) in enumerate(zip(trials, rows, strict=True), start=1):
+        settings = [as_typed(trial.settings.get(key)) for key in keys]
+        texts = [column.text_of(row[column.name]) for column in columns]
+        short = (shorten(text, LONGEST_TEXT, placeholder=" ...") for text in texts)
+        table.add_row(str(place), *settings, *short)
+    return full_width(table)
+
+
+def ranking_csv(trials: list[Trial]) -> str:
+    """The ranking as CSV: place, folder, varied settings, then COLUMNS."""
     keys = varied(trials)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    last = ("gain", "gain_se", "distance", "distance_se", "best_epoch", "minutes", "verdict")
-    writer.writerow(["place", "trial", *keys, *last])
+    writer.writerow(["place", "trial", *keys, *(name for column in COLUMNS for name in column.csv_names)])
     for place, trial in enumerate(trials, start=1):
-        gain = (trial.gain.value, trial.gain.standard_error) if trial.gain else ("", "")
-        minutes = "" if trial.minutes is None else f"{trial.minutes:.1f}"
-        epoch = trial.status.get("best_epoch", "")
-        settings = [shown(trial.settings.get(key)) for key in keys]
-        distance = trial.distance[:2] if trial.distance else ("", "")
-        name = trial.run.path.name
-        writer.writerow([place, name, *settings, *gain, *distance, epoch, minutes, trial.verdict])
+        settings = [as_typed(trial.settings.get(key)) for key in keys]
+        cells = [cell for column in COLUMNS for cell in column.csv_cells_of(column.value(trial))]
+        writer.writerow([place, trial.run.path.name, *settings, *cells])
     return text.getvalue()
 
 
 def effects_csv(trials: list[Trial]) -> str:
-    """The effect of each setting in points of gain, with its error and its 95 % interval."""
+    """The effect of each setting in points of gain, with its standard error and 95 % interval, as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["key", "low", "high", "pairs", "difference", "se", "low95", "high95"])
     for effect in effects(trials):
         gain = effect.difference
         points = [f"{100 * x:.4f}" for x in (gain.value, gain.standard_error, gain.low, gain.high)]
-        writer.writerow([effect.key, shown(effect.low), shown(effect.high), effect.pairs, *points])
+        writer.writerow([effect.key, as_typed(effect.low), as_typed(effect.high), effect.pairs, *points])
     return text.getvalue()
 
 
 def write_table(folder: Path, trials: list[Trial]) -> Path:
-    """study.csv in the study's folder, and effects.csv beside it."""
+    """Write study.csv, and effects.csv beside it; return the former."""
     file = folder / "study.csv"
-    write_text(file, as_csv(trials))
+    write_text(file, ranking_csv(trials))
     write_text(folder / "effects.csv", effects_csv(trials))
     return file

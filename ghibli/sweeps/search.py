@@ -1,4 +1,4 @@
-"""Studies that choose their trials on the way: Optuna's search, and successive halving."""
+"""Studies that choose their trials while they run: Optuna's search, and successive halving."""
 
 import csv
 import math
@@ -14,32 +14,34 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.identity import require_same_but_epochs
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
-from ghibli.sweeps.grid import Choice, Study, trial_of
+from ghibli.sweeps.grid import Request, Study, settings_and_folder
 
-AGAIN = "again"  # of a trial that is tried again: the number of the one that failed
-KEEP = 3  # halving keeps the best of so many
+RETRY_OF = "again"  # user attribute of a retried trial: the number of the one that failed
+REDUCTION = 3  # halving keeps the best of so many
 Train = Callable[[Config, RunDir, bool], float]  # train.run, which gives NaN for a trial that failed
 
 
-def search(choice: Choice, study: Study, train: Train) -> None:
-    """Trains `sweep.search` trials, each where Optuna's TPE expects most after those before it.
+def optuna_search(request: Request, study: Study, train: Train) -> None:
+    """Train `sweep.search` trials, each where Optuna's TPE expects the most after the trials before it.
 
-    What was asked and what came of it stands in optuna.db of the study's folder. Each suggestion
-    depends on the seed, the trial's number and the finished trials alone, so a search that was
-    killed goes on as if it had not been. Trials that had failed are tried again first.
+    Everything that was asked, and its result, is stored in optuna.db in the study's folder. A suggestion
+    depends only on the seed, the trial's number and the finished trials, so a search that was killed
+    continues exactly as if it had not been. Failed trials are retried first.
 
     Raises:
-        UserError: Optuna is not installed, or the folder's earlier search had other choices.
+        UserError: Optuna is not installed, or the earlier search in this folder had other choices.
     """
     optuna = import_optuna()
     table = optuna.create_study(
         study_name="search", storage=f"sqlite:///{study.folder / 'optuna.db'}",
         direction="maximize", load_if_exists=True,
     )  # fmt: skip
-    put_right(table, choice, train)
-    while (trial := next_trial(table, choice.settings.search)) is not None:
-        console.print(f"\ntrial {place_of(table, trial) + 1} of {choice.settings.search}", style="bold")
-        config, run = trial_of([*choice.fixed, *suggestions(table, trial, choice)])
+    restore_trials(table, request, train)
+    while (trial := next_trial(table, request.settings.search)) is not None:
+        console.print(
+            f"\ntrial {search_position(table, trial) + 1} of {request.settings.search}", style="bold"
+        )
+        config, run = settings_and_folder([*request.fixed, *suggested_overrides(table, trial, request)])
         gain = train(config, run, False)
         if math.isnan(gain):
             table.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -47,16 +49,19 @@ def search(choice: Choice, study: Study, train: Train) -> None:
             table.tell(trial.number, gain)
 
 
-def corners(choice: Choice) -> list[list[str]]:
-    """A trial for each value of a choice and each end of a range or an interval; of the others the first."""
-    ends = {override.get_key_element(): ends_of(override) for override in choice.free}
+def corner_trials(request: Request) -> list[list[str]]:
+    """One trial for each value of a list and each end of a range or interval, the other keys at their first.
+
+    Checking these checks every value that a search can suggest.
+    """
+    ends = {override.get_key_element(): extreme_values(override) for override in request.free}
     first = {key: values[0] for key, values in ends.items()}
     trials = [first | {key: value} for key, values in ends.items() for value in values]
-    return [[*choice.fixed, *(f"{key}={value}" for key, value in trial.items())] for trial in trials]
+    return [[*request.fixed, *(f"{key}={value}" for key, value in trial.items())] for trial in trials]
 
 
 def import_optuna() -> Any:
-    """The library.
+    """Import Optuna, an optional extra, and silence its log.
 
     Raises:
         UserError: it is not installed.
@@ -69,120 +74,135 @@ def import_optuna() -> Any:
     return optuna
 
 
-def put_right(table: Any, choice: Choice, train: Train) -> None:
-    """Asks for finished trials again, whose folders answer or are made anew, and queues the failed ones."""
+def restore_trials(table: Any, request: Request, train: Train) -> None:
+    """Ask for every finished trial again, which retrains those whose folder is gone; queue failed ones."""
     from optuna.trial import TrialState
 
     for trial in table.get_trials(states=(TrialState.COMPLETE,)):
-        words = [f"{key}={value}" for key, value in trial.params.items()]
-        train(*trial_of([*choice.fixed, *words]), False)
-    latest = {trial.user_attrs.get(AGAIN, trial.number): trial for trial in table.trials}
+        overrides = [f"{key}={value}" for key, value in trial.params.items()]
+        train(*settings_and_folder([*request.fixed, *overrides]), False)
+    latest = {trial.user_attrs.get(RETRY_OF, trial.number): trial for trial in table.trials}
     for number, trial in latest.items():
         if trial.state == TrialState.FAIL:
-            table.enqueue_trial(trial.params, user_attrs={AGAIN: number})
+            table.enqueue_trial(trial.params, user_attrs={RETRY_OF: number})
 
 
 def next_trial(table: Any, count: int) -> Any:
-    """The trial that a killed process left, else one that is queued or new; None when there were enough."""
-    from optuna.trial import Trial, TrialState
+    """The trial that a killed process left running, else a queued or a new one; None after `count` trials."""
+    from optuna.trial import TrialState
 
-    left = table.get_trials(states=(TrialState.RUNNING,))
-    if left:
-        return Trial(table, left[0]._trial_id)  # remembers what was suggested to it
+    running = table.get_trials(states=(TrialState.RUNNING,))
+    if running:
+        return reopen_trial(table, running[0])
     queued = table.get_trials(states=(TrialState.WAITING,))
-    return table.ask() if queued or len(first_numbers(table)) < count else None
+    return table.ask() if queued or len(first_attempts(table)) < count else None
 
 
-def first_numbers(table: Any) -> list[int]:
-    """Optuna's numbers of all trials but those that try another one again."""
-    return [trial.number for trial in table.trials if AGAIN not in trial.user_attrs]
+def reopen_trial(table: Any, frozen: Any) -> Any:
+    """Continue a trial that is still running in the database, with the values suggested to it so far.
+
+    Optuna has no public call for this: `ask` only starts trials, and a FrozenTrial has no public id.
+    Private: FrozenTrial._trial_id, as of Optuna 5.0.
+    """
+    from optuna.trial import Trial
+
+    return Trial(table, frozen._trial_id)
 
 
-def place_of(table: Any, trial: Any) -> int:
-    """The place of a trial in the search, from 0; one that is tried again keeps it."""
-    return first_numbers(table).index(trial.user_attrs.get(AGAIN, trial.number))
+def first_attempts(table: Any) -> list[int]:
+    """Optuna's numbers of all trials that are not retries."""
+    return [trial.number for trial in table.trials if RETRY_OF not in trial.user_attrs]
 
 
-def suggestions(table: Any, trial: Any, choice: Choice) -> list[str]:
-    """The overrides that Optuna suggests, one for each sweep of the command line.
+def search_position(table: Any, trial: Any) -> int:
+    """The position of a trial in the search, from 0; a retry has that of the trial it repeats."""
+    return first_attempts(table).index(trial.user_attrs.get(RETRY_OF, trial.number))
+
+
+def suggested_overrides(table: Any, trial: Any, request: Request) -> list[str]:
+    """The overrides that Optuna suggests, one for each sweep on the command line.
 
     Raises:
-        UserError: an earlier trial of this search could choose among other values.
+        UserError: an earlier trial of this search had other values to choose from.
     """
     from optuna.samplers import TPESampler
 
-    words, number = [], place_of(table, trial)
-    for place, override in enumerate(choice.free):
-        key, seed = override.get_key_element(), (choice.cfg.seed, number, place)
+    overrides, number = [], search_position(table, trial)
+    for index, override in enumerate(request.free):
+        key, seed = override.get_key_element(), (request.cfg.seed, number, index)
         table.sampler = TPESampler(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
         try:
-            words.append(f"{key}={suggested(trial, key, override)}")
+            overrides.append(f"{key}={suggest_value(trial, key, override)}")
         except ValueError as error:
             raise UserError(
                 f"{key}: the search in this folder had other values to choose from; give the same ones, or "
                 f"another folder with hydra.sweep.dir=DIR ({error})"
             ) from error
-    return words
+    return overrides
 
 
-def suggested(trial: Any, key: str, override: Override) -> Any:
-    """One value: of a list, of a range of whole numbers, or of an interval (log with `tag(log, ...)`)."""
+def suggest_value(trial: Any, key: str, override: Override) -> Any:
+    """Suggest one value: of a list, of a range of integers, or of an interval (log with `tag(log, ...)`)."""
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         return trial.suggest_float(key, sweep.start, sweep.end, log="log" in sweep.tags)
-    if is_whole(sweep):
+    if is_integer_range(sweep):
         return trial.suggest_int(key, sweep.start, sweep.stop - 1, step=sweep.step)
     return trial.suggest_categorical(key, list(override.sweep_string_iterator()))
 
 
-def ends_of(override: Override) -> list[Any]:
-    """What `suggested` can give: all values of a list, the first and the last of the others."""
+def extreme_values(override: Override) -> list[Any]:
+    """The values that `suggest_value` can reach: all of a list, the first and last of a range or interval."""
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         return [sweep.start, sweep.end]
     values = list(override.sweep_string_iterator())
-    return [values[0], values[-1]] if is_whole(sweep) else values
+    return [values[0], values[-1]] if is_integer_range(sweep) else values
 
 
-def is_whole(sweep: Any) -> bool:
-    """True for a range of whole numbers."""
+def is_integer_range(sweep: Any) -> bool:
+    """True for `range(...)` of integers."""
     if not isinstance(sweep, RangeSweep):
         return False
     return all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step))
 
 
-def halve(choice: Choice, trials: list[list[str]], train: Train) -> None:
-    """Trains all trials for a ninth of the epochs, the best third of them for a third, the best to the end.
+def successive_halving(trials: list[list[str]], train: Train) -> None:
+    """Train all trials for a ninth of the epochs, the best third of them for a third, its best third fully.
 
-    Successive halving (Jamieson & Talwalkar 2016) with a factor of 3. A trial goes on where it
-    stopped, which is the same as never having stopped because its learning rate is constant and
-    nothing counts epochs without an improvement.
+    Successive halving (Jamieson & Talwalkar 2016) with a reduction factor of 3. A trial resumes where it
+    stopped, which equals never having stopped, because its learning rate is constant and nothing counts
+    epochs without an improvement.
+
+    Args:
+        trials: the overrides of each trial.
 
     Raises:
-        UserError: the learning rate is not constant, the epochs are swept, or a trial's folder holds
-            another one.
+        UserError: the learning rate is not constant, trainer.max_epochs is swept, or a trial's folder
+            holds another trial.
     """
-    words = list(trials)
-    asked = [trial_of(one) for one in words]
-    epochs = {config.trainer["max_epochs"] for config, _ in asked}
+    survivors = list(trials)
+    planned = [settings_and_folder(overrides) for overrides in survivors]
+    epochs = {config.trainer["max_epochs"] for config, _ in planned}
     if len(epochs) > 1:
         raise UserError("sweep.halving=true chooses trainer.max_epochs itself: give one value for it")
-    if not all(can_go_on(config) for config, _ in asked):
+    if not all(can_be_extended(config) for config, _ in planned):
         raise UserError(
-            "sweep.halving=true stops trials early and lets some go on, so it must not matter how long they "
-            "train: add optimizer.schedule=constant optimizer.warmup_steps=0 early_stopping.patience=null"
+            "sweep.halving=true stops trials early and resumes some, so the result must not depend on the "
+            "planned length: add optimizer.schedule=constant optimizer.warmup_steps=0 "
+            "early_stopping.patience=null"
         )
-    for config, run in asked:
+    for config, run in planned:
         require_same_but_epochs(config, run)
     for rung in rungs(*epochs):
-        console.print(f"\n{len(words)} trials until epoch {rung}", style="bold")
-        gains = [train_until(one, rung, train) for one in words]
+        console.print(f"\n{len(survivors)} trials until epoch {rung}", style="bold")
+        gains = [train_until(overrides, rung, train) for overrides in survivors]
         order = np.argsort([math.inf if math.isnan(gain) else -gain for gain in gains], kind="stable")
-        words = [words[place] for place in order[: math.ceil(len(words) / KEEP)]]
+        survivors = [survivors[index] for index in order[: math.ceil(len(survivors) / REDUCTION)]]
 
 
-def can_go_on(config: Config) -> bool:
-    """True where a run that is trained longer ends as one that was planned so."""
+def can_be_extended(config: Config) -> bool:
+    """True where a run that is extended later ends like one that was planned that long."""
     optimizer = config.optimizer
     is_constant = optimizer.schedule == "constant" and not optimizer.warmup_steps
     return is_constant and config.early_stopping.patience is None
@@ -190,30 +210,30 @@ def can_go_on(config: Config) -> bool:
 
 def rungs(epochs: int) -> list[int]:
     """The epochs after which trials are compared: 1, 3, 9 of 9."""
-    return sorted({max(1, epochs // KEEP**power) for power in range(3)})
+    return sorted({max(1, epochs // REDUCTION**power) for power in range(3)})
 
 
-def train_until(words: list[str], epochs: int, train: Train) -> float:
-    """The best gain of a trial within so many epochs; trains what is missing. NaN when it failed."""
-    config, run = trial_of(words)
+def train_until(overrides: list[str], epochs: int, train: Train) -> float:
+    """Train what is missing of a trial up to an epoch; return its best gain so far, NaN when it failed."""
+    config, run = settings_and_folder(overrides)
     config.trainer["max_epochs"] = epochs
     planned, status = planned_epochs(run), run.read_status()
     stopped_early = run.state == "finished" and status.get("epoch", 0) < planned
     passed = planned > epochs or (planned == epochs and run.state == "finished") or stopped_early
     if not passed and math.isnan(train(config, run, planned > 0 and run.usable_checkpoint() is not None)):
         return math.nan
-    return gain_within(run, epochs)
+    return best_gain_until(run, epochs)
 
 
 def planned_epochs(run: RunDir) -> int:
-    """What the trial was last started for; 0 when it was not."""
+    """How many epochs the trial was last started for; 0 when it was not."""
     try:
         return int(read_settings(run.config)["trainer"]["max_epochs"])
     except (KeyError, TypeError, ValueError):
         return 0
 
 
-def gain_within(run: RunDir, epochs: int) -> float:
+def best_gain_until(run: RunDir, epochs: int) -> float:
     """The highest held-out gain after the epochs 1 .. `epochs`; NaN when there is none."""
     try:
         with open(run.probe, newline="") as file:

@@ -1,4 +1,4 @@
-"""A study's trials, read from their folders, and which settings matter."""
+"""The trials of a study, read from their folders, and the settings that vary among them."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +13,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.identity import flat, that_count
 from ghibli.runtime.files import is_whole
 
-REPEAT = "+seed="  # in the folder of a trial that was repeated with another seed
+REPEAT = "+seed="  # in the folder name of a trial that repeats another one with a new seed
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,21 @@ class Trial:
     run: RunDir
     settings: dict[str, Any]  # dotted key -> value, all that can change a result
     status: dict[str, Any]
-    best: Probe | None  # scores of the best epoch; None for one that has not finished, or was refused
+    best: Probe | None  # scores of the best epoch; None for a trial that has not finished, or was refused
 
     @property
     def gain(self) -> Gain | None:
-        """How much better than the base its best epoch is."""
+        """The gain over the base of the best epoch."""
         return None if self.best is None else self.best.val_gain
 
     @property
+    def best_epoch(self) -> int | None:
+        """The epoch with the lowest held-out loss."""
+        return self.status.get("best_epoch")
+
+    @property
     def verdict(self) -> str:
-        """What became of it: the doctor's findings, or why it has no result."""
+        """The names of the doctor's findings, or why there is no result."""
         if self.run.no_result.exists():
             return f"failed: {self.run.no_result.read_text()}"
         if self.run.state != "finished":
@@ -42,12 +47,12 @@ class Trial:
 
     @property
     def repeats(self) -> bool:
-        """True for one that repeats another trial with another seed."""
+        """True for a trial that repeats another one with a new seed."""
         return REPEAT in self.run.path.name
 
     @property
     def distance(self) -> tuple[float, float, str] | None:
-        """(kernel distance, its standard error, `ddim 7.5`) of its best cell; None when not evaluated."""
+        """(kernel distance, its standard error, `ddim 7.5`) in the best cell; None when not evaluated."""
         try:
             cells = self.run.read_evaluation()["models"]["run"]
             found = [(*cell["kernel"], f"{cell['sampler']} {cell['guidance']:g}") for cell in cells]
@@ -57,12 +62,12 @@ class Trial:
 
     @property
     def grid(self) -> Path | None:
-        """The last image grid."""
+        """The newest image grid."""
         return max(self.run.samples.glob("*.png"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
     @property
     def minutes(self) -> float | None:
-        """From start to end; None for a resumed trial, as nothing says how long it did not run."""
+        """Minutes from start to end; None for a resumed trial, whose pauses are not recorded."""
         times = self.status.get("started"), self.status.get("ended")
         if None in times or len(self.status.get("starts", [])) > 1:
             return None
@@ -71,24 +76,24 @@ class Trial:
 
 
 def read_trials(folder: Path) -> list[Trial]:
-    """Every trial below a study's folder, the best first, those without a gain last."""
+    """Every trial in a study's folder, the best first, those without a gain last."""
     trials = [read_trial(RunDir(path.parent)) for path in sorted(folder.glob("*/status.json"))]
     found = [trial for trial in trials if trial is not None]
     return sorted(found, key=lambda trial: -(trial.gain.value if trial.gain else -float("inf")))
 
 
 def read_trial(run: RunDir) -> Trial | None:
-    """One trial; None where config.yaml cannot be read."""
+    """One trial; None if its config.yaml cannot be read."""
     content = read_settings(run.config)
     if content is None:
         return None
-    is_result = run.state == "finished" and not run.no_result.exists()  # nor is what a trial under way has
-    best = best_probe(run) if is_result else None
+    has_result = run.state == "finished" and not run.no_result.exists()  # a running trial's may still change
+    best = best_probe(run) if has_result else None
     return Trial(run, that_count(flat(content)), run.read_status(), best)
 
 
 def best_probe(run: RunDir) -> Probe | None:
-    """The scores of the best epoch, from best.ckpt; None without a whole one."""
+    """The scores of the best epoch, from best.ckpt; None if that is missing, damaged or holds no epoch."""
     if not is_whole(run.best_checkpoint):
         return None
     stored = torch.load(run.best_checkpoint, weights_only=True, map_location="cpu")["probe"]
@@ -97,25 +102,25 @@ def best_probe(run: RunDir) -> Probe | None:
 
 
 def varied(trials: list[Trial]) -> list[str]:
-    """The settings that are not the same in all trials, but for those that follow another one."""
+    """The settings that differ between trials, except those that follow from another one."""
     keys = dict.fromkeys(key for trial in trials for key in trial.settings)
     several = [key for key in keys if len({str(trial.settings.get(key)) for trial in trials}) > 1]
     return [key for key in several if key != "lora.alpha" or not alpha_follows(trials)]
 
 
 def alpha_follows(trials: list[Trial]) -> bool:
-    """True where lora.alpha is the same multiple of lora.rank in all trials."""
+    """True if lora.alpha is the same multiple of lora.rank in all trials."""
     pairs = [(trial.settings.get("lora.alpha"), trial.settings.get("lora.rank")) for trial in trials]
     return None not in sum(pairs, ()) and len({round(alpha / rank, 9) for alpha, rank in pairs}) == 1
 
 
-def levels(key: str, trials: list[Trial]) -> list[Any]:
-    """The values of a setting, each once, in order."""
+def setting_values(key: str, trials: list[Trial]) -> list[Any]:
+    """The values of a setting among the trials, each once, sorted."""
     values = {str(trial.settings.get(key)): trial.settings.get(key) for trial in trials}
-    return sorted(values.values(), key=order)
+    return sorted(values.values(), key=numbers_first)
 
 
-def order(value: Any) -> tuple[bool, Any]:
-    """Sorts numbers by size and puts words behind them."""
-    is_word = not isinstance(value, int | float)
-    return is_word, str(value) if is_word else value
+def numbers_first(value: Any) -> tuple[bool, Any]:
+    """Sort key: numbers by size, then everything else as text."""
+    is_text = not isinstance(value, int | float)
+    return is_text, str(value) if is_text else value

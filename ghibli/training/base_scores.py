@@ -1,4 +1,4 @@
-"""What the untouched base scores on the probe's items: computed once, then read from the cache."""
+"""The untouched base's scores on the probe's items: computed once, then read from the cache."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ def cached_scores(
     images: list[CaptionedImage],
     score: Callable[[int], torch.Tensor],
 ) -> torch.Tensor:
-    """The scores of all images, (P, ...) float32; only those that are not in the cache are computed.
+    """Return the scores of all images, (P, ...) float32; compute only those not in the cache.
 
     Args:
-        folder: holds a file for each set of scores that were computed together, called after the
-            settings and the images; safe to delete. Runs may share it: none changes another's file,
-            and a score depends on nothing but the settings and the image.
-        settings: everything that changes a score, such as base, guidance, device.
-        score: index of an image -> its scores.
+        folder: holds one file per set of scores computed together, named after settings and images;
+            safe to delete. Runs may share it: none changes another's file, and a score depends on
+            nothing but the settings and the image.
+        settings: everything a score depends on, such as base, guidance, device.
+        score: returns the scores of an image, by index.
     """
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     known: dict[str, list[float]] = {}
@@ -41,7 +41,7 @@ def cached_scores(
 
 
 def read_scores(file: Path, settings: dict[str, Any]) -> dict[str, list[float]]:
-    """The scores in a cache file; none when it is missing, damaged or of other settings."""
+    """Read the scores of a cache file; empty when it is missing, damaged or of other settings."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -53,5 +53,5 @@ def read_scores(file: Path, settings: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def checksum(scores: dict[str, list[float]]) -> str:
-    """sha256 of the scores, so that one flipped byte on the disk is noticed."""
+    """Return sha256 of the scores, which reveals a single flipped byte on disk."""
     return hashlib.sha256(json.dumps(scores, sort_keys=True).encode()).hexdigest()

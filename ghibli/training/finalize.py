@@ -1,12 +1,10 @@
-"""The end of a run: best weights, adapter file, last grid, status, and the closing lines."""
+"""The end of a run: best weights, adapter files, last grid, status, model card."""
 
 import math
-import signal
-import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
 
@@ -18,54 +16,53 @@ from ghibli.config.schema import Config, describe
 from ghibli.evaluation.gain import Gain
 from ghibli.runs import identity
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console, relative_path
+from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now
+from ghibli.runtime.resources import peak_memory
 from ghibli.training import wandb_logger
-from ghibli.training.callbacks.checkpoints import StopRequested, load_weights, requeue
-from ghibli.training.callbacks.diagnosis import Doctor
-from ghibli.training.callbacks.metrics import Records
-from ghibli.training.callbacks.samples import SampleGrid
+from ghibli.training.callbacks.checkpoints import load_weights
 from ghibli.training.module import GhibliModule
+from ghibli.training.session import Training
+
+ROW_NAMES = {"lora": "adapter", "full": "fine-tuned", "none": "base"}  # of the last grid
 
 
-def finish(
-    config: Config,
-    run: RunDir,
-    trainer: L.Trainer,
-    module: GhibliModule,
-    logger: WandbLogger | None,
-) -> float:
-    """Exports the best weights, draws them, writes the status, says where all is.
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
 
-    Returns:
-        The best validation gain: the objective.
-    """
+    gain: Gain  # the best epoch's, over the base on held-out images
+    best_epoch: int  # 0 when nothing was trained
+    lines: list[str]  # for the terminal: what was trained, where everything is, what to try next
+
+    @property
+    def objective(self) -> float:
+        """What sweeps maximise."""
+        return self.gain.value
+
+    @property
+    def summary(self) -> str:
+        """The closing lines of a run."""
+        return "\n".join(["", *self.lines])
+
+
+def finalize(training: Training, logger: WandbLogger | None) -> Result:
+    """Export the best weights, draw them, write status and model card; return the result."""
+    config, run, trainer, module = training.config, training.run, training.trainer, training.module
+    run.update_status(peak_memory=peak_memory())
     module.to(trainer.strategy.root_device)
-    grid_drawer = next(c for c in trainer.callbacks if isinstance(c, SampleGrid))
-    best = best_row(next(c for c in trainer.callbacks if isinstance(c, Records)).probe_rows)
+    best = best_row(training.callbacks.records.probe_rows)
     gain, best_epoch = Gain(best["probe/val_gain"], best["probe/val_gain_se"]), best["epoch"]
-    lines = [f"trained  {describe(config)}, {trainer.global_step} steps, {trainer.current_epoch} epochs"]
-    if config.finetune == "none":
-        lines = ["measured the untouched base (finetune=none): nothing was trained"]
-    else:
+    lines = [headline(training)]
+    if config.finetune != "none":
         if config.finetune == "lora":
             lora.save_adapter(module.base, run.last_adapter)
         load_weights(module, run.best_checkpoint, best_epoch)
         lines.append(f"gain     {gain}, after epoch {best_epoch}")
-    label = {"lora": "adapter", "full": "fine-tuned", "none": "base"}[config.finetune]
-    if grid_drawer.base_images is not None:
-        lines.append(f"grid     {relative_path(grid_drawer.save(trainer, module, label, label))}")
-    if config.finetune == "lora":
-        lines.append(f"adapter  {relative_path(lora.save_adapter(module.base, run.adapter))}")
-        facts = run.read_status() | {"step": trainer.global_step, "best_epoch": best_epoch, "ended": None}
-        lines.append(
-            f"         {relative_path(save_kohya(config, run, module, facts))} for ComfyUI and A1111"
-        )
-    elif config.finetune == "full":
-        module.base.unet.save_pretrained(run.unet)
-        lines.append(f"UNet     {relative_path(run.unet)}")
+    lines += draw_last_grid(training)
+    lines += save_weights(config, run, module, {"step": trainer.global_step, "best_epoch": best_epoch})
     lines.append(f"run      {relative_path(run.path)}")
     run.update_status(
         state="finished", ended=now(), step=trainer.global_step, epoch=trainer.current_epoch,
@@ -78,14 +75,47 @@ def finish(
     if logger is not None:
         logger.experiment.summary.update({"best/val_gain": gain.value, "best/epoch": best_epoch})
         lines.append(wandb_logger.how_to_look(run, logger))
-    findings = next(c for c in trainer.callbacks if isinstance(c, Doctor)).findings
-    lines.append(f"doctor   {', '.join(f.name for f in findings) or 'nothing to report'}")
-    console.print("\n".join(["", *lines, f"next     {next_command(config)}"]))
-    return gain.value
+    names = [finding.name for finding in training.callbacks.doctor.findings]
+    lines.append(f"doctor   {', '.join(names) or 'nothing to report'}")
+    lines.append(f"next     {next_command(config)}")
+    return Result(gain, best_epoch, lines)
+
+
+def headline(training: Training) -> str:
+    """Say what was trained, and for how long."""
+    if training.config.finetune == "none":
+        return "measured the untouched base (finetune=none): nothing was trained"
+    trainer = training.trainer
+    what = describe(training.config)
+    return f"trained  {what}, {trainer.global_step} steps, {trainer.current_epoch} epochs"
+
+
+def draw_last_grid(training: Training) -> list[str]:
+    """Draw the model below the base, if grids are wanted; return the line that names the file."""
+    if training.callbacks.samples.base_images is None:
+        return []
+    name = ROW_NAMES[training.config.finetune]
+    file = training.callbacks.samples.save(training.trainer, training.module, name, name)
+    return [f"grid     {relative_path(file)}"]
+
+
+def save_weights(config: Config, run: RunDir, module: GhibliModule, facts: dict[str, Any]) -> list[str]:
+    """Write the best adapter in both layouts, or the whole UNet; return the lines that name the files."""
+    if config.finetune == "full":
+        module.base.unet.save_pretrained(run.unet)
+        return [f"UNet     {relative_path(run.unet)}"]
+    if config.finetune == "none":
+        return []
+    file = lora.save_adapter(module.base, run.adapter)
+    kohya = save_kohya(config, run, module, run.read_status() | facts | {"ended": None})
+    return [
+        f"adapter  {relative_path(file)}",
+        f"         {relative_path(kohya)} for ComfyUI and A1111",
+    ]
 
 
 def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[str, Any]) -> Path:
-    """The best adapter in kohya's layout, read back and compared; the diffusers file where that cannot be.
+    """Write the best adapter in kohya's layout, read it back and compare; a DoRA stays in diffusers' layout.
 
     Raises:
         UserError: what was written is not what was trained.
@@ -104,39 +134,15 @@ def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[st
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of probe.csv with the highest gain after an epoch; of the base when nothing was trained."""
+    """Return the row of probe.csv with the highest gain; the base's when nothing was trained."""
     trained = [row for row in rows if row["epoch"] > 0]
     return max(trained or rows, key=lambda row: row["probe/val_gain"])
 
 
 def next_command(config: Config) -> str:
-    """What to try after this run."""
+    """Say what to try after this run."""
     if config.finetune == "none":
         return "python train.py"
     if config.loss.guidance == 1:
-        return "python train.py loss.guidance=7.5   (the slides' other training), then: ghibli list"
+        return "python train.py loss.guidance=7.5   (the reference study's other training), then: ghibli list"
     return "ghibli list"
-
-
-def interrupted(run: RunDir, request: StopRequested) -> int:
-    """Notes the interruption, says how to go on, and returns the exit code (130 or 143; 138 in Slurm)."""
-    if request.signal_number == signal.SIGUSR1:
-        go_on_later()
-    if run.state == "finished":
-        console.print("stopped; this run is finished")
-        return 128 + request.signal_number
-    run.update_status(state="interrupted", reason=str(request), ended=now())
-    if run.last_checkpoint.exists():
-        console.print(f"stopped; go on with: python train.py resume={relative_path(run.path)}")
-    else:
-        console.print("stopped before the first checkpoint: start the same command again")
-    return 128 + request.signal_number
-
-
-def go_on_later() -> None:
-    """Asks Slurm to start this job again, whose command then goes on in the same folder."""
-    try:
-        requeue()
-        console.print("Slurm was asked to start this job again: the same command goes on")
-    except (OSError, subprocess.SubprocessError) as error:
-        console.print(f"scontrol requeue failed ({error}): submit the job again", style="yellow")

@@ -1,17 +1,16 @@
-"""Builds the Lightning Trainer of a run: precision, callbacks, checkpoints."""
+"""The Lightning Trainer of a run: precision, callbacks, checkpoints."""
 
-import inspect
 import logging
 import warnings
+from dataclasses import dataclass
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
-from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.errors import UserError, did_you_mean
+from ghibli.runtime.errors import UserError
 from ghibli.training.callbacks.checkpoints import (
     CleanStop,
     FolderCheckpoint,
@@ -19,36 +18,44 @@ from ghibli.training.callbacks.checkpoints import (
     WholeCheckpoints,
 )
 from ghibli.training.callbacks.diagnosis import Doctor
+from ghibli.training.callbacks.image_distance import DistanceCurve
 from ghibli.training.callbacks.metrics import Records
-from ghibli.training.callbacks.progress import Narrator, StatusWriter
+from ghibli.training.callbacks.progress import ProgressLine, StatusWriter
 from ghibli.training.callbacks.resume_check import ResumeCheck
 from ghibli.training.callbacks.samples import SampleGrid
 
-WATCHED = {  # early_stopping.watch -> what is logged, and which way is better
+WATCHED = {  # early_stopping.watch -> (logged metric, mode)
     "probe": ("probe/significant_best", "max"),
     "train_loss": ("train/epoch_loss", "min"),
 }
 
 
-def make_trainer(config: Config, run: RunDir, stop: CleanStop, logger: WandbLogger | None) -> L.Trainer:
-    """The Trainer with our callbacks around the flags of `config.trainer`.
+@dataclass(frozen=True)
+class Callbacks:
+    """The callbacks of a run; those with a name are asked for their results at its end."""
+
+    records: Records
+    samples: SampleGrid
+    doctor: Doctor
+    ordered: list[Callback]  # these and all others, as Lightning gets them
+
+
+def make_trainer(config: Config, run: RunDir, callbacks: Callbacks) -> L.Trainer:
+    """Build the Trainer with our callbacks around the flags of `config.trainer`; loggers come later.
 
     Raises:
-        UserError: a flag Lightning does not know or refuses.
+        UserError: flags that Lightning refuses.
     """
     hush()
     flags = dict(config.trainer)
-    known = set(inspect.signature(L.Trainer.__init__).parameters)
-    for name in set(flags) - known:
-        raise UserError(f"trainer.{name} is no flag of lightning.Trainer{did_you_mean(name, known)}")
     if flags["accelerator"] == "auto":  # Lightning's own choice might be one that was never tried
         flags["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
     flags["precision"] = choose_precision(str(flags["precision"]), str(flags["accelerator"]))
     try:
         return L.Trainer(
             **flags,
-            callbacks=make_callbacks(config, run, stop),
-            logger=logger or False,
+            callbacks=callbacks.ordered,
+            logger=False,
             plugins=[WholeCheckpoints()],
             default_root_dir=run.path,
             num_sanity_val_steps=0,
@@ -60,38 +67,43 @@ def make_trainer(config: Config, run: RunDir, stop: CleanStop, logger: WandbLogg
         raise UserError(f"trainer: Lightning refuses these flags: {error}") from error
 
 
-def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> list[Callback]:
-    """All callbacks; Lightning runs the checkpoints last, so they see what the others did."""
-    records = Records(run)
-    callbacks = [
-        ResumeCheck(run), records, SampleGrid(config, run), StatusWriter(run), Narrator(records),
-        Doctor(config, run), stop,
-    ]  # fmt: skip
-    if config.finetune == "none":
-        return callbacks
-    if config.evaluate.every_n_epochs > 0:
-        from ghibli.training.callbacks.image_distance import (
-            DistanceCurve,  # its feature networks take seconds to import
-        )
+def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> Callbacks:
+    """Build all callbacks; Lightning runs the checkpoints last, so they see what the others did."""
+    records, samples, doctor = Records(run), SampleGrid(config, run), Doctor(config, run)
+    ordered = [ResumeCheck(run), records, samples, StatusWriter(run), ProgressLine(records), doctor, stop]
+    if config.finetune != "none":
+        if config.evaluate.every_n_epochs > 0:
+            ordered.insert(-1, DistanceCurve(config, run))
+        ordered += [*early_stopping(config), *checkpoints(config, run)]
+    return Callbacks(records, samples, doctor, ordered)
 
-        callbacks.insert(-1, DistanceCurve(config, run))
-    if config.early_stopping.patience is not None:
-        monitor, mode = WATCHED[config.early_stopping.watch]
-        patience = config.early_stopping.patience
-        callbacks.append(EarlyStopping(monitor, mode=mode, patience=patience, check_on_train_epoch_end=True))
-    common = {"dirpath": run.checkpoints, "enable_version_counter": False, "save_on_train_epoch_end": True}
-    best = FolderCheckpoint(monitor="probe/val_gain", mode="max", filename="best", **common)
-    epoch = FolderCheckpoint(filename="last", every_n_epochs=1, **common)
-    common["save_on_train_epoch_end"] = None
-    step = StepCheckpoint(filename="last", every_n_train_steps=config.checkpoint.every_n_steps, **common)
-    return [*callbacks, best, epoch, step]
+
+def early_stopping(config: Config) -> list[Callback]:
+    """Build the stock EarlyStopping, if the settings ask for it."""
+    patience = config.early_stopping.patience
+    if patience is None:
+        return []
+    monitor, mode = WATCHED[config.early_stopping.watch]
+    return [EarlyStopping(monitor, mode=mode, patience=patience, check_on_train_epoch_end=True)]
+
+
+def checkpoints(config: Config, run: RunDir) -> list[Callback]:
+    """Build the three checkpoints: the best epoch's, every epoch's, and every n optimiser steps'."""
+    common = {"dirpath": run.checkpoints, "enable_version_counter": False}
+    return [
+        FolderCheckpoint(
+            monitor="probe/val_gain", mode="max", filename="best", save_on_train_epoch_end=True, **common
+        ),
+        FolderCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common),
+        StepCheckpoint(filename="last", every_n_train_steps=config.checkpoint.every_n_steps, **common),
+    ]
 
 
 def choose_precision(wanted: str, accelerator: str) -> str:
-    """Lightning's precision for `auto`: the fastest that is safe on this device; auto-16: fp16 on a GPU.
+    """Return Lightning's precision; `auto` is the fastest safe one on this device, `auto-16` fp16 on a GPU.
 
     Raises:
-        UserError: 16-mixed on a CPU, which would silently be bf16.
+        UserError: 16-mixed on a CPU, which Lightning would silently turn into bf16.
     """
     has_gpu = torch.cuda.is_available() and accelerator not in ("cpu",)
     if wanted == "16-mixed" and not has_gpu:
@@ -106,7 +118,7 @@ def choose_precision(wanted: str, accelerator: str) -> str:
 
 
 def hush() -> None:
-    """Silences what Lightning says about choices that are made on purpose here."""
+    """Silence what Lightning says about choices made on purpose here; none of it is about lost input."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (

@@ -1,26 +1,28 @@
-"""The W&B logger: online when logged in, else offline, never asking and never waiting long."""
+"""The W&B logger: online when logged in, else offline; it never prompts and never waits long."""
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from lightning.pytorch.loggers import WandbLogger
+import lightning as L
+from lightning.pytorch.loggers import Logger, WandbLogger
 from PIL import Image
 
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, describe
 from ghibli.evaluation.gain import Gain
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 
-START_SECONDS = 10  # an unreachable server is given up after this
+START_SECONDS = 10  # then an unreachable server is given up
 
 
 def make_logger(config: Config, run: RunDir, name: str) -> WandbLogger | None:
-    """A started logger for this run, or None with wandb.mode=disabled.
+    """Start a logger for this run; return None with wandb.mode=disabled.
 
-    A resumed run goes on under the W&B id in its status.json.
+    A resumed run continues under the W&B id in its status.json.
 
     Raises:
         UserError: wandb.mode=online without a login or without an answer.
@@ -40,8 +42,16 @@ def make_logger(config: Config, run: RunDir, name: str) -> WandbLogger | None:
     return start(config, run, name, "offline")
 
 
+def attach(trainer: L.Trainer, config: Config, run: RunDir) -> WandbLogger | None:
+    """Start the run's logger, as make_logger does, and give it to the trainer."""
+    logger = make_logger(config, run, describe(config))
+    if logger is not None:
+        trainer.loggers = [logger]
+    return logger
+
+
 def logged_in() -> bool:
-    """True when an API key is in the environment or was stored by `wandb login`."""
+    """Return whether an API key is in the environment or was stored by `wandb login`."""
     import wandb
 
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
@@ -49,12 +59,12 @@ def logged_in() -> bool:
     logging.getLogger("wandb").setLevel(logging.ERROR)
     try:
         return bool(wandb.login(prompt=False, verify=False))
-    except Exception:  # a malformed key is as good as none
+    except Exception:  # a malformed key counts as none
         return False
 
 
 def start(config: Config, run: RunDir, name: str, mode: str) -> WandbLogger:
-    """Starts a W&B run in the run folder. Nothing of the console or the environment is recorded."""
+    """Start a W&B run in the run folder, recording nothing of the console or the environment."""
     import wandb
 
     logging.getLogger("wandb").setLevel(logging.ERROR)
@@ -79,41 +89,49 @@ def start(config: Config, run: RunDir, name: str, mode: str) -> WandbLogger:
 
 
 def how_to_look(run: RunDir, logger: WandbLogger) -> str:
-    """Where a run's curves and images are: a page, or the commands for an offline run."""
+    """Return where to see a run's curves and images: a URL, or the commands for an offline run."""
     if not logger.experiment.offline:
         return f"W&B      {logger.experiment.url}"
     folder = os.path.relpath(run.path / "wandb" / "latest-run")
     return f"W&B      wandb beta leet {folder}\n         wandb sync {folder}   (once logged in)"
 
 
-def log_grid(logger: WandbLogger, grid: Image.Image, caption: str, step: int) -> None:
-    """Sends an image grid."""
-    logger.log_image("samples", [grid], step=step, caption=[caption])
+def wandb_of(loggers: Iterable[Logger]) -> list[WandbLogger]:
+    """Return the W&B loggers among a trainer's."""
+    return [logger for logger in loggers if isinstance(logger, WandbLogger)]
 
 
-def log_gain_by_timestep(logger: WandbLogger, gains: dict[str, Gain], step: int) -> None:
-    """Sends the gain at each part of the timesteps as a bar chart."""
+def log_grid(loggers: Iterable[Logger], grid: Image.Image, caption: str, step: int) -> None:
+    """Send an image grid."""
+    for logger in wandb_of(loggers):
+        logger.log_image("samples", [grid], step=step, caption=[caption])
+
+
+def log_gain_by_timestep(loggers: Iterable[Logger], gains: dict[str, Gain], step: int) -> None:
+    """Send the gain at each part of the timesteps as a bar chart."""
     import wandb
 
-    rows = [[part, gain.value, gain.standard_error] for part, gain in gains.items()]
-    table = wandb.Table(columns=["timesteps", "gain", "standard error"], data=rows)
-    chart = wandb.plot.bar(table, "timesteps", "gain", title="held-out gain by timestep")
-    logger.experiment.log({"probe/gain_by_timestep": chart, "trainer/global_step": step})
+    for logger in wandb_of(loggers):
+        rows = [[part, gain.value, gain.standard_error] for part, gain in gains.items()]
+        table = wandb.Table(columns=["timesteps", "gain", "standard error"], data=rows)
+        chart = wandb.plot.bar(table, "timesteps", "gain", title="held-out gain by timestep")
+        logger.experiment.log({"probe/gain_by_timestep": chart, "trainer/global_step": step})
 
 
-def log_gain_curve(logger: WandbLogger, rows: list[dict[str, float]], step: int) -> None:
-    """Sends the gain of all epochs so far with its 95 % band, from rows of probe.csv."""
+def log_gain_curve(loggers: Iterable[Logger], rows: list[dict[str, float]], step: int) -> None:
+    """Send the gain of all epochs so far with its 95 % band, from rows of probe.csv."""
     import wandb
 
-    lines = [[float(row[f"probe/val_gain{end}"]) for row in rows] for end in ("", "_low", "_high")]
-    epochs = [int(row["epoch"]) for row in rows]
-    keys = ["gain", "95 % low", "95 % high"]
-    chart = wandb.plot.line_series(epochs, lines, keys, title="held-out gain over the base", xname="epoch")
-    logger.experiment.log({"probe/gain_curve": chart, "trainer/global_step": step})
+    title, keys = "held-out gain over the base", ["gain", "95 % low", "95 % high"]
+    for logger in wandb_of(loggers):
+        lines = [[float(row[f"probe/val_gain{end}"]) for row in rows] for end in ("", "_low", "_high")]
+        epochs = [int(row["epoch"]) for row in rows]
+        chart = wandb.plot.line_series(epochs, lines, keys, title=title, xname="epoch")
+        logger.experiment.log({"probe/gain_curve": chart, "trainer/global_step": step})
 
 
 def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
-    """Adds the table, the scan and the images of `ghibli evaluate` to the run's own W&B run."""
+    """Add the table, the scan and the images of `ghibli evaluate` to the run's own W&B run."""
     import wandb
 
     logger = logger_afterwards(config, run)
@@ -141,12 +159,12 @@ def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
     own = result["models"].get("run", result["models"]["base"])
     logger.experiment.summary.update({"best/kernel_distance": min(row["kernel"][0] for row in own)})
     for finding in result["findings"]:
-        alert(logger, finding["name"], finding["text"])
+        alert([logger], finding["name"], finding["text"])
     close()
 
 
 def logger_afterwards(config: Config, run: RunDir) -> WandbLogger | None:
-    """The logger of a run that is over: what it was online for must not get lost, so else offline."""
+    """Start the logger of a finished run; where it cannot go online, offline, so that nothing is lost."""
     name = str(run.read_status().get("settings", run.path.name))
     try:
         return make_logger(config, run, name)
@@ -155,9 +173,10 @@ def logger_afterwards(config: Config, run: RunDir) -> WandbLogger | None:
         return start(config, run, name, "offline")
 
 
-def alert(logger: WandbLogger, name: str, text: str) -> None:
-    """Sends a finding of the doctor as an alert."""
-    logger.experiment.alert(title=name, text=text, level="WARN")
+def alert(loggers: Iterable[Logger], name: str, text: str) -> None:
+    """Send a finding of the doctor as an alert."""
+    for logger in wandb_of(loggers):
+        logger.experiment.alert(title=name, text=text, level="WARN")
 
 
 def first_words(error: Exception) -> str:
@@ -165,7 +184,7 @@ def first_words(error: Exception) -> str:
 
 
 def close() -> None:
-    """Ends the process's W&B run, so that the next trial of a sweep gets its own."""
+    """End the process's W&B run, so that the next trial of a sweep gets its own."""
     import wandb
 
     wandb.finish()

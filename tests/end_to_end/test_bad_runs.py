@@ -263,7 +263,7 @@ def test_nothing_is_resumed_from_an_untrained_adapter(tmp_path: Path, name: str)
 
 def test_a_resume_that_finds_no_checkpoint_stops(make_config: Callable[..., Config], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="last.ckpt is damaged or cut off; start the run anew"):
-        train.lead(make_config(), RunDir(tmp_path), resumes=True)
+        train.train(make_config(), RunDir(tmp_path), resumes=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -139,7 +139,7 @@ def test_killed_in_the_second_epoch_and_resumed(on_two: tuple, images: Path, tmp
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [
-        ("kill:1:2", 2, "process 2 of 2 was killed by SIGKILL without a word"),
+        ("kill:1:2", 2, "process 2 of 2 was killed by SIGKILL without a message"),
         ("raise:1:2", 2, "ZeroDivisionError: a fault of ours"),
         ("stuck:0:2", 2, "ZeroDivisionError: a fault of ours"),
         ("sigint:0:1", 130, "stopping after this step; once more to stop at once"),
@@ -217,7 +217,7 @@ def test_why_a_process_ended(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     process.wait()
     run = RunDir(tmp_path)
-    assert "process 2 of 2 ended with code 3 without a word" in distributed.why_ended([process], run)
+    assert "process 2 of 2 ended with code 3 without a message" in distributed.why_ended([process], run)
     distributed.last_words(run, 1).write_text("no memory")
     assert distributed.why_ended([process], run) == "no memory"
     distributed.end_others([process], run)

@@ -27,7 +27,7 @@ from ghibli.evaluation.gain import Gain, Probe, paired_gain
 from ghibli.runs import launch
 from ghibli.runs.folder import RunDir
 from ghibli.runs.identity import is_free
-from ghibli.sweeps import effects, grid, ranking, trials
+from ghibli.sweeps import effects, grid, plots, ranking, trials
 from ghibli.sweeps.trials import read_trials, varied
 
 ONE_EPOCH = ("trainer.max_epochs=1", "sample.every_n_epochs=0", "lora.text_encoder=false")
@@ -99,7 +99,7 @@ def test_a_refused_trial_is_not_ranked(
     folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its result is of other code. With report_only, which asks for nothing, it is what is there."""
-    monkeypatch.setattr(train, "lead", lambda *_: 0.0)
+    monkeypatch.setattr(train, "train", lambda *_: 0.0)
     copy = tmp_path / "study"
     shutil.copytree(folder, copy)
     first, second = trials.read_trials(copy)[:2]
@@ -180,7 +180,7 @@ def test_effects_of_a_grid_are_what_was_put_in(tmp_path: Path) -> None:
     assert second.difference.value == pytest.approx(0, abs=4 * second.difference.standard_error)
     nothing = effects.Effect("lora.dropout", 0, 0.1, 1, Gain(0.01, 0.02))
     assert not nothing.matters
-    assert str(nothing).endswith("95 % -2.92 .. +4.92, 1 pair (not told apart from nothing)")
+    assert str(nothing).endswith("95 % -2.92 .. +4.92, 1 pair (indistinguishable from zero)")
     (line, *_) = csv.DictReader(io.StringIO(ranking.effects_csv(trials)))
     assert (line["key"], line["low"], line["high"], line["pairs"]) == ("lora.rank", "16", "32", "2")
     assert float(line["low95"]) == pytest.approx(100 * first.difference.low, abs=1e-4)
@@ -229,7 +229,7 @@ def test_an_effect_over_two_bases_and_over_lists(tmp_path: Path) -> None:
     both, one = ["to_q", "to_k"], ["to_q"]
     assert (effect.key, effect.low, effect.high, effect.pairs) == ("lora.targets", both, one, 2)
     assert effect.difference.value == pytest.approx(0.2)
-    assert ranking.write_plot(tmp_path, trials).exists()
+    assert plots.write_plot(tmp_path, trials).exists()
 
 
 def test_a_resumed_trial_does_not_say_minutes(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_the_table_is_whole_in_a_pipe(tmp_path: Path) -> None:
     RunDir(tmp_path).update_status(state="failed", reason="the disk is full")
     told = io.StringIO()
     failed = replace(trials[0], status=RunDir(tmp_path).read_status())
-    Console(file=told, width=80, soft_wrap=True).print(ranking.table([failed, trials[1]]))
+    Console(file=told, width=80, soft_wrap=True).print(ranking.ranking_table([failed, trials[1]]))
     assert all(f"model.{k}{'x' * 20}" in told.getvalue().splitlines()[0] for k in range(8))
     assert "failed: the disk is full" in told.getvalue().splitlines()[1]
 
@@ -326,7 +326,7 @@ def test_the_same_study_again_trains_only_what_failed(
     folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
-    monkeypatch.setattr(train, "lead", lambda config, run, resumes: started.append(run.path.name) or 0.0)
+    monkeypatch.setattr(train, "train", lambda config, run, resumes: started.append(run.path.name) or 0.0)
     before = rows_of(folder)
     python_sweep(*words)
     assert len(started) == 2 and all("500" in name for name in started)

@@ -70,7 +70,7 @@ def test_guided_run(train_py: Callable, tmp_path: Path) -> None:
     assert float(probes[0]["probe/val_gain"]) < -0.3  # the base at guidance 7.5 predicts no noise
     assert "start    at guidance 7.5 the untouched base scores" in done.stdout
     assert [finding["name"] for finding in status["findings"]] == ["sampling scale"]
-    assert "doctor: sampling scale: trained with loss.guidance=7.5, it is mush" in said(done)
+    assert "doctor: sampling scale: trained with loss.guidance=7.5, the images are mush" in said(done)
     assert "sample it at about 15, the last column of the grids" in said(done)
     last = load_file(tmp_path / "adapter_last" / "pytorch_lora_weights.safetensors")
     stored = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
@@ -127,10 +127,10 @@ def test_a_diverged_run_says_so(train_py: Callable, tmp_path: Path) -> None:
 
 def test_early_stopping_watches_the_probe(make_config: Callable, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    callbacks = make_callbacks(make_config(), run, CleanStop(run))
+    callbacks = make_callbacks(make_config(), run, CleanStop(run)).ordered
     (stopping,) = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
     assert (stopping.monitor, stopping.mode, stopping.patience) == ("probe/significant_best", "max", 3)
-    none = make_callbacks(make_config("early_stopping.patience=null"), run, CleanStop(run))
+    none = make_callbacks(make_config("early_stopping.patience=null"), run, CleanStop(run)).ordered
     assert not [callback for callback in none if isinstance(callback, EarlyStopping)]
 
 

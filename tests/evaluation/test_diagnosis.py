@@ -57,10 +57,8 @@ def test_a_healthy_run_has_no_finding(findings: Callable, capsys: pytest.Capture
 
 def test_noise_schedule(findings: Callable, capsys: pytest.CaptureFixture) -> None:
     found = findings("experiment=slides_asrun", "trainer.max_epochs=1", "data.epochs=1")
-    assert (
-        "at timestep 500 the base expects 85.1 % noise and this training gives it 96.0 %"
-        in (found["noise schedule"])
-    )
+    seen = "at timestep 500 the base expects 85.1 % noise and this training gives it 96.0 %"
+    assert seen in found["noise schedule"]
     assert "doctor: noise schedule: at timestep 500" in capsys.readouterr().out
 
 
@@ -78,17 +76,15 @@ def test_an_adapter_without_effect(findings: Callable) -> None:
 def test_learning_rate_too_high(findings: Callable) -> None:
     found = findings("trainer.max_epochs=1", "optimizer.lr=0.027", "validation.items_per_image=8")
     assert set(found) == {"learning rate too high"}
-    assert (
-        "start again with a third of the learning rate, optimizer.lr=0.009"
-        in (found["learning rate too high"])
-    )
+    advice = "start again with a third of the learning rate, optimizer.lr=0.009"
+    assert advice in found["learning rate too high"]
 
 
 def test_collapse(findings: Callable) -> None:
     """At a rate so high that no processor's rounding keeps the loss below the bound."""
     found = findings("trainer.max_epochs=1", "optimizer.lr=0.1")
     assert set(found) == {"collapse"}
-    assert "1.0 is what predicting nothing scores" in found["collapse"]
+    assert "always predicting zero scores 1.0" in found["collapse"]
     assert "optimizer.lr=0.01" in found["collapse"]
 
 
@@ -96,7 +92,7 @@ def test_overfitting(findings: Callable) -> None:
     """Six images, long and fast, on a base that knows the look already."""
     few = ("model=demo_near", "data.val_fraction=0.85", "optimizer.lr=0.005", "optimizer.schedule=constant")
     found = findings(*few, "trainer.max_epochs=16")
-    assert "it learns these images by heart" in found["overfitting"]
+    assert "the training images are memorised" in found["overfitting"]
     assert "a lower lora.rank" in found["overfitting"]
 
 
@@ -170,7 +166,7 @@ def test_scores_that_are_no_numbers_end_the_run_and_name_the_image(
 
     def broken(module: GhibliModule, batch: dict, guidance: float, schedule: torch.Tensor) -> torch.Tensor:
         found = scores(module, batch, guidance, schedule)
-        if module.history and module.trainer.state.fn == "fit" and module.trainer.global_step > 0:
+        if module.probe.history and module.trainer.state.fn == "fit" and module.trainer.global_step > 0:
             found[0, 1] = torch.inf
         return found
 

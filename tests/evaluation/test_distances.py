@@ -35,7 +35,7 @@ def drawn(count: int, first: int = EVALUATION_SEEDS.start, look: str = "drawn") 
 
 
 def style_of(base: BaseModel, images: torch.Tensor) -> torch.Tensor:
-    return features.in_batches(lambda batch: features.style_features(base.vae, batch), images)
+    return features.extract_in_batches(lambda batch: features.style_features(base.vae, batch), images)
 
 
 @pytest.mark.parametrize(("count", "others"), [(200, 300), (6, 5)])  # 6 rows: singular covariances
@@ -233,7 +233,7 @@ def test_fid_is_torch_fidelitys_and_that_of_preprocessing_by_hand(inception_file
 
     sets = drawn(8), drawn(8, look="photo")
     network = features.load_inception(inception_file)
-    rows = [features.in_batches(lambda b: features.inception_features(network, b), s) for s in sets]
+    rows = [features.extract_in_batches(lambda b: features.inception_features(network, b), s) for s in sets]
     wanted = calculate_metrics(
         input1=Levels(sets[0]), input2=Levels(sets[1]), fid=True, cuda=False, verbose=False,
         feature_extractor_weights_path=inception_file, cache=False,

@@ -19,7 +19,7 @@ from ghibli.data import sources
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
 from ghibli.diffusion import samplers
 from ghibli.diffusion.samplers import Cell, sample
-from ghibli.evaluation import evaluate, samples
+from ghibli.evaluation import diagnosis, evaluate, samples
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
 from ghibli.models.base import BaseModel, weights_hash
 from ghibli.runs.find import config_of
@@ -203,7 +203,7 @@ def test_few_images_are_said_and_enough_are_not(finished: RunDir, result: dict) 
     assert noted.count("few images") == 1 and "sampling scale" in noted  # the second is from the training
     assert finding["name"] == "few images"
     assert "6 images" in finding["text"] and "320 features" in finding["text"]
-    assert evaluate.doctor.few_images(321, 320, 1.0) == []
+    assert diagnosis.few_images(321, 320, 1.0) == []
 
 
 def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -> None:
@@ -214,8 +214,8 @@ def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -
     own = {"thumbnails": torch.rand(5, 12, generator=draws)}
     samples = {"thumbnails": torch.rand(7, 12, generator=draws)}
     samples["thumbnails"][4] = training[2]
-    found = evaluate.nearest_copies(samples, evaluate.Real(None, own, None, training))
-    assert found[0] == (4, 2, 0.0) and len(found) == evaluate.SHOWN
+    found = evaluate.nearest_copies(samples, evaluate.RealImages(None, own, None, training))
+    assert found[0] == (4, 2, 0.0) and len(found) == evaluate.NEAREST_SAMPLES
     assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
 
 
@@ -224,9 +224,9 @@ def test_copies_of_training_images_show(finished: RunDir) -> None:
     measure = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), ["a"]).measure_real
     reference_images, training_images = sources.real_images(config)
     own, training = measure("", reference_images), measure("", training_images)
-    real = evaluate.Real(ReferenceSet(own["features"], True), own, None, training["thumbnails"])
-    assert evaluate.copying(own, real) == 1
-    assert evaluate.copying(training, real) == pytest.approx(0, abs=1e-4)
+    real = evaluate.RealImages(ReferenceSet(own["features"], True), own, None, training["thumbnails"])
+    assert evaluate.copying_ratio(own, real) == 1
+    assert evaluate.copying_ratio(training, real) == pytest.approx(0, abs=1e-4)
 
 
 def test_copies_are_looked_for_among_all_training_images(
@@ -234,8 +234,8 @@ def test_copies_are_looked_for_among_all_training_images(
 ) -> None:
     """Of 24 images some 20 are trained on; the floor is that of as many as there are samples, 6."""
     config = config_of(finished)
-    seen, copying = [], evaluate.copying
-    monkeypatch.setattr(evaluate, "copying", lambda rows, real: seen.append(real) or copying(rows, real))
+    seen, ratio = [], evaluate.copying_ratio
+    monkeypatch.setattr(evaluate, "copying_ratio", lambda rows, real: seen.append(real) or ratio(rows, real))
     evaluate.evaluate(finished, config)
     _, training = sources.real_images(config)
     assert len(training) > 6 == result["floor_images"] == len(seen[0].floor["features"])

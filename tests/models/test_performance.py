@@ -43,7 +43,7 @@ def batch_of(module: GhibliModule) -> dict[str, Any]:
 
 
 def gradients(module: GhibliModule, dtype: torch.dtype | None = None) -> Gradients:
-    module.expected = torch.ones(1000)
+    module.probe.expected = torch.ones(1000)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         loss = module.training_step(batch_of(module), 0)["loss"]
     loss.backward()
@@ -91,7 +91,7 @@ def test_every_second_block_is_computed_again(make_module: Callable[..., GhibliM
 def test_recomputing_saves_memory(make_module: Callable[..., GhibliModule]) -> None:
     def kept(*words: str) -> int:
         module, saved = make_module(*words), []
-        module.expected = torch.ones(1000)
+        module.probe.expected = torch.ones(1000)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
             module.training_step(batch_of(module), 0)
         return sum(saved)

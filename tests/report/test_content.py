@@ -146,7 +146,7 @@ def test_the_evaluation_is_a_table_a_curve_and_words(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     for said in (
         "precision 20 %, recall 95 %", "large number is the kernel distance to", "Fr\u00e9chet 150.0",
-        "Trained at guidance 7.5 a model learns to undo that guidance: sampled at 1",
+        "A model trained at guidance 7.5 learns to undo that guidance: sampled at 1",
         "12 samples a cell, 16 real images, 8 steps, style features", "0.48 \u00b1 0.21",
         "below base +3.70 \u00b1 1.30", "150.0 (116.5)", "recall 95 %", "few images",
         "close to copies: the nearest training image is at 0.41",

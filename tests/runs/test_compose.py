@@ -333,7 +333,7 @@ MISTAKES = {
     "resume=old ~trainer.devices": "resume goes on with the run's own settings: drop ~trainer.devices",
     "resume=old hydra.run.dir=new": "resume goes on in the run's own folder: drop hydra.run.dir=new",
     "resume=moved model=demo": "data.root=gone: no such folder",
-    "-m resume=old": "resume goes on with one run at a time: drop -m",
+    "-m resume=old": "resume continues one run at a time: drop -m",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The slides' table of a study: every model once, in its cells, with what it cost."""
+"""The comparison table of a study: every model once, in its cells, with what it cost."""
 
 import json
 import shutil
@@ -79,12 +79,12 @@ def test_models_of_one_name_are_told_apart_by_what_varies(trials: list[Trial], t
     for rank, trial in zip((4, 8), ranks, strict=True):
         trial.settings["lora.rank"] = rank
     names = ["LoRA, trained at guidance 1, rank 4", "LoRA, trained at guidance 1, rank 8"]
-    assert evaluations.names_of([*ranks, trials[2]]) == [*names, "LoRA, trained at guidance 7.5"]
+    assert evaluations.unique_names([*ranks, trials[2]]) == [*names, "LoRA, trained at guidance 7.5"]
     assert [name for name, _ in comparison.cell_rows(ranks)[1]] == ["untouched base", *names]
     assert [name for name, _ in costs.cost_rows(ranks)] == names
     ranks[1].settings["lora.rank"] = 4
     wanted = [f"LoRA, trained at guidance 1 (rank {rank})" for rank in (4, 8)]
-    assert evaluations.names_of(ranks) == wanted
+    assert evaluations.unique_names(ranks) == wanted
 
 
 def test_two_bases_have_a_line_each(trials: list[Trial], tmp_path: Path) -> None:
@@ -116,14 +116,14 @@ def test_the_nearest_models_are_compared_in_pairs(trials: list[Trial], tmp_path:
         for model, file in (("base", "base.pt"), ("run", f"{name}.pt")):
             content["models"][model] = [row | {"file": file} for row in content["models"][model]]
         trial.run.evaluation.write_text(json.dumps(content))
-    lines = comparison.comparisons(trials[1:])
+    lines = comparison.paired_comparisons(trials[1:])
     wanted = kernel_difference(sets["guided"], sets["one"], sets["real"])
     behind = f"{wanted.value:.2f} +- {wanted.standard_error:.2f}"
     names = [f"LoRA, trained at guidance {scale} (DDIM 7.5)" for scale in (1, 7.5)]
     assert lines[0] == f"{names[1]} is farther from real images than {names[0]} by {behind}, in pairs."
     assert len(lines) == 3 and "untouched base (DDIM 7.5) is farther" in lines[1]
     (tmp_path / "evaluation" / "one.pt").unlink()
-    assert comparison.comparisons(trials[1:]) == []
+    assert comparison.paired_comparisons(trials[1:]) == []
 
 
 def test_what_stands_under_the_table(trials: list[Trial], tmp_path: Path) -> None:
@@ -133,8 +133,8 @@ def test_what_stands_under_the_table(trials: list[Trial], tmp_path: Path) -> Non
     trials[2].run.evaluation.write_text(json.dumps(content))
     text = comparison.write_cells(tmp_path, trials).read_text()
     assert "\nFloor, 41 real images: 0.05 +- 0.10.\n" in text and "\nfew images: 12 are few.\n" in text
-    assert "Trained at guidance 7.5 a model learns to undo that guidance" in text
-    assert comparison.mush(trials[:2]) == []
+    assert "A model trained at guidance 7.5 learns to undo that guidance" in text
+    assert comparison.unguided_cell_notes(trials[:2]) == []
 
 
 def test_costs_of_all_weights_are_the_unets(trials: list[Trial]) -> None:

@@ -148,9 +148,9 @@ def test_what_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("more", "said"), [("sweep.search=3", "python sweep.py"), ("seed=0", "to go on with")]
+    ("more", "said"), [("sweep.search=3", "python sweep.py"), ("seed=0", "to resume these trials")]
 )
-def test_train_py_refuses_a_search_and_says_how_a_grid_goes_on(
+def test_train_py_refuses_a_search_and_says_how_to_resume_a_grid(
     more: str, said: str, images: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
@@ -196,7 +196,7 @@ def test_halving_trains_the_best_third_on_and_is_exact(words: list[str], tmp_pat
     assert (folder / best / adapter).read_bytes() == (alone.run.path / adapter).read_bytes()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "lead", lambda *_: pytest.fail("it trains"))
+        patch.setattr(train, "train", lambda *_: pytest.fail("it trains"))
         python_sweep(*line)
 
 
@@ -207,7 +207,7 @@ def test_the_best_are_repeated_with_other_seeds(words: list[str], capsys: pytest
     (repeat,) = [path.name for path in folder.iterdir() if "+seed=" in path.name]
     assert trials.read_trial(RunDir(folder / repeat)).settings["optimizer.lr"] == 2e-3
     assert repeat.endswith("+seed=1")
-    assert "seed: another one alone moves the gain by" in " ".join(capsys.readouterr().out.split())
+    assert "seed: a new one alone moves the gain by" in " ".join(capsys.readouterr().out.split())
 
 
 def test_seed_noise_is_the_pooled_deviation(tmp_path: Path) -> None:
@@ -224,3 +224,16 @@ def test_seed_noise_is_the_pooled_deviation(tmp_path: Path) -> None:
     assert (noise.freedom, noise.settings) == (2, 2)
     assert noise.band == pytest.approx(4.3027 * 2**0.5 * noise.deviation, rel=1e-4)  # t table, 2 degrees
     assert seed_noise(trials[::2]) is None
+
+
+def test_a_running_trial_is_reopened_with_its_values() -> None:
+    """Through FrozenTrial._trial_id, which is private; as of Optuna 5.0."""
+    optuna = pytest.importorskip("optuna")
+    table = optuna.create_study()
+    trial = table.ask()
+    value = trial.suggest_float("x", 0, 1)
+    (running,) = table.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+    again = search.reopen_trial(table, running)
+    assert (again.number, again.suggest_float("x", 0, 1)) == (trial.number, value)
+    table.tell(again.number, 1.0)
+    assert [one.state.name for one in table.trials] == ["COMPLETE"]

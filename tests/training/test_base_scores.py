@@ -99,7 +99,7 @@ def probe_of(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[Probe
             train.run(make_config("finetune=none", *words, *overrides), run)
         module = seen["module"]
         names = [p.path.name for p in module.trainer.datamodule.probe_images]
-        return module.history[-1], names, seen["asked"] - len(names)  # validation itself asks for each
+        return module.probe.history[-1], names, seen["asked"] - len(names)  # validation itself asks for each
 
     return start
 
@@ -144,7 +144,7 @@ def test_the_training_loss_is_compared_with_the_base_at_its_own_schedule_and_gui
         batches, guidance = module.trainer.datamodule.probe_batches, module.config.loss.guidance
         losses = [module.scores(batch, guidance, module.alphas_cumprod)[0] for batch in batches]
         timesteps = torch.cat([batch["timesteps"] for batch in batches])
-        tables.append((module.expected, expected_losses(timesteps, torch.cat(losses), 1000)))
+        tables.append((module.probe.expected, expected_losses(timesteps, torch.cat(losses), 1000)))
 
     monkeypatch.setattr(GhibliModule, "setup", keep)
     for words in ((), ("loss.noise_schedule=linear",), ("loss.guidance=7.5",)):
@@ -213,15 +213,15 @@ def test_a_switched_off_adapter_gains_exactly_nothing(make_config: Callable, tmp
         words = ("trainer.max_epochs=1", "sample.every_n_epochs=0", f"cache_dir={tmp_path / 'cache'}")
         train.run(make_config(*words), RunDir(tmp_path / "run"))
     module = seen[0]
-    assert module.history[-1].val_gain.value != 0
+    assert module.probe.history[-1].val_gain.value != 0
     for part in (module.unet, module.text_encoder):
         part.disable_adapters()
         part.eval()
     with torch.no_grad():
         batches = module.trainer.datamodule.probe_batches
         scores = torch.stack([module.scores(batch, 1, module.base_alphas_cumprod) for batch in batches])
-    probe = module.probe(scores)
+    probe = module.probe.probe_of(scores, module.trainer.datamodule)
     assert torch.equal(probe.val, probe.base_val)
     assert probe.val_gain.value == 0
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["gain"] == module.history[-1].val_gain.value
+    assert status["gain"] == module.probe.history[-1].val_gain.value

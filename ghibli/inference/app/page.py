@@ -38,7 +38,9 @@ def page(app_session: AppSession) -> gr.Blocks:
         blocks.load(
             lambda: gr.update(choices=app_session.choices()), None, names, show_progress="hidden",
             api_visibility="private",
-        ).then(app_session.chosen, names, belongs, show_progress="hidden", api_visibility="private")  # fmt: skip
+        ).then(
+            app_session.chosen, names, belongs, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
         blocks.unload(app_session.leave)
     return blocks.queue(max_size=WAITING, default_concurrency_limit=4)
 

@@ -1,4 +1,4 @@
-"""When and how a run is saved: whole files, between optimiser steps, and when a signal stops it."""
+"""When and how a run is saved: atomically, between optimiser steps, and when a signal stops it."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from ghibli.training.module import GhibliModule
 
 
 class StopRequested(BaseException):
-    """Ctrl-C or SIGTERM came and what could be saved is saved. No handler of errors catches it."""
+    """Ctrl-C or SIGTERM arrived and what could be saved is saved. No error handler catches it."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -30,15 +30,15 @@ class StopRequested(BaseException):
 
 
 def in_slurm() -> bool:
-    """True within a job of Slurm."""
+    """Return whether this process is a Slurm job."""
     return "SLURM_JOB_ID" in os.environ
 
 
 def requeue() -> None:
-    """Puts this Slurm job into the queue again; as a job array's task it has a name of two parts.
+    """Requeue this Slurm job; a task of a job array has an id of two parts.
 
     Raises:
-        subprocess.SubprocessError, OSError: Slurm refuses, or there is no scontrol here.
+        subprocess.SubprocessError, OSError: Slurm refuses, or scontrol is missing.
     """
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
@@ -47,9 +47,9 @@ def requeue() -> None:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary file, flushes and renames it: never half a file.
+    """Write checkpoints atomically, with a checksum as the last bytes.
 
-    Its last bytes are a checksum. The last.ckpt before the new one stays as previous.ckpt.
+    The last.ckpt that a new one replaces stays as previous.ckpt.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -64,7 +64,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def keep_previous(last: Path) -> None:
-    """Gives last.ckpt a second name, previous.ckpt; last.ckpt itself stays until it is replaced."""
+    """Give last.ckpt a second name, previous.ckpt; last.ckpt itself stays until it is replaced."""
     second = last.with_name(f".previous.ckpt.{os.getpid()}.tmp")
     second.unlink(missing_ok=True)
     try:
@@ -75,9 +75,9 @@ def keep_previous(last: Path) -> None:
 
 
 class FolderCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that knows its best score again when the run folder was moved.
+    """A ModelCheckpoint that keeps its best score when the run folder was moved.
 
-    Lightning's own forgets it then, and the next epoch would be taken for the best.
+    Lightning's own forgets it then, and would take the next epoch for the best.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -91,9 +91,9 @@ class FolderCheckpoint(ModelCheckpoint):
 
 
 class StepCheckpoint(FolderCheckpoint):
-    """last.ckpt every n optimiser steps, only between two steps and not at an epoch's end.
+    """Save last.ckpt every n optimiser steps, only between two steps and not at the end of an epoch.
 
-    Within an accumulation gradients would be lost; the end of an epoch has its own checkpoint,
+    Within an accumulation the gradients would be lost; the end of an epoch has its own checkpoint,
     after validation and grid.
     """
 
@@ -106,16 +106,15 @@ class StepCheckpoint(FolderCheckpoint):
 
 
 def between_steps(trainer: L.Trainer, batch_idx: int) -> bool:
-    """True when an optimiser step has just been made."""
+    """Return whether an optimiser step has just been made."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 class CleanStop(Callback):
-    """Around a run and inside its training: what Ctrl-C, SIGTERM and, in a Slurm job, SIGUSR1 do.
+    """Stop a run cleanly on Ctrl-C, SIGTERM and, under Slurm, SIGUSR1; every stop is a StopRequested.
 
-    In training the first one finishes the optimiser step, saves and stops; in the last step or
-    validation it lets the run finish. A second one, or any outside training, stops at once. All end
-    in StopRequested.
+    During training the first signal lets the optimiser step finish, saves and stops; in the last step
+    or in validation it lets the run finish. A second signal, or any outside training, stops at once.
     """
 
     def __init__(self, run: RunDir):
@@ -138,7 +137,7 @@ class CleanStop(Callback):
             signal.signal(number, self.note)
 
     def note(self, number: int, frame: Any) -> None:
-        if not is_first():  # the first process tells the others when
+        if not is_first():  # the first process tells the others when to stop
             return
         if self.received or not self.in_training:
             raise StopRequested(number)
@@ -147,7 +146,7 @@ class CleanStop(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         self.in_training = self.began = True
-        self.install()  # Lightning has put its own: under Slurm they save within an accumulation
+        self.install()  # over Lightning's handlers, which under Slurm save within an accumulation
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
@@ -158,19 +157,19 @@ class CleanStop(Callback):
             raise StopRequested(self.received)
 
     def obey(self) -> None:
-        """Raises StopRequested if a signal came that the training was too near its end to stop for."""
+        """Raise StopRequested if a signal arrived too late in training to stop it."""
         if self.received:
             raise StopRequested(self.received)
 
     def agree(self, trainer: L.Trainer) -> int:
-        """The signal that came, 0 for none: to all processes what it is to the first."""
+        """Return the signal that arrived, 0 for none: on every process the one the first got."""
         if trainer.world_size > 1:
             received = torch.tensor(self.received, device=trainer.strategy.root_device)
             self.received = int(trainer.strategy.reduce(received, reduce_op="max"))
         return self.received
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        if self.agree(trainer):  # it came at the end of the epoch before, which has its own checkpoint
+        if self.agree(trainer):  # at the end of the epoch before, which has its own checkpoint
             raise StopRequested(self.received)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
@@ -178,10 +177,10 @@ class CleanStop(Callback):
 
 
 def load_weights(module: GhibliModule, checkpoint: Path, epoch: int | None = None) -> None:
-    """Puts a checkpoint's trainable weights into the module; says so if they are not of this epoch.
+    """Load a checkpoint's trainable weights into the module; warn if they are not of this epoch.
 
     Raises:
-        UserError: the file is missing or was damaged after it was written.
+        UserError: the file is missing or damaged.
     """
     if not is_whole(checkpoint):
         raise UserError(f"{checkpoint} is missing or damaged: the weights of that epoch are lost")
@@ -190,7 +189,7 @@ def load_weights(module: GhibliModule, checkpoint: Path, epoch: int | None = Non
     if epoch not in (None, found):
         console.print(
             f"{relative_path(checkpoint)} is of epoch {found}, not of the best one, {epoch}: "
-            "so is what is written",
+            "the exported weights are of that epoch too",
             style="yellow",
         )
     with torch.no_grad():

@@ -1,11 +1,10 @@
 """Runs the doctor's rules while training, and reports each finding once."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.config.schema import Config
 from ghibli.evaluation import diagnosis
@@ -18,21 +17,37 @@ from ghibli.training.callbacks.checkpoints import between_steps
 from ghibli.training.module import GhibliModule
 
 
-class Doctor(Callback):
-    """Looks at a run before it starts, before every optimiser step and after every epoch, and speaks up.
+class Examples(NamedTuple):
+    """One forward pass of training: which images, at which timesteps, with which losses (B,)."""
 
-    Each finding is said once: in the terminal, in status.json, as an alert of the dashboard.
+    names: list[str]
+    timesteps: torch.Tensor
+    losses: torch.Tensor
+
+
+class Doctor(Callback):
+    """Diagnose a run before it starts, before every optimiser step and after every epoch.
+
+    Each finding is reported once: in the terminal, in status.json, as an alert of the dashboard.
     """
 
     def __init__(self, config: Config, run: RunDir):
         self.config, self.run = config, run
         self.findings: list[diagnosis.Finding] = []
+        self.examples: list[Examples] = []  # since the last optimiser step
 
     def state_dict(self) -> dict[str, Any]:
         return {"findings": [vars(finding) for finding in self.findings]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.findings = [diagnosis.Finding(**stored) for stored in state_dict["findings"]]
+
+    def setup(self, trainer: L.Trainer, pl_module: GhibliModule, stage: str) -> None:
+        pl_module.loss_listeners.append(self.note)
+
+    def note(self, batch: dict[str, Any], losses: torch.Tensor) -> None:
+        """Remember a forward pass of training, to trace a loss that is not finite to its images."""
+        self.examples.append(Examples(batch["name"], batch["timesteps"], losses))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         found = diagnosis.at_the_start(
@@ -43,12 +58,12 @@ class Doctor(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: GhibliModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Stops before an update that would destroy the weights.
+        """Stop before an update that would destroy the weights.
 
         In fp16 a gradient may overflow, and the scaler skips that step by itself; a loss may not.
         """
         if str(trainer.precision) == "16-mixed":
-            losses = torch.cat([seen.losses for seen in pl_module.seen]).double().sum()
+            losses = torch.cat([seen.losses for seen in self.examples]).double().sum()
             found = trainer.strategy.reduce(losses, reduce_op="sum")
         else:
             gradients = [p.grad for p in pl_module.trainable.values() if p.grad is not None]
@@ -61,7 +76,9 @@ class Doctor(Callback):
             self.report(trainer, [diagnosis.Finding("not finite", str(exception))], say=False)
 
     def not_finite(self, trainer: L.Trainer, pl_module: GhibliModule) -> str:
-        names, timesteps, losses = map(list, zip(*seen_everywhere(pl_module), strict=True))
+        names, timesteps, losses = map(
+            list, zip(*gather_examples(self.examples, trainer.world_size), strict=True)
+        )
         text = diagnosis.not_finite(names, timesteps, losses, trainer.global_step, self.config.optimizer.lr)
         self.report(trainer, [diagnosis.Finding("not finite", text)], say=False)
         return text
@@ -70,13 +87,13 @@ class Doctor(Callback):
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if between_steps(trainer, batch_idx):
-            pl_module.seen.clear()
+            self.examples.clear()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        self.report(trainer, diagnosis.after_epoch(pl_module.history, self.config))
+        self.report(trainer, diagnosis.after_epoch(pl_module.probe.history, self.config))
 
     def report(self, trainer: L.Trainer, found: list[diagnosis.Finding], say: bool = True) -> None:
-        """Tells what has not been told before."""
+        """Report what has not been reported before."""
         known = {finding.name for finding in self.findings}
         new = [finding for finding in found if finding.name not in known]
         self.findings += new
@@ -86,20 +103,18 @@ class Doctor(Callback):
         for finding in new:
             if say:
                 console.print(f"doctor: {finding.name}: {finding.text}", style="yellow")
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    wandb_logger.alert(logger, finding.name, finding.text)
+            wandb_logger.alert(trainer.loggers, finding.name, finding.text)
 
 
-def seen_everywhere(pl_module: GhibliModule) -> list[tuple[str, int, float]]:
-    """(name, timestep, loss) of each example since the last optimiser step, of all devices."""
+def gather_examples(examples: list[Examples], world_size: int) -> list[tuple[str, int, float]]:
+    """Return (name, timestep, loss) of each of these examples, of all devices."""
     here = [
         example
-        for seen in pl_module.seen
+        for seen in examples
         for example in zip(seen.names, seen.timesteps.tolist(), seen.losses.tolist(), strict=True)
     ]
-    if pl_module.trainer.world_size == 1:
+    if world_size == 1:
         return here
-    everywhere: list = [None] * pl_module.trainer.world_size
+    everywhere: list = [None] * world_size
     torch.distributed.all_gather_object(everywhere, here)
     return [example for examples in everywhere for example in examples]

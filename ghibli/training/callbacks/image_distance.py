@@ -1,4 +1,4 @@
-"""The curve that one wants to see fall: the distance of sampled images to real ones, epoch by epoch."""
+"""The distance of sampled images to real ones, epoch by epoch."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,11 +21,11 @@ COLUMNS = ("step", "epoch", "evaluate/kernel_distance", "evaluate/kernel_distanc
 
 
 class DistanceCurve(Callback):
-    """Samples the untouched base, then the model every n epochs; writes distance.csv and the dashboard.
+    """Sample the untouched base, then the model every n epochs; write distance.csv and log it.
 
-    The same prompts and start noise every time, so the points compare with each other. The last cell of
-    the grid: of a guided run its own scale, and for the base the last of sample.guidance. The training
-    does not notice: no random number of its own is used.
+    Prompts and start noise are the same every time, so the points compare. The cell is the last one of
+    the grid: a guided run's own scale, and for the base the last of sample.guidance. Training is not
+    affected: no global random state is used.
     """
 
     def __init__(self, config: Config, run: RunDir):
@@ -52,7 +52,7 @@ class DistanceCurve(Callback):
             self.measure(trainer, pl_module, epoch)
 
     def measure(self, trainer: L.Trainer, module: GhibliModule, epoch: int) -> None:
-        """Adds a point to the curve."""
+        """Add a point to the curve."""
         if self.sample_cache is None:
             self.prepare(module)
         cell = self.base_cell if epoch == 0 else self.cell
@@ -72,7 +72,7 @@ class DistanceCurve(Callback):
         )
 
     def prepare(self, module: GhibliModule) -> None:
-        """Measures the real images, once."""
+        """Measure the real images, once."""
         images, _ = real_images(self.config)
         plain = replace(self.config, model=replace(self.config.model, clip=None))
         extractor = FeatureExtractor(plain, module.base)

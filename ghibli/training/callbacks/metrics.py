@@ -1,4 +1,4 @@
-"""The exact rows of a run: metrics.csv within the epochs, probe.csv after each, and the dashboard."""
+"""The rows of metrics.csv (within epochs) and probe.csv (after each epoch), also sent to the dashboard."""
 
 import time
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.evaluation.gain import Gain, Probe
 from ghibli.runs.folder import RunDir
@@ -20,11 +19,14 @@ METRICS = ("step", "epoch", "train/loss", "train/loss_normalised", "lr", "time/i
 
 
 class Records(Callback):
-    """One row in metrics.csv every n optimiser steps, one in probe.csv before training and every epoch.
+    """Write a row to metrics.csv every n optimiser steps, and to probe.csv before training and every epoch.
 
-    A row's train/loss is the mean over all examples since the row before. A checkpoint carries the
-    rows up to it, and a resumed run writes the files anew from those: the rows are those of a run
-    that was never stopped, whatever has become of the files.
+    A row's train/loss is the mean over all examples since the previous row. Checkpoints carry the rows
+    so far, and a resumed run rewrites the files from them, so they equal those of an uninterrupted run
+    whatever happened to the files.
+
+    The sums are not torchmetrics' MeanMetric: a checkpoint must hold them exactly, in float64, and their
+    layout is part of the checkpoint of runs that are still to be resumed.
     """
 
     def __init__(self, run: RunDir):
@@ -43,7 +45,7 @@ class Records(Callback):
         self.rows, self.probe_rows = list(state_dict["rows"]), list(state_dict["probe_rows"])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        """Lightning calls this after it has restored a checkpoint."""
+        """Rewrite the files from the restored rows; Lightning has restored a checkpoint by now."""
         if self.probe_rows:
             self.flush(trainer)
 
@@ -52,14 +54,16 @@ class Records(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         if not self.probe_rows:
-            self.add_probe(trainer, pl_module.history)
+            self.add_probe(trainer, pl_module.probe.history)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         here = torch.stack([outputs["loss"].detach(), outputs["plain"], outputs["expected"]]).double()
         here[0] *= trainer.accumulate_grad_batches
-        everywhere = trainer.strategy.reduce(here, reduce_op="mean")  # as one device with all the examples
+        everywhere = trainer.strategy.reduce(
+            here, reduce_op="mean"
+        )  # what one device with all examples would have
         for sums in (self.row, self.epoch):
             sums.add(*everywhere)
         self.examples += len(batch["example"]) * trainer.world_size
@@ -79,18 +83,18 @@ class Records(Callback):
         self.examples, self.since = 0, time.monotonic()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        self.add_probe(trainer, pl_module.history)
+        self.add_probe(trainer, pl_module.probe.history)
         self.flush(trainer)
         self.epoch = Sums()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        """For early stopping on the training loss, as the slides had it."""
+        """Log what early stopping on the training loss watches, as in the reference study."""
         loss = self.probe_rows[-1]["train/epoch_loss"]
-        if loss != "":  # else training ended within its first epoch
+        if loss != "":  # empty when training ended within its first epoch
             pl_module.log("train/epoch_loss", float(loss), logger=False)
 
     def add_probe(self, trainer: L.Trainer, history: list[Probe]) -> None:
-        """A row of probe.csv and of the dashboard for the newest probe."""
+        """Add the newest probe to probe.csv and the dashboard."""
         losses = self.epoch.means() if self.epoch.batches else {}
         values = probe_values(history[-1], trainer.datamodule.num_train_timesteps)
         values["train/epoch_loss"] = losses.get("loss", "")
@@ -98,11 +102,9 @@ class Records(Callback):
         row = {"step": trainer.global_step, "epoch": len(history) - 1}
         self.probe_rows.append(row | values)
         log(trainer, row | {key: value for key, value in values.items() if value != ""})
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
-                wandb_logger.log_gain_by_timestep(logger, bars, trainer.global_step)
-                wandb_logger.log_gain_curve(logger, self.probe_rows, trainer.global_step)
+        bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
+        wandb_logger.log_gain_by_timestep(trainer.loggers, bars, trainer.global_step)
+        wandb_logger.log_gain_curve(trainer.loggers, self.probe_rows, trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
         self.flush(trainer)
@@ -116,10 +118,10 @@ class Records(Callback):
 
 @dataclass
 class Sums:
-    """Running sums over forward passes, each of all devices: the loss, its square, what makes it readable."""
+    """Running sums over forward passes, each averaged over devices, float64."""
 
     batches: int = 0
-    loss: torch.Tensor | float = 0.0
+    loss: torch.Tensor | float = 0.0  # what is minimised
     square: torch.Tensor | float = 0.0
     plain: torch.Tensor | float = 0.0  # before any weighting
     expected: torch.Tensor | float = 0.0  # what the base scores at these timesteps
@@ -130,7 +132,7 @@ class Sums:
         self.plain, self.expected = self.plain + plain, self.expected + expected
 
     def means(self) -> dict[str, float]:
-        """The loss, its error as if every pass were an independent draw, and loss / expected."""
+        """Return the mean loss, its standard error over passes, and the loss over the base's expected one."""
         loss, square, plain, expected = map(float, (self.loss, self.square, self.plain, self.expected))
         mean = loss / self.batches
         variance = max(0.0, square / self.batches - mean**2)
@@ -139,7 +141,7 @@ class Sums:
 
 
 def probe_values(probe: Probe, num_train_timesteps: int) -> dict[str, float]:
-    """A probe as the columns of probe.csv."""
+    """Return a probe as the columns of probe.csv."""
     val, train = probe.val_gain, probe.train_gain
     values = {
         "probe/val_loss": probe.val.double().mean().item(),
@@ -156,7 +158,7 @@ def probe_values(probe: Probe, num_train_timesteps: int) -> dict[str, float]:
 
 
 def gain_by_timestep(probe: Probe, num_train_timesteps: int) -> dict[str, Gain]:
-    """`0-249` -> the held-out gain at those timesteps."""
+    """Return the held-out gain by range of timesteps, such as `0-249`."""
     gains = probe.gain_by_timestep
     edges = [k * num_train_timesteps // len(gains) for k in range(len(gains) + 1)]
     return {f"{edges[k]}-{edges[k + 1] - 1}": gain for k, gain in enumerate(gains)}
@@ -167,6 +169,6 @@ def numbered(trainer: L.Trainer, values: dict[str, float]) -> dict[str, float]:
 
 
 def log(trainer: L.Trainer, row: dict[str, float]) -> None:
-    """Sends a row to the dashboard."""
+    """Send a row to every logger."""
     for logger in trainer.loggers:
         logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])

@@ -12,8 +12,8 @@ from ghibli.training.callbacks.metrics import Records
 from ghibli.training.module import GhibliModule
 
 
-class Narrator(Callback):
-    """The terminal: one bar over the whole run with loss and time left, one line an epoch."""
+class ProgressLine(Callback):
+    """Show one bar over the whole run, with loss and time left, and print one line per epoch."""
 
     def __init__(self, records: Records):
         self.records, self.bar = records, None
@@ -27,11 +27,11 @@ class Narrator(Callback):
         self.task = self.bar.add_task("training", total=total, completed=trainer.global_step, note="")
 
     def say_start(self, pl_module: GhibliModule) -> None:
-        """Where a guided training starts; at guidance 1 that is the base itself, and zero."""
+        """Say where a guided training starts; at guidance 1 that is the base itself, with a gain of 0."""
         guidance = pl_module.config.loss.guidance
         if guidance == 1:
             return
-        start = pl_module.history[0]
+        start = pl_module.probe.history[0]
         console.print(
             f"start    at guidance {guidance:g} the untouched base scores {start.val.mean():.2f}, at 1 "
             f"{start.base_val.mean():.2f}: guided, it is no predictor of the noise, so the gain starts at "
@@ -47,11 +47,11 @@ class Narrator(Callback):
         self.bar.update(self.task, completed=trainer.global_step, note=note)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        if not trainer.is_global_zero or len(pl_module.history) < 2:
+        if not trainer.is_global_zero or len(pl_module.probe.history) < 2:
             return
-        probe = pl_module.history[-1]
+        probe = pl_module.probe.history[-1]
         train = f"(train {100 * probe.train_gain.value:.1f} %)"
-        console.print(f"epoch {len(pl_module.history) - 1}  {probe.val_gain} {train}")
+        console.print(f"epoch {len(pl_module.probe.history) - 1}  {probe.val_gain} {train}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         self.bar.refresh()
@@ -65,14 +65,14 @@ class Narrator(Callback):
 
 
 class StatusWriter(Callback):
-    """Keeps status.json up to date while training."""
+    """Keep status.json up to date while training."""
 
     def __init__(self, run: RunDir):
         self.run = run
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
         if trainer.is_global_zero:
-            gain = pl_module.history[-1].val_gain if len(pl_module.history) > 1 else None
+            gain = pl_module.probe.history[-1].val_gain if len(pl_module.probe.history) > 1 else None
             self.run.update_status(
                 step=trainer.global_step, epoch=trainer.current_epoch, updated=now(),
                 gain=gain.value if gain else None, gain_se=gain.standard_error if gain else None,

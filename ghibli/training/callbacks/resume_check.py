@@ -1,4 +1,4 @@
-"""Before a resumed run makes its first step: are these the weights, and do they still score the same?"""
+"""Check, before a resumed run makes its first step, that its weights are right and score as before."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ from ghibli.runtime.provenance import processor_name
 from ghibli.runtime.resources import device_name
 from ghibli.training.module import GhibliModule
 
-HASHES = {"base_hash": "the base", "data_hash": "the image set"}  # noted in status.json, too
+HASHES = {"base_hash": "the base", "data_hash": "the image set"}  # also in status.json
 IMAGES = 2  # held-out images that are scored again
 ROUNDING = {32: 1e-3, 16: 0.1}  # bits -> relative difference of an image's loss on another machine
 
 
 class ResumeCheck(Callback):
-    """Writes into every checkpoint what its weights are and score; compares both on resume.
+    """Store the hash and the scores of the weights in every checkpoint; compare both on resume.
 
-    Between the two lie all ways in which a resume can go wrong unseen: an adapter that was not
-    loaded, another base, other images, other settings.
+    This catches every silent way for a resume to go wrong: an adapter that was not loaded, another
+    base, other images, other settings.
     """
 
     def __init__(self, run: RunDir):
@@ -38,7 +38,7 @@ class ResumeCheck(Callback):
         self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict[str, Any]
     ) -> None:
         weights = trained_weights_hash(pl_module)
-        if self.written["weights"] != weights:  # an epoch's end writes two files of the same weights
+        if self.written["weights"] != weights:  # the end of an epoch writes two files of the same weights
             self.written = {
                 "weights": weights, "scores": rescore(trainer, pl_module),
                 "place": place(pl_module), "precision": str(trainer.precision),
@@ -53,7 +53,7 @@ class ResumeCheck(Callback):
         self.restored = {key: checkpoint.get(key) for key in ("identity", "max_epochs")}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        """Lightning has restored everything and the next thing is a step.
+        """Compare weights and scores with the checkpoint, once Lightning has restored everything.
 
         Raises:
             UserError: the weights or their scores are not those of the checkpoint.
@@ -62,7 +62,7 @@ class ResumeCheck(Callback):
             return
         if self.restored["identity"] is None:
             console.print(
-                "this checkpoint is from before weights and scores were noted: going on unchecked",
+                "this checkpoint was written before hashes and scores were stored in it: resuming unchecked",
                 style="yellow",
             )
         else:
@@ -70,7 +70,7 @@ class ResumeCheck(Callback):
         if self.restored["max_epochs"] not in (None, trainer.max_epochs):
             self.replan(trainer, self.restored["max_epochs"])
         elif any(stopping.stopped_epoch for stopping in stoppings(trainer)):
-            trainer.should_stop = True  # it had stopped early; one more epoch would be another run
+            trainer.should_stop = True  # it stopped early; another epoch would make it a different run
 
     def compare(self, trainer: L.Trainer, pl_module: GhibliModule, stored: dict[str, Any]) -> None:
         self.compare_hashes(stored.get("hashes", {}))
@@ -96,7 +96,11 @@ class ResumeCheck(Callback):
         )
 
     def compare_hashes(self, stored: dict[str, str]) -> None:
-        """Of base and images, as the run has noted them again where status.json had lost them."""
+        """Compare base and images with those of the checkpoint, even where status.json was lost.
+
+        Raises:
+            UserError: either differs.
+        """
         status = self.run.read_status()
         for key, before in stored.items():
             if before != status.get(key):
@@ -107,13 +111,13 @@ class ResumeCheck(Callback):
                 )
 
     def replan(self, trainer: L.Trainer, before: int) -> None:
-        """Says what more epochs mean, and puts the learning rate where the longer plan has it."""
+        """Report what more epochs mean, and set the learning rate of the longer plan."""
         done, planned = trainer.fit_loop.epoch_progress.current.processed, trainer.max_epochs
         old, new = put_learning_rate(trainer)
         for stopping in stoppings(trainer):
-            stopping.wait_count = stopping.stopped_epoch = 0  # whoever asks for more gets more
+            stopping.wait_count = stopping.stopped_epoch = 0  # who asks for more epochs gets them
         rate = f"stays at {old:g}" if old == new else f"jumps from {old:g} to {new:g} at the next step"
-        stretched = "" if old == new else ", as its course is stretched over all epochs"
+        stretched = "" if old == new else ", as its schedule is stretched over all epochs"
         console.print(
             f"{done} of {before} epochs are done; now {planned} are planned, so {planned - done} are to do\n"
             f"the learning rate {rate}{stretched}"
@@ -132,7 +136,7 @@ def numbers(means: torch.Tensor) -> str:
 
 
 def trained_weights_hash(module: GhibliModule) -> str:
-    """sha256 over what is trainable in the networks themselves, whatever the module believes it trains."""
+    """Return sha256 over all that is trainable in the networks themselves, not over the module's list."""
     total = hashlib.sha256()
     for name, tensor in lora.trainable(module.base).items():
         total.update(name.encode())
@@ -142,7 +146,7 @@ def trained_weights_hash(module: GhibliModule) -> str:
 
 @torch.no_grad()
 def rescore(trainer: L.Trainer, module: GhibliModule) -> torch.Tensor:
-    """What the weights score on the first held-out images now, (images, 2, K) on the CPU."""
+    """Score the current weights on the first held-out images; return (images, 2, K) on the CPU."""
     data, guidance = trainer.datamodule, module.config.loss.guidance
     count = min(IMAGES, len(data.val_images))
     with undisturbed(module), trainer.precision_plugin.forward_context():
@@ -155,7 +159,7 @@ def rescore(trainer: L.Trainer, module: GhibliModule) -> torch.Tensor:
 
 @contextmanager
 def undisturbed(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode within; every part is back in its own mode afterwards."""
+    """Switch to evaluation mode; restore the mode of every part afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -166,14 +170,15 @@ def undisturbed(module: torch.nn.Module) -> Iterator[None]:
 
 
 def place(module: GhibliModule) -> str:
-    """All that rounding depends on, the settings apart."""
+    """Return everything besides the settings that rounding depends on."""
     return f"{device_name(module.device)}, {processor_name()}, torch {torch.__version__}"
 
 
 def put_learning_rate(trainer: L.Trainer) -> tuple[float, float]:
-    """Sets the rate of the next step to what the schedule says now; (before, now) of the first group.
+    """Set the next step's rate to what the schedule says now; return (before, now) of the first group.
 
-    Restored are the rates that the old schedule had worked out for it.
+    Lightning restores the rates of the old schedule. `_last_lr` is private in torch: it is what
+    get_last_lr() returns, and LRScheduler has no public way to set it (tested with torch 2.14).
     """
     (config,) = trainer.lr_scheduler_configs
     schedule = config.scheduler

@@ -1,4 +1,4 @@
-"""Draws sample grids while training."""
+"""Sample grids while training: prompts x samplers x guidance, the base above, the adapter below."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.config.schema import Config, describe
 from ghibli.diffusion.samplers import cells_of, draw_cells
@@ -21,7 +20,7 @@ from ghibli.training.module import GhibliModule
 
 
 class SampleGrid(Callback):
-    """Draws prompts x {DDPM, DDIM} x guidance every n epochs, the base above, from the same noise."""
+    """Draw prompts x samplers x guidance every n epochs, below the untouched base, from the same noise."""
 
     def __init__(self, config: Config, run: RunDir):
         self.config, self.run = config, run
@@ -29,7 +28,7 @@ class SampleGrid(Callback):
         self.base_images: torch.Tensor | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: GhibliModule, stage: str) -> None:
-        """Draws the untouched base; Lightning restores a checkpoint only after this."""
+        """Draw the untouched base; Lightning restores a checkpoint only after this."""
         if self.config.sample.every_n_epochs == 0 or not trainer.is_global_zero:
             return
         pl_module.to(trainer.strategy.root_device)
@@ -41,7 +40,7 @@ class SampleGrid(Callback):
             "steps": sample.num_inference_steps, "seed": sample.seed, "resolution": model.resolution,
             "kept": "images",  # what the file holds; older versions kept another name
         }  # fmt: skip
-        label = "drawing what the base makes of the prompts"
+        label = "sampling the base"
         folder = Path(self.config.cache_dir) / "base_grids"
         drawn = cached(folder, key, lambda: {"images": self.draw(trainer, pl_module, label)})
         self.base_images = drawn["images"]
@@ -52,17 +51,15 @@ class SampleGrid(Callback):
             self.save(trainer, pl_module, f"epoch_{epoch:03d}", f"epoch {epoch}")
 
     def save(self, trainer: L.Trainer, pl_module: GhibliModule, name: str, label: str) -> Path:
-        """Draws the model as it is now, writes samples/NAME.png and logs it; returns the file."""
+        """Draw the model as it is now, write samples/NAME.png and log it; return the file."""
         rows = [("base", self.base_images)]
         if self.config.finetune != "none":
-            rows.append((label, self.draw(trainer, pl_module, f"drawing the grid of {label}")))
+            rows.append((label, self.draw(trainer, pl_module, f"sampling the grid of {label}")))
         columns = [cell.label for cell in self.cells]
         grid = compose_grid(rows, self.config.sample.prompts, columns, self.title())
         path = self.run.samples / f"{name}.png"
         write_atomically(path, lambda file: grid.save(file, format="PNG"))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                wandb_logger.log_grid(logger, grid, label, trainer.global_step)
+        wandb_logger.log_grid(trainer.loggers, grid, label, trainer.global_step)
         return path
 
     def draw(self, trainer: L.Trainer, pl_module: GhibliModule, label: str) -> torch.Tensor:

@@ -193,7 +193,9 @@ def test_a_checkpoint_from_before_the_check_goes_on_and_says_so(
     run.status.write_text(json.dumps(status))
     train.run(config, run, resumes=True)
     said = capsys.readouterr().out
-    assert "this checkpoint is from before weights and scores were noted: going on unchecked" in said
+    assert (
+        "this checkpoint was written before hashes and scores were stored in it: resuming unchecked" in said
+    )
     assert "this run has settings of version 0, this code of version 1" in said
     assert run.state == "finished"
 

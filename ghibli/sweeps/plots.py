@@ -1,0 +1,77 @@
+"""The images of a study: gain over each varied setting, and the best trial's grid above the worst's."""
+
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ghibli.runs.identity import shown as as_typed
+from ghibli.runtime.files import write_atomically
+from ghibli.sweeps.trials import Trial, setting_values, varied
+
+matplotlib.use("Agg")
+
+
+def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
+    """Write study.png: a panel for each varied setting, a line for each set of trials equal in all else."""
+    scored = [trial for trial in trials if trial.gain is not None]
+    keys = varied(scored)
+    if not keys:
+        return None
+    figure, axes = plt.subplots(
+        1, len(keys), figsize=(1.2 + 2.4 * len(keys), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, key in zip(axes[0], keys, strict=True):
+        plot_setting(axis, key, keys, scored)
+    axes[0, 0].set_ylabel("gain over the base (%)")
+    file = folder / "study.png"
+    write_atomically(file, lambda opened: figure.savefig(opened, format="png", dpi=120))
+    plt.close(figure)
+    return file
+
+
+def plot_setting(axis: plt.Axes, key: str, keys: list[str], trials: list[Trial]) -> None:
+    """Plot the gain over one setting: thin lines through trials equal in all other keys, the mean thick."""
+    values = setting_values(key, trials)
+    lines: dict[tuple, list[tuple[int, float]]] = {}
+    for trial in trials:
+        rest = tuple(str(trial.settings.get(other)) for other in keys if other != key)
+        point = values.index(trial.settings.get(key)), 100 * trial.gain.value
+        lines.setdefault(rest, []).append(point)
+    for points in lines.values():
+        axis.plot(*zip(*sorted(points), strict=True), color="#999999", lw=0.8, marker=".")
+    means = [
+        np.mean([y for points in lines.values() for x, y in points if x == index])
+        for index in range(len(values))
+    ]
+    axis.plot(range(len(values)), means, color="#1f6fb4", lw=2, marker="o")
+    axis.set_xticks(range(len(values)), [as_typed(value) for value in values])
+    axis.set(xlabel=key, xlim=(-0.3, len(values) - 0.7))
+    axis.grid(alpha=0.2)
+
+
+def write_grids(folder: Path, trials: list[Trial]) -> Path | None:
+    """Write best_and_worst.png: the newest grids of the first and the last ranked trial that have one."""
+    drawn = [trial for trial in trials if trial.gain is not None and trial.grid is not None]
+    if len(drawn) < 2:
+        return None
+    pages = [titled_grid("best", drawn[0]), titled_grid("worst", drawn[-1])]
+    size = max(page.width for page in pages), sum(page.height for page in pages)
+    both = Image.new("RGB", size, "white")
+    both.paste(pages[0], (0, 0))
+    both.paste(pages[1], (0, pages[0].height))
+    file = folder / "best_and_worst.png"
+    write_atomically(file, lambda opened: both.save(opened, format="png"))
+    return file
+
+
+def titled_grid(rank: str, trial: Trial) -> Image.Image:
+    """A trial's newest grid below a line with its rank, gain and folder."""
+    grid = Image.open(trial.grid).convert("RGB")
+    page = Image.new("RGB", (grid.width, grid.height + 28), "white")
+    title = f"{rank}: {trial.gain.signed_size}  {trial.run.path.name}"
+    ImageDraw.Draw(page).text((8, 5), title, fill="black", font=ImageFont.load_default(16))
+    page.paste(grid, (0, 28))
+    return page

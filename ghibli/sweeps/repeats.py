@@ -1,0 +1,32 @@
+"""Train the best trials of a study again with other seeds: how much chance alone changes."""
+
+from collections.abc import Callable
+
+from ghibli.config.files import changed, from_yaml
+from ghibli.config.schema import Config
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import console
+from ghibli.sweeps.grid import Study
+from ghibli.sweeps.jobs import run_trial
+from ghibli.sweeps.trials import REPEAT, read_trials
+
+
+def repeat_best_trials(study: Study, train: Callable[[Config, RunDir], float]) -> None:
+    """Train the `sweep.best` best trials `sweep.repeats` more times each, with the next seeds."""
+    first_attempts = [trial for trial in read_trials(study.folder) if trial.gain and not trial.repeats]
+    for trial in first_attempts[: study.settings.best]:
+        for number in range(1, study.settings.repeats + 1):
+            repeat_trial(trial.run, trial.settings["seed"] + number, train)
+
+
+def repeat_trial(first: RunDir, seed: int, train: Callable[[Config, RunDir], float]) -> None:
+    """Train a trial again with another seed; the dashboard shows it under the name of its own folder."""
+    run = RunDir(first.path.with_name(f"{first.path.name}{REPEAT}{seed}"))
+
+    def job() -> float:
+        config = changed(from_yaml(first.config), [f"seed={seed}"], ("seed",))
+        config.wandb.name = run.path.name
+        return train(config, run)
+
+    console.print(run.path.name, style="bold")
+    run_trial(run, job)

@@ -1,0 +1,30 @@
+"""The summary of a study: what is printed at its end, and the files written beside the trials."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import RenderableType
+
+from ghibli.sweeps import comparison, costs, effects, plots, ranking
+from ghibli.sweeps.trials import Trial
+
+
+def study_summary(trials: list[Trial]) -> Iterator[RenderableType]:
+    """The ranking, the effect of each setting and, for evaluated trials, the comparison table with notes."""
+    yield ranking.ranking_table(trials)
+    for line in (*effects.effects(trials), effects.seed_noise(trials)):
+        yield str(line or "")
+    for table in (comparison.cell_table(trials), costs.cost_table(trials)):
+        if table is not None:
+            yield ""
+            yield table
+    yield from (*comparison.table_notes(trials), *comparison.paired_comparisons(trials))
+
+
+def write_study_files(folder: Path, trials: list[Trial]) -> list[Path]:
+    """Write study.csv, study.png, best_and_worst.png, cells.md and models.png, as far as the trials allow."""
+    writers = (
+        ranking.write_table, plots.write_plot, plots.write_grids,
+        comparison.write_cells, comparison.write_models,
+    )  # fmt: skip
+    return [file for write in writers if (file := write(folder, trials)) is not None]

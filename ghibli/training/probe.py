@@ -1,0 +1,154 @@
+"""The paired probe in training: fixed items, scored by the base once and by the model every epoch.
+
+What a score means is in `ghibli.evaluation.gain`; which items there are, in `ghibli.data.validation_items`.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+
+from ghibli.config.schema import Config
+from ghibli.evaluation.gain import Diverged, Probe, expected_losses, significant_best
+from ghibli.runtime.console import counted
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.resources import device_name
+from ghibli.training.base_scores import cached_scores
+
+
+class Scorer(Protocol):
+    """What the probe asks of a module."""
+
+    trainer: L.Trainer
+    device: torch.device
+    base_alphas_cumprod: torch.Tensor
+    alphas_cumprod: torch.Tensor
+
+    def scores(self, batch: dict[str, Any], guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+        """Return the losses of a probe batch, (2, K)."""
+
+
+class PairedProbe:
+    """The scores of one run: the untouched base's, then the model's after every epoch.
+
+    Args:
+        config: the run's configuration.
+        base_hash: of the untouched base, under which its scores are cached.
+
+    P held-out and Q training images have K items each; scores are (P + Q, 2, K): at the training
+    guidance, and of the conditional branch alone.
+    """
+
+    def __init__(self, config: Config, base_hash: str):
+        self.config, self.base_hash = config, base_hash
+        self.history: list[Probe] = []  # of the untouched model, then after every epoch
+        self.base_losses = torch.empty(0)  # (P + Q, K) of the base at guidance 1
+        self.expected = torch.empty(0)  # (T,): what the base is expected to score at each timestep
+        self._scores: list[torch.Tensor] = []
+
+    def score_untouched(self, module: Scorer, stage: str) -> None:
+        """Score the still untouched base, or read that from the cache: the reference of every gain.
+
+        Raises:
+            UserError: the base's own loss is not finite.
+        """
+        guidance, own = self.config.loss.guidance, module.base_alphas_cumprod
+        self.base_losses = self._score_base(module, 1, own)[:, 0]
+        start_scores = self._score_base(module, guidance, own)
+        on_training_schedule = self._score_base(module, guidance, module.alphas_cumprod)[:, 0]
+        timesteps = torch.cat([batch["timesteps"] for batch in module.trainer.datamodule.probe_batches])
+        expected = expected_losses(timesteps, on_training_schedule.flatten(), len(module.alphas_cumprod))
+        self.expected = expected.to(module.device)
+        start = self.probe_of(start_scores, module.trainer.datamodule)
+        if start.broken:
+            name, _ = named_items(start.broken, module.trainer.datamodule)[0]
+            raise UserError(
+                f"the untouched base itself has a loss that is not finite, on {name} for one: use "
+                "trainer.precision=32-true, and look at the base's weights (ghibli check)"
+            )
+        if stage == "fit":
+            self.history = [start]
+
+    def begin_epoch(self) -> None:
+        """Forget the scores of the epoch before."""
+        self._scores = []
+
+    def add(self, scores: torch.Tensor) -> None:
+        """Add the scores (2, K) of one image."""
+        self._scores.append(scores)
+
+    def end_epoch(self, module: L.LightningModule) -> dict[str, float]:
+        """Add a Probe to the history; return what early stopping and the best checkpoint go by.
+
+        Raises:
+            Diverged: a score is not finite.
+        """
+        data = module.trainer.datamodule
+        probe = self.probe_of(gather(module, torch.stack(self._scores)).cpu(), data)
+        if probe.broken:
+            items = named_items(probe.broken, data)
+            raise Diverged(items, len(self.history), self.config.optimizer.lr)
+        self.history.append(probe)
+        return {
+            "probe/val_gain": probe.val_gain.value,
+            "probe/significant_best": significant_best(self.history).value,
+        }
+
+    def probe_of(self, scores: torch.Tensor, data: Any) -> Probe:
+        """Pair the scores of the whole probe, (P + Q, 2, K), with the base's."""
+        held_out = len(data.val_images)
+        return Probe(
+            val=scores[:held_out, 0], val_g1=scores[:held_out, 1], train=scores[held_out:, 0],
+            base_val=self.base_losses[:held_out], base_train=self.base_losses[held_out:],
+        )  # fmt: skip
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return the history as a checkpoint stores it."""
+        return [vars(probe) for probe in self.history]
+
+    def restore(self, stored: list[dict[str, Any]]) -> None:
+        """Take the history from a checkpoint."""
+        self.history = [Probe(**probe) for probe in stored]
+
+    def _score_base(self, module: Scorer, guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+        """Return the base's scores on the whole probe, (P + Q, 2, K), from the cache where they are known.
+
+        With several devices the first one scores and tells the others.
+        """
+        trainer = module.trainer
+        data: Any = trainer.datamodule
+        if not trainer.is_global_zero:
+            return trainer.strategy.broadcast(None)
+        settings = {
+            "version": 1,  # to be raised when the probe's items or the scoring change
+            "base": self.base_hash, "guidance": float(guidance), "resolution": self.config.model.resolution,
+            "resize": self.config.data.resize, "items": self.config.validation.items_per_image,
+            "schedule": hashlib.sha256(alphas_cumprod.cpu().numpy().tobytes()).hexdigest()[:16],
+            "precision": str(trainer.precision), "device": device_name(module.device),
+            "torch": torch.__version__,
+        }  # fmt: skip
+        folder = Path(self.config.cache_dir) / "base_scores"
+        with counted("scoring the base") as on_progress, trainer.precision_plugin.forward_context():
+
+            def score(index: int) -> torch.Tensor:
+                batch = module.transfer_batch_to_device(data.probe_batches[index], module.device, 0)
+                scores = module.scores(batch, guidance, alphas_cumprod)
+                on_progress(index + 1, len(data.probe_batches))
+                return scores
+
+            return trainer.strategy.broadcast(cached_scores(folder, settings, data.probe_images, score))
+
+
+def named_items(images: list[int], data: Any) -> list[tuple[str, list[int]]]:
+    """Return (file name, timesteps) of images of the probe, by index."""
+    return [(data.probe_images[i].path.name, data.probe_batches[i]["timesteps"].tolist()) for i in images]
+
+
+def gather(module: L.LightningModule, scores: torch.Tensor) -> torch.Tensor:
+    """Put together (P + Q, 2, K) of the whole probe from each device's share; see dataset.share_of_probe."""
+    if module.trainer.world_size == 1:
+        return scores
+    shares = module.all_gather(scores)  # (devices, images each, 2, K)
+    return shares.transpose(0, 1).flatten(0, 1)[: len(module.trainer.datamodule.probe_batches)]

@@ -1,0 +1,213 @@
+"""One training session: what a run trains with, and how its folder tells what became of it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from ghibli.adapters.apply import load_base
+from ghibli.config.files import to_yaml
+from ghibli.config.schema import Config, describe
+from ghibli.data.datamodule import GhibliDataModule
+from ghibli.runs import distributed, identity
+from ghibli.runs.folder import RunDir, check_unchanged, step_of
+from ghibli.runtime.console import console, relative_path
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import write_text
+from ghibli.runtime.provenance import now, provenance
+from ghibli.runtime.resources import device_name, reset_peak_memory
+from ghibli.training import wandb_logger
+from ghibli.training.callbacks.checkpoints import CleanStop, StopRequested, requeue
+from ghibli.training.module import GhibliModule
+from ghibli.training.trainer import Callbacks, make_callbacks, make_trainer
+
+TOO_SHORT = (
+    "training ended before its first epoch did, so nothing was validated and there is no result: "
+    "give it more trainer.max_steps or trainer.max_time"
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that a run trains with."""
+
+    config: Config
+    run: RunDir
+    module: GhibliModule
+    data: GhibliDataModule
+    callbacks: Callbacks
+    trainer: L.Trainer
+
+    def fit(self, checkpoint: Path | None, script: Path) -> None:
+        """Train, from a checkpoint if there is one; with finetune=none only score the base.
+
+        Args:
+            script: what further processes of the run start, one for each further device.
+
+        Raises:
+            UserError: training ended within its first epoch, or another process failed.
+        """
+        with distributed.together(self.trainer, self.run, script):
+            if self.config.finetune == "none":
+                self.trainer.validate(self.module, self.data, verbose=False)
+            else:
+                self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=True)
+        finished = self.config.finetune == "none" or len(self.module.probe.history) > 1
+        if self.trainer.is_global_zero and not finished:
+            raise UserError(TOO_SHORT)
+
+
+def build(config: Config, run: RunDir, stop: CleanStop) -> Training:
+    """Load the base, attach what is trained, and make data, callbacks and trainer; nothing is written."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    base = load_base(config.model)
+    module = GhibliModule(config, base)
+    data = GhibliDataModule(config, base, run, module.num_train_timesteps)
+    callbacks = make_callbacks(config, run, stop)
+    return Training(config, run, module, data, callbacks, make_trainer(config, run, callbacks))
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run folder that this process trains in."""
+
+    config: Config
+    run: RunDir
+    stop: CleanStop
+    checkpoint: Path | None  # to go on from; None at the start of a run
+
+    def check_inputs(self, module: GhibliModule) -> None:
+        """Note the hashes of base and lora.init, or refuse when a resumed run finds others.
+
+        Raises:
+            UserError: the base or lora.init is not what the run was started with.
+        """
+        path = self.config.model.path
+        check_unchanged(self.run, "base_hash", module.base_hash, f"the base model.path={path}")
+        if module.start is not None:
+            check_unchanged(self.run, "init_hash", module.start.hash, "lora.init")
+
+    def note_start(self, trainer: L.Trainer) -> None:
+        """Note in status.json from which step, by which code and on which device this process trains."""
+        if self.checkpoint is not None:
+            self.run.update_status(step=step_of(self.checkpoint))
+        self.run.note_start(
+            code=identity.code_hash(), device=device_name(trainer.strategy.root_device),
+            devices=trainer.world_size, precision=str(trainer.precision),
+        )  # fmt: skip
+
+
+@contextmanager
+def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Session]:
+    """Mark a locked run folder as running, and note how the session ended, whatever ended it.
+
+    A resume that is refused or stopped before its first step leaves the folder as it was.
+
+    Raises:
+        SystemExit: Ctrl-C, SIGTERM or, under Slurm, SIGUSR1; with the exit code that is due.
+        UserError: the settings, the files or the machine do not allow it.
+    """
+    reset_peak_memory()
+    checkpoint = run.checkpoint_to_resume() if resumes else None
+    restore, stop = run.as_it_was(), CleanStop(run)
+    write_text(run.config, to_yaml(config))
+    run.update_status(
+        state="running", reason=None, started=run.read_status().get("started", now()),
+        settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
+        process=os.getpid(), threads=config.threads or torch.get_num_threads(), **provenance(),
+        **identity.marks(config, run),
+    )  # fmt: skip
+    try:
+        with stop:
+            yield Session(config, run, stop, replace_damaged(checkpoint, run))
+            stop.obey()  # a signal in the last step or after it: no further trial may begin
+    except StopRequested as request:
+        if resumes and not stop.began:
+            restore()
+        raise SystemExit(note_interruption(run, request)) from None
+    except BaseException as error:
+        explained = as_user_error(error)
+        refused = resumes and not stop.began  # nothing was trained
+        with suppress(OSError):  # a full disk, which `error` already tells
+            if refused:
+                restore()
+            if not (refused and run.state == "finished"):
+                reason = str(explained) or type(error).__name__
+                run.update_status(state="failed", reason=reason, ended=now())
+        if run.last_checkpoint.exists() and not isinstance(explained, UserError):
+            folder = relative_path(run.path)
+            console.print(f"what was trained is kept; go on with: python train.py resume={folder}")
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        wandb_logger.close()
+
+
+def replace_damaged(checkpoint: Path | None, run: RunDir) -> Path | None:
+    """Put previous.ckpt in the place of a damaged last.ckpt, so that no save can lose it."""
+    if checkpoint != run.previous_checkpoint:
+        return checkpoint
+    console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
+    return checkpoint.replace(run.last_checkpoint)
+
+
+def as_user_error(error: BaseException) -> BaseException:
+    """Return the error as a UserError where other settings help, else itself."""
+    if isinstance(error, MisconfigurationException):
+        return UserError(f"trainer: Lightning refuses these settings: {error}")
+    if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+        return UserError(TOO_SHORT)
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            "the GPU has too little memory: lower data.batch_size and raise data.accumulate instead, "
+            "or lower model.resolution"
+        )
+    return error
+
+
+def note_interruption(run: RunDir, request: StopRequested) -> int:
+    """Note the interruption, say how to resume, and return the exit code (130 or 143; 138 in Slurm)."""
+    if request.signal_number == signal.SIGUSR1:
+        ask_to_requeue()
+    if run.state == "finished":
+        console.print("stopped; this run is finished")
+        return 128 + request.signal_number
+    run.update_status(state="interrupted", reason=str(request), ended=now())
+    if run.last_checkpoint.exists():
+        console.print(f"stopped; go on with: python train.py resume={relative_path(run.path)}")
+    else:
+        console.print("stopped before the first checkpoint: start the same command again")
+    return 128 + request.signal_number
+
+
+def ask_to_requeue() -> None:
+    """Ask Slurm to start this job again, whose command then resumes in the same folder."""
+    try:
+        requeue()
+        console.print("Slurm was asked to start this job again: the same command goes on")
+    except (OSError, subprocess.SubprocessError) as error:
+        console.print(f"scontrol requeue failed ({error}): submit the job again", style="yellow")
+
+
+def follow(config: Config, run: RunDir, script: Path) -> None:
+    """Train along as a further process of a run, which the first one stops; write nothing."""
+    try:
+        with CleanStop(run) as stop:
+            build(config, run, stop).fit(run.usable_checkpoint(), script)  # a new run has no checkpoint
+    except StopRequested:
+        pass  # all stop at the same step; the first process says so
+    except Exception as error:
+        explained = as_user_error(error)
+        if explained is error:
+            raise
+        raise explained from error

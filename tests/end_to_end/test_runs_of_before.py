@@ -1,0 +1,90 @@
+"""Two runs of commit 73ce106, half done and finished: every command that takes a run takes them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from faults.compare import checkpoint, different_parts, image
+from helpers.commands import run_python
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import train
+from ghibli.cli.main import app
+from ghibli.config.files import from_yaml
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.provenance import processor_name
+
+KEPT = Path(__file__).parent / "runs_of_73ce106"
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a copy of both runs below outputs/."""
+    shutil.copytree(KEPT, tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "outputs"
+
+
+def ghibli(*words: str) -> str:
+    """Run `ghibli WORDS` in this process and return what it printed."""
+    done = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_half_done_run_resumes_to_the_same_end(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    """Equal to the bit on the kind of processor that made them; else to rounding."""
+    half = RunDir(runs / "half")
+    train.run(from_yaml(half.config), half, resumes=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "settings of version 1" in said and "the code has changed since this run was started" in said
+    same_processor = processor_name() == json.loads((KEPT / "half" / "status.json").read_text())["processor"]
+    if same_processor:
+        assert different_parts(runs / "finished", runs / "half") == []
+    ours, theirs = (
+        load_file(runs / run / "adapter" / "pytorch_lora_weights.safetensors") for run in ("half", "finished")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, weights in theirs.items():
+        torch.testing.assert_close(ours[name], weights, rtol=1e-3, atol=1e-6)
+
+
+def test_a_finished_run_is_listed_reported_and_compared(runs: Path) -> None:
+    (listed,) = [line for line in ghibli("list").splitlines() if "outputs/finished" in line]
+    gain = json.loads((KEPT / "finished" / "status.json").read_text())["gain"]
+    assert "finished" in listed and f"{100 * gain:.1f} %" in listed
+    assert "report.html" in ghibli("report", "outputs/finished")
+    page = (runs / "finished" / "report.html").read_text(encoding="utf-8")
+    assert "73ce106" in page and page.count("<svg") > 0
+    told = ghibli("compare", "outputs/finished", "outputs/half")
+    assert "state" in told and "interrupted" not in told
+
+
+def test_a_finished_run_is_drawn_with_and_exported(runs: Path) -> None:
+    words = ("--prompt", "a panda", "--steps", "2", "--to", "drawn", "--base")
+    ghibli("generate", "outputs/finished", *words)
+    assert image(Path("drawn/000.png")).std() > 5
+    ghibli("export", "outputs/finished", "--to", "out")
+    ours, theirs = (
+        load_file(place / "pytorch_lora_weights.safetensors")
+        for place in (Path("out"), KEPT / "finished" / "adapter")
+    )
+    assert all(torch.equal(ours[name], weights) for name, weights in theirs.items())
+
+
+def test_a_finished_run_is_evaluated_and_trained_further(runs: Path) -> None:
+    words = ("evaluate.samples=3", "evaluate.scan_samples=3", "evaluate.scales=[]", "evaluate.batch_size=3")
+    ghibli("evaluate", "outputs/finished", *words)
+    result = json.loads((runs / "finished" / "evaluation.json").read_text())
+    assert result["samples"] == 3 and len(result["models"]["run"]) == len(result["models"]["base"]) > 0
+    done = run_python(
+        str(Path(train.__file__)), "resume=outputs/finished", "trainer.max_epochs=3", cwd=runs.parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((runs / "finished" / "status.json").read_text())["epoch"] == 3
+    before, after = checkpoint(KEPT / "finished", "last"), checkpoint(runs / "finished", "last")
+    for old, new in zip(before["probe"], after["probe"], strict=False):
+        assert all(torch.equal(old[name], new[name]) for name in old)

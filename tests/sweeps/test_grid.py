@@ -1,0 +1,69 @@
+"""The plan of a sweep: its callback beside that of a single run, and the order of a full grid."""
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from helpers.commands import REPO
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.utils import get_class
+
+from ghibli.config.files import from_yaml, to_yaml
+from ghibli.runs import launch
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+from ghibli.sweeps import grid
+
+NO_PARAMS = SimpleNamespace(hydra=SimpleNamespace(sweeper={}))
+
+
+def test_single_runs_and_sweeps_have_callbacks_of_their_own() -> None:
+    callbacks = yaml.safe_load((REPO / "conf" / "train.yaml").read_text())["hydra"]["callbacks"]
+    classes = [get_class(node["_target_"]) for node in callbacks.values()]
+    assert classes == [launch.CheckRun, grid.CheckSweep]
+    hooks = [
+        {name for name, value in vars(kind).items() if inspect.isfunction(value) and name in dir(Callback)}
+        for kind in classes
+    ]
+    assert hooks == [{"on_run_start"}, {"on_multirun_start"}]
+    assert "ghibli.sweeps" not in Path(launch.__file__).read_text()
+
+
+def test_callbacks_that_old_run_folders_name_are_not_loaded(make_config, tmp_path: Path) -> None:
+    """Hydra's own file in a run folder of before names a class that is gone; resume reads only the groups."""
+    run = RunDir(tmp_path)
+    config = make_config()
+    run.config.write_text(to_yaml(config))
+    (tmp_path / ".hydra").mkdir()
+    callbacks = {"check_first": {"_target_": "ghibli.grids.CheckFirst"}}
+    old = {"hydra": {"callbacks": callbacks, "runtime": {"choices": {"model": "demo", "data": "demo"}}}}
+    (tmp_path / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(old))
+    assert launch.chosen_groups(run) == {"model": "demo", "data": "demo"}
+    asked = SimpleNamespace(hydra=[], task=[f"resume={tmp_path}", "model=demo"])
+    assert launch.resumed(run, asked) == from_yaml(run.config)
+    with pytest.raises(UserError, match="model is demo in this run, sd15 asked for"):
+        launch.resumed(run, SimpleNamespace(hydra=[], task=[f"resume={tmp_path}", "model=sd15"]))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.rank=4,8", "optimizer.lr=1e-4,1e-3", "seed=3"],
+        ["lora.rank=range(2,9,3)", "lora.dropout=choice(0,0.1)", "data.caption='a, b'"],
+        ["+trainer.max_time=00:00:30:00", "~wandb.name", "lora.targets=[to_q,to_k],[to_v]", "lora.init=null"],
+        ["lora.rank=4,8", "seed=1", "lora.rank=16", "optimizer.lr=sort(3,1,2)"],
+    ],
+)
+def test_a_grid_is_that_of_hydras_own_sweeper(overrides: list[str]) -> None:
+    """BasicSweeper is private to Hydra: the authority here is the one of hydra-core 1.3."""
+    (wanted,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+    assert grid.grid_trials(NO_PARAMS, overrides) == wanted
+
+
+def test_an_interval_is_no_grid() -> None:
+    with pytest.raises(UserError, match=r"^optimizer\.lr=interval\(0\.1,1\): a grid needs a list or a range"):
+        grid.grid_trials(NO_PARAMS, ["optimizer.lr=interval(0.1,1)"])
