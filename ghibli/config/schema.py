@@ -89,7 +89,7 @@ class DataConfig:
     caption: str | None  # caption of images that have none
     val_fraction: float  # share of images held out
     resize: str  # squash, center_crop or bucket
-    flip: bool  # mirror every drawn example with probability 1/2
+    flip: bool  # mirror every training example with probability 1/2
     min_side: int  # px; smaller images are skipped
     batch_size: int  # examples in one forward pass on one device
     accumulate: int  # forward passes in one optimiser step
