@@ -21,7 +21,7 @@ from ghibli.diffusion.samplers import Cell, in_eval_mode, sample
 from ghibli.models.performance import PromptEmbeds, is_frozen, shrink_frozen
 from ghibli.runs.compose import check_overrides
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.resources import forget_peak, peak_memory
+from ghibli.runtime.resources import peak_memory, reset_peak_memory
 from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
@@ -112,7 +112,7 @@ def training(words: list[str], batch_size: int, repeats: int, rate: float) -> di
         optimizer.zero_grad()
 
     step()  # compiles, and allocates the optimiser's moments
-    forget_peak()
+    reset_peak_memory()
     each = seconds(step, repeats)
     peak = peak_memory()
     with FlopCounterMode(display=False) as flops:

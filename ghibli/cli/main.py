@@ -1,6 +1,6 @@
 """The `ghibli` command."""
 
-from ghibli.cli import adapters, data, images, runs  # noqa: F401  (each adds its commands to the app)
+from ghibli.cli import adapters, data, images, runs  # noqa: F401  (they register their commands)
 from ghibli.cli.options import app
 from ghibli.runtime.errors import one_line_errors
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ghibli.config.checks import require, require_choice
+from ghibli.config.registry import LOSSES, OPTIMIZERS, SAMPLERS
 from ghibli.config.trainer_flags import check_trainer
 from ghibli.runtime.errors import UserError
 
@@ -23,6 +24,7 @@ LATER_KEYS = {  # added within this version -> what runs without the key did
     "local": {"sd15_config": None, "caption": None},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64},
     "lora": {"variant": "lora", "init": None},
+    "loss": {"function": "mse"},
     "optimizer": {"text_encoder_lr": None, "lora_plus": None},
     "compute": {"compile": False, "channels_last": False, "checkpoint_every": 0},
 }
@@ -32,7 +34,6 @@ TARGETS = {  # lora.targets by name: suffixes of the names of UNet layers
     "conv": ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"],
 }
 TARGETS["all"] = [name for names in TARGETS.values() for name in names]
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "adamw_schedulefree")
 
 
 @dataclass
@@ -149,6 +150,7 @@ class LoraConfig:
 class LossConfig:
     """The training loss."""
 
+    function: str  # one of LOSSES; the probe measures with mse, whatever trains
     guidance: float  # w of uncond + w (cond - uncond); 1 = off
     caption_dropout: float  # share of examples trained without a caption
     snr_gamma: float | None  # gamma of the Min-SNR weight; None = no weight
@@ -157,6 +159,7 @@ class LossConfig:
     timesteps: str  # spread or independent
 
     def __post_init__(self) -> None:
+        LOSSES.require(self.function)
         require(
             self.guidance >= 1, "loss.guidance", self.guidance,
             "1 (off) or more; 7.5 is the reference study's second value",
@@ -183,8 +186,8 @@ class OptimizerConfig:
     warmup_steps: int  # optimiser steps of linear warm-up
 
     def __post_init__(self) -> None:
-        require_choice("optimizer.name", self.name, OPTIMIZERS)
-        if self.name == "adamw_schedulefree":
+        entry = OPTIMIZERS[self.name]
+        if entry.averages_weights:
             ok, wanted = self.schedule == "constant", "constant, since this optimiser averages instead"
             require(ok, "optimizer.schedule", self.schedule, wanted)
         require(0 < self.lr <= 1, "optimizer.lr", self.lr, "more than 0 and at most 1")
@@ -192,6 +195,8 @@ class OptimizerConfig:
             value = getattr(self, key)
             ok = value is None or 0 < value <= most
             require(ok, f"optimizer.{key}", value, f"more than 0 and at most {most}, or null")
+            ok = value is None or not entry.single_lr
+            require(ok, f"optimizer.{key}", value, f"null, since {self.name} takes a single learning rate")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
@@ -255,7 +260,7 @@ class SampleConfig:
 
     every_n_epochs: int  # 0 = no grids
     prompts: list[str]  # one block of rows each
-    samplers: list[str]  # one group of columns each
+    samplers: list[str]  # of SAMPLERS: one group of columns each
     guidance: list[float]  # guidance_scale, one column each
     num_inference_steps: int  # denoising steps of an image
     seed: int  # of the initial noise
@@ -264,7 +269,7 @@ class SampleConfig:
         every = self.every_n_epochs
         require(every >= 0, "sample.every_n_epochs", every, "0 (none) or more")
         for sampler in self.samplers:
-            require_choice("sample.samplers", sampler, ("ddpm", "ddim"))
+            SAMPLERS.require(sampler)
         for name in ("prompts", "samplers", "guidance"):
             require(len(getattr(self, name)) > 0, f"sample.{name}", "[]", "at least one entry")
         for scale in self.guidance:

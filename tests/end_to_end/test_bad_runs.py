@@ -18,7 +18,7 @@ from faults.compare import different_parts
 from helpers.commands import REPO, SMALL
 
 import train
-from ghibli.cli.runs import list_runs
+from ghibli.cli.runs import list_command
 from ghibli.config.schema import Config
 from ghibli.runs import launch
 from ghibli.runs.find import run_to_resume
@@ -77,7 +77,7 @@ def test_a_folder_of_unusable_images(command: Callable[..., Said], tmp_path: Pat
     run = tmp_path / "run"
     line = one_line(command(f"data.root={images}", "data.caption=x", f"hydra.run.dir={run}"))
     assert "no usable images, at least 2 are needed" in line
-    assert "a.jpg (it is no image, whatever its name says), b.png (the file is empty)" in line
+    assert "a.jpg (it is not an image, despite its name), b.png (the file is empty)" in line
     assert status(run)["state"] == "failed"
     assert str(status(run)["reason"]) in line
 
@@ -283,7 +283,7 @@ def test_a_loader_process_that_is_killed(
 
     monkeypatch.setattr(GhibliModule, "training_step", step)
     said = command("data.workers=1", f"hydra.run.dir={tmp_path}")
-    assert "a loader process was killed, most often for want of memory" in one_line(said)
+    assert "a loader process was killed, most likely because memory ran out" in one_line(said)
     assert f"go on with: python train.py resume={os.path.relpath(tmp_path)}" in said[1]
     assert status(tmp_path)["state"] == "failed"
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
@@ -459,7 +459,7 @@ def test_list_survives_damaged_status_files(
         (runs / name).mkdir()
         (runs / name / "status.json").write_bytes(content)
     (runs / "folder" / "status.json").mkdir(parents=True)
-    list_runs()
+    list_command()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0].rsplit("/", 1)[-1] for line in lines[1:]] == [
         "bytes", "cut", "empty", "folder", "list", "good",

@@ -16,7 +16,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.images.read import open_image
 from ghibli.prepare import captioning
 from ghibli.prepare.captioning import Blip, caption_folder
@@ -79,8 +79,8 @@ def lines_of(folder: Path) -> dict[str, str]:
 BLIP = "Salesforce/blip-image-captioning-base"
 
 
-def run(folder: Path, model: Path, batch_size: int = 3) -> captioning.Captioned:
-    return caption_folder(folder, captioning.blip(str(model)), batch_size=batch_size)
+def run(folder: Path, model: Path, batch_size: int = 3) -> captioning.CaptioningResult:
+    return caption_folder(folder, captioning.blip_loader(str(model)), batch_size=batch_size)
 
 
 def one_by_one(folder: Path, model: Path) -> dict[str, str]:
@@ -102,11 +102,11 @@ def test_a_batch_says_what_each_image_alone_gets(folder: Path, model: Path) -> N
     assert len(set(expected.values())) >= 5  # else it would say the same of any image
     done = run(folder, model)
     assert done.written == expected == lines_of(folder)
-    assert (done.had_one, done.skipped) == (0, {})
+    assert (done.already_captioned, done.skipped) == (0, {})
     assert captions_of(read(folder)) == {name: f"{words}, in ink" for name, words in expected.items()}
     before = (folder / "captions.txt").read_bytes()
     again = caption_folder(folder, lambda: pytest.fail("nothing to load"), batch_size=3)
-    assert (again.written, again.had_one) == ({}, 7)
+    assert (again.written, again.already_captioned) == ({}, 7)
     assert (folder / "captions.txt").read_bytes() == before
 
 
@@ -118,7 +118,7 @@ def test_hand_made_captions_stay_as_they_are(folder: Path, model: Path) -> None:
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "json"}')
     done = run(folder, model)
     assert set(done.written) == {"3.png", "5.jpg", "6.png"}
-    assert done.had_one == 4  # 0, 1, 2 and the one that is gone
+    assert done.already_captioned == 4  # 0, 1, 2 and the one that is gone
     assert done.skipped == {"4.png": "4.txt is not UTF-8 text: save it as UTF-8"}
     content = (folder / "captions.txt").read_bytes()
     assert content.startswith(by_hand + b"\n3.png|")
@@ -155,14 +155,14 @@ def test_what_cannot_be_captioned_is_named(folder: Path, model: Path) -> None:
     done = run(folder, model, batch_size=50)
     assert len(done.written) == 7
     assert done.skipped == {
-        "a|b.png": "captions.txt cannot hold such a name: rename it",
-        "7.png": "it is no image, whatever its name says",
+        "a|b.png": "captions.txt cannot hold this file name: rename the image",
+        "7.png": "it is not an image, despite its name",
     }
     silent = caption_folder(folder, lambda: lambda images: [""] * len(images), batch_size=1)
     assert silent.written == {}
     write_image(folder / "8.png")
     silent = caption_folder(folder, lambda: lambda images: [""] * len(images), batch_size=1)
-    assert silent.skipped["8.png"] == "the model had no words for it"
+    assert silent.skipped["8.png"] == "the model returned an empty caption"
 
 
 def test_captions_of_the_kaggle_set_lie_above_its_folders(folder: Path, model: Path) -> None:
@@ -193,7 +193,7 @@ def test_models_that_cannot_be_used(folder: Path, model: Path, tmp_path: Path) -
     assert f"convert it once: python -m ghibli convert {empty / 'pytorch_model.bin'}" in load(empty)
     (empty / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
     assert "model.safetensors is cut off or damaged" in load(empty)
-    assert "no such folder, and no hub id" in load(tmp_path / "nowhere")
+    assert "no such folder, and not a hub id" in load(tmp_path / "nowhere")
     text = load(BLIP)
     assert text.startswith(f"--model {BLIP} is not on this machine and the hub cannot be reached; ")
     assert "--model FOLDER" in text

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import train
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.data import datamodule
 from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import split_apart, split_by_content
@@ -25,7 +25,7 @@ from ghibli.models import load
 from ghibli.models.base import BaseModel
 from ghibli.models.performance import shrink_frozen
 from ghibli.prepare import dataset_checks, memory, preflight
-from ghibli.prepare.memory import Live, measured
+from ghibli.prepare.memory import Live, measure_cost
 from ghibli.runs.folder import RunDir
 from ghibli.runtime import resources
 from ghibli.runtime.resources import free_memory
@@ -55,7 +55,7 @@ def test_a_healthy_run(check: Callable) -> None:
     assert {finding.level for finding in found} == {"note"}
     notes = texts(found, "note")
     assert set(notes) >= {"config", "base", "device", "images", "plan", "memory", "disk"}
-    assert "it predicts epsilon, its VAE makes one latent of 8x8 px" in notes["base"]
+    assert "it predicts epsilon, its VAE encodes 8x8 px as one latent" in notes["base"]
     assert "21 to train on, 3 held out" in notes["images"]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
@@ -65,7 +65,8 @@ def test_a_healthy_run(check: Callable) -> None:
         optimizer.step()
         schedule.step()
     assert (
-        "batch 5 x 1 accumulated x 1 device: 4 optimiser steps an epoch, 4 epochs, 16 steps" in notes["plan"]
+        "batch size 5 x accumulation 1 x 1 device: 4 optimiser steps per epoch, 4 epochs, 16 steps"
+        in notes["plan"]
     )
     said = [float(number) for number in re.findall(r"([\d.e-]+) at \d+ %", notes["plan"])]
     assert said == pytest.approx([*rates, rates[-1]], rel=5e-3)  # step 0, 4, 8, 12 and the last, 15
@@ -84,7 +85,7 @@ def test_the_command_prints_all_and_says_by_its_exit_code(
     assert done.exit_code == 2
     levels = [line.split(":")[0] for line in done.output.splitlines()]
     assert levels == ["error"] * 2 + ["warning"] + ["note"] * 5
-    assert "1 MB are free: free some space, or choose another place, hydra.run.dir=DIR" in done.output
+    assert "1 MB are free: free some space, or choose another disk, hydra.run.dir=DIR" in done.output
     assert "warning: warm-up: optimizer.warmup_steps=5000, but there are 10 steps" in done.output
 
 
@@ -131,10 +132,11 @@ def test_a_base_that_is_not_downloaded_is_not_fetched(
     check: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the hub answers that is a warning; where it does not, training could not begin."""
-    monkeypatch.setattr(load, "hub_answers", lambda: True)
+    monkeypatch.setattr(preflight, "hub_answers", lambda: True)
     text = texts(check("model.path=nobody/nothing"), "warning")["base"]
     assert "nobody/nothing is not downloaded yet" in text
-    monkeypatch.setattr(load, "hub_answers", lambda: False)
+    for module in (preflight, load):
+        monkeypatch.setattr(module, "hub_answers", lambda: False)
     text = texts(check("model.path=nobody/nothing"), "error")["base"]
     assert "the hub cannot be reached" in text
 
@@ -150,8 +152,8 @@ def lint(root: Path, base: BaseModel, val_fraction: float = 0.5, notes: bool = F
         on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
     )  # fmt: skip
     split = split_apart(folder.images, thumbnails, val_fraction)
-    found = dataset_checks.lint(folder, split.train, split.held_out, thumbnails, split.moved)
-    found += [dataset_checks.too_long(folder.images, base.tokenizer)]
+    found = dataset_checks.check_dataset(folder, split.train, split.held_out, thumbnails, split.moved)
+    found += [dataset_checks.long_captions(folder.images, base.tokenizer)]
     return {f.name: f.text for f in found if f is not None and (notes or f.level != "note")}
 
 
@@ -177,7 +179,7 @@ def test_captions_that_are_odd(tmp_path: Path, base: BaseModel) -> None:
     assert "3 of 8 captions repeat" in found["stuttering captions"]
     assert f"{names[0]} (`ze ze ze ze`), {names[1]} (" in found["stuttering captions"]
     assert names[4] in found["missing captions"]
-    assert f"{names[5]} (it is no image" in found["unusable images"]
+    assert f"{names[5]} (it is not an image" in found["unusable images"]
     limit = base.tokenizer.model_max_length
     assert f"1 of 8 captions have more than the {limit - 2} tokens" in found["long captions"]
     assert f"{names[3]} loses `" in found["long captions"]
@@ -187,7 +189,7 @@ def test_the_lost_words_are_those_the_tokenizer_cuts_off(base: BaseModel) -> Non
     """What is kept and what is lost make the whole caption, word for word."""
     words = ["a girl", "in", "a", "greenhouse", "by", "a", "lake", "under", "the", "moon"] * 9
     caption = " ".join(words)
-    text = dataset_checks.too_long([CaptionedImage(Path("a.png"), caption, "0")], base.tokenizer).text
+    text = dataset_checks.long_captions([CaptionedImage(Path("a.png"), caption, "0")], base.tokenizer).text
     start = re.search(r"loses `(.*?)( \.\.\.)?`", text)[1]
     kept = base.tokenizer.decode(base.tokenize([caption])[0], skip_special_tokens=True).strip()
     assert caption.startswith(f"{kept} {start}")
@@ -263,8 +265,8 @@ def test_live_counts_what_is_alive() -> None:
     assert view.numel() == 10
 
 
-def test_measured_recovers_what_grows_with_the_area_and_what_does_not() -> None:
-    cost = measured(lambda height, width: [torch.zeros(100), torch.zeros(3, height, width)], 16)
+def test_measure_cost_recovers_what_grows_with_the_area_and_what_does_not() -> None:
+    cost = measure_cost(lambda height, width: [torch.zeros(100), torch.zeros(3, height, width)], 16)
     assert (cost.example, cost.pixel) == (400, 12)
     assert cost.at(40, 7) == 7 * (400 + 12 * 1600)
 
@@ -277,7 +279,7 @@ def test_the_need_of_training_is_found_at_a_small_size(
     config = make_config("model.resolution=192", "data.batch_size=3")
     module = GhibliModule(config, base)
     before, modes = torch.get_rng_state(), [part.training for part in module.modules()]
-    need = memory.memory(module, 10, precision)
+    need = memory.estimate_memory(module, 10, precision)
     assert torch.equal(torch.get_rng_state(), before)
     assert [part.training for part in module.modules()] == modes
     shrink_frozen(module.base, precision)  # as training does
@@ -296,35 +298,39 @@ def test_the_need_of_training_is_found_at_a_small_size(
 def test_too_little_memory_names_the_setting(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "free_memory", lambda device: 50 * 2**20)
     text = texts(check("data.batch_size=8", "data.accumulate=1"), "error")["memory"]
-    assert "50 MiB are free: lower data.batch_size to 4 with data.accumulate=2, which learns the same" in text
+    assert "50 MiB are free: lower data.batch_size to 4 with data.accumulate=2, which gives the same" in text
     text = texts(check("data.batch_size=1", "finetune=none"), "error")["memory"]
     assert "lower model.resolution (it is 128), or free some memory" in text
 
 
 def test_free_memory_knows_a_containers_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = free_memory(torch.device("cpu"))
-    assert whole is None or whole > 2**20
-    monkeypatch.setattr(resources, "MEMORY_LIMITS", tmp_path)
+    cpu = torch.device("cpu")
+    assert free_memory(cpu) > 2**20
+    monkeypatch.setattr(resources, "CGROUP", tmp_path)
+    assert free_memory(cpu) > 2_250_000  # no limit at all
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert free_memory(torch.device("cpu")) in (None, 2_000_000)
+    assert free_memory(cpu) == 2_000_000
     (tmp_path / "memory.stat").write_text("anon 600000\ninactive_file 250000\nactive_file 150000\n")
-    assert free_memory(torch.device("cpu")) in (None, 2_250_000)  # the kernel gives those back
+    assert free_memory(cpu) == 2_250_000  # the kernel frees inactive page cache
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(torch.device("cpu")) != 2_000_000
+    assert free_memory(cpu) > 2_250_000
 
 
-def test_each_process_of_a_run_on_the_cpu_needs_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "memory", lambda *_: memory.Memory(2**30, {"training": 2**30}))
-    monkeypatch.setattr(resources, "of_this_process", lambda name: 2**30)
-    monkeypatch.setattr(resources, "free_memory", lambda device: None)
+def test_each_process_of_a_run_on_the_cpu_needs_its_memory(
+    make_config: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_: memory.Memory(2**30, {"training": 2**30}))
+    monkeypatch.setattr(resources, "resident_memory", lambda: 2**30)
+    monkeypatch.setattr(resources, "free_memory", lambda device: 2**40)
+    module = SimpleNamespace(config=make_config())
     data = SimpleNamespace(train_images=[1], val_images=[2])
     needs = []
     for devices in (1, 3):
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
         trainer = SimpleNamespace(strategy=strategy, precision="32-true", num_devices=devices)
-        text = preflight.about_memory(None, data, trainer).text
-        needs.append(float(re.search(r"takes about ([\d.]+) GiB", text)[1]))
+        text = preflight.about_memory(module, data, trainer).text
+        needs.append(float(re.search(r"needs about ([\d.]+) GiB", text)[1]))
     assert needs[1] == pytest.approx(3 * needs[0] + 2, abs=0.2)
 
 
@@ -339,7 +345,7 @@ def test_the_codes_in_the_cache_are_as_large_as_predicted(
     assert preflight.about_cache(config, 3) == []
     monkeypatch.setattr(resources, "free_disk", lambda folder: 300_000 if folder == tmp_path else 2**40)
     (finding,) = preflight.about_cache(config, 3)
-    assert finding.text.startswith(f"the images' codes take 0.4 MB below cache_dir={tmp_path}, where 0.3 MB")
+    assert finding.text.startswith(f"the cached latents need 0.4 MB below cache_dir={tmp_path}, where 0.3 MB")
 
 
 def test_a_full_cache_is_one_finding_among_all(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,8 +375,8 @@ def test_train_says_what_is_wrong_and_goes_on(
 ) -> None:
     """And the files of the run are as large as predicted."""
     needs = []
-    disk = memory.disk
-    monkeypatch.setattr(memory, "disk", lambda *a: needs.append(disk(*a)) or needs[0])
+    disk = memory.estimate_disk
+    monkeypatch.setattr(memory, "estimate_disk", lambda *a: needs.append(disk(*a)) or needs[0])
     monkeypatch.setattr(resources, "free_disk", lambda folder: 0)
     config = make_config("trainer.max_epochs=2", "validation.max_images=2")
     train.run(config, RunDir(tmp_path))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.data.folder import list_images, read_folder, recognised
 from ghibli.data.split import first_by_content
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
@@ -76,18 +76,18 @@ def test_the_kaggle_set(tmp_path: Path, set_of_ten: Path) -> None:
     shutil.copytree(set_of_ten / "images", tmp_path / "kaggle" / "dataset" / "trainA")
     assert {path.parent for _, path, _ in list_images(tmp_path / "kaggle")} == {drawn}
     assert recognised(tmp_path / "kaggle") == "dataset/trainB_ghibli/ without captions"
-    with pytest.raises(UserError, match="images without captions: ghibli caption .* or --caption TEXT"):
-        prepare.read(tmp_path / "kaggle", None)
-    assert len(prepare.read(tmp_path / "kaggle", "a scene").images) == 10
+    with pytest.raises(UserError, match="images without captions: `ghibli caption .* or --caption TEXT"):
+        prepare.read_images(tmp_path / "kaggle", None)
+    assert len(prepare.read_images(tmp_path / "kaggle", "a scene").images) == 10
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"a"\n', "line 2 is no JSON object"),
-        ("metadata.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"a"\n', "line 2 is not a JSON object"),
+        ("metadata.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("metadata.jsonl", '{"text": "x"}\n', "line 1 has no file_name: expected file_name and text"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', "line 1: its text is no text: `3`"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', "line 1: its text is not text: `3`"),
         ("metadata.csv", "file_name,words\na.png,x\n", "line 2 has no text"),
         ("metadata.csv", "name,text\na.png,x\n", "line 2 has no file_name"),
     ],
@@ -143,10 +143,10 @@ def test_zip_files_that_cannot_be_used(
 ) -> None:
     file = zipped(set_of_ten, tmp_path / "set.zip")
     monkeypatch.setattr(download, "free_disk", lambda folder: 2**30)
-    with pytest.raises(UserError, match="takes 0.0 GiB and .* has 1.0 free: free some space"):
+    with pytest.raises(UserError, match="needs 0.0 GiB and .* has 1.0 free: free some space"):
         download.fetch(str(file), tmp_path / "data", no_progress)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="no whole zip file: .*; get it anew"):
+    with pytest.raises(UserError, match="not a complete zip file: .*; download it again"):
         download.fetch(str(file), tmp_path / "data", no_progress)
     zipfile.ZipFile(file, "w").close()
     with pytest.raises(UserError, match="no images in it"):
@@ -203,7 +203,7 @@ def test_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_sheet_shows_images_above_their_captions(set_of_ten: Path) -> None:
-    images = first_by_content(prepare.read(set_of_ten, None).images, 8)
+    images = first_by_content(prepare.read_images(set_of_ten, None).images, 8)
     sheet = contact_sheet([(open_image(p.path), p.caption) for p in images])
     assert sheet.width == COLUMNS * (TILE + GAP) + GAP
     for place, left in enumerate(range(GAP, sheet.width - TILE, TILE + GAP)):
@@ -234,11 +234,11 @@ def test_what_is_noted_is_what_train_takes(local: Path, set_of_ten: Path) -> Non
     assert (noted.model.path, noted.data.root) == ("demo", str(set_of_ten))
     base = load("demo")
     assert json.loads((local / "prepared.json").read_text())["base_hash"] == weights_hash(base)
-    assert preflight.since_prepared(noted, base) == []
-    assert not [finding for finding in preflight.check([]) if "has other weights" in finding.text]
+    assert preflight.changed_since_prepared(noted, base) == []
+    assert not [finding for finding in preflight.check([]) if "has changed since" in finding.text]
     next(base.vae.parameters()).data += 1
-    (finding,) = preflight.since_prepared(noted, base)
-    assert "has other weights than `ghibli prepare` saw" in finding.text
+    (finding,) = preflight.changed_since_prepared(noted, base)
+    assert "has changed since `ghibli prepare` checked it" in finding.text
 
 
 @pytest.mark.parametrize(
@@ -260,5 +260,5 @@ def test_errors_are_not_noted(local: Path, set_of_ten: Path, monkeypatch: pytest
     monkeypatch.setattr(preflight, "check", lambda words: [finding])
     result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])
     assert result.exit_code == 2
-    assert "error: memory: too little" in result.output and "nothing was noted" in result.output
+    assert "error: memory: too little" in result.output and "nothing was saved" in result.output
     assert not (local / "default.yaml").exists()
