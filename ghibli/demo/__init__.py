@@ -1,1 +1,1 @@
-"""The embedded default: drawn scenes and a tiny base of Stable Diffusion 1.5's classes."""
+"""The embedded demo: drawn scenes as data, and a tiny base made of Stable Diffusion 1.5's classes."""

@@ -1,4 +1,4 @@
-"""The demo base: small, complete, loadable without our code, and exactly resumable."""
+"""The demo base: small, complete, loadable without our code; its pretraining resumes bit for bit."""
 
 import subprocess
 import sys
@@ -9,28 +9,25 @@ from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ghibli.demo.pretrain import architecture, stages
-from ghibli.demo.pretrain.training_loop import Plan, train
+from ghibli.demo.pretrain.training_loop import Plan, train_stage
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose
-
-FOLDER = architecture.FOLDER
+from ghibli.models.base import DEMO
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
+    return CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
 
 
 def test_all_files_together_are_at_most_24_mb():
     size = sum(
-        file.stat().st_size
-        for file in FOLDER.rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        file.stat().st_size for file in DEMO.rglob("*") if file.is_file() and "__pycache__" not in file.parts
     )
     assert size <= 24e6
 
 
 def test_vocabulary_fits_the_text_encoder(tokenizer):
-    text_encoder = CLIPTextModel.from_pretrained(FOLDER / "text_encoder")
+    text_encoder = CLIPTextModel.from_pretrained(DEMO / "text_encoder")
     assert len(tokenizer) == text_encoder.config.vocab_size
     assert text_encoder.dtype == torch.float32
     assert tokenizer.model_max_length == 77
@@ -57,7 +54,7 @@ def test_an_unknown_word_falls_back_to_pieces(tokenizer):
 def test_the_pipeline_loads_and_draws_without_our_code(tmp_path):
     code = (
         f"import sys; from diffusers import StableDiffusionPipeline as P;"
-        f"p = P.from_pretrained({str(FOLDER)!r});"
+        f"p = P.from_pretrained({str(DEMO)!r});"
         "image = p('a panda', num_inference_steps=2).images[0];"
         "assert image.size == (128, 128) and p.safety_checker is None;"
         "assert not any(name.split('.')[0] == 'ghibli' for name in sys.modules)"
@@ -68,7 +65,7 @@ def test_the_pipeline_loads_and_draws_without_our_code(tmp_path):
 
 @pytest.mark.parametrize(("look", "bar"), [("photo", 28.0), ("drawn", 26.0)])
 def test_the_vae_keeps_held_out_scenes(look, bar):
-    vae = AutoencoderKL.from_pretrained(FOLDER / "vae").eval()
+    vae = AutoencoderKL.from_pretrained(DEMO / "vae").eval()
     images = stages.draw_images(64, look, EVALUATION_SEEDS.start, grain=False)
     assert stages.psnr(vae, images) >= bar
     posterior = vae.encode(stages.to_pixel_values(images[:8])).latent_dist
@@ -76,7 +73,7 @@ def test_the_vae_keeps_held_out_scenes(look, bar):
 
 
 def test_clip_prefers_the_right_caption(tokenizer):
-    clip = CLIPModel.from_pretrained(FOLDER / "clip").eval()
+    clip = CLIPModel.from_pretrained(DEMO / "clip").eval()
     first = EVALUATION_SEEDS.start
     images = stages.to_pixel_values(stages.draw_images(16, "photo", first, grain=True))
     ids = stages.tokenize(tokenizer, [compose(first + i).caption for i in range(16)])
@@ -86,7 +83,7 @@ def test_clip_prefers_the_right_caption(tokenizer):
 
 
 class TinyLoss:
-    """A loss with everything a stage has: random batches, noise, a model."""
+    """A tiny loss with what a stage's loss has: random batches and a model."""
 
     def __init__(self, model):
         self.model = model
@@ -101,14 +98,14 @@ def run_tiny(checkpoint, stops, muon):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
         plan = Plan(steps=20, learning_rate=1e-2, warmup=4, save_every=5, muon=muon)
-        train("tiny", model, TinyLoss(model), plan, checkpoint, stop_at=stop)
+        train_stage("tiny", model, TinyLoss(model), plan, checkpoint, stop_at=stop)
     return model.state_dict()
 
 
 @pytest.mark.parametrize("muon", [False, True])
 def test_pretraining_continues_exactly_from_a_checkpoint(tmp_path, muon):
     whole = run_tiny(tmp_path / "whole.pt", [20], muon)
-    parts = run_tiny(tmp_path / "parts.pt", [5, 13, 20], muon)  # 13 falls back to the state of 10
+    parts = run_tiny(tmp_path / "parts.pt", [5, 13, 20], muon)  # 13 resumes from the checkpoint of step 10
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -119,8 +116,8 @@ def test_the_vae_stage_continues_exactly(tmp_path):
         for stop in stops:
             torch.manual_seed(0)
             vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-            loss = stages.VaeLoss(vae, [pool, pool], batch=3, whole_from=9)
-            train(
+            loss = stages.VaeLoss(vae, [pool, pool], batch=3, full_size_from=9)
+            train_stage(
                 "vae",
                 vae,
                 loss,
@@ -133,10 +130,10 @@ def test_the_vae_stage_continues_exactly(tmp_path):
 
 
 def test_the_unet_stage_continues_exactly(tmp_path, tokenizer):
-    """The real stage, text encoder and Muon included, for 2 steps at once and for 1 + 1."""
-    clip = CLIPModel.from_pretrained(FOLDER / "clip")
+    """The real stage, with text encoder and Muon, for 2 steps at once and for 1 + 1."""
+    clip = CLIPModel.from_pretrained(DEMO / "clip")
     moments = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(1)).abs().half()
-    alphas_cumprod = architecture.make_scheduler().alphas_cumprod
+    alphas_cumprod = architecture.make_pndm_scheduler().alphas_cumprod
     results = []
     for name, stops in (("whole", [2]), ("parts", [1, 2])):
         for stop in stops:
@@ -145,7 +142,7 @@ def test_the_unet_stage_continues_exactly(tmp_path, tokenizer):
             both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
             loss = stages.UnetLoss(unet, text_encoder, tokenizer, moments, 0.5, alphas_cumprod, batch=3)
             plan = Plan(steps=2, learning_rate=4e-3, warmup=1, muon=True, save_every=1)
-            train("unet", both, loss, plan, tmp_path / f"{name}.pt", stop_at=stop)
+            train_stage("unet", both, loss, plan, tmp_path / f"{name}.pt", stop_at=stop)
         results.append(both.state_dict())
     fresh = architecture.make_unet().state_dict()
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])

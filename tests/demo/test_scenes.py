@@ -1,4 +1,4 @@
-"""The demo data: deterministic, disjoint, and captions that say what is in the image."""
+"""The demo data: deterministic, with disjoint seeds and captions that match the images."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_seed_ranges_are_disjoint():
     assert EVALUATION_SEEDS.start == 2_000_000
 
 
-def test_captions_say_what_is_in_the_scene():
+def test_captions_describe_the_scene():
     for seed in range(400):
         scene = compose(seed)
         words = scene.caption.split()

@@ -1,4 +1,4 @@
-"""A base written as one .safetensors file with the key names of the original Stable Diffusion code."""
+"""Write a base as one .safetensors file with the key names of the original Stable Diffusion code."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def write_single_file(base: BaseModel, file: Path) -> None:
-    """All weights of UNet, VAE and text encoder in one file."""
+    """Write all weights of UNet, VAE and text encoder into one file."""
     weights = {f"model.diffusion_model.{key}": w for key, w in unet_weights(base).items()}
     weights |= {f"first_stage_model.{key}": w for key, w in vae_weights(base).items()}
     text = base.text_encoder.state_dict()
@@ -33,54 +33,54 @@ def write_single_file(base: BaseModel, file: Path) -> None:
 
 
 def unet_weights(base: BaseModel) -> dict[str, torch.Tensor]:
-    """The UNet's weights by their original names: its blocks are one list, a step down is an entry of it."""
+    """Return the UNet's weights by original name: there, blocks and downsamplers form one list."""
     unet = base.unet
     each = unet.config.layers_per_block + 1
-    places = dict(UNET_ENDS)
+    blocks = dict(UNET_ENDS)
     for i, block in enumerate(unet.down_blocks):
         for j in range(each - 1):
-            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{each * i + j + 1}.0"
-            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{each * i + j + 1}.1"
+            blocks[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{each * i + j + 1}.0"
+            blocks[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{each * i + j + 1}.1"
         if block.downsamplers is not None:
-            places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{each * (i + 1)}.0.op"
+            blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{each * (i + 1)}.0.op"
     for i, block in enumerate(unet.up_blocks):
         for j in range(each):
-            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{each * i + j}.0"
-            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{each * i + j}.1"
+            blocks[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{each * i + j}.0"
+            blocks[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{each * i + j}.1"
         after = 2 if hasattr(block, "attentions") else 1
-        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{each * i + each - 1}.{after}.conv"
-    return {renamed(key, places, RESNET): weight for key, weight in unet.state_dict().items()}
+        blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{each * i + each - 1}.{after}.conv"
+    return {renamed(key, blocks, RESNET): weight for key, weight in unet.state_dict().items()}
 
 
 def vae_weights(base: BaseModel) -> dict[str, torch.Tensor]:
-    """The VAE's weights by their original names; its attention was made of 1 x 1 convolutions."""
+    """Return the VAE's weights by original name; its attention was made of 1 x 1 convolutions."""
     vae, last = base.vae, len(base.vae.config.block_out_channels) - 1
-    places = {}
+    blocks = {}
     for side in ("encoder", "decoder"):
-        places |= {f"{side}.mid_block.resnets.{j}": f"{side}.mid.block_{j + 1}" for j in (0, 1)}
-        places |= {f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1"}
-        places |= {f"{side}.conv_norm_out": f"{side}.norm_out"}
+        blocks |= {f"{side}.mid_block.resnets.{j}": f"{side}.mid.block_{j + 1}" for j in (0, 1)}
+        blocks |= {f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1"}
+        blocks |= {f"{side}.conv_norm_out": f"{side}.norm_out"}
     for i in range(last + 1):
         for j in range(vae.config.layers_per_block + 1):
-            places[f"encoder.down_blocks.{i}.resnets.{j}"] = f"encoder.down.{i}.block.{j}"
-            places[f"decoder.up_blocks.{i}.resnets.{j}"] = f"decoder.up.{last - i}.block.{j}"
-        places[f"encoder.down_blocks.{i}.downsamplers.0.conv"] = f"encoder.down.{i}.downsample.conv"
-        places[f"decoder.up_blocks.{i}.upsamplers.0.conv"] = f"decoder.up.{last - i}.upsample.conv"
+            blocks[f"encoder.down_blocks.{i}.resnets.{j}"] = f"encoder.down.{i}.block.{j}"
+            blocks[f"decoder.up_blocks.{i}.resnets.{j}"] = f"decoder.up.{last - i}.block.{j}"
+        blocks[f"encoder.down_blocks.{i}.downsamplers.0.conv"] = f"encoder.down.{i}.downsample.conv"
+        blocks[f"decoder.up_blocks.{i}.upsamplers.0.conv"] = f"decoder.up.{last - i}.upsample.conv"
     weights = {}
     for key, weight in vae.state_dict().items():
-        name = renamed(key, places, {"conv_shortcut": "nin_shortcut"} | VAE_ATTENTION)
+        name = renamed(key, blocks, {"conv_shortcut": "nin_shortcut"} | VAE_ATTENTION)
         is_matrix = ".attn_1." in name and name.endswith(".weight") and weight.ndim == 2
         weights[name] = weight[:, :, None, None] if is_matrix else weight
     return weights
 
 
-def renamed(key: str, places: dict[str, str], inner: dict[str, str]) -> str:
-    """A key with its block's original name and, in blocks whose parts have other names, that of the part."""
-    for place in sorted(places, key=len, reverse=True):
-        if key.startswith(f"{place}."):
-            rest = key.removeprefix(f"{place}.")
-            in_block = re.search(r"(resnets|mid_block\.attentions)\.\d+$", place)
+def renamed(key: str, blocks: dict[str, str], inner: dict[str, str]) -> str:
+    """Translate a key: the name of its block and, where those differ too, of the part within the block."""
+    for block in sorted(blocks, key=len, reverse=True):
+        if key.startswith(f"{block}."):
+            rest = key.removeprefix(f"{block}.")
+            in_block = re.search(r"(resnets|mid_block\.attentions)\.\d+$", block)
             part = next((p for p in inner if in_block and rest.startswith(f"{p}.")), None)
             rest = rest.replace(part, inner[part], 1) if part else rest
-            return f"{places[place]}.{rest}"
+            return f"{blocks[block]}.{rest}"
     return key

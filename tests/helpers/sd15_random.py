@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 at its published size and in its published file format, with random weights.
 
-Key names in the files are the published ones, which today's libraries rename while loading.
+Key names in the files are the published ones, which current libraries rename while loading.
 """
 
 import json
@@ -75,7 +75,7 @@ OLD_VAE_ATTENTION = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value."
 
 
 def write_sd15(folder: Path) -> dict[str, int]:
-    """Writes the diffusers folder (2.1 GB of fp16) and returns the parameter count of each part."""
+    """Write the diffusers folder (2.1 GB of fp16); return the parameter count of each part."""
     torch.manual_seed(0)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNET)
@@ -88,7 +88,7 @@ def write_sd15(folder: Path) -> dict[str, int]:
     for name, part in parts.items():
         weights = {published(name, key): value for key, value in random_weights(part).items()}
         file = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        if name == "text_encoder":  # a buffer of that time, which no layer has today
+        if name == "text_encoder":  # a buffer that older versions saved
             weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
         save_file(weights, folder / name / file, metadata={"format": "pt"})
     write_tokenizer(folder / "tokenizer")
@@ -98,7 +98,7 @@ def write_sd15(folder: Path) -> dict[str, int]:
 
 
 def random_weights(part: nn.Module) -> dict[str, torch.Tensor]:
-    """fp16 weights that keep activations at order 1: N(0, 1 / inputs), norms 1, biases 0."""
+    """Make fp16 weights that keep activations of order 1: N(0, 1 / inputs), norms 1, biases 0."""
     weights = {}
     for name, parameter in part.named_parameters():
         if parameter.ndim == 1:
@@ -111,7 +111,7 @@ def random_weights(part: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def published(part: str, key: str) -> str:
-    """The name of a weight in the published files."""
+    """Return the name of a weight in the published files."""
     if part == "text_encoder":
         return key if key.startswith("text_model.") else f"text_model.{key}"
     if part == "vae":
@@ -121,7 +121,7 @@ def published(part: str, key: str) -> str:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """CLIP's 49408 tokens in CLIP's format: bytes, bytes at a word's end, merges, two marks."""
+    """Write 49408 tokens in CLIP's format: bytes, bytes at the end of a word, merges, two special tokens."""
     symbols = byte_symbols()
     count = TEXT_ENCODER["vocab_size"] - 2 * len(symbols) - 2
     pairs = [(left, right) for left in symbols for right in symbols][:count]
@@ -137,5 +137,6 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write indented JSON into a folder that is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""`python -m ghibli.demo.pretrain`: trains the demo base from nothing."""
+"""`python -m ghibli.demo.pretrain`: train the demo base from scratch."""
 
 from ghibli.demo.pretrain.run import main
 

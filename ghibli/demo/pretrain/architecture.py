@@ -1,7 +1,7 @@
-"""The demo base's parts: Stable Diffusion 1.5's classes and block types, much narrower.
+"""The parts of the demo base: the classes and block types of Stable Diffusion 1.5, much narrower.
 
-Every function makes one part with random weights; `write_folder` saves a set of parts as a
-diffusers folder (fp16 safetensors) that `StableDiffusionPipeline.from_pretrained` loads.
+Each make_ function returns a part with random weights; `save_part` saves it (fp16 safetensors) into a folder
+that `StableDiffusionPipeline.from_pretrained` loads.
 """
 
 import copy
@@ -15,7 +15,8 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-FOLDER = Path(__file__).parents[1]  # ghibli/demo: the weights stay where they are
+from ghibli.models.base import DEMO
+
 RESOLUTION = 128
 HIDDEN = 64  # width of the text encoder and of cross-attention
 PROJECTION = 64  # width of the space that images and captions share
@@ -36,7 +37,7 @@ MODEL_INDEX = {
 
 
 def make_clip(tokenizer) -> CLIPModel:
-    """Text tower (64 wide, 3 layers) and image tower (8x8 patches of 16 pixels)."""
+    """Make a CLIP model: text tower (width 64, 3 layers) and image tower (8 x 8 patches of 16 px)."""
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
@@ -62,7 +63,7 @@ def make_clip(tokenizer) -> CLIPModel:
 
 
 def make_text_encoder(clip: CLIPModel) -> CLIPTextModel:
-    """A CLIPTextModel with the weights of a CLIPModel's text tower."""
+    """Make a CLIPTextModel with the weights of a CLIPModel's text tower."""
     text_encoder = CLIPTextModel(CLIPTextConfig(**clip.config.text_config.to_dict()))
     wanted = text_encoder.state_dict()
     found = {
@@ -75,7 +76,7 @@ def make_text_encoder(clip: CLIPModel) -> CLIPTextModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """Images (B, 3, 128, 128) in -1..1 to latents (B, 4, 16, 16)."""
+    """Make the VAE, from images (B, 3, 128, 128) in -1 .. 1 to latents (B, 4, 16, 16)."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -88,14 +89,14 @@ def make_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         scaling_factor=0.18215,
     )
-    quiet_residuals(vae)
+    zero_residuals(vae)
     return vae
 
 
-def quiet_residuals(model: torch.nn.Module) -> None:
-    """Start every residual branch at zero: the model begins almost linear.
+def zero_residuals(model: torch.nn.Module) -> None:
+    """Zero the last layer of every residual branch, so that the model starts almost linear.
 
-    Colours and brightness are then learned long before they would be from noise.
+    It then learns colours and brightness much sooner.
     """
     for name, weight in model.named_parameters():
         if ".conv2." in name or ".to_out." in name:
@@ -103,7 +104,7 @@ def quiet_residuals(model: torch.nn.Module) -> None:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Noise prediction on (B, 4, 16, 16) latents with (B, 77, 64) prompt embeddings."""
+    """Make the UNet, for noisy latents (B, 4, 16, 16) and prompt_embeds (B, 77, 64)."""
     return UNet2DConditionModel(
         sample_size=RESOLUTION // 8,
         in_channels=4,
@@ -118,8 +119,8 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_scheduler() -> PNDMScheduler:
-    """Stable Diffusion 1.5's noise schedule."""
+def make_pndm_scheduler() -> PNDMScheduler:
+    """Make the scheduler of Stable Diffusion 1.5, with its noise schedule."""
     return PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -132,15 +133,15 @@ def make_scheduler() -> PNDMScheduler:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Move every file of `source` over the same name in `target`, each in one step."""
+    """Move every file of `source` into `target`, each atomically."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         file.chmod(0o644)
         os.replace(file, target / file.name)
 
 
-def save_part(name: str, part, folder: Path = FOLDER) -> None:
-    """Save a model (as fp16), tokenizer or scheduler to folder/name; a reader never sees half."""
+def save_part(name: str, part, folder: Path = DEMO) -> None:
+    """Save a model (as fp16), tokenizer or scheduler to folder/name; a reader never sees half a file."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
     try:
@@ -155,7 +156,7 @@ def save_part(name: str, part, folder: Path = FOLDER) -> None:
 
 
 def set_loading_dtype(config: Path) -> None:
-    """transformers loads in the dtype that its config names: fp32, as diffusers does."""
+    """Set the config's dtype, in which transformers loads, to fp32, as diffusers does."""
     values = json.loads(config.read_text())
     for part in (values, values.get("text_config", {}), values.get("vision_config", {})):
         if "dtype" in part:
@@ -163,9 +164,9 @@ def set_loading_dtype(config: Path) -> None:
     config.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def write_scheduler_and_index(folder: Path = FOLDER) -> None:
-    """The two small files beside the trained parts; without diffusers' newer keys, as in SD 1.5."""
-    save_part("scheduler", make_scheduler(), folder)
+def write_scheduler_and_index(folder: Path = DEMO) -> None:
+    """Write scheduler config and model index, without diffusers' newer keys, as in SD 1.5."""
+    save_part("scheduler", make_pndm_scheduler(), folder)
     config = folder / "scheduler" / "scheduler_config.json"
     values = json.loads(config.read_text())
     for key in ("prediction_type", "timestep_spacing"):

@@ -1,16 +1,16 @@
-"""Muon: momentum whose update of every weight matrix is made orthogonal (Jordan et al., 2024).
+"""Muon: momentum with orthogonalised updates of weight matrices (Jordan et al. 2024).
 
-On two cores it needs several times fewer steps than AdamW for these small networks.
+These small networks need several times fewer steps with it than with AdamW.
 """
 
 import torch
 
 
-def orthogonal(update: torch.Tensor) -> torch.Tensor:
-    """(rows, columns) to nearly the closest orthogonal matrix: five Newton-Schulz steps.
+def orthogonalise(update: torch.Tensor) -> torch.Tensor:
+    """Approximate the nearest orthogonal matrix of an update (rows, columns) by five Newton-Schulz steps.
 
-    Each step multiplies from the left by a polynomial of the small Gram matrix, so that only
-    the Gram matrix is iterated and the long side is touched twice.
+    A step multiplies from the left by a polynomial of the small Gram matrix; only the Gram matrix is
+    iterated, so the long side is touched just twice.
     """
     tall = update.shape[0] > update.shape[1]
     matrix = update.T if tall else update
@@ -28,7 +28,7 @@ def orthogonal(update: torch.Tensor) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for matrices and convolutions, Adam for vectors and for the weights in `plain`.
 
-    A Muon update has the root mean square 0.2 * lr, about what AdamW's would have.
+    A Muon update has a root mean square of 0.2 * lr, about that of AdamW.
     """
 
     def __init__(self, parameters, lr: float, momentum: float = 0.95, plain=()):
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         state["mean"].lerp_(weight.grad, 1 - group["momentum"])
         update = weight.grad.lerp(state["mean"], group["momentum"]).flatten(1)
         size = 0.2 * max(update.shape) ** 0.5
-        weight.add_(orthogonal(update).reshape(weight.shape), alpha=-group["lr"] * size)
+        weight.add_(orthogonalise(update).reshape(weight.shape), alpha=-group["lr"] * size)
 
     @staticmethod
     def adam(weight, state, group):

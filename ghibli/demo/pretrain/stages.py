@@ -1,4 +1,4 @@
-"""The three things the demo base learns, in order: CLIP, VAE, UNet. Losses and their data."""
+"""Losses and data of the three stages of pretraining, in order: CLIP, VAE, UNet."""
 
 from pathlib import Path
 
@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ghibli.demo.scenes.scene import compose, draw
+from ghibli.images.grid import evenly, lay_out
 
 
 def draw_images(count: int, look: str, first: int, grain: bool) -> torch.Tensor:
-    """`count` scenes from seed `first` as uint8 (count, 3, 128, 128)."""
+    """Draw `count` scenes from seed `first` on: uint8 (count, 3, 128, 128)."""
     images = [np.asarray(draw(compose(first + i), look, grain=grain)) for i in range(count)]
     return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
 
 
 def draw_pool(count: int, look: str, first: int, cache: Path, grain: bool) -> torch.Tensor:
-    """`count` images as uint8 (count, 3, 128, 128), drawn once and kept in a file."""
+    """Draw `count` scenes, or read them from the cache: uint8 (count, 3, 128, 128)."""
     file = cache / f"pool_{look}_{first}_{count}_{'grain' if grain else 'clean'}.npy"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -27,24 +28,24 @@ def draw_pool(count: int, look: str, first: int, cache: Path, grain: bool) -> to
 
 
 def to_pixel_values(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, H, W) to float in -1..1."""
+    """Convert uint8 images (B, 3, H, W) to float in -1 .. 1."""
     return images.float() / 127.5 - 1
 
 
 def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
-    """Captions to input_ids (B, 77)."""
+    """Tokenize captions to input_ids (B, 77)."""
     return tokenizer(
         captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
 
 
-def pick(count: int, batch: int, step: int, generator: torch.Generator) -> torch.Tensor:
-    """Indices of a batch: pass after pass over shuffled data would need state, draws do not."""
+def pick(count: int, batch: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw the indices of a batch, with replacement: unlike epochs, this needs no state to resume."""
     return torch.randint(count, (batch,), generator=generator)
 
 
 class ClipLoss:
-    """Contrastive loss between images of both looks and their captions."""
+    """Contrastive loss between images of both looks and their captions; equal captions are positives."""
 
     def __init__(self, clip, tokenizer, pools: list[torch.Tensor], batch: int):
         self.clip, self.pools, self.batch = clip, pools, batch
@@ -52,49 +53,49 @@ class ClipLoss:
         self.input_ids = tokenize(tokenizer, captions)
 
     def __call__(self, step: int, generator: torch.Generator) -> torch.Tensor:
-        index = pick(len(self.input_ids), self.batch, step, generator)
+        index = pick(len(self.input_ids), self.batch, generator)
         pool = self.pools[step % len(self.pools)]
         pixel_values = to_pixel_values(pool[index])
         pixel_values += 0.03 * torch.randn(pixel_values.shape, generator=generator)
         ids = self.input_ids[index]
         result = self.clip(input_ids=ids, pixel_values=pixel_values)
-        same = (ids[:, None] == ids[None]).all(dim=2).float()  # equal captions are no negatives
+        same = (ids[:, None] == ids[None]).all(dim=2).float()
         target = same / same.sum(dim=1, keepdim=True)
         logits = result.logits_per_text
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Differences to the right and lower neighbour."""
+    """Differences to the right and to the lower neighbour."""
     return (images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :])
 
 
 def chroma(images: torch.Tensor) -> torch.Tensor:
-    """Colour alone at an eighth of the size: red and blue against green, 8x8 means.
+    """Means of 8 x 8 px in an opponent colour space: (B, 3, H / 8, W / 8).
 
-    Without this term brightness is learned first and the images stay grey for long.
+    Without this term brightness is learned first and the images stay grey for a long time.
     """
     red, green, blue = F.avg_pool2d(images, 8).unbind(dim=1)
     return torch.stack([red - green, blue - green, red + green + blue], dim=1)
 
 
 class VaeLoss:
-    """Reconstruction of both looks: L1, L2, edges, coarse colour and a very small KL term.
+    """Reconstruction loss on both looks: L1, L2, edges, coarse colour and a very small KL term.
 
-    Most steps see 64x64 crops; the last ones whole images, a third as many. Of each three
-    images the first pool gives one and the second, the harder ink lines, two.
+    Most steps see crops of 64 x 64 px, the last ones a third as many images at full size. One image in three
+    is from the first pool, two from the second, whose ink lines are harder.
     """
 
-    def __init__(self, vae, pools: list[torch.Tensor], batch: int, whole_from: int):
-        self.vae, self.pools, self.batch, self.whole_from = vae, pools, batch, whole_from
+    def __init__(self, vae, pools: list[torch.Tensor], batch: int, full_size_from: int):
+        self.vae, self.pools, self.batch, self.full_size_from = vae, pools, batch, full_size_from
 
     def images(self, step: int, generator: torch.Generator) -> torch.Tensor:
-        whole = step >= self.whole_from
-        batch = max(3, self.batch // 3) if whole else self.batch
+        full_size = step >= self.full_size_from
+        batch = max(3, self.batch // 3) if full_size else self.batch
         parts = []
         for pool, thirds in zip(self.pools, (1, 2), strict=True):
-            chosen = pool[pick(len(pool), batch * thirds // 3, step, generator)]
-            if not whole:
+            chosen = pool[pick(len(pool), batch * thirds // 3, generator)]
+            if not full_size:
                 corners = 8 * torch.randint(9, (len(chosen), 2), generator=generator)
                 chosen = torch.stack(
                     [
@@ -119,9 +120,9 @@ class VaeLoss:
 
 
 class UnetLoss:
-    """Noise prediction on cached latents; every tenth caption is empty.
+    """Noise prediction loss on cached latents; one caption in ten is empty.
 
-    The text encoder learns along: it starts from CLIP's, which had too short a training.
+    The text encoder is trained too: it starts from CLIP's, whose own training was short.
     """
 
     def __init__(
@@ -141,14 +142,14 @@ class UnetLoss:
         self.empty_ids = tokenize(tokenizer, [""])
 
     def __call__(self, step: int, generator: torch.Generator) -> torch.Tensor:
-        index = pick(len(self.moments), self.batch, step, generator)
+        index = pick(len(self.moments), self.batch, generator)
         mean, std = self.moments[index].float().chunk(2, dim=1)
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         latents = latents * self.scaling
         noise = torch.randn(latents.shape, generator=generator)
-        start = torch.rand((), generator=generator)  # timesteps spread evenly
+        start = torch.rand((), generator=generator)  # stratified timesteps
         spread = (start + torch.arange(self.batch) / self.batch) % 1
-        high = torch.arange(self.batch) % 5 < 2  # two of five in 650..999, where light is decided
+        high = torch.arange(self.batch) % 5 < 2  # two in five in 650 .. 999, which decide the light
         spread = torch.where(high, 0.65 + 0.35 * spread, spread)
         timesteps = (spread * len(self.alphas_cumprod)).long()
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -162,7 +163,7 @@ class UnetLoss:
 
 @torch.no_grad()
 def encode_pool(vae, pool: torch.Tensor, cache: Path) -> torch.Tensor:
-    """Mean and standard deviation (count, 8, 16, 16) fp16 of a pool of images."""
+    """Encode a pool of images, or read the cache: mean and std of the latents, (count, 8, 16, 16), fp16."""
     if cache.exists():
         return torch.load(cache, weights_only=True)
     parts = []
@@ -175,7 +176,7 @@ def encode_pool(vae, pool: torch.Tensor, cache: Path) -> torch.Tensor:
 
 
 def psnr(vae, images: torch.Tensor) -> float:
-    """Mean over images (uint8, without grain) of the reconstruction's PSNR in dB."""
+    """Mean PSNR in dB of the reconstructions of uint8 images (B, 3, H, W)."""
     values = []
     with torch.no_grad():
         for part in images.split(16):
@@ -186,18 +187,27 @@ def psnr(vae, images: torch.Tensor) -> float:
     return torch.cat(values).mean().item()
 
 
-def sheet(rows: list[list[Image.Image]], file: Path, gap: int = 2) -> None:
-    """Save rows of equally large images as one PNG."""
+@torch.no_grad()
+def reconstruction_rows(vae, held_out: list[torch.Tensor]) -> list[list[Image.Image]]:
+    """Return two rows for each set of uint8 images: eight originals and their reconstructions."""
+    rows = []
+    for images in held_out:
+        clean = to_pixel_values(images[:8])
+        result = vae.decode(vae.encode(clean).latent_dist.mean).sample
+        rows += [to_images(clean), to_images(result)]
+    return rows
+
+
+def save_sheet(rows: list[list[Image.Image]], file: Path, gap: int = 2) -> None:
+    """Save rows of images of the same size as one PNG."""
     width, height = rows[0][0].size
-    page = Image.new("RGB", (len(rows[0]) * (width + gap), len(rows) * (height + gap)), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            page.paste(image, (x * (width + gap), y * (height + gap)))
+    lefts, tops = evenly(len(rows[0]), width + gap), evenly(len(rows), height + gap)
+    size = len(lefts) * (width + gap), len(tops) * (height + gap)
     file.parent.mkdir(parents=True, exist_ok=True)
-    page.save(file, optimize=True)
+    lay_out(size, rows, lefts, tops).save(file, optimize=True)
 
 
 def to_images(pixel_values: torch.Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in -1..1 to Pillow images."""
+    """Convert (B, 3, H, W) in -1 .. 1 to 8-bit images."""
     array = ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(image) for image in array]

@@ -1,4 +1,4 @@
-"""The demo's own small byte-pair vocabulary, written in CLIPTokenizer's file format."""
+"""The demo base's tokenizer: a small byte-pair vocabulary in CLIPTokenizer's file format."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from ghibli.demo.scenes import subjects
 from ghibli.demo.scenes.scene import ON_WATER, PLACES, SETTINGS, TIMES
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Words a user may type that the demo's captions never say.
+# Words that a user may type and no caption of the demo contains.
 STYLE_WORDS = """
 studio ghibli style painting drawing photo photograph picture image anime hand drawn painted
 watercolour landscape beautiful soft warm light colourful clean lines sky clouds flowers hill
@@ -22,7 +22,7 @@ three walking running sleeping looking day evening dress sail roof hat window
 
 
 def caption_words() -> list[str]:
-    """Every word a caption of the demo world can hold, sorted."""
+    """Return every word that a caption of the demo can contain, sorted."""
     phrases = [
         *subjects.COLOURS,
         *SETTINGS,
@@ -37,25 +37,25 @@ def caption_words() -> list[str]:
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable stand-ins for bytes that GPT-2 and CLIP share, in CLIP's order."""
+    """Return the 256 printable stand-ins for bytes that GPT-2 and CLIP use, in CLIP's order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first, until every word is one piece."""
+    """Learn byte-pair merges, most frequent pair first, until every word is one token."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while any(len(word) > 1 for word in pieces):
         pairs = Counter(pair for word in pieces for pair in itertools.pairwise(word))
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        pieces = [merge(word, best) for word in pieces]
+        pieces = [merge_pair(word, best) for word in pieces]
     return merges
 
 
-def merge(word: list[str], pair: tuple[str, str]) -> list[str]:
+def merge_pair(word: list[str], pair: tuple[str, str]) -> list[str]:
     """Join every occurrence of a pair, left to right."""
     joined, index = [], 0
     while index < len(word):

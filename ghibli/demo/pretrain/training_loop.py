@@ -1,9 +1,10 @@
-"""A resumable training loop: everything random follows from (seed, step), state is saved whole."""
+"""A resumable training loop: all randomness follows from (seed, stage, step), and checkpoints are atomic."""
 
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,32 +15,33 @@ from ghibli.demo.pretrain.muon import Muon
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast one stage trains."""
+    """Hyperparameters of one stage."""
 
     steps: int
     learning_rate: float
     warmup: int = 200
     muon: bool = False  # AdamW otherwise
-    ema: float = 0.998  # share of the old average kept a step
-    save_every: int = 250
-    look_every: int = 700
+    ema: float = 0.998  # decay of the weight average per step
+    save_every: int = 250  # steps between checkpoints
+    preview_every: int = 700  # steps between previews
+    seed: int = 0
 
 
 def generator_for(seed: int, stage: str, step: int) -> torch.Generator:
-    """The random numbers of one step of one stage, the same however often it is resumed."""
+    """Make the random generator of one step of one stage, the same after any number of resumes."""
     word = sum((index + 1) * ord(letter) for index, letter in enumerate(stage))
     return torch.Generator().manual_seed((seed * 1_000_003 + word) * 10_000_019 + step)
 
 
 def rate_at(plan: Plan, step: int) -> float:
-    """Linear warm-up, a flat half, then a half cosine down to zero."""
+    """Learning rate of a step: linear warm-up, constant up to half-way, then a half cosine down to zero."""
     warm = min(1.0, (step + 1) / plan.warmup)
     late = max(0.0, 2 * step / plan.steps - 1)
     return plan.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * late))
 
 
-def make_optimizer(model, plan: Plan) -> torch.optim.Optimizer:
-    """Muon (Adam for embedding tables) or AdamW over all weights of the model."""
+def stage_optimizer(model, plan: Plan) -> torch.optim.Optimizer:
+    """Make Muon (with Adam for embedding tables) or AdamW for all weights of the model."""
     if plan.muon:
         tables = [part.weight for part in model.modules() if isinstance(part, torch.nn.Embedding)]
         return Muon(model.parameters(), lr=plan.learning_rate, plain=tables)
@@ -47,7 +49,7 @@ def make_optimizer(model, plan: Plan) -> torch.optim.Optimizer:
 
 
 def start_or_resume(model, optimizer, average: list, checkpoint: Path) -> int:
-    """Load a stage's state if there is one; returns the next step."""
+    """Load a stage's checkpoint if there is one; return the next step."""
     if not checkpoint.exists():
         return 0
     state = torch.load(checkpoint, weights_only=True)
@@ -59,7 +61,7 @@ def start_or_resume(model, optimizer, average: list, checkpoint: Path) -> int:
 
 
 def save(model, optimizer, average: list, step: int, checkpoint: Path) -> None:
-    """Write the whole state of a stage in one move."""
+    """Save the complete state of a stage, atomically."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     partial = checkpoint.with_suffix(".partial")
     torch.save(
@@ -69,8 +71,8 @@ def save(model, optimizer, average: list, step: int, checkpoint: Path) -> None:
     os.replace(partial, checkpoint)
 
 
-def show(stage: str, step: int, steps: int, loss: float, seconds: float) -> None:
-    """One progress line: where the stage is, its loss and the time left."""
+def print_progress(stage: str, step: int, steps: int, loss: float, seconds: float) -> None:
+    """Print one line: step, loss, seconds per step and minutes left."""
     left = seconds * (steps - step)
     filled = 30 * step // steps
     print(
@@ -80,22 +82,23 @@ def show(stage: str, step: int, steps: int, loss: float, seconds: float) -> None
     )
 
 
-def train(
+def train_stage(
     stage: str,
     model: torch.nn.Module,
-    loss_of: Callable,
+    loss_of: Callable[[int, torch.Generator], torch.Tensor],
     plan: Plan,
     checkpoint: Path,
-    seed: int = 0,
-    look: Callable | None = None,
+    preview: Callable[[int], None] | None = None,
     stop_at: int | None = None,
 ) -> None:
-    """Train to plan.steps (or stop at `stop_at`) and leave the averaged weights in the model.
+    """Train for plan.steps and leave the averaged weights in the model.
 
-    loss_of(step, generator) gives the scalar loss of a step; look(step) is called with the
-    averaged weights in place.
+    Args:
+        loss_of: returns the scalar loss of a step.
+        preview: called with the step while the averaged weights are in place.
+        stop_at: step at which to stop early, as if interrupted.
     """
-    optimizer = make_optimizer(model, plan)
+    optimizer = stage_optimizer(model, plan)
     weights = list(model.parameters())
     average = [weight.detach().clone() for weight in weights]
     step = first = start_or_resume(model, optimizer, average, checkpoint)
@@ -103,7 +106,7 @@ def train(
     while step < (plan.steps if stop_at is None else stop_at):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(plan, step)
-        loss = loss_of(step, generator_for(seed, stage, step))
+        loss = loss_of(step, generator_for(plan.seed, stage, step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -113,32 +116,29 @@ def train(
         torch._foreach_lerp_(average, [weight.detach() for weight in weights], 1 - keep)
         recent = loss.item() if step == first + 1 else recent * 0.97 + loss.item() * 0.03
         if step % 25 == 0:
-            show(stage, step, plan.steps, recent, (time.monotonic() - begin) / (step - first))
+            print_progress(stage, step, plan.steps, recent, (time.monotonic() - begin) / (step - first))
         if step % plan.save_every == 0 or step == plan.steps:
             save(model, optimizer, average, step, checkpoint)
-        if look is not None and (step % plan.look_every == 0 or step == plan.steps):
-            with averaged(weights, average):
-                look(step)
+        if preview is not None and (step % plan.preview_every == 0 or step == plan.steps):
+            with swapped(weights, average):
+                preview(step)
     if step >= plan.steps:
-        put(weights, average)
+        copy_into(weights, average)
 
 
-def put(weights: list, values: list) -> None:
+def copy_into(weights: list, values: list) -> None:
     """Copy values into weights."""
     with torch.no_grad():
         for weight, value in zip(weights, values, strict=True):
             weight.copy_(value)
 
 
-class averaged:
-    """With the averaged weights in place, then the training ones again."""
-
-    def __init__(self, weights: list, average: list):
-        self.weights, self.average = weights, average
-
-    def __enter__(self):
-        self.kept = [weight.detach().clone() for weight in self.weights]
-        put(self.weights, self.average)
-
-    def __exit__(self, *error):
-        put(self.weights, self.kept)
+@contextmanager
+def swapped(weights: list, average: list) -> Iterator[None]:
+    """Put the averaged weights in place for a while, then the training ones again."""
+    kept = [weight.detach().clone() for weight in weights]
+    copy_into(weights, average)
+    try:
+        yield
+    finally:
+        copy_into(weights, kept)

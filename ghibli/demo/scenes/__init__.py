@@ -1,1 +1,1 @@
-"""Draws captioned scenes, photograph-like or in the Ghibli-like look."""
+"""Captioned scenes, drawn to look like photos or like hand-painted animation."""

@@ -1,7 +1,7 @@
-"""Skies and places of the demo world. Every function paints onto a `Canvas`.
+"""Skies and settings of the demo scenes. Every function paints on a `Canvas`.
 
-`rng` is a numpy Generator; what is drawn from it never depends on the look, so that one seed
-gives the same scene in both looks.
+`rng` is a numpy Generator. The numbers drawn from it never depend on the look, so that a seed gives the same
+scene in both looks.
 """
 
 import math
@@ -10,7 +10,7 @@ from PIL import Image
 
 from ghibli.demo.scenes.canvas import Canvas, blend, clip_colour, mute
 
-# Sky colours (top, horizon) of each look: final colours, not lit again.
+# Colours of the sky (top, horizon) in each look: final, not lit again.
 SKY = {
     "drawn": {
         "morning": ((126, 196, 232), (255, 232, 190)),
@@ -42,7 +42,7 @@ FLOWERS = ((255, 255, 250), (255, 214, 60), (238, 84, 80), (250, 150, 190))
 
 
 def curve(start: float, heights, bottom: float = 1.02):
-    """A smooth hill line through heights at equal steps, closed at the bottom of the image."""
+    """Return a smooth hill line through heights at equal steps, closed at the bottom of the image."""
     count, points = len(heights) - 1, []
     for step in range(count * 6 + 1):
         place = step / 6
@@ -59,7 +59,7 @@ def curve(start: float, heights, bottom: float = 1.02):
 
 
 def sky(canvas: Canvas, rng, horizon: float):
-    """Gradient, sun or moon, stars at night, clouds."""
+    """Paint a gradient, sun or moon, stars at night, and clouds."""
     top, low = SKY[canvas.look][canvas.time]
     side = canvas.pixels
     canvas.gradient((0, 0, side, round(side * (horizon + 0.08))), top, low)
@@ -79,7 +79,7 @@ def sky(canvas: Canvas, rng, horizon: float):
 
 
 def clouds(canvas: Canvas, rng, horizon: float, right: bool):
-    """A towering cumulus on the side away from the sun and a small cloud elsewhere."""
+    """Paint a towering cumulus on the side away from the sun and a small cloud elsewhere."""
     tower_x = (0.80 if right else 0.20) + 0.08 * (rng.random() - 0.5)
     small_x = tower_x + (-0.42 if right else 0.42)
     spots = (
@@ -107,7 +107,7 @@ def clouds(canvas: Canvas, rng, horizon: float, right: bool):
 
 
 def meadow(canvas: Canvas, rng, horizon: float):
-    """Far hills, a bright near hill and flowers in the grass."""
+    """Paint far hills, a bright near hill and flowers in the grass."""
     canvas.polygon(curve(horizon - 0.10, 0.13 * rng.random(5)), FAR_HILL, 0.1, ink=False)
     canvas.polygon(curve(horizon, 0.07 * rng.random(4)), blend(GRASS, (190, 214, 90), 0.45), 0.15, ink=False)
     canvas.polygon(curve(horizon + 0.13, 0.05 * rng.random(3)), GRASS, 0.35, ink=False)
@@ -115,7 +115,7 @@ def meadow(canvas: Canvas, rng, horizon: float):
 
 
 def flowers(canvas: Canvas, rng, top: float):
-    """A dozen big flowers below `top`; the photograph-like look shows plain grass."""
+    """Paint a dozen big flowers below `top`; the photo look shows plain grass."""
     for x, y, pick in rng.random((12, 3)):
         if canvas.drawn:
             radius = 0.015 + 0.009 * y
@@ -131,7 +131,7 @@ def flowers(canvas: Canvas, rng, top: float):
 
 
 def lake(canvas: Canvas, rng, horizon: float, shore: bool):
-    """Water up to the horizon, hills behind it and, for a subject that stands, a green shore."""
+    """Paint water up to the horizon, hills behind it and, for a subject that stands, a green shore."""
     canvas.polygon(curve(horizon - 0.13, 0.12 * rng.random(5)), FAR_HILL, 0.15, ink=False)
     side = canvas.pixels
     top, low = SKY[canvas.look][canvas.time]
@@ -149,20 +149,20 @@ def lake(canvas: Canvas, rng, horizon: float, shore: bool):
 
 
 def town(canvas: Canvas, rng, horizon: float):
-    """A row of gabled houses along a pale street."""
+    """Paint a row of gabled houses along a pale street."""
     walls = ((238, 222, 192), (226, 204, 180), (244, 236, 214), (214, 196, 178))
     roofs = ((176, 96, 72), (122, 104, 110), (152, 116, 84), (104, 122, 130))
     base, x = horizon + 0.16, -0.05 - 0.08 * rng.random()
     for wall, roof, high, wide in rng.random((5, 4)):
         width, top = 0.22 + 0.05 * wide, base - 0.24 - 0.10 * high
-        canvas.box(x, top, x + width, base, walls[int(wall * 4)], 0.15)
+        canvas.box((x, top, x + width, base), walls[int(wall * 4)], 0.15)
         canvas.polygon(
             [(x - 0.02, top), (x + width / 2, top - 0.13), (x + width + 0.02, top)],
             roofs[int(roof * 4)],
             0.15,
         )
         glass = (640, 500, 200) if canvas.time == "night" else (120, 156, 178)
-        canvas.box(x + width * 0.36, top + 0.06, x + width * 0.64, top + 0.145, glass, 0.05)
+        canvas.box((x + width * 0.36, top + 0.06, x + width * 0.64, top + 0.145), glass, 0.05)
         x += width
     canvas.polygon(
         [(-0.02, base), (1.02, base), (1.02, 1.02), (-0.02, 1.02)],
@@ -174,7 +174,7 @@ def town(canvas: Canvas, rng, horizon: float):
 
 
 def greenhouse(canvas: Canvas, rng):
-    """Inside a glass house: panes under an arched frame, leaves on both sides, a stone path."""
+    """Paint the inside of a greenhouse: panes under an arched frame, leaves on both sides, a stone path."""
     frame = (236, 244, 236)
     haze = SKY[canvas.look][canvas.time][1]
     side = canvas.pixels
@@ -202,7 +202,7 @@ def greenhouse(canvas: Canvas, rng):
 
 
 def bed(canvas: Canvas, rng, left: bool):
-    """A flower bed of round leafy bushes with a few big blossoms at one side."""
+    """Paint a flower bed of round leafy bushes with a few big blossoms at one side."""
     edge = 0.04 if left else 0.96
     turn = 1 if left else -1
     shades = ((44, 120, 62), (70, 156, 66), (104, 182, 74))
@@ -230,7 +230,7 @@ def bed(canvas: Canvas, rng, left: bool):
 
 
 def rails(canvas: Canvas, y: float):
-    """Gravel and one rail under a train, the rail at height y."""
+    """Paint gravel and one rail under a train, the rail at height y."""
     canvas.polygon(
         [(-0.02, y), (1.02, y), (1.02, y + 0.075), (-0.02, y + 0.075)],
         (150, 138, 126),
@@ -241,7 +241,7 @@ def rails(canvas: Canvas, y: float):
 
 
 def haze(canvas: Canvas):
-    """Photographs only: the distance pales towards the colour of the horizon."""
+    """Pale the distance towards the colour of the horizon, in the photo look only."""
     low = SKY["photo"][canvas.time][1]
     veil = Image.new("RGB", canvas.image.size, clip_colour(mute(low)))
     canvas.image = Image.blend(canvas.image, veil, 0.14)

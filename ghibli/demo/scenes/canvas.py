@@ -1,12 +1,16 @@
-"""A small canvas: one vocabulary of shapes, painted in one of two looks.
+"""A canvas on which the same shapes are painted in one of two looks.
 
-Coordinates are fractions of the image (0..1, y down), colours are (red, green, blue) in 0..255.
-The look decides how a shape is painted: "photo" mutes the colour and shades it softly,
-"drawn" saturates it and traces a dark ink line.
+Coordinates are fractions of the image (0 .. 1, y down), colours are (red, green, blue) in 0 .. 255.
+"photo" mutes a shape's colour and shades it softly, "drawn" saturates it and traces it with dark ink.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+
+Colour = tuple[float, float, float]
+Point = tuple[float, float]
 
 INK = (46, 36, 44)
 LOOKS = ("photo", "drawn")
@@ -20,24 +24,24 @@ LIGHT = {
 }
 
 
-def blend(first, second, share: float):
+def blend(first: Colour, second: Colour, share: float) -> Colour:
     """Mix two colours; share 0 gives the first, 1 the second."""
     return tuple(a + (b - a) * share for a, b in zip(first, second, strict=True))
 
 
-def clip_colour(colour):
-    """Round to the whole numbers 0..255 that Pillow paints with."""
+def clip_colour(colour: Colour) -> tuple[int, int, int]:
+    """Round a colour to integers and clip them to 0 .. 255."""
     return tuple(int(min(255, max(0, round(channel)))) for channel in colour)
 
 
-def mute(colour):
-    """Photograph-like: half of the saturation and less contrast, a little towards warm grey."""
+def mute(colour: Colour) -> Colour:
+    """Reduce saturation and contrast, slightly towards warm grey, as in a photo."""
     grey = 0.3 * colour[0] + 0.55 * colour[1] + 0.15 * colour[2]
     return blend(blend(colour, (grey, grey, grey), 0.36), (128, 124, 116), 0.10)
 
 
 class Canvas:
-    """A square image of `pixels` a side that is painted back to front."""
+    """A square image, `pixels` on a side, painted from back to front."""
 
     def __init__(self, pixels: int, look: str, time: str, image: Image.Image | None = None):
         self.image = image if image is not None else Image.new("RGB", (pixels, pixels))
@@ -48,8 +52,8 @@ class Canvas:
     def drawn(self) -> bool:
         return self.look == "drawn"
 
-    def colour(self, colour):
-        """The colour under this time's light and in this look."""
+    def colour(self, colour: Colour) -> tuple[int, int, int]:
+        """Return a colour as it appears in the light of this time of day and in this look."""
         light = LIGHT[self.time]
         share = self.light_share
         lit = tuple(c * (1 + (f - 1) * share) for c, f in zip(colour, light, strict=True))
@@ -65,14 +69,14 @@ class Canvas:
         self.image.paste(Image.fromarray(column).resize((width, height)), (x0, y0), mask)
 
     def fill(self, mask: Image.Image, corner, colour, depth: float):
-        """Paint through a mask: lighter at the top, darker at the bottom by `depth`."""
+        """Paint through a mask with a gradient: lighter at the top, darker at the bottom by `depth`."""
         lit, shade = self.colour(colour), self.colour(blend(colour, (70, 70, 120), depth))
         bright = blend(lit, (255, 250, 225), 0.16 if self.drawn else 0.20)
         x0, y0 = corner
         self.gradient((x0, y0, x0 + mask.width, y0 + mask.height), bright, shade, mask)
 
     def _mask(self, points):
-        """Corner of the bounding box and points relative to it, in pixels, 3 px of margin."""
+        """Return corner and size of the bounding box, with 3 px of margin, and the points relative to it."""
         array = np.asarray(points, dtype=np.float64) * self.pixels
         low = np.floor(array.min(axis=0)).astype(int) - 3
         high = np.ceil(array.max(axis=0)).astype(int) + 4
@@ -99,16 +103,16 @@ class Canvas:
     def ink_colour(self):
         return clip_colour(blend(INK, (18, 18, 52), 0.6)) if self.time == "night" else INK
 
-    def polygon(self, points, colour, depth=0.3, ink=True):
-        """A filled polygon; points are (x, y) pairs in fractions."""
+    def polygon(self, points: Sequence[Point], colour: Colour, depth: float = 0.3, ink: bool = True):
+        """Paint a filled polygon."""
         self._paint(points, colour, depth, ink, ellipse=False)
 
     def ellipse(self, x, y, rx, ry, colour, depth=0.3, ink=True):
-        """A filled ellipse around (x, y)."""
+        """Paint a filled ellipse around (x, y) with radii rx and ry."""
         self._paint([(x - rx, y - ry), (x + rx, y + ry)], colour, depth, ink, ellipse=True)
 
     def blob(self, circles, colour, depth=0.3, ink=True):
-        """One shape made of several circles (x, y, radius): a cloud, a tree top, a bush."""
+        """Paint one shape made of several circles (x, y, radius): a cloud, a tree top, a bush."""
         points = [(x + sx * r, y + sy * r) for x, y, r in circles for sx, sy in ((-1, -1), (1, 1))]
         corner, size, local = self._mask(points)
         mask = Image.new("L", size)
@@ -121,8 +125,9 @@ class Canvas:
             self.image.paste(self.ink_colour(), corner, wide)
         self.fill(mask, corner, colour, depth)
 
-    def box(self, x0, y0, x1, y1, colour, depth=0.3, ink=True, radius=0.0):
-        """A rectangle, its corners cut by `radius`."""
+    def box(self, bounds, colour: Colour, depth: float = 0.3, ink: bool = True, radius: float = 0.0):
+        """Paint a rectangle with bounds (left, top, right, bottom), its corners cut by `radius`."""
+        x0, y0, x1, y1 = bounds
         r = min(radius, (x1 - x0) / 2, (y1 - y0) / 2)
         if r <= 0:
             points = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
@@ -145,7 +150,7 @@ class Canvas:
         self.polygon(points, colour, depth, ink)
 
     def line(self, points, colour, width):
-        """An open stroke, `width` as a fraction of the image."""
+        """Paint an open stroke; `width` is a fraction of the image."""
         pen = ImageDraw.Draw(self.image)
         pixels = [(x * self.pixels, y * self.pixels) for x, y in points]
         pen.line(
@@ -156,7 +161,7 @@ class Canvas:
         )
 
     def glow(self, x, y, radius, colour, strength):
-        """Add soft light around a point; strength 0..1."""
+        """Add soft light around a point; strength 0 .. 1."""
         side = max(2, round(2 * radius * self.pixels))
         spot = ImageOps.invert(Image.radial_gradient("L")).resize((side, side))
         spot = spot.point(lambda v: max(0, (v - 75)) * 1.4 * strength)
@@ -166,13 +171,13 @@ class Canvas:
         self.image = ImageChops.screen(self.image, light)
 
     def disc(self, x, y, radius, colour):
-        """A plain disc in a final colour: sun or moon."""
+        """Paint a plain disc in a final colour: sun or moon."""
         pen = ImageDraw.Draw(self.image)
         p = self.pixels
         pen.ellipse([(x - radius) * p, (y - radius) * p, (x + radius) * p, (y + radius) * p], fill=colour)
 
     def plain_blob(self, circles, colour):
-        """Circles in a final colour, neither lit nor outlined: clouds."""
+        """Paint circles in a final colour, neither lit nor outlined: clouds."""
         pen, p = ImageDraw.Draw(self.image), self.pixels
         for x, y, r in circles:
             pen.ellipse([(x - r) * p, (y - r) * p, (x + r) * p, (y + r) * p], fill=clip_colour(colour))

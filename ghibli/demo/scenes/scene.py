@@ -1,7 +1,7 @@
-"""The demo data: images and captions made from a seed, the same scene in two looks.
+"""The demo data: images with captions, made from a seed, each scene in two looks.
 
-"photo" is photograph-like (muted, soft, hazy, grainy), "drawn" is a hand-painted animation look
-(ink lines, saturated greens and blues, cumulus, flowers). Pillow and numpy only.
+"photo" imitates a photograph (muted, soft, hazy, grainy), "drawn" a hand-painted animation (ink lines,
+saturated greens and blues, cumulus clouds, flowers). Needs only Pillow and numpy.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from ghibli.demo.scenes.canvas import LOOKS, Canvas
 from ghibli.demo.scenes.subjects import COLOURS, PAINTERS, shadow
 from ghibli.runtime.files import write_atomically, write_text
 
-# Which scene seeds belong to what; disjoint, so that nothing is learned from a test scene.
+# Scene seeds by purpose; disjoint, so that nothing is learned from a test scene.
 PRETRAIN_SEEDS = range(0, 1_000_000)
 FINETUNE_SEEDS = range(1_000_000, 2_000_000)
 EVALUATION_SEEDS = range(2_000_000, 3_000_000)
@@ -58,7 +58,7 @@ HUES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in one image. x, size and horizon are fractions of the image."""
+    """The content of one image; x, size and horizon are fractions of the image."""
 
     seed: int
     subject: str
@@ -73,7 +73,7 @@ class Scene:
 
 
 def compose(seed: int) -> Scene:
-    """The scene of a seed: what it shows, where, and one sentence about it."""
+    """Compose the scene of a seed, with its caption."""
     rng = np.random.default_rng([seed, 1])
 
     def pick(options):
@@ -83,23 +83,23 @@ def compose(seed: int) -> Scene:
     setting, colour = pick(SETTINGS[subject]), pick(HUES[subject])
     time, train_colour = pick(tuple(TIMES)), pick(HUES["train"])
     x, size, horizon = 0.36 + 0.28 * rng.random(), rng.random(), 0.50 + 0.09 * rng.random()
-    caption = describe(pick, subject, colour, setting, time, train_colour)
+    caption = make_caption(pick, subject, colour, setting, time, train_colour)
     return Scene(seed, subject, colour, setting, time, train_colour, x, size, horizon, caption)
 
 
-def describe(pick, subject, colour, setting, time, train_colour) -> str:
-    """One short sentence; the colour and the time are sometimes left out."""
+def make_caption(pick, subject, colour, setting, time, train_colour) -> str:
+    """Describe a scene in one short sentence; colour and time are sometimes omitted."""
     article = pick(("a", "a", "a", "the"))
     hue = pick((colour, colour, colour, colour, ""))
     pose = pick(("", "", {"girl": "standing", "panda": "sitting", "cat": "sitting"}.get(subject, "")))
     when = pick((*TIMES[time], TIMES[time][0], ""))
-    worn = {
+    coloured = {
         "girl": f"in a {hue} dress",
         "house": f"with a {hue} roof",
         "boat": f"with a {hue} sail",
     }
-    if subject in worn:
-        what = f"{article} {subject} {worn[subject]}" if hue else f"{article} {subject}"
+    if subject in coloured:
+        what = f"{article} {subject} {coloured[subject]}" if hue else f"{article} {subject}"
     elif subject == "panda" or not hue:
         what = f"{article} {subject}"
     else:
@@ -112,7 +112,7 @@ def describe(pick, subject, colour, setting, time, train_colour) -> str:
 
 
 def paint_setting(canvas: Canvas, scene: Scene, rng):
-    """Everything behind the subject."""
+    """Paint everything behind the subject."""
     horizon = scene.horizon
     backgrounds.sky(canvas, rng, 0.62 if scene.setting == "greenhouse" else horizon)
     if scene.setting == "greenhouse":
@@ -126,7 +126,7 @@ def paint_setting(canvas: Canvas, scene: Scene, rng):
 
 
 def paint_subject(canvas: Canvas, scene: Scene):
-    """The subject, and the train under it where it rides on one."""
+    """Paint the subject, and the train under it if it rides on one."""
     canvas.light_share = 0.42 if scene.time == "night" else 0.5
     colour, x = COLOURS[scene.colour], scene.x
     if scene.setting == "train":
@@ -154,7 +154,7 @@ def paint_subject(canvas: Canvas, scene: Scene):
 
 
 def draw(scene: Scene, look: str, size: int = 128, grain: bool = True) -> Image.Image:
-    """Paint a scene as an RGB image of size x size; `grain` adds the photograph's noise."""
+    """Paint a scene as an RGB image of size x size; `grain` adds film grain to a photo."""
     if look not in LOOKS:
         raise ValueError(f"look must be one of {LOOKS}, not {look!r}")
     rng = np.random.default_rng([scene.seed, 2])
@@ -174,7 +174,7 @@ def draw(scene: Scene, look: str, size: int = 128, grain: bool = True) -> Image.
 
 
 def add_grain(image: Image.Image, seed: int) -> Image.Image:
-    """Film grain: grey noise with a standard deviation of 2.5 levels (of 255)."""
+    """Add film grain: grey noise with a standard deviation of 2.5 levels (of 255)."""
     rng = np.random.default_rng([seed, 3])
     noise = (rng.random((*image.size, 2)).sum(axis=2) - 1.0) * 6.0
     pixels = np.asarray(image, dtype=np.float64) + noise[:, :, None]
@@ -186,9 +186,9 @@ def write_folder(
 ) -> None:
     """Write root/images/scene_SEED.png and, last, root/captions.txt with `NAME.png|caption` lines.
 
-    checksums.txt has the sha256 of each, as `sha256sum --check checksums.txt` reads it. An image
-    follows from its seed and each file is written whole, so several processes may fill one folder at
-    the same time. on_progress(done, count) is called after every image.
+    checksums.txt holds the sha256 of each file, in the format of `sha256sum --check`. An image depends only
+    on its seed and every write is atomic, so several processes may fill the same folder at once.
+    on_progress(done, count) is called after every image.
     """
     root, lines, checksums = Path(root), [], []
     for index in range(count):
@@ -207,7 +207,7 @@ def write_folder(
 
 
 def damaged(root: Path) -> bool:
-    """True for a folder of write_folder in which a file is not what was written; False for any other."""
+    """Tell whether a file in a folder of write_folder has changed since; False for any other folder."""
     checksums = Path(root) / "checksums.txt"
     if not checksums.is_file():
         return False
@@ -219,5 +219,5 @@ def damaged(root: Path) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, hex."""
+    """Hash a file's content: sha256, hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The subjects of the demo world. Each is painted with its feet at (x, foot) and `h` high."""
+"""The subjects of the demo scenes, each painted with its feet at (x, foot) and height `h`."""
 
 from PIL import Image
 
@@ -21,7 +21,7 @@ DARK = (48, 44, 52)
 
 
 def shadow(canvas: Canvas, x: float, foot: float, half: float):
-    """A soft dark patch under a subject."""
+    """Paint a soft dark patch under a subject."""
     side = canvas.pixels
     width, height = round(2 * half * side), max(4, round(0.05 * side))
     patch = Image.radial_gradient("L").resize((width, height))
@@ -30,16 +30,13 @@ def shadow(canvas: Canvas, x: float, foot: float, half: float):
     canvas.image.paste(canvas.colour((40, 60, 50)), corner, patch)
 
 
-def girl(canvas: Canvas, x, foot, h, colour):
-    """A girl with a bob of brown hair in a coloured dress."""
+def paint_girl(canvas: Canvas, x, foot, h, colour):
+    """Paint a girl with a bob of brown hair in a coloured dress."""
     head, neck, hem = foot - 0.80 * h, foot - 0.62 * h, foot - 0.18 * h
     r = 0.185 * h
     for side in (-1, 1):
         canvas.box(
-            x + side * 0.075 * h - 0.035 * h,
-            hem - 0.02,
-            x + side * 0.075 * h + 0.035 * h,
-            foot,
+            (x + side * 0.075 * h - 0.035 * h, hem - 0.02, x + side * 0.075 * h + 0.035 * h, foot),
             SKIN,
             0.2,
         )
@@ -80,8 +77,8 @@ def girl(canvas: Canvas, x, foot, h, colour):
         canvas.ellipse(x + side * 0.075 * h, head + 0.065 * h, 0.024 * h, 0.034 * h, DARK, 0, ink=False)
 
 
-def panda(canvas: Canvas, x, foot, h, colour):
-    """A sitting panda; its colours are its own."""
+def paint_panda(canvas: Canvas, x, foot, h, colour):
+    """Paint a sitting panda, always black and white."""
     white = (250, 248, 240)
     for side in (-1, 1):
         canvas.ellipse(x + side * 0.22 * h, foot - 0.90 * h, 0.085 * h, 0.085 * h, DARK, 0.1)
@@ -96,8 +93,8 @@ def panda(canvas: Canvas, x, foot, h, colour):
     canvas.ellipse(x, foot - 0.57 * h, 0.05 * h, 0.034 * h, DARK, 0, ink=False)
 
 
-def cat(canvas: Canvas, x, foot, h, colour):
-    """A sitting cat with pointed ears and a raised tail."""
+def paint_cat(canvas: Canvas, x, foot, h, colour):
+    """Paint a sitting cat with pointed ears and a raised tail."""
     pale = blend(colour, (255, 255, 250), 0.55)
     canvas.ellipse(x + 0.33 * h, foot - 0.30 * h, 0.07 * h, 0.25 * h, colour, 0.25)
     canvas.ellipse(x, foot - 0.26 * h, 0.27 * h, 0.27 * h, colour, 0.3)
@@ -120,18 +117,15 @@ def cat(canvas: Canvas, x, foot, h, colour):
     canvas.ellipse(x, foot - 0.58 * h, 0.035 * h, 0.026 * h, (226, 120, 120), 0, ink=False)
 
 
-def train(canvas: Canvas, x, foot, h, colour):
-    """A rail car seen from the side, about two and a half times as long as high."""
+def paint_train(canvas: Canvas, x, foot, h, colour):
+    """Paint a rail car seen from the side, about two and a half times as long as high."""
     half, top = 1.28 * h, foot - h
     for place in (-0.62, -0.26, 0.26, 0.62):
         canvas.ellipse(x + place * half, foot - 0.11 * h, 0.13 * h, 0.13 * h, DARK, 0.2)
-    canvas.box(x - half, top + 0.10 * h, x + half, foot - 0.14 * h, colour, 0.3, radius=0.10 * h)
-    canvas.box(x - half * 0.97, foot - 0.40 * h, x + half * 0.97, foot - 0.31 * h, CREAM, 0.1, ink=False)
+    canvas.box((x - half, top + 0.10 * h, x + half, foot - 0.14 * h), colour, 0.3, radius=0.10 * h)
+    canvas.box((x - half * 0.97, foot - 0.40 * h, x + half * 0.97, foot - 0.31 * h), CREAM, 0.1, ink=False)
     canvas.box(
-        x - half * 0.96,
-        top,
-        x + half * 0.96,
-        top + 0.12 * h,
+        (x - half * 0.96, top, x + half * 0.96, top + 0.12 * h),
         (120, 118, 124),
         0.2,
         radius=0.05 * h,
@@ -139,29 +133,23 @@ def train(canvas: Canvas, x, foot, h, colour):
     glass = (640, 500, 190) if canvas.time == "night" else (196, 230, 244)
     for place in (-0.70, -0.24, 0.22):
         canvas.box(
-            x + (place - 0.16) * half,
-            top + 0.21 * h,
-            x + (place + 0.16) * half,
-            top + 0.50 * h,
+            (x + (place - 0.16) * half, top + 0.21 * h, x + (place + 0.16) * half, top + 0.50 * h),
             glass,
             0.1,
         )
     canvas.box(
-        x + 0.56 * half,
-        top + 0.21 * h,
-        x + 0.86 * half,
-        top + 0.80 * h,
+        (x + 0.56 * half, top + 0.21 * h, x + 0.86 * half, top + 0.80 * h),
         blend(colour, (255, 250, 235), 0.35),
         0.2,
     )
     canvas.ellipse(x + half * 0.965, foot - 0.27 * h, 0.055 * h, 0.055 * h, (600, 540, 300), 0)
 
 
-def house(canvas: Canvas, x, foot, h, colour):
-    """A cottage with a coloured roof."""
+def paint_house(canvas: Canvas, x, foot, h, colour):
+    """Paint a cottage with a coloured roof."""
     half, eave = 0.46 * h, foot - 0.50 * h
-    canvas.box(x + 0.20 * h, foot - 1.02 * h, x + 0.35 * h, foot - 0.55 * h, (170, 110, 90), 0.2)
-    canvas.box(x - half, eave, x + half, foot, CREAM, 0.22)
+    canvas.box((x + 0.20 * h, foot - 1.02 * h, x + 0.35 * h, foot - 0.55 * h), (170, 110, 90), 0.2)
+    canvas.box((x - half, eave, x + half, foot), CREAM, 0.22)
     canvas.polygon(
         [
             (x - half * 1.22, eave + 0.03 * h),
@@ -172,21 +160,23 @@ def house(canvas: Canvas, x, foot, h, colour):
         colour,
         0.25,
     )
-    canvas.box(x - 0.10 * h, foot - 0.34 * h, x + 0.10 * h, foot, WOOD, 0.2)
+    canvas.box((x - 0.10 * h, foot - 0.34 * h, x + 0.10 * h, foot), WOOD, 0.2)
     glass = (640, 500, 190) if canvas.time == "night" else (150, 200, 226)
     for side in (-1, 1):
         canvas.box(
-            x + side * 0.29 * h - 0.085 * h,
-            foot - 0.36 * h,
-            x + side * 0.29 * h + 0.085 * h,
-            foot - 0.17 * h,
+            (
+                x + side * 0.29 * h - 0.085 * h,
+                foot - 0.36 * h,
+                x + side * 0.29 * h + 0.085 * h,
+                foot - 0.17 * h,
+            ),
             glass,
             0.1,
         )
 
 
-def tree(canvas: Canvas, x, foot, h, colour):
-    """A broad tree: trunk, dark underside and lit top of the crown."""
+def paint_tree(canvas: Canvas, x, foot, h, colour):
+    """Paint a broad tree: trunk, dark underside and lit top of the crown."""
     canvas.polygon(
         [
             (x - 0.10 * h, foot),
@@ -210,8 +200,8 @@ def tree(canvas: Canvas, x, foot, h, colour):
     canvas.blob(lit, blend(colour, (255, 246, 170), 0.14), 0.12, ink=False)
 
 
-def boat(canvas: Canvas, x, foot, h, colour):
-    """A sailing boat with a coloured sail; `foot` is the water line."""
+def paint_boat(canvas: Canvas, x, foot, h, colour):
+    """Paint a sailing boat with a coloured sail; `foot` is the water line."""
     deck = foot - 0.16 * h
     canvas.line([(x, deck), (x, foot - h)], (110, 78, 58), 0.022)
     canvas.polygon(
@@ -246,11 +236,11 @@ def boat(canvas: Canvas, x, foot, h, colour):
 
 
 PAINTERS = {
-    "girl": girl,
-    "panda": panda,
-    "cat": cat,
-    "train": train,
-    "house": house,
-    "tree": tree,
-    "boat": boat,
+    "girl": paint_girl,
+    "panda": paint_panda,
+    "cat": paint_cat,
+    "train": paint_train,
+    "house": paint_house,
+    "tree": paint_tree,
+    "boat": paint_boat,
 }
