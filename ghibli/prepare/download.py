@@ -188,7 +188,7 @@ def unpack_parquet(shards: list[Path], target: Path, on_progress: Progress) -> P
     check_free_disk(sum(shard.stat().st_size for shard in shards), target.parent, f"--data {shards[0]}")
     with atomic_folder(target) as folder:
         (folder / "images").mkdir()
-        lines = []
+        lines: list[str] = []
         for file in files:
             column, text = image_and_text_columns(file.schema_arrow, shards[0])
             for batch in file.iter_batches(batch_size=64, columns=[column, *([text] if text else [])]):

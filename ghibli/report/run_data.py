@@ -98,8 +98,9 @@ class RunData:
             return self.trial.gain
         value, error = self.trial.status.get("gain"), self.trial.status.get("gain_se")
         trained = self.trial.settings.get("finetune") != "none" and self.trial.status.get("epoch")
-        is_number = isinstance(value, float) and isinstance(error, float)
-        return Gain(value, error) if is_number and trained else None
+        if trained and isinstance(value, float) and isinstance(error, float):
+            return Gain(value, error)
+        return None
 
     @property
     def best_epoch(self) -> int | None:
@@ -142,9 +143,10 @@ def parse_number(text: str | None) -> float:
     """Parse a cell of a CSV file; NaN for an empty one.
 
     Raises:
-        TypeError: None, which stands for the missing cells of a truncated row.
-        ValueError: not a number.
+        ValueError: not a number, or a row that is cut off (None).
     """
+    if text is None:
+        raise ValueError("a row is cut off")
     return math.nan if text == "" else float(text)
 
 
@@ -197,8 +199,7 @@ def read_run(run: RunDir, with_scores: bool) -> RunData:
         with_scores: also read the best checkpoint, from which paired differences are computed.
     """
     content = read_settings(run.config)
-    is_readable = content is not None
-    settings = that_count(flat(content)) if is_readable else {}
+    settings = {} if content is None else that_count(flat(content))
     best = try_read(lambda: best_probe(run)) if with_scores else None
-    problems = [] if is_readable else ["config.yaml is missing or damaged: the settings are left out"]
+    problems = ["config.yaml is missing or damaged: the settings are left out"] if content is None else []
     return RunData(Trial(run, settings, run.read_status(), best), problems)
