@@ -19,7 +19,7 @@ from ghibli.data.datamodule import GhibliDataModule
 from ghibli.diffusion.process import guided_noise, predict_branches
 from ghibli.diffusion.samplers import Cell, in_eval_mode, sample
 from ghibli.models.performance import PromptEmbeds, is_frozen, shrink_frozen
-from ghibli.runs.compose import look_at
+from ghibli.runs.compose import check_overrides
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.resources import peak_memory, reset_peak_memory
 from ghibli.training import wandb_logger
@@ -57,9 +57,9 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 def config_of(words: list[str]) -> Config:
     """The settings of `train.py WORDS`."""
-    config, _, mistakes = look_at(words)
+    config, _, errors = check_overrides(words)
     if config is None:
-        raise SystemExit(mistakes[0])
+        raise SystemExit(errors[0])
     return config
 
 

@@ -28,7 +28,7 @@ from ghibli.evaluation.distances import kernel_distance
 from ghibli.evaluation.features import extract_in_batches, standardised, style_features
 from ghibli.evaluation.gain import paired_gain
 from ghibli.images.grid import to_image
-from ghibli.models.base import place_of
+from ghibli.models.base import resolve_path
 from ghibli.models.load import load
 from ghibli.runs.compose import register
 from ghibli.runs.folder import RunDir
@@ -88,7 +88,7 @@ def model_of(run: RunDir, weights: Path | None = None) -> GhibliModule:
     config = from_yaml(run.config)
     base = load(config.model.path)
     if config.model.adapter is not None:
-        apply.merge(base, place_of(config.model.adapter), config.model.adapter_scale)
+        apply.merge(base, resolve_path(config.model.adapter), config.model.adapter_scale)
     module = GhibliModule(config, base)
     if weights != Path("base"):
         load_weights(module, weights or run.best_checkpoint)

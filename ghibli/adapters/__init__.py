@@ -1,1 +1,1 @@
-"""LoRA adapters: train, read, write, apply, describe."""
+"""LoRA adapters: create, read, write, apply and describe them."""

@@ -1,7 +1,7 @@
-"""Adapter files in the two layouts people pass around, read for a given base.
+"""Reading adapter files, in the two common layouts, for a given base.
 
 diffusers names a layer as the model does (unet.down_blocks.0...to_q.lora.down.weight), kohya's scripts
-with underscores (lora_unet_down_blocks_0_..._to_q.lora_down.weight). B A is scaled by alpha / rank.
+with underscores (lora_unet_down_blocks_0_..._to_q.lora_down.weight). In both, B A is scaled by alpha / rank.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ghibli.config.paths import NO_PICKLE, PICKLES, convert
+from ghibli.config.paths import NO_PICKLE, PICKLES, convert_command
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import ADAPTER_FILE, check_whole
@@ -24,19 +24,24 @@ from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError, first_line
 
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+KOHYA_TENSORS = ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
+PEFT_TENSORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight")
 SDXL = ("lora_te1_", "lora_te2_", "lora_unet_input_blocks_", "text_encoder_2.")
-CONVERTED = {"unet": convert_unet_state_dict_to_peft, "text_encoder": convert_state_dict_to_peft}
-METADATA = "lora_adapter_metadata"  # diffusers' name for PEFT's settings in a file
+TO_PEFT = {  # diffusers' older key names -> PEFT's
+    "unet": convert_unet_state_dict_to_peft,
+    "text_encoder": convert_state_dict_to_peft,
+}
+METADATA = "lora_adapter_metadata"  # where diffusers stores PEFT's settings in a file
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What is added to one layer of the base: (alpha / rank) up down."""
+    """The update of one layer of the base: (alpha / rank) up down."""
 
     down: torch.Tensor  # (rank, in) or, for a convolution, (rank, in, k, k)
     up: torch.Tensor  # (out, rank) or (out, rank, 1, 1)
     alpha: float
-    magnitude: torch.Tensor | None = None  # (out,), DoRA alone
+    magnitude: torch.Tensor | None = None  # (out,), for DoRA only
 
     @property
     def rank(self) -> int:
@@ -45,12 +50,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One file, as it fits a base."""
+    """An adapter file whose layers all fit a given base."""
 
     file: Path
     layout: str  # diffusers or kohya
-    layers: dict[str, Layer]  # `unet.` or `text_encoder.` and the layer's name in the base
-    metadata: dict[str, str]  # of the file, as it is
+    layers: dict[str, Layer]  # by name: `unet.` or `text_encoder.`, then the layer's name in the base
+    metadata: dict[str, str]  # of the file, unchanged
 
     @property
     def hash(self) -> str:
@@ -67,29 +72,29 @@ class Adapter:
 
     @property
     def targets(self) -> list[str]:
-        """Endings of the names of its UNet layers, as lora.targets takes them."""
-        return sorted({ending(name) for name in self.layers if name.startswith("unet.")})
+        """The kinds of UNet layers it changes, as lora.targets takes them."""
+        return sorted({target_of(name) for name in self.layers if name.startswith("unet.")})
 
     @property
     def has_text_encoder(self) -> bool:
         return any(name.startswith("text_encoder.") for name in self.layers)
 
 
-def ending(name: str) -> str:
-    """The part of a layer's name that says what it is: to_q, to_out.0, ff.net.0.proj, conv1."""
+def target_of(name: str) -> str:
+    """Return the ending of a layer's name that tells its kind: to_q, to_out.0, ff.net.0.proj, conv1."""
     parts = name.split(".")
     if "ff" in parts:
         return ".".join(parts[parts.index("ff") :])
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
-def written(value: float) -> str:
-    """A number that reads back as the same one."""
+def format_number(value: float) -> str:
+    """Format a number so that it reads back as the same one, whole numbers without a point."""
     return str(int(value)) if value == int(value) else repr(value)
 
 
 def find_file(path: str | Path, what: str) -> Path:
-    """The adapter's file in a run's folder, in a folder, or itself.
+    """Find an adapter file: the path itself, the only one in a folder, or the one of a run.
 
     Args:
         what: the key or flag that named it, for messages.
@@ -104,119 +109,140 @@ def find_file(path: str | Path, what: str) -> Path:
         found = sorted(place.glob("*.safetensors"))
         named = [file for file in found if file.name == ADAPTER_FILE]
         if not found or (len(found) > 1 and not named):
-            which = f"several: {', '.join(file.name for file in found[:4])}; name one" if found else "none"
-            raise UserError(f"{what} {path}: which .safetensors file? there is {which}")
+            there = (
+                f"several: {', '.join(file.name for file in found[:4])}; name one of them"
+                if found
+                else "none"
+            )
+            raise UserError(f"{what} {path}: which .safetensors file? there are {there}")
         place = (named or found)[0]
     if not place.is_file():
         raise UserError(f"{what} {path}: no such file or run (`ghibli list` shows the runs)")
     if place.suffix in PICKLES:
-        raise UserError(f"{what} {path}: {NO_PICKLE}; {convert([place])}")
+        raise UserError(f"{what} {path}: {NO_PICKLE}; {convert_command([place])}")
     check_whole(place, what)
     return place
 
 
 def read_adapter(path: str | Path, base: BaseModel, what: str) -> Adapter:
-    """Reads an adapter of either layout for a base.
+    """Read an adapter of either layout for a base; every tensor of the file is used, or it is refused.
+
+    Args:
+        path, what: as for find_file.
 
     Raises:
-        UserError: as find_file, or the file is no adapter, or one of another base.
+        UserError: as find_file, or the file is not an adapter, not of this base, or of an unknown kind.
     """
     file = find_file(path, what)
     state = load_file(file)
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
     if any(key.startswith(SDXL) for key in state):
-        raise UserError(f"{what} {path} is an adapter of SDXL, and the base is Stable Diffusion 1 or 2")
+        raise UserError(f"{what} {path} is an adapter for SDXL; the base is Stable Diffusion 1 or 2")
     layout = "kohya" if any(key.startswith(tuple(KOHYA.values())) for key in state) else "diffusers"
     try:
-        found = from_kohya(state, base) if layout == "kohya" else from_diffusers(state, metadata)
-    except UserError:
-        raise
-    except (ValueError, KeyError, AttributeError) as error:  # of diffusers' conversion, of damaged notes
+        layers, unused = from_kohya(state, base) if layout == "kohya" else from_diffusers(state, metadata)
+    except (ValueError, KeyError, AttributeError) as error:  # diffusers' conversion, or damaged metadata
         raise UserError(f"{what} {path} cannot be read as a LoRA: {first_line(error)}") from error
     known = named_layers(base)
-    strange = [name for name in found if name not in known] or [key for key in state if not found]
-    if strange:
+    unknown = [name for name in layers if name not in known] or [key for key in state if not layers]
+    if unknown:
         raise UserError(
-            f"{what} {path} is no LoRA of this base: it has `{strange[0][:80]}`, which the base has not"
+            f"{what} {path} is not a LoRA of this base: it has `{unknown[0][:80]}`, which the base lacks"
         )
-    for name, layer in found.items():
+    if unused:
+        raise UserError(
+            f"{what} {path} holds more than LoRA layers: {len(unused)} tensors such as `{unused[0][:80]}` "
+            "would be left out; LoHa, LoKr and other kinds are not supported"
+        )
+    for name, layer in layers.items():
         check_fits(layer, known[name], f"{what} {path}: {name}")
-    return Adapter(file, layout, found, metadata)
+    return Adapter(file, layout, layers, metadata)
 
 
 def named_layers(base: BaseModel) -> dict[str, nn.Module]:
-    """Every linear and convolution layer of UNet and text encoder, those of an adapter left out."""
+    """Name every linear and convolution layer of UNet and text encoder, except those of adapters."""
     found = {}
-    for part, module in (("unet", base.unet), ("text_encoder", base.text_encoder)):
+    for part, module in base.adaptable.items():
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in name:
-                plain = name.removesuffix(".base_layer").removeprefix("text_model.")
-                found[f"{part}.{plain}"] = layer
+                found[layer_name(part, name.removesuffix(".base_layer"))] = layer
     return found
 
 
+def layer_name(part: str, name: str) -> str:
+    """Name a layer as Adapter.layers does: without `text_model.`, which some versions put in front."""
+    return f"{part}.{name.removeprefix('text_model.')}"
+
+
 def check_fits(layer: Layer, target: nn.Module, where: str) -> None:
-    """Raises a UserError unless an adapter's layer has the shape of the base's."""
+    """Raise a UserError unless an adapter's layer has the shape of the base's."""
     out_side, in_side = target.weight.shape[:2]
     shape = (layer.up.shape[0], layer.down.shape[1])
     if shape != (out_side, in_side):
         raise UserError(
-            f"{where} maps {shape[1]} values to {shape[0]}, and the base's layer {in_side} to {out_side}: it "
+            f"{where} maps {shape[1]} values to {shape[0]}, the base's layer {in_side} to {out_side}: it "
             "was made for another base"
         )
 
 
-def from_kohya(state: dict[str, torch.Tensor], base: BaseModel) -> dict[str, Layer]:
-    """Layers by the base's own names; an unknown name stays as it is."""
+def from_kohya(state: dict[str, torch.Tensor], base: BaseModel) -> tuple[dict[str, Layer], list[str]]:
+    """Read kohya's keys: layers by the base's names (an unknown one by its own), and the keys left over."""
     names = {kohya_name(name): name for name in named_layers(base)}
-    found = {}
+    layers, unused = {}, set(state)
     for key, down in state.items():
         prefix, _, rest = key.partition(".")
-        if rest != "lora_down.weight" or f"{prefix}.lora_up.weight" not in state:
+        up = state.get(f"{prefix}.lora_up.weight")
+        if rest != "lora_down.weight" or up is None:
             continue
-        alpha = state.get(f"{prefix}.alpha")
-        found[names.get(prefix, prefix)] = Layer(
-            down, state[f"{prefix}.lora_up.weight"],
-            float(down.shape[0] if alpha is None else alpha), state.get(f"{prefix}.dora_scale"),
-        )  # fmt: skip
-    return found
+        alpha, magnitude = state.get(f"{prefix}.alpha"), state.get(f"{prefix}.dora_scale")
+        alpha = float(down.shape[0] if alpha is None else alpha)
+        layers[names.get(prefix, prefix)] = Layer(down, up, alpha, magnitude)
+        unused -= {f"{prefix}.{rest}" for rest in KOHYA_TENSORS}
+    return layers, sorted(unused)
 
 
 def kohya_name(name: str) -> str:
-    """unet.mid_block.attentions.0... -> lora_unet_mid_block_attentions_0_..."""
+    """Translate a layer's name: unet.mid_block.attentions.0... to lora_unet_mid_block_attentions_0_..."""
     part, _, rest = name.partition(".")
     text = "text_model." if part == "text_encoder" else ""
     return KOHYA[part] + (text + rest).replace(".", "_")
 
 
-def from_diffusers(state: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, Layer]:
-    """Layers by name, from diffusers' or PEFT's keys; without a note of alpha it is the rank."""
-    notes = json.loads(metadata.get(METADATA, "{}"))
-    found = {}
-    for part, converted in CONVERTED.items():
+def from_diffusers(
+    state: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> tuple[dict[str, Layer], list[str]]:
+    """Read diffusers' or PEFT's keys: layers by name (alpha defaults to the rank), and the keys left over."""
+    settings = json.loads(metadata.get(METADATA, "{}"))
+    layers = {}
+    unused = {key for key in state if key.partition(".")[0] not in TO_PEFT}
+    for part, to_peft in TO_PEFT.items():
         own = {key[len(part) + 1 :]: value for key, value in state.items() if key.startswith(f"{part}.")}
-        plain = converted(own) if own else {}
-        for key, down in plain.items():
+        tensors = to_peft(own) if own else {}
+        unused |= {f"{part}.{key}" for key in tensors}
+        for key, down in tensors.items():
             name = key.removesuffix(".lora_A.weight")
-            if name == key or f"{name}.lora_B.weight" not in plain:
+            up = tensors.get(f"{name}.lora_B.weight")
+            if name == key or up is None:
                 continue
-            found[f"{part}.{name.removeprefix('text_model.')}"] = Layer(
-                down, plain[f"{name}.lora_B.weight"], noted_alpha(notes, part, name, down.shape[0]),
-                plain.get(f"{name}.lora_magnitude_vector", plain.get(f"{name}.lora_magnitude_vector.weight")),
-            )  # fmt: skip
-    return found
+            magnitude = tensors.get(
+                f"{name}.lora_magnitude_vector", tensors.get(f"{name}.lora_magnitude_vector.weight")
+            )
+            alpha = alpha_in(settings, part, name, down.shape[0])
+            layers[layer_name(part, name)] = Layer(down, up, alpha, magnitude)
+            unused -= {f"{part}.{name}.{rest}" for rest in PEFT_TENSORS}
+    return layers, sorted(unused)
 
 
-def noted_alpha(notes: dict[str, Any], part: str, name: str, rank: int) -> float:
-    """The alpha that scales a layer by alpha / rank, from PEFT's settings in the file."""
-    pattern = notes.get(f"{part}.alpha_pattern") or {}
-    alpha = pattern.get(name, notes.get(f"{part}.lora_alpha", rank))
-    return float(alpha) * (rank**0.5 if notes.get(f"{part}.use_rslora") else 1.0)
+def alpha_in(settings: dict[str, Any], part: str, name: str, rank: int) -> float:
+    """Read a layer's alpha, of the scale alpha / rank, from PEFT's settings in the file."""
+    pattern = settings.get(f"{part}.alpha_pattern") or {}
+    alpha = pattern.get(name, settings.get(f"{part}.lora_alpha", rank))
+    return float(alpha) * (rank**0.5 if settings.get(f"{part}.use_rslora") else 1.0)
 
 
 def check_same_shape(adapter: Adapter, options: LoraConfig) -> None:
-    """Raises a UserError unless fresh layers with these settings can take an adapter's weights."""
+    """Raise a UserError unless fresh layers with these settings can take an adapter's weights."""
     alpha = options.alpha * (options.rank**0.5 if options.variant == "rslora" else 1)
     wanted = {
         "lora.rank": ([options.rank], adapter.ranks),
@@ -225,24 +251,28 @@ def check_same_shape(adapter: Adapter, options: LoraConfig) -> None:
         "lora.text_encoder": ([options.text_encoder], [adapter.has_text_encoder]),
         "lora.variant": ([options.variant == "dora"], [is_dora(adapter)]),
     }  # fmt: skip
-    other = [key for key, (ours, its) in wanted.items() if ours != its]
-    if other:
+    differing = [key for key, (ours, its) in wanted.items() if ours != its]
+    if differing:
         raise UserError(
-            f"lora.init={options.init}: {', '.join(other)} of this run are not those of the file; "
-            f"`ghibli import {options.init}` prints the settings to train on from it"
+            f"lora.init={options.init}: {', '.join(differing)} of this run differ from those of the file; "
+            f"`ghibli import {options.init}` prints the settings to continue training from it"
         )
 
 
 def is_dora(adapter: Adapter) -> bool:
+    """Tell whether an adapter has DoRA's magnitudes."""
     return any(layer.magnitude is not None for layer in adapter.layers.values())
 
 
 @torch.no_grad()
 def start_from(adapter: Adapter, trainable: dict[str, nn.Parameter]) -> None:
-    """Copies an adapter's weights into fresh layers of the same shape.
+    """Copy an adapter's weights into fresh layers of the same shape.
 
     Args:
-        trainable: of lora.trainable.
+        trainable: from lora.trainable.
+
+    Raises:
+        UserError: the file has a layer that this run does not train.
     """
     filled = set()
     for name, parameter in trainable.items():
@@ -253,4 +283,4 @@ def start_from(adapter: Adapter, trainable: dict[str, nn.Parameter]) -> None:
         filled.add(layer_name)
     if filled != set(adapter.layers):
         missing = min(set(adapter.layers) - filled)
-        raise UserError(f"lora.init: this run trains no {missing}, which the file has")
+        raise UserError(f"lora.init: this run does not train {missing}, which the file holds")

@@ -1,6 +1,6 @@
-"""The layout of kohya's scripts, which A1111, Forge, ComfyUI and InvokeAI read.
+"""Writing adapters in the layout of kohya's scripts, which A1111, Forge, ComfyUI and InvokeAI read.
 
-Names and metadata are those that its network module for LoRA writes for Stable Diffusion 1.5.
+Key names and metadata are those that kohya's `networks.lora` writes for Stable Diffusion 1.5.
 """
 
 from pathlib import Path
@@ -17,14 +17,14 @@ from ghibli.runtime.files import write_atomically
 
 
 def to_kohya(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """lora_down.weight, lora_up.weight and alpha of every layer, by kohya's names; same dtypes.
+    """Convert an adapter to kohya's state dict: lora_down.weight, lora_up.weight and alpha of every layer.
 
     Raises:
-        UserError: a DoRA, for whose magnitudes the programs that read this layout have no common form.
+        UserError: a DoRA, whose magnitudes have no common form among the programs that read this layout.
     """
     if is_dora(adapter):
         raise UserError(
-            f"{adapter.file} is a DoRA, which kohya's layout has no common form for: use the diffusers file, "
+            f"{adapter.file} is a DoRA, for which kohya's layout has no common form: use the diffusers file, "
             "or ghibli export --merge"
         )
     state = {}
@@ -37,16 +37,17 @@ def to_kohya(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 def write_kohya(adapter: Adapter, file: Path, metadata: dict[str, str]) -> None:
-    """Writes the adapter in kohya's layout; the same adapter gives the same bytes."""
+    """Write an adapter in kohya's layout; the same adapter gives the same bytes."""
     content = with_sorted_metadata(save(to_kohya(adapter), metadata))
     write_atomically(file, lambda opened: opened.write(content))
 
 
 def metadata_of(adapter: Adapter, config: Config, facts: dict[str, Any], name: str) -> dict[str, str]:
-    """What the programs show of a file: base, rank, alpha, trigger words, how it was trained, licence.
+    """Collect the metadata that other programs show: base, rank, alpha, trigger words, training, licence.
 
     Args:
-        facts: step, best_epoch, base_hash, data_hash and perhaps ended, as in status.json.
+        facts: step, best_epoch, base_hash, data_hash and optionally ended, as in status.json.
+        name: title of the adapter.
     """
     size, words = config.model.resolution, config.data.style.strip(" ,")
     dated = {"modelspec.date": facts["ended"][:19]} if facts.get("ended") else {}

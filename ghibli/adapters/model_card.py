@@ -1,24 +1,25 @@
-"""README.md beside an adapter: what it is, how it was made, how good it is, what one may do with it."""
+"""The model card (README.md) beside an adapter: what it is, how it was made, how good it is, its licence."""
 
 import json
 from pathlib import Path
 
+from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, describe
 from ghibli.diffusion.process import usual_guidance
 from ghibli.runs.folder import RunDir
 
-LICENCE = """The style and the images it was trained on are Studio Ghibli's. Do not pass off what it
-draws as theirs, and ask a lawyer before you earn money with it. Stable Diffusion 1.5 and all that derives
-from it come under the CreativeML OpenRAIL-M licence; its use restrictions bind you and all you give it to.
-The demo base of Ghibli LoRA Lab and its drawn images come under Apache-2.0."""
+LICENCE = """The style and the training images are Studio Ghibli's. Do not pass off generated images as
+theirs, and ask a lawyer before any commercial use. Stable Diffusion 1.5 and everything derived from it are
+under the CreativeML OpenRAIL-M licence; its use restrictions bind you and everyone you pass the files on to.
+The demo base of Ghibli LoRA Lab and its drawn images are under Apache-2.0."""
 
 
 def model_card(run: RunDir, config: Config, name: str, files: list[str]) -> str:
-    """The card's text, with the heading that the hub reads.
+    """Write the card's text, with the YAML header that the hub reads.
 
     Args:
-        name: of the folder it lies in.
-        files: a sentence for each file, or for one that could not be written.
+        name: title of the card.
+        files: a sentence for each file, and for each that could not be written.
     """
     status, words = run.read_status(), config.data.style.strip(" ,")
     base = config.model.path
@@ -37,75 +38,76 @@ license: creativeml-openrail-m
 
 ## Use
 
-{usage(config)}
+{usage_section(config)}
 
 ## How good it is
 
-{gain(status)}
+{gain_sentence(status)}
 
-{distance(run)}
+{distance_section(run)}
 
 ## Files
 
-{bullets(files)}
+{bullet_list(files)}
 
 ## How it was made
 
 | setting | value |
 |---|---|
-{settings(config, status)}
+{settings_rows(config, status)}
 
 ## Intended use and licence
 
-For trying out a style and for studying how adapters learn. {LICENCE}
+For exploring a style and for studying how adapters learn. {LICENCE}
 """
 
 
-def bullets(lines: list[str]) -> str:
+def bullet_list(lines: list[str]) -> str:
+    """Format lines as a Markdown list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
-def usage(config: Config) -> str:
-    """Lines of Python for diffusers, and where other programs want the file."""
+def usage_section(config: Config) -> str:
+    """Explain how to use the files in diffusers and where other programs expect them."""
     if config.finetune == "full":
-        return "The folder `merged/` is a whole diffusers pipeline."
+        return "The folder `merged/` is a complete diffusers pipeline."
     base = json.dumps(config.model.path)
     prompt = json.dumps(f"a house by a lake{config.data.style}")
     return f"""    pipeline = diffusers.StableDiffusionPipeline.from_pretrained({base})
     pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")
     pipeline({prompt}, guidance_scale={usual_guidance(config.loss.guidance):g})
 
-ComfyUI: the kohya file into `models/loras`. A1111, Forge: into `models/Lora`, then `<lora:NAME:1>`."""
+ComfyUI: put the kohya file into `models/loras`. A1111, Forge: into `models/Lora`, then `<lora:NAME:1>`."""
 
 
-def gain(status: dict[str, object]) -> str:
-    """The probe's sentence."""
+def gain_sentence(status: dict[str, object]) -> str:
+    """Summarise the held-out gain with its standard error."""
     value, error = status.get("gain"), status.get("gain_se")
     if value is None or error is None:
-        return "It was not measured on held-out images."
+        return "Its gain on held-out images was not measured."
     return (
-        f"On held-out images its denoising loss is {100 * value:.1f} % +- {100 * error:.1f} % (one "
-        "standard error) below the base's, at the same noise and timesteps, after epoch "
+        f"On held-out images its denoising loss is {100 * value:.1f} % +- {100 * error:.1f} % (standard "
+        "error) below the base's at the same noise and timesteps, after epoch "
         f"{status.get('best_epoch')}."
     )
 
 
-def distance(run: RunDir) -> str:
-    """The kernel distances of `ghibli evaluate`, if they are of these weights."""
+def distance_section(run: RunDir) -> str:
+    """Tabulate the kernel distances of `ghibli evaluate`, if they were measured with these weights."""
     if not run.evaluation.is_file():
         return "The distance of its images to real ones was not measured (`ghibli evaluate`)."
     found = run.load_evaluation()
     if found["weights"] != run.weights:
-        return "Its last evaluation is of other weights (`ghibli evaluate` makes a new one)."
+        return "Its last evaluation used other weights (`ghibli evaluate` makes a new one)."
     rows = [
-        f"| {model} | {row['sampler'].upper()} | {row['guidance']:g} "
+        f"| {model} | {sampler_label(row['sampler'])} | {row['guidance']:g} "
         f"| {row['kernel'][0]:.2f} +- {row['kernel'][1]:.2f} |"
         for model, cells in found["models"].items()
         for row in cells
     ]
     head = [
         f"Kernel distance of {found['samples']} samples to {found['reference_images']} real images "
-        f"({found['features']} features), lower is nearer:",
+        f"({found['features']} features), lower is better:",
         "",
         "| model | sampler | guidance | distance |",
         "|---|---|---|---|",
@@ -113,8 +115,8 @@ def distance(run: RunDir) -> str:
     return "\n".join([*head, *rows])
 
 
-def settings(config: Config, status: dict[str, object]) -> str:
-    """Rows of a table."""
+def settings_rows(config: Config, status: dict[str, object]) -> str:
+    """Format the settings of a run as rows of a Markdown table."""
     targets = ", ".join(config.lora.targets)
     lora = (
         f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, dropout {config.lora.dropout:g}, {targets}"

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,62 +10,85 @@ from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
 
+if TYPE_CHECKING:  # torch takes seconds to load
+    from ghibli.inference.generate import Request
+    from ghibli.inference.load import LoadedModel
+
 
 @app.command("generate")
 def generate_command(
     sources: Sources = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="may be given again")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="text file, a prompt a line")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="can be repeated")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="text file with a prompt per line")] = None,
     sampler: Sampler = "ddim",
     guidance: Guidance = None,
     steps: Steps = 30,
     seed: Seed = 0,
-    size: Annotated[str | None, typer.Option(help="px, or WIDTHxHEIGHT; none: that of the training")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="px, or WIDTHxHEIGHT; by default that of the training")
+    ] = None,
     negative: Negative = "",
-    batch: Annotated[int, typer.Option(help="images drawn together", min=1)] = 4,
+    batch: Annotated[int, typer.Option(help="images generated together", min=1)] = 4,
     scale: Scale = 1.0,
-    base: Annotated[bool, typer.Option("--base", help="also a sheet with the base above")] = False,
+    base: Annotated[bool, typer.Option("--base", help="also write a sheet with the base above")] = False,
     interpolate: Annotated[
-        bool, typer.Option("--interpolate", help="also a sheet of adapter scales")
+        bool, typer.Option("--interpolate", help="also write a sheet of adapter scales")
     ] = False,
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/generated"),
 ) -> None:
-    """Draws prompts with a run, adapter files or the base, as PNG files that carry their settings."""
+    """Generate images from prompts with a run, adapter files or the base, as PNG files with all settings."""
     with stop_at_once():
         from ghibli.inference import generate
 
-    lines = [*(prompt or []), *(generate.lines_of(prompts) if prompts else [])]
+    lines = [*(prompt or []), *(generate.read_prompts(prompts) if prompts else [])]
     if not lines:
-        raise UserError("what shall it draw? --prompt TEXT, or --prompts FILE")
-    loaded = load_sources(sources)
-    if interpolate and not loaded.weights:
-        raise UserError("--interpolate changes the scale of an adapter, and there is none here")
-    side = str(loaded.config.model.resolution)
+        raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
+    model = load_sources(sources)
+    if interpolate and not model.weights:
+        raise UserError("--interpolate varies the scale of an adapter, and no adapter is loaded")
     request = generate.Request(
-        lines, sampler, loaded.guidance if guidance is None else guidance, steps, seed,
-        generate.size_of(size or side), negative, batch, scale,
+        lines, sampler, model.guidance if guidance is None else guidance, steps, seed,
+        generate.parse_size(size or str(model.config.model.resolution)), negative, batch, scale,
     )  # fmt: skip
-    for sentence in generate.lost_words(lines, loaded.base):
-        console.print(sentence, style="yellow", markup=False)
-    images = generate.draw(loaded, request)
-    files = generate.write_images(images, request, loaded, folder)
+    write_generated(model, request, folder, base=base, interpolate=interpolate)
+
+
+def write_generated(
+    model: "LoadedModel", request: "Request", folder: Path, *, base: bool, interpolate: bool
+) -> None:
+    """Generate the images and sheets, write them into a folder and print their paths."""
+    from ghibli.inference import generate
+
+    print_warnings(generate.truncation_warnings(request.prompts, model.base))
+    images = generate.generate_images(model, request)
+    files = generate.write_images(images, request, model, folder)
     more = f" ... {files[-1].name}" if len(files) > 1 else ""
-    console.print(f"drawn    {files[0]}{more}, guidance {request.guidance:g}")
+    console.print(f"images   {files[0]}{more}, guidance {request.guidance:g}")
     if base:
-        generate.write_png(folder / "beside_base.png", generate.beside_base(loaded, request, images))
-        console.print(f"sheet    {folder / 'beside_base.png'}")
+        file = folder / "beside_base.png"
+        generate.write_png(file, generate.base_comparison_sheet(model, request, images))
+        console.print(f"sheet    {file}")
     if interpolate:
-        generate.write_png(folder / "adapter_scales.png", generate.strip(loaded, request))
-        console.print(f"sheet    {folder / 'adapter_scales.png'}")
+        file = folder / "adapter_scales.png"
+        generate.write_png(file, generate.adapter_scale_sheet(model, request))
+        console.print(f"sheet    {file}")
+
+
+def print_warnings(warnings: list[str]) -> None:
+    """Print each warning on a line of its own."""
+    for warning in warnings:
+        console.print(warning, style="yellow", markup=False)
 
 
 @app.command("restyle")
 def restyle_command(
-    photos: Annotated[list[Path], typer.Argument(help="images, or a folder of them")],
-    source: Annotated[
+    photos: Annotated[list[Path], typer.Argument(help="image files, or folders of them")],
+    sources: Annotated[
         list[str] | None, typer.Option("--with", help="run or adapter file, as for generate")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="what is on them; none: their captions")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="what the photos show; by default their captions")
+    ] = None,
     strength: Annotated[float, typer.Option(help="0 = the photo, 1 = all new", min=0.05, max=1)] = 0.5,
     sampler: Sampler = "ddim",
     guidance: Guidance = None,
@@ -75,55 +98,58 @@ def restyle_command(
     scale: Scale = 1.0,
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/restyled"),
 ) -> None:
-    """Redraws photos in the trained look: a PNG for each, and a sheet of before and after."""
+    """Redraw photos in the trained style: a PNG file for each, and a sheet of before and after."""
     with stop_at_once():
         from ghibli.images import grid
         from ghibli.inference import generate, restyle
 
-    loaded = load_sources(source)
-    found = restyle.photos_of(photos, prompt, loaded.config.data.style)
-    how = restyle.RestyleOptions(
-        strength, sampler, loaded.guidance if guidance is None else guidance, steps, seed, negative, scale,
-        loaded.config.model.resolution,
+    model = load_sources(sources)
+    options = restyle.RestyleOptions(
+        strength, sampler, model.guidance if guidance is None else guidance, steps, seed, negative, scale,
+        model.config.model.resolution,
     )  # fmt: skip
-    written, pairs = restyle.restyle_all(loaded, found, how, folder)
+    found = restyle.find_photos(photos, prompt, model.config.data.style)
+    print_warnings(generate.truncation_warnings(dict.fromkeys(p.prompt for p in found), model.base))
+    written, pairs = restyle.restyle_all(model, found, options, folder)
     generate.write_png(folder / restyle.SHEET, grid.before_after_sheet(pairs))
     console.print(f"restyled {written} of {len(found)} into {folder}; sheet {folder / restyle.SHEET}")
 
 
 @app.command("app")
 def app_command(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as for train.py: the base")
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as for train.py, for the base")
     ] = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0: also for other machines")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="none: the first free one from 7860")] = None,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; 0.0.0.0 = reachable from other machines")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="by default the first free one from 7860")] = None,
 ) -> None:
-    """Opens a page for the browser: draw with a run, its base beside it, restyle a photo. Ctrl-C ends it."""
+    """Open a page in the browser to generate and restyle with a run, the base beside it, until Ctrl-C."""
     with stop_at_once():
         try:
             from ghibli.inference.app.page import serve
         except ImportError as error:
             raise UserError(f"the page needs gradio: pip install -e '.[app]' ({error})") from error
     with console.status("loading"):
-        page, address = serve(words or [], host, port)
-    console.print(f"page     {address}   Ctrl-C ends it")
+        page, address = serve(overrides or [], host, port)
+    console.print(f"page     {address}   stop with Ctrl-C")
     if host != "127.0.0.1":
-        console.print(f"whoever reaches {host} may use it: there is no password", style="yellow")
+        console.print(f"there is no password: anyone who can reach {host} can use it", style="yellow")
     page.block_thread()
 
 
-def load_sources(sources: list[str] | None) -> Any:
-    """What was named; nothing: the newest finished run, or the base where there is none."""
+def load_sources(sources: list[str] | None) -> "LoadedModel":
+    """Load what was named; by default the newest finished run, or the base if there is none."""
     from ghibli.inference.load import load_model
     from ghibli.runs.find import finished_run
 
-    words = [word for word in sources or [] if re.match(r"[a-z_.]+=", word) and not Path(word).exists()]
-    named = [word for word in sources or [] if word not in words]
-    if not named and not words:
+    overrides = [w for w in sources or [] if re.match(r"[a-z_.]+=", w) and not Path(w).exists()]
+    named = [word for word in sources or [] if word not in overrides]
+    if not named and not overrides:
         try:
             named = [str(finished_run("latest").path)]
             console.print(f"with     {named[0]}")
         except UserError:
-            console.print("no run below outputs/ yet: this is what the base draws", style="yellow")
-    return load_model(named, words)
+            console.print("no finished run below outputs/ yet: generating with the base", style="yellow")
+    return load_model(named, overrides)

@@ -1,22 +1,50 @@
-"""The Typer app and the options that several commands share."""
+"""The Typer app, the order of its commands in the help, and options that several commands share."""
 
 from typing import Annotated
 
 import typer
+from typer import Context
+from typer.core import TyperGroup
+
+from ghibli.config.registry import SAMPLERS
 
 Sources = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[RUN|FILE[:WEIGHT]]... [KEY=VALUE]...", help="none: the newest finished run, or the base"
+        metavar="[RUN|FILE[:WEIGHT]]... [KEY=VALUE]...",
+        help="by default the newest finished run, or the base if there is none",
     ),
 ]
-Sampler = Annotated[str, typer.Option(help="ddim or ddpm")]
-Guidance = Annotated[float | None, typer.Option(help="1 = off; none: what suits the training", min=0)]
+Sampler = Annotated[str, typer.Option(help=" or ".join(SAMPLERS))]
+Guidance = Annotated[float | None, typer.Option(help="1 = off; by default what suits the training", min=0)]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
 Seed = Annotated[int, typer.Option(help="image i starts from the noise of seed + i")]
-Negative = Annotated[str, typer.Option(help="what should not be seen; needs guidance")]
-Scale = Annotated[float, typer.Option(help="of all adapters: 0 = the base, 1 = as trained")]
+Negative = Annotated[str, typer.Option(help="negative prompt; needs guidance")]
+Scale = Annotated[float, typer.Option(help="factor on all adapters: 0 = the base, 1 = as trained")]
+
+PANELS = {  # of --help, in the order of a project's life
+    "Before training": ("check", "prepare", "caption", "convert", "demo"),
+    "Runs": ("list", "compare", "evaluate", "report"),
+    "Images": ("generate", "restyle", "app"),
+    "Adapters": ("export", "import", "push"),
+}
+
+
+class CommandGroup(TyperGroup):
+    """Lists the commands as PANELS does, not in the order in which their modules are imported."""
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        """Return all commands, panel by panel."""
+        ordered = []
+        for panel, names in PANELS.items():
+            for name in names:
+                self.commands[name].rich_help_panel = panel
+                ordered.append(name)
+        return ordered
+
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="What comes around and after a training run."
+    cls=CommandGroup,
+    no_args_is_help=True,
+    help="Everything around a training run: prepare, compare, generate, share. Training itself is train.py.",
 )

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from ghibli.cli.options import app
+from ghibli.config.registry import sampler_label
 from ghibli.runs import compare
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
@@ -40,14 +41,14 @@ def evaluate_command(
     runs = [RunDir(Path(folder)) for folder in folders]
     if not runs:
         raise UserError("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
-    from ghibli.config.files import changed
+    from ghibli.config.files import apply_overrides
     from ghibli.evaluation import evaluate as evaluate_module
     from ghibli.evaluation.evaluate import CHANGEABLE
-    from ghibli.runs.find import config_of
+    from ghibli.runs.find import finished_config
     from ghibli.training import wandb_logger  # torch takes seconds to load
 
     settings = [word for word in arguments if word not in folders]
-    configs = [changed(config_of(run), settings, CHANGEABLE) for run in runs]
+    configs = [apply_overrides(finished_config(run), settings, CHANGEABLE) for run in runs]
     for run, config in zip(runs, configs, strict=True):
         result = evaluate_module.evaluate(run, config)
         console.print(evaluation_table(run, result))
@@ -68,7 +69,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
         table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
     for model, rows in result["models"].items():
         for row in rows:
-            cell = f"{row['sampler'].upper()} {row['guidance']:g}"
+            cell = f"{sampler_label(row['sampler'])} {row['guidance']:g}"
             table.add_row(model, cell, *evaluation_cells(row))
     table.add_row("real", f"floor of {result['floor_images']}", *evaluation_cells(result["real"]))
     return full_width(table)

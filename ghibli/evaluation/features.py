@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessor, CLIPModel
 from ghibli.config.schema import Config
 from ghibli.evaluation.distances import frechet_distance, kernel_difference, kernel_distance
 from ghibli.evaluation.statistics import Estimate
-from ghibli.models.base import BaseModel, part_hash, place_of, weights_hash
+from ghibli.models.base import BaseModel, part_hash, resolve_path, weights_hash
 from ghibli.models.load import quiet
 from ghibli.runtime.errors import UserError, first_line
 
@@ -172,11 +172,16 @@ def load_clip(name: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
     """
     if name is None:
         return None
-    folder = place_of(name)
+    folder = resolve_path(name)
     source = folder if folder.is_dir() else name
     try:
+        # Silenced: the report on keys. Missing weights would be random; they are asked for and refused.
         with quiet("transformers"):
-            return CLIPModel.from_pretrained(source).eval(), CLIPImageProcessor.from_pretrained(source)
+            clip, report = CLIPModel.from_pretrained(source, output_loading_info=True)
+            processor = CLIPImageProcessor.from_pretrained(source)
+        if report["missing_keys"]:
+            raise ValueError(f"its files lack {min(report['missing_keys'])}")
+        return clip.eval(), processor
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.clip={name} cannot be loaded ({first_line(error)}): give a folder, or model.clip=null"

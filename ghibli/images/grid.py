@@ -1,14 +1,72 @@
-"""Images laid out on one sheet: labelled sample grids, captioned contact sheets, before and after."""
+"""Image sheets: labelled sample grids, captioned contact sheets, before and after.
+
+Every sheet is laid out by `lay_out`: rows of tiles at given coordinates, and texts.
+"""
 
 import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+TILE, GAP, LINE, COLUMNS = 256, 12, 18, 4  # of a contact sheet: px, px, px, tiles in a row
+LETTERS, LINES = 36, 4  # of a caption below a tile: letters in a line, lines
+PAIR_COLUMNS = 6  # pairs in a row of a before-and-after sheet
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text on a sheet; several lines are separated by newlines."""
+
+    x: int  # px
+    y: int  # px
+    text: str
+    size: int  # of the font, px
+    anchor: str | None = None  # Pillow's text anchor; None = (x, y) is the upper left corner
+    colour: str = "black"
+    spacing: int = 4  # between lines, px
+
+
+def lay_out(
+    size: tuple[int, int],
+    rows: Sequence[Sequence[Image.Image]],
+    lefts: Sequence[int],
+    tops: Sequence[int],
+    texts: Iterable[Text] = (),
+) -> Image.Image:
+    """Lay out tiles on a white sheet: rows[r][c] has its upper left corner at (lefts[c], tops[r]).
+
+    Args:
+        size: width and height of the sheet in px.
+        rows: a row may be shorter than `lefts`.
+        texts: are drawn first, so a long one disappears behind a tile.
+    """
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for text in texts:
+        font = ImageFont.load_default(size=text.size)
+        draw.text((text.x, text.y), text.text, text.colour, font, text.anchor, text.spacing)
+    for row, top in zip(rows, tops, strict=True):
+        for image, left in zip(row, lefts, strict=False):
+            sheet.paste(image, (left, top))
+    return sheet
+
+
+def evenly(count: int, pitch: int, first: int = 0) -> list[int]:
+    """Return `count` coordinates, `pitch` px apart."""
+    return [first + i * pitch for i in range(count)]
+
+
+def in_rows(items: list[Any], columns: int) -> list[list[Any]]:
+    """Split items into rows of `columns`; the last one may be shorter."""
+    return [items[start : start + columns] for start in range(0, len(items), columns)]
+
 
 def to_image(image: torch.Tensor) -> Image.Image:
-    """(3, H, W) in 0 .. 1 -> 8-bit RGB image, rounded to the nearest level."""
+    """Convert (3, H, W) in 0 .. 1 to an 8-bit RGB image, rounded to the nearest level."""
     levels = (image * 255).round().to(torch.uint8)
     return Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).numpy()))
 
@@ -16,70 +74,73 @@ def to_image(image: torch.Tensor) -> Image.Image:
 def compose_grid(
     rows: list[tuple[str, torch.Tensor]], prompts: list[str], columns: list[str], title: str
 ) -> Image.Image:
-    """One image of all samples: for each prompt a block of rows, a column for each cell.
+    """Compose one sheet of all samples: a block of rows for each prompt, a column for each cell.
+
+    Images of less than 256 px are shown at twice their size.
 
     Args:
-        rows: (label, images (prompts, columns, 3, H, W) in 0 .. 1), such as base first, adapter
-            below; all with the same start noise.
-        prompts, columns: the labels of blocks and columns.
+        rows: (label, images (prompts, columns, 3, H, W) in 0 .. 1), such as the base above the
+            adapter, from the same noise.
+        prompts, columns: labels of the blocks and the columns.
     """
     height, width = rows[0][1].shape[-2:]
     zoom = 1 if min(height, width) >= 256 else 2
-    tile, tall = zoom * width, zoom * height
-    font, small = ImageFont.load_default(size=17), ImageFont.load_default(size=15)
+    wide, tall = zoom * width, zoom * height
     gap, left, head, line = 6, 120, 100, 30
-    block = line + len(rows) * (tall + gap)
-    width = left + len(columns) * (tile + gap) + gap
-    grid = Image.new("RGB", (width, head + len(prompts) * block + gap), "white")
-    draw = ImageDraw.Draw(grid)
-    draw.multiline_text((12, 12), title, fill="black", font=font, spacing=8)
-    for column, text in enumerate(columns):
-        center = left + column * (tile + gap) + tile // 2
-        draw.text((center, head - 18), text, fill="black", font=small, anchor="mm")
-    for p, prompt in enumerate(prompts):
-        top = head + p * block
-        draw.text((12, top + line // 2), prompt, fill="#444444", font=small, anchor="lm")
-        for r, (label, images) in enumerate(rows):
-            y = top + line + r * (tall + gap)
-            draw.text((12, y + tall // 2), label, fill="black", font=small, anchor="lm")
-            for c in range(len(columns)):
-                one = to_image(images[p, c]).resize((tile, tall), Image.Resampling.LANCZOS)
-                grid.paste(one, (left + c * (tile + gap), y))
-    return grid
-
-
-TILE, GAP, LINE, COLUMNS = 256, 12, 18, 4  # px, px, px, tiles in a row
-LETTERS, LINES = 36, 4  # of a caption below a tile
+    blocks = evenly(len(prompts), line + len(rows) * (tall + gap), first=head)
+    lefts = evenly(len(columns), wide + gap, first=left)
+    tops = [top for block in blocks for top in evenly(len(rows), tall + gap, first=block + line)]
+    texts = [Text(12, 12, title, 17, spacing=8)]
+    texts += [Text(x + wide // 2, head - 18, text, 15, "mm") for x, text in zip(lefts, columns, strict=True)]
+    texts += [
+        Text(12, block + line // 2, prompt, 15, "lm", "#444444")
+        for block, prompt in zip(blocks, prompts, strict=True)
+    ]
+    labels = [label for _ in prompts for label, _ in rows]
+    texts += [Text(12, top + tall // 2, label, 15, "lm") for top, label in zip(tops, labels, strict=True)]
+    tiles = [
+        [to_image(image).resize((wide, tall), Image.Resampling.LANCZOS) for image in images[p]]
+        for p in range(len(prompts))
+        for _, images in rows
+    ]
+    size = (
+        left + len(columns) * (wide + gap) + gap,
+        head + len(tops) * (tall + gap) + len(prompts) * line + gap,
+    )
+    return lay_out(size, tiles, lefts, tops, texts)
 
 
 def contact_sheet(images: list[tuple[Image.Image, str]]) -> Image.Image:
-    """Lay out (image, caption) pairs in rows of COLUMNS, each image whole within TILE px squared."""
-    font = ImageFont.load_default(size=13)
+    """Lay out (image, caption) pairs in rows of COLUMNS, each image fitted into TILE px squared."""
+    rows = in_rows(images, COLUMNS)
     height = TILE + LINES * LINE + GAP
-    rows = -(-len(images) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, rows * height + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, (image, caption) in enumerate(images):
-        left, top = GAP + place % COLUMNS * (TILE + GAP), GAP + place // COLUMNS * height
-        small = ImageOps.pad(image, (TILE, TILE), color="#eeeeee")
-        sheet.paste(small, (left, top))
-        lines = textwrap.wrap(caption, LETTERS, max_lines=LINES, placeholder=" ...")
-        draw.multiline_text((left, top + TILE + 4), "\n".join(lines), fill="black", font=font, spacing=4)
-    return sheet
+    lefts, tops = evenly(COLUMNS, TILE + GAP, first=GAP), evenly(len(rows), height, first=GAP)
+    tiles = [[ImageOps.pad(image, (TILE, TILE), color="#eeeeee") for image, _ in row] for row in rows]
+    texts = [
+        Text(left, top + TILE + 4, shorten(caption), 13)
+        for row, top in zip(rows, tops, strict=True)
+        for (_, caption), left in zip(row, lefts, strict=False)
+    ]
+    return lay_out((COLUMNS * (TILE + GAP) + GAP, len(rows) * height + GAP), tiles, lefts, tops, texts)
+
+
+def shorten(caption: str) -> str:
+    """Break a caption into at most LINES lines."""
+    return "\n".join(textwrap.wrap(caption, LETTERS, max_lines=LINES, placeholder=" ..."))
 
 
 def before_after_sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    """Before above after, in rows of six."""
-    tile, gap, line, columns = 256, 8, 26, min(6, len(pairs))
-    block = line + 2 * (tile + gap) + gap
-    rows = -(-len(pairs) // columns)
-    page = Image.new("RGB", (columns * (tile + gap) + gap, rows * block), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=15)
-    for place, pair in enumerate(pairs):
-        left, top = gap + place % columns * (tile + gap), place // columns * block
-        if place % columns == 0:
-            draw.text((left, top + line // 2), "above: the photo, below: restyled", "black", font, "lm")
-        for row, image in enumerate(pair):
-            small = ImageOps.pad(image, (tile, tile), Image.Resampling.LANCZOS, color="#eeeeee")
-            page.paste(small, (left, top + line + row * (tile + gap)))
-    return page
+    """Lay out (photo, restyled photo) pairs in rows of PAIR_COLUMNS, the photo above."""
+    tile, gap, line, columns = 256, 8, 26, min(PAIR_COLUMNS, len(pairs))
+    rows = in_rows(pairs, columns)
+    height = line + 2 * (tile + gap) + gap
+    blocks = evenly(len(rows), height)
+    tops = [top for block in blocks for top in evenly(2, tile + gap, first=block + line)]
+    tiles = [
+        [ImageOps.pad(pair[i], (tile, tile), Image.Resampling.LANCZOS, color="#eeeeee") for pair in row]
+        for row in rows
+        for i in range(2)
+    ]
+    texts = [Text(gap, block + line // 2, "above: the photo, below: restyled", 15, "lm") for block in blocks]
+    size = columns * (tile + gap) + gap, len(rows) * height
+    return lay_out(size, tiles, evenly(columns, tile + gap, first=gap), tops, texts)

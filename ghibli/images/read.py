@@ -1,4 +1,4 @@
-"""Reading one image file as RGB: EXIF turn, alpha, palettes, grey, 16 bit; damage is named."""
+"""Reading an image file as 8-bit RGB, whatever its orientation, transparency, palette or bit depth."""
 
 import warnings
 from pathlib import Path
@@ -12,11 +12,14 @@ IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 
 
 class Unusable(Exception):
-    """An image that cannot be trained on; its text says why."""
+    """An image that cannot be trained on; the message says why."""
 
 
 def check_image(path: Path, min_side: int) -> Image.Image:
-    """The image, perhaps reduced to `min_side`; reads the whole file, so a cut-off one is found.
+    """Read a whole image file, perhaps at reduced size, to see whether it can be trained on.
+
+    Args:
+        min_side: px; a smaller image is unusable.
 
     Raises:
         Unusable: with the reason.
@@ -32,29 +35,29 @@ def check_image(path: Path, min_side: int) -> Image.Image:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The whole image as 8-bit RGB, turned as its EXIF says, transparency on white.
+    """Open an image that passed check_image: 8-bit RGB at full size, EXIF orientation applied.
 
     Raises:
-        UserError: the file was changed since it was checked.
+        UserError: the file has changed since.
     """
     try:
         return read_image(path)[0]
     except (Unusable, OSError) as reason:
-        raise UserError(f"{path} was readable a moment ago and is not any more: {reason}") from reason
+        raise UserError(f"{path} was readable a moment ago and no longer is: {reason}") from reason
 
 
 def read_image(path: Path, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """(image as 8-bit RGB, its size in the file).
+    """Read an image as 8-bit RGB, EXIF orientation applied, transparency on white; also its stored size.
 
     Args:
-        at_least: px; a JPEG may be decoded that small, which is quick. None: the whole image.
+        at_least: px; a JPEG may be decoded as small as that, which is faster. None = at full size.
 
     Raises:
-        Unusable: Pillow cannot read the file, or makes no colours of it.
+        Unusable: Pillow cannot read the file or convert it to RGB.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about size and damaged EXIF; twice that size is still refused
+            warnings.simplefilter("ignore")  # large size, damaged EXIF; twice that size is still an error
             with Image.open(path) as file:
                 size = file.size
                 if at_least is not None:
@@ -63,17 +66,17 @@ def read_image(path: Path, at_least: int | None = None) -> tuple[Image.Image, tu
                 ImageOps.exif_transpose(file, in_place=True)
                 return to_rgb(file), size
     except UnidentifiedImageError:
-        raise Unusable("it is no image, whatever its name says") from None
+        raise Unusable("it is not an image, despite its name") from None
     except Image.DecompressionBombError:
         raise Unusable(f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises many types on broken files; each becomes a line
-        raise Unusable(f"it is damaged or of an unknown kind: {error}") from error
+    except Exception as error:  # Pillow raises many types on broken files
+        raise Unusable(f"it is damaged or of an unknown format: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; transparency becomes white, 16 bits are scaled to 8."""
+    """Convert to 8-bit RGB; transparency becomes white, 16 bits are scaled to 8."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
     if image.mode.startswith("I"):
@@ -87,7 +90,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image (0 .. 65535) as 8-bit RGB; Pillow's own conversion clips at 255."""
+    """Convert a 16-bit grey image (0 .. 65535) to 8-bit RGB; Pillow's own conversion clips at 255."""
     grey = np.asarray(image).astype(np.float32)
     np.clip(grey, 0, 65535, out=grey)
     grey /= 257  # in place: a large scan is many megabytes

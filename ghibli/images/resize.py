@@ -1,4 +1,4 @@
-"""The size an image is trained at, and the image as a tensor of that size."""
+"""The size at which an image is trained, and the image as a tensor of that size."""
 
 import math
 
@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-WIDEST = 2.0  # longer side / shorter side
+WIDEST = 2.0  # longer side / shorter side, at most
 Size = tuple[int, int]  # width, height in px
 
 
-def sizes(resolution: int) -> list[Size]:
-    """All shapes with at most the square's area: for each width the largest height, in steps of 1/8 side.
+def bucket_sizes(resolution: int) -> list[Size]:
+    """List the bucket sizes: per width the largest height within the square's area, in steps of side / 8.
 
-    At 512 px those are 384 x 640, 448 x 576, 512 x 512, 576 x 448 and 640 x 384.
+    At 512 px: 384 x 640, 448 x 576, 512 x 512, 576 x 448 and 640 x 384.
     """
     step = max(8, resolution // 64 * 8)
     found = []
@@ -25,19 +25,19 @@ def sizes(resolution: int) -> list[Size]:
 
 
 def size_for(image: Size, resolution: int, resize: str) -> Size:
-    """What an image of this size is scaled and cut to; with `bucket` the shape nearest to its own."""
+    """Choose the size to which an image is scaled and cropped; with `bucket` the nearest aspect ratio."""
     if resize != "bucket":
         return resolution, resolution
     own = math.log(image[0] / image[1])
-    return min(sizes(resolution), key=lambda size: (abs(math.log(size[0] / size[1]) - own), size))
+    return min(bucket_sizes(resolution), key=lambda size: (abs(math.log(size[0] / size[1]) - own), size))
 
 
 def preprocess(image: Image.Image, resolution: int, resize: str) -> torch.Tensor:
-    """RGB image -> pixel_values (3, resolution, resolution), float32 in -1 .. 1.
+    """Convert an RGB image to pixel_values (3, height, width), float32 in -1 .. 1.
 
-    `squash` scales both sides to the square as the slides' Resize((512, 512)) does; `center_crop`
-    covers the square and cuts the middle; `bucket` covers the shape of about the square's area that
-    is nearest to the image's own, (3, height, width). Lanczos, antialiased.
+    `squash` scales both sides to the square, ignoring the aspect ratio, as the reference study does
+    (Resize((512, 512))); `center_crop` scales to cover the square and crops the middle; `bucket` does the
+    same with the size from bucket_sizes that is nearest in aspect ratio. Lanczos, antialiased.
     """
     size = size_for(image.size, resolution, resize)
     if resize == "squash":

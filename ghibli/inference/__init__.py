@@ -1,1 +1,1 @@
-"""After a run: load, generate, restyle, export, push."""
+"""After a run: generate, restyle, serve, export, push."""

@@ -1,4 +1,4 @@
-"""A run's result as files for other tools, each loaded into a clean base and compared before it counts."""
+"""Exporting a run for other tools; each file is loaded into a fresh base and checked against the run."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,13 +8,14 @@ import diffusers
 import torch
 
 from ghibli.adapters import apply, kohya
-from ghibli.adapters.apply import load_adapters, pipeline_of
+from ghibli.adapters.apply import load_adapters
 from ghibli.adapters.files import read_adapter
 from ghibli.adapters.model_card import model_card
 from ghibli.adapters.trained import trained_base
 from ghibli.config.schema import Config
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
+from ghibli.models.pipeline import make_pipeline
 from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
@@ -22,88 +23,89 @@ from ghibli.runtime.files import write_atomically, write_text
 from ghibli.training.callbacks.checkpoints import load_weights
 from ghibli.training.module import GhibliModule
 
-SAME = 1e-4  # of the largest predicted noise: a file that differs more from the live model is refused
+TOLERANCE = 1e-4  # largest difference from the live model, relative to its largest noise_pred
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # latents, timesteps, input_ids
-IMAGES = ("samples/adapter.png", "samples/fine-tuned.png", "evaluation.png")
+GRIDS = ("samples/adapter.png", "samples/fine-tuned.png", "evaluation.png")
 
 
 @dataclass(frozen=True)
-class Proof:
-    """How a file compares, relative to the largest value of the live model's predicted noise."""
+class Check:
+    """Largest differences of an exported file's noise_pred, relative to the live model's largest value."""
 
     file: Path
-    from_live: float  # largest difference from the live model: about 0
-    from_base: float  # from the untouched base: what the file changes
+    from_live: float  # from the live model: about 0
+    from_base: float  # from the untouched base: what the adapter changes
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         return (
-            f"loaded anew, its predicted noise is within {self.from_live:.1g} of the trained model's and "
-            f"{self.from_base:.2g} from the base's (of the largest value)"
+            f"loaded into a fresh base, its predicted noise is within {self.from_live:.1g} of the trained "
+            f"model's and {self.from_base:.2g} from the base's (relative to the largest value)"
         )
 
 
-def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Proof]:
-    """Writes a run's files for other tools, a model card and its grids into `folder`.
+def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Check]:
+    """Write a run's files for other tools, a model card and its sample grids into `folder`.
 
     Args:
-        merge: also the whole pipeline with the adapter merged in, as a diffusers folder.
+        merge: also write a complete diffusers pipeline with the adapter merged in.
 
     Raises:
-        UserError: nothing was trained, or a written file does not do what the live model does.
+        UserError: nothing was trained, or a file does not reproduce the live model.
     """
     if config.finetune == "none":
         raise UserError(f"{run.path} only measured the base: there is nothing to export")
     if config.finetune == "full" and not merge:
-        raise UserError(f"{run.path} trained all weights, which no adapter holds: ghibli export --merge")
+        raise UserError(f"{run.path} trained all weights, which do not fit into an adapter: use --merge")
     base = apply.load_base(config.model)
     inputs = probe_inputs(base)
     untouched = predict(base, inputs)
-    files, notes = [], []
+    files, failures = [], []
     if config.finetune == "lora":
-        files, notes = write_adapters(run, config, base, folder)
-    del base  # one model at a time: with Stable Diffusion 1.5 each takes 4 GB
+        files, failures = write_adapters(run, config, base, folder)
+    del base  # one model at a time: each Stable Diffusion 1.5 takes 4 GB
     live = predict(live_model(run, config), inputs)
     if merge:
         save_pipeline(trained_base(run, config), folder / "merged")
         files.append(folder / "merged")
-    proofs = [prove(file, config, inputs, live, untouched) for file in files]
-    for name in IMAGES:
+    checks = [check_file(file, config, inputs, live, untouched) for file in files]
+    for name in GRIDS:
         copy_or_remove(run.path / name, folder / name)
-    lines = [f"`{proof.file.name}`: {proof.words}" for proof in proofs] + notes
+    lines = [f"`{check.file.name}`: {check.summary}" for check in checks] + failures
     write_text(folder / "README.md", model_card(run, config, run.path.name, lines))
-    return proofs
+    return checks
 
 
 def write_adapters(
     run: RunDir, config: Config, base: BaseModel, folder: Path
 ) -> tuple[list[Path], list[str]]:
-    """The adapter in diffusers' and kohya's layout: files, and why one of them cannot be written."""
+    """Write the adapter in both layouts; return the files, and why one could not be written."""
     adapter = read_adapter(run.adapter, base, "export")
-    plain, other = folder / ADAPTER_FILE, folder / f"{run.path.name}_kohya.safetensors"
-    write_atomically(plain, lambda file: file.write(adapter.file.read_bytes()))
+    diffusers_file, kohya_file = folder / ADAPTER_FILE, folder / f"{run.path.name}_kohya.safetensors"
+    write_atomically(diffusers_file, lambda file: file.write(adapter.file.read_bytes()))
     try:
         metadata = kohya.metadata_of(adapter, config, run.read_status(), run.path.name)
-        kohya.write_kohya(adapter, other, metadata)
-    except UserError as mistake:
-        return [plain], [str(mistake)]
-    return [plain, other], []
+        kohya.write_kohya(adapter, kohya_file, metadata)
+    except UserError as error:
+        return [diffusers_file], [str(error)]
+    return [diffusers_file, kohya_file], []
 
 
 def save_pipeline(base: BaseModel, folder: Path) -> None:
-    """A base as a whole diffusers pipeline, with the scheduler it came with; replaces what is there."""
-    pipeline = pipeline_of(base)
-    kind = getattr(diffusers, base.scheduler_config.get("_class_name", ""), diffusers.DDIMScheduler)
-    pipeline.scheduler = kind.from_config(base.scheduler_config)
-    started = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(started, ignore_errors=True)
-    pipeline.save_pretrained(started, safe_serialization=True)
+    """Save a base as a complete diffusers pipeline with its own scheduler, replacing the folder."""
+    pipeline = make_pipeline(base)
+    name = base.scheduler_config.get("_class_name", "")
+    scheduler_class = getattr(diffusers, name, diffusers.DDIMScheduler)
+    pipeline.scheduler = scheduler_class.from_config(base.scheduler_config)
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial, safe_serialization=True)
     shutil.rmtree(folder, ignore_errors=True)
-    started.rename(folder)
+    partial.rename(folder)
 
 
 def copy_or_remove(source: Path, target: Path) -> None:
-    """The target as the source is: a copy, or not there."""
+    """Copy a file, or remove the target if there is no source."""
     if source.is_file():
         write_atomically(target, lambda file: file.write(source.read_bytes()))
     else:
@@ -111,25 +113,27 @@ def copy_or_remove(source: Path, target: Path) -> None:
 
 
 def remove(place: Path) -> None:
-    """A file or a folder."""
+    """Remove a file or a folder."""
     shutil.rmtree(place) if place.is_dir() else place.unlink()
 
 
-def prove(file: Path, config: Config, inputs: Inputs, live: torch.Tensor, untouched: torch.Tensor) -> Proof:
-    """Loads what was written and compares it.
+def check_file(
+    file: Path, config: Config, inputs: Inputs, live: torch.Tensor, untouched: torch.Tensor
+) -> Check:
+    """Load an exported file and compare its noise_pred; remove the file if it is wrong.
 
     Raises:
-        UserError: it does not do its work, and is taken away again.
+        UserError: as check_prediction.
     """
     try:
-        return compare(file, predict(loaded(file, config), inputs), live, untouched)
-    except UserError:
+        return check_prediction(file, predict(load_exported(file, config), inputs), live, untouched)
+    except UserError as error:
         remove(file)
-        raise
+        raise UserError(f"{error}; the file was removed") from error
 
 
-def loaded(file: Path, config: Config) -> BaseModel:
-    """A pipeline's folder, or a fresh base that wears an adapter's file."""
+def load_exported(file: Path, config: Config) -> BaseModel:
+    """Load a pipeline's folder, or a fresh base with an adapter's file on it."""
     if file.is_dir():
         return load(str(file))
     base = apply.load_base(config.model)
@@ -138,14 +142,14 @@ def loaded(file: Path, config: Config) -> BaseModel:
 
 
 def live_model(run: RunDir, config: Config) -> BaseModel:
-    """The model as training had it at its best: base, fresh adapter layers, the checkpoint's weights."""
+    """Rebuild the model of the best epoch as in training: base, adapter layers, the checkpoint's weights."""
     module = GhibliModule(config, apply.load_base(config.model))
     load_weights(module, run.best_checkpoint)
     return module.eval().base
 
 
 def probe_inputs(base: BaseModel) -> Inputs:
-    """Fixed (latents (2, 4, 16, 16), timesteps (2,), input_ids (2, 77))."""
+    """Make fixed inputs: latents (2, 4, 16, 16), timesteps (2,), input_ids (2, 77)."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, base.unet.config.in_channels, 16, 16, generator=generator)
     return latents, torch.tensor([250, 750]), base.tokenize(["a house by a lake", ""])
@@ -153,30 +157,34 @@ def probe_inputs(base: BaseModel) -> Inputs:
 
 @torch.inference_mode()
 def predict(base: BaseModel, inputs: Inputs) -> torch.Tensor:
-    """noise_pred of probe_inputs, on the CPU."""
+    """Predict the noise of probe_inputs on the CPU: (2, 4, 16, 16)."""
     latents, timesteps, input_ids = inputs
     base.to(torch.device("cpu"))
     return base.unet(latents, timesteps, base.encode_prompts(input_ids), return_dict=False)[0].clone()
 
 
-def compare(file: Path, found: torch.Tensor, live: torch.Tensor, untouched: torch.Tensor) -> Proof:
-    """How far a written file is from the live model and from the base.
+def check_prediction(
+    file: Path, noise_pred: torch.Tensor, live: torch.Tensor, untouched: torch.Tensor
+) -> Check:
+    """Compare a file's noise_pred with those of the live model and of the untouched base.
 
     Raises:
-        UserError: too far from the live model, or it changes nothing.
+        UserError: too far from the live model, or no different from the base.
     """
     largest = live.abs().max().item()
-    proof = Proof(
-        file, (found - live).abs().max().item() / largest, (found - untouched).abs().max().item() / largest
+    check = Check(
+        file,
+        (noise_pred - live).abs().max().item() / largest,
+        (noise_pred - untouched).abs().max().item() / largest,
     )
-    if not proof.from_live < SAME:
+    if not check.from_live < TOLERANCE:
         raise UserError(
-            f"{file} was written and does not do what the trained model does: its predicted noise is off by "
-            f"{proof.from_live:.1g} of the largest value; please report this"
+            f"{file} does not reproduce the trained model: its predicted noise is off by "
+            f"{check.from_live:.1g} of the largest value (please report this)"
         )
-    if not proof.from_base > 10 * max(proof.from_live, 1e-7):
+    if not check.from_base > 10 * max(check.from_live, 1e-7):
         raise UserError(
-            f"{file} changes nothing: the base's predicted noise is within {proof.from_base:.1g}; was the "
+            f"{file} changes nothing: the base's predicted noise is within {check.from_base:.1g}; was the "
             "learning rate zero?"
         )
-    return proof
+    return check

@@ -1,7 +1,7 @@
-"""`ghibli generate`: prompts -> PNG files that carry their settings, always from the same start noise."""
+"""`ghibli generate`: PNG files from prompts, reproducible from the settings stored in each."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ghibli.diffusion.samplers import SAMPLERS, Cell, sample
+from ghibli.config.registry import SAMPLERS, sampler_label
+from ghibli.diffusion.samplers import Cell, sample
 from ghibli.images.grid import compose_grid, to_image
 from ghibli.inference.load import LoadedModel
 from ghibli.models.base import BaseModel
@@ -18,60 +19,61 @@ from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically
 
-LARGEST = 2048  # px, the longer side
-Count = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # as progress.counted
-STRIP = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]  # adapter scales of --interpolate
-NO_ROOM = ("out of memory", "not enough memory", "can't allocate memory", "alloc_cpu")
+LARGEST = 2048  # px, either side
+Count = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # as console.counted
+SCALES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]  # of the adapters, for --interpolate
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_cpu")
 
 
 @dataclass(frozen=True)
 class Request:
-    """How to draw; image i has the start noise of seed + i, whatever else is drawn with it."""
+    """What to generate and how; image i starts from the noise of seed + i, independent of the others."""
 
     prompts: list[str]
-    sampler: str  # ddim or ddpm
+    sampler: str  # a name in SAMPLERS
     guidance: float  # 1 = off
     steps: int
     seed: int
-    size: tuple[int, int]  # width, height in px
+    size: tuple[int, int]  # width and height in px
     negative: str = ""
-    batch: int = 4  # images drawn together
-    scale: float = 1.0  # of all adapters
+    batch: int = 4  # images generated together
+    scale: float = 1.0  # factor on the weights of all adapters
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"--sampler {self.sampler} is unknown: choose one of {', '.join(SAMPLERS)}")
+        SAMPLERS.require(self.sampler, "--sampler")
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise UserError("an empty prompt: say what to draw, --prompt TEXT")
+            raise UserError("an empty prompt: give --prompt TEXT")
         if not 1 <= self.steps <= 1000:
-            raise UserError(f"--steps {self.steps}: from 1 to 1000")
+            raise UserError(f"--steps {self.steps}: must be from 1 to 1000")
         check_seed(self.seed)
         for side in self.size:
             if side % 8 or not 64 <= side <= LARGEST:
                 near = min(max(64, round(side / 8) * 8), LARGEST)
-                raise UserError(f"--size {side}: a multiple of 8 from 64 to {LARGEST}, such as {near}")
+                raise UserError(
+                    f"--size {side}: must be a multiple of 8 from 64 to {LARGEST}, such as {near}"
+                )
 
 
 def check_seed(seed: int) -> None:
-    """Raises a UserError for a seed that torch does not take."""
+    """Raise a UserError for a seed that torch does not accept."""
     if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed}: from 0 to {2**32 - 1}")
+        raise UserError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
 
 
-def size_of(text: str) -> tuple[int, int]:
-    """`512` or `640x384` -> (width, height).
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse `512` or `640x384` to (width, height) in px.
 
     Raises:
         UserError: neither.
     """
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
-        raise UserError(f"--size {text}: a number of px, or WIDTHxHEIGHT")
+        raise UserError(f"--size {text}: must be a number of px, or WIDTHxHEIGHT")
     return int(sides[0]), int(sides[-1])
 
 
-def lines_of(file: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines are left out.
+def read_prompts(file: Path) -> list[str]:
+    """Read the prompts of a text file, one per line; empty lines are skipped.
 
     Raises:
         UserError: no such file, or not UTF-8.
@@ -83,110 +85,118 @@ def lines_of(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def lost_words(prompts: list[str], base: BaseModel) -> list[str]:
-    """For each prompt that is longer than the text encoder reads, a sentence with the words it loses."""
-    limit, said = base.tokenizer.model_max_length, []
+def truncation_warnings(prompts: Iterable[str], base: BaseModel) -> list[str]:
+    """Name, for each prompt that is too long for the text encoder, the words that it does not see."""
+    limit, warnings = base.tokenizer.model_max_length, []
     for prompt in prompts:
         ids = base.tokenizer(prompt, verbose=False).input_ids
         if len(ids) > limit:
             lost = base.tokenizer.decode(ids[limit - 1 : -1]).strip()
-            said.append(f"`{prompt[:40]} ...` is too long, the text encoder never sees `{lost[:100]}`")
-    return said
+            warnings.append(f"`{prompt[:40]} ...` is too long: the text encoder never sees `{lost[:100]}`")
+    return warnings
 
 
-def draw(
-    loaded: LoadedModel, request: Request, label: str = "drawing", count: Count = counted
+def generate_images(
+    model: LoadedModel, request: Request, label: str = "generating", count: Count = counted
 ) -> torch.Tensor:
-    """Images (N, 3, height, width), float32 in 0 .. 1, one for each prompt.
+    """Generate images (N, 3, height, width), float32 in 0 .. 1, one for each prompt.
 
     Args:
-        label: what is being done, in words.
-        count: shows it with the denoising steps done and in all.
+        label: of the progress bar.
+        count: opens the progress bar, which counts denoising steps.
 
     Raises:
-        UserError: no memory for it.
+        UserError: out of memory.
     """
-    base = loaded.at(request.scale)
-    cell, found, done = Cell(request.sampler, request.guidance), [], 0
+    base = model.at(request.scale)
+    cell, images, done = Cell(request.sampler, request.guidance), [], 0
     with count(label) as on_progress, enough_memory():
         total = -(-len(request.prompts) // request.batch) * request.steps
         for start in range(0, len(request.prompts), request.batch):
-            part = request.prompts[start : start + request.batch]
+            batch = request.prompts[start : start + request.batch]
 
             def on_step() -> None:
                 nonlocal done
                 done += 1
                 on_progress(done, total)
 
-            found.append(sample(
-                base, part, cell, num_inference_steps=request.steps,
-                seeds=[request.seed + start + i for i in range(len(part))],
+            images.append(sample(
+                base, batch, cell, num_inference_steps=request.steps,
+                seeds=[request.seed + start + i for i in range(len(batch))],
                 resolution=request.size, negative_prompt=request.negative, on_step=on_step,
             ))  # fmt: skip
-    return torch.cat(found)
+    return torch.cat(images)
 
 
 @contextmanager
 def enough_memory() -> Iterator[None]:
-    """Turns what torch raises without memory into one line."""
+    """Turn torch's out-of-memory errors into a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_ROOM):
+        if not isinstance(error, MemoryError) and not any(
+            text in str(error).lower() for text in OUT_OF_MEMORY
+        ):
             raise
-        raise UserError("not enough memory: draw fewer at once or smaller (--batch, --size)") from error
+        raise UserError(
+            "not enough memory: use fewer images at once or smaller ones (--batch, --size)"
+        ) from error
 
 
-def write_images(images: torch.Tensor, request: Request, loaded: LoadedModel, folder: Path) -> list[Path]:
-    """000.png, 001.png, ... each with the settings that make it, as JSON and as A1111 writes them."""
+def write_images(images: torch.Tensor, request: Request, model: LoadedModel, folder: Path) -> list[Path]:
+    """Write 000.png, 001.png, ..., each with the settings that reproduce it, as JSON and as A1111 does."""
     files = []
     for number, image in enumerate(images):
         alone = replace(request, prompts=[request.prompts[number]], seed=request.seed + number)
-        note = PngInfo()
-        note.add_text("ghibli", json.dumps(asdict(alone) | model_note(loaded), ensure_ascii=False))
-        note.add_text("parameters", parameters(alone, loaded))
+        metadata = PngInfo()
+        settings = asdict(alone) | model_metadata(model)
+        metadata.add_text("ghibli", json.dumps(settings, ensure_ascii=False))
+        metadata.add_text("parameters", a1111_parameters(alone, model))
         file = folder / f"{number:03d}.png"
-        write_png(file, to_image(image), note)
+        write_png(file, to_image(image), metadata)
         files.append(file)
     return files
 
 
-def model_note(loaded: LoadedModel) -> dict[str, object]:
-    """Base and adapters, for an image's note."""
-    model = loaded.config.model
-    merged = {} if model.adapter is None else {"merged": model.adapter, "merged_scale": model.adapter_scale}
-    return {"base": model.path, **merged, "adapters": loaded.names, "weights": loaded.weights}
+def model_metadata(model: LoadedModel) -> dict[str, object]:
+    """Describe base and adapters for an image's metadata."""
+    base = model.config.model
+    merged = {} if base.adapter is None else {"merged": base.adapter, "merged_scale": base.adapter_scale}
+    return {"base": base.path, **merged, "adapters": model.names, "weights": model.weights}
 
 
-def parameters(request: Request, loaded: LoadedModel) -> str:
-    """The text that A1111 puts into its images and reads from them."""
+def a1111_parameters(request: Request, model: LoadedModel) -> str:
+    """Format the settings of one image as A1111 stores them in its images and reads them back."""
     negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
     width, height = request.size
     return (
-        f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {request.sampler.upper()}, "
+        f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {sampler_label(request.sampler)}, "
         f"CFG scale: {request.guidance:g}, Seed: {request.seed}, Size: {width}x{height}, "
-        f"Model: {loaded.config.model.path}"
+        f"Model: {model.config.model.path}"
     )
 
 
-def write_png(file: Path, image: Image.Image, note: PngInfo | None = None) -> None:
-    """Atomically."""
-    write_atomically(file, lambda opened: image.save(opened, "PNG", pnginfo=note))
+def write_png(file: Path, image: Image.Image, metadata: PngInfo | None = None) -> None:
+    """Write a PNG file atomically."""
+    write_atomically(file, lambda opened: image.save(opened, "PNG", pnginfo=metadata))
 
 
-def beside_base(loaded: LoadedModel, request: Request, images: torch.Tensor) -> Image.Image:
-    """A sheet: for each prompt the base above, what was drawn below, from the same start noise."""
-    base = draw(loaded, replace(request, scale=0.0), "drawing what the base makes of it")
+def base_comparison_sheet(model: LoadedModel, request: Request, images: torch.Tensor) -> Image.Image:
+    """Compose a sheet with the base above the given images (N, 3, H, W), from the same noise."""
+    base = generate_images(model, replace(request, scale=0.0), "generating with the base")
     rows = [("base", base[:, None]), ("adapter", images[:, None])]
     cell = Cell(request.sampler, request.guidance)
     return compose_grid(rows, request.prompts, [cell.label], f"seed {request.seed}")
 
 
-def strip(loaded: LoadedModel, request: Request) -> Image.Image:
-    """A sheet: for each prompt a row, the adapter's scale growing from 0 (the base) to 1.2."""
+def adapter_scale_sheet(model: LoadedModel, request: Request) -> Image.Image:
+    """Compose a sheet with a row for each prompt and a column for each of SCALES."""
     columns = [
-        draw(loaded, replace(request, scale=scale), f"drawing at adapter scale {scale:g}") for scale in STRIP
+        generate_images(model, replace(request, scale=scale), f"generating at adapter scale {scale:g}")
+        for scale in SCALES
     ]
-    title = f"adapter scale, seed {request.seed}, {request.sampler.upper()} guidance {request.guidance:g}"
-    labels = [f"{scale:g}" for scale in STRIP]
+    title = (
+        f"adapter scale, seed {request.seed}, {sampler_label(request.sampler)} guidance {request.guidance:g}"
+    )
+    labels = [f"{scale:g}" for scale in SCALES]
     return compose_grid([("", torch.stack(columns, dim=1))], request.prompts, labels, title)

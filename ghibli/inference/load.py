@@ -1,112 +1,104 @@
-"""What a person names to draw with: a run, adapter files, or nothing but the base -> a base that samples."""
+"""Loading what a user names to generate with: a run, adapter files or, without any, the base."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ghibli.adapters import apply
-from ghibli.adapters.apply import load_adapters, scale
-from ghibli.adapters.files import Adapter, read_adapter
+from ghibli.adapters.apply import load_adapters, load_base, set_weights
+from ghibli.adapters.files import read_adapter
 from ghibli.adapters.trained import for_sampling, starting_base, trained_base
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import usual_guidance
 from ghibli.models.base import BaseModel
-from ghibli.runs.compose import look_at
-from ghibli.runs.find import config_of, finished_run
+from ghibli.runs.compose import compose_config
+from ghibli.runs.find import finished_config, finished_run
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
-
-WHAT = "adapter"  # as messages call it
 
 
 @dataclass
 class LoadedModel:
-    """A base with adapters on it, each with a weight that may be changed."""
+    """A base with adapters on it, whose scale can be changed."""
 
     base: BaseModel
-    config: Config  # of the run, or of train.py without further words: base, style, resolution
-    weights: list[float]  # of the adapters, in their order; none: the base alone, or a fine-tuned UNet
-    names: list[str]  # of what was named
+    config: Config  # of the run, or of train.py with the given overrides: base, style, resolution
+    weights: list[float]  # of the adapters, in their order; empty = the base alone, or a fine-tuned UNet
+    names: list[str]  # of the sources, as the user named them
 
-    def at(self, factor: float) -> BaseModel:
-        """What draws with every adapter at `factor` times its own weight; at 0 the base, to the bit.
+    def at(self, scale: float) -> BaseModel:
+        """Return the base with every adapter at `scale` times its own weight; at 0 the base, bit for bit.
 
         Raises:
-            UserError: all weights were trained and factor is neither 0 nor 1.
+            UserError: the run trained all weights, and the scale is neither 0 nor 1.
         """
         if self.weights:
-            scale(self.base, [factor * weight for weight in self.weights])
-        if self.weights or not self.names or factor == 1:
+            set_weights(self.base, [scale * weight for weight in self.weights])
+        if self.weights or not self.names or scale == 1:
             return self.base
-        if factor == 0:
-            return self._untouched
-        raise UserError(f"{self.names[0]} trained all weights: its scale is 1 or 0, nothing between")
+        if scale == 0:
+            return self._starting_base
+        raise UserError(f"{self.names[0]} trained all weights: its scale is either 1 or 0")
 
     @cached_property
-    def _untouched(self) -> BaseModel:
-        """The base that a run started from which trained all weights."""
+    def _starting_base(self) -> BaseModel:
+        """The base that a run which trained all weights started from."""
         return starting_base(self.config)
 
     @property
     def guidance(self) -> float:
-        """The sampling scale that suits what was named."""
+        """The guidance scale that suits the training."""
         trained = any(RunDir(Path(name)).config.is_file() for name in self.names)
         return usual_guidance(self.config.loss.guidance) if trained else 7.5
 
 
-def load_model(sources: list[str], words: list[str]) -> LoadedModel:
-    """Loads what was named.
+def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
+    """Load the base that fits the sources, with their adapters on it.
 
     Args:
-        sources: run folders, `latest`, adapter files or folders, each perhaps with :WEIGHT.
-        words: settings of train.py that choose the base where no run does.
+        sources: run folders, `latest`, adapter files or folders, each optionally with :WEIGHT.
+        overrides: of train.py, which choose the base where no run does.
 
     Raises:
-        UserError: nothing there, or adapters of several bases.
+        UserError: nothing there, or sources that cannot be combined.
     """
-    named = [weighted(source) for source in sources]
+    named = [split_weight(source) for source in sources]
     runs = [RunDir(Path(name)) for name, _ in named if RunDir(Path(name)).config.is_file()]
-    configs = [config_of(run) for run in runs]
-    if runs and words:
-        raise UserError(f"{words[0]}: {runs[0].path} keeps its own base and settings; leave it out")
-    config = configs[0] if configs else settings(words)
-    other = next((c for c in configs if base_of(c) != base_of(config)), None)
-    if other is not None:
-        raise UserError(f"these runs have different bases: {config.model.path} and {other.model.path}")
-    idle = [run for run, its in zip(runs, configs, strict=True) if its.finetune == "none"]
-    if idle:
-        raise UserError(f"{idle[0].path} only measured the base: name no run to draw with the base alone")
-    whole = [run for run, its in zip(runs, configs, strict=True) if its.finetune == "full"]
-    if whole and len(named) > 1:
-        raise UserError(f"{whole[0].path} trained all weights: it cannot be combined with others")
-    if whole:
-        return LoadedModel(trained_base(whole[0], config), config, [], [named[0][0]])
-    base = for_sampling(apply.load_base(config.model))
-    adapters = [(adapter_of(name, base), weight) for name, weight in named]
+    if runs and overrides:
+        raise UserError(f"{overrides[0]}: {runs[0].path} has its own base and settings; leave it out")
+    configs = [finished_config(run) for run in runs]
+    config = configs[0] if configs else compose_config(overrides)
+    check_combination(runs, configs, len(named))
+    if runs and config.finetune == "full":
+        return LoadedModel(trained_base(runs[0], config), config, [], [named[0][0]])
+    base = for_sampling(load_base(config.model))
+    adapters = [(read_adapter(name, base, "adapter"), weight) for name, weight in named]
     load_adapters(base, adapters)
     return LoadedModel(base, config, [weight for _, weight in adapters], [name for name, _ in named])
 
 
-def base_of(config: Config) -> tuple[str, str | None, float]:
-    """What tells one base from another."""
+def check_combination(runs: list[RunDir], configs: list[Config], sources: int) -> None:
+    """Raise a UserError for runs that cannot be loaded together.
+
+    Args:
+        sources: number of runs and adapter files in all.
+    """
+    for run, config in zip(runs, configs, strict=True):
+        if base_identity(config) != base_identity(configs[0]):
+            bases = f"{configs[0].model.path} and {config.model.path}"
+            raise UserError(f"these runs have different bases: {bases}")
+        if config.finetune == "none":
+            raise UserError(f"{run.path} only measured the base: name no run to generate with the base alone")
+        if config.finetune == "full" and sources > 1:
+            raise UserError(f"{run.path} trained all weights: it cannot be combined with others")
+
+
+def base_identity(config: Config) -> tuple[str, str | None, float]:
+    """Return what tells one starting base from another."""
     return config.model.path, config.model.adapter, config.model.adapter_scale
 
 
-def adapter_of(name: str, base: BaseModel) -> Adapter:
-    """The adapter of a run or a file."""
-    return read_adapter(name, base, WHAT)
-
-
-def settings(words: list[str]) -> Config:
-    """The settings of `train.py WORDS`."""
-    config, _, mistakes = look_at(words)
-    if config is None:
-        raise UserError(mistakes[0])
-    return config
-
-
-def weighted(source: str) -> tuple[str, float]:
-    """`PATH:0.7` -> (PATH, 0.7); without a number the weight is 1; `latest` is the newest finished run."""
+def split_weight(source: str) -> tuple[str, float]:
+    """Split `PATH:0.7` into (PATH, 0.7); the default weight is 1; `latest` is the newest finished run."""
     path, colon, number = source.rpartition(":")
     try:
         name, weight = (path, float(number)) if colon and not Path(source).exists() else (source, 1.0)

@@ -1,4 +1,4 @@
-"""`ghibli push`: an exported folder to a hub repository, after a look at what would go."""
+"""`ghibli push`: upload an exported folder to a hub repository."""
 
 import glob
 from pathlib import Path
@@ -6,34 +6,34 @@ from pathlib import Path
 from ghibli.models.hub import hub_answers
 from ghibli.runtime.errors import UserError, first_line
 
-SENT = (".safetensors", ".md", ".png")
+UPLOADED = (".safetensors", ".md", ".png")  # no merged pipeline
 
 
-def files_of(folder: Path) -> list[tuple[str, int]]:
-    """(name, bytes) of what would be sent: adapters, card and grids; no merged pipeline, no hidden file.
+def files_to_push(folder: Path) -> list[tuple[str, int]]:
+    """List (name, bytes) of what would be uploaded: adapters, card and grids, without hidden files.
 
     Raises:
         UserError: nothing was exported there.
     """
-    found = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*")) if file.suffix in SENT]
+    found = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*")) if file.suffix in UPLOADED]
     if "README.md" not in dict(found):
-        raise UserError(f"{folder} holds nothing to send: ghibli export RUN fills it")
+        raise UserError(f"{folder} holds nothing to send: run ghibli export RUN first")
     return [(name, size) for name, size in found if not name.startswith(".")]
 
 
 def push(folder: Path, hub_id: str, *, private: bool) -> str:
-    """Uploads the files in one commit and returns their address. The token is the one of `hf auth login`.
+    """Upload the files in one commit with the token of `hf auth login`; return their address.
 
     Raises:
         UserError: no token, no network, or the hub refuses.
     """
     from huggingface_hub import HfApi, get_token
 
-    names = [name for name, _ in files_of(folder)]
+    names = [name for name, _ in files_to_push(folder)]
     if get_token() is None:
-        raise UserError("the hub does not know you: run `hf auth login` first, or set HF_TOKEN")
+        raise UserError("not logged in to the hub: run `hf auth login` first, or set HF_TOKEN")
     if not hub_answers():
-        raise UserError("the hub cannot be reached: try again when there is a network")
+        raise UserError("the hub cannot be reached: try again with a network connection")
     api = HfApi()
     try:
         api.create_repo(hub_id, private=private, exist_ok=True)

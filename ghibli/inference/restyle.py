@@ -1,6 +1,7 @@
-"""`ghibli restyle`: photos -> the same scenes in the trained look, by diffusers' img2img pipeline.
+"""`ghibli restyle`: photos redrawn in the trained style, with diffusers' image-to-image pipeline.
 
-Meng et al. 2022, "SDEdit": the photo's latents get the noise of a middle timestep and are denoised.
+Meng et al. 2022, "SDEdit": noise of an intermediate timestep is added to the photo's latents, which are then
+denoised.
 """
 
 import json
@@ -14,89 +15,97 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ghibli.data.folder import SUBFOLDERS, list_images, read_beside
-from ghibli.diffusion.samplers import SAMPLERS, make_scheduler
+from ghibli.config.registry import SAMPLERS
+from ghibli.data.folder import list_images, read_beside
+from ghibli.data.layouts import SUBFOLDERS
+from ghibli.diffusion.samplers import make_scheduler
 from ghibli.images.read import IMAGE_ENDINGS, Unusable, read_image
 from ghibli.inference.generate import check_seed, enough_memory, write_png
 from ghibli.inference.load import LoadedModel
 from ghibli.models.load import quiet
+from ghibli.models.pipeline import make_pipeline
 from ghibli.runtime.console import console, counted
 from ghibli.runtime.errors import UserError
 
-SHOWN = 12  # pairs on the sheet
+SHEET_PAIRS = 12  # photos on the sheet
 SHEET = "before_after.png"
 
 
 @dataclass(frozen=True)
 class RestyleOptions:
-    """How far and in which way a photo is redrawn."""
+    """How photos are redrawn."""
 
-    strength: float  # share of the denoising steps: 0 = the photo, 1 = all new
+    strength: float  # share of the denoising steps that are run: 0 = the photo, 1 = all new
     sampler: str  # ddim or ddpm
-    guidance: float
-    steps: int  # of a whole denoising
+    guidance: float  # 1 = off
+    steps: int  # of a complete denoising, of which `strength` is the share that is run
     seed: int
     negative: str
-    scale: float  # of all adapters
-    resolution: int  # px; the result has about the area of this square
+    scale: float  # factor on the weights of all adapters
+    resolution: int  # px; the result has about the area of a square of this side
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"--sampler {self.sampler} is unknown: choose one of {', '.join(SAMPLERS)}")
-        if not 1 <= self.steps <= 999:  # at 1000 the pipeline would count from a timestep that is none
-            raise UserError(f"--steps {self.steps}: from 1 to 999")
+        SAMPLERS.require(self.sampler, "--sampler")
+        if not 1 <= self.steps <= 999:  # at 1000 the pipeline would start from a timestep that does not exist
+            raise UserError(f"--steps {self.steps}: must be from 1 to 999")
         check_seed(self.seed)
         if int(self.steps * self.strength) < 1:
-            raise UserError(f"--strength {self.strength:g} of {self.steps} steps is none: raise either")
+            raise UserError(
+                f"--strength {self.strength:g} of {self.steps} steps is less than one: raise either"
+            )
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A file and what is on it."""
+    """A photo and what it shows."""
 
     path: Path
     prompt: str
 
 
-def photos_of(paths: Iterable[Path], prompt: str | None, style: str) -> list[Photo]:
-    """The photos of files and folders, with their prompts.
+def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[Photo]:
+    """Collect the photos of files and folders, with their prompts.
 
     Args:
-        prompt: for all of them; None: the captions that lie with them.
-        style: added to every prompt.
+        prompt: for all photos; None = the caption that is stored with each.
+        style: appended to every prompt.
 
     Raises:
-        UserError: no such file or folder, no photo, or one that nothing says what is on it.
+        UserError: no such file or folder, no photo, or one without a caption.
     """
-    found = [named for path in paths for named in with_words(path.expanduser(), captions=prompt is None)]
+    found = [pair for path in paths for pair in with_captions(path.expanduser(), search=prompt is None)]
     if not found:
         raise UserError("no images there: name files, or a folder that holds some")
-    silent = [path for path, words in found if not (prompt or words)]
-    if silent:
+    bare = [path for path, caption in found if not (prompt or caption)]
+    if bare:
         raise UserError(
-            f"what is on {silent[0].name}? --prompt TEXT, or `ghibli caption {silent[0].parent}` first"
+            f"{bare[0].name} has no caption: give --prompt TEXT, or run `ghibli caption {bare[0].parent}`"
         )
-    return [Photo(path, f"{prompt or words}{style}") for path, words in found]
+    return [Photo(path, f"{prompt or caption}{style}") for path, caption in found]
 
 
-def with_words(path: Path, *, captions: bool) -> list[tuple[Path, str | None]]:
-    """(file, caption or None) of one file, whose caption is looked for if wanted, or of a folder."""
+def with_captions(path: Path, *, search: bool) -> list[tuple[Path, str | None]]:
+    """List (file, caption or None) of one file or of a folder.
+
+    Args:
+        search: for one file, read the caption tables of its folder.
+    """
     if path.is_dir():
-        return [(file, words or beside(file)) for _, file, words in list_images(path, "photo")]
+        return [(file, caption or caption_beside(file)) for _, file, caption in list_images(path, "photo")]
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
     if path.suffix.lower() not in IMAGE_ENDINGS:
-        raise UserError(f"{path.name} is no image: {', '.join(sorted(IMAGE_ENDINGS))} are read")
-    if not captions:
+        raise UserError(f"{path.name} is not an image: {', '.join(sorted(IMAGE_ENDINGS))} can be read")
+    if not search:
         return [(path, None)]
     inside = path.resolve().parent
     root = inside.parent if inside.name in SUBFOLDERS else inside
-    named = {file.resolve(): words for _, file, words in list_images(root, "photo")}
-    return [(path, named.get(path.resolve()) or beside(path))]
+    captions = {file.resolve(): caption for _, file, caption in list_images(root, "photo")}
+    return [(path, captions.get(path.resolve()) or caption_beside(path))]
 
 
-def beside(file: Path) -> str | None:
-    """The caption in a .txt beside a photo, if it can be read."""
+def caption_beside(file: Path) -> str | None:
+    """Read the caption in a .txt file beside a photo; None if there is none that can be read."""
     try:
         return read_beside(file)
     except Unusable:
@@ -104,74 +113,73 @@ def beside(file: Path) -> str | None:
 
 
 def size_like(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(width, height) of the same shape and about `resolution` squared px, multiples of 8, at least 64."""
+    """Scale (width, height) to about `resolution` squared px, each side a multiple of 8 and at least 64."""
     factor = resolution / (size[0] * size[1]) ** 0.5
     return tuple(max(64, round(side * factor / 8) * 8) for side in size)
 
 
-def restyle(
-    loaded: LoadedModel,
+def restyle_photo(
+    model: LoadedModel,
     photo: Image.Image,
     prompt: str,
-    how: RestyleOptions,
+    options: RestyleOptions,
     on_step: Callable[[], None] = lambda: None,
 ) -> Image.Image:
-    """One photo redrawn, of about how.resolution squared px and the photo's shape.
+    """Redraw one photo at about options.resolution squared px, in the photo's shape.
 
     Args:
         on_step: called after every denoising step.
 
     Raises:
-        UserError: no memory for it.
+        UserError: out of memory.
     """
 
     def after_step(*args: Any) -> dict[str, Any]:
         on_step()
         return {}
 
-    base = loaded.at(how.scale)
-    pipeline = StableDiffusionImg2ImgPipeline(
-        base.vae, base.text_encoder, base.tokenizer, base.unet, make_scheduler(how.sampler, base),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    base = model.at(options.scale)
+    scheduler = make_scheduler(options.sampler, base)
+    pipeline = make_pipeline(base, StableDiffusionImg2ImgPipeline, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    small = photo.resize(size_like(photo.size, how.resolution), Image.Resampling.LANCZOS)
+    small = photo.resize(size_like(photo.size, options.resolution), Image.Resampling.LANCZOS)
+    # Silenced: advice on deprecated options, and that a long prompt is cut, which callers report
+    # themselves (truncation_warnings).
     with enough_memory(), quiet("diffusers"), torch.inference_mode():
         return pipeline(
-            prompt, image=small, strength=how.strength, guidance_scale=how.guidance,
-            negative_prompt=how.negative or None, num_inference_steps=how.steps,
-            generator=torch.Generator().manual_seed(how.seed), callback_on_step_end=after_step,
+            prompt, image=small, strength=options.strength, guidance_scale=options.guidance,
+            negative_prompt=options.negative or None, num_inference_steps=options.steps,
+            generator=torch.Generator().manual_seed(options.seed), callback_on_step_end=after_step,
         ).images[0]  # fmt: skip
 
 
 def restyle_all(
-    loaded: LoadedModel, photos: list[Photo], how: RestyleOptions, folder: Path
+    model: LoadedModel, photos: list[Photo], options: RestyleOptions, folder: Path
 ) -> tuple[int, list[tuple[Image.Image, Image.Image]]]:
-    """Writes a PNG for each photo; one that cannot be read is named and left out.
+    """Write a PNG for each photo; one that cannot be read is reported and skipped.
 
     Returns:
-        How many were written, and (before, after) of the first SHOWN.
+        The number of files written, and (before, after) of the first SHEET_PAIRS.
 
     Raises:
-        UserError: a PNG would be written over a photo, or no photo could be read.
+        UserError: a PNG would overwrite a photo, or no photo could be read.
     """
     written, pairs = 0, []
-    files = targets([photo.path for photo in photos], folder)
+    files = output_files([photo.path for photo in photos], folder)
     with counted("restyling") as on_progress:
         for done, (photo, file) in enumerate(zip(photos, files, strict=True), start=1):
             try:
                 before = read_image(photo.path)[0]
             except (Unusable, OSError) as reason:
-                console.print(f"{photo.path.name} is left out: {reason}", style="yellow", markup=False)
+                console.print(f"{photo.path.name} is skipped: {reason}", style="yellow", markup=False)
                 continue
-            after = restyle(loaded, before, photo.prompt, how)
-            note = PngInfo()
-            note.add_text(
-                "ghibli", json.dumps(asdict(how) | {"prompt": photo.prompt, "photo": photo.path.name})
-            )
-            write_png(file, after, note)
+            after = restyle_photo(model, before, photo.prompt, options)
+            metadata = PngInfo()
+            settings = asdict(options) | {"prompt": photo.prompt, "photo": photo.path.name}
+            metadata.add_text("ghibli", json.dumps(settings))
+            write_png(file, after, metadata)
             written += 1
-            if len(pairs) < SHOWN:
+            if len(pairs) < SHEET_PAIRS:
                 pairs.append((before.resize(after.size, Image.Resampling.LANCZOS), after))
             on_progress(done, len(photos))
     if not pairs:
@@ -179,16 +187,16 @@ def restyle_all(
     return written, pairs
 
 
-def targets(photos: list[Path], folder: Path) -> list[Path]:
-    """For each photo the PNG to write: called like it; where two would be one, with ending, or numbered.
+def output_files(photos: list[Path], folder: Path) -> list[Path]:
+    """Name a PNG file for each photo after the photo; where two would collide, with its ending or numbered.
 
     Raises:
-        UserError: one of them is a photo.
+        UserError: one of the files is a photo.
     """
     names = [photo.stem for photo in photos]
-    if repeated(names):
+    if collide(names):
         names = [photo.name for photo in photos]
-    if repeated(names):
+    if collide(names):
         names = [f"{number:04d}-{name}" for number, name in enumerate(names)]
     files = [folder / f"{name}.png" for name in names]
     originals = {photo.resolve() for photo in photos}
@@ -198,6 +206,6 @@ def targets(photos: list[Path], folder: Path) -> list[Path]:
     return files
 
 
-def repeated(names: list[str]) -> bool:
-    """Would two of these files be one, or one be the sheet?"""
+def collide(names: list[str]) -> bool:
+    """Tell whether two of these would be the same file on some system, or one would be the sheet."""
     return len({name.casefold() for name in [*names, Path(SHEET).stem]}) <= len(names)

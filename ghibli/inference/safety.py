@@ -1,7 +1,7 @@
-"""The checker that comes with Stable Diffusion 1.5: images that it takes for unsafe become black.
+"""The safety checker of Stable Diffusion 1.5: images that it finds unsafe are blacked out.
 
-It compares an image with some concepts by CLIP and errs both ways (Rando et al. 2022, "Red-Teaming the
-Stable Diffusion Safety Filter").
+It compares CLIP embeddings of an image with those of some concepts, and errs both ways (Rando et al. 2022,
+"Red-Teaming the Stable Diffusion Safety Filter").
 """
 
 import numpy as np
@@ -10,46 +10,45 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from ghibli.models.base import place_of
-from ghibli.models.load import quiet
+from ghibli.models.base import resolve_path
+from ghibli.models.load import load_part, quiet
 from ghibli.runtime.errors import UserError, first_line
 
-FOLDER = "safety_checker"  # in the base's folder; feature_extractor/ prepares its images
+CHECKER = "safety_checker"  # in the base's folder; its image processor is in feature_extractor/
 
 
 def has_checker(base: str) -> bool:
-    """Whether the folder of a base, as `model.path` names it, holds a checker."""
-    return (place_of(base) / FOLDER / "config.json").is_file()
+    """Tell whether the folder of a base, as `model.path` names it, holds a checker."""
+    return (resolve_path(base) / CHECKER / "config.json").is_file()
 
 
 class SafetyChecker:
-    """Loaded from the folder of a base."""
+    """The safety checker in the folder of a base."""
 
     def __init__(self, base: str) -> None:
-        """
+        """Load the checker.
+
         Raises:
             UserError: the base has no checker, or a damaged one.
         """
-        folder = place_of(base)
+        folder = resolve_path(base)
         if not has_checker(base):
-            raise UserError(f"{base} has no {FOLDER}/ folder: copy it there, or turn the checker off")
+            raise UserError(f"{base} has no {CHECKER}/ folder: copy it there, or turn the checker off")
+        # load_part checks that no weight is missing: a checker with random ones would pass anything
+        self._checker = load_part(StableDiffusionSafetyChecker, folder / CHECKER, f"model.path={base}")
         try:
-            with quiet("transformers", "diffusers"):
-                self._prepare = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
-                self._judge = StableDiffusionSafetyChecker.from_pretrained(
-                    folder / FOLDER, use_safetensors=True
-                )
-        except Exception as error:  # the libraries raise many types; each means the same to the user
-            raise UserError(f"the safety checker of {base} does not load: {first_line(error)}") from error
+            self._processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
+        except Exception as error:  # transformers raises many types; all mean the same to the user
+            raise UserError(f"feature_extractor/ of {base} cannot be loaded: {first_line(error)}") from error
 
     @torch.inference_mode()
     def black_out(self, images: list[Image.Image]) -> tuple[list[Image.Image], int]:
-        """The images, those taken for unsafe all black, and how many these are."""
-        prepared = self._prepare(images, return_tensors="pt").pixel_values
+        """Replace unsafe images by black ones; also return how many these are."""
+        pixel_values = self._processor(images, return_tensors="pt").pixel_values
         arrays = [np.asarray(image).astype(np.float32) for image in images]
-        with quiet("diffusers"):
-            _, unsafe = self._judge(images=arrays, clip_input=prepared)
-        shown = [
+        with quiet("diffusers"):  # silenced: that an image is unsafe, which is returned
+            _, unsafe = self._checker(images=arrays, clip_input=pixel_values)
+        checked = [
             Image.new("RGB", image.size) if bad else image for image, bad in zip(images, unsafe, strict=True)
         ]
-        return shown, sum(unsafe)
+        return checked, sum(unsafe)

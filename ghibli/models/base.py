@@ -1,4 +1,4 @@
-"""The base model: Stable Diffusion 1.5's parts in one object, and hashes of their weights."""
+"""The base model: the parts of Stable Diffusion 1.5 in one object, and hashes of their weights."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,33 +12,38 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ghibli.runtime.files import ROOT
 
-TOKENIZING = Lock()  # the tokenizer refuses two threads at once
-DEMO = ROOT / "ghibli" / "demo"
+TOKENIZER_LOCK = Lock()  # a fast tokenizer raises when two threads use it at once
+DEMO = ROOT / "ghibli" / "demo"  # the embedded demo base, a diffusers folder
 
 
 @dataclass
 class BaseModel:
-    """The five parts of a latent diffusion model, in fp32, in eval mode, nothing trainable."""
+    """The five parts of a latent diffusion model: fp32, in eval mode, frozen."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
     unet: UNet2DConditionModel
-    scheduler_config: dict[str, Any]  # the base's own scheduler_config.json
+    scheduler_config: dict[str, Any]  # the contents of the base's scheduler_config.json
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent in each direction: 8 for SD 1.5."""
+        """Pixels per latent along each side: 8 for SD 1.5."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def prediction_type(self) -> str:
-        """epsilon or v_prediction. SD 1.5's file names none: epsilon is meant."""
+        """epsilon or v_prediction; epsilon where the scheduler config is silent, as in SD 1.5."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 
+    @property
+    def adaptable(self) -> dict[str, torch.nn.Module]:
+        """The parts that an adapter may change, by their names in adapter files, the UNet first."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
     def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Captions -> input_ids (B, 77), int64, cut at the tokenizer's length."""
-        with TOKENIZING:
+        """Tokenize captions to input_ids (B, 77), int64, padded and truncated to the model's length."""
+        with TOKENIZER_LOCK:
             return self.tokenizer(
                 captions,
                 padding="max_length",
@@ -48,30 +53,30 @@ class BaseModel:
             ).input_ids
 
     def encode_prompts(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids (B, 77) -> prompt_embeds (B, 77, D): the text encoder's last hidden state."""
+        """Encode input_ids (B, 77) as prompt_embeds (B, 77, D), the text encoder's last hidden state."""
         return self.text_encoder(input_ids, return_dict=True).last_hidden_state
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), float32 in 0 .. 1, one at a time."""
+        """Decode scaled latents (B, 4, h, w) to images (B, 3, 8h, 8w), float32 in 0 .. 1, one at a time."""
         images = [
             self.vae.decode(one[None].float() / self.vae.config.scaling_factor).sample for one in latents
         ]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
     def to(self, device: torch.device) -> "BaseModel":
-        """Moves every part to the device."""
+        """Move text encoder, VAE and UNet to a device; return self."""
         for part in (self.text_encoder, self.vae, self.unet):
             part.to(device)
         return self
 
 
-def place_of(path: str) -> Path:
-    """A path as typed; `demo` and what is below it lie in this package."""
+def resolve_path(path: str) -> Path:
+    """Resolve a path as typed: `demo` and what is below it lie in this package, `~` is the home folder."""
     return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else Path(path).expanduser()
 
 
 def weights_hash(base: BaseModel) -> str:
-    """sha256 over every weight of the base and its schedule: the same base, the same hash."""
+    """Hash every weight of the base and its noise schedule: sha256, hex."""
     total = hashlib.sha256(repr(sorted(base.scheduler_config.items())).encode())
     for part in (base.text_encoder, base.vae, base.unet):
         add_weights(total, part)
@@ -79,14 +84,14 @@ def weights_hash(base: BaseModel) -> str:
 
 
 def part_hash(part: torch.nn.Module) -> str:
-    """sha256 over every weight of one part."""
+    """Hash every weight of one part: sha256, hex."""
     total = hashlib.sha256()
     add_weights(total, part)
     return total.hexdigest()
 
 
 def add_weights(total: Any, part: torch.nn.Module) -> None:
-    """Adds names and weights to a running sha256."""
+    """Add the names and weights of a part to a running sha256."""
     for name, tensor in sorted(part.state_dict().items()):
         total.update(name.encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""Pickled weights -> safetensors. The one place that reads a pickle, and only tensors come out of it."""
+"""Pickled weights to safetensors: the only place that reads a pickle, and it reads nothing but tensors."""
 
 import warnings
 from pathlib import Path
@@ -10,14 +10,14 @@ from ghibli.config.paths import PICKLES
 from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.files import write_atomically
 
-RENAMED = {"pytorch_model": "model"}  # transformers' names of the same weights, pickled and not
+RENAMED = {"pytorch_model": "model"}  # transformers' file names for the same weights, pickled and not
 
 
 def to_safetensors(file: Path) -> Path:
-    """Writes the file's tensors beside it as .safetensors and returns that file; the old one stays.
+    """Write the tensors of a pickled file beside it as .safetensors; return the new file, keep the old one.
 
     Raises:
-        UserError: no such file, a file that holds more than tensors, or nothing but other things.
+        UserError: no such file, or a file that cannot be read without running code, or without tensors.
     """
     target = file.with_name(RENAMED.get(file.stem, file.stem) + ".safetensors")
     if file.suffix not in PICKLES:
@@ -25,14 +25,14 @@ def to_safetensors(file: Path) -> Path:
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     if target.exists():
-        raise UserError(f"{target} is there already: move it away first")
+        raise UserError(f"{target} exists already: move it away first")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about how it was pickled
+            warnings.simplefilter("ignore")  # about the pickle protocol
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for what is no pickle of tensors
+    except Exception as error:  # torch raises many types for anything but a pickle of tensors
         raise UserError(
-            f"{file} cannot be read without running code hidden in it, or is damaged: get the .safetensors "
+            f"{file} is damaged, or cannot be read without running code hidden in it: get the .safetensors "
             f"of the same model ({first_line(error)[:100]})"
         ) from error
     if isinstance(content, dict):
@@ -40,14 +40,14 @@ def to_safetensors(file: Path) -> Path:
     named = content.items() if isinstance(content, dict) else ()
     tensors = {name: value for name, value in named if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise UserError(f"{file} holds no weights by name")
-    try:  # safetensors refuses shared memory
-        content = save(
+        raise UserError(f"{file} holds no named weights")
+    try:
+        content = save(  # clones, because safetensors refuses tensors that share memory
             {name: t.detach().contiguous().clone() for name, t in tensors.items()}, {"format": "pt"}
         )
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise UserError(
-            f"{file} holds what no .safetensors file can, which is for dense tensors by name: get the "
+            f"{file} holds more than the named dense tensors that a .safetensors file can hold: get the "
             f".safetensors of the same model ({first_line(error)[:100]})"
         ) from error
     write_atomically(target, lambda opened: opened.write(content))

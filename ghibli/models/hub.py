@@ -1,16 +1,17 @@
-"""Which files of a Hugging Face repository are fetched, and whether the hub answers."""
+"""Which files of a Hugging Face repository are downloaded, and whether the hub can be reached."""
 
-HUB_FILES = {  # what is downloaded of a hub repository
+HUB_FILES = {  # options of snapshot_download
     "allow_patterns": ["*/config.json", "*/scheduler_config.json", "tokenizer/*", "*/*.safetensors"],
     "ignore_patterns": ["safety_checker/*", "*fp16*", "*non_ema*"],
 }
 
 
 def hub_answers(endpoint: str | None = None, timeout: float = 5.0) -> bool:
-    """True when the hub can be asked at all: the libraries would retry a dead network for minutes.
+    """Tell within seconds whether the hub can be reached; the libraries retry a dead network for minutes.
 
     Args:
-        endpoint: another server's address instead of the hub's.
+        endpoint: address of another server; None = the hub.
+        timeout: seconds.
     """
     import socket
     from urllib.parse import urlparse

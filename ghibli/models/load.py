@@ -1,4 +1,4 @@
-"""Loading Stable Diffusion 1.5's parts: a diffusers folder, a hub id, or one .safetensors file."""
+"""Loading the parts of Stable Diffusion 1.5: from a diffusers folder, a hub id or one .safetensors file."""
 
 import gc
 import logging
@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel
-from transformers.utils.logging import disable_progress_bar
 
 from ghibli.config.paths import check_base
-from ghibli.models.base import BaseModel, place_of
+from ghibli.models.base import BaseModel, resolve_path
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.safetensors import check_whole
 from ghibli.runtime.errors import UserError, first_line
@@ -22,21 +23,24 @@ CONFIG_FILES = (
     "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
     "tokenizer/tokenizer_config.json", "unet/config.json", "vae/config.json",
 )  # fmt: skip
+UNUSED_KEYS = (  # published files hold these beside the text encoder's weights; nothing is lost without them
+    "position_ids", "text_projection.", "visual_projection.", "vision_model.", "logit_scale",
+)  # fmt: skip
 
 
 def load(path: str, config: str | None = None) -> BaseModel:
-    """Loads a base from "demo", a diffusers folder, a hub id or a single .safetensors file.
+    """Load a base from "demo", a diffusers folder, a hub id or a single .safetensors file.
 
     Args:
-        config: for a single file, the folder with the configs and the tokenizer that it has not:
-            a diffusers folder of the same family, weights not needed; None: those of the hub.
+        config: for a single file, a diffusers folder of the same family with the configs and the
+            tokenizer that the file lacks (its weights are not needed); None = those of the hub.
 
     Raises:
-        UserError: nothing usable there; the text says what was expected.
+        UserError: nothing usable there; the message says what was expected.
     """
-    place = place_of(path)
+    place = resolve_path(path)
     check_base(place, path)
-    gc.collect()  # an earlier base with adapter layers holds itself, 4 GB of it
+    gc.collect()  # a base with adapter layers refers to itself: 4 GB stay until a collection
     if place.is_dir():
         parts = load_folder(place, path)
     elif place.is_file():
@@ -44,51 +48,81 @@ def load(path: str, config: str | None = None) -> BaseModel:
         parts = load_single_file(place, config)
     else:
         parts = load_from_hub(path)
-    return checked(BaseModel(*parts), path)
+    base = BaseModel(*parts)
+    check_supported(base, path)
+    base.tokenizer.model_max_length = base.text_encoder.config.max_position_embeddings
+    for part in (base.text_encoder, base.vae, base.unet):
+        part.requires_grad_(False).eval()
+    return base
 
 
 def load_folder(folder: Path, path: str) -> tuple[Any, ...]:
-    """The five parts from a diffusers folder; `path` is what the user typed.
+    """Load the five parts from a diffusers folder that the user typed as `path`.
 
     Raises:
-        UserError: a damaged file, or one that is not what its config.json describes.
+        UserError: a damaged file, or weights that do not match their config.json.
     """
+    what = f"model.path={path}"
     try:
+        # Silenced: advice about newer config keys. A tokenizer without its vocabulary loads just as
+        # silently; check_supported compares its size with the text encoder's.
         with quiet("transformers", "diffusers"):
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
             schedule = DDPMScheduler.load_config(folder / "scheduler")
-    except Exception as error:  # each library raises many types; each means the same to the user
-        raise UserError(f"model.path={path} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # each library raises many types; all mean the same to the user
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
     text_encoder = load_part(
-        CLIPTextModel, folder / "text_encoder", path, dtype=torch.float32, ignore_mismatched_sizes=True
+        CLIPTextModel, folder / "text_encoder", what, dtype=torch.float32, ignore_mismatched_sizes=True
     )
-    vae = load_part(AutoencoderKL, folder / "vae", path, torch_dtype=torch.float32)
-    unet = load_part(UNet2DConditionModel, folder / "unet", path, torch_dtype=torch.float32)
+    vae = load_part(AutoencoderKL, folder / "vae", what, torch_dtype=torch.float32)
+    unet = load_part(UNet2DConditionModel, folder / "unet", what, torch_dtype=torch.float32)
     return tokenizer, text_encoder, vae, unet, schedule
 
 
-def load_part(part_class: Any, folder: Path, path: str, **options: Any) -> Any:
-    """One network from its folder, every weight from the file: the libraries would make missing ones up."""
+def load_part(part_class: Any, folder: Path, what: str, **options: Any) -> Any:
+    """Load one network from its folder, every weight from the file.
+
+    The libraries fill missing weights with random numbers and drop those that the config does not
+    describe, each with a log message only. Here both are errors.
+
+    Args:
+        what: the setting that names the folder, for messages, such as model.path=DIR.
+
+    Raises:
+        UserError: a damaged file, or weights that do not match config.json.
+    """
     for file in sorted(folder.glob("*.safetensors")):
-        check_whole(file, f"model.path={path}")
+        check_whole(file, what)
     try:
+        # Silenced: the libraries' report on keys, which is asked for instead and checked below.
         with quiet("transformers", "diffusers"):
             part, report = part_class.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, **options
             )
-    except Exception as error:
-        raise UserError(f"model.path={path}: {folder.name}/ cannot be loaded: {first_line(error)}") from error
-    lacking = sorted([*report["missing_keys"], *(mismatch[0] for mismatch in report["mismatched_keys"])])
-    if lacking:
+    except Exception as error:  # as above
+        raise UserError(f"{what}: {folder.name}/ cannot be loaded: {first_line(error)}") from error
+    missing = sorted([*report["missing_keys"], *(mismatch[0] for mismatch in report["mismatched_keys"])])
+    if missing:
         raise UserError(
-            f"model.path={path}: {folder.name}/ lacks weights that its config.json asks for, or has them in "
-            f"another shape: {', '.join(lacking[:3])}{f' and {len(lacking) - 3} more' * (len(lacking) > 3)}"
+            f"{what}: {folder.name}/ lacks weights that its config.json asks for, or has them in another "
+            f"shape: {enumerated(missing)}"
+        )
+    unused = sorted(key for key in report["unexpected_keys"] if not any(name in key for name in UNUSED_KEYS))
+    if unused:
+        raise UserError(
+            f"{what}: {folder.name}/ holds weights that its config.json does not describe: "
+            f"{enumerated(unused)}; is this the config.json of another model?"
         )
     return part
 
 
+def enumerated(names: list[str]) -> str:
+    """Join the first three names, with a count of the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def load_from_hub(name: str) -> tuple[Any, ...]:
-    """The five parts of a hub repository, downloaded once into the libraries' own cache."""
+    """Load the five parts of a hub repository, downloaded once into the libraries' own cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -99,7 +133,7 @@ def load_from_hub(name: str) -> tuple[Any, ...]:
             local_files_only=not online,
         )  # fmt: skip
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
-        hub = f"does not give it ({first_line(error)[:100]})" if online else "cannot be reached"
+        hub = f"refuses it ({first_line(error)[:100]})" if online else "cannot be reached"
         raise UserError(
             f"model.path={name}: no such folder here, not downloaded yet, and the hub {hub}: "
             "give a folder, model.path=DIR, or use model=demo"
@@ -109,33 +143,38 @@ def load_from_hub(name: str) -> tuple[Any, ...]:
 
 
 def is_here(path: str) -> bool:
-    """False for a hub id whose files are not all downloaded; whether the rest loads is load's business."""
+    """Tell whether a base needs no download: False only for a hub id with files missing in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if "/" not in path or place_of(path).exists():
+    if "/" not in path or resolve_path(path).exists():
         return True
     try:
         check_base(Path(snapshot_download(path, local_files_only=True)), path)
-    except (LocalEntryNotFoundError, OSError, ValueError):  # a UserError is one: files are missing
+    except (LocalEntryNotFoundError, OSError, ValueError):  # UserError is a ValueError: files are missing
         return False
     return True
 
 
 def load_single_file(file: Path, config: str | None) -> tuple[Any, ...]:
-    """The five parts from one .safetensors checkpoint; configs and tokenizer from a folder or the hub."""
+    """Load the five parts from one .safetensors file, with configs and tokenizer from a folder or the hub."""
     online = config is None and hub_answers()
     if config is not None:
-        check_config_folder(place_of(config), config)
+        check_config_folder(resolve_path(config), config)
     try:
+        # Silenced: the list of unused keys, which in such a file is long and harmless (EMA weights, the
+        # loss of the VAE). Missing keys stay on the meta device; they raise here or are found below.
         with quiet("transformers", "diffusers"):
             pipeline = StableDiffusionPipeline.from_single_file(
-                str(file), config=None if config is None else str(place_of(config)),
+                str(file), config=None if config is None else str(resolve_path(config)),
                 torch_dtype=torch.float32, safety_checker=None, local_files_only=not online,
             )  # fmt: skip
-    except Exception as error:  # diffusers raises many types here; each means the same to the user
+        check_no_meta_weights(pipeline)
+    except Exception as error:  # diffusers raises many types here; all mean the same to the user
         known = config is not None or online
         reason = first_line(error) if known else "its configs and tokenizer are on the hub, out of reach now"
+        if "meta tensor" in reason:  # diffusers moved a network whose weights are not all in the file
+            reason = "it lacks weights of the UNet or the VAE"
         advice = "a diffusers folder has everything" if known else (
             "give a folder that has them, model.config=DIR, or a diffusers folder, model.path=DIR"
         )  # fmt: skip
@@ -148,8 +187,21 @@ def load_single_file(file: Path, config: str | None) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def check_no_meta_weights(pipeline: StableDiffusionPipeline) -> None:
+    """Raise a ValueError if a weight was not in the file and so has a shape but no values."""
+    parts = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, "unet": pipeline.unet}
+    missing = [
+        f"{part}.{name}"
+        for part, module in parts.items()
+        for name, parameter in module.named_parameters()
+        if parameter.is_meta
+    ]
+    if missing:
+        raise ValueError(f"it lacks {enumerated(missing)}")
+
+
 def check_config_folder(folder: Path, config: str) -> None:
-    """Raises a UserError unless a folder has what a single file lacks."""
+    """Raise a UserError unless a folder has what a single file lacks."""
     missing = [name for name in CONFIG_FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -158,8 +210,8 @@ def check_config_folder(folder: Path, config: str) -> None:
         )
 
 
-def checked(base: BaseModel, path: str) -> BaseModel:
-    """Freezes the parts and refuses what this project cannot train.
+def check_supported(base: BaseModel, path: str) -> None:
+    """Refuse a base that this project cannot train.
 
     Raises:
         UserError: another model family, or a tokenizer that does not fit its text encoder.
@@ -182,20 +234,21 @@ def checked(base: BaseModel, path: str) -> BaseModel:
         )
     if base.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"model.path={path} predicts {base.prediction_type}, which is not supported")
-    base.tokenizer.model_max_length = base.text_encoder.config.max_position_embeddings
-    for part in (base.text_encoder, base.vae, base.unet):
-        part.requires_grad_(False).eval()
-    return base
 
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Silences the named libraries' loggers below errors, and transformers' own bars."""
+    """Silence the named libraries' loggers below errors, and their progress bars.
+
+    A library that drops part of its input often tells only its logger: each use says in a comment
+    why nothing of the kind can be hidden there, or what checks it instead.
+    """
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""How the model computes, and nothing of what: memory layout, compilation, recomputation, dtype.
+"""Speed and memory: channels-last layout, compilation, gradient checkpointing, 16-bit frozen weights.
 
-Each of these leaves the gradients as they are, but for rounding.
+None of these changes the gradients beyond rounding.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from torch import nn
 from ghibli.config.schema import ComputeConfig
 from ghibli.models.base import BaseModel
 
-KEPT_PROMPTS = 2**30  # bytes of prompt embeddings that are kept on the device at most
-PROMPTS_AT_ONCE = 8  # encoded together; always so many, so an embedding never depends on the others
+KEPT_PROMPTS = 2**30  # bytes of prompt embeddings kept on the device, at most
+PROMPTS_AT_ONCE = 8  # batch size, always full, so that an embedding never depends on the other prompts
 
 
 def arrange(base: BaseModel, options: ComputeConfig) -> None:
-    """Lays out the UNet's convolutions and says which blocks are computed again in the backward pass."""
+    """Apply compute.channels_last and compute.checkpoint_every to the UNet, in place."""
     if options.channels_last:
         base.unet.to(memory_format=torch.channels_last)
     if options.checkpoint_every:
@@ -26,32 +26,33 @@ def arrange(base: BaseModel, options: ComputeConfig) -> None:
 
 
 def recompute(base: BaseModel, every: int) -> None:
-    """Gradient checkpointing (Chen et al. 2016): every n-th block keeps its input alone.
+    """Turn on gradient checkpointing (Chen et al. 2016) in every n-th block of the UNet.
 
-    A third more computing for a fraction of the memory. Dropout draws the same again.
+    Such a block keeps only its input and is computed again in the backward pass, dropout included:
+    a third more compute for a fraction of the memory.
     """
     base.unet.enable_gradient_checkpointing()
     blocks = [module for module in base.unet.modules() if getattr(module, "gradient_checkpointing", False)]
-    for place, block in enumerate(blocks):
-        block.gradient_checkpointing = place % every == 0
+    for index, block in enumerate(blocks):
+        block.gradient_checkpointing = index % every == 0
     if any(parameter.requires_grad for parameter in base.text_encoder.parameters()):
         base.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def compiled(predict: Callable[..., torch.Tensor], options: ComputeConfig) -> Callable[..., torch.Tensor]:
-    """The same function, through torch.compile if asked: once for each shape of a batch."""
+    """Wrap a function in torch.compile if compute.compile is set: one compilation per batch shape."""
     return torch.compile(predict, dynamic=False) if options.compile else predict
 
 
 def shrink_frozen(base: BaseModel, precision: str) -> None:
-    """In 16-bit training, keeps the frozen matrices and kernels in 16 bits; norms stay in fp32.
+    """Store frozen linear and convolution weights in 16 bits for mixed-precision training; norms stay fp32.
 
-    Autocast rounds them so in every step anyway: the same result from half the memory. PEFT's own
-    casts of the input to the adapter's fp32 go too, since autocast would undo them at once; what they
-    kept exact was dropout's factor 1 / (1 - p).
+    Autocast rounds them in every step anyway: the same result in half the memory. PEFT's casts of the
+    input to the adapter's fp32 are turned off too, since autocast undoes them at once; all they kept
+    exact was dropout's factor 1 / (1 - p).
 
     Args:
-        precision: Lightning's, such as 32-true or bf16-mixed.
+        precision: Lightning's precision flag, such as 32-true or bf16-mixed.
     """
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     if dtype is None:
@@ -67,10 +68,11 @@ def shrink_frozen(base: BaseModel, precision: str) -> None:
 
 
 class PromptEmbeds:
-    """The embeddings of all captions of a run, from a text encoder that is not trained.
+    """Table of the embeddings of all captions of a run, for a frozen text encoder.
 
     Args:
-        input_ids: (N, L); each row once is enough, the first row being the empty caption's.
+        input_ids: (N, L), int64, of all captions including the empty one; duplicates are dropped.
+        on_progress: called with (captions encoded, captions in all).
     """
 
     def __init__(self, base: BaseModel, input_ids: torch.Tensor, on_progress: Callable[[int, int], None]):
@@ -85,17 +87,17 @@ class PromptEmbeds:
         self.embeds = torch.cat(found)
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids (B, L), all of them known -> prompt_embeds (B, L, D), without leaving the device."""
+        """Look up input_ids (B, L), all of them in the table: prompt_embeds (B, L, D); no GPU sync."""
         same = (input_ids[:, None] == self.input_ids[None]).all(dim=2)  # (B, N)
         return self.embeds[same.to(torch.uint8).argmax(dim=1)]
 
 
 def prompts_fit(base: BaseModel, input_ids: torch.Tensor) -> bool:
-    """Whether the embeddings of all these captions are few enough to be kept."""
+    """Tell whether the embeddings of input_ids (N, L) fit into KEPT_PROMPTS bytes as fp32."""
     width = base.text_encoder.config.hidden_size
     return torch.unique(input_ids, dim=0).numel() * width * 4 <= KEPT_PROMPTS
 
 
 def is_frozen(part: Any) -> bool:
-    """Whether nothing in it is trained."""
+    """Tell whether no parameter of a module is trained."""
     return not any(parameter.requires_grad for parameter in part.parameters())

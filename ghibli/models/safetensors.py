@@ -1,44 +1,44 @@
-"""safetensors files: whole or not, never a pickle, byte-identical metadata."""
+"""safetensors files: integrity checks, and metadata in a reproducible order."""
 
 import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ghibli.config.paths import NO_PICKLE, convert
+from ghibli.config.paths import NO_PICKLE, convert_command
 from ghibli.runtime.errors import UserError, first_line
 
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip, or bare
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zipped, or bare
 
 
 def check_whole(file: Path, what: str) -> None:
-    """Raises a UserError for a .safetensors file that is cut off, damaged, a pickle or a git-lfs pointer.
+    """Raise a UserError for a .safetensors file that is cut off, damaged, a pickle or a git-lfs pointer.
 
     Args:
-        what: the setting that names it, such as model.path=DIR.
+        what: the setting that names it, for messages, such as model.path=DIR.
     """
     with open(file, "rb") as opened:
         start = opened.read(19)
     if start == b"version https://git":
-        raise UserError(f"{what}: {file} is not the weights but their git-lfs pointer: git lfs pull")
+        raise UserError(f"{what}: {file} is a git-lfs pointer, not the weights: run git lfs pull")
     if start.startswith(PICKLE_STARTS):
         renamed = file.with_suffix(".bin")
         raise UserError(
             f"{what}: {file} is a pickle under another name; {NO_PICKLE}; rename it to {renamed.name}, then "
-            f"{convert([renamed])}"
+            f"{convert_command([renamed])}"
         )
     try:
         with safe_open(file, framework="pt"):
             pass
     except SafetensorError as error:
-        raise UserError(f"{what}: {file} is cut off or damaged; get it anew ({first_line(error)})") from error
-
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+        raise UserError(
+            f"{what}: {file} is cut off or damaged; download it again ({first_line(error)})"
+        ) from error
 
 
 def with_sorted_metadata(content: bytes) -> bytes:
-    """The same safetensors file with its metadata in order of the keys; the library's order is random."""
+    """Return a safetensors file with its metadata sorted by key; the library writes them in random order."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))

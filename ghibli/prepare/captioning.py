@@ -9,10 +9,11 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from ghibli.config.paths import PICKLES, convert
-from ghibli.data.folder import LAYOUTS, list_images, read_beside
+from ghibli.config.paths import PICKLES, convert_command
+from ghibli.data.folder import list_images, read_beside
+from ghibli.data.layouts import supported_layouts
 from ghibli.images.read import Unusable, check_image, read_image
-from ghibli.models.base import place_of
+from ghibli.models.base import resolve_path
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import quiet
 from ghibli.models.safetensors import check_whole
@@ -54,7 +55,7 @@ class Blip:
         Raises:
             UserError: no such model, no network, or weights that are not .safetensors.
         """
-        folder = place_of(path) if place_of(path).is_dir() else download_model(path)
+        folder = resolve_path(path) if resolve_path(path).is_dir() else download_model(path)
         check_weights(folder, path)
         try:
             with quiet("transformers"):
@@ -112,7 +113,7 @@ def check_weights(folder: Path, path: str) -> None:
     if pickled:
         raise UserError(
             f"--model {path} stores its weights as a pickle, which can run code hidden in it: "
-            f"{convert(pickled)}"
+            f"{convert_command(pickled)}"
         )
     raise UserError(f"--model {path} has no .safetensors weights: {MANUALLY}")
 
@@ -141,7 +142,7 @@ def caption_folder(
     root = root.expanduser()
     listed = list_images(root, "folder")
     if not listed:
-        raise UserError(f"folder={root}: no images found; supported layouts: {LAYOUTS}")
+        raise UserError(f"folder={root}: no images found; supported layouts: {supported_layouts()}")
     skipped: dict[str, str] = {}
     uncaptioned = [(name, path) for name, path, text in listed if needs_caption(name, path, text, skipped)]
     result = CaptioningResult({}, len(listed) - len(uncaptioned) - len(skipped), skipped, root / TABLE)

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ghibli.adapters import apply
-from ghibli.config.paths import check_adapter, check_images, check_typed_base
+from ghibli.config.paths import check_adapter, check_base_path, check_images
 from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import left_out
@@ -23,7 +23,7 @@ from ghibli.models.base import BaseModel, weights_hash
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import is_here
 from ghibli.prepare import dataset_checks, memory
-from ghibli.runs.compose import conf_folder, look_at
+from ghibli.runs.compose import check_overrides, conf_folder
 from ghibli.runs.folder import RunDir
 from ghibli.runtime import resources
 from ghibli.runtime.errors import UserError, disk_trouble
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 def check(overrides: list[str]) -> list[Finding]:
     """Return everything that can be found without training, for the settings of `train.py OVERRIDES`."""
-    config, run, errors = look_at(overrides)
+    config, run, errors = check_overrides(overrides)
     if config is None or run is None:
         return [Finding("config", error, "error") for error in errors]
     found = [Finding("config", f"{describe(config)}, seed {config.seed}; every value is in range", "note")]
@@ -120,7 +120,7 @@ def result_or_finding(found: list[Finding], name: str, function: Callable[[], Re
 def load_present_base(config: Config, found: list[Finding]) -> BaseModel | None:
     """Load the base as train.py does, with its adapter merged; return None where it would be downloaded."""
     model = config.model
-    check_typed_base(model.path)
+    check_base_path(model.path)
     if not is_here(model.path) and hub_answers():
         text = (
             f"model.path={model.path} is not downloaded yet, so it and what depends on it are not checked; "
@@ -204,9 +204,9 @@ def about_run(
     if config.finetune != "none":
         result_or_finding(found, "plan", lambda: found.extend(about_plan(config, data, trainer)))
     found.append(about_memory(module, data, trainer))
-    weights = sum(p.numel() for p in module.trainable.values())
+    shapes = [tuple(p.shape) for p in module.trainable.values()]
     cells = len(cells_of(config.sample, config.loss.guidance))
-    found.append(about_disk(memory.disk(config, weights, epochs, cells), folder))
+    found.append(about_disk(memory.estimate_disk(config, shapes, epochs, cells), folder))
     return found + about_cache(config, len(data.train_images) + len(data.val_images))
 
 
@@ -256,7 +256,7 @@ def about_plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> li
 def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer) -> Finding:
     """Compare the memory that training, probe and grids need with what is free."""
     device, precision = trainer.strategy.root_device, str(trainer.precision)
-    need = memory.memory(module, len(data.train_images) + len(data.val_images), precision)
+    need = memory.estimate_memory(module, len(data.train_images) + len(data.val_images), precision)
     total = need.total + memory.on_device(module, device, precision)
     if device.type == "cpu":  # every further process needs the same, and what this one holds already
         further = trainer.num_devices - 1

@@ -10,7 +10,7 @@ from ghibli.data.split import first_by_content
 from ghibli.evaluation.diagnosis import Finding
 from ghibli.images.grid import contact_sheet
 from ghibli.images.read import open_image
-from ghibli.models.base import DEMO, place_of, weights_hash
+from ghibli.models.base import DEMO, resolve_path, weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight
 from ghibli.runtime.console import counted, relative_path
@@ -100,14 +100,14 @@ def usable_count(folder: ImageFolder) -> str:
 
 def download_and_hash(base: str, config: str | None) -> str:
     """Load the base, downloading it if it is a hub id, and return the hash of its weights."""
-    check_base(place_of(base), base)
+    check_base(resolve_path(base), base)
     download.check_free_disk_for_base(base)
     return weights_hash(load(base, config))
 
 
 def absolute_path(path: str) -> str:
     """Make an existing path absolute; leave a hub id and the name of an embedded base as they are."""
-    place = place_of(path)
+    place = resolve_path(path)
     is_embedded = place.is_relative_to(DEMO)
     return str(place.resolve()) if place.exists() and not is_embedded else path
 

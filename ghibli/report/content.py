@@ -20,9 +20,9 @@ from ghibli.report.images import EmbeddedImage, embed, embed_grids, embed_last_g
 from ghibli.report.provenance import provenance_facts, shared_facts
 from ghibli.report.run_data import RunData, gain_of, try_read
 from ghibli.report.text import difference_points, gain_percent, noise_sentence, run_verdict, study_verdict
-from ghibli.runs.compose import look_at
-from ghibli.runs.identity import differences, flat, shown, that_count
-from ghibli.runs.launch import chosen_groups
+from ghibli.runs.compose import check_overrides
+from ghibli.runs.resume import chosen_groups
+from ghibli.runs.settings import as_yaml, differences, relevant_settings
 from ghibli.sweeps.costs import COSTS, cost_rows
 from ghibli.sweeps.effects import Effect, effects, number_of, seed_noise
 from ghibli.sweeps.ranking import COLUMNS, visible_columns
@@ -41,7 +41,7 @@ def run_page(data: RunData) -> dict[str, Any]:
         "subtitle": data.trial.status.get("settings", ""),
         "verdict": run_verdict(data),
         "settings": try_read(lambda: changed_settings(data), []),
-        "all_settings": [(key, shown(value)) for key, value in settings.items()],
+        "all_settings": [(key, as_yaml(value)) for key, value in settings.items()],
         "costs": cost_section([(data.name, data)]),
         "figures": run_figures(data),
         "epochs": epoch_rows(data),
@@ -58,13 +58,13 @@ def changed_settings(data: RunData) -> list[tuple[str, str]]:
     """Return (key, `value (default X)`) of the settings that are not the default of this base and data."""
     chosen = chosen_groups(data.run)
     groups = [f"{group}={chosen[group]}" for group in ("model", "data") if group in chosen]
-    default, _, _ = look_at([*groups, "data.root=not set"])
+    default, _, _ = check_overrides([*groups, "data.root=not set"])
     if default is None:
         return []
     settings = data.trial.settings
     return [
-        (key, f"{shown(own)} (default {shown(usual)})")
-        for key, usual, own in differences(that_count(flat(asdict(default))), settings)
+        (key, f"{as_yaml(own)} (default {as_yaml(usual)})")
+        for key, usual, own in differences(relevant_settings(asdict(default)), settings)
         if key in settings
     ]
 
@@ -133,7 +133,7 @@ def settings_labels(runs: list[RunData], keys: list[str]) -> list[str]:
     """Label each run by the settings that vary; all labels are empty if none or more than MAX_KEYS vary."""
     few = keys if len(keys) <= MAX_KEYS else []
     return [
-        ", ".join(f"{key.split('.')[-1]} {shown(data.trial.settings.get(key))}" for key in few)
+        ", ".join(f"{key.split('.')[-1]} {as_yaml(data.trial.settings.get(key))}" for key in few)
         for data in runs
     ]
 
@@ -154,7 +154,7 @@ def ranking_section(runs: LabelledRuns, keys: list[str]) -> dict[str, Any]:
     rows = [
         {
             "name": label,
-            "settings": [shown(data.trial.settings.get(key)) for key in keys],
+            "settings": [as_yaml(data.trial.settings.get(key)) for key in keys],
             "cells": [(column, column.text_of(own[column.name])) for column in columns],
             "interval": interval_chart(data.gain, low, high) if data.gain else "",
         }
@@ -177,7 +177,7 @@ def effect_rows(found: list[Effect]) -> list[dict[str, Any]]:
     low, high = common_scale([effect.difference for effect in found], cut=False)
     return [
         {
-            "key": effect.key, "change": f"{shown(effect.low)} \u2192 {shown(effect.high)}",
+            "key": effect.key, "change": f"{as_yaml(effect.low)} \u2192 {as_yaml(effect.high)}",
             "pairs": effect.pairs, "difference": difference_points(effect.difference),
             "interval": interval_chart(effect.difference, low, high), "matters": effect.matters,
         }

@@ -9,7 +9,7 @@ from ghibli.evaluation.features import distance_names
 from ghibli.report.charts import COLOUR_COUNT, ChartAxes, Figure, Series, line_chart
 from ghibli.report.run_data import RunData, try_read
 from ghibli.report.text import Scan, copies_sentence, scale_rule_verdict
-from ghibli.runs.identity import differences
+from ghibli.runs.settings import differences
 from ghibli.sweeps.comparison import (
     CellScores,
     cells_in,
@@ -74,7 +74,7 @@ def evaluation_section(runs: list[RunData]) -> dict[str, Any] | None:
     with_base_scan = next((result for result in results if result["scan"].get("base")), results[0])
     copies = [(model.name, copies_in_best_cell(own, rows[0][1], cells)) for model, own in trained]
     return {
-        "columns": [f"{cell.sampler.upper()} {cell.guidance:g}" for cell in cells],
+        "columns": [cell.short_label for cell in cells],
         "rows": [(name, [format_cell(row, own) for row in own]) for name, own in rows],
         "real": format_cell(results[0]["real"], []),
         "counts": sample_counts(results),

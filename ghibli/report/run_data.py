@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain
 from ghibli.runs.folder import RunDir
-from ghibli.runs.identity import flat, that_count
+from ghibli.runs.settings import relevant_settings
 from ghibli.runtime.files import read_rows
 from ghibli.sweeps.trials import Trial, best_probe
 
@@ -199,7 +199,7 @@ def read_run(run: RunDir, with_scores: bool) -> RunData:
         with_scores: also read the best checkpoint, from which paired differences are computed.
     """
     content = read_settings(run.config)
-    settings = {} if content is None else that_count(flat(content))
+    settings = {} if content is None else relevant_settings(content)
     best = try_read(lambda: best_probe(run)) if with_scores else None
     problems = ["config.yaml is missing or damaged: the settings are left out"] if content is None else []
     return RunData(Trial(run, settings, run.read_status(), best), problems)

@@ -124,7 +124,7 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
         state="running", reason=None, started=run.read_status().get("started", now()),
         settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
         process=os.getpid(), threads=config.threads or torch.get_num_threads(), **provenance(),
-        **identity.marks(config, run),
+        **identity.identity_fields(config, run),
     )  # fmt: skip
     try:
         with stop:

@@ -1,4 +1,4 @@
-"""model.adapter: an adapter merged into the base at load."""
+"""model.adapter: an adapter merged into the base when it is loaded."""
 
 from pathlib import Path
 
@@ -6,21 +6,22 @@ import pytest
 import torch
 
 from ghibli.adapters import apply, lora
+from ghibli.config.schema import LoraConfig
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
 
-OPTIONS = {
-    "rank": 4, "alpha": 8, "dropout": 0.1, "targets": ["to_q", "to_v"], "text_encoder": True, "seed": 0,
-}  # fmt: skip
+OPTIONS = LoraConfig(
+    rank=4, alpha=8, dropout=0.1, targets=["to_q", "to_v"], text_encoder=True, variant="lora", init=None
+)
 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> tuple[Path, BaseModel]:
-    """A folder with an adapter whose B is not zero, and the live model that wears it."""
+    """A folder with an adapter whose B is not zero, and the model that it was saved from."""
     live = load("demo")
-    lora.attach(live, **OPTIONS)
+    lora.attach(live, OPTIONS, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in lora.trainable(live).items():
         if "lora_B" in name:
@@ -52,17 +53,17 @@ def test_merged_base_equals_base_with_adapter(adapter: tuple, base: BaseModel) -
 def test_merged_base_draws_the_images_of_base_with_adapter(
     adapter: tuple, base: BaseModel, sampler: str
 ) -> None:
-    """30 steps at guidance 7.5, in which small differences could grow: none beyond one of 255 levels."""
+    """30 steps at guidance 7.5 could amplify small differences: none exceeds one of 255 levels."""
     folder, live = adapter
     live.unet.eval()
     live.text_encoder.eval()
     apply.merge(base, folder, 1.0)
     options = {"num_inference_steps": 30, "seeds": [3], "resolution": 128}
-    worn, merged = (
+    attached, merged = (
         sample(model, ["a panda on a train"], Cell(sampler, 7.5), **options) for model in (live, base)
     )
-    assert (worn - merged).abs().max() <= 1 / 255
-    assert worn.std() > 0.05  # an image, not a plain area
+    assert (attached - merged).abs().max() <= 1 / 255
+    assert attached.std() > 0.05  # an image, not a flat colour
 
 
 def test_scale_zero_is_the_base(adapter: tuple, base: BaseModel) -> None:

@@ -1,4 +1,4 @@
-"""The adapter: which layers, how scaled, the same as merged weights, and a file others can load."""
+"""The adapter: which layers, how scaled, the same as merged weights, in a file that others can load."""
 
 import json
 from pathlib import Path
@@ -12,26 +12,28 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ghibli.adapters import apply, lora
+from ghibli.config.schema import LoraConfig
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runtime.errors import UserError
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-RANK, ALPHA = 4, 12.0  # neither alpha = rank nor the usual 2 x rank: a forgotten alpha shows
+RANK, ALPHA = 4, 12.0  # neither alpha = rank nor the usual 2 x rank, so that a forgotten alpha shows
 SCALE = ALPHA / RANK
 
 
-def attach(base: BaseModel, **changes: object) -> BaseModel:
+def attach(base: BaseModel, seed: int = 0, **changes: object) -> BaseModel:
     options = {
-        "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": TARGETS, "text_encoder": True, "seed": 0,
+        "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": TARGETS, "text_encoder": True,
+        "variant": "lora", "init": None,
     }  # fmt: skip
-    lora.attach(base, **(options | changes))
+    lora.attach(base, LoraConfig(**(options | changes)), seed)
     return base
 
 
 def randomise(base: BaseModel) -> BaseModel:
-    """Random numbers in every A and B, as after training."""
+    """Fill every A and B with random numbers, as after training."""
     generator = torch.Generator().manual_seed(5)
     for parameter in lora.trainable(base).values():
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -39,7 +41,7 @@ def randomise(base: BaseModel) -> BaseModel:
 
 
 def inputs(base: BaseModel) -> dict[str, torch.Tensor]:
-    """Fixed inputs of one forward pass of text encoder and UNet."""
+    """Make fixed inputs for one forward pass of text encoder and UNet."""
     generator = torch.Generator().manual_seed(6)
     return {
         "latents": torch.randn(2, 4, 8, 8, generator=generator),
@@ -57,7 +59,7 @@ def noise_pred(base: BaseModel) -> torch.Tensor:
 
 @torch.no_grad()
 def add_by_hand(base: BaseModel, weights: dict[str, torch.Tensor], scale: float) -> None:
-    """W + scale B A in every layer that has an A and a B."""
+    """Add scale B A to W in every layer that has an A and a B."""
     for name, a in weights.items():
         if ".lora_A." in name:
             b = weights[name.replace(".lora_A.", ".lora_B.")]
@@ -94,7 +96,7 @@ def test_without_text_encoder_and_with_fewer_targets(base: BaseModel) -> None:
 
 
 def test_only_adapters_are_trainable_and_they_are_fp32(base: BaseModel) -> None:
-    base.unet.half()  # as if the frozen weights were held in 16 bits
+    base.unet.half()  # as if the frozen weights were stored in 16 bits
     attach(base)
     for name, parameter in [*base.unet.named_parameters(), *base.text_encoder.named_parameters()]:
         assert parameter.requires_grad == ("lora_" in name), name
@@ -230,7 +232,7 @@ torch.save(found, content)
 
 
 def test_the_file_gives_the_live_model_in_a_stock_pipeline(base: BaseModel, tmp_path: Path) -> None:
-    """A fresh process that knows only diffusers and torch loads base and adapter."""
+    """Base and adapter are loaded in a fresh process that imports only diffusers and torch."""
     plain = noise_pred(base)
     count = {"unet": 0, "text_encoder": len(text_layers(base))}
     randomise(attach(base, dropout=0.5))

@@ -174,7 +174,7 @@ def test_unusable_images_are_skipped_and_named(tmp_path: Path) -> None:
         "float.tif": "floating-point",
         "folder.jpg": "that is a folder",
         "narrow.png": "it is too small: 31x400 px",
-        "text.jpg": "it is no image, whatever its name says",
+        "text.jpg": "it is not an image, despite its name",
         "void.jpg": "the file is empty",
     }
     assert list(folder.unusable) == sorted(reasons)

@@ -21,7 +21,7 @@ import train
 from ghibli.cli.runs import list_command
 from ghibli.config.schema import Config
 from ghibli.runs import launch
-from ghibli.runs.find import find_run
+from ghibli.runs.find import run_to_resume
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, write_atomically
@@ -77,7 +77,7 @@ def test_a_folder_of_unusable_images(command: Callable[..., Said], tmp_path: Pat
     run = tmp_path / "run"
     line = one_line(command(f"data.root={images}", "data.caption=x", f"hydra.run.dir={run}"))
     assert "no usable images, at least 2 are needed" in line
-    assert "a.jpg (it is no image, whatever its name says), b.png (the file is empty)" in line
+    assert "a.jpg (it is not an image, despite its name), b.png (the file is empty)" in line
     assert status(run)["state"] == "failed"
     assert str(status(run)["reason"]) in line
 
@@ -98,7 +98,7 @@ def test_a_batch_larger_than_the_training_set(command: Callable[..., Said], tmp_
         ("+trainer.max_steps=3", "training ended before its first epoch did"),
         ("early_stopping.patience=null +trainer.max_time=00:00:00:00", "training ended before its first"),
         ("model.adapter=nowhere", "model.adapter=nowhere: no pytorch_lora_weights.safetensors there"),
-        ("model.path=nowhere", "model.path=nowhere: no such folder or file, and no hub id (OWNER/NAME)"),
+        ("model.path=nowhere", "model.path=nowhere: no such folder or file, and not a hub id (OWNER/NAME)"),
     ],
 )
 def test_settings_that_something_refuses(
@@ -255,10 +255,10 @@ def test_nothing_is_resumed_from_an_untrained_adapter(tmp_path: Path, name: str)
     run.last_checkpoint.write_bytes(b"damaged")
     name = name.replace("RUN", str(run.path))
     with pytest.raises(UserError, match="its config.yaml is gone"):
-        find_run(name, tmp_path)
+        run_to_resume(name, tmp_path)
     run.config.write_text("seed: 0")
     with pytest.raises(UserError, match="last.ckpt is damaged or cut off; start the run anew"):
-        find_run(name, tmp_path)
+        run_to_resume(name, tmp_path)
 
 
 def test_a_resume_that_finds_no_checkpoint_stops(make_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_slurm_starts_a_job_again_that_goes_on_to_the_same_end(
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     code, out, err = command(*words)
     assert (code, err) == (0, "")
-    assert "is half done: going on from step 2" in out
+    assert "is unfinished: resuming from step 2" in out
     assert different_parts(undisturbed, run) == []
     assert not list(run.rglob("hpc_*"))
 

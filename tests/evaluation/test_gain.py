@@ -12,11 +12,11 @@ from ghibli.data.folder import CaptionedImage
 from ghibli.data.latents import Moments, encode
 from ghibli.data.validation_items import make_items, strata
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
-from ghibli.diffusion.losses import denoising_losses
+from ghibli.diffusion.losses import mse
 from ghibli.diffusion.process import add_noise
 from ghibli.diffusion.samplers import make_scheduler
 from ghibli.evaluation.gain import Gain, Probe, best_epoch, expected_losses, paired_gain, significant_best
-from ghibli.models.base import BaseModel, place_of
+from ghibli.models.base import BaseModel, resolve_path
 from ghibli.models.load import load
 
 T, SCALING = 1000, 0.18215
@@ -235,7 +235,7 @@ def test_probe_noise_is_not_the_noise_of_its_latents() -> None:
 def test_standard_error_is_the_spread_over_redrawn_images_and_items() -> None:
     """A small docs/loss_anomaly.py `error`: sixteen times six fresh scenes with fresh items."""
     models = [load("demo"), load("demo")]
-    apply.merge(models[1], place_of("demo/near"), 1.0)
+    apply.merge(models[1], resolve_path("demo/near"), 1.0)
     base, alphas_cumprod = models[0], make_scheduler("ddpm", models[0]).alphas_cumprod
     gains = []
     for seed in range(EVALUATION_SEEDS.start, EVALUATION_SEEDS.start + 96, 6):
@@ -261,7 +261,7 @@ def losses(model: BaseModel, batch: dict, alphas_cumprod: torch.Tensor) -> torch
     noisy_latents = add_noise(batch["latents"], batch["noise"], batch["timesteps"], alphas_cumprod)
     prompt_embeds = model.encode_prompts(batch["input_ids"])
     noise_pred = model.unet(noisy_latents, batch["timesteps"], prompt_embeds).sample
-    return denoising_losses(noise_pred, batch["noise"])
+    return mse(noise_pred, batch["noise"])
 
 
 def test_an_images_moments_do_not_depend_on_the_others(base: BaseModel, images: Path) -> None:

@@ -1,4 +1,4 @@
-"""`ghibli app`, as people use it: in a browser, two at once, with files that are no photos."""
+"""`ghibli app`, as people use it: in a browser, two at once, with files that are not photos."""
 
 import json
 import re
@@ -19,15 +19,15 @@ from typer.testing import CliRunner
 import train
 from ghibli.cli.main import app as command_line
 from ghibli.images.grid import to_image
-from ghibli.inference.app import page, session
-from ghibli.inference.app.page import serve
-from ghibli.inference.app.session import AppSession
-from ghibli.inference.generate import Count, Request, draw
+from ghibli.inference.generate import Count, Request, generate_images
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
 gradio = pytest.importorskip("gradio")
+from ghibli.inference.app import page, session  # noqa: E402  (needs gradio)
+from ghibli.inference.app.page import serve  # noqa: E402
+from ghibli.inference.app.session import AppSession  # noqa: E402
 
 QUICK = ("trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4")
 RUN = "outputs/train/run"
@@ -37,7 +37,7 @@ PATIENCE = 120  # seconds
 
 @pytest.fixture(scope="module")
 def outside(make_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which the page is opened; a finished run lies below outputs/."""
+    """The folder in which the page is served, with a finished run below outputs/."""
     folder = tmp_path_factory.mktemp("app")
     train.run(make_config(*QUICK), RunDir(folder / RUN))
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +52,7 @@ def app_session(outside: Path) -> AppSession:
 
 @pytest.fixture(scope="module")
 def address(outside: Path) -> Iterator[str]:
-    """Of the page, open."""
+    """The address of the page, while it is served."""
     page, address = serve(["model=demo", "data=demo"], "127.0.0.1", None)
     yield address
     page.close()
@@ -62,23 +62,23 @@ def expected(loaded: LoadedModel, seed: int, scale: float) -> np.ndarray:
     side = loaded.config.model.resolution
     prompt = loaded.config.sample.prompts[0]
     request = Request([prompt], "ddim", loaded.guidance, STEPS, seed, (side, side), scale=scale)
-    return np.asarray(to_image(draw(loaded, request)[0]), float)
+    return np.asarray(to_image(generate_images(loaded, request)[0]), float)
 
 
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was given up in the middle, in the page's words: filled while it draws."""
-    given_up: list[str] = []
+    """A list of what was stopped half-way, with the page's labels, filled while it generates."""
+    stopped_half_way: list[str] = []
 
     def recorded(loaded: LoadedModel, request: Request, label: str, count: Count) -> Any:
         try:
-            return draw(loaded, request, label, count)
+            return generate_images(loaded, request, label, count)
         except session.Stopped:
-            given_up.append(f"{label}, seed {request.seed}")
+            stopped_half_way.append(f"{label}, seed {request.seed}")
             raise
 
-    monkeypatch.setattr(session, "draw", recorded)
-    return given_up
+    monkeypatch.setattr(session, "generate_images", recorded)
+    return stopped_half_way
 
 
 # Behind the page
@@ -93,11 +93,11 @@ def test_only_what_was_trained_is_offered(app_session: AppSession, outside: Path
     other.update_status(state="finished")  # finetune=none: it only measured the base
     assert list(app_session.runs()) == [RUN]
     other.status.unlink()
-    ((label, value),) = app_session.choices()
+    ((label, value),) = app_session.run_choices()
     assert value == RUN and re.fullmatch(rf"{RUN}, -?[\d.]+ % better than the base", label)
     for strange in ("/etc", "../run", f"{RUN}/"):
-        with pytest.raises(UserError, match="is no finished run any more: reload the page"):
-            app_session.loaded([strange])
+        with pytest.raises(UserError, match="is no longer a finished run: reload the page"):
+            app_session.model_of([strange])
 
 
 def test_a_stop_ends_what_is_drawn_and_nothing_else(app_session: AppSession) -> None:
@@ -114,7 +114,7 @@ def test_a_stop_ends_what_is_drawn_and_nothing_else(app_session: AppSession) -> 
 
     with pytest.raises(session.Stopped):
         in_turn()
-    assert not app_session._alone.locked() and not app_session._stops
+    assert not app_session._lock.locked() and not app_session._stops
 
 
 def test_the_checker_blacks_out(tmp_path: Path, app_session: AppSession) -> None:
@@ -156,7 +156,7 @@ def test_a_port_that_is_taken(address: str) -> None:
 
 
 def call(address: str, index: int, data: list[Any]) -> dict[str, Any]:
-    """Sends what a browser would and returns the last event."""
+    """Send what a browser would; return the last event."""
     body = json.dumps({"data": data, "fn_index": index, "session_hash": "forged"}).encode()
     url = f"{address}gradio_api/queue/join"
     urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"}))
@@ -170,7 +170,7 @@ def call(address: str, index: int, data: list[Any]) -> dict[str, Any]:
 
 
 def index_of(address: str, name: str) -> int:
-    """The number under which the page calls a handler: that of its place among the buttons' targets."""
+    """Return the index by which the page calls the click handler of a button."""
     with urllib.request.urlopen(f"{address}config") as answer:
         config = json.load(answer)
     ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
@@ -222,7 +222,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def tab(browser: Any, address: str) -> Any:
-    """The page, freshly opened, few steps set."""
+    """The page, freshly opened, with few steps set."""
     return opened(browser, address)
 
 
@@ -234,7 +234,7 @@ def opened(browser: Any, address: str) -> Any:
 
 
 def wait(true: Callable[[], Any]) -> Any:
-    """What `true` returns, once that is something."""
+    """Wait until `true` returns something truthy; return that."""
     from selenium.common.exceptions import WebDriverException
 
     end = time.monotonic() + PATIENCE
@@ -243,7 +243,7 @@ def wait(true: Callable[[], Any]) -> Any:
             if found := true():
                 return found
         except (WebDriverException, AttributeError):
-            pass  # the page draws itself anew, and what is looked for is not there yet
+            pass  # the page is being redrawn, and the element is not there yet
         time.sleep(0.1)
     raise AssertionError("the page did not get there")
 
@@ -270,24 +270,24 @@ def open_tab(browser: Any, label: str) -> None:
 
 
 def shown(browser: Any, name: str) -> np.ndarray:
-    """The image in a frame, as the server sends it."""
+    """Return the image in a frame, as the server sends it."""
     source = wait(lambda: one(browser, f"#{name} img").get_attribute("src"))
     with urllib.request.urlopen(source) as answer:
         return np.asarray(Image.open(BytesIO(answer.read())).convert("RGB"), float)
 
 
 def words(browser: Any, name: str) -> str:
-    """What stands below the images, once they are there."""
+    """Return the status line below the images, once they are there."""
     return wait(lambda: one(browser, f"#{name}").text)
 
 
 def said(browser: Any) -> str:
-    """The message that pops up."""
+    """Return the message that pops up."""
     return wait(lambda: one(browser, ".toast-body").text)
 
 
 def test_base_and_adapter_side_by_side(tab: Any) -> None:
-    """Drawn as `ghibli generate` draws them; nothing comes from elsewhere, the console stays clean."""
+    """The same images as from `ghibli generate`; no request to other hosts, no error in the console."""
     fill(tab, "#seed input", 3)
     click(tab, "#draw")
     assert re.search(r"\d\.\d s$", words(tab, "drawn"))
@@ -311,7 +311,7 @@ def test_a_photo_is_restyled(tab: Any, tmp_path: Path) -> None:
     one(tab, "input[type=file]").send_keys(str(photo))
     assert shown(tab, "photo").shape == (60, 120, 3)
     click(tab, "#restyle")
-    assert "say what is on the photo" in said(tab)
+    assert "describe what is on the photo" in said(tab)
     fill(tab, "#what textarea", "a lake")
     click(tab, "#restyle")
     words(tab, "restyled")
@@ -322,13 +322,13 @@ def test_a_photo_is_restyled(tab: Any, tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
-    """A text file is named as one; 100 megapixels are made small."""
+    """A text file is refused; an image of 100 megapixels is reduced."""
     text, large = tmp_path / "text.jpg", tmp_path / "large.png"
     text.write_text("no image")
     Image.new("L", (10_000, 10_000), 200).save(large)
     open_tab(tab, "Restyle a photo")
     one(tab, "input[type=file]").send_keys(str(text))
-    assert "it is no image, whatever its name says" in said(tab)
+    assert "it is not an image, despite its name" in said(tab)
     opened(tab, tab.current_url)
     open_tab(tab, "Restyle a photo")
     one(tab, "input[type=file]").send_keys(str(large))
@@ -341,7 +341,7 @@ def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
 
 
 def test_two_people_at_once_and_a_closed_tab(browser: Any, address: str, stopped: list[str]) -> None:
-    """Each gets their own image; what somebody asked for who went away is given up."""
+    """Each gets their own image; the request of a visitor who left is stopped."""
     first = opened(browser, address).current_window_handle
     fill(browser, "#steps input[type=number]", 100)
     click(browser, "#draw")
@@ -384,7 +384,7 @@ def test_cancel(tab: Any, stopped: list[str]) -> None:
     assert shown(tab, "trained").shape[2] == 3
 
 
-def test_it_fits_a_telephone(tab: Any) -> None:
+def test_it_fits_a_phone(tab: Any) -> None:
     size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
     tab.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     opened(tab, tab.current_url)

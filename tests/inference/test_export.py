@@ -1,4 +1,4 @@
-"""An adapter outside: files that other programs read, proved; and one from outside, trained on."""
+"""Adapters for other programs, verified after export; and adapters from elsewhere, trained further."""
 
 import gc
 import json
@@ -17,20 +17,19 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import train
-from ghibli.adapters import apply, files, kohya
-from ghibli.adapters.apply import load_adapters, scale
+from ghibli.adapters import apply, describe, files, kohya
+from ghibli.adapters.apply import load_adapters, set_weights
 from ghibli.adapters.files import Layer, check_same_shape, kohya_name, named_layers, read_adapter
-from ghibli.cli import adapters
 from ghibli.cli.main import app
 from ghibli.config.schema import ModelConfig
 from ghibli.inference import export
-from ghibli.inference.export import compare, predict, probe_inputs
-from ghibli.inference.generate import Request, draw
+from ghibli.inference.export import check_prediction, predict, probe_inputs
+from ghibli.inference.generate import Request, generate_images
 from ghibli.inference.load import load_model
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.models.safetensors import ADAPTER_FILE
-from ghibli.runs.find import config_of
+from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
@@ -46,9 +45,9 @@ def run(make_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> RunD
 
 
 @pytest.fixture(scope="module")
-def exported(run: RunDir) -> tuple[Path, list[export.Proof]]:
+def exported(run: RunDir) -> tuple[Path, list[export.Check]]:
     folder = run.path / "export"
-    return folder, export.export(run, config_of(run), folder, merge=True)
+    return folder, export.export(run, finished_config(run), folder, merge=True)
 
 
 # Files for others
@@ -83,29 +82,29 @@ def test_a_process_that_knows_only_diffusers_draws_the_same(
     theirs = np.load(tmp_path / "it.npy")
     loaded = load_model([str(run.path)], [])
     request = Request([prompt], "ddim", 7.5, 4, 3, (128, 128))
-    ours = (draw(loaded, request)[0].permute(1, 2, 0).numpy() * 255).round()
+    ours = (generate_images(loaded, request)[0].permute(1, 2, 0).numpy() * 255).round()
     assert (abs(ours - theirs) > 1).mean() <= 0.001
-    base = (draw(loaded, Request([prompt], "ddim", 7.5, 4, 3, (128, 128), scale=0))[0]) * 255
+    base = (generate_images(loaded, Request([prompt], "ddim", 7.5, 4, 3, (128, 128), scale=0))[0]) * 255
     assert (abs(base.permute(1, 2, 0).numpy() - theirs) > 1).mean() > 0.2
 
 
-def test_every_file_is_proved(exported: tuple[Path, list[export.Proof]]) -> None:
-    folder, proofs = exported
-    assert [proof.file.name for proof in proofs] == [
+def test_every_file_is_verified(exported: tuple[Path, list[export.Check]]) -> None:
+    folder, checks = exported
+    assert [check.file.name for check in checks] == [
         "pytorch_lora_weights.safetensors", "run_kohya.safetensors", "merged",
     ]  # fmt: skip
-    assert all(proof.from_live < 1e-5 < 1e-2 < proof.from_base for proof in proofs)
+    assert all(check.from_live < 1e-5 < 1e-2 < check.from_base for check in checks)
     merged = StableDiffusionPipeline.from_pretrained(folder / "merged", safety_checker=None)
     assert type(merged.scheduler).__name__ == load("demo").scheduler_config["_class_name"]
 
 
 def test_a_file_that_does_not_do_the_same_is_refused(tmp_path: Path) -> None:
     live, base = torch.ones(3), torch.zeros(3)
-    assert compare(tmp_path, live + 1e-6, live, base).from_base == pytest.approx(1, abs=1e-5)
-    with pytest.raises(UserError, match="does not do what the trained model does"):
-        compare(tmp_path, live + 0.01, live, base)
+    assert check_prediction(tmp_path, live + 1e-6, live, base).from_base == pytest.approx(1, abs=1e-5)
+    with pytest.raises(UserError, match="does not reproduce the trained model"):
+        check_prediction(tmp_path, live + 0.01, live, base)
     with pytest.raises(UserError, match="changes nothing"):
-        compare(tmp_path, live, live, live)
+        check_prediction(tmp_path, live, live, live)
 
 
 def test_the_card_says_how_good_and_whose(exported: tuple[Path, list], run: RunDir) -> None:
@@ -132,7 +131,7 @@ def test_the_runs_own_kohya_file(run: RunDir, base: BaseModel) -> None:
 
 
 def test_a_run_ends_well_with_an_alpha_that_no_float_is(make_config: Callable, tmp_path: Path) -> None:
-    """The kohya file has alpha as float32; rslora's is alpha times the root of the rank."""
+    """The kohya file stores alpha as float32; rslora's is alpha times the root of the rank."""
     run = RunDir(tmp_path / "run")
     train.run(
         make_config("trainer.max_epochs=1", "lora.rank=2", "lora.alpha=0.1", "lora.variant=rslora"), run
@@ -186,7 +185,7 @@ def test_names_and_shapes_are_those_of_sd_scripts_at_real_size() -> None:
 # Several, and none
 
 
-def test_two_adapters_add_up_and_nought_is_the_base(run: RunDir) -> None:
+def test_two_adapters_add_up_and_weight_0_is_the_base(run: RunDir) -> None:
     near = DEMO / "near"
 
     def layer_of(*weights: float) -> torch.Tensor:
@@ -198,8 +197,8 @@ def test_two_adapters_add_up_and_nought_is_the_base(run: RunDir) -> None:
         layer = base.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
         return layer(torch.ones(1, 64)).detach()
 
-    nought, one, other = layer_of(0, 0), layer_of(1, 0), layer_of(0, 1)
-    torch.testing.assert_close(layer_of(0.3, -2) - nought, 0.3 * (one - nought) - 2 * (other - nought))
+    zero, one, other = layer_of(0, 0), layer_of(1, 0), layer_of(0, 1)
+    torch.testing.assert_close(layer_of(0.3, -2) - zero, 0.3 * (one - zero) - 2 * (other - zero))
     untouched = load("demo")
     loaded = load("demo")
     load_adapters(
@@ -207,7 +206,7 @@ def test_two_adapters_add_up_and_nought_is_the_base(run: RunDir) -> None:
     )
     inputs = probe_inputs(untouched)
     assert not torch.equal(predict(loaded, inputs), predict(untouched, inputs))
-    scale(loaded, [0.0, 0.0])
+    set_weights(loaded, [0.0, 0.0])
     assert torch.equal(predict(loaded, inputs), predict(untouched, inputs))
 
 
@@ -228,7 +227,7 @@ def test_training_starts_from_another_adapter(run: RunDir, make_config: Callable
 def test_other_settings_than_the_files_are_named(run: RunDir, make_config: Callable, tmp_path: Path) -> None:
     config = make_config("lora.rank=8", "lora.alpha=6", f"lora.init={run.path}")
     with pytest.raises(
-        UserError, match="lora.init=.*: lora.rank of this run are not those of the file; `ghibli"
+        UserError, match="lora.init=.*: lora.rank of this run differ from those of the file; `ghibli"
     ):
         train.run(config, RunDir(tmp_path / "other"))
 
@@ -242,7 +241,7 @@ def test_import_says_what_it_is_and_what_to_type(run: RunDir) -> None:
 
 
 def test_the_printed_settings_take_the_file(run: RunDir, base: BaseModel, make_config: Callable) -> None:
-    """Also of rsLoRA, whose alpha is no round number, and of DoRA; layers of several ranks have none."""
+    """Also for rsLoRA, whose alpha is not a round number, and for DoRA; not for layers of several ranks."""
     adapter = read_adapter(run.adapter, base, "import")
     layer = next(iter(adapter.layers.values()))
     odd = {name: replace(each, alpha=3 * 7**0.5) for name, each in adapter.layers.items()}
@@ -251,14 +250,14 @@ def test_the_printed_settings_take_the_file(run: RunDir, base: BaseModel, make_c
     }
     for layers in (adapter.layers, odd, dora):
         changed = replace(adapter, layers=layers)
-        words = adapters.train_on(changed).split()[2:]
+        words = describe.training_command(changed).split()[2:]
         check_same_shape(changed, make_config(*words).lora)
     half = replace(layer, up=layer.up[:, :2], down=layer.down[:2])
     mixed = replace(adapter, layers={**adapter.layers, next(iter(adapter.layers)): half})
-    assert adapters.train_on(mixed) == "cannot be done: its layers differ in rank or alpha"
+    assert describe.training_command(mixed) == "not possible: its layers differ in rank or alpha"
 
 
-def test_files_that_are_no_adapter_of_this_base(run: RunDir, base: BaseModel, tmp_path: Path) -> None:
+def test_files_that_are_not_adapters_of_this_base(run: RunDir, base: BaseModel, tmp_path: Path) -> None:
     def refused(state: dict[str, torch.Tensor] | bytes, name: str = "it.safetensors") -> str:
         file = tmp_path / name
         file.write_bytes(state) if isinstance(state, bytes) else save_file(state, file)
@@ -271,12 +270,12 @@ def test_files_that_are_no_adapter_of_this_base(run: RunDir, base: BaseModel, tm
     assert "cut off or damaged" in refused(whole[:-100])
     assert "is a pickle under another name" in refused(b"PK\x03\x04....")
     assert "only .safetensors files are read" in refused(b"PK", "it.ckpt")
-    assert "adapter of SDXL" in refused({"lora_te2_x.lora_down.weight": torch.zeros(4, 4)})
-    assert "is no LoRA of this base: it has `something`" in refused({"something": torch.zeros(4)})
+    assert "adapter for SDXL" in refused({"lora_te2_x.lora_down.weight": torch.zeros(4, 4)})
+    assert "is not a LoRA of this base: it has `something`" in refused({"something": torch.zeros(4)})
     name = kohya_name("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     wide = {f"{name}.lora_down.weight": torch.zeros(4, 768), f"{name}.lora_up.weight": torch.zeros(1280, 4)}
     text = refused(wide)
-    assert "maps 768 values to 1280, and the base's layer 64 to 128: it was made for another base" in text
+    assert "maps 768 values to 1280, the base's layer 64 to 128: it was made for another base" in text
     with pytest.raises(UserError, match="no such file or run"):
         read_adapter(tmp_path / "nowhere", base, "adapter")
 
@@ -286,28 +285,28 @@ def test_one_model_at_a_time(run: RunDir, tmp_path: Path, monkeypatch: pytest.Mo
     load, seen = apply.load_base, []
 
     def watched(model: ModelConfig) -> BaseModel:
-        gc.collect()  # as base_model.load does
+        gc.collect()  # as models.load does
         assert not any(unet() for unet in seen)
         loaded = load(model)
         seen.append(weakref.ref(loaded.unet))
         return loaded
 
     monkeypatch.setattr(apply, "load_base", watched)
-    export.export(run, config_of(run), tmp_path / "out", merge=True)
+    export.export(run, finished_config(run), tmp_path / "out", merge=True)
     assert len(seen) == 5  # untouched, live, merged, and one for each file
 
 
-# The hub
-
-
-def test_notes_that_are_damaged(run: RunDir, base: BaseModel, tmp_path: Path) -> None:
-    file = tmp_path / "notes.safetensors"
+def test_damaged_metadata(run: RunDir, base: BaseModel, tmp_path: Path) -> None:
+    file = tmp_path / "metadata.safetensors"
     save_file(load_file(run.adapter / ADAPTER_FILE), file, {"lora_adapter_metadata": "{"})
     with pytest.raises(UserError, match="cannot be read as a LoRA"):
         read_adapter(file, base, "import")
 
 
-def test_push_says_what_would_go_and_sends_nothing(exported: tuple[Path, list], run: RunDir) -> None:
+# The hub
+
+
+def test_push_lists_the_files_and_sends_nothing(exported: tuple[Path, list], run: RunDir) -> None:
     done = CliRunner().invoke(app, ["push", str(run.path), "me/mine"])
     assert done.exit_code == 0, done.output
     assert "run_kohya.safetensors" in done.output and "README.md" in done.output
@@ -341,8 +340,8 @@ def test_push_sends_just_that(
     done = CliRunner().invoke(app, ["push", str(run.path), "me/mine", "--really"])
     assert "sent to https://hub/me/mine" in done.output and "hf_secret" not in done.output
     assert asked["repo"] == ("me/mine", {"private": True, "exist_ok": True})
-    assert set(asked["upload"]["allow_patterns"]) == {name for name, _ in push.files_of(exported[0])}
+    assert set(asked["upload"]["allow_patterns"]) == {name for name, _ in push.files_to_push(exported[0])}
     assert json.dumps(asked["upload"]["allow_patterns"]).count("merged") == 0
     empty = shutil.copytree(exported[0], run.path / "empty", ignore=lambda *_: ["README.md", "merged"])
     with pytest.raises(UserError, match="holds nothing to send"):
-        push.files_of(empty)
+        push.files_to_push(empty)

@@ -1,4 +1,4 @@
-"""Drawing with what was trained: what is named, what is asked for, and the files that come of it."""
+"""Generating with trained models: which sources, which requests, and the files that are written."""
 
 import json
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from ghibli.adapters.files import named_layers
 from ghibli.cli.main import app
 from ghibli.images.grid import to_image
 from ghibli.inference import generate
-from ghibli.inference.generate import Request, draw, write_images
-from ghibli.inference.load import LoadedModel, load_model, weighted
+from ghibli.inference.generate import Request, generate_images, write_images
+from ghibli.inference.load import LoadedModel, load_model, split_weight
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
@@ -27,7 +27,7 @@ REQUEST = Request(["a red train", "a lake", "a blue house"], "ddpm", 3.0, 2, 7, 
 
 
 def write_adapter(file: Path, base: BaseModel, seed: int = 0) -> Path:
-    """A LoRA of rank 2 on every attention layer of the UNet, of random numbers that show in an image."""
+    """Write a LoRA of rank 2 on every attention layer of the UNet, random and visible in an image."""
     random = torch.Generator().manual_seed(seed)
     state = {}
     for name, layer in named_layers(base).items():
@@ -49,54 +49,54 @@ def loaded(adapter: Path) -> LoadedModel:
     return load_model([str(adapter)], ["model=demo"])
 
 
-# What is asked for
+# Requests
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"sampler": "euler"}, "--sampler euler is unknown: choose one of"),
-        ({"prompts": ["a train", "  "]}, "an empty prompt: say what to draw"),
+        ({"prompts": ["a train", "  "]}, "an empty prompt: give --prompt TEXT"),
         ({"prompts": []}, "an empty prompt"),
-        ({"steps": 0}, "--steps 0: from 1 to 1000"),
-        ({"seed": 10**20}, "--seed 100000000000000000000: from 0 to 4294967295"),
-        ({"seed": -1}, "--seed -1: from 0 to 4294967295"),
-        ({"steps": 1001}, "--steps 1001: from 1 to 1000"),
-        ({"size": (100, 64)}, "--size 100: a multiple of 8 from 64 to 2048, such as 96"),
-        ({"size": (64, 4096)}, "--size 4096: a multiple of 8 from 64 to 2048, such as 2048"),
-        ({"size": (32, 64)}, "--size 32: a multiple of 8 from 64 to 2048, such as 64"),
+        ({"steps": 0}, "--steps 0: must be from 1 to 1000"),
+        ({"seed": 10**20}, "--seed 100000000000000000000: must be from 0 to 4294967295"),
+        ({"seed": -1}, "--seed -1: must be from 0 to 4294967295"),
+        ({"steps": 1001}, "--steps 1001: must be from 1 to 1000"),
+        ({"size": (100, 64)}, "--size 100: must be a multiple of 8 from 64 to 2048, such as 96"),
+        ({"size": (64, 4096)}, "--size 4096: must be a multiple of 8 from 64 to 2048, such as 2048"),
+        ({"size": (32, 64)}, "--size 32: must be a multiple of 8 from 64 to 2048, such as 64"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(change: dict[str, object], words: str) -> None:
+def test_a_request_that_cannot_be_met_is_one_line(change: dict[str, object], words: str) -> None:
     with pytest.raises(UserError) as caught:
         replace(REQUEST, **change)
     assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
 
 
 def test_sizes_as_people_write_them() -> None:
-    assert generate.size_of("512") == (512, 512)
-    assert generate.size_of("640x384") == generate.size_of("640X384") == (640, 384)
+    assert generate.parse_size("512") == (512, 512)
+    assert generate.parse_size("640x384") == generate.parse_size("640X384") == (640, 384)
     for text in ("", "x", "640x", "1x2x3", "-64", "64.5", "²"):
-        with pytest.raises(UserError, match="a number of px, or WIDTHxHEIGHT"):
-            generate.size_of(text)
+        with pytest.raises(UserError, match="must be a number of px, or WIDTHxHEIGHT"):
+            generate.parse_size(text)
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa train\r\n\r\n  ein Fluß \n".encode())
-    assert generate.lines_of(file) == ["a train", "ein Fluß"]
+    assert generate.read_prompts(file) == ["a train", "ein Fluß"]
     for damaged in (tmp_path / "nowhere.txt", tmp_path):
         with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
-            generate.lines_of(damaged)
+            generate.read_prompts(damaged)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
-        generate.lines_of(file)
+        generate.read_prompts(file)
 
 
 def test_words_that_the_text_encoder_never_sees_are_named(base: BaseModel) -> None:
     room = base.tokenizer.model_max_length - 2  # without start and end
-    assert generate.lost_words([" ".join(["train"] * room)], base) == []
-    said = generate.lost_words(["a lake", " ".join(["train"] * room + ["lake"])], base)
+    assert generate.truncation_warnings([" ".join(["train"] * room)], base) == []
+    said = generate.truncation_warnings(["a lake", " ".join(["train"] * room + ["lake"])], base)
     assert len(said) == 1 and said[0].endswith("the text encoder never sees `lake`")
 
 
@@ -104,45 +104,49 @@ def test_words_that_the_text_encoder_never_sees_are_named(base: BaseModel) -> No
 
 
 def test_an_image_does_not_depend_on_what_is_drawn_with_it(loaded: LoadedModel) -> None:
-    together = draw(loaded, REQUEST)
+    together = generate_images(loaded, REQUEST)
     assert together.shape == (3, 3, 64, 64) and 0 <= together.min() < together.max() <= 1
     for batch in (1, 2):
-        assert (draw(loaded, replace(REQUEST, batch=batch)) - together).abs().max() < 1e-4
+        assert (generate_images(loaded, replace(REQUEST, batch=batch)) - together).abs().max() < 1e-4
     second = replace(REQUEST, prompts=REQUEST.prompts[1:2], seed=REQUEST.seed + 1)
-    assert (draw(loaded, second)[0] - together[1]).abs().max() < 1e-4
+    assert (generate_images(loaded, second)[0] - together[1]).abs().max() < 1e-4
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
 def test_scale_nought_is_the_base_to_the_bit(loaded: LoadedModel) -> None:
-    base = draw(load_model([], ["model=demo"]), REQUEST)
-    assert torch.equal(draw(loaded, replace(REQUEST, scale=0.0)), base)
-    assert (draw(loaded, REQUEST) - base).abs().max() > 0.1
+    base = generate_images(load_model([], ["model=demo"]), REQUEST)
+    assert torch.equal(generate_images(loaded, replace(REQUEST, scale=0.0)), base)
+    assert (generate_images(loaded, REQUEST) - base).abs().max() > 0.1
 
 
 def test_a_weight_is_that_much_of_the_adapter(loaded: LoadedModel, adapter: Path) -> None:
-    half = draw(load_model([f"{adapter}:0.5"], ["model=demo"]), REQUEST)
-    assert (half - draw(loaded, replace(REQUEST, scale=0.5))).abs().max() < 1e-5
-    assert (half - draw(loaded, REQUEST)).abs().max() > 0.01
+    half = generate_images(load_model([f"{adapter}:0.5"], ["model=demo"]), REQUEST)
+    assert (half - generate_images(loaded, replace(REQUEST, scale=0.5))).abs().max() < 1e-5
+    assert (half - generate_images(loaded, REQUEST)).abs().max() > 0.01
 
 
 def test_size_and_negative_prompt(loaded: LoadedModel) -> None:
     wide = replace(REQUEST, prompts=["a train"], size=(96, 64))
-    assert draw(loaded, wide).shape == (1, 3, 64, 96)
+    assert generate_images(loaded, wide).shape == (1, 3, 64, 96)
     small = replace(REQUEST, prompts=["a train"])
-    assert not torch.allclose(draw(loaded, small), draw(loaded, replace(small, negative="")), atol=0.01)
-    unguided = replace(small, guidance=1.0)  # there is nothing to steer away from
-    assert torch.equal(draw(loaded, unguided), draw(loaded, replace(unguided, negative="")))
+    assert not torch.allclose(
+        generate_images(loaded, small), generate_images(loaded, replace(small, negative="")), atol=0.01
+    )
+    unguided = replace(small, guidance=1.0)  # without guidance there is nothing to steer away from
+    assert torch.equal(
+        generate_images(loaded, unguided), generate_images(loaded, replace(unguided, negative=""))
+    )
 
 
 def test_an_image_carries_what_makes_it_again(loaded: LoadedModel, adapter: Path, tmp_path: Path) -> None:
-    images = draw(loaded, REQUEST)
+    images = generate_images(loaded, REQUEST)
     files = write_images(images, REQUEST, loaded, tmp_path / "out")
     assert [file.name for file in files] == ["000.png", "001.png", "002.png"]
     with Image.open(files[1]) as opened:
         notes, drawn = opened.text, np.asarray(opened)
     note = json.loads(notes["ghibli"])
     assert (note.pop("adapters"), note.pop("weights"), note.pop("base")) == ([str(adapter)], [1.0], "demo")
-    again = draw(loaded, Request(**note | {"size": tuple(note["size"])}))[0]
+    again = generate_images(loaded, Request(**note | {"size": tuple(note["size"])}))[0]
     assert np.abs(again.permute(1, 2, 0).numpy() * 255 - drawn).max() < 1
     assert notes["parameters"].splitlines() == [
         "a lake",
@@ -152,20 +156,20 @@ def test_an_image_carries_what_makes_it_again(loaded: LoadedModel, adapter: Path
 
 
 def test_sheets_leave_the_adapter_as_it_was(loaded: LoadedModel) -> None:
-    """Their columns are what is drawn alone; at the end the adapter is at its scale again."""
+    """Their columns equal the images generated alone; afterwards the adapter is at its scale again."""
     request = replace(REQUEST, prompts=["a red train"])
-    drawn = draw(loaded, request)
-    sheet = np.asarray(generate.beside_base(loaded, request, drawn))
-    assert torch.equal(draw(loaded, request), drawn)
-    strip = np.asarray(generate.strip(loaded, request))
-    assert torch.equal(draw(loaded, request), drawn)
-    tiles = [draw(loaded, replace(request, scale=scale))[0] for scale in (0.0, 1.0)]
+    drawn = generate_images(loaded, request)
+    sheet = np.asarray(generate.base_comparison_sheet(loaded, request, drawn))
+    assert torch.equal(generate_images(loaded, request), drawn)
+    strip = np.asarray(generate.adapter_scale_sheet(loaded, request))
+    assert torch.equal(generate_images(loaded, request), drawn)
+    tiles = [generate_images(loaded, replace(request, scale=scale))[0] for scale in (0.0, 1.0)]
     for tile in tiles:
         assert all(shows(page, tile) for page in (sheet, strip))
 
 
 def shows(page: np.ndarray, image: torch.Tensor) -> bool:
-    """Whether a sheet shows the image somewhere, twice as large."""
+    """Tell whether a sheet shows the image somewhere at twice its size."""
     height, width = (2 * side for side in image.shape[1:])
     tile = np.asarray(to_image(image).resize((width, height), Image.Resampling.LANCZOS), int)
     corners = np.argwhere((page[: 1 - height, : 1 - width] == tile[0, 0]).all(-1))
@@ -178,48 +182,48 @@ def test_no_memory_is_one_line(loaded: LoadedModel, monkeypatch: pytest.MonkeyPa
             raise reason
 
         monkeypatch.setattr(generate, "sample", sample)
-        draw(loaded, REQUEST)
+        generate_images(loaded, REQUEST)
 
     for reason in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory"),
         MemoryError(),
     ):
-        with pytest.raises(UserError, match="not enough memory: draw fewer at once or smaller"):
+        with pytest.raises(UserError, match="not enough memory: use fewer images at once or smaller ones"):
             fails(reason)
     with pytest.raises(RuntimeError, match="shapes"):
         fails(RuntimeError("shapes do not match"))
 
 
-def test_torch_words_the_lack_of_memory_as_expected() -> None:
+def test_torchs_own_message_is_recognised() -> None:
     with pytest.raises(UserError, match="not enough memory"), generate.enough_memory():
         torch.empty(2**55, dtype=torch.uint8)
 
 
-# What is named
+# Sources
 
 
 def test_names_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert weighted("a/b.safetensors") == ("a/b.safetensors", 1.0)
-    assert weighted("a/b.safetensors:-0.7") == ("a/b.safetensors", -0.7)
-    assert weighted("C:/look") == ("C:/look", 1.0)
+    assert split_weight("a/b.safetensors") == ("a/b.safetensors", 1.0)
+    assert split_weight("a/b.safetensors:-0.7") == ("a/b.safetensors", -0.7)
+    assert split_weight("C:/look") == ("C:/look", 1.0)
     (tmp_path / "seed:3").mkdir()
-    assert weighted("seed:3") == ("seed:3", 1.0)
+    assert split_weight("seed:3") == ("seed:3", 1.0)
     with pytest.raises(UserError, match="no finished run below outputs/ yet"):
-        weighted("latest:0.5")
+        split_weight("latest:0.5")
     for name, made in (
         ("a trained one", "adapter"),
         ("b that only measured", "samples"),
     ):
         (tmp_path / "outputs" / name / made).mkdir(parents=True)
         RunDir(tmp_path / "outputs" / name).update_status(state="finished", started=name[0])
-    assert weighted("latest:0.5") == ("outputs/a trained one", 0.5)
+    assert split_weight("latest:0.5") == ("outputs/a trained one", 0.5)
 
 
 @pytest.fixture
 def make_run(make_config: Callable, tmp_path: Path) -> Callable[..., str]:
-    """A run folder that says it is finished, with nothing but its settings."""
+    """Make a run folder with the state finished and nothing but its settings."""
 
     def make(name: str, *words: str) -> str:
         run = RunDir(tmp_path / name)
@@ -231,7 +235,7 @@ def make_run(make_config: Callable, tmp_path: Path) -> Callable[..., str]:
     return make
 
 
-def test_what_cannot_be_worn_together(make_run: Callable[..., str], tmp_path: Path) -> None:
+def test_sources_that_cannot_be_combined(make_run: Callable[..., str], tmp_path: Path) -> None:
     plain, idle = make_run("plain"), make_run("idle", "finetune=none")
     whole = make_run("whole", "finetune=full")
     other = make_run("other", f"model.path={DEMO}")
@@ -258,12 +262,12 @@ def command(*words: str) -> tuple[int, list[str]]:
 
 
 def test_the_command(adapter: Path, tmp_path: Path) -> None:
-    """A long prompt is drawn, and the words that are lost are named; sheets where they are asked for."""
+    """A long prompt works, and the words that are lost are named; sheets are written if asked for."""
     out = tmp_path / "out"
     words = ("--steps", "1", "--size", "64", "--base", "--interpolate", "--to", str(out))
     code, said = command(str(adapter), "-p", "train " * 500, *words)
     assert code == 0, said
-    assert "is too long, the text encoder never sees" in " ".join(said)
+    assert "is too long: the text encoder never sees" in " ".join(said)
     assert sorted(file.name for file in out.iterdir()) == ["000.png", "adapter_scales.png", "beside_base.png"]
     with Image.open(out / "000.png") as opened:
         assert opened.size == (64, 64) and json.loads(opened.text["ghibli"])["guidance"] == 7.5
@@ -272,13 +276,16 @@ def test_the_command(adapter: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "what shall it draw? --prompt TEXT, or --prompts FILE"),
-        (["-p", ""], "an empty prompt: say what to draw, --prompt TEXT"),
-        (["-p", "a lake", "--size", "100"], "--size 100: a multiple of 8 from 64 to 2048, such as 96"),
+        ([], "no prompt: give --prompt TEXT or --prompts FILE"),
+        (["-p", ""], "an empty prompt: give --prompt TEXT"),
+        (
+            ["-p", "a lake", "--size", "100"],
+            "--size 100: must be a multiple of 8 from 64 to 2048, such as 96",
+        ),
         (["-p", "a lake", "modle=demo"], "modle"),
-        (["-p", "a lake", "--interpolate"], "--interpolate changes the scale of an adapter"),
+        (["-p", "a lake", "--interpolate"], "--interpolate varies the scale of an adapter"),
     ],
 )
-def test_mistakes_of_the_command(words: list[str], reason: str) -> None:
+def test_errors_of_the_command(words: list[str], reason: str) -> None:
     code, said = command(*words, *(["model=demo"] if not any("=" in word for word in words) else []))
     assert code and reason in said[-1]

@@ -1,4 +1,4 @@
-"""Photos in the trained look: which are found, what is kept of them, what is written."""
+"""Photos in the trained style: which are found, what is kept of them, what is written."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,11 @@ from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.images import grid
 from ghibli.inference import restyle
 from ghibli.inference.load import LoadedModel, load_model
-from ghibli.inference.restyle import Photo, RestyleOptions, photos_of, restyle_all, size_like
+from ghibli.inference.restyle import Photo, RestyleOptions, find_photos, restyle_all, size_like
 from ghibli.models.base import DEMO
 from ghibli.runtime.errors import UserError
 
-HOW = RestyleOptions(0.5, "ddim", 3.0, 4, 1, "", 1.0, 64)
+OPTIONS = RestyleOptions(0.5, "ddim", 3.0, 4, 1, "", 1.0, 64)
 
 
 @pytest.fixture
@@ -29,41 +29,43 @@ def base_alone() -> LoadedModel:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two photograph-like scenes with captions."""
+    """Two photo-like scenes with captions."""
     folder = tmp_path / "photos"
     write_folder(folder, "photo", 2, FINETUNE_SEEDS.start)
     return folder
 
 
-# Which photos, and what is on them
+# Which photos, and their prompts
 
 
 def test_prompts_of_photos(photos: Path) -> None:
     table = dict(line.split("|") for line in (photos / "captions.txt").read_text().splitlines())
-    found = photos_of([photos], None, ", drawn")
+    found = find_photos([photos], None, ", drawn")
     assert [(photo.path.name, photo.prompt) for photo in found] == [
         (name, f"{caption}, drawn") for name, caption in sorted(table.items())
     ]
     one = found[0].path
-    assert photos_of([one], "a dog", "") == [Photo(one, "a dog")]
+    assert find_photos([one], "a dog", "") == [Photo(one, "a dog")]
     alone = photos.parent / "alone.png"
     alone.write_bytes(one.read_bytes())
-    with pytest.raises(UserError, match=r"what is on alone.png\? --prompt TEXT, or `ghibli caption"):
-        photos_of([alone], None, "")
+    with pytest.raises(
+        UserError, match=r"alone.png has no caption: give --prompt TEXT, or run `ghibli caption"
+    ):
+        find_photos([alone], None, "")
     alone.with_suffix(".txt").write_text("a cat\n")
-    assert photos_of([alone], None, ", drawn") == [Photo(alone, "a cat, drawn")]
+    assert find_photos([alone], None, ", drawn") == [Photo(alone, "a cat, drawn")]
 
 
-def test_what_is_no_photo(tmp_path: Path) -> None:
+def test_files_that_are_not_photos(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.doc").write_text("x")
     for path, words in (
         ("empty", "no images there: name files, or a folder that holds some"),
         ("nowhere", "no such file or folder"),
-        ("notes.doc", "notes.doc is no image"),
+        ("notes.doc", "notes.doc is not an image"),
     ):
         with pytest.raises(UserError, match=words):
-            photos_of([tmp_path / path], "a cat", "")
+            find_photos([tmp_path / path], "a cat", "")
 
 
 @pytest.mark.parametrize(
@@ -80,19 +82,19 @@ def test_shape_and_area_are_kept(size: tuple[int, int], expected: tuple[int, int
 
 
 def test_strength_of_no_step() -> None:
-    with pytest.raises(UserError, match=r"--strength 0.2 of 4 steps is none: raise either"):
+    with pytest.raises(UserError, match=r"--strength 0.2 of 4 steps is less than one: raise either"):
         RestyleOptions(0.2, "ddim", 1.0, 4, 0, "", 1.0, 64)
-    with pytest.raises(UserError, match="--steps 1000: from 1 to 999"):
+    with pytest.raises(UserError, match="--steps 1000: must be from 1 to 999"):
         RestyleOptions(1.0, "ddim", 1.0, 1000, 0, "", 1.0, 64)
     with pytest.raises(UserError, match="--sampler euler is unknown"):
         RestyleOptions(0.5, "euler", 1.0, 4, 0, "", 1.0, 64)
 
 
-# What is drawn
+# The images
 
 
 def test_it_is_the_librarys_own_image_to_image(base_alone: LoadedModel, photos: Path) -> None:
-    photo = photos_of([photos], None, "")[0]
+    photo = find_photos([photos], None, "")[0]
     with Image.open(photo.path) as opened:
         small = opened.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
     pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(DEMO, safety_checker=None)
@@ -103,84 +105,86 @@ def test_it_is_the_librarys_own_image_to_image(base_alone: LoadedModel, photos: 
         photo.prompt, image=small, strength=0.5, guidance_scale=3.0, num_inference_steps=4,
         generator=torch.Generator().manual_seed(1),
     ).images[0]  # fmt: skip
-    ours = restyle.restyle(base_alone, small, photo.prompt, HOW)
+    ours = restyle.restyle_photo(base_alone, small, photo.prompt, OPTIONS)
     assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).max() <= 1
 
 
 def test_the_stronger_the_farther_from_the_photo(base_alone: LoadedModel, photos: Path) -> None:
-    photo = photos_of([photos], None, "")[0]
+    photo = find_photos([photos], None, "")[0]
     with Image.open(photo.path) as opened:
         before = opened.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
     distances = []
     for strength in (0.1, 0.5, 1.0):
-        how = RestyleOptions(strength, "ddim", 1.0, 10, 1, "", 1.0, 64)
-        after = restyle.restyle(base_alone, before, photo.prompt, how)
+        options = RestyleOptions(strength, "ddim", 1.0, 10, 1, "", 1.0, 64)
+        after = restyle.restyle_photo(base_alone, before, photo.prompt, options)
         distances.append(np.abs(np.asarray(after, float) - np.asarray(before, float)).mean())
     assert distances == sorted(distances) and distances[0] < 25 < distances[2]
 
 
 def test_a_photo_is_turned_as_its_exif_says(base_alone: LoadedModel, tmp_path: Path) -> None:
-    """Kept: shape, and which side is up."""
+    """Its shape and orientation are kept."""
     pixels = np.zeros((60, 120, 3), np.uint8)
     pixels[:, 60:] = 255  # right half white; turned clockwise it is the lower half
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    how = RestyleOptions(0.1, "ddim", 1.0, 10, 0, "", 1.0, 96)
-    _, ((before, after),) = restyle_all(base_alone, [Photo(tmp_path / "a.jpg", "x")], how, tmp_path / "out")
+    options = RestyleOptions(0.1, "ddim", 1.0, 10, 0, "", 1.0, 96)
+    _, ((before, after),) = restyle_all(
+        base_alone, [Photo(tmp_path / "a.jpg", "x")], options, tmp_path / "out"
+    )
     assert before.size == after.size == (64, 136)
     for image in (before, after):
         grey = np.asarray(image.convert("L"), float)
         assert grey[-30:].mean() - grey[:30].mean() > 100
 
 
-def test_photos_that_cannot_be_read_are_left_out(
+def test_photos_that_cannot_be_read_are_skipped(
     base_alone: LoadedModel, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (photos / "images" / "text.jpg").write_text("no image")
     (photos / "images" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    found = photos_of([photos], "a scene", ", drawn")
-    written, pairs = restyle_all(base_alone, found, HOW, tmp_path / "out")
+    found = find_photos([photos], "a scene", ", drawn")
+    written, pairs = restyle_all(base_alone, found, OPTIONS, tmp_path / "out")
     assert written == len(pairs) == 2 and len(list((tmp_path / "out").iterdir())) == 2
     said = " ".join(capsys.readouterr().out.split())
-    assert "text.jpg is left out: it is no image, whatever its name says" in said
-    assert "gone.jpg is left out: " in said
+    assert "text.jpg is skipped: it is not an image, despite its name" in said
+    assert "gone.jpg is skipped: " in said
     with Image.open(sorted((tmp_path / "out").iterdir())[0]) as opened:
         note = json.loads(opened.text["ghibli"])
     assert (note["prompt"], note["strength"], note["seed"]) == ("a scene, drawn", 0.5, 1)
     with pytest.raises(UserError, match="none of the photos could be read"):
-        restyle_all(base_alone, [p for p in found if p.path.suffix == ".jpg"], HOW, tmp_path / "out")
+        restyle_all(base_alone, [p for p in found if p.path.suffix == ".jpg"], OPTIONS, tmp_path / "out")
 
 
 def test_one_photo_of_a_set(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its caption is in the table above images/; with a prompt no table is asked for."""
+    """Its caption is in the table above images/; with a prompt, no table is read."""
     table = dict(line.split("|") for line in (photos / "captions.txt").read_text().splitlines())
     name = min(table)
     monkeypatch.chdir(photos / "images")
-    (photo,) = photos_of([Path(name)], None, "")
+    (photo,) = find_photos([Path(name)], None, "")
     assert photo.prompt == table[name]
     (photos / "images" / "metadata.csv").write_text("price,colour\n1,red\n")
-    (photo,) = photos_of([Path(name)], "mine", "")
+    (photo,) = find_photos([Path(name)], "mine", "")
     assert photo.prompt == "mine"
 
 
 def test_no_file_is_written_over_another(tmp_path: Path) -> None:
-    """Photos of one name, one called like the sheet, and the folder of the photos as the one to fill."""
+    """Photos with the same name, one named like the sheet, and an output folder that holds the photos."""
     out = tmp_path / "out"
 
     def names(*photos: str) -> list[str]:
-        return [file.name for file in restyle.targets([tmp_path / photo for photo in photos], out)]
+        return [file.name for file in restyle.output_files([tmp_path / photo for photo in photos], out)]
 
     assert names("a.jpg", "b.png") == ["a.png", "b.png"]
     assert names("a.jpg", "a.png") == ["a.jpg.png", "a.png.png"]
     assert names("before_after.jpg") == ["before_after.jpg.png"]
     assert names("x/a.jpg", "y/a.jpg") == ["0000-a.jpg.png", "0001-a.jpg.png"]
     with pytest.raises(UserError, match="b.png there is one of the photos; name another folder"):
-        restyle.targets([tmp_path / "a.jpg", tmp_path / "b.png"], tmp_path)
+        restyle.output_files([tmp_path / "a.jpg", tmp_path / "b.png"], tmp_path)
     with pytest.raises(UserError, match="before_after.png there is one of the photos"):
-        restyle.targets([tmp_path / "before_after.png"], tmp_path)
+        restyle.output_files([tmp_path / "before_after.png"], tmp_path)
     assert names("a.jpg", "A.png") == ["a.jpg.png", "A.png.png"]  # one file on some systems
-    assert restyle.targets([tmp_path / "a.jpg"], tmp_path) == [tmp_path / "a.png"]
+    assert restyle.output_files([tmp_path / "a.jpg"], tmp_path) == [tmp_path / "a.png"]
 
 
 def test_the_command(photos: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bases that cannot be used are refused by name, in one line and without waiting; the others load whole."""
+"""Bases that cannot be used are refused in one line that names the reason; the others load completely."""
 
 import json
 import os
@@ -28,7 +28,7 @@ WEIGHTS = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the demo base that a test may spoil."""
+    """A copy of the demo base that a test may damage."""
     place = tmp_path / "mine"
     for part in ("tokenizer", "scheduler", *WEIGHTS):
         shutil.copytree(DEMO / part, place / part)
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(path: Path | str) -> str:
-    """The one line that says why a base is refused."""
+    """Return the one-line reason why a base is refused."""
     with pytest.raises(UserError) as caught:
         load(str(path))
     text = str(caught.value)
@@ -82,7 +82,7 @@ def test_half_precision_files_are_loaded_as_fp32(folder: Path, base: BaseModel) 
 
 
 def test_the_older_spelling_of_weight_names(folder: Path, base: BaseModel) -> None:
-    """As in the published SD 1.5: `text_model.` in front, position numbers, the VAE's `query` for `to_q`."""
+    """As in the published SD 1.5: prefix `text_model.`, position_ids, the VAE's `query` for `to_q`."""
     older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def text_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_the_older_spelling_of_weight_names(folder: Path, base: BaseModel) -> No
 
 
 def test_a_schedule_without_prediction_type_means_epsilon(folder: Path) -> None:
-    """SD 1.5's own scheduler_config.json names none."""
+    """SD 1.5's own scheduler_config.json does not name it."""
     file = folder / "scheduler" / "scheduler_config.json"
     content = json.loads(file.read_text())
     content.pop("prediction_type", None)
@@ -128,7 +128,7 @@ def test_the_hash_knows_every_weight_and_the_schedule(base: BaseModel) -> None:
 
 def test_a_folder_that_is_no_base(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
-    assert "is no diffusers folder of Stable Diffusion 1.5: it has no tokenizer/" in refused(tmp_path)
+    assert "is not a diffusers folder of Stable Diffusion 1.5: it has no tokenizer/" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "scheduler", *WEIGHTS])
@@ -147,7 +147,7 @@ def test_an_empty_tokenizer_folder(folder: Path) -> None:
 
 
 def test_a_tokenizer_that_knows_only_its_special_tokens(folder: Path) -> None:
-    """Without its vocabulary transformers makes a tokenizer of two tokens and says nothing."""
+    """Without its vocabulary transformers makes a tokenizer of two tokens, without a warning."""
     for file in (folder / "tokenizer").iterdir():
         if file.name != "tokenizer_config.json":
             file.unlink()
@@ -179,7 +179,7 @@ def test_a_file_that_was_cut_off(folder: Path, part: str) -> None:
     for length in (0, 1000, len(whole) - 1):
         file.write_bytes(whole[:length])
         text = refused(folder)
-        assert f"{part}/{file.name} is cut off or damaged; get it anew" in text
+        assert f"{part}/{file.name} is cut off or damaged; download it again" in text
 
 
 def test_a_git_lfs_pointer(folder: Path) -> None:
@@ -200,6 +200,22 @@ def test_a_missing_weight_is_not_made_up(folder: Path, part: str, capfd: pytest.
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
+def test_a_weight_that_the_config_does_not_describe_is_named(folder: Path, part: str) -> None:
+    """The libraries would drop it: with the config.json of a smaller model, half of the weights are lost."""
+    file = folder / part / WEIGHTS[part]
+    edit_weights(file, lambda weights: weights | {"one_more_layer.weight": torch.zeros(3)})
+    text = refused(folder)
+    assert f"{part}/ holds weights that its config.json does not describe: " in text
+    assert "one_more_layer.weight" in text
+
+
+def test_what_published_text_encoders_hold_besides_is_no_reason(folder: Path, base: BaseModel) -> None:
+    more = {"text_projection.weight": torch.zeros(3, 3), "logit_scale": torch.zeros(1)}
+    edit_weights(folder / "text_encoder" / WEIGHTS["text_encoder"], lambda weights: weights | more)
+    assert weights_hash(load(str(folder))) == weights_hash(base)
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
 def test_a_weight_of_another_shape_is_named(folder: Path, part: str, capfd: pytest.CaptureFixture) -> None:
     file = folder / part / WEIGHTS[part]
     name = next(key for key, value in sorted(load_file(file).items()) if value.ndim == 1)
@@ -215,20 +231,20 @@ def test_a_config_that_is_no_json(folder: Path) -> None:
     assert "unet/ cannot be loaded" in refused(folder)
 
 
-def spoil_unet(folder: Path, **changes: object) -> None:
-    """Replaces the UNet by a new one of another architecture, weights and config in agreement."""
+def replace_unet(folder: Path, **changes: object) -> None:
+    """Replace the UNet by a fresh one of another architecture, with matching weights and config."""
     settings = json.loads((folder / "unet" / "config.json").read_text()) | changes
     UNet2DConditionModel.from_config(settings).save_pretrained(folder / "unet")
 
 
 def test_an_inpainting_unet(folder: Path) -> None:
-    spoil_unet(folder, in_channels=9)
+    replace_unet(folder, in_channels=9)
     assert "its UNet takes 9 channels, its VAE makes 4: an inpainting or depth model" in refused(folder)
 
 
 def test_a_unet_for_another_text_encoder(folder: Path) -> None:
     width = json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_size"]
-    spoil_unet(folder, cross_attention_dim=2 * width)
+    replace_unet(folder, cross_attention_dim=2 * width)
     text = refused(folder)
     assert f"expects text embeddings of width {2 * width}, its text encoder makes {width}: SDXL" in text
 
@@ -249,7 +265,7 @@ def test_a_single_file_that_is_no_base(tmp_path: Path) -> None:
 
 
 def test_configs_for_a_single_file(tmp_path: Path) -> None:
-    """A LoRA is no base whatever the configs are; a folder without them is named."""
+    """A LoRA is not a base, whatever the configs; a folder without them is named."""
     file = tmp_path / "lora.safetensors"
     save_file({"lora.down": torch.zeros(4, 4)}, file)
     with pytest.raises(UserError, match="a diffusers folder has everything"):
@@ -261,7 +277,7 @@ def test_configs_for_a_single_file(tmp_path: Path) -> None:
 def test_names_of_the_hub() -> None:
     text = refused("runwayml/stable-diffusion-v1-5")
     assert text.endswith("is gone from the hub: use stable-diffusion-v1-5/stable-diffusion-v1-5")
-    assert "no such folder or file, and no hub id (OWNER/NAME)" in refused("nowhere")
+    assert "no such folder or file, and not a hub id (OWNER/NAME)" in refused("nowhere")
     assert "no such folder or file" in refused("./nowhere/at-all")
     assert "no such folder or file" in refused("~/nowhere/at-all")
     assert "the hub cannot be reached" in refused("nobody/nothing")
@@ -269,19 +285,19 @@ def test_names_of_the_hub() -> None:
 
 UNREACHABLE = """
 import time
-from ghibli.models import load
+from ghibli.models.load import load
 from ghibli.runtime.errors import one_line_errors
 
 start = time.monotonic()
 try:
-    one_line_mistakes(lambda: base_model.load("nobody/nothing"))
+    one_line_errors(lambda: load("nobody/nothing"))
 finally:
     print(time.monotonic() - start)
 """
 
 
 def test_a_hub_that_cannot_be_reached_costs_seconds(tmp_path: Path) -> None:
-    """Without HF_HUB_OFFLINE, at a name that nothing resolves: the libraries would try for minutes."""
+    """Without HF_HUB_OFFLINE, at a host that does not resolve: the libraries would retry for minutes."""
     hidden = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://hub.invalid"}
@@ -297,7 +313,7 @@ def test_a_hub_that_cannot_be_reached_costs_seconds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("proxy", [None, "http://127.0.0.1:9"])
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, proxy: str | None) -> None:
-    """At the hub's address, or at that of a proxy."""
+    """Neither the hub itself nor a proxy."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://127.0.0.1:9")
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": proxy} if proxy else {})

@@ -1,4 +1,4 @@
-"""Each way to compute leaves the gradients as the plain fp32 path has them, within its precision."""
+"""Each compute option gives the gradients of the plain fp32 path, within its precision."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ Gradients = dict[str, torch.Tensor]
 
 @pytest.fixture
 def make_module(make_config: Callable[..., Config]) -> Callable[..., GhibliModule]:
-    """The demo in training mode, dropout on, with the same random adapter every time."""
+    """Make the demo in training mode, dropout on, with the same random adapter every time."""
 
     def make(*words: str) -> GhibliModule:
         config = make_config("lora.rank=4", "lora.dropout=0.1", "loss.guidance=7.5", *words)
@@ -51,7 +51,7 @@ def gradients(module: GhibliModule, dtype: torch.dtype | None = None) -> Gradien
 
 
 def largest_difference(ours: Gradients, plain: Gradients) -> float:
-    """Over all weights, relative to the largest gradient of the part (norms differ between parts)."""
+    """Largest difference over all weights, relative to the largest gradient."""
     assert ours.keys() == plain.keys()
     largest = max(gradient.abs().max() for gradient in plain.values())
     return max(((ours[name] - plain[name]).abs().max() / largest).item() for name in plain)
@@ -73,7 +73,9 @@ def largest_difference(ours: Gradients, plain: Gradients) -> float:
 def test_gradients_do_not_depend_on_how_they_are_computed(
     make_module: Callable[..., GhibliModule], words: tuple[str, ...]
 ) -> None:
-    rest = [word for word in words if not word.startswith("compute.")]  # a compiled dropout draws otherwise
+    rest = [
+        word for word in words if not word.startswith("compute.")
+    ]  # compiled dropout draws other random numbers
     plain = gradients(make_module(*rest))
     assert max(gradient.abs().max() for gradient in plain.values()) > 1e-3
     assert largest_difference(gradients(make_module(*words)), plain) < 1e-4
@@ -102,7 +104,7 @@ def test_recomputing_saves_memory(make_module: Callable[..., GhibliModule]) -> N
 def test_frozen_weights_in_16_bits_change_nothing_that_autocast_computes(
     make_module: Callable[..., GhibliModule],
 ) -> None:
-    """Without dropout to the bit: with it, its factor 1 / (1 - p) is rounded to 16 bits as well."""
+    """Bit for bit without dropout; with it, its factor 1 / (1 - p) is rounded to 16 bits as well."""
     mixed = gradients(make_module("lora.dropout=0"), torch.bfloat16)
     shrunk = make_module("lora.dropout=0")
     before = sum(p.nbytes for p in shrunk.unet.parameters() if not p.requires_grad)
@@ -115,7 +117,7 @@ def test_frozen_weights_in_16_bits_change_nothing_that_autocast_computes(
 
 
 def test_16_bits_are_near_fp32(make_module: Callable[..., GhibliModule]) -> None:
-    """bf16 keeps 8 bits; guidance 7.5 takes differences of two branches and makes their rounding louder."""
+    """bf16 keeps 8 bits, and guidance 7.5 amplifies the rounding of the difference of two branches."""
     shrunk = make_module()
     shrink_frozen(shrunk.base, "bf16-mixed")
     assert largest_difference(gradients(shrunk, torch.bfloat16), gradients(make_module())) < 0.1
@@ -136,7 +138,7 @@ def test_remembered_prompts_are_those_of_the_text_encoder(make_module: Callable[
         for caption in known:
             ids = ours.base.tokenize([caption])
             torch.testing.assert_close(ours.known_prompts(ids), ours.base.encode_prompts(ids))
-    ours.text_encoder.to("meta")  # gone: nothing in training may need it
+    ours.text_encoder.to("meta")  # unusable from here on: training must not need it
     assert largest_difference(gradients(ours), gradients(plain)) < 1e-4
 
 
@@ -146,7 +148,7 @@ def test_sampling_fetches_every_part_and_sends_it_back(
     moves = []
     for part in (base.vae, base.text_encoder):
         monkeypatch.setattr(part, "to", lambda device: moves.append(device.type))
-    base.unet.to("meta")  # stands for another device
+    base.unet.to("meta")  # stands in for another device
     with in_eval_mode(base):
         assert moves == ["meta", "meta"]
     assert moves[2:] == ["cpu", "cpu"]

@@ -1,4 +1,4 @@
-"""Nothing is ever unpickled but tensors: what is refused, how, and that the way out works."""
+"""Nothing but tensors is ever unpickled: what is refused, how, and that the suggested command works."""
 
 import ast
 import pickle
@@ -25,7 +25,7 @@ ADAPTER = Path("ghibli/demo/near")
 
 
 class Trap:
-    """Unpickled, it makes a file: what a hostile checkpoint would do with other commands."""
+    """Creates a file when unpickled: a harmless stand-in for a hostile checkpoint."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -52,7 +52,7 @@ def test_every_load_is_of_tensors_only(path: Path) -> None:
 
 
 def command_in(message: str) -> list[str]:
-    """The words after `ghibli` of the command that a message gives."""
+    """Extract the words after `ghibli` from the command in a message."""
     return message.split("python -m ghibli ")[1].split(", and")[0].rstrip(")").split()
 
 
@@ -73,7 +73,7 @@ def test_a_pickled_adapter_is_refused_and_the_command_given_converts_it(
     converted = load_file(file.with_suffix(".safetensors"))
     assert converted.keys() == weights.keys()
     assert all(torch.equal(converted[name], weights[name]) for name in weights)
-    apply.merge(base, tmp_path, 1.0)  # and it fits
+    apply.merge(base, tmp_path, 1.0)  # and it fits the base
 
 
 def test_a_pickled_base_is_refused_and_the_command_given_converts_it(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_pickled_base_is_refused_and_the_command_given_converts_it(tmp_path: P
 
 @pytest.mark.parametrize("how", ["zip", "bare"])
 def test_a_pickle_renamed_to_safetensors(tmp_path: Path, base: BaseModel, how: str) -> None:
-    """As an adapter and as a part of a base: one line, and nothing in it runs."""
+    """As an adapter, as a part of a base and as a single file: one line, and nothing in it runs."""
     marker = tmp_path / "trapped"
     content = {"weights": torch.ones(2), "trap": Trap(marker)}
 
@@ -125,7 +125,7 @@ def test_a_pickle_renamed_to_safetensors(tmp_path: Path, base: BaseModel, how: s
 def test_a_damaged_adapter_is_named(tmp_path: Path, base: BaseModel) -> None:
     whole = (REPO / ADAPTER / ADAPTER_FILE).read_bytes()
     (tmp_path / ADAPTER_FILE).write_bytes(whole[:-1000])
-    with pytest.raises(UserError, match=r"model.adapter=.* is cut off or damaged; get it anew"):
+    with pytest.raises(UserError, match=r"model.adapter=.* is cut off or damaged; download it again"):
         apply.merge(base, tmp_path, 1.0)
 
 
@@ -150,16 +150,16 @@ def test_convert_runs_nothing(tmp_path: Path, how: str) -> None:
     ("name", "content", "message"),
     [
         ("a.zip", {"a": torch.ones(1)}, "only .bin, .ckpt,"),
-        ("a.bin", {"epoch": 3}, "holds no weights by name"),
-        ("a.bin", [torch.ones(1)], "holds no weights by name"),
-        ("a.bin", {3: torch.ones(1)}, "dense tensors by name"),
-        ("a.bin", {"a": torch.eye(2).to_sparse()}, "dense tensors by name"),
-        ("a.bin", {"state_dict": torch.ones(1)}, "holds no weights by name"),
+        ("a.bin", {"epoch": 3}, "holds no named weights"),
+        ("a.bin", [torch.ones(1)], "holds no named weights"),
+        ("a.bin", {3: torch.ones(1)}, "named dense tensors"),
+        ("a.bin", {"a": torch.eye(2).to_sparse()}, "named dense tensors"),
+        ("a.bin", {"state_dict": torch.ones(1)}, "holds no named weights"),
         ("a.bin", "a text file\n", "cannot be read"),
         ("missing.bin", None, "no such file"),
     ],
 )
-def test_convert_says_what_it_cannot(tmp_path: Path, name: str, content: object, message: str) -> None:
+def test_convert_names_what_it_cannot_read(tmp_path: Path, name: str, content: object, message: str) -> None:
     if isinstance(content, str):
         (tmp_path / name).write_text(content)
     elif content is not None:
@@ -190,4 +190,4 @@ def test_convert_takes_the_weights_of_a_checkpoint_and_keeps_files(tmp_path: Pat
     found = load_file(tmp_path / "a.safetensors")
     assert torch.equal(found["a"], shared) and torch.equal(found["b"], shared.T)
     again = CliRunner().invoke(app, ["convert", str(tmp_path / "a.ckpt")])
-    assert "is there already" in str(again.exception)
+    assert "exists already" in str(again.exception)

@@ -156,7 +156,7 @@ def test_what_cannot_be_captioned_is_named(folder: Path, model: Path) -> None:
     assert len(done.written) == 7
     assert done.skipped == {
         "a|b.png": "captions.txt cannot hold this file name: rename the image",
-        "7.png": "it is no image, whatever its name says",
+        "7.png": "it is not an image, despite its name",
     }
     silent = caption_folder(folder, lambda: lambda images: [""] * len(images), batch_size=1)
     assert silent.written == {}

@@ -25,7 +25,7 @@ from ghibli.models import load
 from ghibli.models.base import BaseModel
 from ghibli.models.performance import shrink_frozen
 from ghibli.prepare import dataset_checks, memory, preflight
-from ghibli.prepare.memory import Live, measured
+from ghibli.prepare.memory import Live, measure_cost
 from ghibli.runs.folder import RunDir
 from ghibli.runtime import resources
 from ghibli.runtime.resources import free_memory
@@ -110,7 +110,7 @@ def test_the_command_prints_all_findings_and_fails_on_errors(
         ),
         (["data.batch_size=20"], ["data.batch_size=20 x accumulation 2 x devices 1 is more than the 21"]),
         (["resume=latest"], ["drop resume"]),
-        (["=3"], ["cannot read `=3`"]),
+        (["=3"], ["cannot parse `=3`"]),
     ],
     ids=["spelling", "ranges", "places", "targets", "batch", "resume", "equals"],
 )
@@ -179,7 +179,7 @@ def test_findings_about_captions(tmp_path: Path, base: BaseModel) -> None:
     assert "3 of 8 captions repeat" in found["stuttering captions"]
     assert f"{names[0]} (`ze ze ze ze`), {names[1]} (" in found["stuttering captions"]
     assert names[4] in found["missing captions"]
-    assert f"{names[5]} (it is no image" in found["unusable images"]
+    assert f"{names[5]} (it is not an image" in found["unusable images"]
     limit = base.tokenizer.model_max_length
     assert f"1 of 8 captions have more than the {limit - 2} tokens" in found["long captions"]
     assert f"{names[3]} loses `" in found["long captions"]
@@ -265,8 +265,8 @@ def test_live_counts_what_is_alive() -> None:
     assert view.numel() == 10
 
 
-def test_measured_recovers_what_grows_with_the_area_and_what_does_not() -> None:
-    cost = measured(lambda height, width: [torch.zeros(100), torch.zeros(3, height, width)], 16)
+def test_measure_cost_recovers_what_grows_with_the_area_and_what_does_not() -> None:
+    cost = measure_cost(lambda height, width: [torch.zeros(100), torch.zeros(3, height, width)], 16)
     assert (cost.example, cost.pixel) == (400, 12)
     assert cost.at(40, 7) == 7 * (400 + 12 * 1600)
 
@@ -279,7 +279,7 @@ def test_the_need_of_training_is_found_at_a_small_size(
     config = make_config("model.resolution=192", "data.batch_size=3")
     module = GhibliModule(config, base)
     before, modes = torch.get_rng_state(), [part.training for part in module.modules()]
-    need = memory.memory(module, 10, precision)
+    need = memory.estimate_memory(module, 10, precision)
     assert torch.equal(torch.get_rng_state(), before)
     assert [part.training for part in module.modules()] == modes
     shrink_frozen(module.base, precision)  # as training does
@@ -320,7 +320,7 @@ def test_free_memory_knows_a_containers_limit(tmp_path: Path, monkeypatch: pytes
 def test_each_process_of_a_run_on_the_cpu_needs_its_memory(
     make_config: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "memory", lambda *_: memory.Memory(2**30, {"training": 2**30}))
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_: memory.Memory(2**30, {"training": 2**30}))
     monkeypatch.setattr(resources, "resident_memory", lambda: 2**30)
     monkeypatch.setattr(resources, "free_memory", lambda device: 2**40)
     module = SimpleNamespace(config=make_config())
@@ -375,8 +375,8 @@ def test_train_reports_errors_and_continues(
 ) -> None:
     """The files of the run are as large as predicted."""
     needs = []
-    disk = memory.disk
-    monkeypatch.setattr(memory, "disk", lambda *a: needs.append(disk(*a)) or needs[0])
+    disk = memory.estimate_disk
+    monkeypatch.setattr(memory, "estimate_disk", lambda *a: needs.append(disk(*a)) or needs[0])
     monkeypatch.setattr(resources, "free_disk", lambda folder: 0)
     config = make_config("trainer.max_epochs=2", "validation.max_images=2")
     train.run(config, RunDir(tmp_path))

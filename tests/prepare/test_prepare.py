@@ -19,7 +19,7 @@ from ghibli.images.read import open_image
 from ghibli.models.base import weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight, prepare
-from ghibli.runs.compose import look_at
+from ghibli.runs.compose import check_overrides
 from ghibli.runtime.errors import UserError
 
 
@@ -84,10 +84,10 @@ def test_the_kaggle_set(tmp_path: Path, set_of_ten: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"a"\n', "line 2 is no JSON object"),
-        ("metadata.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"a"\n', "line 2 is not a JSON object"),
+        ("metadata.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("metadata.jsonl", '{"text": "x"}\n', "line 1 has no file_name: expected file_name and text"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', "line 1: its text is no text: `3`"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', "line 1: its text is not text: `3`"),
         ("metadata.csv", "file_name,words\na.png,x\n", "line 2 has no text"),
         ("metadata.csv", "name,text\na.png,x\n", "line 2 has no file_name"),
     ],
@@ -229,8 +229,8 @@ def test_train_takes_what_was_saved(local: Path, set_of_ten: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "images/ with captions.txt; 10 usable" in result.output
     assert Image.open(local / "images.png").width > 1000
-    noted, _, mistakes = look_at([])
-    assert mistakes == []
+    noted, _, errors = check_overrides([])
+    assert errors == []
     assert (noted.model.path, noted.data.root) == ("demo", str(set_of_ten))
     base = load("demo")
     assert json.loads((local / "prepared.json").read_text())["base_hash"] == weights_hash(base)
@@ -246,7 +246,7 @@ def test_train_takes_what_was_saved(local: Path, set_of_ten: Path) -> None:
     [
         (["--base", "runwayml/stable-diffusion-v1-5"], "use stable-diffusion-v1-5/stable-diffusion-v1-5"),
         (["--base", "nobody/nothing"], "not downloaded yet, and the hub cannot be reached"),
-        (["--base", "nowhere"], "no such folder or file, and no hub id"),
+        (["--base", "nowhere"], "no such folder or file, and not a hub id"),
     ],
 )
 def test_a_base_that_is_not_available(local: Path, set_of_ten: Path, words: list[str], message: str) -> None:

@@ -16,7 +16,7 @@ from helpers.stand_in import QUICK, StandIn, stop_at
 
 import train
 from ghibli.config.schema import Config, DrawConfig
-from ghibli.runs import compare, compose, identity, launch
+from ghibli.runs import compare, compose, identity, launch, reuse
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.training.module import GhibliModule
@@ -60,7 +60,7 @@ def content_of(folder: Path) -> dict[Path, bytes]:
 
 
 def test_the_code_that_counts_is_all_that_train_py_imports() -> None:
-    """Whoever adds a package to the training path adds it to identity.CODE, else its changes go unseen."""
+    """A package missing from TRAINING_PACKAGES could change without changing the code hash."""
     found: set[Path] = set()
     waiting = [REPO / "train.py"]
     while waiting:
@@ -71,11 +71,11 @@ def test_the_code_that_counts_is_all_that_train_py_imports() -> None:
                 waiting.append(file)
     places = {file.parent.relative_to(REPO / "ghibli").as_posix() for file in found}
     packages = {
-        next((code for code in identity.CODE if f"{place}/".startswith(f"{code}/")), place)
+        next((code for code in identity.TRAINING_PACKAGES if f"{place}/".startswith(f"{code}/")), place)
         for place in places
     }
-    assert packages == set(identity.CODE)
-    assert len(identity.CODE) == len(packages)
+    assert packages == set(identity.TRAINING_PACKAGES)
+    assert len(identity.TRAINING_PACKAGES) == len(packages)
 
 
 def test_what_counts_and_what_does_not(make_config: Callable[..., Config]) -> None:
@@ -133,11 +133,11 @@ def test_a_half_done_trial_goes_on_to_the_same_end(
     assert train.run(config, run) == done[1]
     said = capsys.readouterr().out
     assert "failed before: StandIn" in said
-    assert "is half done: going on from step 4" in said
+    assert "is unfinished: resuming from step 4" in said
     assert different_parts(done[0], tmp_path) == []
     rows, _, verdict = compare.compare(*(compare.read_side(str(folder)) for folder in (done[0], tmp_path)))
     assert rows == []
-    assert verdict.endswith("results must be equal to the bit, and they are")
+    assert verdict.endswith("results must be bit-identical, and they are")
     assert [start["step"] for start in run.read_status()["starts"]] == [None, 4]
 
 
@@ -165,9 +165,9 @@ def test_other_settings_are_named(finished: RunDir, make_config: Callable[..., C
     with pytest.raises(UserError) as mistake:
         train.run(make_config(*ONE_EPOCH, "lora.rank=8", "+trainer.max_steps=9"), finished)
     assert str(mistake.value) == (
-        f"{finished.path} already holds a run with other settings: lora.rank is 4 there, 8 asked for; "
-        "lora.alpha is 8.0 there, 16.0 asked for; trainer.max_steps is not set there, 9 asked for; "
-        f"go on with it by resume={finished.path}, or choose another folder"
+        f"{finished.path} already holds a run with other settings: lora.rank is 4 there, 8 requested; "
+        "lora.alpha is 8.0 there, 16.0 requested; trainer.max_steps is not set there, 9 requested; "
+        f"resume it with resume={finished.path}, or choose another folder"
     )
     assert content_of(finished.path) == before
 
@@ -184,18 +184,18 @@ def test_a_process_number_that_is_another_ones_by_now_stops_no_resume(
 ) -> None:
     """Whoever holds the folder's lock is its only process, whatever status.json says of process 1."""
     finished.update_status(state="running", process=1)
-    assert identity.take_up(config, finished) == (None, True)
+    assert reuse.resume_or_restart(config, finished) == (None, True)
 
 
 @pytest.mark.usefixtures("no_training")
 def test_halving_goes_on_with_this_trial_only(finished: RunDir, make_config: Callable[..., Config]) -> None:
     longer = make_config(*QUICK, "trainer.max_epochs=9")
-    identity.require_same_but_epochs(longer, finished)
-    with pytest.raises(UserError, match=r"lora.rank is 4 there, 8 asked for; .*hydra.sweep.dir=DIR"):
-        identity.require_same_but_epochs(make_config(*QUICK, "lora.rank=8"), finished)
+    reuse.require_same_trial_except_epochs(longer, finished)
+    with pytest.raises(UserError, match=r"lora.rank is 4 there, 8 requested; .*hydra.sweep.dir=DIR"):
+        reuse.require_same_trial_except_epochs(make_config(*QUICK, "lora.rank=8"), finished)
     finished.update_status(code_hash="0" * 64)
     with pytest.raises(UserError, match="made by other code"):
-        identity.require_same_but_epochs(longer, finished)
+        reuse.require_same_trial_except_epochs(longer, finished)
 
 
 def test_a_sweep_twice(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

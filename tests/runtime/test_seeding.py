@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from ghibli.config.schema import Config
-from ghibli.data.dataset import ExampleNumbers, TrainExamples, collate
+from ghibli.data.dataset import EncodedImages, EpochPlan, ExampleNumbers, TrainExamples, collate
 from ghibli.data.latents import Moments
 from ghibli.runtime.seeding import (
     Stream,
@@ -157,11 +157,12 @@ def make_examples(make_config: Callable[..., Config]) -> Callable[..., TrainExam
 
     def make(*overrides: str, examples_per_epoch: int = IMAGES) -> TrainExamples:
         config = make_config("loss.caption_dropout=0.3", "loss.noise_offset=0.2", *overrides)
-        return TrainExamples(
-            moments, mirrored, input_ids, torch.zeros(77, dtype=torch.int64),
-            [f"{i}.png" for i in range(IMAGES)], config, examples_per_epoch=examples_per_epoch,
-            num_train_timesteps=1000, scaling_factor=0.18215,
+        images = EncodedImages(
+            [f"{i}.png" for i in range(IMAGES)], moments, mirrored, input_ids,
+            torch.zeros(77, dtype=torch.int64), [(32, 32)] * IMAGES, scaling_factor=0.18215,
         )  # fmt: skip
+        plan = EpochPlan(examples_per_epoch, together=1, num_train_timesteps=1000)
+        return TrainExamples(images, plan, config.loss, config.seed)
 
     return make
 
@@ -224,19 +225,19 @@ def test_what_an_epoch_drops_differs_from_epoch_to_epoch(make_examples: Callable
 def test_an_example_is_built_from_its_image_as_written(make_examples: Callable) -> None:
     """latents = (mean + std x noise) x scaling factor of the right image, the right way round."""
     examples = make_examples("seed=4")
-    kinds = Counter()
+    images, kinds = examples.images, Counter()
     for e in range(24):
         example, index = examples[e], int(epoch_order(IMAGES, 4, e // IMAGES)[e % IMAGES])
         flipped = chance(0.5, Stream.FLIP, 4, e)
         dropped = chance(0.3, Stream.CAPTION, 4, e)
-        moments = examples.mirrored if flipped else examples.moments
+        moments = images.mirrored if flipped else images.moments
         deviation = torch.exp(moments.logvar[index]).sqrt()
         latents = (moments.mean[index] + deviation * normal((4, 4, 4), Stream.POSTERIOR, 4, e)) * 0.18215
         noise = normal((4, 4, 4), Stream.NOISE, 4, e) + 0.2 * normal((4, 1, 1), Stream.OFFSET, 4, e)
         torch.testing.assert_close(example["latents"], latents)
         torch.testing.assert_close(example["noise"], noise)
         assert example["timesteps"] == timestep(e, 1000, 4)
-        expected_ids = examples.empty_ids if dropped else examples.input_ids[index]
+        expected_ids = images.empty_ids if dropped else images.input_ids[index]
         assert torch.equal(example["input_ids"], expected_ids)
         assert (example["example"], example["name"]) == (e, f"{index}.png")
         kinds.update([("flipped", flipped), ("dropped", dropped)])

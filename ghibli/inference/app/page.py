@@ -1,126 +1,145 @@
-"""`ghibli app`: a page in the browser that draws with what was trained, the base beside it; needs gradio."""
+"""`ghibli app`: a page in the browser that shows what was trained beside the base; needs gradio."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
+from ghibli.config.registry import SAMPLERS
 from ghibli.inference.app.session import AppSession
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 
-UPLOAD = "30mb"  # the largest photo
-WAITING = 16  # requests in the queue; more are told to come back
-KEPT = (600, 3600)  # seconds: how often uploads are looked at, and when one is deleted
-ABOUT = "Each image starts from the same noise for the base and for what was trained on it."
+UPLOAD_LIMIT = "30mb"  # of a photo
+QUEUE_LIMIT = 16  # waiting requests; further ones are refused
+UPLOAD_CLEANUP = (600, 3600)  # seconds: between two checks for old uploads, age at which one is deleted
+ABOUT = "Base and trained model start from the same noise, so the difference is what was learned."
 STYLE = """
 .gradio-container {max-width: 1200px !important; margin: auto}
 .drawn img {width: 100% !important; height: 100% !important; object-fit: contain !important}
 """
+HANDLER = {"api_visibility": "private"}  # options of every event: not part of the page's API
 
 
-def page(app_session: AppSession) -> gr.Blocks:
-    """The whole page."""
-    with gr.Blocks(title="Ghibli LoRA Lab", delete_cache=KEPT) as blocks:
+@dataclass(frozen=True)
+class SettingsColumn:
+    """The components that both tabs share."""
+
+    runs: gr.Dropdown
+    prompt: gr.Textbox
+    others: list[Any]  # from the negative prompt to the safety checker, in the order of session.Settings
+    guidance: gr.Slider  # one of the others
+    safe: gr.Checkbox  # one of the others
+
+    @property
+    def inputs(self) -> list[Any]:
+        """All components, in the order of session.Settings."""
+        return [self.runs, self.prompt, *self.others]
+
+
+def page(session: AppSession) -> gr.Blocks:
+    """Build the page."""
+    with gr.Blocks(title="Ghibli LoRA Lab", delete_cache=UPLOAD_CLEANUP) as blocks:
         gr.Markdown(f"# Ghibli LoRA Lab\n{ABOUT}")
         with gr.Row():
             with gr.Column(scale=2, min_width=240):
-                names, inputs, safe = settings(app_session)
+                settings = settings_column(session)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
             with gr.Column(scale=3, min_width=240), gr.Tabs():
-                drawn = draw_tab(app_session, names, [*inputs, safe])
-                redone = restyle_tab(app_session, names, [*inputs, safe])
-                with gr.Tab("Grids of the runs"):
-                    gallery = gr.Gallery(label="sample grids", columns=1, format="png", height=700)
-        guidance = inputs[3]
-        belongs = [guidance, safe, gallery]
-        names.change(app_session.chosen, names, belongs, show_progress="hidden", api_visibility="private")
-        cancel.click(app_session.stop, cancels=[drawn, redone], queue=False, api_visibility="private")
-        blocks.load(
-            lambda: gr.update(choices=app_session.choices()), None, names, show_progress="hidden",
-            api_visibility="private",
-        ).then(
-            app_session.chosen, names, belongs, show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
-        blocks.unload(app_session.leave)
-    return blocks.queue(max_size=WAITING, default_concurrency_limit=4)
+                drawn = draw_tab(session, settings)
+                restyled = restyle_tab(session, settings)
+                with gr.Tab("Sample grids"):
+                    gallery = gr.Gallery(
+                        label="sample grids of the runs", columns=1, format="png", height=700
+                    )
+        runs, updated = settings.runs, [settings.guidance, settings.safe, gallery]
+        runs.change(session.on_runs_changed, runs, updated, show_progress="hidden", **HANDLER)
+        cancel.click(session.stop, cancels=[drawn, restyled], queue=False, **HANDLER)
+        loaded = blocks.load(
+            lambda: gr.update(choices=session.run_choices()), None, runs, show_progress="hidden", **HANDLER
+        )
+        loaded.then(session.on_runs_changed, runs, updated, show_progress="hidden", **HANDLER)
+        blocks.unload(session.leave)
+    return blocks.queue(max_size=QUEUE_LIMIT, default_concurrency_limit=4)
 
 
-def settings(app_session: AppSession) -> tuple[gr.Dropdown, list[Any], gr.Checkbox]:
-    """What both tabs share: (runs, the inputs in the order of the handlers, the checker's switch)."""
-    choices = app_session.choices()
+def settings_column(session: AppSession) -> SettingsColumn:
+    """Build the settings that both tabs share; the newest run is selected."""
+    choices = session.run_choices()
     newest = [value for _, value in choices[:1]]
     try:
-        prompt = app_session.loaded(newest).config.sample.prompts[0]
-    except UserError as mistake:  # its base was moved away: the page opens all the same
-        console.print(str(mistake), style="yellow", markup=False)
-        newest, prompt = [], app_session.loaded([]).config.sample.prompts[0]
-    names = gr.Dropdown(
+        prompt = session.model_of(newest).config.sample.prompts[0]
+    except UserError as error:  # such as a base that was moved away: open the page without the run
+        console.print(str(error), style="yellow", markup=False)
+        newest, prompt = [], session.model_of([]).config.sample.prompts[0]
+    runs = gr.Dropdown(
         choices, value=newest, multiselect=True, label="Runs", elem_id="runs",
-        info="none: the base alone; several of one base: their adapters add up",
+        info="none: the base alone; several with the same base: their adapters add up",
     )  # fmt: skip
-    inputs = [
-        gr.Textbox(prompt, label="Prompt", lines=2, max_length=4000, elem_id="prompt"),
-        gr.Textbox("", label="Negative prompt", max_length=4000),
-        gr.Radio(["ddim", "ddpm"], value="ddim", label="Sampler"),
-        gr.Slider(1, 30, value=7.5, step=0.5, label="Guidance", info="1 = off"),
-        gr.Slider(1, 100, value=30, step=1, label="Steps", elem_id="steps"),
-        gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed"),
-        gr.Slider(0, 1.5, value=1, step=0.05, label="Adapter scale", info="0 = the base"),
-    ]
-    return names, inputs, gr.Checkbox(False, label="Safety checker", interactive=False)
+    prompt_box = gr.Textbox(prompt, label="Prompt", lines=2, max_length=4000, elem_id="prompt")
+    negative = gr.Textbox("", label="Negative prompt", max_length=4000)
+    sampler = gr.Radio(list(SAMPLERS), value="ddim", label="Sampler")
+    guidance = gr.Slider(1, 30, value=7.5, step=0.5, label="Guidance", info="1 = off")
+    steps = gr.Slider(1, 100, value=30, step=1, label="Steps", elem_id="steps")
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
+    scale = gr.Slider(0, 1.5, value=1, step=0.05, label="Adapter scale", info="0 = the base")
+    safe = gr.Checkbox(False, label="Safety checker", interactive=False)
+    others = [negative, sampler, guidance, steps, seed, scale, safe]
+    return SettingsColumn(runs, prompt_box, others, guidance, safe)
 
 
-def draw_tab(app_session: AppSession, names: gr.Dropdown, inputs: list[Any]) -> Any:
-    """Base and adapter side by side; returns the event that draws them."""
+def draw_tab(session: AppSession, settings: SettingsColumn) -> Any:
+    """Build the tab that generates with base and adapter side by side; return its event."""
     with gr.Tab("Draw"):
         start = gr.Button("Draw", variant="primary", elem_id="draw")
         with gr.Row():
-            images = [image("base", "base"), image("trained", "trained")]
-        words = gr.Markdown(elem_id="drawn")
-    return start.click(
-        app_session.draw, [names, *inputs], [*images, words], api_visibility="private", scroll_to_output=True
-    )
+            images = [image_frame("base", "base"), image_frame("trained", "trained")]
+        status = gr.Markdown(elem_id="drawn")
+    return start.click(session.draw, settings.inputs, [*images, status], scroll_to_output=True, **HANDLER)
 
 
-def restyle_tab(app_session: AppSession, names: gr.Dropdown, inputs: list[Any]) -> Any:
-    """A photo, and what base and adapter make of it; returns the event that redraws it."""
+def restyle_tab(session: AppSession, settings: SettingsColumn) -> Any:
+    """Build the tab that redraws a photo with base and adapter; return its event."""
     with gr.Tab("Restyle a photo"):
-        photo = gr.File(label=f"Photo, at most {UPLOAD}", file_types=["image"], type="filepath", height=110)
-        what = gr.Textbox(label="What is on it", max_length=4000, elem_id="what")
+        photo = gr.File(
+            label=f"Photo, at most {UPLOAD_LIMIT}", file_types=["image"], type="filepath", height=110
+        )
+        prompt = gr.Textbox(label="What the photo shows", max_length=4000, elem_id="what")
         strength = gr.Slider(0.1, 1, value=0.5, step=0.05, label="Strength", info="1 = all new")
         start = gr.Button("Restyle", variant="primary", elem_id="restyle")
         with gr.Row():
-            shown = image("photo", "photo")
-            images = [image("base", "restyled-base"), image("trained", "restyled-trained")]
-        words = gr.Markdown(elem_id="restyled")
-    photo.change(app_session.preview, photo, shown, api_visibility="private", show_progress="hidden")
-    return start.click(
-        app_session.restyle, [names, photo, what, *inputs[1:], strength], [shown, *images, words],
-        api_visibility="private",
-    )  # fmt: skip
+            preview = image_frame("photo", "photo")
+            images = [image_frame("base", "restyled-base"), image_frame("trained", "restyled-trained")]
+        status = gr.Markdown(elem_id="restyled")
+    photo.change(session.preview, photo, preview, show_progress="hidden", **HANDLER)
+    inputs = [settings.runs, photo, prompt, *settings.others, strength]
+    return start.click(session.restyle, inputs, [preview, *images, status], **HANDLER)
 
 
-def image(label: str, name: str) -> gr.Image:
+def image_frame(label: str, element: str) -> gr.Image:
+    """Build a frame for an image, with the HTML id `element`."""
     return gr.Image(
-        label=label, format="png", interactive=False, elem_id=name, min_width=140, height=320,
-        elem_classes="drawn",
-        buttons=["download", "fullscreen"],
+        label=label, format="png", interactive=False, elem_id=element, min_width=140, height=320,
+        elem_classes="drawn", buttons=["download", "fullscreen"],
     )  # fmt: skip
 
 
-def serve(words: list[str], host: str, port: int | None) -> tuple[gr.Blocks, str]:
-    """Shows the page at http://host:port, without a port at the first free one, and returns at once.
+def serve(overrides: list[str], host: str, port: int | None) -> tuple[gr.Blocks, str]:
+    """Serve the page at http://host:port, or at the first free port, in the background.
+
+    Args:
+        overrides: of train.py, which choose the base when no run is selected.
 
     Returns:
         The page, to be waited for or closed, and its address.
 
     Raises:
-        UserError: the port is taken, or what draws cannot be loaded.
+        UserError: the port is taken, or the base cannot be loaded.
     """
-    blocks = page(AppSession(words))
+    blocks = page(AppSession(overrides))
     try:
         _, address, _ = blocks.launch(
-            server_name=host, server_port=port, max_file_size=UPLOAD, share=False, quiet=True,
+            server_name=host, server_port=port, max_file_size=UPLOAD_LIMIT, share=False, quiet=True,
             prevent_thread_lock=True, show_error=True, footer_links=[], css=STYLE, ssr_mode=False,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         )  # fmt: skip

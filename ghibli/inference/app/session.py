@@ -1,4 +1,8 @@
-"""What stands behind the page of `ghibli app`: the models, and what its buttons ask of them; needs gradio."""
+"""The handlers behind the page of `ghibli app`, and the model that they share; needs gradio.
+
+Gradio calls a handler with the values of its input components by position. Here they are collected in
+`Settings`; a handler takes gradio's own arguments first and the values as `*values`.
+"""
 
 import functools
 import os
@@ -7,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +20,62 @@ from PIL import Image
 
 from ghibli.images.grid import to_image
 from ghibli.images.read import Unusable, read_image
-from ghibli.inference import restyle
-from ghibli.inference.generate import Count, Request, draw, lost_words
+from ghibli.inference.generate import Count, Request, generate_images, truncation_warnings
 from ghibli.inference.load import LoadedModel, load_model
+from ghibli.inference.restyle import RestyleOptions, restyle_photo
 from ghibli.inference.safety import SafetyChecker, has_checker
 from ghibli.runs.find import runs_with_weights
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is told to anybody
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
 
-WIDTH = 1200  # px, of the grids that are shown
-PROGRESS = gr.Progress()  # as a default it tells gradio to give the handler one of its own
+WIDTH = 1200  # px, of photos and sample grids on the page
+PROGRESS = gr.Progress()  # as a parameter's default it makes gradio pass a progress bar of its own
 
 
 class Stopped(Exception):
-    """Somebody pressed Cancel or closed the tab."""
+    """The visitor pressed Cancel or closed the tab."""
 
 
-def told(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The handler; the user's mistakes become a message on the page, and a stop changes nothing there."""
+@dataclass(frozen=True)
+class Settings:
+    """The values of the settings column, in the order in which the page lists its components."""
+
+    runs: list[str]
+    prompt: str
+    negative: str
+    sampler: str
+    guidance: float
+    steps: float
+    seed: float | None  # None = the field is empty
+    scale: float
+    safe: bool  # apply the safety checker
+
+    def request(self, side: int) -> Request:
+        """Ask for one image of side x side px."""
+        return Request(
+            [self.prompt], self.sampler, self.guidance, int(self.steps), int(self.seed or 0),
+            (side, side), self.negative, scale=self.scale,
+        )  # fmt: skip
+
+    def restyle_options(self, strength: float, resolution: int) -> RestyleOptions:
+        """Ask for a photo to be redrawn at about resolution squared px."""
+        return RestyleOptions(
+            strength, self.sampler, self.guidance, int(self.steps), int(self.seed or 0), self.negative,
+            self.scale, resolution,
+        )  # fmt: skip
+
+
+def errors_on_page(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Show a handler's UserError as a message on the page; on a stop, leave the page unchanged."""
 
     @functools.wraps(handler)
     def wrapped(*args: Any, **options: Any) -> Any:
         try:
             return handler(*args, **options)
-        except (UserError, Unusable) as mistake:
-            raise gr.Error(str(mistake), print_exception=False) from mistake
+        except (UserError, Unusable) as error:
+            raise gr.Error(str(error), print_exception=False) from error
         except Stopped:
             return gr.skip()
 
@@ -50,51 +83,55 @@ def told(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class AppSession:
-    """The models behind the page; one request is drawn at a time, whoever asks."""
+    """The model behind the page; one request is served at a time, across all visitors."""
 
-    def __init__(self, words: list[str]) -> None:
-        """
+    def __init__(self, overrides: list[str]) -> None:
+        """Start without a model; the first request loads one.
+
         Args:
-            words: settings of train.py that choose the base where no run is chosen.
+            overrides: of train.py, which choose the base when no run is selected.
         """
-        self._words = words
-        self._alone = threading.Lock()
-        self._worn: tuple[list[str], LoadedModel] | None = None
-        self._stops: defaultdict[str, set[threading.Event]] = defaultdict(set)  # of each visitor
+        self._overrides = overrides
+        self._lock = threading.Lock()
+        self._model: tuple[list[str], LoadedModel] | None = None
+        self._stops: defaultdict[str, set[threading.Event]] = defaultdict(set)  # by visitor
 
     def runs(self) -> dict[str, RunDir]:
-        """What may be chosen: finished runs that trained something, by path, the newest first."""
+        """Return the runs to choose from by path, newest first: the finished ones that trained something."""
         return {str(run.path): run for run in reversed(runs_with_weights())}
 
-    def choices(self) -> list[tuple[str, str]]:
-        """(what the page shows, path) of the runs."""
+    def run_choices(self) -> list[tuple[str, str]]:
+        """Return (label, path) of the runs, for a dropdown."""
         gains = {name: run.read_status().get("gain", 0.0) for name, run in self.runs().items()}
         return [(f"{name}, {100 * gain:.1f} % better than the base", name) for name, gain in gains.items()]
 
-    def loaded(self, names: list[str]) -> LoadedModel:
-        """The base of some runs with their adapters on it; the last one is kept.
+    def model_of(self, names: list[str]) -> LoadedModel:
+        """Load the base of some runs with their adapters on it; the last one is kept.
 
         Raises:
-            UserError: a name that is none of a run, or runs that do not go together.
+            UserError: not the name of a run, or runs that cannot be combined.
         """
         known = self.runs()
-        strange = next((name for name in names if name not in known), None)
-        if strange is not None:
-            raise UserError(f"{strange[:80]} is no finished run any more: reload the page")
-        if self._worn is None or self._worn[0] != names:
-            self._worn = None  # room for the next
-            self._worn = (names, load_model(names, [] if names else self._words))
-        return self._worn[1]
+        unknown = next((name for name in names if name not in known), None)
+        if unknown is not None:
+            raise UserError(f"{unknown[:80]} is no longer a finished run: reload the page")
+        if self._model is None or self._model[0] != names:
+            self._model = None  # frees the memory for the next one
+            self._model = (names, load_model(names, [] if names else self._overrides))
+        return self._model[1]
 
     @contextmanager
-    def turn(self, session: str, progress: gr.Progress) -> Iterator[Count]:
-        """The models, once nobody else draws; yields what shows the steps, and stops when told to.
+    def turn(self, visitor: str, progress: gr.Progress) -> Iterator[Count]:
+        """Wait until nobody else uses the model; yield a progress bar that stops when told to.
+
+        Args:
+            visitor: gradio's session hash.
 
         Raises:
-            Stopped: in the middle of what is counted.
+            Stopped: at the next step after a stop.
         """
         stop = threading.Event()
-        self._stops[session].add(stop)
+        self._stops[visitor].add(stop)
 
         @contextmanager
         def count(label: str) -> Iterator[Callable[[int, int], None]]:
@@ -106,145 +143,144 @@ class AppSession:
             yield on_progress
 
         try:
-            with self._alone:
+            with self._lock:
                 if stop.is_set():
                     raise Stopped
                 yield count
         finally:
-            self._stops.get(session, set()).discard(stop)
+            self._stops.get(visitor, set()).discard(stop)
 
     def stop(self, request: gr.Request) -> None:
-        """What this visitor asked for is given up at its next step."""
+        """Stop all requests of this visitor at their next step."""
         for stop in tuple(self._stops.get(request.session_hash, ())):
             stop.set()
 
     def leave(self, request: gr.Request) -> None:
-        """The tab was closed."""
+        """Forget a visitor whose tab was closed."""
         self.stop(request)
         self._stops.pop(request.session_hash, None)
 
-    # What the page asks for
+    # Handlers of the page's events
 
-    @told
-    def chosen(self, names: list[str]) -> list[Any]:
-        """Guidance, checker's switch and grids that belong to some runs."""
-        with self._alone:
-            loaded = self.loaded(names)
-        base, has_one = loaded.config.model.path, has_checker(loaded.config.model.path)
-        why = f"of {base}" if has_one else f"{base} has none"
+    @errors_on_page
+    def on_runs_changed(self, names: list[str]) -> list[Any]:
+        """Return the guidance, the safety checker's switch and the sample grids that go with some runs."""
+        with self._lock:
+            model = self.model_of(names)
+        base = model.config.model.path
+        available = has_checker(base)
+        label = f"Safety checker ({f'of {base}' if available else f'{base} has none'})"
         return [
-            gr.update(value=loaded.guidance),
-            gr.update(value=has_one, interactive=has_one, label=f"Safety checker ({why})"),
-            grids(names),
+            gr.update(value=model.guidance),
+            gr.update(value=available, interactive=available, label=label),
+            sample_grids(names),
         ]
 
-    @told
-    def draw(
-        self, names: list[str], prompt: str, negative: str, sampler: str, guidance: float, steps: float,
-        seed: float, scale: float, safe: bool, request: gr.Request, progress: gr.Progress = PROGRESS,
-    ) -> list[Any]:  # fmt: skip
-        """Image of the base, image of the adapter, what was done in words."""
-        start = time.monotonic()
+    @errors_on_page
+    def draw(self, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any) -> list[Any]:
+        """Generate with the base and with the adapter; return both images and a status line.
+
+        Args:
+            values: those of Settings.
+        """
+        start, settings = time.monotonic(), Settings(*values)
         with self.turn(request.session_hash, progress) as count:
-            loaded = self.loaded(names)
-            side = loaded.config.model.resolution
-            asked = Request(
-                [prompt], sampler, guidance, int(steps), int(seed or 0), (side, side), negative, scale=scale
-            )
-            base = draw(loaded, replace(asked, scale=0.0), "base", count)
-            trained = draw(loaded, asked, "trained", count) if names else base
-            images, said = self._safe([to_image(base[0]), to_image(trained[0])], loaded, safe)
-            said += lost_words([prompt], loaded.base)
-        return [*images, done(said, start)]
+            model = self.model_of(settings.runs)
+            asked = settings.request(model.config.model.resolution)
+            base = generate_images(model, replace(asked, scale=0.0), "base", count)
+            trained = generate_images(model, asked, "trained", count) if settings.runs else base
+            images, notes = checked([to_image(base[0]), to_image(trained[0])], model, settings.safe)
+            notes += truncation_warnings(asked.prompts, model.base)
+        return [*images, status_line(notes, start)]
 
-    @told
+    @errors_on_page
     def preview(self, photo: str | None) -> Image.Image | None:
-        """The photo that was uploaded, small."""
-        return None if photo is None else small(Path(photo))
+        """Return the uploaded photo, reduced."""
+        return None if photo is None else read_small(Path(photo))
 
-    @told
-    def restyle(
-        self, names: list[str], photo: str | None, prompt: str, negative: str, sampler: str, guidance: float,
-        steps: float, seed: float, scale: float, safe: bool, strength: float, request: gr.Request,
-        progress: gr.Progress = PROGRESS,
-    ) -> list[Any]:  # fmt: skip
-        """The photo, redrawn by the base and by the adapter, and what was done in words."""
+    @errors_on_page
+    def restyle(self, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any) -> list[Any]:
+        """Redraw a photo with the base and with the adapter; return photo, both images and a status line.
+
+        Args:
+            values: those of Settings with the photo's path after the runs and the strength at the end.
+        """
         start = time.monotonic()
+        runs, photo, *others, strength = values
+        settings = Settings(runs, *others)
         if photo is None:
             raise UserError("choose a photo first")
-        if not prompt.strip():
-            raise UserError("say what is on the photo")
-        before = small(Path(photo))
+        if not settings.prompt.strip():
+            raise UserError("describe what is on the photo")
+        before = read_small(Path(photo))
         with self.turn(request.session_hash, progress) as count:
-            loaded = self.loaded(names)
-            how = restyle.RestyleOptions(
-                strength, sampler, guidance, int(steps), int(seed or 0), negative, scale,
-                loaded.config.model.resolution,
-            )  # fmt: skip
-            words = prompt + loaded.config.data.style
-            afters = [redrawn(loaded, before, words, replace(how, scale=0.0), "base", count)]
-            afters.append(redrawn(loaded, before, words, how, "trained", count) if names else afters[0])
-            afters, said = self._safe(afters, loaded, safe)
-        return [before, *afters, done(said, start)]
+            model = self.model_of(runs)
+            options = settings.restyle_options(strength, model.config.model.resolution)
+            prompt = settings.prompt + model.config.data.style
+            afters = [restyle_counted(model, before, prompt, replace(options, scale=0.0), count("base"))]
+            trained = restyle_counted(model, before, prompt, options, count("trained")) if runs else afters[0]
+            afters, notes = checked([*afters, trained], model, settings.safe)
+            notes += truncation_warnings([prompt], model.base)
+        return [before, *afters, status_line(notes, start)]
 
-    def _safe(
-        self, images: list[Image.Image], loaded: LoadedModel, safe: bool
-    ) -> tuple[list[Image.Image], list[str]]:
-        """The images after the checker, if it is wanted, and a sentence if it took some away."""
-        if not safe:
-            return images, []
-        shown, gone = checker(loaded.config.model.path).black_out(images)
-        return shown, [f"The safety checker blacked out {gone} of {len(shown)}."] if gone else []
+
+def checked(images: list[Image.Image], model: LoadedModel, safe: bool) -> tuple[list[Image.Image], list[str]]:
+    """Apply the safety checker if asked to; also return a sentence if it blacked some images out."""
+    if not safe:
+        return images, []
+    images, blacked_out = safety_checker(model.config.model.path).black_out(images)
+    note = f"The safety checker blacked out {blacked_out} of {len(images)}."
+    return images, [note] if blacked_out else []
 
 
 @functools.lru_cache(maxsize=1)
-def checker(base: str) -> SafetyChecker:
+def safety_checker(base: str) -> SafetyChecker:
+    """Load the safety checker of a base, once."""
     return SafetyChecker(base)
 
 
-def done(said: list[str], start: float) -> str:
-    """Sentences, and how long it took."""
-    return " ".join([*said, f"{time.monotonic() - start:.1f} s"])
+def status_line(notes: list[str], start: float) -> str:
+    """Join notes and the seconds since `start`."""
+    return " ".join([*notes, f"{time.monotonic() - start:.1f} s"])
 
 
-def small(photo: Path) -> Image.Image:
-    """A photo, at most WIDTH px on its longer side.
+def read_small(photo: Path) -> Image.Image:
+    """Read a photo, reduced to at most WIDTH px on its longer side.
 
     Raises:
-        Unusable: no image, a damaged one, or one of more megapixels than Pillow opens.
+        Unusable: not an image, damaged, or with more megapixels than Pillow opens.
     """
     image = read_image(photo, at_least=WIDTH)[0]
     image.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
     return image
 
 
-def redrawn(
-    loaded: LoadedModel,
-    photo: Image.Image,
-    prompt: str,
-    how: restyle.RestyleOptions,
-    label: str,
-    count: Count,
+def restyle_counted(
+    model: LoadedModel, photo: Image.Image, prompt: str, options: RestyleOptions, counting: Any
 ) -> Image.Image:
-    """The photo redrawn, its steps counted."""
-    total, steps = int(how.steps * how.strength), 0
-    with count(label) as on_progress:
+    """Redraw a photo and count the steps.
+
+    Args:
+        counting: context manager of a progress bar.
+    """
+    total, steps = int(options.steps * options.strength), 0
+    with counting as on_progress:
 
         def on_step() -> None:
             nonlocal steps
             steps += 1
             on_progress(steps, total)
 
-        return restyle.restyle(loaded, photo, prompt, how, on_step)
+        return restyle_photo(model, photo, prompt, options, on_step)
 
 
-def grids(names: list[str]) -> list[tuple[Image.Image, str]]:
-    """The sample grids of some runs, the newest of each first, with their names."""
-    found = []
+def sample_grids(names: list[str]) -> list[tuple[Image.Image, str]]:
+    """Return the sample grids of some runs with captions, the newest of each run first."""
+    grids = []
     for name in names:
         files = sorted(RunDir(Path(name)).samples.glob("*.png"), key=lambda file: file.stat().st_mtime)
         for file in reversed(files):
             image = read_image(file)[0]
             image.thumbnail((WIDTH, 4 * WIDTH), Image.Resampling.LANCZOS)
-            found.append((image, f"{name}: {file.stem}"))
-    return found
+            grids.append((image, f"{name}: {file.stem}"))
+    return grids
