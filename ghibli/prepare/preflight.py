@@ -35,7 +35,7 @@ from ghibli.training.trainer import make_callbacks, make_trainer
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}  # in this order
 PREPARED = "prepared.json"  # in conf/local: the base that `ghibli prepare` checked
 REPORTED_LATER = {"unusable images", "missing captions"}  # by the run itself, when it encodes the images
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def log_findings(found: Iterable[Finding]) -> None:
         logger.log(LEVELS[finding.level], f"{finding.level}: {finding.name}: {finding.text}")
 
 
-def result_or_finding(found: list[Finding], name: str, function: Callable[[], Result]) -> Result | None:
+def result_or_finding(found: list[Finding], name: str, function: Callable[[], T]) -> T | None:
     """Return the result of a function; turn a user error or a disk error into a finding, and return None."""
     try:
         return function()

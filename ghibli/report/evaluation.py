@@ -24,7 +24,7 @@ from ghibli.sweeps.trials import Trial
 
 MAX_SENTENCES = 4  # of one kind about the scan
 
-Result = dict[str, Any]  # the content of evaluation.json
+EvaluationResult = dict[str, Any]  # the content of evaluation.json
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EvaluatedRun:
 
     name: str
     trial: Trial
-    result: Result
+    result: EvaluationResult
 
     @property
     def guidance(self) -> float:
@@ -88,7 +88,7 @@ def evaluation_section(runs: list[RunData]) -> dict[str, Any] | None:
     }
 
 
-def sample_counts(results: list[Result]) -> str:
+def sample_counts(results: list[EvaluationResult]) -> str:
     """Say how much was sampled and measured, and whether that is the same for all runs."""
     keys = ("samples", "reference_images", "num_inference_steps", "features")
     found = dict.fromkeys(tuple(result.get(key) for key in keys) for result in results)
@@ -132,7 +132,7 @@ def copies_in_best_cell(
     return f"{cells[column].label}: {copies_sentence(best['copying'], of_base)}."
 
 
-def scan_chart(with_base_scan: Result, runs: list[EvaluatedRun]) -> Figure | None:
+def scan_chart(with_base_scan: EvaluationResult, runs: list[EvaluatedRun]) -> Figure | None:
     """Draw distance over scale / training guidance for all runs, on one logarithmic axis.
 
     Args:
