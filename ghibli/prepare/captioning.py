@@ -146,7 +146,9 @@ def caption_folder(
     skipped: dict[str, str] = {}
     uncaptioned = [(name, path) for name, path, text in listed if needs_caption(name, path, text, skipped)]
     result = CaptioningResult({}, len(listed) - len(uncaptioned) - len(skipped), skipped, root / TABLE)
-    captioner = load_captioner() if uncaptioned else None
+    if not uncaptioned:
+        return result
+    captioner = load_captioner()
     for start in range(0, len(uncaptioned), batch_size):
         batch = uncaptioned[start : start + batch_size]
         images = {name: image for name, path in batch if (image := read_or_skip(name, path, skipped))}

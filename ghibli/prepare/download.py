@@ -22,7 +22,7 @@ from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.resources import free_disk
 
 KAGGLE_SET = "shubham1921/real-to-ghibli-image-dataset-5k-paired-images"
-MANUALLY = (
+KAGGLE_MANUALLY = (
     f"download the set {KAGGLE_SET} with a browser from kaggle.com, then: ghibli prepare --data archive.zip"
 )
 WANTED_SUFFIXES = {*IMAGE_ENDINGS, ".txt", ".jsonl", ".csv", ".parquet"}  # what is extracted from a zip
@@ -188,7 +188,7 @@ def unpack_parquet(shards: list[Path], target: Path, on_progress: Progress) -> P
     check_free_disk(sum(shard.stat().st_size for shard in shards), target.parent, f"--data {shards[0]}")
     with atomic_folder(target) as folder:
         (folder / "images").mkdir()
-        lines = []
+        lines: list[str] = []
         for file in files:
             column, text = image_and_text_columns(file.schema_arrow, shards[0])
             for batch in file.iter_batches(batch_size=64, columns=[column, *([text] if text else [])]):
@@ -263,11 +263,13 @@ def download_kaggle() -> Path:
     try:
         import kagglehub
     except ImportError as error:
-        raise UserError(f"--data kaggle needs kagglehub: pip install -e '.[hub]'; or {MANUALLY}") from error
+        raise UserError(
+            f"--data kaggle needs kagglehub: pip install -e '.[hub]'; or {KAGGLE_MANUALLY}"
+        ) from error
     if not hub_answers("https://www.kaggle.com"):
-        raise UserError(f"--data kaggle: kaggle.com cannot be reached: {MANUALLY}")
+        raise UserError(f"--data kaggle: kaggle.com cannot be reached: {KAGGLE_MANUALLY}")
     try:
         return Path(kagglehub.dataset_download(KAGGLE_SET))
     except Exception as error:  # kagglehub and requests raise many types: no account, no such set, full disk
         reason = first_line(error)[:100]
-        raise UserError(f"--data kaggle: the download failed ({reason}): {MANUALLY}") from error
+        raise UserError(f"--data kaggle: the download failed ({reason}): {KAGGLE_MANUALLY}") from error

@@ -35,7 +35,7 @@ from ghibli.training.trainer import make_callbacks, make_trainer
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}  # in this order
 PREPARED = "prepared.json"  # in conf/local: the base that `ghibli prepare` checked
 REPORTED_LATER = {"unusable images", "missing captions"}  # by the run itself, when it encodes the images
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 def check(overrides: list[str]) -> list[Finding]:
     """Return everything that can be found without training, for the settings of `train.py OVERRIDES`."""
     config, run, errors = check_overrides(overrides)
-    if config is None:
+    if config is None or run is None:
         return [Finding("config", error, "error") for error in errors]
     found = [Finding("config", f"{describe(config)}, seed {config.seed}; every value is in range", "note")]
     base = result_or_finding(found, "base", lambda: load_present_base(config, found))
@@ -102,16 +102,17 @@ def log_findings(found: Iterable[Finding]) -> None:
         logger.log(LEVELS[finding.level], f"{finding.level}: {finding.name}: {finding.text}")
 
 
-def result_or_finding(found: list[Finding], name: str, function: Callable[[], Result]) -> Result | None:
+def result_or_finding(found: list[Finding], name: str, function: Callable[[], T]) -> T | None:
     """Return the result of a function; turn a user error or a disk error into a finding, and return None."""
     try:
         return function()
     except (UserError, MisconfigurationException) as error:
         text = str(error)
     except OSError as error:
-        text = disk_trouble(error)
-        if text is None:
+        trouble = disk_trouble(error)
+        if trouble is None:
             raise
+        text = trouble
     found.append(Finding(name, " ".join(text.split()), "error"))
     return None
 
@@ -172,11 +173,13 @@ def about_base(config: Config, base: BaseModel) -> Finding:
 
 def about_images(data: GhibliDataModule) -> list[Finding]:
     """Check images and captions."""
+    folder = data.folder
+    assert folder is not None, "read_dataset comes first"
     found = dataset_checks.check_dataset(
-        data.folder, data.train_images, data.held_out, data.thumbnails, data.moved
+        folder, data.train_images, data.held_out, data.thumbnails, data.moved
     )
     if data.base is not None:
-        long = dataset_checks.long_captions(data.folder.images, data.base.tokenizer)
+        long = dataset_checks.long_captions(folder.images, data.base.tokenizer)
         found += [long] if long else []
     return found
 

@@ -59,11 +59,11 @@ def prepare(
     logger.info(f"images {root}: {recognised(root)}; {usable_count(folder)}")
     logger.info(f"sheet    {relative_path(local / 'images.png')}: some of them with their captions")
     base_hash = download_and_hash(base, config)
-    settings = {
-        "sd15": absolute_path(base), "sd15_config": config and absolute_path(config),
-        "ghibli": str(root.resolve()), "caption": caption,
-    }  # fmt: skip
-    settings = {key: value for key, value in settings.items() if value is not None}
+    settings = {"sd15": absolute_path(base), "ghibli": str(root.resolve())}
+    if config is not None:
+        settings["sd15_config"] = absolute_path(config)
+    if caption is not None:
+        settings["caption"] = caption
     findings = preflight.check(as_overrides(settings))
     if not any(finding.level == "error" for finding in findings):
         write_json(local / preflight.PREPARED, {"base": settings["sd15"], "base_hash": base_hash})

@@ -1,6 +1,7 @@
 """The content of a report page, gathered from run folders; the template only lays it out."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def ranked_values(data: RunData) -> dict[str, Any]:
 
     Gain and best epoch are those of probe.csv, which an unfinished run has too.
     """
-    values = {column.name: try_read(lambda column=column: column.value(data.trial)) for column in COLUMNS}
+    values = {column.name: try_read(partial(column.value, data.trial)) for column in COLUMNS}
     return values | {"gain": data.gain, "best_epoch": data.best_epoch}
 
 
@@ -240,7 +241,7 @@ def cost_section(runs: LabelledRuns) -> dict[str, Any] | None:
     """Return trainable parameters, file size, time and memory; runs without such data are left out."""
     rows = []
     for label, data in runs:
-        found = try_read(lambda data=data: cost_rows([data.trial]), [])
+        found = try_read(partial(cost_rows, [data.trial]), [])
         rows += [(label, values) for _, values in found if set(values) != {"-"}]
     return {"columns": COSTS, "rows": rows} if rows else None
 

@@ -1,6 +1,7 @@
 """The evaluation section of a report page: models x cells, the guidance scan, copies of training images."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ghibli.diffusion.samplers import Cell
@@ -19,8 +20,11 @@ from ghibli.sweeps.comparison import (
     unguided_cell_notes,
 )
 from ghibli.sweeps.evaluations import model_name
+from ghibli.sweeps.trials import Trial
 
-MAX_SENTENCES = 4  # about the scan, of a kind
+MAX_SENTENCES = 4  # of one kind about the scan
+
+EvaluationResult = dict[str, Any]  # the content of evaluation.json
 
 
 @dataclass(frozen=True)
@@ -28,44 +32,55 @@ class EvaluatedRun:
     """One evaluated run that trained something, under its name in the tables."""
 
     name: str
-    data: RunData
+    trial: Trial
+    result: EvaluationResult
 
     @property
     def guidance(self) -> float:
         """The guidance scale of the training."""
-        return self.data.evaluation["training_guidance"]
+        return self.result["training_guidance"]
 
     @property
     def scan(self) -> Scan:
         """The guidance scan of the trained model, ascending."""
-        return relative_scan(self.data.evaluation["scan"].get("run", {}), self.guidance)
+        return relative_scan(self.result["scan"].get("run", {}), self.guidance)
 
 
 def relative_scan(scan: dict[str, list[float]], guidance: float) -> Scan:
     """Return (sampling scale / training guidance, distance, error) of a scan of evaluation.json, sorted."""
-    return sorted((float(scale) / guidance, *pair) for scale, pair in scan.items())
+    return sorted((float(scale) / guidance, distance, error) for scale, (distance, error) in scan.items())
 
 
 def evaluation_section(runs: list[RunData]) -> dict[str, Any] | None:
     """Return what the page shows of evaluations; None if no run has one."""
-    usable = [data for data in runs if data.evaluation and try_read(lambda data=data: model_name(data.trial))]
+    usable = [
+        (data.trial, data.evaluation)
+        for data in runs
+        if data.evaluation and try_read(partial(model_name, data.trial))
+    ]
     if not usable:
         return None
-    trials, data_of = [data.trial for data in usable], {id(data.trial): data for data in usable}
+    trials, results = [trial for trial, _ in usable], [result for _, result in usable]
+    result_of = {id(trial): result for trial, result in usable}
     models = models_of(trials)
     cells = cells_in(models)
     rows = [(model.name, in_cells(model, cells)) for model in models]
     trained = [(model, own) for model, (_, own) in zip(models, rows, strict=True) if model.trial is not None]
-    evaluated = [EvaluatedRun(model.name, data_of[id(model.trial)]) for model, _ in trained]
-    with_base_scan = next((data for data in usable if data.evaluation["scan"].get("base")), usable[0])
-    real, features = usable[0].evaluation["real"], usable[0].evaluation.get("features")
+    evaluated = [
+        EvaluatedRun(model.name, model.trial, result_of[id(model.trial)])
+        for model in models
+        if model.trial is not None
+    ]
+    with_base_scan = next((result for result in results if result["scan"].get("base")), results[0])
     copies = [(model.name, copies_in_best_cell(own, rows[0][1], cells)) for model, own in trained]
     return {
         "columns": [cell.short_label for cell in cells],
         "rows": [(name, [format_cell(row, own) for row in own]) for name, own in rows],
-        "real": format_cell(real, []),
-        "counts": sample_counts(usable),
-        "names": [name.replace("Frechet", "Fr\u00e9chet") for name in distance_names(features)],
+        "real": format_cell(results[0]["real"], []),
+        "counts": sample_counts(results),
+        "names": [
+            name.replace("Frechet", "Fr\u00e9chet") for name in distance_names(results[0].get("features"))
+        ],
         "copies": [(name, sentence) for name, sentence in copies if sentence],
         "notes": [*unguided_cell_notes(trials), *paired_comparisons(trials)],
         "scan": scan_chart(with_base_scan, evaluated),
@@ -73,13 +88,13 @@ def evaluation_section(runs: list[RunData]) -> dict[str, Any] | None:
     }
 
 
-def sample_counts(runs: list[RunData]) -> str:
+def sample_counts(results: list[EvaluationResult]) -> str:
     """Say how much was sampled and measured, and whether that is the same for all runs."""
     keys = ("samples", "reference_images", "num_inference_steps", "features")
-    found = dict.fromkeys(tuple(data.evaluation.get(key) for key in keys) for data in runs)
+    found = dict.fromkeys(tuple(result.get(key) for key in keys) for result in results)
     (samples, images, steps, features), *others = found
     text = f"{samples} samples per cell, {images} real images, {steps} steps, {features} features."
-    floor = runs[0].evaluation.get("floor_images")
+    floor = results[0].get("floor_images")
     text += f" The floor is that of {floor} training images." if floor else ""
     return text + (" Not all runs were measured this way, so they compare badly." if others else "")
 
@@ -117,10 +132,14 @@ def copies_in_best_cell(
     return f"{cells[column].label}: {copies_sentence(best['copying'], of_base)}."
 
 
-def scan_chart(with_base_scan: RunData, runs: list[EvaluatedRun]) -> Figure | None:
-    """Draw distance over scale / training guidance for all runs, on one logarithmic axis."""
-    base = relative_scan(with_base_scan.evaluation["scan"].get("base", {}), 1.0)
-    few, kernel = len(runs) < COLOUR_COUNT, distance_names(with_base_scan.evaluation.get("features"))[0]
+def scan_chart(with_base_scan: EvaluationResult, runs: list[EvaluatedRun]) -> Figure | None:
+    """Draw distance over scale / training guidance for all runs, on one logarithmic axis.
+
+    Args:
+        with_base_scan: the result whose scan of the untouched base is drawn.
+    """
+    base = relative_scan(with_base_scan["scan"].get("base", {}), 1.0)
+    few, kernel = len(runs) < COLOUR_COUNT, distance_names(with_base_scan.get("features"))[0]
     colours = [f"c{k}" if few else "c0" if run.guidance == 1 else "c1" for k, run in enumerate(runs)]
     names = [run.name if few else f"all trained at guidance {run.guidance:g}" for run in runs]
     series = [
@@ -164,9 +183,9 @@ def scan_sentences(runs: list[EvaluatedRun]) -> list[str]:
 
 def compare_with_ordinary(guided: EvaluatedRun, ordinary: list[EvaluatedRun]) -> tuple[bool, str] | None:
     """Test the rule against the ordinary run that differs in the fewest settings; None without one."""
-    own = guided.data.trial.settings
+    own = guided.trial.settings
     nearest = min(
-        ordinary, key=lambda run: sum(1 for _ in differences(own, run.data.trial.settings)), default=None
+        ordinary, key=lambda run: sum(1 for _ in differences(own, run.trial.settings)), default=None
     )
     return None if nearest is None else scale_rule_verdict(nearest.scan, guided.scan)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ghibli.report.charts import COLOUR_COUNT, ChartAxes, Figure, Point, Series, bar_chart, line_chart
-from ghibli.report.run_data import Row, RunData, gain_by_timestep, gain_of
+from ghibli.report.run_data import CsvRow, RunData, gain_of, timestep_gains
 
 LabelledRuns = list[tuple[str, RunData]]  # (name on the page, run): best first, unfinished ones last
 LOWEST_GAIN = -200.0  # percent; below that a curve shows only that the run diverged
@@ -46,7 +46,7 @@ def gain_chart(title: str, series: list[Series], caption: str) -> Figure | None:
     return line_chart(title, series, ChartAxes("epoch", "gain, %", floor=floor, zero=True), caption)
 
 
-def gain_points(rows: list[Row], split: str = "val") -> list[Point]:
+def gain_points(rows: list[CsvRow], split: str = "val") -> list[Point]:
     """Return (epoch, gain, standard error) in percent of each row of probe.csv."""
     gains = [(row["epoch"], gain_of(row, split)) for row in rows]
     return [(epoch, 100 * gain.value, 100 * gain.standard_error) for epoch, gain in gains]
@@ -103,7 +103,7 @@ def metric_points(data: RunData, column: str) -> list[Point]:
     return [(row["step"], row.get(column, math.nan), math.nan) for row in data.metrics]
 
 
-def scatter_sentence(rows: list[Row]) -> str:
+def scatter_sentence(rows: list[CsvRow]) -> str:
     """Say how much neighbouring rows differ, for both losses."""
     if len(rows) < 8:
         return ""
@@ -140,4 +140,4 @@ def timestep_chart(data: RunData, of: str = "") -> Figure | None:
     caption = (
         "Low timesteps are nearly clean images, high ones nearly pure noise. Whiskers are 95 % intervals."
     )
-    return bar_chart(title, gain_by_timestep(data.best), "timesteps", caption)
+    return bar_chart(title, timestep_gains(data.best), "timesteps", caption)

@@ -52,7 +52,7 @@ def embed_grids(data: RunData) -> list[EmbeddedImage]:
             "small"
         )
         files = [files[k] for k in chosen]
-    alt = "sample prompts in every cell, base above and {} below, from the same initial noise"
+    alt = "sample prompts in every cell, base above and {} below, from the same start noise"
     found = [embed(file, alt.format(grid_label(file)), data.problems, grid_label(file)) for file in files]
     return [one for one in found if one is not None]
 
@@ -61,7 +61,7 @@ def embed_last_grid(data: RunData, label: str) -> EmbeddedImage | None:
     """Embed the newest image grid of a run; None if it has none."""
     if data.trial.grid is None:
         return None
-    alt = f"the last image grid of {data.name}: base above, trained below, from the same initial noise"
+    alt = f"the last image grid of {data.name}: base above, trained below, from the same start noise"
     return embed(data.trial.grid, alt, data.problems, label)
 
 

@@ -12,7 +12,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 
-FILE_NAME = "report.html"
+REPORT_FILE = "report.html"
 
 
 def write(folders: list[Path], out: Path | None = None) -> Path:
@@ -24,9 +24,9 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
     Raises:
         UserError: a folder is neither run nor study, or `out` is a folder.
     """
-    file = out if out is not None else folders[0] / FILE_NAME
+    file = out if out is not None else folders[0] / REPORT_FILE
     if file.is_dir():
-        raise UserError(f"--out {file}: that is a folder; name a file in it, such as {file / FILE_NAME}")
+        raise UserError(f"--out {file}: that is a folder; name a file in it, such as {file / REPORT_FILE}")
     page = page_content(folders)
     write_text(file, jinja_environment().get_template("page.html.jinja").render(page=page))
     return file

@@ -18,7 +18,7 @@ from ghibli.runs.settings import relevant_settings
 from ghibli.runtime.files import read_rows
 from ghibli.sweeps.trials import Trial, best_probe
 
-Row = dict[str, float]
+CsvRow = dict[str, float]
 READ_ERRORS = (  # raised by damaged files
     OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, yaml.YAMLError,
     SafetensorError,
@@ -46,17 +46,17 @@ class RunData:
         return self.run.state
 
     @cached_property
-    def probe(self) -> list[Row]:
+    def probe(self) -> list[CsvRow]:
         """The rows of probe.csv: the untouched model first, then one per epoch."""
         return self.read_table(self.run.probe, ("epoch", *PROBE_COLUMNS), "the gain curves are left out")
 
     @cached_property
-    def metrics(self) -> list[Row]:
+    def metrics(self) -> list[CsvRow]:
         """The rows of metrics.csv."""
         return self.read_table(self.run.metrics, ("step", "train/loss"), "the training loss is left out")
 
     @cached_property
-    def distances(self) -> list[Row]:
+    def distances(self) -> list[CsvRow]:
         """The rows of distance.csv; most runs have none."""
         if not self.run.distances.exists():
             return []
@@ -84,7 +84,7 @@ class RunData:
         return content
 
     @cached_property
-    def best(self) -> Row | None:
+    def best(self) -> CsvRow | None:
         """The row of probe.csv with the highest gain; None before the end of the first epoch."""
         epochs = [row for row in self.probe if row["epoch"] > 0 and math.isfinite(row["probe/val_gain"])]
         return max(epochs, key=lambda row: row["probe/val_gain"], default=None)
@@ -98,8 +98,9 @@ class RunData:
             return self.trial.gain
         value, error = self.trial.status.get("gain"), self.trial.status.get("gain_se")
         trained = self.trial.settings.get("finetune") != "none" and self.trial.status.get("epoch")
-        is_number = isinstance(value, float) and isinstance(error, float)
-        return Gain(value, error) if is_number and trained else None
+        if trained and isinstance(value, float) and isinstance(error, float):
+            return Gain(value, error)
+        return None
 
     @property
     def best_epoch(self) -> int | None:
@@ -115,7 +116,7 @@ class RunData:
         found = [one for one in found if isinstance(one, dict) and one.keys() >= {"name", "text"}]
         return list({(str(one["name"]), str(one["text"])): one for one in found}.values())
 
-    def read_table(self, path: Path, required: tuple[str, ...], consequence: str) -> list[Row]:
+    def read_table(self, path: Path, required: tuple[str, ...], consequence: str) -> list[CsvRow]:
         """Read a CSV file as numbers; note a problem and return no rows if it is missing or damaged.
 
         Args:
@@ -142,18 +143,19 @@ def parse_number(text: str | None) -> float:
     """Parse a cell of a CSV file; NaN for an empty one.
 
     Raises:
-        TypeError: None, which stands for the missing cells of a truncated row.
-        ValueError: not a number.
+        ValueError: not a number, or a row that is cut off (None).
     """
+    if text is None:
+        raise ValueError("a row is cut off")
     return math.nan if text == "" else float(text)
 
 
-def gain_of(row: Row, split: str = "val") -> Gain:
+def gain_of(row: CsvRow, split: str = "val") -> Gain:
     """Return the gain in a row of probe.csv on held-out (val) or training (train) images."""
     return Gain(row[f"probe/{split}_gain"], row[f"probe/{split}_gain_se"])
 
 
-def gain_by_timestep(row: Row) -> dict[str, Gain]:
+def timestep_gains(row: CsvRow) -> dict[str, Gain]:
     """Return the held-out gain in a row of probe.csv by range of timesteps, such as `0-249`."""
     start = "probe/val_gain_t"
     names = [key for key in row if key.startswith(start) and not key.endswith("_se")]
@@ -197,8 +199,7 @@ def read_run(run: RunDir, with_scores: bool) -> RunData:
         with_scores: also read the best checkpoint, from which paired differences are computed.
     """
     content = read_settings(run.config)
-    is_readable = content is not None
-    settings = relevant_settings(content) if is_readable else {}
+    settings = {} if content is None else relevant_settings(content)
     best = try_read(lambda: best_probe(run)) if with_scores else None
-    problems = [] if is_readable else ["config.yaml is missing or damaged: the settings are left out"]
+    problems = ["config.yaml is missing or damaged: the settings are left out"] if content is None else []
     return RunData(Trial(run, settings, run.read_status(), best), problems)

@@ -75,8 +75,8 @@ def best_epoch_sentence(data: RunData) -> str | None:
     """Say which epoch is the best, and how the last one compares."""
     if data.best is None:
         return None
-    best, last, planned = data.best_epoch, data.probe[-1], data.trial.settings.get("trainer.max_epochs")
-    count = int(last["epoch"])
+    last, planned = data.probe[-1], data.trial.settings.get("trainer.max_epochs")
+    best, count = int(data.best["epoch"]), int(last["epoch"])
     early = isinstance(planned, int) and count < planned and data.state == "finished"
     stopped = f" Early stopping ended it before epoch {planned}." if early else ""
     if count == 1:
@@ -150,13 +150,13 @@ def study_verdict(runs: list[tuple[str, RunData]], found: list[Effect], noise: S
     """
     states = [data.state for _, data in runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    ranked = [data for _, data in runs if data.gain is not None]
+    ranked = [(label, data, data.gain) for label, data in runs if data.gain is not None]
     if not ranked:
-        return [f"None of {len(runs)} runs has finished an epoch yet: there is nothing to rank ({counts})."]
-    best = next(label for label, data in runs if data is ranked[0])
-    sentences = [f"The best run ({best}) is {ranked[0].gain}.", *lead_sentences(ranked)]
-    better = sum(data.gain.low > 0 for data in ranked)
-    worse = sum(data.gain.high < 0 for data in ranked)
+        return [f"No run has finished an epoch yet, so there is nothing to rank ({counts})."]
+    label, _, gain = ranked[0]
+    sentences = [f"The best run ({label}) is {gain}.", *lead_sentences([data for _, data, _ in ranked])]
+    better = sum(gain.low > 0 for *_, gain in ranked)
+    worse = sum(gain.high < 0 for *_, gain in ranked)
     groups = ((better, "learned"), (worse, "got worse"), (len(ranked) - better - worse, "show neither"))
     sentences.append(f"{', '.join(f'{count} {word}' for count, word in groups if count)}; {counts}.")
     strong = [effect for effect in found if effect.matters]
@@ -251,8 +251,8 @@ def scale_rule_verdict(ordinary: Scan, guided: Scan) -> tuple[bool, str] | None:
 
 def interpolate(curve: Scan, x: float) -> tuple[float, float]:
     """Return distance and error of a curve at x, interpolated on a logarithmic x axis."""
-    for (left, *low), (right, *high) in zip(curve, curve[1:], strict=False):
-        if left <= x <= right:
-            share = math.log(x / left) / math.log(right / left)
-            return tuple(a + share * (b - a) for a, b in zip(low, high, strict=True))
+    for (x0, distance0, error0), (x1, distance1, error1) in zip(curve, curve[1:], strict=False):
+        if x0 <= x <= x1:
+            share = math.log(x / x0) / math.log(x1 / x0)
+            return distance0 + share * (distance1 - distance0), error0 + share * (error1 - error0)
     return curve[0][1:] if x <= curve[0][0] else curve[-1][1:]

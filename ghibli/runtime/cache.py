@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,14 @@ def cached_rows(
         batch = missing[start : start + SHARD]
         shard = {"names": batch, **make(batch, start, len(missing))}
         suffix = hashlib.sha256(json.dumps(batch).encode()).hexdigest()[:16]
-        write_with_checksum(
-            folder / f"{stem}-{suffix}.pt", lambda opened, shard=shard: torch.save(shard, opened)
-        )
+        write_with_checksum(folder / f"{stem}-{suffix}.pt", partial(torch.save, shard))
         shards.append(shard)
     rows = {name: (shard, row) for shard in shards for row, name in enumerate(shard["names"])}
     found = [rows[name] for name in names]
     fields = [field for field in shards[0] if field != "names"]
-    return {field: stacked([shard[field][row] for shard, row in found]) for field in fields}
+    return {field: stack_if_equal([shard[field][row] for shard, row in found]) for field in fields}
 
 
-def stacked(rows: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+def stack_if_equal(rows: list[torch.Tensor]) -> Any:
     """Stack rows of one shape into a tensor; return the rows themselves where their shapes differ."""
     return torch.stack(rows) if len({row.shape for row in rows}) == 1 else rows

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console, ConsoleRenderable
-from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from rich.traceback import Traceback
 
 LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
@@ -29,10 +29,16 @@ class LineHandler(RichHandler):
     RichHandler would lay it out as a table as wide as the console, which is 80 columns in a pipe.
     """
 
+    def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
+        return Text(message, LEVEL_STYLES.get(record.levelno, ""))
+
     def render(
-        self, *, record: logging.LogRecord, message_renderable: Text, **_: object
+        self,
+        *,
+        record: logging.LogRecord,
+        traceback: Traceback | None,
+        message_renderable: ConsoleRenderable,
     ) -> ConsoleRenderable:
-        message_renderable.style = LEVEL_STYLES.get(record.levelno, "")
         return message_renderable
 
 
@@ -44,7 +50,7 @@ def set_up_logging() -> None:
     logger = logging.getLogger("ghibli")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.addHandler(LineHandler(console=console, highlighter=NullHighlighter(), markup=False, keywords=[]))
+    logger.addHandler(LineHandler(console=console))
 
 
 set_up_logging()

@@ -8,13 +8,13 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 ROOT = Path(__file__).parents[2]  # the folder that holds ghibli/, conf/ and train.py
 CHECKSUM_PREFIX = b"sha256:"  # at the end of a file; the digest of 32 bytes follows
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Let `write` fill a temporary file, flush it to disk and rename it to `path`.
 
     A reader sees the old file or the new one, never part of one. A failure leaves no temporary file behind.
@@ -55,12 +55,12 @@ class _Hashing:
         self.file.flush()
 
 
-def write_with_checksum(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_with_checksum(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write atomically, and append the sha256 of what `write` wrote as the last bytes of the file."""
 
     def write_and_append(file: BinaryIO) -> None:
         hashing = _Hashing(file)
-        write(hashing)
+        write(cast(BinaryIO, hashing))
         file.write(CHECKSUM_PREFIX + hashing.sha256.digest())
 
     write_atomically(path, write_and_append)

@@ -1,4 +1,4 @@
-"""`ghibli check` and what train.py says before it trains."""
+"""`ghibli check`, and the checks of train.py before it trains."""
 
 import errno
 import re
@@ -34,7 +34,7 @@ from ghibli.training.module import GhibliModule
 
 @pytest.fixture
 def check(images: Path) -> Callable[..., list[Finding]]:
-    """preflight.check of the shrunk demo with further words."""
+    """preflight.check of the shrunk demo with further overrides."""
 
     def run(*words: str) -> list[Finding]:
         return preflight.check([*SMALL, f"data.root={images}", "data.draw=null", *words])
@@ -50,7 +50,7 @@ def texts(found: list[Finding], level: str) -> dict[str, str]:
 
 
 def test_a_healthy_run(check: Callable) -> None:
-    """Nothing to warn of; the plan is what is trained: torch's own schedule, stepped after each epoch."""
+    """No warnings; the planned learning rates are those of torch's own schedule, stepped per epoch."""
     found = check("data.batch_size=5", "data.accumulate=1", "trainer.max_epochs=4")
     assert {finding.level for finding in found} == {"note"}
     notes = texts(found, "note")
@@ -72,7 +72,7 @@ def test_a_healthy_run(check: Callable) -> None:
     assert said == pytest.approx([*rates, rates[-1]], rel=5e-3)  # step 0, 4, 8, 12 and the last, 15
 
 
-def test_the_command_prints_all_and_says_by_its_exit_code(
+def test_the_command_prints_all_findings_and_fails_on_errors(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["check", *SMALL, f"data.root={images}", "data.draw=null"]
@@ -114,7 +114,7 @@ def test_the_command_prints_all_and_says_by_its_exit_code(
     ],
     ids=["spelling", "ranges", "places", "targets", "batch", "resume", "equals"],
 )
-def test_every_mistake_at_once(check: Callable, words: list[str], messages: list[str]) -> None:
+def test_all_errors_at_once(check: Callable, words: list[str], messages: list[str]) -> None:
     found = check(*words)
     errors = [finding.text for finding in found if finding.level == "error"]
     assert [finding.level for finding in found[: len(errors)]] == ["error"] * len(errors)  # errors first
@@ -123,7 +123,7 @@ def test_every_mistake_at_once(check: Callable, words: list[str], messages: list
     assert [message for message in messages if not any(message in error for error in errors)] == []
 
 
-def test_the_slides_mistakes_are_told_before_they_are_made(check: Callable) -> None:
+def test_the_errors_of_the_reference_study_are_warned_of(check: Callable) -> None:
     found = check("experiment=slides_asrun", "loss.guidance=7.5")
     assert set(texts(found, "warning")) == {"noise schedule", "sampling scale"}
 
@@ -131,7 +131,7 @@ def test_the_slides_mistakes_are_told_before_they_are_made(check: Callable) -> N
 def test_a_base_that_is_not_downloaded_is_not_fetched(
     check: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the hub answers that is a warning; where it does not, training could not begin."""
+    """A warning if the hub can be reached; an error if not, as training could not begin."""
     monkeypatch.setattr(preflight, "hub_answers", lambda: True)
     text = texts(check("model.path=nobody/nothing"), "warning")["base"]
     assert "nobody/nothing is not downloaded yet" in text
@@ -145,7 +145,7 @@ def test_a_base_that_is_not_downloaded_is_not_fetched(
 
 
 def lint(root: Path, base: BaseModel, val_fraction: float = 0.5, notes: bool = False) -> dict[str, str]:
-    """What is wrong with a folder: name -> text."""
+    """Return the findings about a folder: name -> text."""
     thumbnails = {}
     folder = read_folder(
         root, style=", Studio Ghibli style", default_caption=None, min_side=32,
@@ -158,18 +158,18 @@ def lint(root: Path, base: BaseModel, val_fraction: float = 0.5, notes: bool = F
 
 
 def table(names: list[str], captions: list[str]) -> str:
-    """The text of captions.txt."""
+    """Return the text of captions.txt."""
     return "".join(f"{name}|{caption}\n" for name, caption in zip(names, captions, strict=True))
 
 
-def test_captions_that_are_odd(tmp_path: Path, base: BaseModel) -> None:
+def test_findings_about_captions(tmp_path: Path, base: BaseModel) -> None:
     write_folder(tmp_path, "drawn", 10, FINETUNE_SEEDS.start)
     assert lint(tmp_path, base) == {}
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     captions = [f"image {number} of a girl" for number in range(10)]
     captions[0] = "the legend of ze ze ze ze"
     captions[1] = "one red dog, one red dog, one red dog and a mouse"
-    captions[2] = "a very very old house"  # twice is a way of speaking
+    captions[2] = "a very very old house"  # twice is normal
     captions[3] = " ".join(["a girl in a greenhouse by a lake"] * 2 + ["panda train"] * 40)
     captions[4] = ""
     (tmp_path / "captions.txt").write_text(table(names, captions))
@@ -185,8 +185,8 @@ def test_captions_that_are_odd(tmp_path: Path, base: BaseModel) -> None:
     assert f"{names[3]} loses `" in found["long captions"]
 
 
-def test_the_lost_words_are_those_the_tokenizer_cuts_off(base: BaseModel) -> None:
-    """What is kept and what is lost make the whole caption, word for word."""
+def test_the_lost_words_are_those_that_the_tokenizer_cuts_off(base: BaseModel) -> None:
+    """The kept and the lost words together are the caption."""
     words = ["a girl", "in", "a", "greenhouse", "by", "a", "lake", "under", "the", "moon"] * 9
     caption = " ".join(words)
     text = dataset_checks.long_captions([CaptionedImage(Path("a.png"), caption, "0")], base.tokenizer).text
@@ -234,7 +234,7 @@ def test_a_copy_across_the_split_is_trained_on_and_named(tmp_path: Path, base: B
 
     original = sorted(split()[1])[0]
     (images / "copy.txt").write_text("a copy")
-    for quality in range(50, 90):  # until its hash falls on the other side
+    for quality in range(50, 90):  # until its hash puts it in the training set
         Image.open(images / f"{original}.png").save(images / "copy.jpg", quality=quality)
         if "copy" in split()[0]:
             break
@@ -334,13 +334,13 @@ def test_each_process_of_a_run_on_the_cpu_needs_its_memory(
     assert needs[1] == pytest.approx(3 * needs[0] + 2, abs=0.2)
 
 
-def test_the_codes_in_the_cache_are_as_large_as_predicted(
+def test_the_cached_latents_are_as_large_as_predicted(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """131 kB an image at 512 px; twice that with mirrored ones. One line where there is no room."""
+    """131 kB per image at 512 px, twice that with mirrored ones; one line if the disk is too small."""
     config = make_config("model.resolution=512", f"cache_dir={tmp_path}")
-    codes = torch.zeros(3, 4, 64, 64)  # as latents.Moments holds them
-    assert memory.latents_size(config, 3) == 2 * codes.numel() * codes.element_size() == 3 * 131072
+    latents = torch.zeros(3, 4, 64, 64)  # twice, mean and log-variance, in latents.Moments
+    assert memory.latents_size(config, 3) == 2 * latents.numel() * latents.element_size() == 3 * 131072
     assert memory.latents_size(make_config("model.resolution=512", "data.flip=true"), 3) == 6 * 131072
     assert preflight.about_cache(config, 3) == []
     monkeypatch.setattr(resources, "free_disk", lambda folder: 300_000 if folder == tmp_path else 2**40)
@@ -360,7 +360,7 @@ def test_a_full_cache_is_one_finding_among_all(check: Callable, monkeypatch: pyt
 
 
 def test_the_demo_is_checked_within_a_minute(tmp_path: Path) -> None:
-    """Seconds of the processor, with its images still to be drawn: a busy machine fails no test."""
+    """CPU time, including drawing the images, so that a busy machine fails no test."""
     began = time.process_time()
     found = preflight.check([f"cache_dir={tmp_path}"])
     assert time.process_time() - began < 60
@@ -370,10 +370,10 @@ def test_the_demo_is_checked_within_a_minute(tmp_path: Path) -> None:
 # In train.py
 
 
-def test_train_says_what_is_wrong_and_goes_on(
+def test_train_reports_errors_and_continues(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """And the files of the run are as large as predicted."""
+    """The files of the run are as large as predicted."""
     needs = []
     disk = memory.estimate_disk
     monkeypatch.setattr(memory, "estimate_disk", lambda *a: needs.append(disk(*a)) or needs[0])

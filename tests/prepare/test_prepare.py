@@ -1,4 +1,4 @@
-"""`ghibli prepare`: base and images from wherever they lie, looked at and noted; each mistake one line."""
+"""`ghibli prepare`: base and images from any source, checked and saved; every error is one line."""
 
 import json
 import shutil
@@ -24,12 +24,12 @@ from ghibli.runtime.errors import UserError
 
 
 def no_progress(done: int, total: int) -> None:
-    """Nobody looks."""
+    """Ignore progress."""
 
 
 @pytest.fixture
 def set_of_ten(tmp_path: Path) -> Path:
-    """images/ and captions.txt."""
+    """A folder with images/ and captions.txt."""
     write_folder(tmp_path / "ten", "drawn", 10, FINETUNE_SEEDS.start)
     return tmp_path / "ten"
 
@@ -41,7 +41,7 @@ def captions_of(root: Path) -> dict[str, str]:
 # Layouts
 
 
-def test_three_tables_say_the_same(set_of_ten: Path) -> None:
+def test_three_kinds_of_tables_are_equivalent(set_of_ten: Path) -> None:
     """metadata.jsonl and metadata.csv as the hub's `datasets` writes them, in images/ or above it."""
     plain = captions_of(set_of_ten)
     rows = list(plain.items())
@@ -58,7 +58,7 @@ def test_three_tables_say_the_same(set_of_ten: Path) -> None:
     assert recognised(set_of_ten) == "images/ with metadata.csv"
 
 
-def test_of_two_tables_the_first_that_knows_an_image_counts(set_of_ten: Path) -> None:
+def test_the_first_table_with_a_caption_wins(set_of_ten: Path) -> None:
     plain = captions_of(set_of_ten)
     first, second, *_ = plain
     table = set_of_ten / "captions.txt"
@@ -109,7 +109,7 @@ def zipped(folder: Path, file: Path, inside: str = "") -> Path:
 
 
 def test_a_zip_file(tmp_path: Path, set_of_ten: Path) -> None:
-    """Also one that wraps all in a folder, with macOS's shadows and files nobody asked for."""
+    """The zip wraps everything in a folder, with macOS metadata and unwanted files."""
     file = zipped(set_of_ten, tmp_path / "set.zip", "some folder")
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr("__MACOSX/._a.png", "x")
@@ -120,7 +120,7 @@ def test_a_zip_file(tmp_path: Path, set_of_ten: Path) -> None:
     found = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert not {"outside.png", "setup.exe", "._a.png"} & found
     (root / "mine.txt").touch()
-    assert download.fetch(str(file), tmp_path / "data", no_progress) == root  # what is there is used again
+    assert download.fetch(str(file), tmp_path / "data", no_progress) == root  # reused
     assert (root / "mine.txt").is_file()
 
 
@@ -130,7 +130,7 @@ def test_another_zip_file_of_the_same_name_is_another_set(tmp_path: Path, set_of
     (set_of_ten / "captions.txt").write_text(
         "".join(f"{path.name}|new\n" for _, path, _ in list_images(set_of_ten))
     )
-    for other in (tmp_path / "archive.zip", tmp_path / "elsewhere" / "archive.zip"):  # replaced; elsewhere
+    for other in (tmp_path / "archive.zip", tmp_path / "elsewhere" / "archive.zip"):
         other.parent.mkdir(exist_ok=True)
         other.unlink(missing_ok=True)
         zipped(set_of_ten, other)
@@ -155,7 +155,7 @@ def test_zip_files_that_cannot_be_used(
 
 
 def test_parquet_shards(tmp_path: Path, set_of_ten: Path) -> None:
-    """Images and captions come out as `pyarrow` wrote them, byte for byte."""
+    """Images and captions are extracted byte for byte."""
     pyarrow = pytest.importorskip("pyarrow", reason="extra of this project")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [
@@ -213,18 +213,18 @@ def test_the_sheet_shows_images_above_their_captions(set_of_ten: Path) -> None:
         assert below.getextrema() == (0, 255)
 
 
-# The whole command
+# The command
 
 
 @pytest.fixture
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of conf/ where one is, so that conf/local of the project stays as it is."""
+    """A copy of conf/ in the current folder, so that the project's conf/local stays as it is."""
     shutil.copytree("conf", tmp_path / "here" / "conf", ignore=shutil.ignore_patterns("local"))
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here" / "conf" / "local"
 
 
-def test_what_is_noted_is_what_train_takes(local: Path, set_of_ten: Path) -> None:
+def test_train_takes_what_was_saved(local: Path, set_of_ten: Path) -> None:
     result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])
     assert result.exit_code == 0, result.output
     assert "images/ with captions.txt; 10 usable" in result.output
@@ -249,13 +249,13 @@ def test_what_is_noted_is_what_train_takes(local: Path, set_of_ten: Path) -> Non
         (["--base", "nowhere"], "no such folder or file, and not a hub id"),
     ],
 )
-def test_a_base_that_cannot_be_got(local: Path, set_of_ten: Path, words: list[str], message: str) -> None:
+def test_a_base_that_is_not_available(local: Path, set_of_ten: Path, words: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["prepare", *words, "--data", str(set_of_ten)])
     assert message in str(result.exception)
     assert not (local / "default.yaml").exists()
 
 
-def test_errors_are_not_noted(local: Path, set_of_ten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_saved_with_errors(local: Path, set_of_ten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finding = diagnosis.Finding("memory", "too little", "error")
     monkeypatch.setattr(preflight, "check", lambda words: [finding])
     result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])

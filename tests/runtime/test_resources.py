@@ -1,4 +1,4 @@
-"""Memory of this process: what the kernel counts, and a peak that can be restarted."""
+"""Memory of this process, resident and at its peak, and free disk space."""
 
 import gc
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_resident_memory_grows_with_what_is_held() -> None:
 
 @needs_proc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the GPU's memory there")
-def test_the_peak_starts_anew() -> None:
+def test_the_peak_is_reset() -> None:
     held = np.ones(2**24)  # 128 MiB
     peak = resources.peak_memory()
     assert peak >= resources.resident_memory()
@@ -30,7 +30,7 @@ def test_the_peak_starts_anew() -> None:
     assert resources.peak_memory() < peak - 2**26
 
 
-def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
     assert resources.free_disk(tmp_path / "not" / "there") == pytest.approx(
         resources.free_disk(tmp_path), rel=0.1
     )

@@ -1,4 +1,4 @@
-"""Every drawn number follows from (seed, what for, example number), and from nothing else."""
+"""Every random number is determined by (seed, purpose, example number), and by nothing else."""
 
 import random
 from collections import Counter
@@ -47,7 +47,7 @@ def test_timesteps_of_neighbouring_examples_are_uniform(seed: int, start: int) -
     assert observed.max() <= 6  # 4 is exact; independent draws reach from 0 to about 13
 
 
-def test_independent_timesteps_are_uniform_and_know_nothing_of_their_neighbours() -> None:
+def test_independent_timesteps_are_uniform_and_uncorrelated() -> None:
     drawn = np.array([independent_timestep(e, 1000, 3) for e in range(8000)])
     assert 0 <= drawn.min() < 10 and 990 <= drawn.max() <= 999
     assert stats.chisquare(np.bincount(drawn // 10, minlength=100)).pvalue > 1e-4
@@ -63,7 +63,7 @@ def test_one_examples_timestep_is_uniform_over_seeds() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 99])
 def test_any_16_neighbours_are_spread(seed: int) -> None:
-    """Three-gap theorem: 13 to 20 points in a row lie phi^-7 to phi^-5 of the range apart."""
+    """Three-gap theorem: 13 to 20 consecutive points are phi^-7 to phi^-5 of the range apart."""
     fine = 2**40
     fractions = np.array([timestep(e, fine, seed) for e in range(3000)]) / fine
     for start in range(len(fractions) - 16):
@@ -75,7 +75,7 @@ def test_any_16_neighbours_are_spread(seed: int) -> None:
         assert quarters.min() >= 3
 
 
-def test_timestep_is_the_written_sequence() -> None:
+def test_timestep_is_the_documented_sequence() -> None:
     """floor(T x fractional part of (example / golden ratio + shift)), in exact arithmetic."""
     golden = Fraction(0x9E3779B97F4A7C15, 2**64)
     assert abs(float(golden) - 1 / PHI) < 1e-15
@@ -150,7 +150,7 @@ def test_hash_fraction_is_the_hash_as_a_number_from_0_to_1() -> None:
 
 @pytest.fixture
 def make_examples(make_config: Callable[..., Config]) -> Callable[..., TrainExamples]:
-    """Builds TrainExamples of 12 random images with every kind of random number in use."""
+    """Build TrainExamples of 12 random images that use every kind of random number."""
     generator = torch.Generator().manual_seed(0)
     moments, mirrored = (Moments(*torch.randn(2, IMAGES, 4, 4, 4, generator=generator)) for _ in range(2))
     input_ids = torch.randint(1, 800, (IMAGES, 77), generator=generator)
@@ -168,14 +168,14 @@ def make_examples(make_config: Callable[..., Config]) -> Callable[..., TrainExam
 
 
 def assert_same(left: dict[str, object], right: dict[str, object]) -> None:
-    """Two examples (or batches) are equal bit for bit."""
+    """Assert that two examples (or batches) are equal bit for bit."""
     assert left.keys() == right.keys()
     for key, value in left.items():
         assert torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key], key
 
 
 def scramble() -> None:
-    """Puts every global generator into a state of its own."""
+    """Put every global generator into a new state."""
     number = random.SystemRandom().randrange(2**32)
     random.seed(number)
     np.random.seed(number)
