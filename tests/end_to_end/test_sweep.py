@@ -1,34 +1,28 @@
 """`python sweep.py`: a grid with trials that fail, twice; its table, effects and plot; what it refuses."""
 
 import csv
-import io
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from helpers.commands import REPO, SMALL, python_sweep
 from helpers.wandb_files import offline_records
 from hydra.errors import HydraException
 from PIL import Image
-from rich.console import Console
 
 import sweep
 import train
 from ghibli.config.hydra_errors import all_keys, explain
 from ghibli.config.schema import Command
-from ghibli.evaluation.gain import Gain, Probe, paired_gain
 from ghibli.runs import launch
-from ghibli.runs.folder import RunDir
 from ghibli.runs.identity import is_free
-from ghibli.sweeps import effects, grid, plots, ranking, trials
-from ghibli.sweeps.trials import read_trials, varied
+from ghibli.sweeps import effects, grid, trials
+from ghibli.sweeps.trials import read_trials
 
 ONE_EPOCH = ("trainer.max_epochs=1", "sample.every_n_epochs=0", "lora.text_encoder=false")
 
@@ -153,105 +147,6 @@ def test_a_trial_under_way_is_no_result(folder: Path, tmp_path: Path) -> None:
     assert again.gain is None and again.verdict == "interrupted: Ctrl-C"
     assert trials.read_trials(copy)[0].run.path != first.run.path
     assert effects.effects(trials.read_trials(copy)) == []
-
-
-def made(path: Path, rank: int, dropout: float, losses: torch.Tensor, base: torch.Tensor) -> trials.Trial:
-    probe = Probe(val=losses, val_g1=losses, train=losses, base_val=base, base_train=base)
-    settings = {"lora.rank": rank, "lora.alpha": 2.0 * rank, "lora.dropout": dropout}
-    return trials.Trial(RunDir(path), settings, {}, probe)
-
-
-def test_effects_of_a_grid_are_what_was_put_in(tmp_path: Path) -> None:
-    """Rank 32 lowers every loss by 0.1, dropout changes nothing: one matters, the other does not."""
-    draws = torch.Generator().manual_seed(0)
-    base = 1 + 0.2 * torch.rand(40, 4, generator=draws)
-    trials = [
-        made(
-            tmp_path, rank, dropout,
-            base - (0.3 if rank == 32 else 0.2) + 0.01 * torch.randn(40, 4, generator=draws), base,
-        )
-        for rank in (16, 32)
-        for dropout in (0, 0.1)
-    ]  # fmt: skip
-    first, second = effects.effects(trials)
-    assert (first.key, first.pairs, first.matters) == ("lora.rank", 2, True)  # alpha follows: not named
-    assert first.difference.value == pytest.approx(0.1 / 1.1, abs=3 * first.difference.standard_error)
-    assert second.key == "lora.dropout"
-    assert second.difference.value == pytest.approx(0, abs=4 * second.difference.standard_error)
-    nothing = effects.Effect("lora.dropout", 0, 0.1, 1, Gain(0.01, 0.02))
-    assert not nothing.matters
-    assert str(nothing).endswith("95 % -2.92 .. +4.92, 1 pair (indistinguishable from zero)")
-    (line, *_) = csv.DictReader(io.StringIO(ranking.effects_csv(trials)))
-    assert (line["key"], line["low"], line["high"], line["pairs"]) == ("lora.rank", "16", "32", "2")
-    assert float(line["low95"]) == pytest.approx(100 * first.difference.low, abs=1e-4)
-    one = paired_gain(trials[2].best.val, base).value - paired_gain(trials[0].best.val, base).value
-    two = paired_gain(trials[3].best.val, base).value - paired_gain(trials[1].best.val, base).value
-    assert first.difference.value == pytest.approx((one + two) / 2)
-
-
-def with_settings(one: trials.Trial, **settings: object) -> trials.Trial:
-    """A made trial with further settings; `lora_alpha` is lora.alpha."""
-    more = {key.replace("_", ".", 1): value for key, value in settings.items()}
-    return replace(one, settings=one.settings | more)
-
-
-def test_alpha_that_is_chosen_apart_from_rank_is_a_setting(tmp_path: Path) -> None:
-    base = torch.ones(3, 2)
-    trials = [made(tmp_path, rank, 0, base - 0.01 * rank, base) for rank in (4, 8)]
-    assert varied(trials) == ["lora.rank"]
-    free = [with_settings(trial, lora_alpha=alpha) for trial in trials for alpha in (8.0, 16.0)]
-    assert varied(free) == ["lora.rank", "lora.alpha"]
-    assert {effect.key: effect.pairs for effect in effects.effects(free)} == {"lora.rank": 2, "lora.alpha": 2}
-
-
-def test_the_same_trial_in_two_folders_is_one(tmp_path: Path) -> None:
-    base = torch.ones(3, 2)
-    first, again, other = (
-        with_settings(made(tmp_path, rank, 0, base - gain, base), seed=0)
-        for rank, gain in ((4, 0.1), (4, 0.3), (8, 0.2))
-    )
-    assert effects.seed_noise([first, again, other]) is None
-    (effect,) = effects.effects([first, again, other])
-    assert effect.pairs == 1 and effect.difference.value == pytest.approx(0.1)
-
-
-def test_an_effect_over_two_bases_and_over_lists(tmp_path: Path) -> None:
-    """One base is scored on two items, the other on four: the mean of what each gives, 0.1 and 0.3."""
-    trials = [
-        with_settings(
-            made(tmp_path, 4, 0, base * (1 - (len(targets) == 1) * share), base),
-            lora_targets=targets, validation_items_per_image=base.shape[1],
-        )
-        for base, share in ((torch.ones(3, 2), 0.1), (2 * torch.ones(3, 4), 0.3))
-        for targets in (["to_q"], ["to_q", "to_k"])
-    ]  # fmt: skip
-    (effect,) = effects.effects(trials)
-    both, one = ["to_q", "to_k"], ["to_q"]
-    assert (effect.key, effect.low, effect.high, effect.pairs) == ("lora.targets", both, one, 2)
-    assert effect.difference.value == pytest.approx(0.2)
-    assert plots.write_plot(tmp_path, trials).exists()
-
-
-def test_a_resumed_trial_does_not_say_minutes(tmp_path: Path) -> None:
-    times = {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T01:00:00+00:00"}
-    once = trials.Trial(RunDir(tmp_path), {}, times | {"starts": [{}]}, None)
-    assert once.minutes == 60
-    assert replace(once, status=times | {"starts": [{}, {}]}).minutes is None
-
-
-def test_the_table_is_whole_in_a_pipe(tmp_path: Path) -> None:
-    """Rich takes 80 columns where there is no terminal."""
-    base = torch.ones(3, 2)
-    trials = [
-        with_settings(made(tmp_path, rank, 0, base, base), **{f"model_{k}{'x' * 20}": rank for k in range(8)})
-        for rank in (4, 8)
-    ]
-    RunDir(tmp_path).update_status(state="failed", reason="the disk is full")
-    told = io.StringIO()
-    failed = replace(trials[0], status=RunDir(tmp_path).read_status())
-    Console(file=told, width=80, soft_wrap=True).print(ranking.ranking_table([failed, trials[1]]))
-    assert all(f"model.{k}{'x' * 20}" in told.getvalue().splitlines()[0] for k in range(8))
-    assert "failed: the disk is full" in told.getvalue().splitlines()[1]
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.commands import REPO, SMALL, python_sweep
 from hydra.core.config_store import ConfigStore
 
 import sweep
 import train
-from ghibli.evaluation.gain import Probe
 from ghibli.runs import launch
 from ghibli.runs.folder import RunDir
 from ghibli.sweeps import grid, search, trials
-from ghibli.sweeps.effects import seed_noise
-from ghibli.sweeps.trials import Trial
 
 LINES = ("lora.rank=2,4,8", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "seed=3")
 
@@ -208,22 +204,6 @@ def test_the_best_are_repeated_with_other_seeds(words: list[str], capsys: pytest
     assert trials.read_trial(RunDir(folder / repeat)).settings["optimizer.lr"] == 2e-3
     assert repeat.endswith("+seed=1")
     assert "seed: a new one alone moves the gain by" in " ".join(capsys.readouterr().out.split())
-
-
-def test_seed_noise_is_the_pooled_deviation(tmp_path: Path) -> None:
-    """Against numbers by hand: (0.1, 0.3) and (0.2, 0.6) have variances 0.02 and 0.08, pooled 0.05."""
-
-    def made(rank: int, seed: int, gain: float) -> Trial:
-        base = torch.ones(3, 2)
-        probe = Probe(val=base - gain, val_g1=base, train=base, base_val=base, base_train=base)
-        return Trial(RunDir(tmp_path), {"lora.rank": rank, "seed": seed}, {}, probe)
-
-    trials = [made(2, 0, 0.1), made(2, 1, 0.3), made(4, 0, 0.2), made(4, 1, 0.6)]
-    noise = seed_noise(trials)
-    assert noise.deviation == pytest.approx(0.05**0.5, rel=1e-5)
-    assert (noise.freedom, noise.settings) == (2, 2)
-    assert noise.band == pytest.approx(4.3027 * 2**0.5 * noise.deviation, rel=1e-4)  # t table, 2 degrees
-    assert seed_noise(trials[::2]) is None
 
 
 def test_a_running_trial_is_reopened_with_its_values() -> None:
