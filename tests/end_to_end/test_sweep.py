@@ -1,4 +1,4 @@
-"""`python sweep.py`: a grid with trials that fail, twice; its table, effects and plot; what it refuses."""
+"""`python sweep.py`: a grid in which two trials fail; its table, effects and plot; what it refuses."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ ONE_EPOCH = ("trainer.max_epochs=1", "sample.every_n_epochs=0", "lora.text_encod
 
 @pytest.fixture(scope="module")
 def words(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Four trials, of which the two with a batch larger than the image set fail."""
+    """Four trials, of which two fail because their batch is larger than the image set."""
     folder = tmp_path_factory.mktemp("study")
     return [
         *SMALL, f"data.root={images}", "data.draw=null", *ONE_EPOCH, f"hydra.sweep.dir={folder}",
@@ -39,10 +39,10 @@ def words(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(words: list[str]) -> Path:
-    """The study's folder after it ran."""
+    """The folder of the finished study."""
     with pytest.raises(SystemExit) as left:
         python_sweep(*words)
-    assert left.value.code == 1  # as two failed
+    assert left.value.code == 1  # two failed
     return grid.studies[0].folder
 
 
@@ -51,7 +51,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_failing_trials_stop_no_other_and_are_told(folder: Path) -> None:
+def test_failing_trials_stop_no_other_and_are_reported(folder: Path) -> None:
     rows = rows_of(folder)
     assert [row["verdict"].split(":")[0] for row in rows[2:]] == ["failed", "failed"]
     assert all("data.batch_size=500" in row["verdict"] for row in rows[2:])
@@ -82,8 +82,8 @@ def test_report_only_trains_nothing(folder: Path, words: list[str], monkeypatch:
     assert {path.name for path in folder.iterdir() if path.is_dir()} == before
 
 
-def test_no_folder_is_called_after_what_changes_no_result() -> None:
-    """Else `sweep.py` and then `sweep.py sweep.repeats=3` would train everything twice."""
+def test_no_folder_is_named_after_what_changes_no_result() -> None:
+    """Otherwise `sweep.py` and then `sweep.py sweep.repeats=3` would train everything twice."""
     hydra = yaml.safe_load((REPO / "conf" / "train.yaml").read_text())["hydra"]
     free = {key for key in all_keys(Command) if is_free(key) or key.startswith("sweep.")}
     assert free <= set(hydra["job"]["config"]["override_dirname"]["exclude_keys"])
@@ -92,7 +92,7 @@ def test_no_folder_is_called_after_what_changes_no_result() -> None:
 def test_a_refused_trial_is_not_ranked(
     folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its result is of other code. With report_only, which asks for nothing, it is what is there."""
+    """Its result comes from other code. With report_only, which trains nothing, it is ranked as it is."""
     monkeypatch.setattr(train, "lead", lambda *_: 0.0)
     copy = tmp_path / "study"
     shutil.copytree(folder, copy)
@@ -109,7 +109,7 @@ def test_a_refused_trial_is_not_ranked(
     assert [row["trial"] for row in rows_of(copy)] == [first.run.path.name, second.run.path.name]
 
 
-def test_repeats_have_their_own_name_and_a_failing_one_keeps_the_report(
+def test_repeats_have_their_own_name_and_the_report_survives_a_failing_one(
     folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy, asked = tmp_path / "study", []
@@ -137,8 +137,8 @@ def test_the_effect_of_a_setting_is_the_paired_difference(folder: Path) -> None:
     assert effect.difference.value == pytest.approx(fast.gain.value - slow.gain.value)
 
 
-def test_a_trial_under_way_is_no_result(folder: Path, tmp_path: Path) -> None:
-    """Its best epoch so far would make its settings look bad."""
+def test_an_unfinished_trial_has_no_result(folder: Path, tmp_path: Path) -> None:
+    """Judged by its best epoch so far, its settings would look bad."""
     copy = tmp_path / "study"
     shutil.copytree(folder, copy)
     first = trials.read_trials(copy)[0]
@@ -167,19 +167,19 @@ def test_a_trial_under_way_is_no_result(folder: Path, tmp_path: Path) -> None:
 def test_a_wrong_grid_is_refused_before_the_first_trial(
     word: str, line: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    place = tmp_path / "study"
-    given = [*SMALL, f"data.root={images}", "data.draw=null", f"hydra.sweep.dir={place}", word]
+    folder = tmp_path / "study"
+    given = [*SMALL, f"data.root={images}", "data.draw=null", f"hydra.sweep.dir={folder}", word]
     with pytest.raises(SystemExit) as left:
         python_sweep(*given)
     said = capsys.readouterr().err
     assert left.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
     assert line in said
-    assert not list(place.glob("*/status.json"))
+    assert not list(folder.glob("*/status.json"))
 
 
 @pytest.mark.parametrize("name", ["ray", "joblib", "submitit_local", "submitit_slurm"])
-def test_a_launcher_that_is_not_installed_is_said_with_the_command(name: str) -> None:
-    """As Hydra words it, which only happens where the extra is missing."""
+def test_a_missing_launcher_is_reported_with_the_command_that_installs_it(name: str) -> None:
+    """With Hydra's own message, which appears only where the extra is missing."""
     error = HydraException(f"In 'sweep': Could not find 'hydra/launcher/{name}'")
     extra = name.split("_")[0]
     assert explain(error) == f'hydra/launcher={name} is not installed: pip install -e ".[{extra}]"'
@@ -188,7 +188,7 @@ def test_a_launcher_that_is_not_installed_is_said_with_the_command(name: str) ->
 def test_the_offline_dashboard_holds_the_whole_sweep(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read back by wandb's own reader: one group, a run for each trial, its settings, curves and grids."""
+    """Read back with wandb's own reader: one group, a run per trial, its settings, curves and grids."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     own = [w for w in words if not w.startswith(("hydra.", "data.batch_size", "wandb.", "sample."))]
     own += [
@@ -230,7 +230,7 @@ def test_the_same_study_again_trains_only_what_failed(
 
 
 def test_two_studies_in_one_folder(folder: Path, words: list[str], capsys: pytest.CaptureFixture) -> None:
-    """Another process holds the folder: this one says so."""
+    """Another process holds the folder: this one refuses."""
     hold = (
         "import sys, pathlib; from ghibli.runs.folder import RunDir; "
         "lock = RunDir(pathlib.Path(sys.argv[1])).lock(); print('held', flush=True); sys.stdin.read()"
@@ -251,7 +251,7 @@ def test_two_studies_in_one_folder(folder: Path, words: list[str], capsys: pytes
 @pytest.mark.parametrize(
     ("given", "count"), [([], 32), (["lora.rank=4,8,16", "loss.guidance=1,7.5"], 6), (["lora.rank=4"], 16)]
 )
-def test_a_grid_on_the_command_line_replaces_the_slides_grid(
+def test_a_grid_on_the_command_line_replaces_the_one_of_conf(
     given: list[str], count: int, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []

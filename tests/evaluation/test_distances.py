@@ -41,7 +41,7 @@ def test_kernel_distance_is_torch_fidelitys() -> None:
     assert distances.kernel_distance(x, y).value == pytest.approx(float(wanted), rel=1e-9)
 
 
-def test_leave_one_out_is_what_it_says() -> None:
+def test_leave_one_out_equals_leaving_each_row_out() -> None:
     x, y = normal_rows(7, 6, 0.4), normal_rows(9, 7)
     value, (no_x, no_y) = distances.leave_one_out(x, y)
     assert value == distances.kernel_distance(x, y).value
@@ -58,7 +58,7 @@ def share_covered(estimates: list[Estimate], truth: float) -> float:
 
 
 def test_intervals_hold_the_large_sample_value() -> None:
-    """95 % intervals of 200 small samples around the value of a large one."""
+    """95 % intervals of 200 small samples, against the value of a large one."""
     x, y = normal_rows(6000, 8, 0.25), normal_rows(6000, 9)
     z = 0.5 * x + normal_rows(6000, 10)  # a second model that fails on the same prompts
     distances, differences, means = [], [], []
@@ -86,7 +86,7 @@ def test_a_paired_difference_is_sharper_than_two_distances() -> None:
 
 
 def test_precision_and_recall_of_two_images() -> None:
-    """With fewer than k + 1 rows a radius is the distance to the farthest one of the set."""
+    """With fewer than k + 1 rows the radius is the distance to the farthest row of the set."""
     two, near, far = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5], [0.6]]), torch.tensor([[5.0], [6.0]])
     assert distances.precision_recall(near, two) == (1.0, 0.0)
     assert distances.precision_recall(far, two) == (0.0, 0.0)

@@ -62,7 +62,7 @@ def test_features_do_not_depend_on_the_batch(base: BaseModel) -> None:
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file of the FID network with random weights: what can be had without a network."""
+    """A file with the FID network's layers and random weights, as tests have no internet access."""
     torch.manual_seed(0)
     network = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
 
@@ -110,9 +110,9 @@ def levels_of(images: torch.Tensor) -> torch.Tensor:
 
 
 def by_hand(images: torch.Tensor) -> torch.Tensor:
-    """What the FID network's first layer gets of 128 px images, (N, 3, 299, 299) float64.
+    """The input of the FID network's first layer for 128 px images: (N, 3, 299, 299) float64.
 
-    8 bits, bilinear to 299 as TensorFlow 1 does it (corner pixels at 0), (x - 128) / 128.
+    8 bits, bilinear to 299 px as in TensorFlow 1 (corner pixels at 0), (x - 128) / 128.
     """
     levels = levels_of(images).double().numpy()
     at = np.arange(299) * 128 / 299
@@ -124,7 +124,7 @@ def by_hand(images: torch.Tensor) -> torch.Tensor:
 
 
 def features_by_hand(network: FeatureExtractorInceptionV3, images: torch.Tensor) -> torch.Tensor:
-    """The network's features of images that were prepared by hand."""
+    """The network's features of images that were preprocessed by hand."""
     wanted = by_hand(images).float()
     handle = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: (wanted,))
     with torch.no_grad():
@@ -134,7 +134,7 @@ def features_by_hand(network: FeatureExtractorInceptionV3, images: torch.Tensor)
 
 
 def test_fid_is_torch_fidelitys_and_that_of_preprocessing_by_hand(inception_file: str) -> None:
-    """The same code path as with the real weights, and our own float64 sum from features made by hand."""
+    """The code path of the real weights, and our own float64 sum over features computed by hand."""
 
     class Levels(torch.utils.data.Dataset):
         def __init__(self, images: torch.Tensor):
@@ -168,7 +168,7 @@ def test_inception_preprocessing_is_the_one_by_hand(inception_file: str) -> None
 
 
 def test_caption_fit_falls_when_captions_are_shuffled(base: BaseModel, make_config: Callable) -> None:
-    """And what measures is known by its weights, not by its place."""
+    """And the networks that measure are identified by their weights, not by their path."""
     extractor = FeatureExtractor(make_config(), base)
     captions = [compose(EVALUATION_SEEDS.start + i).caption for i in range(24)]
     right, wrong = (

@@ -1,4 +1,4 @@
-"""`python sweep.py` with sweep.search, sweep.halving and sweep.repeats: what is trained, and going on."""
+"""`python sweep.py` with sweep.search, sweep.halving and sweep.repeats: what is trained, and resuming."""
 
 import math
 import shutil
@@ -24,8 +24,8 @@ def words(images: Path, tmp_path: Path) -> list[str]:
     return [*SMALL, f"data.root={images}", "data.draw=null", f"hydra.sweep.dir={tmp_path / 'study'}"]
 
 
-def stands_in(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[tuple[int, float]]:
-    """Replaces training by a function of rank and rate; at trial `stop_at` the process dies instead."""
+def replace_training(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[tuple[int, float]]:
+    """Replace training by a function of rank and learning rate; at trial `stop_at` the process dies."""
     asked: list[tuple[int, float]] = []
 
     def gain(config, run, resumes=False) -> float:
@@ -41,15 +41,15 @@ def stands_in(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> li
     return asked
 
 
-def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(
+def test_a_killed_search_continues_as_if_it_had_not_been_killed(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     optuna = pytest.importorskip("optuna")
-    undisturbed = stands_in(monkeypatch)
+    undisturbed = replace_training(monkeypatch)
     python_sweep(*words, *LINES, "sweep.search=12", f"hydra.sweep.dir={tmp_path / 'other'}")
     asked = []
     for stop_at in (2, 0, 5, None):
-        asked.append(stands_in(monkeypatch, stop_at))
+        asked.append(replace_training(monkeypatch, stop_at))
         with suppress(SystemExit):
             python_sweep(*words, *LINES, "sweep.search=12")
     assert [len(part) for part in asked] == [2, 0, 5, 5]
@@ -60,11 +60,11 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(
     assert len(table.trials) == 12 and {t.state.name for t in table.trials} == {"COMPLETE"}
 
 
-def test_a_trial_that_fails_does_not_stop_the_search_and_is_tried_again(
+def test_a_failed_trial_does_not_stop_the_search_and_is_retried(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     optuna = pytest.importorskip("optuna")
-    stands_in(monkeypatch)
+    replace_training(monkeypatch)
     good = train.run
 
     def sometimes(config, run, resumes=False) -> float:
@@ -87,15 +87,15 @@ def test_a_trial_that_fails_does_not_stop_the_search_and_is_tried_again(
     assert states.count("COMPLETE") == 8 and len(states) == 8 + 2 * failed
 
 
-def test_a_deleted_trial_of_a_search_is_trained_anew(
+def test_a_deleted_trial_of_a_search_is_trained_again(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("optuna")
-    first = stands_in(monkeypatch)
+    first = replace_training(monkeypatch)
     python_sweep(*words, "lora.rank=range(2,64)", "sweep.search=3")
     lost = next(path for path in (tmp_path / "study").iterdir() if f"rank={first[1][0]}," in path.name)
     shutil.rmtree(lost)
-    again = stands_in(monkeypatch)
+    again = replace_training(monkeypatch)
     python_sweep(*words, "lora.rank=range(2,64)", "sweep.search=3")
     assert again == first[1:2] and lost.is_dir()
 
@@ -104,7 +104,7 @@ def test_other_choices_in_the_same_folder_are_refused(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("optuna")
-    stands_in(monkeypatch)
+    replace_training(monkeypatch)
     python_sweep(*words, "lora.rank=2,4", "sweep.search=1")
     with pytest.raises(SystemExit):
         python_sweep(*words, "lora.rank=2,16", "sweep.search=2")
@@ -164,7 +164,7 @@ def test_train_py_refuses_a_search_and_says_how_to_resume_a_grid(
 
 def test_of_a_key_given_twice_the_last_counts(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
-    asked = stands_in(monkeypatch)
+    asked = replace_training(monkeypatch)
     python_sweep(*words, "lora.rank=2,4", "optimizer.lr=1e-4,1e-3", *LINES, "lora.rank=8", "sweep.search=2")
     assert [rank for rank, _ in asked] == [8, 8] and not {lr for _, lr in asked} & {1e-4, 1e-3}
 
@@ -173,8 +173,8 @@ def test_rungs() -> None:
     assert [search.rungs(epochs) for epochs in (1, 3, 9, 30)] == [[1], [1, 3], [1, 3, 9], [3, 10, 30]]
 
 
-def test_halving_trains_the_best_third_on_and_is_exact(words: list[str], tmp_path: Path) -> None:
-    """The survivor ends where an unstopped run ends, the others after an epoch; again nothing is trained."""
+def test_halving_extends_the_best_third_and_is_exact(words: list[str], tmp_path: Path) -> None:
+    """The survivor equals a run that never stopped, the others end after an epoch; a rerun trains nothing."""
     common = ["optimizer.schedule=constant", "sample.every_n_epochs=0", "trainer.max_epochs=3"]
     common += ["early_stopping.patience=null"]
     line = [*words, *common, "optimizer.lr=1e-6,1e-4,2e-3", "sweep.halving=true"]
