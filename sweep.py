@@ -26,11 +26,11 @@ def main() -> None:
     """Train the trials, repeat the best, evaluate them and report; exit with 1 if a trial failed."""
     here = str(Path(__file__).resolve().parent)  # a launcher's processes import this file by its name
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    request = one_line_errors(lambda: grid.parse_request(sys.argv[1:]))
+    request = one_line_errors(lambda: grid.parse_study_request(sys.argv[1:]))
     if request is None:
         hydra_entry(Path(__file__).parent / "conf", "sweep", hydra_job)
     else:
-        one_line_errors(lambda: run_request(request))
+        one_line_errors(lambda: run_requested_study(request))
     if studies:  # none after --help
         study = studies[-1]
         one_line_errors(lambda: repeat_best(study))
@@ -49,7 +49,7 @@ def hydra_job(cfg: Any) -> float:
     return run_trial(current_run(), lambda: train.main(cfg))
 
 
-def run_request(request: grid.Request) -> None:
+def run_requested_study(request: grid.StudyRequest) -> None:
     """Train the trials of sweep.search or sweep.halving; none with sweep.report_only."""
     if request.settings.report_only:
         grid.open_study(request.cfg, None)

@@ -176,7 +176,7 @@ def hydra_on_conf() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Request:
+class StudyRequest:
     """A study that sweep.py runs without Hydra's sweeper: sweep.search, halving or report_only."""
 
     cfg: Any  # the composed settings without the sweeps
@@ -188,7 +188,7 @@ class Request:
         return to_dataclass(OmegaConf.to_container(self.cfg.sweep, resolve=True), SweepConfig)
 
 
-def parse_request(overrides: list[str]) -> Request | None:
+def parse_study_request(overrides: list[str]) -> StudyRequest | None:
     """Read `sweep.py WORDS` as a search, halving or report_only; None for a plain grid, which is Hydra's.
 
     Raises:
@@ -210,7 +210,7 @@ def parse_request(overrides: list[str]) -> Request | None:
                 "sweep.search and sweep.halving train one trial after the other: drop hydra/launcher"
             )
         params = parse_overrides([f"{key}={value}" for key, value in default_grid(cfg, overrides).items()])
-        return Request(cfg, fixed, [o for o in (*params, *given) if o.is_sweep_override()])
+        return StudyRequest(cfg, fixed, [o for o in (*params, *given) if o.is_sweep_override()])
 
 
 def settings_and_folder(overrides: list[str]) -> tuple[Config, RunDir]:

@@ -14,14 +14,14 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.reuse import require_same_trial_except_epochs
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
-from ghibli.sweeps.grid import Request, Study, settings_and_folder
+from ghibli.sweeps.grid import Study, StudyRequest, settings_and_folder
 
 RETRY_OF = "again"  # user attribute of a retried trial: the number of the one that failed
 REDUCTION = 3  # halving keeps the best of so many
 Train = Callable[[Config, RunDir, bool], float]  # train.run, which gives NaN for a trial that failed
 
 
-def optuna_search(request: Request, study: Study, train: Train) -> None:
+def optuna_search(request: StudyRequest, study: Study, train: Train) -> None:
     """Train `sweep.search` trials, each where Optuna's TPE expects the most after the trials before it.
 
     Everything that was asked, and its result, is stored in optuna.db in the study's folder. A suggestion
@@ -49,7 +49,7 @@ def optuna_search(request: Request, study: Study, train: Train) -> None:
             table.tell(trial.number, gain)
 
 
-def corner_trials(request: Request) -> list[list[str]]:
+def corner_trials(request: StudyRequest) -> list[list[str]]:
     """One trial for each value of a list and each end of a range or interval, the other keys at their first.
 
     Checking these checks every value that a search can suggest.
@@ -74,7 +74,7 @@ def import_optuna() -> Any:
     return optuna
 
 
-def restore_trials(table: Any, request: Request, train: Train) -> None:
+def restore_trials(table: Any, request: StudyRequest, train: Train) -> None:
     """Ask for every finished trial again, which retrains those whose folder is gone; queue failed ones."""
     from optuna.trial import TrialState
 
@@ -119,7 +119,7 @@ def search_position(table: Any, trial: Any) -> int:
     return first_attempts(table).index(trial.user_attrs.get(RETRY_OF, trial.number))
 
 
-def suggested_overrides(table: Any, trial: Any, request: Request) -> list[str]:
+def suggested_overrides(table: Any, trial: Any, request: StudyRequest) -> list[str]:
     """The overrides that Optuna suggests, one for each sweep on the command line.
 
     Raises:

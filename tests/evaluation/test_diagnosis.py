@@ -1,4 +1,4 @@
-"""The run doctor: runs that are really broken, each in one way, and a healthy one."""
+"""The run doctor: real runs, each broken in one way, and a healthy one."""
 
 import json
 import re
@@ -26,7 +26,7 @@ QUIET = ("sample.every_n_epochs=0", "early_stopping.patience=null", "data.batch_
 
 @pytest.fixture(scope="module")
 def half_held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 images, to be split in halves: enough held-out ones for small standard errors."""
+    """40 images, to be split in half: enough held-out images for small standard errors."""
     root = tmp_path_factory.mktemp("doctor")
     write_folder(root, "drawn", 40, FINETUNE_SEEDS.start + 500)
     return root
@@ -34,7 +34,7 @@ def half_held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def findings(make_config: Callable, half_held_out: Path, tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Trains in this process and returns what the doctor found, name -> text, from status.json."""
+    """Trains in this process and returns the findings in status.json, name -> text."""
 
     def run(*overrides: str) -> dict[str, str]:
         words = (f"data.root={half_held_out}", "data.val_fraction=0.5", f"cache_dir={CACHE}", *QUIET)
@@ -89,7 +89,7 @@ def test_collapse(findings: Callable) -> None:
 
 
 def test_overfitting(findings: Callable) -> None:
-    """Six images, long and fast, on a base that knows the look already."""
+    """Six images, many epochs and a high learning rate, on a base that already knows the style."""
     few = ("model=demo_near", "data.val_fraction=0.85", "optimizer.lr=0.005", "optimizer.schedule=constant")
     found = findings(*few, "trainer.max_epochs=16")
     assert "the training images are memorised" in found["overfitting"]
@@ -102,13 +102,13 @@ def test_guided_training_wants_another_sampling_scale(findings: Callable) -> Non
     assert "sample at about 8, the last column" in found["sampling scale"]
 
 
-def test_few_held_out_images_are_no_ground_for_a_finding(findings: Callable) -> None:
-    """One to four of them have no standard error worth the name; a run that learns stays unblamed."""
+def test_few_held_out_images_give_no_finding(findings: Callable) -> None:
+    """One to four have no meaningful standard error; a run that learns is not blamed."""
     assert findings("data.val_fraction=0.01", "trainer.max_epochs=4") == {}
 
 
 def test_findings_survive_a_stop(findings: Callable, tmp_path: Path, make_config: Callable) -> None:
-    """What was said before a checkpoint is known, and kept, after it; and said once."""
+    """Findings from before a checkpoint are restored with it, kept, and reported once."""
     doctor = Doctor(make_config(), RunDir(tmp_path))
     doctor.findings = [Finding("collapse", "the loss is 1")]
     later = Doctor(make_config(), RunDir(tmp_path))
@@ -134,10 +134,10 @@ def test_weights_in_16_bits(findings: Callable, monkeypatch: pytest.MonkeyPatch)
     assert "the trained weights are bfloat16" in found["weights in 16 bits"]
 
 
-def test_a_loss_that_is_no_number_names_the_image(
+def test_a_loss_that_is_not_finite_names_the_image(
     findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One image's latents turn to nan after two steps: no update is made, the checkpoint is whole."""
+    """One image's latents turn to NaN after two steps: no update is made, the checkpoint is intact."""
     step = GhibliModule.training_step
     names: list[str] = []
 
@@ -159,7 +159,7 @@ def test_a_loss_that_is_no_number_names_the_image(
     assert status["findings"][0]["text"] == status["reason"] == str(caught.value)
 
 
-def test_scores_that_are_no_numbers_end_the_run_and_name_the_image(
+def test_scores_that_are_not_finite_end_the_run_and_name_the_image(
     findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     scores = GhibliModule.scores
@@ -177,10 +177,10 @@ def test_scores_that_are_no_numbers_end_the_run_and_name_the_image(
     assert (status["state"], status["findings"][0]["name"]) == ("failed", "not finite")
 
 
-def test_a_base_that_scores_no_numbers_is_refused(
+def test_a_base_with_scores_that_are_not_finite_is_refused(
     findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Before the first step, and the learning rate is not blamed."""
+    """Before the first step, and without blaming the learning rate."""
     scores = GhibliModule.scores
     monkeypatch.setattr(GhibliModule, "scores", lambda *words: scores(*words) * torch.nan)
     with pytest.raises(UserError, match="the untouched base itself has a loss that is not finite"):
@@ -188,7 +188,7 @@ def test_a_base_that_scores_no_numbers_is_refused(
 
 
 def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callable, tmp_path: Path) -> None:
-    """Lightning's scaler is for GPUs, so the callback is asked by itself."""
+    """Lightning's scaler needs a GPU, so the callback is called directly."""
     reduce = SimpleNamespace(reduce=lambda value, reduce_op: value)
     trainer = SimpleNamespace(
         precision="16-mixed", strategy=reduce, is_global_zero=True, loggers=[], global_step=3, world_size=1
@@ -207,7 +207,7 @@ def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callabl
         step(torch.nan)
 
 
-def test_a_finding_is_an_alert_of_the_dashboard(
+def test_a_finding_is_an_alert_on_the_dashboard(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alerts = []
@@ -219,7 +219,7 @@ def test_a_finding_is_an_alert_of_the_dashboard(
     assert [(alert["title"], alert["text"]) for alert in alerts] == [("collapse", "the loss is 1")]
 
 
-def test_latents_that_are_no_numbers_name_the_image(
+def test_latents_that_are_not_finite_name_the_image(
     findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     original = preprocess
@@ -230,4 +230,4 @@ def test_latents_that_are_no_numbers_name_the_image(
 
     monkeypatch.setattr(latents, "preprocess", broken)
     with pytest.raises(UserError, match=r"scene_\d+.png: its latents are not finite"):
-        findings(f"cache_dir={tmp_path / 'cache'}")  # another one has the codes of these images
+        findings(f"cache_dir={tmp_path / 'cache'}")  # the shared one already has these latents

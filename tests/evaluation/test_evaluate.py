@@ -1,4 +1,4 @@
-"""`ghibli evaluate`: the table, its cache, what it refuses, and what it says about too few images."""
+"""`ghibli evaluate`: the table, its cache, what it refuses, and the warning about too few images."""
 
 import json
 import shutil
@@ -83,21 +83,21 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, re
 
 def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: dict) -> None:
     config = finished_config(finished)
-    ruler = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), [])
+    cache = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), [])
     images, _ = sources.real_images(config)
-    ruler.captions = [image.caption for image in images]
-    reference = ReferenceSet(ruler.measure_real("", images)["features"], standardise=True)
+    cache.captions = [image.caption for image in images]
+    reference = ReferenceSet(cache.measure_real("", images)["features"], standardise=True)
     model = trained_base(finished, config)
     for scale, count, found in (
         (15, 6, result["models"]["run"][2]["kernel"]),
         (3, 3, result["scan"]["run"]["3"]),
     ):
-        wanted = reference.kernel(ruler.measure_model(model, Cell("ddim", scale), count)["features"])
+        wanted = reference.kernel(cache.measure_model(model, Cell("ddim", scale), count)["features"])
         assert tuple(found) == (wanted.value, wanted.standard_error)
 
 
 def test_the_image_has_the_runs_own_column(finished: RunDir, result: dict) -> None:
-    """Three columns of 256 px tiles; in the third the base's is white, the run's is not."""
+    """Three columns of 256 px tiles; in the third one the base's tile is white, the run's is not."""
     image = Image.open(finished.evaluation_images).convert("RGB")
     assert image.width == 120 + 3 * (256 + 6) + 6
     left = 120 + 2 * (256 + 6)
@@ -132,7 +132,7 @@ def below_base(row: dict) -> tuple[float, float]:
 
 
 class Dashboard:
-    """What W&B would get."""
+    """Collects what W&B would get."""
 
     def __init__(self):
         self.logged, self.alerts, self.summary, self.experiment = {}, [], {}, self
@@ -162,10 +162,10 @@ def test_the_difference_to_the_base_is_the_tables(result: dict) -> None:
     assert "kernel_minus_base" not in result["models"]["run"][2]  # the base is not drawn at 15
 
 
-def test_a_killed_evaluation_goes_on_and_gives_the_same(
+def test_a_killed_evaluation_resumes_with_the_same_result(
     finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Stopped in its third cell, then the first one's file is damaged: only the second is not drawn again."""
+    """Killed in the third cell, then the first cell's file is damaged: only the second is not redrawn."""
     config = apply_overrides(finished_config(finished), [f"cache_dir={tmp_path}"], evaluate.CHANGEABLE)
     calls, real, copy = [], samplers.sample, RunDir(tmp_path / "run")
     shutil.copytree(finished.path, copy.path)
@@ -188,7 +188,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(
     assert evaluate.evaluate(copy, config) == result | {"cache_dir": str(tmp_path)}
     again = [1, 1, 7.5, 15]  # the base's first cell, and those of the run
     of_cells = [(count, guidance) for guidance in again for count in (4, 2)]
-    assert calls == [*of_cells, *[(3, 3)] * 2, (6, 15)]  # the scan, whose 1 is a cell's; the nearest samples
+    assert calls == [*of_cells, *[(3, 3)] * 2, (6, 15)]  # the scan, which shares scale 1; the nearest samples
 
 
 def test_the_trained_base_is_the_run_and_not_the_base(finished: RunDir) -> None:
@@ -196,18 +196,18 @@ def test_the_trained_base_is_the_run_and_not_the_base(finished: RunDir) -> None:
     assert weights_hash(trained_base(finished, config)) != weights_hash(starting_base(config))
 
 
-def test_few_images_are_said_and_enough_are_not(finished: RunDir, result: dict) -> None:
-    """The run's Frechet distance really is asked of fewer images than features."""
+def test_too_few_images_are_a_finding_and_enough_are_not(finished: RunDir, result: dict) -> None:
+    """The run's Frechet distance is computed from fewer images than features."""
     (finding,) = result["findings"]
-    noted = [said["name"] for said in finished.read_status()["findings"]]
-    assert noted.count("few images") == 1 and "sampling scale" in noted  # the second is from the training
+    noted = [one["name"] for one in finished.read_status()["findings"]]
+    assert noted.count("few images") == 1 and "sampling scale" in noted  # the second one from training
     assert finding["name"] == "few images"
     assert "6 images" in finding["text"] and "320 features" in finding["text"]
     assert diagnosis.few_images(321, 320, 1.0) == []
 
 
 def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -> None:
-    """A sample that is a training image is found, as the first, with distance 0."""
+    """A sample that equals a training image comes first, with distance 0."""
     assert finished.evaluation_nearest.stat().st_size > 10_000
     draws = torch.Generator().manual_seed(0)
     training = torch.rand(9, 12, generator=draws)
@@ -219,7 +219,7 @@ def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -
     assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
 
 
-def test_copies_of_training_images_show(finished: RunDir) -> None:
+def test_copies_of_training_images_are_detected(finished: RunDir) -> None:
     config = finished_config(finished)
     measure = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), ["a"]).measure_real
     reference_images, training_images = sources.real_images(config)
@@ -229,10 +229,10 @@ def test_copies_of_training_images_show(finished: RunDir) -> None:
     assert evaluate.copying_ratio(training, real) == pytest.approx(0, abs=1e-4)
 
 
-def test_copies_are_looked_for_among_all_training_images(
+def test_copies_are_searched_among_all_training_images(
     finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 24 images some 20 are trained on; the floor is that of as many as there are samples, 6."""
+    """About 20 of 24 images are trained on; the floor uses as many as there are samples, 6."""
     config = finished_config(finished)
     seen, ratio = [], evaluate.copying_ratio
     monkeypatch.setattr(evaluate, "copying_ratio", lambda rows, real: seen.append(real) or ratio(rows, real))
@@ -244,7 +244,7 @@ def test_copies_are_looked_for_among_all_training_images(
     assert torch.equal(seen[0].training, wanted)
 
 
-def test_the_seed_of_the_start_noise_is_the_grids(finished: RunDir) -> None:
+def test_the_start_noise_has_the_seed_of_the_grids(finished: RunDir) -> None:
     config = apply_overrides(finished_config(finished), ["sample.seed=40"], evaluate.CHANGEABLE)
     base, cell = starting_base(config), Cell("ddim", 1)
     measured = samples.SampleCache(config, FeatureExtractor(config, base), ["a", "b"]).measure_model(
@@ -254,7 +254,7 @@ def test_the_seed_of_the_start_noise_is_the_grids(finished: RunDir) -> None:
     assert torch.equal(measured["kept"], (drawn * 255).round().to(torch.uint8))
 
 
-def test_a_users_folder_is_never_drawn_into(make_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_users_folder_is_never_written_to(make_config: Callable[..., Config], tmp_path: Path) -> None:
     config = make_config(f"data.reference={tmp_path / 'mine'}")
     with pytest.raises(UserError, match=r"data\.reference=.*mine: no such folder"):
         sources.real_images(config)
@@ -278,7 +278,7 @@ def test_an_evaluation_of_other_weights_is_not_read(finished: RunDir, result: di
     assert result["weights"] == copy.weights == checksum_of(copy.best_checkpoint)
     write_with_checksum(copy.best_checkpoint, lambda file: file.write(b"a better epoch"))
     assert copy.read_evaluation() == {}
-    copy.best_checkpoint.unlink()  # whether it is another cannot be told
+    copy.best_checkpoint.unlink()  # then nothing shows that it is of other weights
     assert copy.read_evaluation() != {}
 
 
@@ -313,7 +313,7 @@ def test_wrong_settings_are_one_line(finished: RunDir, word: str, message: str |
         apply_overrides(config, [word], evaluate.CHANGEABLE)
 
 
-def test_what_is_no_finished_run_is_one_line(finished: RunDir, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_refused_in_one_line(finished: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         finished_config(RunDir(tmp_path))
     copy = RunDir(tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""Two tasks at a time: the same results in the same order, each thread with half the cores."""
+"""Two tasks at a time: the same results in the same order, with half the cores for each thread."""
 
 import threading
 
@@ -21,7 +21,7 @@ def two_threads() -> None:
 
 
 def test_samples_are_those_of_one_thread(two_threads: None, base: BaseModel) -> None:
-    """To the bit: torch with half the threads in the main thread is the authority."""
+    """Bit for bit as torch gives them in the main thread with half the threads."""
 
     def drawn(seed: int) -> torch.Tensor:
         options = {"num_inference_steps": 3, "resolution": 64}
@@ -33,7 +33,7 @@ def test_samples_are_those_of_one_thread(two_threads: None, base: BaseModel) -> 
     assert all(torch.equal(image, drawn(seed)) for seed, image in enumerate(found))
 
 
-def test_two_at_a_time_and_no_more(two_threads: None) -> None:
+def test_exactly_two_run_at_a_time(two_threads: None) -> None:
     both = threading.Barrier(2, timeout=20)  # breaks unless two tasks meet
 
     def task(number: int) -> tuple[int, int]:
@@ -43,7 +43,7 @@ def test_two_at_a_time_and_no_more(two_threads: None) -> None:
     assert list(two_at_a_time([lambda n=n: task(n) for n in range(6)], CPU)) == [(n, 1) for n in range(6)]
 
 
-def test_an_error_ends_it_and_gives_the_threads_back(two_threads: None) -> None:
+def test_an_error_ends_it_and_restores_the_threads(two_threads: None) -> None:
     started = []
 
     def task(number: int) -> int:
@@ -56,7 +56,7 @@ def test_an_error_ends_it_and_gives_the_threads_back(two_threads: None) -> None:
     assert len(started) < 10
 
 
-def test_one_core_or_a_gpu_takes_one_after_the_other() -> None:
+def test_one_core_or_a_gpu_runs_one_at_a_time() -> None:
     here = threading.get_ident()
     tasks = [threading.get_ident] * 3
     assert list(two_at_a_time(tasks, torch.device("cuda"))) == [here] * 3

@@ -27,7 +27,7 @@ BASE = [
 ]
 
 
-def made(folder: Path, finetune: str, guidance: float, rows: list[dict] | None) -> Trial:
+def make_evaluated_trial(folder: Path, finetune: str, guidance: float, rows: list[dict] | None) -> Trial:
     run = RunDir(folder)
     run.adapter.mkdir(parents=True)
     save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, run.adapter / ADAPTER_FILE)
@@ -47,13 +47,13 @@ def trials(tmp_path: Path) -> list[Trial]:
     one = [BASE[0] | {"kernel": [2.0, 0.4]}, BASE[1] | {"kernel": [0.5, 0.2]}]
     guided = [*one, {"sampler": "ddim", "guidance": 15.0, "kernel": [0.9, 0.3]}]
     return [
-        made(tmp_path / "a", "none", 1, None),
-        made(tmp_path / "b", "lora", 1.0, one),
-        made(tmp_path / "c", "lora", 7.5, guided),
+        make_evaluated_trial(tmp_path / "a", "none", 1, None),
+        make_evaluated_trial(tmp_path / "b", "lora", 1.0, one),
+        make_evaluated_trial(tmp_path / "c", "lora", 7.5, guided),
     ]
 
 
-def test_every_model_stands_once_in_its_cells(trials: list[Trial]) -> None:
+def test_every_model_is_listed_once_with_its_cells(trials: list[Trial]) -> None:
     cells, rows = comparison.cell_rows(trials)
     assert [(c.sampler, c.guidance) for c in cells] == [("ddpm", 1), ("ddim", 7.5), ("ddim", 15)]
     names = ["untouched base", "LoRA, trained at guidance 1", "LoRA, trained at guidance 7.5"]
@@ -62,8 +62,8 @@ def test_every_model_stands_once_in_its_cells(trials: list[Trial]) -> None:
     assert [row and row["kernel"][0] for row in rows[2][1]] == [2.0, 0.5, 0.9]
 
 
-def test_the_tables_are_whole_in_a_pipe(trials: list[Trial]) -> None:
-    """Of 80 columns; the models' names went first."""
+def test_the_tables_are_not_cut_in_a_pipe(trials: list[Trial]) -> None:
+    """A pipe has 80 columns; the models' names were cut first."""
     pipe = Console(width=80)
     with pipe.capture() as captured:
         for table in (comparison.cell_table(trials), costs.cost_table(trials)):
@@ -74,8 +74,8 @@ def test_the_tables_are_whole_in_a_pipe(trials: list[Trial]) -> None:
     assert sum("LoRA, trained at guidance 7.5" in line for line in lines) == 2
 
 
-def test_models_of_one_name_are_told_apart_by_what_varies(trials: list[Trial], tmp_path: Path) -> None:
-    ranks = [made(tmp_path / f"rank {rank}", "lora", 1.0, BASE) for rank in (4, 8)]
+def test_models_of_one_name_are_distinguished_by_what_varies(trials: list[Trial], tmp_path: Path) -> None:
+    ranks = [make_evaluated_trial(tmp_path / f"rank {rank}", "lora", 1.0, BASE) for rank in (4, 8)]
     for rank, trial in zip((4, 8), ranks, strict=True):
         trial.settings["lora.rank"] = rank
     names = ["LoRA, trained at guidance 1, rank 4", "LoRA, trained at guidance 1, rank 8"]
@@ -88,7 +88,7 @@ def test_models_of_one_name_are_told_apart_by_what_varies(trials: list[Trial], t
 
 
 def test_two_bases_have_a_line_each(trials: list[Trial], tmp_path: Path) -> None:
-    other = made(tmp_path / "d", "lora", 3.0, BASE)
+    other = make_evaluated_trial(tmp_path / "d", "lora", 3.0, BASE)
     content = json.loads(other.run.evaluation.read_text())
     content["models"]["base"] = [BASE[0] | {"kernel": [3.0, 1.0]}]
     other.run.evaluation.write_text(json.dumps(content))
@@ -99,7 +99,7 @@ def test_two_bases_have_a_line_each(trials: list[Trial], tmp_path: Path) -> None
 
 
 def test_the_nearest_models_are_compared_in_pairs(trials: list[Trial], tmp_path: Path) -> None:
-    """With the files that the evaluations left in the cache, each in its best cell."""
+    """From the features that the evaluations left in the cache, each model in its best cell."""
     draws = torch.Generator().manual_seed(0)
     sets = {
         name: 0.5 * shift + torch.randn(40, 6, generator=draws, dtype=torch.float64)
@@ -126,7 +126,7 @@ def test_the_nearest_models_are_compared_in_pairs(trials: list[Trial], tmp_path:
     assert comparison.paired_comparisons(trials[1:]) == []
 
 
-def test_what_stands_under_the_table(trials: list[Trial], tmp_path: Path) -> None:
+def test_the_notes_below_the_table(trials: list[Trial], tmp_path: Path) -> None:
     content = json.loads(trials[2].run.evaluation.read_text())
     content |= {"floor_images": 41, "real": {"kernel": [0.05, 0.1]}, "findings": []}
     content["findings"] = [{"name": "few images", "text": "12 are few"}]
@@ -170,7 +170,7 @@ def test_one_evaluation_that_fails_does_not_end_the_others(
     assert "this evaluation failed: no such folder" in capsys.readouterr().out
 
 
-def test_the_study_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_study_has_a_report_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name, gains in (("a", (0, 0.3, 0.4)), ("b", (0, 0.1, 0.2))):
         make_run(tmp_path / name, gains)
     sweep.report(tmp_path)
@@ -178,7 +178,7 @@ def test_the_study_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "report.html" in capsys.readouterr().out
 
 
-def test_costs_are_the_files_own(trials: list[Trial]) -> None:
+def test_costs_are_read_from_the_files(trials: list[Trial]) -> None:
     """15 steps of 8 examples in 3 epochs at a median of 20 a second: 2 seconds an epoch; 17 numbers."""
     (name, costs), _ = cost_rows(trials)
     assert name == "LoRA, trained at guidance 1"
@@ -196,7 +196,7 @@ def test_the_markdown_holds_both_tables(trials: list[Trial], tmp_path: Path) -> 
     "content",
     ["{}", "[]", "{", '{"models": {"base": [{"kernel": 1}]}}', '{"models": {"base": []}, "real": 1}'],
 )
-def test_an_odd_evaluation_is_left_out(trials: list[Trial], content: str) -> None:
+def test_a_malformed_evaluation_is_left_out(trials: list[Trial], content: str) -> None:
     trials[1].run.evaluation.write_text(content)
     assert [trial for trial, _ in evaluations.evaluated(trials)] == [trials[0], trials[2]]
 

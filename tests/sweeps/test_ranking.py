@@ -9,9 +9,10 @@ import pytest
 from helpers.report_material import make_run, page_of
 from rich.console import Console
 
+from ghibli.runs.folder import RunDir
 from ghibli.sweeps import ranking
 from ghibli.sweeps.ranking import COLUMNS, Column
-from ghibli.sweeps.trials import read_trials
+from ghibli.sweeps.trials import Trial, read_trials
 
 
 @pytest.fixture
@@ -86,3 +87,18 @@ def test_a_long_verdict_is_cut_on_the_terminal_only(study: Path) -> None:
     make_run(study / "long", (0,), state="failed", reason="the disk is full " * 9)
     assert any(line.endswith("...") and line.count("the disk is full") < 9 for line in terminal(study))
     assert any(row["verdict"].count("the disk is full") == 9 for row in csv_rows(study))
+
+
+def test_the_table_is_not_cut_in_a_pipe(tmp_path: Path) -> None:
+    """Rich assumes 80 columns where there is no terminal."""
+    names = [f"model.{k}{'x' * 20}" for k in range(8)]
+    RunDir(tmp_path).update_status(state="failed", reason="the disk is full")
+    failed, other = (
+        Trial(RunDir(tmp_path), dict.fromkeys(names, rank), status, None)
+        for rank, status in ((4, RunDir(tmp_path).read_status()), (8, {}))
+    )
+    output = io.StringIO()
+    Console(file=output, width=80, soft_wrap=True).print(ranking.ranking_table([failed, other]))
+    lines = output.getvalue().splitlines()
+    assert all(name in lines[0] for name in names)
+    assert "failed: the disk is full" in lines[1]

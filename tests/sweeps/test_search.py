@@ -1,4 +1,4 @@
-"""`python sweep.py` with sweep.search, sweep.halving and sweep.repeats: what is trained, and going on."""
+"""`python sweep.py` with sweep.search, sweep.halving and sweep.repeats: what is trained, and resuming."""
 
 import math
 import shutil
@@ -7,18 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.commands import REPO, SMALL, python_sweep
 from hydra.core.config_store import ConfigStore
 
 import sweep
 import train
-from ghibli.evaluation.gain import Probe
 from ghibli.runs import launch
 from ghibli.runs.folder import RunDir
 from ghibli.sweeps import grid, search, trials
-from ghibli.sweeps.effects import seed_noise
-from ghibli.sweeps.trials import Trial
 
 LINES = ("lora.rank=2,4,8", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "seed=3")
 
@@ -28,8 +24,8 @@ def words(images: Path, tmp_path: Path) -> list[str]:
     return [*SMALL, f"data.root={images}", "data.draw=null", f"hydra.sweep.dir={tmp_path / 'study'}"]
 
 
-def stands_in(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[tuple[int, float]]:
-    """Replaces training by a function of rank and rate; at trial `stop_at` the process dies instead."""
+def replace_training(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[tuple[int, float]]:
+    """Replace training by a function of rank and learning rate; at trial `stop_at` the process dies."""
     asked: list[tuple[int, float]] = []
 
     def gain(config, run, resumes=False) -> float:
@@ -45,15 +41,15 @@ def stands_in(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> li
     return asked
 
 
-def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(
+def test_a_killed_search_continues_as_if_it_had_not_been_killed(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     optuna = pytest.importorskip("optuna")
-    undisturbed = stands_in(monkeypatch)
+    undisturbed = replace_training(monkeypatch)
     python_sweep(*words, *LINES, "sweep.search=12", f"hydra.sweep.dir={tmp_path / 'other'}")
     asked = []
     for stop_at in (2, 0, 5, None):
-        asked.append(stands_in(monkeypatch, stop_at))
+        asked.append(replace_training(monkeypatch, stop_at))
         with suppress(SystemExit):
             python_sweep(*words, *LINES, "sweep.search=12")
     assert [len(part) for part in asked] == [2, 0, 5, 5]
@@ -64,11 +60,11 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(
     assert len(table.trials) == 12 and {t.state.name for t in table.trials} == {"COMPLETE"}
 
 
-def test_a_trial_that_fails_does_not_stop_the_search_and_is_tried_again(
+def test_a_failed_trial_does_not_stop_the_search_and_is_retried(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     optuna = pytest.importorskip("optuna")
-    stands_in(monkeypatch)
+    replace_training(monkeypatch)
     good = train.run
 
     def sometimes(config, run, resumes=False) -> float:
@@ -91,15 +87,15 @@ def test_a_trial_that_fails_does_not_stop_the_search_and_is_tried_again(
     assert states.count("COMPLETE") == 8 and len(states) == 8 + 2 * failed
 
 
-def test_a_deleted_trial_of_a_search_is_trained_anew(
+def test_a_deleted_trial_of_a_search_is_trained_again(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("optuna")
-    first = stands_in(monkeypatch)
+    first = replace_training(monkeypatch)
     python_sweep(*words, "lora.rank=range(2,64)", "sweep.search=3")
     lost = next(path for path in (tmp_path / "study").iterdir() if f"rank={first[1][0]}," in path.name)
     shutil.rmtree(lost)
-    again = stands_in(monkeypatch)
+    again = replace_training(monkeypatch)
     python_sweep(*words, "lora.rank=range(2,64)", "sweep.search=3")
     assert again == first[1:2] and lost.is_dir()
 
@@ -108,7 +104,7 @@ def test_other_choices_in_the_same_folder_are_refused(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("optuna")
-    stands_in(monkeypatch)
+    replace_training(monkeypatch)
     python_sweep(*words, "lora.rank=2,4", "sweep.search=1")
     with pytest.raises(SystemExit):
         python_sweep(*words, "lora.rank=2,16", "sweep.search=2")
@@ -168,7 +164,7 @@ def test_train_py_refuses_a_search_and_says_how_to_resume_a_grid(
 
 def test_of_a_key_given_twice_the_last_counts(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
-    asked = stands_in(monkeypatch)
+    asked = replace_training(monkeypatch)
     python_sweep(*words, "lora.rank=2,4", "optimizer.lr=1e-4,1e-3", *LINES, "lora.rank=8", "sweep.search=2")
     assert [rank for rank, _ in asked] == [8, 8] and not {lr for _, lr in asked} & {1e-4, 1e-3}
 
@@ -177,8 +173,8 @@ def test_rungs() -> None:
     assert [search.rungs(epochs) for epochs in (1, 3, 9, 30)] == [[1], [1, 3], [1, 3, 9], [3, 10, 30]]
 
 
-def test_halving_trains_the_best_third_on_and_is_exact(words: list[str], tmp_path: Path) -> None:
-    """The survivor ends where an unstopped run ends, the others after an epoch; again nothing is trained."""
+def test_halving_extends_the_best_third_and_is_exact(words: list[str], tmp_path: Path) -> None:
+    """The survivor equals a run that never stopped, the others end after an epoch; a rerun trains nothing."""
     common = ["optimizer.schedule=constant", "sample.every_n_epochs=0", "trainer.max_epochs=3"]
     common += ["early_stopping.patience=null"]
     line = [*words, *common, "optimizer.lr=1e-6,1e-4,2e-3", "sweep.halving=true"]
@@ -208,22 +204,6 @@ def test_the_best_are_repeated_with_other_seeds(words: list[str], capsys: pytest
     assert trials.read_trial(RunDir(folder / repeat)).settings["optimizer.lr"] == 2e-3
     assert repeat.endswith("+seed=1")
     assert "seed: a new one alone moves the gain by" in " ".join(capsys.readouterr().out.split())
-
-
-def test_seed_noise_is_the_pooled_deviation(tmp_path: Path) -> None:
-    """Against numbers by hand: (0.1, 0.3) and (0.2, 0.6) have variances 0.02 and 0.08, pooled 0.05."""
-
-    def made(rank: int, seed: int, gain: float) -> Trial:
-        base = torch.ones(3, 2)
-        probe = Probe(val=base - gain, val_g1=base, train=base, base_val=base, base_train=base)
-        return Trial(RunDir(tmp_path), {"lora.rank": rank, "seed": seed}, {}, probe)
-
-    trials = [made(2, 0, 0.1), made(2, 1, 0.3), made(4, 0, 0.2), made(4, 1, 0.6)]
-    noise = seed_noise(trials)
-    assert noise.deviation == pytest.approx(0.05**0.5, rel=1e-5)
-    assert (noise.freedom, noise.settings) == (2, 2)
-    assert noise.band == pytest.approx(4.3027 * 2**0.5 * noise.deviation, rel=1e-4)  # t table, 2 degrees
-    assert seed_noise(trials[::2]) is None
 
 
 def test_a_running_trial_is_reopened_with_its_values() -> None:
