@@ -91,7 +91,7 @@ def evaluate_all(study: grid.Study) -> None:
         return
     from ghibli.sweeps.trials import read_trials
 
-    finished = [trial.run for trial in read_trials(study.folder) if trial.run.state == "finished"]
+    finished = [trial.run for trial in read_trials(study.folder) if trial.run.status.state == "finished"]
     for number, run in enumerate(finished, start=1):
         console.print(f"\nevaluating {number} of {len(finished)}: {run.path.name}", style="bold")
         try:

@@ -177,7 +177,7 @@ def overhead(words: list[str]) -> tuple[float, float]:
     config = config_of([*words, "wandb.mode=offline"])
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
-        run.update_status(state="running")
+        run.status.update(state="running")
         base = apply.load_base(config.model)
         module = GhibliModule(config, base)
         data = GhibliDataModule(config, base, run, module.num_train_timesteps)

@@ -69,7 +69,7 @@ BLUE, ORANGE, GREY = "#1f6fb4", "#d9731a", "#777777"
 def run_of(name: str) -> RunDir:
     """Return the finished run of this name; train or resume it first if necessary."""
     run = RunDir(WORK / name)
-    if run.state != "finished":
+    if run.status.state != "finished":
         resume = [f"resume={run.path}"] if run.last_checkpoint.exists() else None
         words = resume or [*RUNS[name], f"hydra.run.dir={run.path}"]
         print("training", name, flush=True)
@@ -264,7 +264,7 @@ def diverged() -> None:
         losses, probe = column(run, "train/epoch_loss", 1), column(run, "probe/val_loss")
         axis.plot(np.arange(1, len(losses) + 1), losses, color=colour, marker=".", label=f"{name}, training")
         axis.plot(np.arange(len(probe)), probe, color=colour, ls="--", label=f"{name}, held out")
-        found = [finding["name"] for finding in run.read_status().get("findings", [])]
+        found = [finding["name"] for finding in run.status.read().get("findings", [])]
         numbers[name] = {"epoch losses": [round(v, 3) for v in losses], "doctor": found}
     axis.axhline(1, color=GREY, lw=0.8)
     axis.text(0, 1.02, "predicting nothing", color=GREY, fontsize=8, va="bottom")

@@ -21,7 +21,7 @@ def model_card(run: RunDir, config: Config, name: str, files: list[str]) -> str:
         name: title of the card.
         files: a sentence for each file, and for each that could not be written.
     """
-    status, words = run.read_status(), config.data.style.strip(" ,")
+    status, words = run.status.read(), config.data.style.strip(" ,")
     base = config.model.path
     of_hub = f"base_model: {json.dumps(base)}\n" if base.count("/") == 1 and not Path(base).exists() else ""
     trigger = f"instance_prompt: {json.dumps(words)}\n" if words else ""

@@ -94,11 +94,11 @@ def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def row_of(run: RunDir) -> tuple[str, ...]:
     """Format a run as the cells of a row of `ghibli list`."""
-    status = run.read_status()
+    status = run.status.read()
     gain, error = status.get("gain"), status.get("gain_se")
     gain_text = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
-    return str(run.path), run.state, status.get("settings", "?"), epochs, gain_text
+    return str(run.path), run.status.state, status.get("settings", "?"), epochs, gain_text
 
 
 @app.command("compare")

@@ -218,8 +218,8 @@ def check_image_count(result: dict[str, Any], real: RealImages) -> list[diagnosi
 
 def replace_findings(run: RunDir, found: list[dict[str, str]]) -> None:
     """Add findings to those of the training in status.json, replacing those of an earlier evaluation."""
-    noted = run.read_status().get("findings", [])
-    run.update_status(findings=[*(finding for finding in noted if finding["name"] != "few images"), *found])
+    noted = run.status.read().get("findings", [])
+    run.status.update(findings=[*(finding for finding in noted if finding["name"] != "few images"), *found])
 
 
 def save_cells(run: RunDir, models: dict[str, ModelCells], sampled: Sampled, cache: SampleCache) -> None:

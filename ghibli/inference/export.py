@@ -84,7 +84,7 @@ def write_adapters(
     diffusers_file, kohya_file = folder / ADAPTER_FILE, folder / f"{run.path.name}_kohya.safetensors"
     write_atomically(diffusers_file, lambda file: file.write(adapter.file.read_bytes()))
     try:
-        metadata = kohya.metadata_of(adapter, config, run.read_status(), run.path.name)
+        metadata = kohya.metadata_of(adapter, config, run.status.read(), run.path.name)
         kohya.write_kohya(adapter, kohya_file, metadata)
     except UserError as error:
         return [diffusers_file], [str(error)]

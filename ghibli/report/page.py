@@ -45,7 +45,7 @@ def page_content(folders: list[Path]) -> dict[str, Any]:
 def is_run(folder: Path) -> bool:
     """Return whether the folder holds a run, perhaps with some of its files missing."""
     run = RunDir(folder)
-    return any(path.exists() for path in (run.status, run.config, run.probe))
+    return any(path.exists() for path in (run.status.path, run.config, run.probe))
 
 
 def runs_in(folder: Path) -> list[RunDir]:

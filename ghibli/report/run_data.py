@@ -43,7 +43,7 @@ class RunData:
 
     @cached_property
     def state(self) -> str:
-        return self.run.state
+        return self.run.status.state
 
     @cached_property
     def probe(self) -> list[CsvRow]:
@@ -202,4 +202,4 @@ def read_run(run: RunDir, with_scores: bool) -> RunData:
     settings = {} if content is None else relevant_settings(content)
     best = try_read(lambda: best_probe(run)) if with_scores else None
     problems = ["config.yaml is missing or damaged: the settings are left out"] if content is None else []
-    return RunData(Trial(run, settings, run.read_status(), best), problems)
+    return RunData(Trial(run, settings, run.status.read(), best), problems)

@@ -56,13 +56,13 @@ def read_side(folder: str) -> Side:
     run = RunDir(Path(folder))
     if not run.path.is_dir():
         raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")
-    if not run.status.exists() or not run.config.exists():
+    if not run.status.path.exists() or not run.config.exists():
         raise UserError(
             f"{folder} is not a run: it has no status.json and config.yaml (`ghibli list` shows the runs)"
         )
-    status = run.read_status()
+    status = run.status.read()
     if not status:
-        raise UserError(f"{run.status} is damaged: this run cannot be compared")
+        raise UserError(f"{run.status.path} is damaged: this run cannot be compared")
     settings = read_settings(run.config)
     if settings is None:
         raise UserError(f"{run.config} is damaged: this run cannot be compared")
@@ -89,7 +89,7 @@ def result_rows(first: Side, second: Side) -> list[Row]:
         gain, error = side.status.get("gain"), side.status.get("gain_se")
         text = "-" if gain is None else f"{100 * gain:.1f} %"
         text += f" +- {100 * error:.1f} %" if gain is not None and error is not None else ""
-        columns.append((side.run.state, str(side.status.get("epoch", "-")), text))
+        columns.append((side.run.status.state, str(side.status.get("epoch", "-")), text))
     return list(zip(("state", "epochs", "gain"), *columns, strict=True))
 
 

@@ -113,7 +113,7 @@ def watch(processes: list[subprocess.Popen], run: RunDir, done: threading.Event)
             if done.wait(GRACE):
                 return
             reason = why_ended(processes, run)
-            run.update_status(state="failed", reason=reason, ended=now())
+            run.status.update(state="failed", reason=reason, ended=now())
             print(f"error: {reason}", file=sys.stderr, flush=True)
             end_others(processes, run)
             os._exit(2)

@@ -13,7 +13,7 @@ OUTPUTS = Path("outputs")
 def all_runs(root: Path = OUTPUTS) -> list[RunDir]:
     """List the run folders below `root`, oldest first by the start time in their status.json."""
     runs = [RunDir(path.parent) for path in root.glob("**/status.json")]
-    return sorted(runs, key=lambda run: (str(run.read_status().get("started", "")), str(run.path)))
+    return sorted(runs, key=lambda run: (str(run.status.read().get("started", "")), str(run.path)))
 
 
 def run_to_resume(name: str, root: Path = OUTPUTS) -> RunDir:
@@ -65,7 +65,7 @@ def finished_run(name: str) -> RunDir:
 
 def runs_with_weights() -> list[RunDir]:
     """List the finished runs below outputs/ that trained something, oldest first."""
-    return [run for run in all_runs() if run.state == "finished" and run.has_weights]
+    return [run for run in all_runs() if run.status.state == "finished" and run.has_weights]
 
 
 def finished_config(run: RunDir) -> Config:
@@ -76,6 +76,6 @@ def finished_config(run: RunDir) -> Config:
     """
     if not run.config.is_file():
         raise UserError(f"{run.path} holds no run: `ghibli list` shows them")
-    if run.state != "finished":
-        raise UserError(f"{run.path} is {run.state}, not finished: python train.py resume={run.path}")
+    if run.status.state != "finished":
+        raise UserError(f"{run.path} is {run.status.state}, not finished: python train.py resume={run.path}")
     return from_yaml(run.config)

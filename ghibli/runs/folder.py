@@ -1,7 +1,6 @@
 """The files of a run folder and their names; its lock."""
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -9,16 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ghibli.runs.status import RunStatus
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.files import checksum_of, is_whole, write_atomically, write_json
-from ghibli.runtime.provenance import now
+from ghibli.runtime.files import checksum_of, is_whole, write_atomically
 from ghibli.runtime.rank import is_first
 
 EVALUATION_NAMES = {"reference_pictures": "reference_images", "floor_pictures": "floor_images"}
-PLACE = (  # the entries of status.json that name code and machine; each start of a run notes them
-    "code", "git_commit", "git_dirty", "versions",
-    "machine", "processor", "threads", "device", "devices", "precision",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,8 +27,8 @@ class RunDir:
         return self.path / "config.yaml"
 
     @property
-    def status(self) -> Path:
-        return self.path / "status.json"
+    def status(self) -> RunStatus:
+        return RunStatus(self.path / "status.json")
 
     @property
     def no_result(self) -> Path:
@@ -127,17 +122,6 @@ class RunDir:
     def samples(self) -> Path:
         return self.path / "samples"
 
-    def read_status(self) -> dict[str, Any]:
-        """The content of status.json; empty when there is none or it was damaged."""
-        try:
-            content = json.loads(self.status.read_text())
-        except (OSError, ValueError):
-            return {}
-        if not isinstance(content, dict):
-            return {}
-        checksum = content.pop("sha256", None)
-        return content if checksum in (None, _checksum(content)) else {}
-
     @property
     def weights(self) -> str | None:
         """The checksum of best.ckpt, which identifies the best epoch's weights."""
@@ -166,13 +150,6 @@ class RunDir:
         if not isinstance(content, dict):
             return content
         return {EVALUATION_NAMES.get(key, key): value for key, value in content.items()}
-
-    @property
-    def state(self) -> str:
-        """running, finished, interrupted, failed; killed if it says running and no longer runs."""
-        status = self.read_status()
-        state = status.get("state", "unknown")
-        return "killed" if state == "running" and not _is_alive(status.get("process")) else state
 
     def lock(self, key: str = "hydra.run.dir") -> BinaryIO:
         """Make this process the folder's only writer, until it ends or closes the result.
@@ -211,7 +188,7 @@ class RunDir:
 
     def as_it_was(self) -> Callable[[], None]:
         """Return a function that restores what a resume changes before its first step."""
-        paths = (self.config, self.status, self.split)
+        paths = (self.config, self.status.path, self.split)
         kept = {path: path.read_bytes() for path in paths if path.is_file()}
 
         def put_back() -> None:
@@ -219,20 +196,6 @@ class RunDir:
                 write_atomically(path, lambda file, content=content: file.write(content))
 
         return put_back
-
-    def update_status(self, **changes: Any) -> None:
-        """Writes status.json with these entries added or replaced, and a checksum."""
-        content = self.read_status() | changes
-        write_json(self.status, content | {"sha256": _checksum(content)})
-
-    def note_start(self, **where: Any) -> None:
-        """Adds to status.json where this process trains, and to `starts` from which step and by which code.
-
-        A run that was resumed has several, which tells whether it moved on the way.
-        """
-        status = self.read_status() | where
-        start = {key: status.get(key) for key in ("command", "step", *PLACE)}
-        self.update_status(**where, starts=[*status.get("starts", []), {"at": now()} | start])
 
 
 def step_of(checkpoint: Path) -> int:
@@ -242,30 +205,16 @@ def step_of(checkpoint: Path) -> int:
     return torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["global_step"]
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _is_alive(process: int | None) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, TypeError, OverflowError):  # the last two: status.json is damaged
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def check_unchanged(run: RunDir, key: str, value: str, what: str) -> None:
     """Store a hash in status.json, or compare it with the one stored when the run was started.
 
     Raises:
         UserError: `what` is not what the run was started with.
     """
-    noted = run.read_status().get(key, value)
+    noted = run.status.read().get(key, value)
     if noted != value:
         raise UserError(
             f"resume={run.path}: {what} is not the same as when the run was started "
             f"({key} {value[:12]}, was {noted[:12]}); put it back, or start a new run"
         )
-    run.update_status(**{key: value})
+    run.status.update(**{key: value})

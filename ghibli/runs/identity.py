@@ -41,7 +41,7 @@ def identity_fields(config: Config, run: RunDir) -> dict[str, Any]:
     return {
         "config_version": CONFIG_VERSION,
         "settings_hash": settings_hash(config),
-        "code_hash": run.read_status().get("code_hash") or code_hash(),
+        "code_hash": run.status.read().get("code_hash") or code_hash(),
     }
 
 
@@ -53,7 +53,7 @@ def result_checksum(status: dict[str, Any]) -> str:
 
 def finished_objective(run: RunDir) -> float | None:
     """Read a finished run's objective from status.json; None when unfinished, or when a digit was changed."""
-    status = run.read_status()
+    status = run.status.read()
     is_trusted = status.get("state") == "finished" and status.get("seal") == result_checksum(status)
     return status["objective"] if is_trusted else None
 

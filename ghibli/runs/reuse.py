@@ -15,7 +15,7 @@ from ghibli.runtime.rank import is_first
 def holds_results(run: RunDir) -> bool:
     """Return whether the folder holds checkpoints or a finished run's result."""
     checkpoints = (run.last_checkpoint, run.previous_checkpoint, run.best_checkpoint)
-    return any(path.exists() for path in checkpoints) or run.read_status().get("state") == "finished"
+    return any(path.exists() for path in checkpoints) or run.status.read().get("state") == "finished"
 
 
 def require_same_trial(config: Config, run: RunDir) -> None:
@@ -27,7 +27,7 @@ def require_same_trial(config: Config, run: RunDir) -> None:
     Raises:
         UserError: the folder holds another run.
     """
-    status = run.read_status()
+    status = run.status.read()
     if not is_first() or not holds_results(run):
         return
     advice = f"resume it with resume={run.path}, or choose another folder"
@@ -66,7 +66,7 @@ def require_same_trial_except_epochs(config: Config, run: RunDir) -> None:
 
 def require_same_code(run: RunDir, advice: str) -> None:
     """Raise a UserError, ending in the advice, for a run that was made by other code."""
-    status = run.read_status()
+    status = run.status.read()
     if status.get("code_hash") != code_hash():
         raise UserError(
             f"{run.path} already holds this run, made by other code (commit {describe_commit(status)}), so "
@@ -88,7 +88,7 @@ def resume_or_restart(config: Config, run: RunDir) -> tuple[float | None, bool]:
     if objective is not None:
         console.print(f"{folder} is finished: its objective was {objective:.4f}")
         return objective, False
-    status, checkpoint = run.read_status(), run.usable_checkpoint()
+    status, checkpoint = run.status.read(), run.usable_checkpoint()
     if status.get("state") == "failed":
         console.print(f"{folder} failed before: {status.get('reason')}", style="yellow")
     if checkpoint is not None:
@@ -96,7 +96,7 @@ def resume_or_restart(config: Config, run: RunDir) -> tuple[float | None, bool]:
         return None, True
     if holds_results(run):
         console.print(f"{folder} has no intact checkpoint: starting over", style="yellow")
-    if run.status.exists():
+    if run.status.path.exists():
         delete_results(run)
     return None, False
 
@@ -104,14 +104,14 @@ def resume_or_restart(config: Config, run: RunDir) -> tuple[float | None, bool]:
 def delete_results(run: RunDir) -> None:
     """Delete the files that an earlier attempt left, the checkpoints first."""
     checkpoints = (run.last_checkpoint, run.previous_checkpoint, run.best_checkpoint)
-    for path in (*checkpoints, run.metrics, run.probe, run.distances, run.split, run.status):
+    for path in (*checkpoints, run.metrics, run.probe, run.distances, run.split, run.status.path):
         if not path.is_dir():
             path.unlink(missing_ok=True)
 
 
 def warn_of_changes(run: RunDir) -> None:
     """Print a warning for each change since the run's start that may change how it ends on resume."""
-    status = run.read_status()
+    status = run.status.read()
     if not status:
         console.print(
             "status.json is damaged or missing: earlier starts are forgotten, and W&B gets a new run",

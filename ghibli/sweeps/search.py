@@ -217,9 +217,9 @@ def train_until(overrides: list[str], epochs: int, train: Train) -> float:
     """Train what is missing of a trial up to an epoch; return its best gain so far, NaN when it failed."""
     config, run = settings_and_folder(overrides)
     config.trainer["max_epochs"] = epochs
-    planned, status = planned_epochs(run), run.read_status()
-    stopped_early = run.state == "finished" and status.get("epoch", 0) < planned
-    passed = planned > epochs or (planned == epochs and run.state == "finished") or stopped_early
+    planned, status = planned_epochs(run), run.status.read()
+    stopped_early = run.status.state == "finished" and status.get("epoch", 0) < planned
+    passed = planned > epochs or (planned == epochs and run.status.state == "finished") or stopped_early
     if not passed and math.isnan(train(config, run, planned > 0 and run.usable_checkpoint() is not None)):
         return math.nan
     return best_gain_until(run, epochs)

@@ -40,9 +40,9 @@ class Trial:
         """The names of the doctor's findings, or why there is no result."""
         if self.run.no_result.exists():
             return f"failed: {self.run.no_result.read_text()}"
-        if self.run.state != "finished":
+        if self.run.status.state != "finished":
             reason = self.status.get("reason")
-            return f"{self.run.state}: {reason}" if reason else self.run.state
+            return f"{self.run.status.state}: {reason}" if reason else self.run.status.state
         return ", ".join(finding["name"] for finding in self.status.get("findings", []))
 
     @property
@@ -87,9 +87,11 @@ def read_trial(run: RunDir) -> Trial | None:
     content = read_settings(run.config)
     if content is None:
         return None
-    has_result = run.state == "finished" and not run.no_result.exists()  # a running trial's may still change
+    has_result = (
+        run.status.state == "finished" and not run.no_result.exists()
+    )  # a running trial's may still change
     best = best_probe(run) if has_result else None
-    return Trial(run, relevant_settings(content), run.read_status(), best)
+    return Trial(run, relevant_settings(content), run.status.read(), best)
 
 
 def best_probe(run: RunDir) -> Probe | None:

@@ -51,7 +51,7 @@ class Result:
 def finalize(training: Training, logger: WandbLogger | None) -> Result:
     """Export the best weights, draw them, write status and model card; return the result."""
     config, run, trainer, module = training.config, training.run, training.trainer, training.module
-    run.update_status(peak_memory=peak_memory())
+    run.status.update(peak_memory=peak_memory())
     module.to(trainer.strategy.root_device)
     best = best_row(training.callbacks.records.probe_rows)
     gain, best_epoch = Gain(best["probe/val_gain"], best["probe/val_gain_se"]), best["epoch"]
@@ -64,11 +64,11 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
     lines += draw_last_grid(training)
     lines += save_weights(config, run, module, {"step": trainer.global_step, "best_epoch": best_epoch})
     lines.append(f"run      {relative_path(run.path)}")
-    run.update_status(
+    run.status.update(
         state="finished", ended=now(), step=trainer.global_step, epoch=trainer.current_epoch,
         gain=gain.value, gain_se=gain.standard_error, best_epoch=best_epoch, objective=gain.value,
     )  # fmt: skip
-    run.update_status(seal=identity.result_checksum(run.read_status()))
+    run.status.update(seal=identity.result_checksum(run.status.read()))
     if config.finetune == "lora":
         files = [f"`{file.name}`" for file in sorted(run.adapter.glob("*.safetensors"))]
         write_text(run.adapter / "README.md", model_card(run, config, run.path.name, files))
@@ -107,7 +107,7 @@ def save_weights(config: Config, run: RunDir, module: GhibliModule, facts: dict[
     if config.finetune == "none":
         return []
     file = lora.save_adapter(module.base, run.adapter)
-    kohya = save_kohya(config, run, module, run.read_status() | facts | {"ended": None})
+    kohya = save_kohya(config, run, module, run.status.read() | facts | {"ended": None})
     return [
         f"adapter  {relative_path(file)}",
         f"         {relative_path(kohya)} for ComfyUI and A1111",

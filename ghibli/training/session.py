@@ -99,8 +99,8 @@ class Session:
     def note_start(self, trainer: L.Trainer) -> None:
         """Note in status.json from which step, by which code and on which device this process trains."""
         if self.checkpoint is not None:
-            self.run.update_status(step=step_of(self.checkpoint))
-        self.run.note_start(
+            self.run.status.update(step=step_of(self.checkpoint))
+        self.run.status.note_start(
             code=identity.code_hash(), device=device_name(trainer.strategy.root_device),
             devices=trainer.world_size, precision=str(trainer.precision),
         )  # fmt: skip
@@ -120,8 +120,8 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
     checkpoint = run.checkpoint_to_resume() if resumes else None
     restore, stop = run.as_it_was(), CleanStop(run)
     write_text(run.config, to_yaml(config))
-    run.update_status(
-        state="running", reason=None, started=run.read_status().get("started", now()),
+    run.status.update(
+        state="running", reason=None, started=run.status.read().get("started", now()),
         settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
         process=os.getpid(), threads=config.threads or torch.get_num_threads(), **provenance(),
         **identity.identity_fields(config, run),
@@ -140,9 +140,9 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
         with suppress(OSError):  # a full disk, which `error` already tells
             if refused:
                 restore()
-            if not (refused and run.state == "finished"):
+            if not (refused and run.status.state == "finished"):
                 reason = str(explained) or type(error).__name__
-                run.update_status(state="failed", reason=reason, ended=now())
+                run.status.update(state="failed", reason=reason, ended=now())
         if run.last_checkpoint.exists() and not isinstance(explained, UserError):
             folder = relative_path(run.path)
             console.print(f"what was trained is kept; go on with: python train.py resume={folder}")
@@ -179,10 +179,10 @@ def note_interruption(run: RunDir, request: StopRequested) -> int:
     """Note the interruption, say how to resume, and return the exit code (130 or 143; 138 in Slurm)."""
     if request.signal_number == signal.SIGUSR1:
         ask_to_requeue()
-    if run.state == "finished":
+    if run.status.state == "finished":
         console.print("stopped; this run is finished")
         return 128 + request.signal_number
-    run.update_status(state="interrupted", reason=str(request), ended=now())
+    run.status.update(state="interrupted", reason=str(request), ended=now())
     if run.last_checkpoint.exists():
         console.print(f"stopped; go on with: python train.py resume={relative_path(run.path)}")
     else:

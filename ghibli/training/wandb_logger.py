@@ -68,7 +68,7 @@ def start(config: Config, run: RunDir, name: str, mode: str) -> WandbLogger:
     import wandb
 
     logging.getLogger("wandb").setLevel(logging.ERROR)
-    status = run.read_status()
+    status = run.status.read()
     experiment = wandb.init(
         project=config.wandb.project,
         group=config.wandb.group,
@@ -84,7 +84,7 @@ def start(config: Config, run: RunDir, name: str, mode: str) -> WandbLogger:
     )  # fmt: skip
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    run.update_status(wandb_id=experiment.id)
+    run.status.update(wandb_id=experiment.id)
     return WandbLogger(experiment=experiment, log_model=False)
 
 
@@ -165,7 +165,7 @@ def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
 
 def logger_afterwards(config: Config, run: RunDir) -> WandbLogger | None:
     """Start the logger of a finished run; where it cannot go online, offline, so that nothing is lost."""
-    name = str(run.read_status().get("settings", run.path.name))
+    name = str(run.status.read().get("settings", run.path.name))
     try:
         return make_logger(config, run, name)
     except UserError as mistake:

@@ -22,9 +22,9 @@ def test_list_without_runs_says_how_to_make_one(tmp_path: Path) -> None:
 def test_list_shows_state_settings_and_gain(tmp_path: Path) -> None:
     runs = tmp_path / "outputs" / "train"
     finished = {"settings": "LoRA rank 8", "epoch": 3, "gain": 0.1234, "gain_se": 0.005}
-    RunDir(runs / "a").update_status(state="finished", started="1", **finished)
-    RunDir(runs / "b").update_status(state="running", started="2", process=2**22 + 1)
-    RunDir(runs / "c").update_status(state="running", started="3", process=os.getpid())
+    RunDir(runs / "a").status.update(state="finished", started="1", **finished)
+    RunDir(runs / "b").status.update(state="running", started="2", process=2**22 + 1)
+    RunDir(runs / "c").status.update(state="running", started="3", process=os.getpid())
     code, out, _ = ghibli("list", cwd=tmp_path)
     lines = out.splitlines()
     assert code == 0

@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 def test_nothing_is_resumed_from_an_untrained_adapter(tmp_path: Path, name: str) -> None:
     """With no whole checkpoint both ways of naming a run are refused, and so is what comes after them."""
     run = RunDir(tmp_path / "run")
-    run.update_status(started="2026-01-01")
+    run.status.update(started="2026-01-01")
     run.checkpoints.mkdir()
     run.last_checkpoint.write_bytes(b"damaged")
     name = name.replace("RUN", str(run.path))
@@ -449,7 +449,7 @@ def test_list_survives_damaged_status_files(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "outputs" / "train"
-    RunDir(runs / "good").update_status(state="finished", started="2", settings="LoRA rank 8")
+    RunDir(runs / "good").status.update(state="finished", started="2", settings="LoRA rank 8")
     for name, content in {
         "cut": b'{"state": "fin',
         "empty": b"",

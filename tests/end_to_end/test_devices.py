@@ -190,8 +190,8 @@ def test_a_further_process_leaves_a_finished_run_as_the_first_does(
 ) -> None:
     """Started by torchrun for a folder that is done, it would wait for the first one for ever."""
     run = RunDir(tmp_path)
-    run.update_status(state="finished", objective=0.5)
-    run.update_status(seal=identity.result_checksum(run.read_status()))
+    run.status.update(state="finished", objective=0.5)
+    run.status.update(seal=identity.result_checksum(run.status.read()))
     config, followed = make_config(), []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(train, "current_run", lambda: run)
@@ -200,7 +200,7 @@ def test_a_further_process_leaves_a_finished_run_as_the_first_does(
     train.main(config)
     assert followed == []
     train.main(replace(config, resume=str(tmp_path)))  # may ask for more epochs
-    run.update_status(state="running")
+    run.status.update(state="running")
     train.main(config)
     assert followed == [1, 1]
 

@@ -109,12 +109,12 @@ def test_every_changed_byte_of_config_yaml_is_noticed(half_done: Corrupter, tmp_
 def test_a_damaged_status_is_an_empty_one(tmp_path: Path) -> None:
     """No flipped digit of a hash may refuse a resume, none of a gain may be shown."""
     run = RunDir(tmp_path)
-    run.update_status(state="finished", gain=0.25, base_hash="abc")
-    assert run.read_status() == {"state": "finished", "gain": 0.25, "base_hash": "abc"}
-    whole = run.status.read_bytes()
+    run.status.update(state="finished", gain=0.25, base_hash="abc")
+    assert run.status.read() == {"state": "finished", "gain": 0.25, "base_hash": "abc"}
+    whole = run.status.path.read_bytes()
     for place in range(len(whole)):
-        run.status.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        content = run.read_status()
+        run.status.path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        content = run.status.read()
         assert {key: content[key] for key in content if key in ("state", "gain", "base_hash")} in (
             {}, {"state": "finished", "gain": 0.25, "base_hash": "abc"},
         )  # fmt: skip

@@ -64,7 +64,7 @@ def running(folder: Path) -> Iterator[RunDir]:
     """The trials that are being trained and have a checkpoint."""
     for status in folder.glob("*/status.json"):
         run = RunDir(status.parent)
-        if run.state == "running" and run.last_checkpoint.exists():
+        if run.status.state == "running" and run.last_checkpoint.exists():
             yield run
 
 
@@ -80,7 +80,7 @@ def half_done(study: subprocess.Popen[bytes], folder: Path) -> RunDir:
 def resumed(folder: Path) -> list[RunDir]:
     """The trials that went on from a checkpoint."""
     runs = [RunDir(status.parent) for status in folder.glob("*/status.json")]
-    return [run for run in runs if len(run.read_status()["starts"]) > 1]
+    return [run for run in runs if len(run.status.read()["starts"]) > 1]
 
 
 def test_killed_five_times_the_table_is_the_same(undisturbed: Path, images: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_ray_survives_a_worker_that_is_killed(undisturbed: Path, images: Path, t
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     folder = tmp_path / "study"
     study = started(folder, images, *RAY)
-    os.kill(half_done(study, folder).read_status()["process"], signal.SIGKILL)
+    os.kill(half_done(study, folder).status.read()["process"], signal.SIGKILL)
     assert study.wait(timeout=900) == 0, folder.with_suffix(".log").read_text()
     assert resumed(folder)
     assert table(folder) == table(undisturbed)

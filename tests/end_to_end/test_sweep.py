@@ -98,7 +98,7 @@ def test_a_refused_trial_is_not_ranked(
     copy = tmp_path / "study"
     shutil.copytree(folder, copy)
     first, second = trials.read_trials(copy)[:2]
-    first.run.update_status(code_hash="0" * 64)
+    first.run.status.update(code_hash="0" * 64)
     with pytest.raises(SystemExit) as left:
         python_sweep(*words, f"hydra.sweep.dir={copy}")
     assert left.value.code == 1
@@ -143,7 +143,7 @@ def test_an_unfinished_trial_has_no_result(folder: Path, tmp_path: Path) -> None
     copy = tmp_path / "study"
     shutil.copytree(folder, copy)
     first = trials.read_trials(copy)[0]
-    first.run.update_status(state="interrupted", reason="Ctrl-C")
+    first.run.status.update(state="interrupted", reason="Ctrl-C")
     again = trials.read_trial(first.run)
     assert again.gain is None and again.verdict == "interrupted: Ctrl-C"
     assert trials.read_trials(copy)[0].run.path != first.run.path

@@ -19,7 +19,7 @@ from ghibli.images.resize import preprocess
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.training.callbacks.diagnosis import Doctor
-from ghibli.training.module import Examples, GhibliModule
+from ghibli.training.module import GhibliModule
 
 QUIET = ("sample.every_n_epochs=0", "early_stopping.patience=null", "data.batch_size=4", "data.accumulate=1")
 
@@ -196,9 +196,10 @@ def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callabl
     gradient = SimpleNamespace(grad=torch.tensor([torch.inf]))
 
     def step(loss: float) -> None:
-        seen = [Examples(["cat.png"], torch.tensor([812]), torch.tensor([loss]))]
-        module = SimpleNamespace(seen=seen, trainable={"a": gradient}, trainer=trainer)
-        Doctor(make_config(), RunDir(tmp_path)).on_before_optimizer_step(trainer, module, None)
+        doctor = Doctor(make_config(), RunDir(tmp_path))
+        doctor.note({"name": ["cat.png"], "timesteps": torch.tensor([812])}, torch.tensor([loss]))
+        module = SimpleNamespace(trainable={"a": gradient}, trainer=trainer)
+        doctor.on_before_optimizer_step(trainer, module, None)
 
     step(0.2)
     with pytest.raises(

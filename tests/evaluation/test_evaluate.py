@@ -111,7 +111,7 @@ def test_the_command_prints_the_table_of_a_folder_with_an_equals_sign(
 ) -> None:
     copy = RunDir(tmp_path / "experiment=slides")
     shutil.copytree(finished.path, copy.path)
-    runs.evaluate([str(copy.path), "evaluate.samples=6"])
+    runs.evaluate_command([str(copy.path), "evaluate.samples=6"])
     assert "evaluation.json" in capsys.readouterr().out.replace("\n", "")
     console = Console(width=200)
     with console.capture() as captured:
@@ -199,7 +199,7 @@ def test_the_trained_base_is_the_run_and_not_the_base(finished: RunDir) -> None:
 def test_too_few_images_are_a_finding_and_enough_are_not(finished: RunDir, result: dict) -> None:
     """The run's Frechet distance is computed from fewer images than features."""
     (finding,) = result["findings"]
-    noted = [one["name"] for one in finished.read_status()["findings"]]
+    noted = [one["name"] for one in finished.status.read()["findings"]]
     assert noted.count("few images") == 1 and "sampling scale" in noted  # the second one from training
     assert finding["name"] == "few images"
     assert "6 images" in finding["text"] and "320 features" in finding["text"]
@@ -318,10 +318,10 @@ def test_an_unfinished_run_is_refused_in_one_line(finished: RunDir, tmp_path: Pa
         finished_config(RunDir(tmp_path))
     copy = RunDir(tmp_path / "copy")
     shutil.copytree(finished.path, copy.path)
-    copy.update_status(state="interrupted")
+    copy.status.update(state="interrupted")
     with pytest.raises(UserError, match=r"is interrupted, not finished: python train\.py resume="):
         finished_config(copy)
-    copy.update_status(state="finished")
+    copy.status.update(state="finished")
     (copy.adapter / "pytorch_lora_weights.safetensors").unlink()
     with pytest.raises(UserError, match="no pytorch_lora_weights"):
         trained_base(copy, finished_config(copy))

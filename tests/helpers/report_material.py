@@ -43,7 +43,7 @@ def make_run(folder: Path, gains: tuple[float, ...] = (0, 0.3, 0.4, 0.35), **cha
         part, name = key.split("__")
         settings[part][name] = changes.pop(key)
     settings["finetune"] = changes.pop("finetune", "lora")
-    run.update_status(**(STATUS | changes))
+    run.status.update(**(STATUS | changes))
     run.config.write_text(yaml.safe_dump(settings))
     history = [probe_of(gain) for gain in gains]
     rows = [

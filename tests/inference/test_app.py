@@ -87,12 +87,12 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_only_what_was_trained_is_offered(app_session: AppSession, outside: Path) -> None:
     other = RunDir(outside / "outputs/train/other")
     other.adapter.mkdir(parents=True)
-    other.update_status(state="failed", gain=0.1)
+    other.status.update(state="failed", gain=0.1)
     assert list(app_session.runs()) == [RUN]
     other.adapter.rmdir()
-    other.update_status(state="finished")  # finetune=none: it only measured the base
+    other.status.update(state="finished")  # finetune=none: it only measured the base
     assert list(app_session.runs()) == [RUN]
-    other.status.unlink()
+    other.status.path.unlink()
     ((label, value),) = app_session.run_choices()
     assert value == RUN and re.fullmatch(rf"{RUN}, -?[\d.]+ % better than the base", label)
     for strange in ("/etc", "../run", f"{RUN}/"):
@@ -201,7 +201,7 @@ def test_a_run_that_is_not_offered_is_refused(address: str) -> None:
 
 
 def test_a_photo_that_is_too_large_is_refused(address: str) -> None:
-    limit = int(page.UPLOAD.removesuffix("mb")) * 10**6
+    limit = int(page.UPLOAD_LIMIT.removesuffix("mb")) * 10**6
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
     body = head + bytes(limit + 2 * 10**6) + b"\r\n--x--\r\n"
     form = {"Content-Type": "multipart/form-data; boundary=x"}

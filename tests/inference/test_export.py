@@ -109,7 +109,7 @@ def test_a_file_that_does_not_do_the_same_is_refused(tmp_path: Path) -> None:
 
 def test_the_card_says_how_good_and_whose(exported: tuple[Path, list], run: RunDir) -> None:
     card = (exported[0] / "README.md").read_text()
-    status = run.read_status()
+    status = run.status.read()
     assert "`kohya.safetensors`" in (run.adapter / "README.md").read_text()
     assert f"{100 * status['gain']:.1f} % +- {100 * status['gain_se']:.1f} %" in card
     for words in ("Studio Ghibli's", "OpenRAIL-M", "rank 4, alpha 6", status["data_hash"][:12], "kohya"):
@@ -124,7 +124,7 @@ def test_the_runs_own_kohya_file(run: RunDir, base: BaseModel) -> None:
     assert (ours.ranks, ours.alphas) == (theirs.ranks, theirs.alphas) == ([4], [6.0])
     assert ours.metadata["ss_network_dim"] == "4" and ours.metadata["ss_network_alpha"] == "6"
     assert ours.metadata["modelspec.trigger_phrase"] == "Studio Ghibli style"
-    assert ours.metadata["ss_dataset_hash"] == run.read_status()["data_hash"]
+    assert ours.metadata["ss_dataset_hash"] == run.status.read()["data_hash"]
     assert "modelspec.date" not in ours.metadata
     for name, layer in theirs.layers.items():
         assert torch.equal(layer.up, ours.layers[name].up) and torch.equal(layer.down, ours.layers[name].down)
@@ -136,7 +136,7 @@ def test_a_run_ends_well_with_an_alpha_that_no_float_is(make_config: Callable, t
     train.run(
         make_config("trainer.max_epochs=1", "lora.rank=2", "lora.alpha=0.1", "lora.variant=rslora"), run
     )
-    assert run.state == "finished" and (run.adapter / "kohya.safetensors").is_file()
+    assert run.status.state == "finished" and (run.adapter / "kohya.safetensors").is_file()
 
 
 def sd_scripts_names() -> dict[str, tuple[int, int]]:
@@ -220,8 +220,8 @@ def test_training_starts_from_another_adapter(run: RunDir, make_config: Callable
     train.run(make_config(*QUICK, "optimizer.lr=1e-30", f"lora.init={file}"), later)
     before, after = (load_file(r.adapter / ADAPTER_FILE) for r in (run, later))
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert later.read_status()["gain"] == pytest.approx(run.read_status()["gain"], abs=1e-6)
-    assert later.read_status()["init_hash"] == read_adapter(file, load("demo"), "x").hash
+    assert later.status.read()["gain"] == pytest.approx(run.status.read()["gain"], abs=1e-6)
+    assert later.status.read()["init_hash"] == read_adapter(file, load("demo"), "x").hash
 
 
 def test_other_settings_than_the_files_are_named(run: RunDir, make_config: Callable, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_names_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("b that only measured", "samples"),
     ):
         (tmp_path / "outputs" / name / made).mkdir(parents=True)
-        RunDir(tmp_path / "outputs" / name).update_status(state="finished", started=name[0])
+        RunDir(tmp_path / "outputs" / name).status.update(state="finished", started=name[0])
     assert split_weight("latest:0.5") == ("outputs/a trained one", 0.5)
 
 
@@ -229,7 +229,7 @@ def make_run(make_config: Callable, tmp_path: Path) -> Callable[..., str]:
         run = RunDir(tmp_path / name)
         run.path.mkdir()
         OmegaConf.save(OmegaConf.structured(make_config(*words)), run.config)
-        run.update_status(state="finished")
+        run.status.update(state="finished")
         return str(run.path)
 
     return make

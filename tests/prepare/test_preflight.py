@@ -28,6 +28,7 @@ from ghibli.prepare import dataset_checks, memory, preflight
 from ghibli.prepare.memory import Live, measure_cost
 from ghibli.runs.folder import RunDir
 from ghibli.runtime import resources
+from ghibli.runtime.errors import UserError
 from ghibli.runtime.resources import free_memory
 from ghibli.training.module import GhibliModule
 
@@ -398,5 +399,5 @@ def test_train_stops_before_it_encodes_images_for_nothing(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ghibli.data.datamodule.encode", lambda *a, **k: pytest.fail("encoded"))
-    with pytest.raises(train.UserError, match="data.batch_size=20 x accumulation 2"):
+    with pytest.raises(UserError, match="data.batch_size=20 x accumulation 2"):
         train.run(make_config("data.batch_size=20"), RunDir(tmp_path))

@@ -22,8 +22,8 @@ METRICS = "step,epoch,train/loss,time/images_per_second\n1,0,0.5,{speed}\n2,0,{l
 
 def make_run(folder: Path, speed: int = 1, loss: float = 0.4, rank: int = 4, **status: object) -> None:
     run = RunDir(folder)
-    run.update_status(**(STATUS | status))
-    run.note_start()
+    run.status.update(**(STATUS | status))
+    run.status.note_start()
     run.config.write_text(yaml.safe_dump(SETTINGS | {"lora": {"rank": rank}}))
     run.metrics.write_text(METRICS.format(speed=speed, loss=loss))
     run.adapter.mkdir()
@@ -93,7 +93,7 @@ def test_a_damaged_byte_in_metrics_csv_is_a_difference(compared: Callable, tmp_p
 
 def test_a_run_resumed_on_another_machine(compared: Callable, tmp_path: Path) -> None:
     make_run(tmp_path / "b")
-    RunDir(tmp_path / "b").note_start(processor="another", step=5)
+    RunDir(tmp_path / "b").status.note_start(processor="another", step=5)
     _, said = compared()
     assert "processor one one, then another" in said
     assert "they differ in machine" in said

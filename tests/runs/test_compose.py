@@ -359,7 +359,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     for name in ("old", "cut", "edited", "done"):
         make_run(here / name, composed(*DEMO))
     marks = {"settings_hash": identity.settings_hash(composed(*DEMO)), "code_hash": "", "git_commit": "abc"}
-    RunDir(here / "done").update_status(state="finished", **marks)
+    RunDir(here / "done").status.update(state="finished", **marks)
     make_run(here / "moved", composed(*DEMO, "data.draw=null", "data.root=gone"))
     whole = (here / "cut" / "checkpoints" / "last.ckpt").read_bytes()
     (here / "cut" / "checkpoints" / "last.ckpt").write_bytes(whole[:-30])

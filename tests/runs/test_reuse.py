@@ -70,9 +70,9 @@ def test_a_finished_trial_returns_its_objective_without_training(
 def test_a_changed_objective_is_not_trusted(
     finished: RunDir, config: Config, done: tuple[Path, float]
 ) -> None:
-    finished.update_status(objective=done[1] + 0.1)
+    finished.status.update(objective=done[1] + 0.1)
     assert train.run(config, finished) == done[1]
-    assert finished.read_status()["objective"] == done[1]
+    assert finished.status.read()["objective"] == done[1]
 
 
 def test_an_unfinished_trial_resumes_to_the_same_result(
@@ -91,7 +91,7 @@ def test_an_unfinished_trial_resumes_to_the_same_result(
     rows, _, verdict = compare.compare(*(compare.read_side(str(folder)) for folder in (done[0], tmp_path)))
     assert rows == []
     assert verdict.endswith("results must be bit-identical, and they are")
-    assert [start["step"] for start in run.read_status()["starts"]] == [None, 4]
+    assert [start["step"] for start in run.status.read()["starts"]] == [None, 4]
 
 
 def test_a_failed_trial_without_a_checkpoint_starts_over(
@@ -103,7 +103,7 @@ def test_a_failed_trial_without_a_checkpoint_starts_over(
         stop_at(patch, 2)
         with pytest.raises(StandIn):
             train.run(config, run)
-    run.update_status(data_hash="of other images", reason="the disk is full")
+    run.status.update(data_hash="of other images", reason="the disk is full")
     assert train.run(config, run) == done[1]
     assert "failed before: the disk is full" in capsys.readouterr().out
     assert different_parts(done[0], tmp_path) == []
@@ -127,14 +127,14 @@ def test_other_settings_are_named(finished: RunDir, make_config: Callable[..., C
 
 @pytest.mark.usefixtures("no_training")
 def test_other_code_is_named(finished: RunDir, config: Config) -> None:
-    finished.update_status(code_hash="0" * 64, git_commit="abcdef0123", git_dirty=True)
+    finished.status.update(code_hash="0" * 64, git_commit="abcdef0123", git_dirty=True)
     with pytest.raises(UserError, match=r"made by other code \(commit abcdef0 with changes\)"):
         train.run(config, finished)
 
 
 def test_a_reused_process_number_does_not_block_a_resume(finished: RunDir, config: Config) -> None:
     """The folder's lock decides, whatever status.json says about process 1."""
-    finished.update_status(state="running", process=1)
+    finished.status.update(state="running", process=1)
     assert reuse.resume_or_restart(config, finished) == (None, True)
 
 
@@ -144,7 +144,7 @@ def test_halving_continues_the_same_trial_only(finished: RunDir, make_config: Ca
     reuse.require_same_trial_except_epochs(longer, finished)
     with pytest.raises(UserError, match=r"lora.rank is 4 there, 8 requested; .*hydra.sweep.dir=DIR"):
         reuse.require_same_trial_except_epochs(make_config(*QUICK, "lora.rank=8"), finished)
-    finished.update_status(code_hash="0" * 64)
+    finished.status.update(code_hash="0" * 64)
     with pytest.raises(UserError, match="made by other code"):
         reuse.require_same_trial_except_epochs(longer, finished)
 

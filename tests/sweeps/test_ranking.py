@@ -92,10 +92,10 @@ def test_a_long_verdict_is_cut_on_the_terminal_only(study: Path) -> None:
 def test_the_table_is_not_cut_in_a_pipe(tmp_path: Path) -> None:
     """Rich assumes 80 columns where there is no terminal."""
     names = [f"model.{k}{'x' * 20}" for k in range(8)]
-    RunDir(tmp_path).update_status(state="failed", reason="the disk is full")
+    RunDir(tmp_path).status.update(state="failed", reason="the disk is full")
     failed, other = (
         Trial(RunDir(tmp_path), dict.fromkeys(names, rank), status, None)
-        for rank, status in ((4, RunDir(tmp_path).read_status()), (8, {}))
+        for rank, status in ((4, RunDir(tmp_path).status.read()), (8, {}))
     )
     output = io.StringIO()
     Console(file=output, width=80, soft_wrap=True).print(ranking.ranking_table([failed, other]))

@@ -29,11 +29,11 @@ def replace_training(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None
     asked: list[tuple[int, float]] = []
 
     def gain(config, run, resumes=False) -> float:
-        if run.state != "finished":
+        if run.status.state != "finished":
             if stop_at is not None and len(asked) == stop_at:
                 raise SystemExit(137)
             asked.append((config.lora.rank, config.optimizer.lr))
-            run.update_status(state="finished")
+            run.status.update(state="finished")
         return -abs(math.log10(config.optimizer.lr) + 3) - 1 / config.lora.rank
 
     monkeypatch.setattr(train, "run", gain)
@@ -180,7 +180,7 @@ def test_halving_extends_the_best_third_and_is_exact(words: list[str], tmp_path:
     line = [*words, *common, "optimizer.lr=1e-6,1e-4,2e-3", "sweep.halving=true"]
     python_sweep(*line)
     folder = grid.studies[0].folder
-    epochs = {path.name: RunDir(path).read_status()["epoch"] for path in folder.iterdir() if path.is_dir()}
+    epochs = {path.name: RunDir(path).status.read()["epoch"] for path in folder.iterdir() if path.is_dir()}
     assert sorted(epochs.values()) == [1, 1, 3]
     (best,) = [name for name, done in epochs.items() if done == 3]
     assert trials.read_trial(RunDir(folder / best)).settings["optimizer.lr"] == 2e-3

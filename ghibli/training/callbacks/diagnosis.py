@@ -99,7 +99,7 @@ class Doctor(Callback):
         self.findings += new
         if not trainer.is_global_zero:
             return
-        self.run.update_status(findings=[vars(finding) for finding in self.findings])
+        self.run.status.update(findings=[vars(finding) for finding in self.findings])
         for finding in new:
             if say:
                 console.print(f"doctor: {finding.name}: {finding.text}", style="yellow")

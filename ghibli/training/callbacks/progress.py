@@ -73,7 +73,7 @@ class StatusWriter(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
         if trainer.is_global_zero:
             gain = pl_module.probe.history[-1].val_gain if len(pl_module.probe.history) > 1 else None
-            self.run.update_status(
+            self.run.status.update(
                 step=trainer.global_step, epoch=trainer.current_epoch, updated=now(),
                 gain=gain.value if gain else None, gain_se=gain.standard_error if gain else None,
             )  # fmt: skip

@@ -43,7 +43,7 @@ class ResumeCheck(Callback):
                 "weights": weights, "scores": rescore(trainer, pl_module),
                 "place": place(pl_module), "precision": str(trainer.precision),
             }  # fmt: skip
-        status = self.run.read_status()
+        status = self.run.status.read()
         checkpoint["identity"] = self.written | {"hashes": {key: status.get(key) for key in HASHES}}
         checkpoint["max_epochs"] = trainer.max_epochs
 
@@ -105,7 +105,7 @@ class ResumeCheck(Callback):
         Raises:
             UserError: either differs.
         """
-        status = self.run.read_status()
+        status = self.run.status.read()
         for key, before in stored.items():
             if before != status.get(key):
                 raise UserError(
@@ -127,8 +127,8 @@ class ResumeCheck(Callback):
             f"the learning rate {rate}{stretched}"
         )
         if trainer.is_global_zero:
-            grown = [*self.run.read_status().get("grown", []), [trainer.global_step, before, planned]]
-            self.run.update_status(grown=grown)  # [step, epochs before, epochs planned now]
+            grown = [*self.run.status.read().get("grown", []), [trainer.global_step, before, planned]]
+            self.run.status.update(grown=grown)  # [step, epochs before, epochs planned now]
 
 
 def stoppings(trainer: L.Trainer) -> list[EarlyStopping]:

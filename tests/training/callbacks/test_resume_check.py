@@ -80,7 +80,7 @@ def test_an_edited_weight_is_refused(run: RunDir, config: Config) -> None:
     edit(run, change_a_weight)
     with pytest.raises(UserError, match="the weights in the networks are not those of the checkpoint"):
         train.run(config, run, resumes=True)
-    assert run.state == "failed"
+    assert run.status.state == "failed"
 
 
 def test_an_adapter_that_is_never_loaded_is_refused(
@@ -108,7 +108,7 @@ def test_edited_captions_are_refused(
     moved = replace(config, data=replace(config.data, root=str(other)))
     with pytest.raises(UserError, match="is not the same as when the run was started"):
         train.run(moved, run, resumes=True)
-    run.status.write_text("damaged")  # the checkpoint knows, too
+    run.status.path.write_text("damaged")  # the checkpoint knows, too
     with pytest.raises(UserError, match="the image set is not the same as when the checkpoint was written"):
         train.run(moved, run, resumes=True)
     assert "status.json is damaged or missing: earlier starts are forgotten" in capsys.readouterr().out
@@ -122,12 +122,12 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         UserError, match=r"the base model.path=x is not the same .* \(base_hash b{12}, was a{12}\)"
     ):
         check_unchanged(run, "base_hash", "b" * 64, "the base model.path=x")
-    assert run.read_status()["base_hash"] == "a" * 64
+    assert run.status.read()["base_hash"] == "a" * 64
 
 
 def test_the_step_is_the_checkpoints_and_not_that_of_status(run: RunDir) -> None:
     """Killed between the two, a run has a status ahead of what it can go on from."""
-    run.update_status(step=9)
+    run.status.update(step=9)
     assert step_of(run.last_checkpoint) == 8
 
 
@@ -150,7 +150,7 @@ def test_a_refused_resume_leaves_a_finished_run_as_it_was(
 ) -> None:
     """Whether other images are found, or Ctrl-C comes before the first step."""
     train.run(config, run, resumes=True)
-    files = (run.config, run.status, run.split)
+    files = (run.config, run.status.path, run.split)
     before = [file.read_bytes() for file in files]
     other = Path(shutil.copytree(images, tmp_path / "images"))
     next((other / "images").glob("*")).unlink()
@@ -179,7 +179,7 @@ def test_rounding_of_another_machine_is_allowed_and_no_more(run: RunDir, config:
         train.run(config, far, resumes=True)
     edit(run, lambda content: elsewhere(content, 3e-4))
     train.run(config, run, resumes=True)
-    assert run.state == "finished"
+    assert run.status.state == "finished"
 
 
 def test_a_checkpoint_from_before_the_check_goes_on_and_says_so(
@@ -189,15 +189,15 @@ def test_a_checkpoint_from_before_the_check_goes_on_and_says_so(
         del content["identity"], content["max_epochs"]
 
     edit(run, older)
-    status = {k: v for k, v in run.read_status().items() if k not in ("config_version", "code_hash")}
-    run.status.write_text(json.dumps(status))
+    status = {k: v for k, v in run.status.read().items() if k not in ("config_version", "code_hash")}
+    run.status.path.write_text(json.dumps(status))
     train.run(config, run, resumes=True)
     said = capsys.readouterr().out
     assert (
         "this checkpoint was written before hashes and scores were stored in it: resuming unchecked" in said
     )
     assert "this run has settings of version 0, this code of version 2" in said
-    assert run.state == "finished"
+    assert run.status.state == "finished"
 
 
 def test_a_moved_folder_keeps_its_best_epoch(run: RunDir, config: Config) -> None:
@@ -276,7 +276,7 @@ def test_a_stretched_schedule_says_its_jump_and_takes_it(run: RunDir, command: C
         rate = 5e-4 * lr_factor(step, steps_per_epoch=5, epochs=4, **COSINE)
         assert float(row["lr"]) == pytest.approx(rate, rel=1e-12)
     assert [int(row["epoch"]) for row in rows_of(run.probe)] == [0, 1, 2, 3, 4]
-    assert run.read_status()["grown"] == [[8, 2, 4]]
+    assert run.status.read()["grown"] == [[8, 2, 4]]
 
 
 COSINE = {"schedule": "cosine_epochs", "warmup_steps": 0}
@@ -291,16 +291,16 @@ def test_no_epoch_more_after_an_early_stop(
     config, run = make_config(*QUICK, *words), RunDir(tmp_path)
     train.run(config, run)
     before = weights(tmp_path)
-    assert run.read_status()["epoch"] == 2
-    run.update_status(state="running")
+    assert run.status.read()["epoch"] == 2
+    run.status.update(state="running")
     train.run(config, run, resumes=True)
-    assert (run.read_status()["epoch"], run.read_status()["step"]) == (2, 10)
+    assert (run.status.read()["epoch"], run.status.read()["step"]) == (2, 10)
     assert weights(tmp_path) == before
     more = copy.deepcopy(config)
     more.trainer["max_epochs"] = 6
     train.run(more, run, resumes=True)
     assert "2 of 5 epochs are done; now 6 are planned, so 4 are to do" in capsys.readouterr().out
-    assert run.read_status()["epoch"] > 2
+    assert run.status.read()["epoch"] > 2
 
 
 def test_what_cannot_change_on_the_way(run: RunDir, command: Callable[..., str]) -> None:
@@ -323,6 +323,6 @@ def test_a_resumed_run_keeps_its_dashboard_id(config: Config, tmp_path: Path) ->
     for _ in range(2):
         ids.append(wandb_logger.make_logger(offline, RunDir(tmp_path), "x").experiment.id)
         wandb_logger.close()
-    assert ids[0] == ids[1] == RunDir(tmp_path).read_status()["wandb_id"]
+    assert ids[0] == ids[1] == RunDir(tmp_path).status.read()["wandb_id"]
     folders = [path.name.split("-")[3] for path in tmp_path.glob("wandb/offline-run-*")]
     assert folders == [ids[0], ids[0]]  # `-1` behind the second one if it came within the same second
