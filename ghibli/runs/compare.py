@@ -8,8 +8,9 @@ from typing import Any
 
 from ghibli.config.files import read_settings
 from ghibli.config.keys import affects_result
-from ghibli.runs.folder import PLACE, RunDir
+from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import DEFAULTS_OF_OTHER_KEYS, as_yaml, differences, flatten
+from ghibli.runs.status import PLACE
 from ghibli.runtime.errors import UserError
 
 WEIGHTS = ("adapter/pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors")
