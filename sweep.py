@@ -14,7 +14,7 @@ import train
 from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config, EvaluateConfig
 from ghibli.runs.folder import RunDir
-from ghibli.runs.launch import hydra_entry, this_run, trial_number
+from ghibli.runs.launch import current_run, hydra_entry, job_number
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, one_line_errors
 from ghibli.sweeps import grid
@@ -45,8 +45,8 @@ def hydra_job(cfg: Any) -> float:
     if cfg.sweep.report_only:
         return math.nan
     total = studies[-1].trials if studies else None
-    console.print(f"\n{progress(trial_number(), total)}: {this_run().path.name}", style="bold")
-    return run_trial(this_run(), lambda: train.main(cfg))
+    console.print(f"\n{progress(job_number(), total)}: {current_run().path.name}", style="bold")
+    return run_trial(current_run(), lambda: train.main(cfg))
 
 
 def run_request(request: grid.Request) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config
-from ghibli.runs import distributed, identity
+from ghibli.runs import distributed, identity, reuse
 from ghibli.runs.folder import RunDir
-from ghibli.runs.launch import hydra_entry, job_config, this_run
+from ghibli.runs.launch import current_run, hydra_entry, job_config
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import stop_at_once
 from ghibli.runtime.rank import is_first
@@ -29,9 +29,9 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
     """
     with run_dir.lock():
         if resumes:
-            identity.say_what_changed(run_dir)
+            reuse.warn_of_changes(run_dir)
         else:
-            objective, resumes = identity.take_up(config, run_dir)
+            objective, resumes = reuse.resume_or_restart(config, run_dir)
             if objective is not None:
                 return objective
         return train(config, run_dir, resumes)
@@ -68,10 +68,11 @@ def follow(config: Config, run_dir: RunDir) -> None:
 
 def main(cfg: Any) -> float:
     """Run one Hydra job with the composed settings, or resume with the run's; return the objective."""
+    run_dir = current_run()
     if is_first():
-        return run(job_config(cfg), this_run(), resumes=cfg.resume is not None)
-    if cfg.resume is not None or identity.finished_objective(this_run()) is None:  # else the first has left
-        follow(job_config(cfg), this_run())
+        return run(job_config(cfg), run_dir, resumes=cfg.resume is not None)
+    if cfg.resume is not None or identity.finished_objective(run_dir) is None:  # else the first has left
+        follow(job_config(cfg), run_dir)
     return math.nan
 
 

@@ -17,10 +17,10 @@ from ghibli.adapters import apply
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.diffusion.process import guided_noise, predict_branches
 from ghibli.diffusion.samplers import Cell, in_eval_mode, sample
-from ghibli.inference.load import compose_config
 from ghibli.models.performance import PromptEmbeds, is_frozen, shrink_frozen
+from ghibli.runs.compose import compose_config
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.resources import forget_peak, peak_memory
+from ghibli.runtime.resources import peak_memory, reset_peak_memory
 from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
@@ -103,7 +103,7 @@ def time_training(overrides: list[str], batch_size: int, repeats: int, rate: flo
         optimizer.zero_grad()
 
     step()  # compiles, and allocates the moments of the optimiser
-    forget_peak()
+    reset_peak_memory()
     each = time_calls(step, repeats)
     peak = peak_memory()
     with FlopCounterMode(display=False) as flops:

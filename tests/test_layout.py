@@ -26,7 +26,7 @@ FILES = {  # dotted name -> file
 ENTRY = {"ghibli", "ghibli.__main__"}
 HYDRA_MODULES = {  # who may know Hydra and OmegaConf
     "ghibli.config.files", "ghibli.config.hydra_errors", "ghibli.runs.compose", "ghibli.runs.launch",
-    "ghibli.sweeps.grid", "ghibli.sweeps.search",
+    "ghibli.runs.resume", "ghibli.sweeps.grid", "ghibli.sweeps.search",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ghibli.config.paths import NO_PICKLE, PICKLES, convert
+from ghibli.config.paths import NO_PICKLE, PICKLES, convert_command
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import ADAPTER_FILE, check_whole
@@ -119,7 +119,7 @@ def find_file(path: str | Path, what: str) -> Path:
     if not place.is_file():
         raise UserError(f"{what} {path}: no such file or run (`ghibli list` shows the runs)")
     if place.suffix in PICKLES:
-        raise UserError(f"{what} {path}: {NO_PICKLE}; {convert([place])}")
+        raise UserError(f"{what} {path}: {NO_PICKLE}; {convert_command([place])}")
     check_whole(place, what)
     return place
 

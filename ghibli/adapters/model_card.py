@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, describe
 from ghibli.diffusion.process import usual_guidance
 from ghibli.runs.folder import RunDir
@@ -99,7 +100,7 @@ def distance_section(run: RunDir) -> str:
     if found["weights"] != run.weights:
         return "Its last evaluation used other weights (`ghibli evaluate` makes a new one)."
     rows = [
-        f"| {model} | {row['sampler'].upper()} | {row['guidance']:g} "
+        f"| {model} | {sampler_label(row['sampler'])} | {row['guidance']:g} "
         f"| {row['kernel'][0]:.2f} +- {row['kernel'][1]:.2f} |"
         for model, cells in found["models"].items()
         for row in cells

@@ -21,11 +21,11 @@ def export_command(
     """Write a run's adapter for diffusers, ComfyUI and A1111, with a model card, and verify every file."""
     with stop_at_once():
         from ghibli.inference import export
-        from ghibli.runs.find import config_of, finished_run
+        from ghibli.runs.find import finished_config, finished_run
 
     found = finished_run(run)
     target = folder or found.path / "export"
-    for check in export.export(found, config_of(found), target, merge=merge):
+    for check in export.export(found, finished_config(found), target, merge=merge):
         console.print(f"{check.file}: {check.summary}")
     console.print(f"card     {target / 'README.md'}")
 
@@ -62,7 +62,7 @@ def import_command(
     with stop_at_once():
         from ghibli.adapters import apply, files
         from ghibli.adapters.describe import describe_adapter
-        from ghibli.inference.load import compose_config
+        from ghibli.runs.compose import compose_config
 
     config = compose_config(overrides or [])
     adapter = files.read_adapter(file, apply.load_base(config.model), "import")

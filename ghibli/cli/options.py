@@ -6,6 +6,8 @@ import typer
 from typer import Context
 from typer.core import TyperGroup
 
+from ghibli.config.registry import SAMPLERS
+
 Sources = Annotated[
     list[str] | None,
     typer.Argument(
@@ -13,7 +15,7 @@ Sources = Annotated[
         help="by default the newest finished run, or the base if there is none",
     ),
 ]
-Sampler = Annotated[str, typer.Option(help="ddim or ddpm")]
+Sampler = Annotated[str, typer.Option(help=" or ".join(SAMPLERS))]
 Guidance = Annotated[float | None, typer.Option(help="1 = off; by default what suits the training", min=0)]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
 Seed = Annotated[int, typer.Option(help="image i starts from the noise of seed + i")]

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from ghibli.cli.options import app
+from ghibli.config.registry import sampler_label
 from ghibli.runs import compare
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
@@ -15,8 +16,8 @@ from ghibli.runtime.errors import UserError
 
 
 @app.command("list")
-def list_runs() -> None:
-    """Shows every run below outputs/ with its state, settings and gain."""
+def list_command() -> None:
+    """Show every run below outputs/ with its state, settings and gain."""
     runs = all_runs()
     if not runs:
         console.print("no runs below outputs/ yet: python train.py makes one")
@@ -30,24 +31,24 @@ def list_runs() -> None:
 
 
 @app.command("evaluate")
-def evaluate(
-    words: Annotated[
+def evaluate_command(
+    arguments: Annotated[
         list[str], typer.Argument(metavar="RUN... [KEY=VALUE...]", help="run folders, settings")
     ],
 ) -> None:
-    """Samples finished runs and their base in every cell and measures the distance to real images."""
-    folders = [word for word in words if "=" not in word or Path(word).is_dir()]  # trials have names with =
-    runs = [RunDir(Path(word)) for word in folders]
+    """Sample finished runs and their base in every cell and measure the distance to real images."""
+    folders = [word for word in arguments if "=" not in word or Path(word).is_dir()]  # trial names contain =
+    runs = [RunDir(Path(folder)) for folder in folders]
     if not runs:
         raise UserError("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
-    from ghibli.config.files import changed
+    from ghibli.config.files import apply_overrides
     from ghibli.evaluation import evaluate as evaluate_module
     from ghibli.evaluation.evaluate import CHANGEABLE
-    from ghibli.runs.find import config_of
+    from ghibli.runs.find import finished_config
     from ghibli.training import wandb_logger  # torch takes seconds to load
 
-    settings = [word for word in words if word not in folders]
-    configs = [changed(config_of(run), settings, CHANGEABLE) for run in runs]
+    settings = [word for word in arguments if word not in folders]
+    configs = [apply_overrides(finished_config(run), settings, CHANGEABLE) for run in runs]
     for run, config in zip(runs, configs, strict=True):
         result = evaluate_module.evaluate(run, config)
         console.print(evaluation_table(run, result))
@@ -58,7 +59,7 @@ def evaluate(
 
 
 def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
-    """The slides' table of one run: a row for each model and cell."""
+    """Build the table of the reference study for one run: a row per model and cell."""
     from ghibli.evaluation.features import distance_names
 
     kernel, frechet = distance_names(result["features"])
@@ -68,14 +69,14 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
         table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
     for model, rows in result["models"].items():
         for row in rows:
-            cell = f"{row['sampler'].upper()} {row['guidance']:g}"
+            cell = f"{sampler_label(row['sampler'])} {row['guidance']:g}"
             table.add_row(model, cell, *evaluation_cells(row))
     table.add_row("real", f"floor of {result['floor_images']}", *evaluation_cells(result["real"]))
     return full_width(table)
 
 
 def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Kernel distance, paired difference, Frechet distance, caption fit, precision and recall as text."""
+    """Format kernel distance, paired difference, Frechet distance, caption fit, precision and recall."""
 
     def with_error(pair: list[float] | None, digits: int) -> str:
         return "-" if pair is None else f"{pair[0]:.{digits}f} +- {pair[1]:.{digits}f}"
@@ -92,20 +93,20 @@ def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def row_of(run: RunDir) -> tuple[str, ...]:
-    """One run as the cells of the table."""
+    """Format a run as the cells of a row of `ghibli list`."""
     status = run.read_status()
     gain, error = status.get("gain"), status.get("gain_se")
-    words = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
+    gain_text = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
-    return str(run.path), run.state, status.get("settings", "?"), epochs, words
+    return str(run.path), run.state, status.get("settings", "?"), epochs, gain_text
 
 
 @app.command("compare")
-def compare_runs(
+def compare_command(
     one: Annotated[str, typer.Argument(help="a run folder")],
     other: Annotated[str, typer.Argument(help="another one")],
 ) -> None:
-    """Says in what two runs differ, and whether that explains their results."""
+    """Show how two runs differ, and whether that explains their results."""
     sides = [compare.read_side(folder) for folder in (one, other)]
     differing, results, verdict = compare.compare(*sides)
     for name, rows in (("differs", differing), ("result", results)):
@@ -118,11 +119,13 @@ def compare_runs(
 
 
 @app.command("report")
-def report_page(
+def report_command(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_STUDY...", help="run or study folders")],
-    out: Annotated[Path | None, typer.Option(help="the file; else report.html in the first folder")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="file to write; default: report.html in the first folder")
+    ] = None,
 ) -> None:
-    """Writes one HTML page about runs or a study: verdict, curves, images, tables; it needs no network."""
+    """Write one HTML page about runs or a study: verdict, curves, images, tables; it needs no network."""
     from ghibli.report import page  # torch takes seconds to load
 
     file = page.write(folders, out)

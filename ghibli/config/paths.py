@@ -1,4 +1,4 @@
-"""Do the folders and files of a configuration exist? A look at the disk, before anything is loaded."""
+"""Check that the folders and files named in a configuration exist, before anything is loaded."""
 
 from pathlib import Path
 
@@ -14,16 +14,20 @@ PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 NO_PICKLE = "only .safetensors files are read, because loading a .ckpt or .bin file can run code hidden in it"
 
 
-def check_places(config: Config) -> None:
-    """Checks what data.root and model.path name on this machine, as far as a look at the disk tells."""
+def check_paths(config: Config) -> None:
+    """Check data.root, model.path and model.adapter, as far as the disk tells.
+
+    Raises:
+        UserError: one does not exist, or is not what its key names.
+    """
     check_images(config)
-    check_typed_base(config.model.path)
+    check_base_path(config.model.path)
     if config.model.adapter is not None:
         check_adapter(Path(config.model.adapter))
 
 
 def check_images(config: Config) -> None:
-    """Raises a UserError unless data.root is there, or is a folder of the cache to be drawn."""
+    """Raise a UserError unless data.root exists, or is a folder of the cache in which to draw images."""
     root = config.data.root
     if config.data.draw is None:
         require_folder("data.root", root)
@@ -34,45 +38,61 @@ def check_images(config: Config) -> None:
         )
 
 
-def check_typed_base(path: str) -> None:
-    """check_base for a path as typed; without a slash it may be a base of this package, looked up later."""
-    if "/" in path:
-        check_base(Path(path).expanduser(), path)
+def check_base_path(model_path: str) -> None:
+    """Check model.path; without a slash it may name a base of this package, which is looked up later.
+
+    Raises:
+        UserError: as check_base.
+    """
+    if "/" in model_path:
+        check_base(Path(model_path).expanduser(), model_path)
 
 
-def check_adapter(folder: Path) -> None:
-    """Raises a UserError for an adapter that is a pickle; that it is there is checked when it is merged."""
-    place = folder.expanduser()
-    pickled = [place] if place.suffix in PICKLES else sorted(place.glob("*"))
-    pickled = [file for file in pickled if file.suffix in PICKLES]
-    if pickled and not any(place.glob("*.safetensors")):
-        raise UserError(f"model.adapter={folder}: {NO_PICKLE}; {convert(pickled)}, and give its folder")
+def check_base(path: Path, model_path: str) -> None:
+    """Check that `path`, given as `model_path`, can be a base model: a folder, a file or a hub id.
 
-
-def convert(files: list[Path]) -> str:
-    """The command that makes safetensors of pickles."""
-    return f"convert it once: python -m ghibli convert {' '.join(str(file) for file in files)}"
-
-
-def check_base(place: Path, path: str) -> None:
-    """Raises a UserError unless `place`, typed as `path`, can be a base or a hub id."""
-    if path in RENAMED_BASES:
-        raise UserError(f"model.path={path} is gone from the hub: use {RENAMED_BASES[path]}")
-    if place.is_dir():
-        missing = [pattern for pattern in BASE_FILES if not any(place.glob(pattern))]
-        if missing:
-            pickled = [file for file in sorted(place.glob("*/*")) if file.suffix in PICKLES]
-            hint = f" ({NO_PICKLE}; {convert(pickled)})" if pickled else ""
-            raise UserError(
-                f"model.path={path} is no diffusers folder of Stable Diffusion 1.5: it has no "
-                f"{', '.join(missing)}{hint}"
-            )
-    elif place.is_file():
-        if place.suffix in PICKLES:
-            raise UserError(f"model.path={path}: {NO_PICKLE}; {convert([place])}")
-        if place.suffix != ".safetensors":
-            raise UserError(f"model.path={path}: {NO_PICKLE}; get the .safetensors of the same model")
-    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
+    Raises:
+        UserError: it cannot.
+    """
+    if model_path in RENAMED_BASES:
+        raise UserError(f"model.path={model_path} is gone from the hub: use {RENAMED_BASES[model_path]}")
+    if path.is_dir():
+        check_base_folder(path, model_path)
+    elif path.is_file():
+        if path.suffix in PICKLES:
+            raise UserError(f"model.path={model_path}: {NO_PICKLE}; {convert_command([path])}")
+        if path.suffix != ".safetensors":
+            raise UserError(f"model.path={model_path}: {NO_PICKLE}; get the .safetensors of the same model")
+    elif model_path.count("/") != 1 or model_path.startswith((".", "/", "~")):
         raise UserError(
-            f"model.path={path}: no such folder or file, and no hub id (OWNER/NAME); model=demo needs neither"
+            f"model.path={model_path}: no such folder or file, and not a hub id (OWNER/NAME); "
+            "model=demo needs neither"
         )
+
+
+def check_base_folder(folder: Path, model_path: str) -> None:
+    """Raise a UserError unless the folder, given as `model_path`, has the files of Stable Diffusion 1.5."""
+    missing = [pattern for pattern in BASE_FILES if not any(folder.glob(pattern))]
+    if missing:
+        pickles = [file for file in sorted(folder.glob("*/*")) if file.suffix in PICKLES]
+        hint = f" ({NO_PICKLE}; {convert_command(pickles)})" if pickles else ""
+        raise UserError(
+            f"model.path={model_path} is not a diffusers folder of Stable Diffusion 1.5: it has no "
+            f"{', '.join(missing)}{hint}"
+        )
+
+
+def check_adapter(path: Path) -> None:
+    """Raise a UserError for an adapter stored as a pickle only; a missing one is found when it is merged."""
+    path, given = path.expanduser(), path
+    candidates = [path] if path.suffix in PICKLES else sorted(path.glob("*"))
+    pickles = [file for file in candidates if file.suffix in PICKLES]
+    if pickles and not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"model.adapter={given}: {NO_PICKLE}; {convert_command(pickles)}, and give its folder"
+        )
+
+
+def convert_command(files: list[Path]) -> str:
+    """Advise the command that converts pickles to safetensors."""
+    return f"convert it once: python -m ghibli convert {' '.join(str(file) for file in files)}"

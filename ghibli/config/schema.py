@@ -1,37 +1,39 @@
-"""The typed schema of conf/: what each key means, its type, and what is accepted.
+"""The typed schema of conf/: meaning, type and accepted values of every key.
 
-Values stand in conf/*.yaml only; no field here has a default. No torch, no Hydra.
+Values are in conf/*.yaml only; no field here has a default. Imports neither torch nor Hydra.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ghibli.config.checks import require, require_choice
+from ghibli.config.registry import LOSSES, OPTIMIZERS, SAMPLERS
 from ghibli.config.trainer_flags import check_trainer
 from ghibli.runtime.errors import UserError
 
-CONFIG_VERSION = 2  # to be raised when a key is renamed, removed or means something else
-RENAMED_KEYS = {  # (section, name before) -> name now, for runs of before and for old habits
+NO_EFFECT = {"affects_result": False}  # metadata of a field or section that cannot change a run's result
+CONFIG_VERSION = 2  # raise it when a key is renamed, removed or changes its meaning
+RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who types the old name
     ("validation", "items_per_picture"): "items_per_image",
     ("validation", "max_pictures"): "max_images",
 }
-LATER_KEYS = {  # younger than the version; the values are what runs from before had
+LATER_KEYS = {  # added within this version -> what runs without the key did
     "threads": None,
     "data": {"grid_epochs": ""},
     "model": {"config": None},
     "local": {"sd15_config": None, "caption": None},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64},
     "lora": {"variant": "lora", "init": None},
+    "loss": {"function": "mse"},
     "optimizer": {"text_encoder_lr": None, "lora_plus": None},
     "compute": {"compile": False, "channels_last": False, "checkpoint_every": 0},
 }
-TARGETS = {  # lora.targets by name: endings of the names of UNet layers
+TARGETS = {  # lora.targets by name: suffixes of the names of UNet layers
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
     "ff": ["ff.net.0.proj", "ff.net.2"],
     "conv": ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"],
 }
 TARGETS["all"] = [name for names in TARGETS.values() for name in names]
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "adamw_schedulefree")
 
 
 @dataclass
@@ -41,20 +43,20 @@ class LocalConfig:
     sd15: str  # diffusers folder, hub id or single .safetensors file of Stable Diffusion 1.5
     sd15_config: str | None  # for a single file: the folder with its configs and tokenizer
     ghibli: str | None  # folder of the Ghibli images
-    caption: str | None  # of those of them that have none
+    caption: str | None  # caption of Ghibli images that have none
 
 
 @dataclass
 class ModelConfig:
-    """The base model that is adapted."""
+    """The base model to fine-tune."""
 
     path: str  # "demo", a diffusers folder, a hub id or a single .safetensors file
-    config: str | None  # for a single file: the folder with configs and tokenizer; None = those of the hub
+    config: str | None  # for a single file: the folder with configs and tokenizer; None = the hub's
     resolution: int  # side of a training image in px
     lr: float  # peak learning rate that suits this base
-    clip: str | None  # folder or hub id of the CLIP model that scores captions
-    adapter: str | None  # folder of an adapter that is merged into the base first; None = none
-    adapter_scale: float  # how much of it
+    clip: str | None = field(metadata=NO_EFFECT)  # folder or hub id of the model for the CLIP score
+    adapter: str | None  # folder of an adapter to merge into the base first; None = none
+    adapter_scale: float  # weight of that adapter
 
     def __post_init__(self) -> None:
         require(
@@ -65,7 +67,7 @@ class ModelConfig:
 
 @dataclass
 class DrawConfig:
-    """Images drawn by ghibli/scenes.py when the folder is not there yet."""
+    """Images that ghibli/demo/scenes draws when the folder does not exist yet."""
 
     look: str  # drawn or photo
     count: int  # number of images
@@ -80,47 +82,42 @@ class DataConfig:
     """The image set and how it reaches the model."""
 
     root: str | None  # folder of images and captions
-    draw: DrawConfig | None  # images to draw first; None = the folder must be there
-    reference: str | None  # folder of further images that evaluation compares with
-    reference_draw: DrawConfig | None  # images to draw there first; None = the folder must be there
+    draw: DrawConfig | None  # images to draw there first; None = the folder must exist
+    reference: str | None = field(metadata=NO_EFFECT)  # folder of images that evaluation compares with
+    reference_draw: DrawConfig | None = field(metadata=NO_EFFECT)  # as draw, for the reference folder
     style: str  # appended to every caption
-    caption: str | None  # stands in for a missing caption
+    caption: str | None  # caption of images that have none
     val_fraction: float  # share of images held out
     resize: str  # squash, center_crop or bucket
-    flip: bool  # mirror half of the drawn examples
+    flip: bool  # mirror every training example with probability 1/2
     min_side: int  # px; smaller images are skipped
     batch_size: int  # examples in one forward pass on one device
     accumulate: int  # forward passes in one optimiser step
     epochs: int  # passes over the training images
-    workers: int  # loader processes
-    grid_epochs: str  # trainer.max_epochs of the slides' grid
+    workers: int = field(metadata=NO_EFFECT)  # data loader processes
+    grid_epochs: str = field(metadata=NO_EFFECT)  # trainer.max_epochs of the grid `slides`
 
     @property
     def square_resize(self) -> str:
-        """How an image becomes a square to be compared with samples, which are square."""
+        """How to make an image square, as samples are, to compare the two."""
         return "center_crop" if self.resize == "bucket" else self.resize
 
     def __post_init__(self) -> None:
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
         require_choice("data.resize", self.resize, ("squash", "center_crop", "bucket"))
-        for name, least in (
-            ("min_side", 1),
-            ("batch_size", 1),
-            ("accumulate", 1),
-            ("epochs", 1),
-            ("workers", 0),
-        ):
+        least_of = {"min_side": 1, "batch_size": 1, "accumulate": 1, "epochs": 1, "workers": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             require(value >= least, f"data.{name}", value, f"at least {least}")
 
 
 def target_list(targets: Any) -> list[str]:
-    """Name endings of layers from such a list, or from names of TARGETS such as attention+ff."""
+    """Return suffixes of layer names, given as such a list or as names of TARGETS, such as attention+ff."""
     if isinstance(targets, str):
         names = targets.split("+")
         for name in names:
             require_choice("lora.targets", name, tuple(TARGETS))
-        return [ending for name in names for ending in TARGETS[name]]
+        return [suffix for name in names for suffix in TARGETS[name]]
     is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     require(is_list, "lora.targets", targets, "a list of layer names, or attention, attention+ff, all")
     return targets
@@ -134,9 +131,11 @@ class LoraConfig:
     alpha: float  # strength: B A is scaled by alpha / rank
     dropout: float  # probability of dropping an input of A, in training only
     text_encoder: bool  # adapt the text encoder's attention too
-    targets: Any  # name endings of the UNet layers that get an adapter; or names of TARGETS, with a plus
+    targets: Any  # name suffixes of the UNet layers to adapt; or names of TARGETS, joined by a plus
     variant: str  # lora, dora (Liu et al. 2024) or rslora (alpha / sqrt(rank); Kalajdzievski 2023)
-    init: str | None  # adapter file, folder or run to start from; None = fresh: it changes nothing at first
+    init: (
+        str | None
+    )  # adapter file, folder or run to start from; None = B is 0, so training starts from the base
 
     def __post_init__(self) -> None:
         self.targets = target_list(self.targets)
@@ -151,30 +150,23 @@ class LoraConfig:
 class LossConfig:
     """The training loss."""
 
+    function: str  # one of LOSSES; the probe measures with mse, whatever trains
     guidance: float  # w of uncond + w (cond - uncond); 1 = off
-    caption_dropout: float  # share of examples trained without caption
-    snr_gamma: float | None  # Min-SNR weight
-    noise_offset: float  # noise shared by all pixels of a channel
+    caption_dropout: float  # share of examples trained without a caption
+    snr_gamma: float | None  # gamma of the Min-SNR weight; None = no weight
+    noise_offset: float  # scale of noise shared by all pixels of a channel
     noise_schedule: str  # base or linear
     timesteps: str  # spread or independent
 
     def __post_init__(self) -> None:
+        LOSSES.require(self.function)
         require(
             self.guidance >= 1, "loss.guidance", self.guidance,
-            "1 (off) or more; 7.5 is the slides' second value",
+            "1 (off) or more; 7.5 is the reference study's second value",
         )  # fmt: skip
-        require(
-            0 <= self.caption_dropout <= 1,
-            "loss.caption_dropout",
-            self.caption_dropout,
-            "from 0 to 1",
-        )
-        require(
-            self.snr_gamma is None or self.snr_gamma > 0,
-            "loss.snr_gamma",
-            self.snr_gamma,
-            "more than 0, or null",
-        )
+        dropout, gamma = self.caption_dropout, self.snr_gamma
+        require(0 <= dropout <= 1, "loss.caption_dropout", dropout, "from 0 to 1")
+        require(gamma is None or gamma > 0, "loss.snr_gamma", gamma, "more than 0, or null")
         require(0 <= self.noise_offset <= 1, "loss.noise_offset", self.noise_offset, "from 0 to 1")
         require_choice("loss.noise_schedule", self.noise_schedule, ("base", "linear"))
         require_choice("loss.timesteps", self.timesteps, ("spread", "independent"))
@@ -182,20 +174,20 @@ class LossConfig:
 
 @dataclass
 class OptimizerConfig:
-    """The optimiser and the course of its learning rate."""
+    """The optimiser and its learning rate schedule."""
 
     name: str  # one of OPTIMIZERS
     lr: float  # peak learning rate
-    text_encoder_lr: float | None  # that of the text encoder; None = the same
-    lora_plus: float | None  # B learns so many times as fast as A (Hayou et al. 2024); None = as fast
-    weight_decay: float  # decoupled
-    betas: list[float]  # decay of the running mean and of the running square
+    text_encoder_lr: float | None  # peak learning rate of the text encoder; None = lr
+    lora_plus: float | None  # LoRA+ (Hayou et al. 2024): learning rate of B over that of A; None = 1
+    weight_decay: float  # decoupled weight decay
+    betas: list[float]  # decay rates of the first and second moment
     schedule: str  # cosine_epochs, cosine or constant
     warmup_steps: int  # optimiser steps of linear warm-up
 
     def __post_init__(self) -> None:
-        require_choice("optimizer.name", self.name, OPTIMIZERS)
-        if self.name == "adamw_schedulefree":
+        entry = OPTIMIZERS[self.name]
+        if entry.averages_weights:
             ok, wanted = self.schedule == "constant", "constant, since this optimiser averages instead"
             require(ok, "optimizer.schedule", self.schedule, wanted)
         require(0 < self.lr <= 1, "optimizer.lr", self.lr, "more than 0 and at most 1")
@@ -203,6 +195,8 @@ class OptimizerConfig:
             value = getattr(self, key)
             ok = value is None or 0 < value <= most
             require(ok, f"optimizer.{key}", value, f"more than 0 and at most {most}, or null")
+            ok = value is None or not entry.single_lr
+            require(ok, f"optimizer.{key}", value, f"null, since {self.name} takes a single learning rate")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
@@ -214,11 +208,11 @@ class OptimizerConfig:
 
 @dataclass
 class ComputeConfig:
-    """How the model computes; changes nothing of what is learned but rounding."""
+    """How the model computes; what it learns changes by rounding only."""
 
     compile: bool  # torch.compile of the UNet in training
-    channels_last: bool  # memory layout of the UNet's convolutions
-    checkpoint_every: int  # gradient checkpointing: every n-th block; 0 = none
+    channels_last: bool  # channels-last memory format of the UNet's convolutions
+    checkpoint_every: int  # gradient checkpointing of every n-th block; 0 = none
 
     def __post_init__(self) -> None:
         value = self.checkpoint_every
@@ -227,10 +221,10 @@ class ComputeConfig:
 
 @dataclass
 class ValidationConfig:
-    """The fixed items that are scored every epoch."""
+    """The fixed items scored after every epoch."""
 
     items_per_image: int  # fixed (timestep, noise) pairs
-    max_images: int  # held-out images that are scored, and as many training images
+    max_images: int  # most held-out images to score, and as many training images
 
     def __post_init__(self) -> None:
         for name in ("items_per_image", "max_images"):
@@ -239,7 +233,7 @@ class ValidationConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    """When to stop without progress."""
+    """When to stop for lack of progress."""
 
     patience: int | None  # epochs without an improvement
     watch: str  # probe or train_loss
@@ -252,9 +246,9 @@ class EarlyStoppingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When last.ckpt is written besides every epoch."""
+    """When to write last.ckpt, besides at the end of every epoch."""
 
-    every_n_steps: int  # optimiser steps
+    every_n_steps: int  # optimiser steps between two writes
 
     def __post_init__(self) -> None:
         require(self.every_n_steps >= 1, "checkpoint.every_n_steps", self.every_n_steps, "at least 1")
@@ -262,24 +256,20 @@ class CheckpointConfig:
 
 @dataclass
 class SampleConfig:
-    """The image grids drawn in training."""
+    """The image grids sampled during training."""
 
     every_n_epochs: int  # 0 = no grids
     prompts: list[str]  # one block of rows each
-    samplers: list[str]  # ddpm, ddim: a group of columns each
-    guidance: list[float]  # sampling guidance, a column each
-    num_inference_steps: int  # denoising steps of one image
-    seed: int  # of the start noise
+    samplers: list[str]  # of SAMPLERS: one group of columns each
+    guidance: list[float]  # guidance_scale, one column each
+    num_inference_steps: int  # denoising steps of an image
+    seed: int  # of the initial noise
 
     def __post_init__(self) -> None:
-        require(
-            self.every_n_epochs >= 0,
-            "sample.every_n_epochs",
-            self.every_n_epochs,
-            "0 (none) or more",
-        )
+        every = self.every_n_epochs
+        require(every >= 0, "sample.every_n_epochs", every, "0 (none) or more")
         for sampler in self.samplers:
-            require_choice("sample.samplers", sampler, ("ddpm", "ddim"))
+            SAMPLERS.require(sampler)
         for name in ("prompts", "samplers", "guidance"):
             require(len(getattr(self, name)) > 0, f"sample.{name}", "[]", "at least one entry")
         for scale in self.guidance:
@@ -292,14 +282,14 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig:
-    """`ghibli evaluate`: the cells of `sample` again, with many images and measured."""
+    """`ghibli evaluate`: the columns of `sample` with many images, and their metrics."""
 
-    samples: int  # images of each cell
+    samples: int  # images per cell
     scan_samples: int  # images at each scale of the guidance scan
-    every_n_epochs: int  # in training: distance of sampled images; 0 = never
-    epoch_samples: int  # images of that
-    scales: list[float]  # sampling scales of the guidance scan
-    batch_size: int  # images sampled together
+    every_n_epochs: int  # how often to measure the distance during training; 0 = never
+    epoch_samples: int  # images for that
+    scales: list[float]  # values of guidance_scale in the guidance scan
+    batch_size: int  # images sampled in one batch
     features: str  # style or inception
     inception: str | None  # file with the FID network's weights
 
@@ -308,9 +298,8 @@ class EvaluateConfig:
             "samples": 3, "scan_samples": 3, "batch_size": 1, "every_n_epochs": 0, "epoch_samples": 3,
         }  # fmt: skip
         for name, least in least_of.items():
-            require(
-                getattr(self, name) >= least, f"evaluate.{name}", getattr(self, name), f"at least {least}"
-            )
+            value = getattr(self, name)
+            require(value >= least, f"evaluate.{name}", value, f"at least {least}")
         for scale in self.scales:
             require(scale >= 1, "evaluate.scales", scale, "1 (off) or more")
         require_choice("evaluate.features", self.features, ("style", "inception"))
@@ -318,12 +307,12 @@ class EvaluateConfig:
 
 @dataclass
 class WandbConfig:
-    """The dashboard."""
+    """The Weights & Biases dashboard."""
 
     mode: str  # auto, online, offline or disabled
-    project: str  # where W&B files the run
-    group: str | None  # runs that belong together
-    name: str | None  # of the run
+    project: str  # W&B project
+    group: str | None  # W&B group; a sweep's trials share one
+    name: str | None  # W&B name of the run; None = made from the settings
 
     def __post_init__(self) -> None:
         require_choice("wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
@@ -331,14 +320,14 @@ class WandbConfig:
 
 @dataclass
 class Config:
-    """Everything `train.py` takes; see conf/train.yaml for meanings and defaults."""
+    """All settings of `train.py`; see conf/train.yaml for meanings and defaults."""
 
     seed: int  # of order, noise, timesteps and initial adapter
     finetune: str  # lora, full or none
-    resume: str | None  # a run folder, or latest
-    threads: int | None  # of torch on the CPU; rounding depends on it
-    cache_dir: str  # drawn images
-    local: LocalConfig
+    resume: str | None = field(metadata=NO_EFFECT)  # a run folder, or latest
+    threads: int | None  # CPU threads of torch; rounding depends on them
+    cache_dir: str = field(metadata=NO_EFFECT)  # where drawn images are cached
+    local: LocalConfig = field(metadata=NO_EFFECT)
     model: ModelConfig
     data: DataConfig
     lora: LoraConfig
@@ -348,10 +337,10 @@ class Config:
     compute: ComputeConfig
     validation: ValidationConfig
     early_stopping: EarlyStoppingConfig
-    checkpoint: CheckpointConfig
+    checkpoint: CheckpointConfig = field(metadata=NO_EFFECT)
     sample: SampleConfig
-    evaluate: EvaluateConfig
-    wandb: WandbConfig
+    evaluate: EvaluateConfig = field(metadata=NO_EFFECT)
+    wandb: WandbConfig = field(metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
@@ -366,34 +355,34 @@ class Config:
 
 @dataclass
 class SweepConfig:
-    """What `sweep.py` does, beside the settings of its runs."""
+    """What `sweep.py` does, besides the settings of its runs."""
 
-    report_only: bool  # train nothing
-    evaluate: bool  # sample every finished trial and measure its images
-    search: int | None  # so many trials, chosen by Optuna; None = all of the grid
-    halving: bool  # train all a little, the better third further, and so on
-    best: int  # how many of the best are repeated
-    repeats: int  # how often, each time with another seed
+    report_only: bool  # train nothing, rank what is there
+    evaluate: bool  # run `ghibli evaluate` on every finished trial
+    search: int | None  # number of trials chosen by Optuna; None = the full grid
+    halving: bool  # successive halving: train all briefly, the best third longer, and so on
+    best: int  # how many of the best trials to repeat
+    repeats: int  # repetitions of each, with other seeds
 
     def __post_init__(self) -> None:
         require(self.search is None or self.search >= 1, "sweep.search", self.search, "at least 1, or null")
         require(self.best >= 1, "sweep.best", self.best, "at least 1")
         require(self.repeats >= 0, "sweep.repeats", self.repeats, "0 or more")
         both = self.search is not None and self.halving
-        require(not both, "sweep.halving", self.halving, "not together with sweep.search")
+        require(not both, "sweep.halving", self.halving, "cannot be combined with sweep.search")
 
 
 @dataclass
 class Command(Config):
-    """All that can be typed: the settings of a run, and the sweep around it."""
+    """All keys of the command line: the settings of a run, and those of a sweep."""
 
-    sweep: SweepConfig
+    sweep: SweepConfig = field(metadata=NO_EFFECT)
 
 
 def describe(config: Config) -> str:
-    """A run's settings in a few words: `lora rank 32, guidance 1, lr 0.0005`."""
+    """Summarise a run's settings: `LoRA rank 32, training guidance 1, lr 0.0005`."""
     what = {"lora": f"LoRA rank {config.lora.rank}", "full": "full fine-tuning", "none": "base"}
-    words = [what[config.finetune]]
+    parts = [what[config.finetune]]
     if config.finetune != "none":
-        words += [f"training guidance {config.loss.guidance:g}", f"lr {config.optimizer.lr:g}"]
-    return ", ".join(words)
+        parts += [f"training guidance {config.loss.guidance:g}", f"lr {config.optimizer.lr:g}"]
+    return ", ".join(parts)

@@ -1,54 +1,43 @@
-"""Where captions stand: in a table beside the images, which has one of three forms."""
+"""Caption tables: text files that hold the captions of many images, in one of three formats."""
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ghibli.runtime.errors import UserError
 
-TABLES = (
-    "captions.txt",
-    "metadata.jsonl",
-    "metadata.csv",
-)  # of several the first that knows an image counts
-NAME = "file_name"
-TEXTS = ("text", "caption")  # the first that a row has counts
+FILE_NAME = "file_name"
+CAPTION_KEYS = ("text", "caption")  # the first one that a row has counts
+RowReader = Callable[[Path, str], Iterator[tuple[str, str]]]
+"""(table, its text) -> (file name, caption) of every row; the path is for messages."""
 
 
-def find_tables(root: Path, folder: Path) -> list[Path]:
-    """The tables of an image set, the one that counts most first.
+def read_table(table: Path, folder: Path, read_rows: RowReader) -> dict[str, str]:
+    """Return image's file name -> caption, in one line; of several rows for one file the last counts.
 
     Args:
-        root: what the user named.
-        folder: where the images lie: root itself or a folder in it.
-    """
-    places = dict.fromkeys((root, folder))
-    return [place / name for name in TABLES for place in places if (place / name).is_file()]
-
-
-def read_table(table: Path, folder: Path) -> dict[str, str]:
-    """Image's file name -> caption, in one line; of several rows for one file the last counts.
-
-    Args:
-        table: one of TABLES. Its names are paths from its own folder or names within `folder`.
-        folder: where the images lie.
+        table: its rows name paths from its own folder, or names within `folder`.
+        folder: where the images are.
+        read_rows: the reader of its format.
 
     Raises:
         UserError: not UTF-8, or a row that cannot be read, named by its number.
     """
-    text = read_text(table)
-    rows = {"captions.txt": bar_rows, "metadata.jsonl": json_rows, "metadata.csv": csv_rows}[table.name]
     return {
         name_within(folder, table.parent, name): " ".join(caption.split())
-        for name, caption in rows(table, text)
+        for name, caption in read_rows(table, read_text(table))
     }
 
 
 def read_text(table: Path) -> str:
-    """The table's text, without a byte order mark."""
+    """Return the table's text, without a byte order mark.
+
+    Raises:
+        UserError: not UTF-8.
+    """
     try:
         return table.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -57,7 +46,7 @@ def read_text(table: Path) -> str:
 
 
 def bar_rows(table: Path, text: str) -> Iterator[tuple[str, str]]:
-    """(file name, caption) of lines `file|caption`."""
+    """Iterate over (file name, caption) of lines `file|caption`."""
     for number, line in enumerate(text.split("\n"), start=1):
         name, bar, caption = line.partition("|")
         if bar and name.strip():
@@ -67,7 +56,7 @@ def bar_rows(table: Path, text: str) -> Iterator[tuple[str, str]]:
 
 
 def json_rows(table: Path, text: str) -> Iterator[tuple[str, str]]:
-    """(file name, caption) of lines `{"file_name": ..., "text": ...}`, as hub image sets have them."""
+    """Iterate over (file name, caption) of lines `{"file_name": ..., "text": ...}`, the hub's format."""
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -76,37 +65,41 @@ def json_rows(table: Path, text: str) -> Iterator[tuple[str, str]]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"{table} line {number} is no JSON object: `{line.strip()[:60]}`")
-        yield name_and_text(row, f"{table} line {number}")
+            raise UserError(f"{table} line {number} is not a JSON object: `{line.strip()[:60]}`")
+        yield name_and_caption(row, f"{table} line {number}")
 
 
 def csv_rows(table: Path, text: str) -> Iterator[tuple[str, str]]:
-    """(file name, caption) of rows below a heading with file_name and text."""
+    """Iterate over (file name, caption) of rows below a header with file_name and text."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in reader:
-            yield name_and_text(row, f"{table} line {reader.line_num}")
+            yield name_and_caption(row, f"{table} line {reader.line_num}")
     except csv.Error as error:
         raise UserError(f"{table} line {reader.line_num} cannot be read: {error}") from None
 
 
-def name_and_text(row: dict[str, Any], where: str) -> tuple[str, str]:
-    """(file name, caption) of one row; an empty or missing caption is an empty text."""
-    if not isinstance(row.get(NAME), str) or not row[NAME].strip():
-        raise UserError(f"{where} has no {NAME}: expected {NAME} and {TEXTS[0]}")
-    key = next((key for key in TEXTS if key in row), None)
+def name_and_caption(row: dict[str, Any], where: str) -> tuple[str, str]:
+    """Return (file name, caption) of one row; the caption may be empty.
+
+    Raises:
+        UserError: no file name, no caption, or a caption that is not text.
+    """
+    if not isinstance(row.get(FILE_NAME), str) or not row[FILE_NAME].strip():
+        raise UserError(f"{where} has no {FILE_NAME}: expected {FILE_NAME} and {CAPTION_KEYS[0]}")
+    key = next((key for key in CAPTION_KEYS if key in row), None)
     if key is None:
-        raise UserError(f"{where} has no {TEXTS[0]}: expected {NAME} and {TEXTS[0]}")
+        raise UserError(f"{where} has no {CAPTION_KEYS[0]}: expected {FILE_NAME} and {CAPTION_KEYS[0]}")
     caption = row[key] or ""
     if not isinstance(caption, str):
-        raise UserError(f"{where}: its {key} is no text: `{str(caption)[:60]}`")
-    return row[NAME].strip(), caption
+        raise UserError(f"{where}: its {key} is not text: `{str(caption)[:60]}`")
+    return row[FILE_NAME].strip(), caption
 
 
-def name_within(folder: Path, place: Path, name: str) -> str:
-    """The name of an image within `folder`, as a table in `place` spells it, perhaps from there."""
+def name_within(folder: Path, table_folder: Path, name: str) -> str:
+    """Return an image's name within `folder`, given as a table in `table_folder` spells it."""
     path = PurePosixPath(name)
     try:
-        return str(path.relative_to(folder.relative_to(place).as_posix()))
+        return str(path.relative_to(folder.relative_to(table_folder).as_posix()))
     except ValueError:  # written as within the folder already
         return name

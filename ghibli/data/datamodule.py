@@ -1,4 +1,4 @@
-"""GhibliDataModule: images -> held-out split -> latents in memory -> training examples."""
+"""GhibliDataModule: images -> held-out split -> latents in memory -> training examples and probe."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ghibli.config.schema import Config
-from ghibli.data.dataset import ExampleNumbers, TrainExamples, batches_in, collate, share_of_probe
+from ghibli.data.dataset import (
+    EncodedImages,
+    EpochPlan,
+    ExampleNumbers,
+    TrainExamples,
+    batches_in,
+    collate,
+    share_of_probe,
+)
 from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, summarise
 from ghibli.data.latents import Moments, encode
 from ghibli.data.sources import draw_missing
@@ -27,7 +35,14 @@ from ghibli.runtime.files import write_json
 
 
 class GhibliDataModule(L.LightningDataModule):
-    """Reads the folder, holds out images, encodes all once, hands out examples and probe items."""
+    """Read the image set, hold some images out, encode all once, serve training examples and probe items.
+
+    Args:
+        config: the run's configuration.
+        base: the loaded base; its VAE encodes the images.
+        run: the run's folder, which gets split.json.
+        num_train_timesteps: T of the noise schedule.
+    """
 
     def __init__(self, config: Config, base: BaseModel, run: RunDir, num_train_timesteps: int):
         super().__init__()
@@ -37,18 +52,22 @@ class GhibliDataModule(L.LightningDataModule):
         self.is_ready = False
 
     def prepare_data(self) -> None:
-        """Draws the demo's images when the folder is not there yet, or damaged."""
+        """Draw the demo's images when their folder is missing or damaged."""
         draw_missing(self.config.data.root, self.config.data.draw, self.config.cache_dir)
 
     def read(self) -> None:
-        """Reads and splits the folder, once; what is held out does not depend on anything else."""
+        """Read and split the folder, once; what is held out depends on nothing else.
+
+        Raises:
+            UserError: too few usable images.
+        """
         if self.folder is not None:
             return
         data = self.config.data
         thumbnails: dict[Path, np.ndarray] = {}
         sizes: dict[Path, Size] = {}
 
-        def look(path: Path, image: Image.Image) -> None:
+        def note(path: Path, image: Image.Image) -> None:
             thumbnails[path] = thumbnail(image)
             sizes[path] = size_for(image.size, self.config.model.resolution, data.resize)
 
@@ -56,7 +75,7 @@ class GhibliDataModule(L.LightningDataModule):
             folder = read_folder(
                 Path(data.root), style=data.style, default_caption=data.caption,
                 min_side=data.min_side, on_progress=on_progress,
-                on_image=look,
+                on_image=note,
             )  # fmt: skip
         split = split_apart(folder.images, thumbnails, data.val_fraction)
         self.train_images, self.held_out, self.moved = split.train, split.held_out, split.moved
@@ -68,7 +87,7 @@ class GhibliDataModule(L.LightningDataModule):
         self.shapes = [sizes[image.path] for image in self.train_images]
 
     def setup(self, stage: str) -> None:
-        """Reads, splits and encodes; writes split.json. Runs once."""
+        """Read, split and encode the images, once; write split.json."""
         if self.is_ready:
             return
         self.read()
@@ -80,12 +99,12 @@ class GhibliDataModule(L.LightningDataModule):
         self.is_ready = True
 
     def _write_split(self, folder: ImageFolder, val: list[CaptionedImage]) -> None:
-        def listed(images: list[CaptionedImage]) -> dict[str, str]:
+        def hashes(images: list[CaptionedImage]) -> dict[str, str]:
             return {p.path.name: p.content_hash for p in images}
 
         split = {
-            "train": listed(self.train_images),
-            "val": listed(val),
+            "train": hashes(self.train_images),
+            "val": hashes(val),
             "unusable": folder.unusable,
         }
         write_json(self.run.split, split)
@@ -106,7 +125,7 @@ class GhibliDataModule(L.LightningDataModule):
         self.base.vae.to(home)
         input_ids = self.base.tokenize([p.caption for p in images])
         self.input_ids = input_ids[: len(self.train_images)]
-        self.all_input_ids = torch.cat([self.base.tokenize([""]), input_ids])  # that any batch has
+        self.all_input_ids = torch.cat([self.base.tokenize([""]), input_ids])  # of every caption in use
         rows = [images.index(image) for image in self.probe_images]
         self.probe_batches = make_items(
             self.probe_images, moments.of(rows), input_ids[rows],
@@ -116,7 +135,7 @@ class GhibliDataModule(L.LightningDataModule):
         )  # fmt: skip
 
     def _moments(self, images: list[CaptionedImage], mirrored: bool) -> Moments:
-        """The VAE's code of these images, from the cache where it was made before."""
+        """Return the VAE moments of some images, from the cache where they are known."""
         resolution, resize = self.config.model.resolution, self.config.data.resize
         options = {"resolution": resolution, "resize": resize, "mirrored": mirrored}
 
@@ -135,9 +154,9 @@ class GhibliDataModule(L.LightningDataModule):
         return Moments(**cached_rows(Path(self.config.cache_dir) / "latents", key, contents, make))
 
     def steps_per_epoch(self, accumulate: int, world_size: int) -> int:
-        """Optimiser steps in an epoch: floor(N / global batch), the remainder dropped.
+        """Return the optimiser steps in an epoch: floor(N / global batch), the remainder dropped.
 
-        With several shapes of images it is the full batches of one shape, over the accumulation.
+        With images of several shapes it is the number of full batches of one shape, over `accumulate`.
 
         Raises:
             UserError: fewer training images than one optimiser step takes.
@@ -152,18 +171,17 @@ class GhibliDataModule(L.LightningDataModule):
         return steps
 
     def train_dataloader(self) -> DataLoader:
-        """Training batches from the trainer's current optimiser step on."""
+        """Return the training batches from the trainer's current optimiser step on."""
         trainer, data = self.trainer, self.config.data
         accumulate = trainer.accumulate_grad_batches
         batches = self.steps_per_epoch(accumulate, trainer.world_size) * accumulate
-        examples = TrainExamples(
-            self.moments, self.mirrored, self.input_ids, self.base.tokenize([""])[0],
-            [p.path.name for p in self.train_images], self.config,
-            examples_per_epoch=batches * data.batch_size * trainer.world_size,
-            num_train_timesteps=self.num_train_timesteps,
-            scaling_factor=self.base.vae.config.scaling_factor,
-            shapes=self.shapes, together=data.batch_size * trainer.world_size,
+        together = data.batch_size * trainer.world_size
+        images = EncodedImages(
+            [image.path.name for image in self.train_images], self.moments, self.mirrored, self.input_ids,
+            self.base.tokenize([""])[0], self.shapes, self.base.vae.config.scaling_factor,
         )  # fmt: skip
+        plan = EpochPlan(batches * together, together, self.num_train_timesteps)
+        examples = TrainExamples(images, plan, self.config.loss, self.config.seed)
         numbers = ExampleNumbers(
             batches=batches, batch_size=data.batch_size, rank=trainer.global_rank,
             world_size=trainer.world_size, start_batch=trainer.global_step * accumulate,
@@ -174,6 +192,6 @@ class GhibliDataModule(L.LightningDataModule):
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:
-        """This device's share of the probe: a batch for each held-out image, then the training ones."""
+        """Return this device's share of the probe: a batch per held-out image, then per training image."""
         mine = share_of_probe(len(self.probe_batches), self.trainer.global_rank, self.trainer.world_size)
         return DataLoader([self.probe_batches[index] for index in mine], batch_size=None)

@@ -1,90 +1,95 @@
-"""Training examples: a pure function of seed and running number, batched by shape, shared by devices."""
+"""Training examples: pure functions of seed and running number, batched by shape, shared among devices."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ghibli.config.schema import Config
+from ghibli.config.schema import LossConfig
 from ghibli.data.latents import Moments
 from ghibli.images.resize import Size
 from ghibli.runtime.seeding import Stream, chance, epoch_order, independent_timestep, normal, timestep
 
 
 def batches_in(shapes: Sequence[Size], together: int) -> int:
-    """Full batches of one shape each in an epoch of these images."""
+    """Return the number of full batches of `together` images of one shape in an epoch."""
     return sum(count // together for count in Counter(shapes).values())
 
 
 def left_out(shapes: Sequence[Size], together: int) -> int:
-    """Images whose shape has too few of them for any batch."""
+    """Return the number of images whose shape is too rare to fill a batch."""
     return sum(count for count in Counter(shapes).values() if count < together)
 
 
-def in_batches(order: np.ndarray, shapes: Sequence[Size], together: int) -> list[int]:
-    """The same order, laid so that each `together` images in a row have one shape.
+def order_in_batches(order: np.ndarray, shapes: Sequence[Size], together: int) -> list[int]:
+    """Rearrange an order of images so that every `together` in a row have one shape.
 
-    Images are dealt to their shape in turn, and a batch follows as soon as it is full; what is left
-    at the end is left out. With a single shape the order stays as it is.
+    Images are dealt to their shape in turn, and a batch follows as soon as it is full; incomplete
+    batches at the end are dropped. With a single shape the order stays as it is.
     """
     waiting: dict[Size, list[int]] = {}
-    laid: list[int] = []
+    rearranged: list[int] = []
     for image in order:
         batch = waiting.setdefault(shapes[image], [])
         batch.append(int(image))
         if len(batch) == together:
-            laid += batch
+            rearranged += batch
             batch.clear()
-    return laid
+    return rearranged
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """The N training images as the UNet sees them, in one order."""
+
+    names: list[str]
+    moments: Moments
+    mirrored: Moments | None  # of the images flipped left to right; None = never flip
+    input_ids: torch.Tensor  # (N, L) int64
+    empty_ids: torch.Tensor  # (L,) int64, of the empty caption
+    shapes: list[Size]  # (width, height) in px
+    scaling_factor: float  # the VAE's: latents are sampled moments times this
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """How an epoch is laid out, over all devices."""
+
+    examples: int  # in an epoch
+    together: int  # examples of one forward pass on all devices, which share a shape
+    num_train_timesteps: int  # T
 
 
 class TrainExamples(Dataset):
     """Running example number -> one training example, a pure function of it and the seed."""
 
-    def __init__(
-        self,
-        moments: Moments,
-        mirrored: Moments | None,
-        input_ids: torch.Tensor,
-        empty_ids: torch.Tensor,
-        names: list[str],
-        config: Config,
-        *,
-        examples_per_epoch: int,
-        num_train_timesteps: int,
-        scaling_factor: float,
-        shapes: list[Size] | None = None,
-        together: int = 1,
-    ):
-        self.shapes = shapes or [(0, 0)] * len(names)  # of the images; `together` in a row have one shape
-        self.together = together
-        self.moments, self.mirrored = moments, mirrored
-        self.input_ids, self.empty_ids, self.names = input_ids, empty_ids, names
-        self.seed, self.loss = config.seed, config.loss
-        self.timestep = {"spread": timestep, "independent": independent_timestep}[config.loss.timesteps]
-        self.examples_per_epoch = examples_per_epoch
-        self.num_train_timesteps = num_train_timesteps
-        self.scaling_factor = scaling_factor
-        self._order: tuple[int, list[int]] = (-1, [])
+    def __init__(self, images: EncodedImages, plan: EpochPlan, loss: LossConfig, seed: int):
+        self.images, self.plan, self.loss, self.seed = images, plan, loss, seed
+        self.timestep = {"spread": timestep, "independent": independent_timestep}[loss.timesteps]
+        self._order: tuple[int, list[int]] = (-1, [])  # (epoch, its images in order)
 
     def __len__(self) -> int:
-        return self.examples_per_epoch
+        return self.plan.examples
 
     def image_of(self, example: int) -> int:
-        """The index of the image shown as this running example number."""
-        epoch, position = divmod(example, self.examples_per_epoch)
+        """Return the index of the image behind a running example number."""
+        epoch, position = divmod(example, self.plan.examples)
         if self._order[0] != epoch:
-            order = epoch_order(len(self.names), self.seed, epoch)
-            self._order = (epoch, in_batches(order, self.shapes, self.together))
+            order = epoch_order(len(self.images.names), self.seed, epoch)
+            self._order = (epoch, order_in_batches(order, self.images.shapes, self.plan.together))
         return self._order[1][position]
 
     def __getitem__(self, example: int) -> dict[str, object]:
-        """latents, noise (4, h, w); timesteps (); input_ids (L,); example and name as they are."""
-        image, seed = self.image_of(example), self.seed
-        flipped = self.mirrored is not None and chance(0.5, Stream.FLIP, seed, example)
-        moments = self.mirrored if flipped else self.moments
+        """Return one example: latents and noise (4, h, w) float32, timesteps () and input_ids (L,) int64.
+
+        Beside them `example`, the running number, and `name`, the image's file name.
+        """
+        images, image, seed = self.images, self.image_of(example), self.seed
+        flipped = images.mirrored is not None and chance(0.5, Stream.FLIP, seed, example)
+        moments = images.mirrored if flipped else images.moments
         shape = tuple(moments.mean[image].shape)
         noise = normal(shape, Stream.NOISE, seed, example)
         if self.loss.noise_offset > 0:
@@ -93,17 +98,17 @@ class TrainExamples(Dataset):
         dropped = chance(self.loss.caption_dropout, Stream.CAPTION, seed, example)
         posterior_noise = normal(shape, Stream.POSTERIOR, seed, example)
         return {
-            "latents": moments.sample(image, posterior_noise, self.scaling_factor),
+            "latents": moments.sample(image, posterior_noise, images.scaling_factor),
             "noise": noise,
-            "timesteps": torch.tensor(self.timestep(example, self.num_train_timesteps, seed)),
-            "input_ids": self.empty_ids if dropped else self.input_ids[image],
+            "timesteps": torch.tensor(self.timestep(example, self.plan.num_train_timesteps, seed)),
+            "input_ids": images.empty_ids if dropped else images.input_ids[image],
             "example": example,
-            "name": self.names[image],
+            "name": images.names[image],
         }
 
 
 def collate(examples: list[dict[str, object]]) -> dict[str, object]:
-    """Stacks the tensors; `example` and `name` stay lists on the CPU."""
+    """Stack the tensors of some examples, (B, ...); `example` and `name` become lists."""
     return {
         key: torch.stack([e[key] for e in examples])
         if isinstance(examples[0][key], torch.Tensor)
@@ -115,18 +120,23 @@ def collate(examples: list[dict[str, object]]) -> dict[str, object]:
 class ExampleNumbers(Sampler[int]):
     """The running example numbers of one device, in order, from any optimiser step on.
 
-    An epoch is a whole number of optimiser steps. In each forward pass the devices take
-    neighbouring batches, so together they see what one device with the same global batch sees.
+    An epoch is a whole number of optimiser steps. In each forward pass the devices take neighbouring
+    batches, so together they see what one device with the same global batch sees.
+
+    Args:
+        batches: forward passes in an epoch.
+        batch_size: examples in one forward pass of one device.
+        start_batch: forward passes done before, over all epochs.
     """
 
     def __init__(self, *, batches: int, batch_size: int, rank: int, world_size: int, start_batch: int):
-        self.batches, self.batch_size = batches, batch_size  # batches: forward passes in an epoch
+        self.batches, self.batch_size = batches, batch_size
         self.rank, self.world_size = rank, world_size
         self.first_epoch, self.first_batch = divmod(start_batch, batches)
         self.epoch = self.first_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
+        """Choose the epoch; Lightning calls this before each."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -140,9 +150,9 @@ class ExampleNumbers(Sampler[int]):
 
 
 def share_of_probe(count: int, rank: int, world_size: int) -> list[int]:
-    """Which of `count` images a device scores: every world_size-th, and as many on each device.
+    """Return which of `count` images a device scores: every world_size-th, equally many on each device.
 
-    Laid side by side the shares are the images in their order, and behind them the first few again.
+    Interleaved, the shares are the images in their order, followed by the first few again as padding.
     """
     each = -(-count // world_size)
     return [index % count for index in range(rank, each * world_size, world_size)]

@@ -1,23 +1,17 @@
-"""Image folders of every supported layout -> a list of (image file, caption), and reading one."""
+"""Read an image set of any supported layout: its usable images with captions, and why others are not."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from unicodedata import normalize
 
 from PIL import Image
 
-from ghibli.data.caption_tables import find_tables, read_table
-from ghibli.images.read import IMAGE_ENDINGS, Unusable, check_image
+from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, ListedImage, image_folder, supported_layouts
+from ghibli.images.read import Unusable, check_image
 from ghibli.runtime.errors import UserError, require_folder
 
 NO_CAPTION = "it has no caption"
-SUBFOLDERS = ("images", "trainB_ghibli", "dataset/trainB_ghibli")  # the last two: the Kaggle set
-LAYOUTS = (
-    "images/ beside captions.txt (lines `file|caption`), metadata.jsonl or metadata.csv; images with a "
-    ".txt beside each; docs/data.md shows them"
-)
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What was found in a folder."""
+    """The images of a folder."""
 
     images: list[CaptionedImage]
     unusable: dict[str, str]  # path inside the image folder -> why it is skipped
@@ -47,16 +41,16 @@ def read_folder(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_image: Callable[[Path, Image.Image], None] = lambda path, image: None,
 ) -> ImageFolder:
-    """Reads every caption and checks every image of a folder, in the order of their names.
+    """Read every caption and check every image of a folder, in the order of their names.
 
     Args:
         root: a folder in one of the supported layouts; `~` is the home folder.
         style: text appended to every caption, such as ", Studio Ghibli style".
-        default_caption: stands in for a missing caption; None makes such an image unusable.
+        default_caption: replaces a missing caption; None makes such an image unusable.
         min_side: px; an image whose shorter side is smaller is unusable.
         key: the setting that names the folder.
         on_progress: called with (images checked, images in all).
-        on_image: called with each readable image, whose sides may be reduced to `min_side`.
+        on_image: called with each readable image, which may be downscaled to `min_side`.
 
     Raises:
         UserError: no such folder, no images, or fewer than two of them usable.
@@ -77,7 +71,7 @@ def read_folder(
             unusable[name] = str(reason)
         on_progress(done, len(listed))
     if not listed:
-        raise UserError(f"{key}={root}: no images found; supported layouts: {LAYOUTS}")
+        raise UserError(f"{key}={root}: no images found; supported layouts: {supported_layouts()}")
     if len(images) < 2:
         raise UserError(
             f"{key}={root}: {len(images) or 'no'} usable image{'' if len(images) == 1 else 's'}, "
@@ -86,46 +80,43 @@ def read_folder(
     return ImageFolder(images, unusable)
 
 
-def list_images(root: Path, key: str = "data.root") -> list[tuple[str, Path, str | None]]:
-    """(name, image file, caption of the table or None) in the order of names.
+def list_images(root: Path, key: str = "data.root") -> list[ListedImage]:
+    """Return the images of every layout that recognises the folder, in the order of their names.
 
-    The name is the path inside the image folder. Files that a table names need not exist;
-    images that it does not name are listed too, hidden files are not. A name may be spelled with
-    other bytes than the file's, as macOS does with accents.
+    Files that a caption table names need not exist; images that it does not name are listed too, hidden
+    files are not.
+
+    Raises:
+        UserError: the folder or a caption table cannot be read.
     """
-    folder = image_folder(root)
-    captions: dict[str, str] = {}
+    listed: dict[Path, ListedImage] = {}
     try:
-        tables = find_tables(root, folder)
-        for table in reversed(tables):  # the first has the last word
-            captions |= {name: words for name, words in read_table(table, folder).items() if words}
-        found = {path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS}
+        for _, layout in LAYOUTS.items():
+            for image in layout.list_images(root) if layout.recognise(root) else []:
+                if image.path not in listed or listed[image.path].caption is None:
+                    listed[image.path] = image
     except OSError as error:
         raise UserError(f"{key}={root} cannot be read: {error}") from error
-    found = {name for name in found if not name.startswith(".")}
-    spelled = {normalize("NFC", name): name for name in found}
-    named = {spelled.get(normalize("NFC", name), name): caption for name, caption in captions.items()}
-    return [(name, folder / name, named.get(name)) for name in sorted(found | set(named))]
+    return sorted(listed.values(), key=lambda image: image.name)
 
 
 def recognised(root: Path) -> str:
-    """What kind of image set a folder is, in words: `images/ with captions.txt`."""
+    """Return what kind of image set a folder is, in words: `images/ with captions.txt`."""
     folder = image_folder(root)
-    tables = find_tables(root, folder)
     where = "images" if folder == root else f"{folder.relative_to(root)}/"
-    if tables:
-        return f"{where} with {', then '.join(table.name for table in tables)}"
-    beside = any(path.with_suffix(".txt").is_file() for _, path, _ in list_images(root))
+    found = [name for name, layout in LAYOUTS.items() if name != IMAGE_FILES and layout.recognise(root)]
+    if found:
+        return f"{where} with {', then '.join(found)}"
+    beside = any(image.path.with_suffix(".txt").is_file() for image in list_images(root))
     return f"{where} with a .txt beside each" if beside else f"{where} without captions"
 
 
-def image_folder(root: Path) -> Path:
-    """Where the images of a set lie: in one of SUBFOLDERS, or in the folder itself."""
-    return next((root / name for name in SUBFOLDERS if (root / name).is_dir()), root)
-
-
 def read_beside(path: Path) -> str | None:
-    """The caption in the .txt file beside an image, in one line; None without such a file."""
+    """Return the caption in the .txt file beside an image, in one line; None without such a file.
+
+    Raises:
+        Unusable: the file is not UTF-8.
+    """
     beside = path.with_suffix(".txt")
     if not beside.is_file():
         return None
@@ -136,7 +127,7 @@ def read_beside(path: Path) -> str | None:
 
 
 def summarise(unusable: dict[str, str], most: int = 5, elsewhere: str = ", all in split.json") -> str:
-    """`2 skipped: a.jpg (the file is missing), b.png (...)` in one line; empty if there are none."""
+    """Return `2 skipped: a.jpg (the file is missing), b.png (...)`, in one line; empty if there are none."""
     if not unusable:
         return ""
     named = [f"{name} ({why})" for name, why in list(unusable.items())[:most]]

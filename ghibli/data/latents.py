@@ -1,4 +1,4 @@
-"""Images -> pixel_values -> VAE posterior moments, made once before training and kept in memory."""
+"""Image files -> pixel_values -> VAE posterior moments, encoded once before training and kept in memory."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,26 +11,30 @@ from ghibli.images.resize import preprocess
 from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError
 
-CHUNK = 8  # images encoded at once; always the same, so an image's code never depends on others
+CHUNK = 8  # images encoded at once; always as many, so an image's moments never depend on the others
 
 
 @dataclass(frozen=True)
 class Moments:
     """The VAE posterior q(z | image) = N(mean, exp(logvar)) of N images, unscaled.
 
-    Kept instead of one sample of it, so that training draws a new one for every example.
+    Kept instead of one sample of it, so that every training example is a fresh sample.
     """
 
     mean: Sequence[torch.Tensor]  # N of (4, H/8, W/8) float32; one tensor where all have one shape
     logvar: Sequence[torch.Tensor]  # like mean
 
     def of(self, images: Iterable[int]) -> "Moments":
-        """Those of some of the images, in this order."""
+        """Return the moments of some of the images, in this order."""
         rows = list(images)
         return Moments([self.mean[row] for row in rows], [self.logvar[row] for row in rows])
 
     def sample(self, index: int, noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
-        """Scaled latents (4, H/8, W/8) of one image, drawn with `noise` of that shape."""
+        """Return scaled latents of one image, (4, H/8, W/8) float32: (mean + std noise) scaling_factor.
+
+        Args:
+            noise: standard normal, like mean[index].
+        """
         deviation = torch.exp(0.5 * self.logvar[index])
         return (self.mean[index] + deviation * noise) * scaling_factor
 
@@ -45,12 +49,16 @@ def encode(
     mirrored: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Moments:
-    """Encodes image files, in order, in fp32 on the device the VAE is on.
+    """Encode image files, in order, in fp32 on the VAE's device; the moments are on the CPU.
 
     Args:
         resolution: side of the square, px; a multiple of 8.
+        resize: data.resize: squash, center_crop or bucket.
         mirrored: encode the images flipped left to right.
         on_progress: called with (images done, images in all) after each chunk.
+
+    Raises:
+        UserError: moments of an image that are not finite.
     """
     device = next(base.vae.parameters()).device
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -67,7 +75,7 @@ def encode(
 def encode_chunk(
     base: BaseModel, paths: list[Path], resolution: int, resize: str, mirrored: bool, device: torch.device
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(mean, logvar) of each of up to CHUNK images; those of one shape go through the VAE together."""
+    """Encode up to CHUNK images as (mean, logvar), each (4, H/8, W/8); images of one shape run together."""
     values = [preprocess(open_image(path), resolution, resize) for path in paths]
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for shape in dict.fromkeys(value.shape for value in values):
@@ -77,9 +85,9 @@ def encode_chunk(
         if mirrored:
             pixel_values = pixel_values.flip(-1)
         posterior = base.vae.encode(pixel_values.to(device)).latent_dist
-        for place, row in enumerate(rows):
-            mean = posterior.mean[place].cpu().clone()
+        for position, row in enumerate(rows):
+            mean = posterior.mean[position].cpu().clone()
             if not mean.isfinite().all():
-                raise UserError(f"{paths[row]}: the VAE makes no finite latents of it; take this image out")
-            found[row] = mean, posterior.logvar[place].cpu().clone()
+                raise UserError(f"{paths[row]}: its latents are not finite: remove this image")
+            found[row] = mean, posterior.logvar[position].cpu().clone()
     return [found[row] for row in range(len(paths))]

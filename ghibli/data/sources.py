@@ -1,4 +1,4 @@
-"""Where images come from: drawn when missing, and the real images that samples are measured against."""
+"""Images that are drawn when missing, and the real images that samples are measured against."""
 
 from pathlib import Path
 
@@ -14,32 +14,33 @@ from ghibli.runtime.errors import UserError
 
 
 def draw_missing(root: str, draw: DrawConfig | None, cache_dir: str, seeds: range | None = None) -> None:
-    """Draws the images of a folder that is to be drawn and is not there yet, or damaged in the cache.
+    """Draw the images of a folder that is missing, or damaged in the cache.
 
     Args:
-        seeds: of the scenes; None: those that training is for.
+        draw: what to draw; None = nothing.
+        seeds: of the scenes; None = those that training uses.
     """
-    place = Path(root)
+    folder = Path(root)
     if draw is None:
         return
-    if (place / "captions.txt").exists():
-        if not (place.is_relative_to(cache_dir) and damaged(place)):
+    if (folder / "captions.txt").exists():
+        if not (folder.is_relative_to(cache_dir) and damaged(folder)):
             return
         console.print(f"the drawn images in {root} are damaged: drawing them again", style="yellow")
     usual = {"drawn": FINETUNE_SEEDS, "photo": PRETRAIN_SEEDS}
     first = (seeds or usual[draw.look]).start
     with counted("drawing the demo images") as on_progress:
-        write_folder(place, draw.look, draw.count, first, on_progress=on_progress)
+        write_folder(folder, draw.look, draw.count, first, on_progress=on_progress)
 
 
-LEAST = 3  # images; with fewer a kernel distance has no error
+LEAST = 3  # images; with fewer a kernel distance has no standard error
 
 
 def real_images(config: Config) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
-    """(reference, training images), each in an order that follows from their content alone.
+    """Return (reference, training images), each in an order that depends on their content alone.
 
-    The reference is the folder data.reference, drawn first where it is to be drawn and lies in the cache,
-    else the held-out images. No training has seen either.
+    The reference is the folder data.reference, or the held-out images without one: no training has seen
+    either. Folders in the cache are drawn first.
 
     Raises:
         UserError: no such folder, or too few images to compare with.
@@ -65,6 +66,6 @@ def real_images(config: Config) -> tuple[list[CaptionedImage], list[CaptionedIma
         where = "held out" if data.reference is None else f"in data.reference={data.reference}"
         raise UserError(
             f"too few images {where} to compare with: {len(held_out)}, and at least {LEAST} are needed; "
-            "give a folder of further ones, data.reference=DIR"
+            "give a folder with more, data.reference=DIR"
         )
     return first_by_content(held_out, len(held_out)), first_by_content(training, len(training))

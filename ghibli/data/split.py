@@ -1,4 +1,4 @@
-"""Which images train and which are held out, by content; near-duplicates stay on one side."""
+"""Split images by content into training and held-out set; near-duplicates stay on one side."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +12,19 @@ from ghibli.runtime.seeding import hash_fraction
 
 @dataclass(frozen=True)
 class Split:
-    """Which images train and which are held out."""
+    """A training set and a held-out set."""
 
     train: list[CaptionedImage]
     held_out: list[CaptionedImage]
-    moved: dict[CaptionedImage, CaptionedImage]  # to training, since nearly the same as this one there
+    moved: dict[CaptionedImage, CaptionedImage]  # to training -> the near-duplicate there
 
 
 def split_by_content(
     images: list[CaptionedImage], val_fraction: float
 ) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
-    """(training images, held-out images), each by file hash alone: adding images moves none.
+    """Return (training images, held-out images), by file hash alone: adding images moves none.
 
-    A very small set may have no image below the threshold; then the lowest hash is held out.
+    A very small set may have no hash below the threshold; then the lowest one is held out.
     """
     held_out = {p.content_hash for p in images if hash_fraction(p.content_hash) < val_fraction}
     if not held_out:
@@ -37,17 +37,20 @@ def split_by_content(
 def split_apart(
     images: list[CaptionedImage], thumbnails: dict[Path, np.ndarray], val_fraction: float
 ) -> Split:
-    """split_by_content, but what is nearly a training image is not held out: the gain on it is memory.
+    """Split by content, but keep near-duplicates of training images in training.
+
+    The gain on a held-out copy of a training image would be memory.
 
     Args:
-        thumbnails: of every image, by file.
+        thumbnails: of every image, by file; what duplicates.near_duplicates compares.
+        val_fraction: share of images held out, 0 .. 1.
     """
     train, held_out = split_by_content(images, val_fraction)
     moved: dict[CaptionedImage, CaptionedImage] = {}
     while True:
         rows = [np.stack([thumbnails[p.path] for p in side]) for side in (train, held_out) if side]
         pairs = near_duplicates(*rows) if len(rows) == 2 else []
-        if not pairs or len(pairs) == len(held_out):  # one has to be held out, whatever it is like
+        if not pairs or len(pairs) == len(held_out):  # something must be held out
             return Split(train, held_out, moved)
         moved |= {held_out[v]: train[t] for t, v, _ in pairs}
         train = [p for p in images if p in moved or p in set(train)]
@@ -55,9 +58,9 @@ def split_apart(
 
 
 def first_by_content(images: list[CaptionedImage], count: int) -> list[CaptionedImage]:
-    """The `count` images with the lowest content hash: a fixed part, whatever the folder's order.
+    """Return the `count` images with the lowest content hashes, lowest first, whatever the folder's order.
 
-    Of files with the same bytes the first by name alone, since the second would tell nothing new.
+    Of files with the same bytes only the first by name counts.
     """
     by_content = {p.content_hash: p for p in sorted(images, key=lambda p: str(p.path), reverse=True)}
     return [by_content[content] for content in sorted(by_content)[:count]]

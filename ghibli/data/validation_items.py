@@ -1,4 +1,4 @@
-"""The fixed (timestep, noise) items of the paired probe."""
+"""Make the fixed (timestep, noise) items of the paired probe."""
 
 import torch
 
@@ -8,9 +8,9 @@ from ghibli.runtime.seeding import Stream, content_key, normal, rng
 
 
 def strata(content_hash: str, items: int, num_train_timesteps: int) -> list[int]:
-    """One timestep in each of `items` equal parts of 0 .. T-1, placed by the image's content."""
-    places = rng(Stream.PROBE, content_key(content_hash)).random(items)
-    return [int((k + place) * num_train_timesteps / items) for k, place in enumerate(places)]
+    """Return one timestep in each of `items` equal parts of 0 .. T-1; where in it depends on the content."""
+    offsets = rng(Stream.PROBE, content_key(content_hash)).random(items)
+    return [int((k + offset) * num_train_timesteps / items) for k, offset in enumerate(offsets)]
 
 
 def make_items(
@@ -22,10 +22,16 @@ def make_items(
     num_train_timesteps: int,
     scaling_factor: float,
 ) -> list[dict[str, torch.Tensor]]:
-    """For each image one batch of its K items, with the keys of a training batch.
+    """Return a batch of K items for each image, with the tensors of a training batch.
+
+    latents and noise are (K, 4, h, w) float32, timesteps (K,) and input_ids (K, L) int64.
 
     Args:
+        images: P images.
         moments, input_ids: of the images, in their order; input_ids is (P, L).
+        items_per_image: K.
+        num_train_timesteps: T.
+        scaling_factor: the VAE's.
     """
     batches = []
     for index, image in enumerate(images):

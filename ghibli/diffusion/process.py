@@ -1,4 +1,4 @@
-"""The diffusion maths: tensors in, tensors out. Knows no model class, no config, no Lightning.
+"""The diffusion maths: tensors in, tensors out. Imports no model class, no config, no Lightning.
 
 Shapes: B examples, latents (B, C, H, W). One convention for guidance everywhere: 1 = off.
 """
@@ -12,7 +12,7 @@ Unet = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def linear_betas(num_train_timesteps: int) -> torch.Tensor:
-    """Ho et al. 2020, section 4: betas (T,) from 1e-4 to 0.02. Not the schedule of SD 1.5."""
+    """Return betas (T,) float32 from 1e-4 to 0.02 (Ho et al. 2020, section 4). Not the schedule of SD 1.5."""
     return torch.linspace(1e-4, 0.02, num_train_timesteps)
 
 
@@ -22,10 +22,10 @@ def add_noise(
     timesteps: torch.Tensor,
     alphas_cumprod: torch.Tensor,
 ) -> torch.Tensor:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, equation 4).
+    """Return noisy latents x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, equation 4).
 
     Args:
-        latents, noise: (B, C, H, W) float.
+        latents, noise: (B, C, H, W) float; the result is like latents.
         timesteps: (B,) int64, 0 .. T-1.
         alphas_cumprod: (T,) float, abar.
     """
@@ -39,18 +39,29 @@ def velocity(
     timesteps: torch.Tensor,
     alphas_cumprod: torch.Tensor,
 ) -> torch.Tensor:
-    """v_t = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, appendix D)."""
+    """Return v_t = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, appendix D).
+
+    Args: as for add_noise.
+    """
     abar = per_example(alphas_cumprod, timesteps, latents)
     return abar.sqrt() * noise - (1 - abar).sqrt() * latents
 
 
 def per_example(table: torch.Tensor, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """table[timesteps] as (B, 1, 1, 1), with the device and dtype of `like`."""
+    """Return table[timesteps] as (B, 1, 1, 1), with the device and dtype of `like`.
+
+    Args:
+        table: (T,) float.
+        timesteps: (B,) int64, 0 .. T-1.
+    """
     return table.to(like.device, like.dtype)[timesteps].view(-1, 1, 1, 1)
 
 
 def guided_noise(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """eps_uncond + s (eps_cond - eps_uncond) (Ho & Salimans 2022, with s = 1 + w). s = 1 is eps_cond."""
+    """Return eps_uncond + s (eps_cond - eps_uncond), like cond (Ho & Salimans 2022, equation 6, s = 1 + w).
+
+    s = 1 is eps_cond: no guidance.
+    """
     return uncond + guidance_scale * (cond - uncond)
 
 
@@ -61,11 +72,13 @@ def predict_branches(
     prompt_embeds: torch.Tensor,
     negative_prompt_embeds: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(uncond, cond), each (B, C, H, W): one call on 2 B, the unconditional half first.
+    """Return (uncond, cond), each (B, C, H, W), from one call on 2 B, the unconditional half first.
 
-    Without negative_prompt_embeds one call on B, and uncond is None.
+    Without negative_prompt_embeds there is one call on B, and uncond is None.
 
     Args:
+        noisy_latents: (B, C, H, W) float.
+        timesteps: (B,) int64, 0 .. T-1.
         prompt_embeds, negative_prompt_embeds: (B, L, D).
     """
     if negative_prompt_embeds is None:
@@ -86,11 +99,13 @@ def predict_noise(
     negative_prompt_embeds: torch.Tensor | None,
     guidance_scale: float,
 ) -> torch.Tensor:
-    """The UNet's guided prediction (B, C, H, W).
+    """Return the UNet's guided prediction, (B, C, H, W).
 
-    Guidance 1 skips the unconditional branch. Gradients, when enabled, flow through both.
+    Guidance 1 skips the unconditional branch. Gradients, when enabled, flow through both branches.
 
     Args:
+        noisy_latents: (B, C, H, W) float.
+        timesteps: (B,) int64, 0 .. T-1.
         prompt_embeds, negative_prompt_embeds: (B, L, D); the second is unused at guidance 1.
     """
     negative = None if guidance_scale == 1 else negative_prompt_embeds
@@ -98,9 +113,9 @@ def predict_noise(
     return cond if uncond is None else guided_noise(uncond, cond, guidance_scale)
 
 
-GUIDED_SCALE = 2  # x the training guidance: nearest to real images, docs/loss-anomaly.md (part guidance)
+GUIDED_SCALE = 2  # times the training guidance: images nearest to real ones, measured in docs/loss-anomaly.md
 
 
 def usual_guidance(training_guidance: float) -> float:
-    """The guidance scale at which the images of a training are best."""
+    """Return the sampling guidance scale that suits a training guidance: SD's usual 7.5 for 1 (off)."""
     return 7.5 if training_guidance == 1 else GUIDED_SCALE * training_guidance

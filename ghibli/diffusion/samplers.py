@@ -1,19 +1,20 @@
-"""DDPM and DDIM sampling with the live UNet, and the labelled grid of what it draws."""
+"""Sampling with the live UNet, and the columns of the labelled grids that are drawn with it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ghibli.config.registry import SAMPLERS, sampler_label
 from ghibli.config.schema import SampleConfig
 from ghibli.diffusion.process import GUIDED_SCALE, predict_noise
 from ghibli.models.base import BaseModel
+from ghibli.runtime.registry import load_object
 
-SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
-# What a base's file leaves out is meant as SD 1.5 has it; diffusers' own defaults differ.
+# What the base's scheduler_config.json leaves out means SD 1.5's value; diffusers' own defaults differ.
 SD15 = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -25,26 +26,43 @@ SD15 = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One way of sampling: a column of a grid."""
+    """A sampler at a guidance scale: a column of a grid."""
 
-    sampler: str  # ddpm or ddim
+    sampler: str  # a name in SAMPLERS
     guidance: float  # 1 = off
 
     @property
     def label(self) -> str:
-        return f"{self.sampler.upper()}  guidance {self.guidance:g}"
+        """Heading of the column, such as `DDIM  guidance 7.5`."""
+        return f"{sampler_label(self.sampler)}  guidance {self.guidance:g}"
+
+    @property
+    def short_label(self) -> str:
+        """Heading where there is little room, such as `DDIM 7.5`."""
+        return f"{sampler_label(self.sampler)} {self.guidance:g}"
 
 
-def make_scheduler(sampler: str, base: BaseModel) -> DDPMScheduler | DDIMScheduler:
-    """diffusers' scheduler with the base's own betas, and what its file leaves out as in SD 1.5.
+def make_scheduler(sampler: str, base: BaseModel) -> SchedulerMixin:
+    """Build a sampler's diffusers scheduler with the base's own betas and prediction type.
 
-    Never clips: latents are not limited to -1 .. 1.
+    Raises:
+        UserError: no sampler of this name.
     """
-    config = SD15 | base.scheduler_config
-    wanted = {"clip_sample": False, "prediction_type": base.prediction_type}
-    if sampler == "ddpm":
-        wanted["variance_type"] = "fixed_small"
-    return SAMPLERS[sampler].from_config(config, **wanted)
+    entry = SAMPLERS[sampler]
+    settings = {**entry.settings, "prediction_type": base.prediction_type}
+    return load_object(entry.scheduler).from_config(SD15 | base.scheduler_config, **settings)
+
+
+def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Choose the scheduler's timesteps, all of them below T.
+
+    steps_offset shifts them up, for which there is no room when all T are used: it is lowered then.
+    """
+    scheduler.set_timesteps(num_inference_steps)
+    excess = int(scheduler.timesteps.max()) - (scheduler.config.num_train_timesteps - 1)
+    if excess > 0:
+        scheduler.register_to_config(steps_offset=scheduler.config.steps_offset - excess)
+        scheduler.set_timesteps(num_inference_steps)
 
 
 @torch.inference_mode()
@@ -59,28 +77,28 @@ def sample(
     negative_prompt: str = "",
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Images (B, 3, height, width), float32 in 0 .. 1 on the CPU, one for each prompt.
+    """Return an image for each prompt, (B, 3, height, width), float32 in 0 .. 1, on the CPU.
 
-    Start noise, and DDPM's noise, come from one CPU generator per image, so an image does not
-    depend on its neighbours in the batch or (but for rounding) on the device. DDPM with skipped
-    timesteps uses beta = 1 - abar_t / abar_{t-k} (Ho et al. 2020, equations 6 and 7); DDIM is
-    eta = 0 (Song et al. 2021, equation 12).
+    Start noise, and the noise of a stochastic sampler, come from one CPU generator per image, so an
+    image does not depend on its neighbours in the batch or (but for rounding) on the device. DDPM with
+    skipped timesteps uses beta = 1 - abar_t / abar_{t-k} (Ho et al. 2020, equations 6 and 7).
 
     Args:
         seeds: one for each prompt.
         resolution: px, a square's side or (width, height); multiples of the VAE's factor.
+        negative_prompt: of the unconditional branch; unused at guidance 1.
         on_step: called after every denoising step.
     """
     device = next(base.unet.parameters()).device
-    scheduler = make_scheduler(cell.sampler, base)
-    scheduler.set_timesteps(num_inference_steps)
-    last = scheduler.config.num_train_timesteps - 1
-    scheduler.timesteps -= (scheduler.timesteps.max() - last).clamp(min=0)  # all 1000: no room to shift
+    entry, scheduler = SAMPLERS[cell.sampler], make_scheduler(cell.sampler, base)
+    set_timesteps(scheduler, num_inference_steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    step_options = {**entry.step_options, **({"generator": generators} if entry.is_stochastic else {})}
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
     sides = height // base.vae_factor, width // base.vae_factor
     shape = (len(prompts), base.unet.config.in_channels, *sides)
-    latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+    noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+    latents = noise * scheduler.init_noise_sigma  # 1 for DDPM and DDIM
     prompt_embeds = base.encode_prompts(base.tokenize(prompts).to(device))
     negative_prompt_embeds = None
     if cell.guidance != 1:
@@ -90,19 +108,18 @@ def sample(
     for t in scheduler.timesteps:
         noise_pred = predict_noise(
             lambda *inputs: base.unet(*inputs, return_dict=False)[0],
-            latents, t.to(device).expand(len(prompts)), prompt_embeds, negative_prompt_embeds, cell.guidance,
+            scheduler.scale_model_input(latents, t), t.to(device).expand(len(prompts)),
+            prompt_embeds, negative_prompt_embeds, cell.guidance,
         )  # fmt: skip
-        extra = {"generator": generators} if cell.sampler == "ddpm" else {"eta": 0.0}
-        latents = scheduler.step(noise_pred.float(), t, latents, **extra).prev_sample
+        latents = scheduler.step(noise_pred.float(), t, latents, **step_options).prev_sample
         on_step()
     return base.decode(latents).cpu()
 
 
 def cells_of(config: SampleConfig, training_guidance: float) -> list[Cell]:
-    """The grid's columns: every sampler at every guidance.
+    """Return the columns of a grid: every sampler at every guidance scale, each once.
 
     A run trained with guidance w is also drawn at GUIDED_SCALE times w, where its images are best.
-    Each column stands there once.
     """
     scales = list(config.guidance)
     if training_guidance != 1:
@@ -117,7 +134,7 @@ def draw_cells(
     resolution: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Images (prompts, cells, 3, resolution, resolution), 0 .. 1, for the grid's prompts.
+    """Return the grid's prompts in every cell, (prompts, cells, 3, resolution, resolution), 0 .. 1.
 
     Prompt i starts from the noise of seed `config.seed + i` in every cell.
     """
@@ -135,7 +152,7 @@ def draw_cells(
 
 @contextmanager
 def in_eval_mode(base: BaseModel) -> Iterator[None]:
-    """A model in training as it would be used: no dropout; for now all parts on the UNet's device."""
+    """Turn dropout off and gather all parts on the UNet's device; put everything back afterwards."""
     was_training = base.unet.training, base.text_encoder.training
     homes = [(part, next(part.parameters()).device) for part in (base.vae, base.text_encoder)]
     base.unet.eval()

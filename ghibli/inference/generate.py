@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ghibli.diffusion.samplers import SAMPLERS, Cell, sample
+from ghibli.config.registry import SAMPLERS, sampler_label
+from ghibli.diffusion.samplers import Cell, sample
 from ghibli.images.grid import compose_grid, to_image
 from ghibli.inference.load import LoadedModel
 from ghibli.models.base import BaseModel
@@ -29,7 +30,7 @@ class Request:
     """What to generate and how; image i starts from the noise of seed + i, independent of the others."""
 
     prompts: list[str]
-    sampler: str  # ddim or ddpm
+    sampler: str  # a name in SAMPLERS
     guidance: float  # 1 = off
     steps: int
     seed: int
@@ -39,8 +40,7 @@ class Request:
     scale: float = 1.0  # factor on the weights of all adapters
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"--sampler {self.sampler} is unknown: choose one of {', '.join(SAMPLERS)}")
+        SAMPLERS.require(self.sampler, "--sampler")
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise UserError("an empty prompt: give --prompt TEXT")
         if not 1 <= self.steps <= 1000:
@@ -170,7 +170,7 @@ def a1111_parameters(request: Request, model: LoadedModel) -> str:
     negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
     width, height = request.size
     return (
-        f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {request.sampler.upper()}, "
+        f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {sampler_label(request.sampler)}, "
         f"CFG scale: {request.guidance:g}, Seed: {request.seed}, Size: {width}x{height}, "
         f"Model: {model.config.model.path}"
     )
@@ -195,6 +195,8 @@ def adapter_scale_sheet(model: LoadedModel, request: Request) -> Image.Image:
         generate_images(model, replace(request, scale=scale), f"generating at adapter scale {scale:g}")
         for scale in SCALES
     ]
-    title = f"adapter scale, seed {request.seed}, {request.sampler.upper()} guidance {request.guidance:g}"
+    title = (
+        f"adapter scale, seed {request.seed}, {sampler_label(request.sampler)} guidance {request.guidance:g}"
+    )
     labels = [f"{scale:g}" for scale in SCALES]
     return compose_grid([("", torch.stack(columns, dim=1))], request.prompts, labels, title)

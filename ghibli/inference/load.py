@@ -10,8 +10,8 @@ from ghibli.adapters.trained import for_sampling, starting_base, trained_base
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import usual_guidance
 from ghibli.models.base import BaseModel
-from ghibli.runs.compose import look_at
-from ghibli.runs.find import config_of, finished_run
+from ghibli.runs.compose import compose_config
+from ghibli.runs.find import finished_config, finished_run
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
@@ -65,7 +65,7 @@ def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
     runs = [RunDir(Path(name)) for name, _ in named if RunDir(Path(name)).config.is_file()]
     if runs and overrides:
         raise UserError(f"{overrides[0]}: {runs[0].path} has its own base and settings; leave it out")
-    configs = [config_of(run) for run in runs]
+    configs = [finished_config(run) for run in runs]
     config = configs[0] if configs else compose_config(overrides)
     check_combination(runs, configs, len(named))
     if runs and config.finetune == "full":
@@ -95,18 +95,6 @@ def check_combination(runs: list[RunDir], configs: list[Config], sources: int) -
 def base_identity(config: Config) -> tuple[str, str | None, float]:
     """Return what tells one starting base from another."""
     return config.model.path, config.model.adapter, config.model.adapter_scale
-
-
-def compose_config(overrides: list[str]) -> Config:
-    """Compose the settings of `train.py OVERRIDES`.
-
-    Raises:
-        UserError: the first mistake in them.
-    """
-    config, _, errors = look_at(overrides)
-    if config is None:
-        raise UserError(errors[0])
-    return config
 
 
 def split_weight(source: str) -> tuple[str, float]:

@@ -15,8 +15,10 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ghibli.data.folder import SUBFOLDERS, list_images, read_beside
-from ghibli.diffusion.samplers import SAMPLERS, make_scheduler
+from ghibli.config.registry import SAMPLERS
+from ghibli.data.folder import list_images, read_beside
+from ghibli.data.layouts import SUBFOLDERS
+from ghibli.diffusion.samplers import make_scheduler
 from ghibli.images.read import IMAGE_ENDINGS, Unusable, read_image
 from ghibli.inference.generate import check_seed, enough_memory, write_png
 from ghibli.inference.load import LoadedModel
@@ -43,8 +45,7 @@ class RestyleOptions:
     resolution: int  # px; the result has about the area of a square of this side
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"--sampler {self.sampler} is unknown: choose one of {', '.join(SAMPLERS)}")
+        SAMPLERS.require(self.sampler, "--sampler")
         if not 1 <= self.steps <= 999:  # at 1000 the pipeline would start from a timestep that does not exist
             raise UserError(f"--steps {self.steps}: must be from 1 to 999")
         check_seed(self.seed)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ghibli.config.paths import NO_PICKLE, convert
+from ghibli.config.paths import NO_PICKLE, convert_command
 from ghibli.runtime.errors import UserError, first_line
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name
@@ -26,7 +26,7 @@ def check_whole(file: Path, what: str) -> None:
         renamed = file.with_suffix(".bin")
         raise UserError(
             f"{what}: {file} is a pickle under another name; {NO_PICKLE}; rename it to {renamed.name}, then "
-            f"{convert([renamed])}"
+            f"{convert_command([renamed])}"
         )
     try:
         with safe_open(file, framework="pt"):

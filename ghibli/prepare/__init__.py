@@ -1,1 +1,1 @@
-"""Before a run: download, caption, check data, settings and memory."""
+"""Before a run: download, caption, check settings, data and memory."""

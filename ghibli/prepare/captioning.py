@@ -1,15 +1,17 @@
-"""Captions from BLIP (Li et al. 2022, arXiv 2201.12086) for the images that have none."""
+"""Captions by BLIP (Li et al. 2022, arXiv 2201.12086) for images that have none."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
+from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from ghibli.config.paths import PICKLES, convert
-from ghibli.data.folder import LAYOUTS, list_images, read_beside
+from ghibli.config.paths import PICKLES, convert_command
+from ghibli.data.folder import list_images, read_beside
+from ghibli.data.layouts import supported_layouts
 from ghibli.images.read import Unusable, check_image, read_image
 from ghibli.models.base import resolve_path
 from ghibli.models.hub import hub_answers
@@ -18,42 +20,42 @@ from ghibli.models.safetensors import check_whole
 from ghibli.runtime.errors import UserError, first_line, require_folder
 from ghibli.runtime.files import write_atomically
 
-FILES = ["*.json", "*.txt", "*.safetensors"]
-HOW = {
+Captioner = Callable[[list[Image.Image]], list[str]]  # RGB images -> a caption each
+
+MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
+GENERATION = {
     "max_new_tokens": 30,
     "num_beams": 3,
-    "no_repeat_ngram_size": 3,
+    "no_repeat_ngram_size": 3,  # otherwise BLIP stutters: `ze ze ze ze`
     "do_sample": False,
-}  # no `ze ze ze ze`
+}
 TABLE = "captions.txt"
 MANUALLY = (
-    "download its files into a folder, where pytorch_model.bin is enough for weights, then python -m ghibli "
-    "convert FOLDER/pytorch_model.bin, and --model FOLDER"
+    "download its files into a folder (of the weights, pytorch_model.bin is enough), run python -m ghibli "
+    "convert FOLDER/pytorch_model.bin, and give --model FOLDER"
 )
 
 
 @dataclass(frozen=True)
-class Captioned:
-    """What was done in a folder."""
+class CaptioningResult:
+    """Outcome of captioning a folder."""
 
     written: dict[str, str]  # image -> its new caption
-    had_one: int  # images whose captions were left alone
-    skipped: dict[str, str]  # image -> why it got none
-    table: Path  # where the new ones are
+    already_captioned: int  # images whose captions were left alone
+    skipped: dict[str, str]  # image -> why it got no caption
+    table: Path  # file with the new captions
 
 
 class Blip:
-    """The model with what prepares its images and reads its words."""
+    """A BLIP captioning model with its processor, in fp32."""
 
     def __init__(self, path: str, device: torch.device):
-        """Loads it from a folder or the hub.
+        """Load the model from a folder or the hub.
 
         Raises:
             UserError: no such model, no network, or weights that are not .safetensors.
         """
-        from transformers import BlipForConditionalGeneration, BlipProcessor
-
-        folder = resolve_path(path) if resolve_path(path).is_dir() else from_hub(path)
+        folder = resolve_path(path) if resolve_path(path).is_dir() else download_model(path)
         check_weights(folder, path)
         try:
             with quiet("transformers"):
@@ -65,40 +67,43 @@ class Blip:
             raise UserError(f"--model {path} cannot be loaded as BLIP: {first_line(error)}") from error
         if report["missing_keys"]:
             raise UserError(
-                f"--model {path} is no BLIP for captions: it lacks {min(report['missing_keys'])} and others"
+                f"--model {path} is not a BLIP captioning model: it lacks {min(report['missing_keys'])} "
+                "and others"
             )
         self.model.to(device).eval()
         self.device = device
 
     def __call__(self, images: list[Image.Image]) -> list[str]:
-        """RGB images of any size -> a caption each; which others are in the batch changes none."""
-        pixels = self.processor(images=images, return_tensors="pt").pixel_values.to(self.device)
+        """Caption RGB images of any size. A caption does not depend on the other images of the batch."""
+        pixel_values = self.processor(images=images, return_tensors="pt").pixel_values.to(self.device)
         with torch.inference_mode():
-            tokens = self.model.generate(pixel_values=pixels, **HOW)
-        words = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        return [" ".join(caption.split()) for caption in words]
+            tokens = self.model.generate(pixel_values=pixel_values, **GENERATION)
+        captions = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(caption.split()) for caption in captions]
 
 
-def from_hub(name: str) -> Path:
-    """The model's files in the hub's cache.
+def download_model(hub_id: str) -> Path:
+    """Return the folder of a model's files in the hub cache; download what is missing.
 
     Raises:
-        UserError: neither there nor to be had.
+        UserError: not a hub id, or neither cached nor available from the hub.
     """
-    from huggingface_hub import snapshot_download
-
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"--model {name}: no such folder, and no hub id (OWNER/NAME)")
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
+        raise UserError(f"--model {hub_id}: no such folder, and not a hub id (OWNER/NAME)")
     online = hub_answers()
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES, local_files_only=not online))
+        return Path(snapshot_download(hub_id, allow_patterns=MODEL_FILES, local_files_only=not online))
     except (OSError, ValueError) as error:
-        hub = f"does not give it ({first_line(error)[:100]})" if online else "cannot be reached"
-        raise UserError(f"--model {name} is not on this machine and the hub {hub}; {MANUALLY}") from error
+        hub = f"does not provide it ({first_line(error)[:100]})" if online else "cannot be reached"
+        raise UserError(f"--model {hub_id} is not on this machine and the hub {hub}; {MANUALLY}") from error
 
 
 def check_weights(folder: Path, path: str) -> None:
-    """Raises a UserError unless whole .safetensors weights lie in the folder."""
+    """Require complete .safetensors weights in the folder.
+
+    Raises:
+        UserError: there are none, or a file is damaged; the message names `path`, as the user gave it.
+    """
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights:
         check_whole(file, f"--model {path}")
@@ -107,68 +112,71 @@ def check_weights(folder: Path, path: str) -> None:
     pickled = [file for file in sorted(folder.glob("*")) if file.suffix in PICKLES]
     if pickled:
         raise UserError(
-            f"--model {path} has its weights as a pickle, which can run code hidden in it: {convert(pickled)}"
+            f"--model {path} stores its weights as a pickle, which can run code hidden in it: "
+            f"{convert_command(pickled)}"
         )
     raise UserError(f"--model {path} has no .safetensors weights: {MANUALLY}")
 
 
 def caption_folder(
     root: Path,
-    make: Callable[[], Callable[[list[Image.Image]], list[str]]],
+    load_captioner: Callable[[], Captioner],
     *,
     batch_size: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Captioned:
-    """Writes a line of captions.txt for every image without a caption; what is there stays as it is.
+) -> CaptioningResult:
+    """Add a line to captions.txt for every image without a caption; leave existing captions as they are.
 
-    The file is written after every batch, so a run that was killed goes on where it stopped.
+    The file is written after every batch, so captioning resumes where it was killed.
 
     Args:
         root: an image folder of any layout.
-        make: loads what captions a batch of images; called only if there is anything to caption.
+        load_captioner: called only if there is an image to caption.
         batch_size: images captioned together.
-        on_progress: called with (images done, images in all).
+        on_progress: called with (images done, images in total).
 
     Raises:
-        UserError: no such folder, no images in it, a caption file that cannot be read.
+        UserError: no such folder, no images in it, or a caption file that cannot be read.
     """
     require_folder("folder", root)
     root = root.expanduser()
     listed = list_images(root, "folder")
     if not listed:
-        raise UserError(f"folder={root}: no images found; supported layouts: {LAYOUTS}")
+        raise UserError(f"folder={root}: no images found; supported layouts: {supported_layouts()}")
     skipped: dict[str, str] = {}
-    open_ones = [(name, path) for name, path, words in listed if wants_caption(name, path, words, skipped)]
-    done = Captioned({}, len(listed) - len(open_ones) - len(skipped), skipped, root / TABLE)
-    captioner = make() if open_ones else None
-    for start in range(0, len(open_ones), batch_size):
-        batch = open_ones[start : start + batch_size]
-        images = {name: image for name, path in batch if (image := opened(name, path, skipped))}
+    uncaptioned = [(name, path) for name, path, text in listed if needs_caption(name, path, text, skipped)]
+    result = CaptioningResult({}, len(listed) - len(uncaptioned) - len(skipped), skipped, root / TABLE)
+    if not uncaptioned:
+        return result
+    captioner = load_captioner()
+    for start in range(0, len(uncaptioned), batch_size):
+        batch = uncaptioned[start : start + batch_size]
+        images = {name: image for name, path in batch if (image := read_or_skip(name, path, skipped))}
         captions = dict(zip(images, captioner(list(images.values())), strict=True)) if images else {}
-        skipped |= {name: "the model had no words for it" for name, words in captions.items() if not words}
-        new = {name: words for name, words in captions.items() if words}
-        add_lines(done.table, new)
-        done.written.update(new)
-        on_progress(start + len(batch), len(open_ones))
-    return done
+        new = {name: text for name, text in captions.items() if text}
+        skipped |= {name: "the model returned an empty caption" for name in captions if name not in new}
+        append_captions(result.table, new)
+        result.written.update(new)
+        on_progress(start + len(batch), len(uncaptioned))
+    return result
 
 
-def wants_caption(name: str, path: Path, words: str | None, skipped: dict[str, str]) -> bool:
-    """Has no caption file words for it? An image that cannot get any is noted in `skipped`."""
+def needs_caption(name: str, path: Path, caption: str | None, skipped: dict[str, str]) -> bool:
+    """Return whether no caption file has text for the image; note in `skipped` one that cannot get any."""
     try:
-        if words or read_beside(path):
+        if caption or read_beside(path):
             return False
-    except Unusable as reason:  # hand-made words that the user can save
+    except Unusable as reason:  # a caption written by hand that the user can still repair
         skipped[name] = str(reason)
         return False
     if any(mark in name for mark in "|\n\r\\") or name != name.strip():
-        skipped[name] = f"{TABLE} cannot hold such a name: rename it"
+        skipped[name] = f"{TABLE} cannot hold this file name: rename the image"
         return False
     return True
 
 
-def opened(name: str, path: Path, skipped: dict[str, str]) -> Image.Image | None:
-    """The image as training sees it; None, noted in `skipped`, if it cannot be read."""
+def read_or_skip(name: str, path: Path, skipped: dict[str, str]) -> Image.Image | None:
+    """Read an image as training does; return None and note it in `skipped` if it cannot be read."""
     try:
         check_image(path, min_side=1)
         return read_image(path)[0]
@@ -177,20 +185,15 @@ def opened(name: str, path: Path, skipped: dict[str, str]) -> Image.Image | None
         return None
 
 
-def add_lines(table: Path, captions: dict[str, str]) -> None:
-    """Adds lines to the file as it is now, which may have been edited in the meantime; atomically."""
-    lines = "".join(f"{name}|{words}\n" for name, words in captions.items()).encode()
+def append_captions(table: Path, captions: dict[str, str]) -> None:
+    """Append lines to the table atomically; it is read again, as it may have been edited meanwhile."""
+    lines = "".join(f"{name}|{caption}\n" for name, caption in captions.items()).encode()
     if lines:
         before = table.read_bytes() if table.is_file() else b""
-        gap = b"\n" if before and not before.endswith(b"\n") else b""
-        write_atomically(table, lambda file: file.write(before + gap + lines))
+        newline = b"\n" if before and not before.endswith(b"\n") else b""
+        write_atomically(table, lambda file: file.write(before + newline + lines))
 
 
-def best_device() -> torch.device:
-    """A GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def blip(path: str) -> Callable[[], Any]:
-    """Loads BLIP when it is called."""
-    return lambda: Blip(path, best_device())
+def blip_loader(path: str) -> Callable[[], Captioner]:
+    """Return a function that loads BLIP from a folder or hub id, on a GPU if there is one."""
+    return lambda: Blip(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,69 +1,85 @@
-"""What a run will need: memory, measured on the model itself at a small size, and disk."""
+"""Estimate what a run needs: memory, measured on the model itself at a small size, and disk."""
 
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode  # has no public name yet (torch 2.14)
 
+from ghibli.config.registry import OPTIMIZERS, Shape
 from ghibli.config.schema import Config
 from ghibli.data.latents import CHUNK
 from ghibli.training.module import GhibliModule
 
 CHECKPOINTS = 4  # last, previous, best, and the one that is being written
-CUDA_CONTEXT = 2**29  # bytes that a GPU's own libraries take
-FRAGMENTS = 1.35  # what a process takes for a byte of live tensors: room between them, the libraries' own
-MIXED = 0.53  # what mixed precision keeps for training of what fp32 keeps, counted on the demo
-BESIDE = 40 * 2**20  # bytes, whatever the tensors: what Lightning and the loggers load as training starts
+CUDA_CONTEXT = 2**29  # bytes that the GPU's own libraries take
+FRAGMENTS = 1.35  # bytes of a process for each byte of live tensors: fragmentation, libraries' buffers
+MIXED = 0.53  # share of fp32's activations that mixed precision keeps for training, measured on the demo
+BESIDE = 40 * 2**20  # bytes on top of all tensors: what Lightning and the loggers import as training starts
 
 
 class Live(TorchDispatchMode):
-    """Inside it, counts the bytes of the tensors that operations make, and when they go again."""
+    """Count the bytes of the tensors that operations allocate inside it, until they are freed.
+
+    Tensors that were there before count nothing, and views of one storage count once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref] = {}
+        self.now = self.peak = 0  # bytes
+        self._known: dict[int, weakref.ref] = {}  # id of a live storage -> reference to it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._note((args, kwargs), counted=False)  # weights, and what else was there before
+        self._note((args, kwargs), counted=False)  # weights, and whatever else was there before
         result = func(*args, **(kwargs or {}))
         self._note(result, counted=True)
         return result
 
     def _note(self, values: Any, counted: bool) -> None:
-        for value in tree_leaves(values):
-            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in self._known:
-                self._add(value.untyped_storage(), counted)
+        for tensor in tensors_in(values):
+            if id(tensor.untyped_storage()) not in self._known:
+                self._add(tensor.untyped_storage(), counted)
 
     def _add(self, storage: torch.UntypedStorage, counted: bool) -> None:
-        key, size = storage._cdata, storage.nbytes() if counted else 0
+        key, size = id(storage), storage.nbytes() if counted else 0
 
-        def gone(_: Any) -> None:
+        def on_freed(_: Any) -> None:
             self.now -= size
             del self._known[key]
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = weakref.ref(storage, on_freed)
         self.now += size
         self.peak = max(self.peak, self.now)
 
 
+def tensors_in(values: Any) -> Iterable[torch.Tensor]:
+    """Iterate over the tensors in nested tuples, lists and dictionaries."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, dict):
+        yield from tensors_in(tuple(values.values()))
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from tensors_in(value)
+
+
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one step: for each example and for each px of its image."""
+    """Bytes of one step: for each example, and for each px of its image."""
 
     example: float
     pixel: float
 
     def at(self, side: int, batch: int) -> float:
+        """Return the bytes of a step on `batch` square images of `side` px."""
         return batch * (self.example + self.pixel * side**2)
 
 
-def measured(step: Callable[[int, int], Any], side: int) -> Cost:
-    """The cost of step(height, width), which works on one example, from its need at two small sizes.
+def measure_cost(step: Callable[[int, int], Any], side: int) -> Cost:
+    """Return the cost of step(height, width), which processes one example, from its peak at two small sizes.
 
     Every layer's tensors grow with the batch, and with the image's area or not at all: attention
     is computed in blocks and keeps no table of all pairs.
@@ -81,39 +97,41 @@ def measured(step: Callable[[int, int], Any], side: int) -> Cost:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a run takes at its highest, beside the weights of the base."""
+    """Bytes that a run takes at its peak, beside the weights of the base."""
 
-    kept: float  # gradients, the optimiser's two moments, the latents: throughout training
+    kept: float  # gradients, the optimiser's state, the latents: throughout training
     phases: dict[str, float]  # encoding, training, probe, sampling: one at a time
 
     @property
     def highest(self) -> str:
-        """The phase that needs most."""
+        """Name of the phase that needs most."""
         return max(self.phases, key=self.phases.__getitem__)
 
     @property
     def total(self) -> float:
+        """Bytes at the peak, fragmentation included."""
         return BESIDE + FRAGMENTS * (self.kept + self.phases[self.highest])
 
 
-def memory(module: GhibliModule, images: int, precision: str) -> Memory:
-    """What training, probe and grids of this run will take beside what the process holds already.
+def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory:
+    """Estimate what training, probe and grids of this run take beside what the process holds already.
 
-    The model is run on 64 x 64 and 64 x 128 px; what its operations keep alive is counted and scaled
-    up, then multiplied by FRAGMENTS. That and BESIDE were fitted to the demo on a CPU, whose process
-    held 985 MiB when it was asked and grew by 97, 302 and 1104 MiB with batch 1, 18 and 72; this says
-    98, 321 and 1124. Elsewhere expect to be wrong by a third: SD 1.5 at 64 px and batch 1 was said to
-    take 0.25 GiB more than the 5.2 it held and took 0.1 more, while loading it had taken 6.5 (and 6.9
-    on another machine) before anything could be asked. On a GPU it was never compared.
+    The model runs on 64 x 64 and 64 x 128 px; what its operations keep alive is counted, scaled up and
+    multiplied by FRAGMENTS. That and BESIDE were fitted to the demo on a CPU, whose process held 985 MiB
+    before and grew by 97, 302 and 1104 MiB with batch 1, 18 and 72; the estimate is 98, 321 and 1124.
+    Elsewhere expect an error of a third: for SD 1.5 at 64 px and batch 1 the estimate was 0.25 GiB on top
+    of the 5.2 that it held, and it took 0.1, while loading it had taken 6.5 (and 6.9 on another machine)
+    before anything could be estimated. On a GPU it was never compared.
 
     Args:
         module: on the CPU, before training; left as it was.
-        images: whose latents are kept.
+        images: number of images whose latents are kept.
         precision: Lightning's, such as 32-true or bf16-mixed.
     """
     config, side = module.config, module.config.model.resolution
-    cost, loss = costs(module), config.loss
-    weights = sum(p.numel() for p in module.trainable.values())
+    cost, loss = step_costs(module), config.loss
+    shapes = [tuple(p.shape) for p in module.trainable.values()]
+    gradients = sum(4 * p.numel() for p in module.trainable.values())
     latents = latents_size(config, images)
     branches = 1 if loss.guidance == 1 else 2
     phases = {
@@ -128,16 +146,21 @@ def memory(module: GhibliModule, images: int, precision: str) -> Memory:
         both = 1 if max(config.sample.guidance) == 1 else 2
         denoising = cost["score"].at(side, both * len(config.sample.prompts))
         phases["drawing the grid"] = max(denoising, cost["decode"].at(side, 1))
-    return Memory(12.0 * weights + latents, phases)
+    return Memory(gradients + optimizer_state_size(config, shapes) + latents, phases)
+
+
+def optimizer_state_size(config: Config, shapes: Iterable[Shape]) -> float:
+    """Return the bytes that the run's optimiser keeps for trained fp32 tensors of these shapes."""
+    return sum(map(OPTIMIZERS[config.optimizer.name].state_bytes, shapes))
 
 
 def latents_size(config: Config, images: int) -> int:
-    """Bytes of the images' codes, in memory and in the cache: mean and log-variance, fp32."""
+    """Return the bytes of the VAE moments in memory and in the cache: mean and log-variance, fp32."""
     return (2 if config.data.flip else 1) * images * 2 * 4 * 4 * (config.model.resolution // 8) ** 2
 
 
-def costs(module: GhibliModule) -> dict[str, Cost]:
-    """The cost of each kind of step in fp32, measured on the CPU; leaves no trace in a random generator."""
+def step_costs(module: GhibliModule) -> dict[str, Cost]:
+    """Measure each kind of step in fp32 on the CPU, without touching the global random generators."""
     base, channels = module.base, module.base.vae.config.latent_channels
     was_training = module.unet.training, module.text_encoder.training
 
@@ -152,23 +175,23 @@ def costs(module: GhibliModule) -> dict[str, Cost]:
     with torch.random.fork_rng(devices=[]):
         with torch.no_grad():
             found = {
-                "encode": measured(lambda h, w: base.vae.encode(torch.zeros(1, 3, h, w)).latent_dist, 32),
-                "decode": measured(lambda h, w: base.decode(latents(h, w)), 32),
-                "score": measured(predict, 64),
+                "encode": measure_cost(lambda h, w: base.vae.encode(torch.zeros(1, 3, h, w)).latent_dist, 32),
+                "decode": measure_cost(lambda h, w: base.decode(latents(h, w)), 32),
+                "score": measure_cost(predict, 64),
             }
         if module.trainable:
             module.unet.train()
             module.text_encoder.train()
-            found["train"] = measured(predict, 64)
+            found["train"] = measure_cost(predict, 64)
             module.unet.train(was_training[0])
             module.text_encoder.train(was_training[1])
     return found
 
 
 def on_device(module: GhibliModule, device: torch.device, precision: str) -> float:
-    """Bytes that the model itself takes there, where it is not on the CPU, which holds it already.
+    """Return the bytes that the model itself takes on a GPU; 0 for the CPU, which holds it already.
 
-    In 16-bit training that is half for what is frozen (compute.shrink_frozen).
+    In 16-bit training frozen weights take half (models.performance.shrink_frozen).
     """
     if device.type == "cpu":
         return 0.0
@@ -183,24 +206,27 @@ class Disk:
     """Bytes that a run writes."""
 
     checkpoints: int
-    adapters: int  # and the whole UNet of a full fine-tuning
+    adapters: int  # or the whole UNet of a full fine-tuning
     grids: int
 
     @property
     def total(self) -> int:
+        """Bytes of all files together."""
         return self.checkpoints + self.adapters + self.grids
 
 
-def disk(config: Config, weights: int, epochs: int, cells: int) -> Disk:
-    """What the run folder takes: checkpoints (3, and one in the making), adapters (best, last, kohya), grids.
+def estimate_disk(config: Config, shapes: list[Shape], epochs: int, cells: int) -> Disk:
+    """Estimate the run folder: checkpoints (3 and one being written), adapters (best, last, kohya), grids.
 
     Args:
-        weights: trained numbers; a checkpoint has them and AdamW's two moments, 12 bytes each.
+        shapes: of the trained tensors; a checkpoint holds them in fp32 and the optimiser's state.
         epochs: at most.
         cells: columns of a grid.
     """
+    weights = sum(4 * math.prod(shape) for shape in shapes)
     every, side = config.sample.every_n_epochs, config.model.resolution
     tile = (side if side >= 256 else 2 * side) ** 2
     grids = 0 if every == 0 else 1 + epochs // every
     images = grids * 2 * cells * len(config.sample.prompts)
-    return Disk(CHECKPOINTS * 12 * weights, 3 * 4 * weights, int(1.5 * tile * images))  # a PNG's pixel
+    checkpoint = weights + optimizer_state_size(config, shapes)
+    return Disk(int(CHECKPOINTS * checkpoint), 3 * weights, int(1.5 * tile * images))  # bytes of a PNG's px

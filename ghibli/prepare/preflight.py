@@ -1,8 +1,9 @@
-"""What one wants to know before a run: `ghibli check` prints all of it, train.py what is wrong."""
+"""Checks before a run: `ghibli check` reports every finding, train.py only what is wrong."""
 
 import json
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ghibli.adapters import apply
-from ghibli.config.paths import check_adapter, check_images, check_typed_base
+from ghibli.config.paths import check_adapter, check_base_path, check_images
 from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import left_out
@@ -22,37 +23,38 @@ from ghibli.models.base import BaseModel, weights_hash
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import is_here
 from ghibli.prepare import dataset_checks, memory
-from ghibli.runs.compose import conf_folder, look_at
+from ghibli.runs.compose import check_overrides, conf_folder
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console
+from ghibli.runtime import resources
 from ghibli.runtime.errors import UserError, disk_trouble
-from ghibli.runtime.resources import free_disk, free_memory, of_this_process
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import lr_factor
 from ghibli.training.trainer import make_callbacks, make_trainer
 
-LEVELS = {"error": "red", "warning": "yellow", "note": None}  # in the order of telling, with their colours
-PREPARED = "prepared.json"  # in conf/local: what `ghibli prepare` saw
-SAID_LATER = {"unusable images", "missing captions"}  # when the run encodes the images
-Section = TypeVar("Part")
+LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}  # in this order
+PREPARED = "prepared.json"  # in conf/local: the base that `ghibli prepare` checked
+REPORTED_LATER = {"unusable images", "missing captions"}  # by the run itself, when it encodes the images
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
-def check(words: list[str]) -> list[Finding]:
-    """Everything that can be found without training, for the settings `train.py WORDS` would have."""
-    config, run, mistakes = look_at(words)
-    if config is None:
-        return [Finding("config", mistake, "error") for mistake in mistakes]
+def check(overrides: list[str]) -> list[Finding]:
+    """Return everything that can be found without training, for the settings of `train.py OVERRIDES`."""
+    config, run, errors = check_overrides(overrides)
+    if config is None or run is None:
+        return [Finding("config", error, "error") for error in errors]
     found = [Finding("config", f"{describe(config)}, seed {config.seed}; every value is in range", "note")]
-    base = attempt(found, "base", lambda: load_base(config, found))
+    base = result_or_finding(found, "base", lambda: load_present_base(config, found))
     if base:  # before adapter layers change it
-        found += since_prepared(config, base)
+        found += changed_since_prepared(config, base)
     data = GhibliDataModule(config, base, run, 0)
-    is_read = attempt(found, "images", lambda: read(data))
-    trainer = attempt(
+    is_read = result_or_finding(found, "images", lambda: read_dataset(data))
+    trainer = result_or_finding(
         found, "device", lambda: make_trainer(config, run, make_callbacks(config, run, CleanStop(run)))
     )
-    module = base and attempt(found, "model", lambda: GhibliModule(config, base))
+    module = base and result_or_finding(found, "model", lambda: GhibliModule(config, base))
     if base:
         found.append(about_base(config, base))
     if module:
@@ -64,58 +66,61 @@ def check(words: list[str]) -> list[Finding]:
         found += about_images(data)
     if is_read and module and trainer:
         found += about_run(module, data, trainer, run.path)
-    return in_order(found)
+    return by_level(found)
 
 
 def before_training(module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer, run: RunDir) -> None:
-    """The same looks inside train.py, at what it has loaded; prints what is wrong, and nothing else.
+    """Run the checks on what train.py has loaded; log errors and warnings.
 
-    A prediction, such as too little memory, does not stop a run; what is certain does.
+    A prediction, such as too little memory, does not stop a run; a certain failure does.
 
     Raises:
         UserError: no usable images, or fewer than one optimiser step takes.
     """
     if not trainer.is_global_zero:
         return
-    read(data)
+    read_dataset(data)
     found = about_images(data)
     if module.config.finetune != "none":
         data.steps_per_epoch(trainer.accumulate_grad_batches, trainer.world_size)
     found += about_run(module, data, trainer, run.path)
-    tell(
-        [finding for finding in in_order(found) if finding.level != "note" and finding.name not in SAID_LATER]
+    log_findings(
+        finding
+        for finding in by_level(found)
+        if finding.level != "note" and finding.name not in REPORTED_LATER
     )
 
 
-def in_order(found: list[Finding]) -> list[Finding]:
-    """Errors, then warnings, then notes."""
+def by_level(found: list[Finding]) -> list[Finding]:
+    """Sort findings: errors, then warnings, then notes."""
     return sorted(found, key=lambda finding: list(LEVELS).index(finding.level))
 
 
-def tell(found: list[Finding]) -> None:
-    """One line for each finding."""
+def log_findings(found: Iterable[Finding]) -> None:
+    """Log one line per finding at its level."""
     for finding in found:
-        console.print(f"{finding.level}: {finding.name}: {finding.text}", style=LEVELS[finding.level])
+        logger.log(LEVELS[finding.level], f"{finding.level}: {finding.name}: {finding.text}")
 
 
-def attempt(found: list[Finding], name: str, part: Callable[[], Section]) -> Section | None:
-    """What `part` returns; a mistake or a disk's trouble becomes an error among the findings, and None."""
+def result_or_finding(found: list[Finding], name: str, function: Callable[[], T]) -> T | None:
+    """Return the result of a function; turn a user error or a disk error into a finding, and return None."""
     try:
-        return part()
+        return function()
     except (UserError, MisconfigurationException) as error:
         text = str(error)
     except OSError as error:
-        text = disk_trouble(error)
-        if text is None:
+        trouble = disk_trouble(error)
+        if trouble is None:
             raise
+        text = trouble
     found.append(Finding(name, " ".join(text.split()), "error"))
     return None
 
 
-def load_base(config: Config, found: list[Finding]) -> BaseModel | None:
-    """The base as train.py loads it, with the adapter that belongs to it; None where it would download."""
+def load_present_base(config: Config, found: list[Finding]) -> BaseModel | None:
+    """Load the base as train.py does, with its adapter merged; return None where it would be downloaded."""
     model = config.model
-    check_typed_base(model.path)
+    check_base_path(model.path)
     if not is_here(model.path) and hub_answers():
         text = (
             f"model.path={model.path} is not downloaded yet, so it and what depends on it are not checked; "
@@ -128,16 +133,16 @@ def load_base(config: Config, found: list[Finding]) -> BaseModel | None:
     return apply.load_base(model)
 
 
-def read(data: GhibliDataModule) -> bool:
-    """Draws the demo's images if they are not there, reads the folder, splits it."""
+def read_dataset(data: GhibliDataModule) -> bool:
+    """Draw the demo images if they are missing, read the image folder and split it; return True."""
     check_images(data.config)
     data.prepare_data()
     data.read()
     return True
 
 
-def since_prepared(config: Config, base: BaseModel) -> list[Finding]:
-    """Is the base the one that `ghibli prepare` saw?"""
+def changed_since_prepared(config: Config, base: BaseModel) -> list[Finding]:
+    """Warn if the base has other weights than when `ghibli prepare` checked it."""
     note = conf_folder() / "local" / PREPARED
     if not note.is_file():
         return []
@@ -147,34 +152,40 @@ def since_prepared(config: Config, base: BaseModel) -> list[Finding]:
     if prepared["base_hash"] == weights_hash(base):
         return []
     text = (
-        f"model.path={config.model.path} has other weights than `ghibli prepare` saw: run it again if meant"
+        f"model.path={config.model.path} has changed since `ghibli prepare` checked it: run that again if "
+        "the change is intended"
     )
     return [Finding("base", text)]
 
 
 def about_base(config: Config, base: BaseModel) -> Finding:
+    """Describe the base: sizes, prediction type, VAE."""
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (base.unet, base.text_encoder)]
     merged = "" if config.model.adapter is None else f", {config.model.adapter} merged in"
     return Finding(
         "base",
         f"model.path={config.model.path} has the parts of Stable Diffusion 1 or 2: UNet of {millions[0]:.1f} "
-        f"million weights, text encoder of {millions[1]:.1f}; it predicts {base.prediction_type}, its VAE "
-        f"makes one latent of {base.vae_factor}x{base.vae_factor} px{merged}",
+        f"million weights, text encoder of {millions[1]:.1f} million; it predicts {base.prediction_type}, "
+        f"its VAE encodes {base.vae_factor}x{base.vae_factor} px as one latent{merged}",
         "note",
     )
 
 
 def about_images(data: GhibliDataModule) -> list[Finding]:
-    """Everything odd about images and captions."""
-    found = dataset_checks.lint(data.folder, data.train_images, data.held_out, data.thumbnails, data.moved)
+    """Check images and captions."""
+    folder = data.folder
+    assert folder is not None, "read_dataset comes first"
+    found = dataset_checks.check_dataset(
+        folder, data.train_images, data.held_out, data.thumbnails, data.moved
+    )
     if data.base is not None:
-        long = dataset_checks.too_long(data.folder.images, data.base.tokenizer)
+        long = dataset_checks.long_captions(folder.images, data.base.tokenizer)
         found += [long] if long else []
     return found
 
 
 def about_device(trainer: L.Trainer) -> Finding:
-    """Where and how exactly it computes."""
+    """Describe the device and the precision."""
     device = trainer.strategy.root_device
     where = f"the CPU with {torch.get_num_threads()} threads"
     if device.type == "cuda":
@@ -186,21 +197,21 @@ def about_device(trainer: L.Trainer) -> Finding:
 def about_run(
     module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer, folder: Path
 ) -> list[Finding]:
-    """Plan, memory, disk and cache."""
+    """Check the training plan, memory, disk and cache."""
     config = module.config
     found: list[Finding] = []
     epochs = trainer.max_epochs if config.finetune != "none" else 0
     if config.finetune != "none":
-        attempt(found, "plan", lambda: found.extend(plan(config, data, trainer)))
+        result_or_finding(found, "plan", lambda: found.extend(about_plan(config, data, trainer)))
     found.append(about_memory(module, data, trainer))
-    weights = sum(p.numel() for p in module.trainable.values())
+    shapes = [tuple(p.shape) for p in module.trainable.values()]
     cells = len(cells_of(config.sample, config.loss.guidance))
-    found.append(about_disk(memory.disk(config, weights, epochs, cells), folder))
+    found.append(about_disk(memory.estimate_disk(config, shapes, epochs, cells), folder))
     return found + about_cache(config, len(data.train_images) + len(data.val_images))
 
 
-def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:
-    """Steps, epochs and the course of the learning rate.
+def about_plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:
+    """Describe steps, epochs and the learning rate schedule; warn about a warm-up that is too long.
 
     Raises:
         UserError: fewer training images than one optimiser step takes.
@@ -220,91 +231,92 @@ def plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Fin
 
     rates = ", ".join(f"{rate(share):.3g} at {100 * share:.0f} %" for share in (0, 0.25, 0.5, 0.75, 1))
     text = (
-        f"{len(data.train_images)} images, batch {config.data.batch_size} x {accumulate} accumulated x "
-        f"{devices} device{'s' * (devices > 1)}: {steps} optimiser steps an epoch, {trainer.max_epochs} "
+        f"{len(data.train_images)} images, batch size {config.data.batch_size} x accumulation {accumulate} x "
+        f"{devices} device{'s' * (devices > 1)}: {steps} optimiser steps per epoch, {trainer.max_epochs} "
         f"epochs, {total} steps; learning rate {rates}"
     )
     found = [Finding("plan", text, "note")]
     if options.warmup_steps >= total:
         text = (
             f"optimizer.warmup_steps={options.warmup_steps}, but there are {total} steps: the learning rate "
-            "never gets to its peak; lower it"
+            "never reaches its peak; lower it"
         )
         found.append(Finding("warm-up", text))
-    lonely = left_out(data.shapes, config.data.batch_size * devices)
-    if lonely:
+    unused = left_out(data.shapes, config.data.batch_size * devices)
+    if unused:
         text = (
-            f"{lonely} training images have shapes of which there are fewer than a batch of "
-            f"{config.data.batch_size * devices}, so they are never shown: lower data.batch_size (and raise "
-            "data.accumulate), or data.resize=center_crop"
+            f"{unused} training images have shapes with fewer images than a batch of "
+            f"{config.data.batch_size * devices}, so they are never trained on: lower data.batch_size (and "
+            "raise data.accumulate), or set data.resize=center_crop"
         )
         found.append(Finding("shapes", text))
     return found
 
 
 def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer) -> Finding:
-    """Is there memory for training, probe and grids?"""
+    """Compare the memory that training, probe and grids need with what is free."""
     device, precision = trainer.strategy.root_device, str(trainer.precision)
-    need = memory.memory(module, len(data.train_images) + len(data.val_images), precision)
+    need = memory.estimate_memory(module, len(data.train_images) + len(data.val_images), precision)
     total = need.total + memory.on_device(module, device, precision)
-    if device.type == "cpu":  # further processes have the same need, and hold what this one holds already
+    if device.type == "cpu":  # every further process needs the same, and what this one holds already
         further = trainer.num_devices - 1
-        total += further * (need.total + (of_this_process("VmRSS") or 0))
-    free = free_memory(device)
-    phases = ", ".join(f"{name} {size_of(size)}" for name, size in need.phases.items())
+        total += further * (need.total + resources.resident_memory())
+    free = resources.free_memory(device)
+    phases = ", ".join(f"{name} {format_bytes(size)}" for name, size in need.phases.items())
     text = (
-        f"the run takes about {size_of(total)} more: {size_of(need.kept)} all the time for optimiser and "
-        f"latents, and in turn for {phases}"
+        f"the run needs about {format_bytes(total)} more: {format_bytes(need.kept)} throughout for optimiser "
+        f"and latents, and one at a time for {phases}; {format_bytes(free)} are free"
     )
-    if free is None:
-        return Finding("memory", text, "note")
-    text += f"; {size_of(free)} are free"
     if total <= free:
         return Finding("memory", text + larger_batch(need, module, free - total), "note")
-    return Finding("memory", f"{text}: {cure(need.highest, module.config)}", "error")
+    return Finding("memory", f"{text}: {memory_advice(need.highest, module.config)}", "error")
 
 
-def larger_batch(need: memory.Memory, module: GhibliModule, room: float) -> str:
-    """The settings that put accumulated passes into one, if there is room: the same gradient, sooner."""
+def larger_batch(need: memory.Memory, module: GhibliModule, spare: float) -> str:
+    """Suggest settings that merge accumulated passes, where memory allows: the same gradient, sooner.
+
+    Args:
+        spare: bytes that would be left free.
+    """
     batch, accumulate = module.config.data.batch_size, module.config.data.accumulate
     one_pass = need.phases.get("training", math.inf)
     fits = [
         factor
         for factor in range(2, accumulate + 1)
-        if accumulate % factor == 0 and memory.FRAGMENTS * (factor - 1) * one_pass <= room
+        if accumulate % factor == 0 and memory.FRAGMENTS * (factor - 1) * one_pass <= spare
     ]
     if not fits:
         return ""
     factor = max(fits)
     return (
-        f"; with data.batch_size={factor * batch} data.accumulate={accumulate // factor} it fits too and "
-        "learns the same, faster on a GPU"
+        f"; data.batch_size={factor * batch} data.accumulate={accumulate // factor} fits too and gives the "
+        "same gradients, faster on a GPU"
     )
 
 
-def size_of(size: float) -> str:
-    """Bytes in words."""
+def format_bytes(size: float) -> str:
+    """Format a number of bytes: `1.2 GiB` or `300 MiB`."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def cure(phase: str, config: Config) -> str:
-    """The setting that makes the phase fit."""
+def memory_advice(phase: str, config: Config) -> str:
+    """Suggest the setting that lowers the memory of the phase that needs most."""
     if phase == "training" and config.data.batch_size > 1:
         half = config.data.batch_size // 2
         more = 2 * config.data.accumulate
-        return f"lower data.batch_size to {half} with data.accumulate={more}, which learns the same"
+        return f"lower data.batch_size to {half} with data.accumulate={more}, which gives the same gradients"
     if phase == "training" and config.compute.checkpoint_every == 0:
-        return "set compute.checkpoint_every=1, which keeps less and computes a third more"
+        return "set compute.checkpoint_every=1, which saves memory and computes a third more"
     if phase == "the probe" and config.validation.items_per_image > 1:
         return f"lower validation.items_per_image to {config.validation.items_per_image // 2}"
     if phase == "drawing the grid" and len(config.sample.prompts) > 1:
-        return "give fewer sample.prompts, or none of the grids with sample.every_n_epochs=0"
+        return "give fewer sample.prompts, or draw no grids with sample.every_n_epochs=0"
     return f"lower model.resolution (it is {config.model.resolution}), or free some memory"
 
 
 def about_disk(need: memory.Disk, folder: Path) -> Finding:
-    """Is there room for checkpoints, adapters and grids?"""
-    free = free_disk(folder)
+    """Compare the disk space that checkpoints, adapters and grids need with what is free."""
+    free = resources.free_disk(folder)
     text = (
         f"the run writes about {need.total / 1e6:.0f} MB below {folder.parent}: checkpoints "
         f"{need.checkpoints / 1e6:.0f}, adapters {need.adapters / 1e6:.0f}, grids {need.grids / 1e6:.0f}; "
@@ -312,16 +324,16 @@ def about_disk(need: memory.Disk, folder: Path) -> Finding:
     )
     if need.total <= free:
         return Finding("disk", text, "note")
-    return Finding("disk", f"{text}: free some space, or choose another place, hydra.run.dir=DIR", "error")
+    return Finding("disk", f"{text}: free some space, or choose another disk, hydra.run.dir=DIR", "error")
 
 
 def about_cache(config: Config, images: int) -> list[Finding]:
-    """Is there room for the images' codes? Nothing if there is."""
-    need, free = memory.latents_size(config, images), free_disk(Path(config.cache_dir))
+    """Report an error if the cached latents do not fit on the disk."""
+    need, free = memory.latents_size(config, images), resources.free_disk(Path(config.cache_dir))
     if need <= free:
         return []
     text = (
-        f"the images' codes take {need / 1e6:.1f} MB below cache_dir={config.cache_dir}, where "
-        f"{free / 1e6:.1f} MB are free: free some space, or choose another place, cache_dir=DIR"
+        f"the cached latents need {need / 1e6:.1f} MB below cache_dir={config.cache_dir}, where "
+        f"{free / 1e6:.1f} MB are free: free some space, or choose another disk, cache_dir=DIR"
     )
     return [Finding("cache", text, "error")]

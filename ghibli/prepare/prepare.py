@@ -1,8 +1,8 @@
-"""`ghibli prepare`: gets base and images, looks at both, and remembers where they are."""
+"""`ghibli prepare`: fetch base and images, check both, and save them as the defaults of train.py."""
 
 import json
+import logging
 from pathlib import Path
-from typing import Any
 
 from ghibli.config.paths import check_base
 from ghibli.data.folder import NO_CAPTION, ImageFolder, list_images, read_folder, recognised, summarise
@@ -13,108 +13,110 @@ from ghibli.images.read import open_image
 from ghibli.models.base import DEMO, resolve_path, weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight
-from ghibli.runtime.console import console, counted, relative_path
+from ghibli.runtime.console import counted, relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically, write_json, write_text
 
-DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SHOWN = 8  # images on the contact sheet
+SHEET_IMAGES = 8  # on the contact sheet
 LOCAL = """# @package _global_
-# Written by `ghibli prepare`: what `python train.py` takes on this machine; model= and data= choose others.
+# Written by `ghibli prepare`: defaults of `python train.py` on this machine; model= and data= override them.
 defaults:
   - override /model: sd15
   - override /data: ghibli
 local:
 """
 
+logger = logging.getLogger(__name__)
+
 
 def prepare(
     base: str, config: str | None, data: str, caption: str | None, into: Path, local: Path
 ) -> list[Finding]:
-    """Gets base and images, checks them as train.py would, and notes them in `local`/default.yaml.
+    """Fetch base and images, check them as train.py would, and save them in `local`/default.yaml.
 
-    Beside it come prepared.json, the hash of the base, and images.png, some images with captions.
+    Also writes prepared.json, the hash of the base, and images.png, some images with their captions.
 
     Args:
         base: hub id, diffusers folder, one .safetensors file, or `demo`.
         config: for one file, the folder with its configs and tokenizer.
-        data: what downloads.fetch takes.
-        caption: of the images that have none; without it they are skipped.
-        into: where zip and parquet files are unpacked to.
+        data: as for `download.fetch`.
+        caption: for images that have none; None skips those images.
+        into: where zip and parquet files are unpacked.
         local: conf/local.
 
     Returns:
-        What `ghibli check` finds; with an error among it default.yaml is left as it was.
+        What `ghibli check` finds; if there is an error among it, default.yaml is left as it was.
 
     Raises:
-        UserError: base or images cannot be got.
+        UserError: base or images are not available.
     """
     with counted("unpacking the images") as on_progress:
         root = download.fetch(data, into, on_progress)
-    folder = read(root, caption)
-    sheet = contact_sheet([(open_image(p.path), p.caption) for p in first_by_content(folder.images, SHOWN)])
+    folder = read_images(root, caption)
+    examples = first_by_content(folder.images, SHEET_IMAGES)
+    sheet = contact_sheet([(open_image(image.path), image.caption) for image in examples])
     write_atomically(local / "images.png", lambda file: sheet.save(file, "PNG"))
-    console.print(f"images {root}: {recognised(root)}; {counts(folder)}")
-    console.print(f"sheet    {relative_path(local / 'images.png')}: some of them with their captions")
-    found_hash = base_hash(base, config)
-    places = {"sd15": whole(base), "sd15_config": config and whole(config), "ghibli": str(root.resolve()),
-              "caption": caption}  # fmt: skip
-    findings = preflight.check(words(places))
+    logger.info(f"images {root}: {recognised(root)}; {usable_count(folder)}")
+    logger.info(f"sheet    {relative_path(local / 'images.png')}: some of them with their captions")
+    base_hash = download_and_hash(base, config)
+    settings = {"sd15": absolute_path(base), "ghibli": str(root.resolve())}
+    if config is not None:
+        settings["sd15_config"] = absolute_path(config)
+    if caption is not None:
+        settings["caption"] = caption
+    findings = preflight.check(as_overrides(settings))
     if not any(finding.level == "error" for finding in findings):
-        write_json(local / preflight.PREPARED, {"base": places["sd15"], "base_hash": found_hash})
-        lines = [f"  {key}: {quoted(value)}\n" for key, value in places.items() if value is not None]
+        write_json(local / preflight.PREPARED, {"base": settings["sd15"], "base_hash": base_hash})
+        lines = [f"  {key}: {quote(value)}\n" for key, value in settings.items()]
         write_text(local / "default.yaml", LOCAL + "".join(lines))
     return findings
 
 
-def read(root: Path, caption: str | None) -> ImageFolder:
-    """The images as train.py will read them.
+def read_images(root: Path, caption: str | None) -> ImageFolder:
+    """Read the images as train.py will.
 
     Raises:
-        UserError: fewer than two usable ones; if for want of captions, it says what gives them.
+        UserError: fewer than two are usable; if captions are missing, the message says how to add them.
     """
     try:
-        with counted("looking at the images") as on_progress:
+        with counted("checking the images") as on_progress:
             return read_folder(
                 root, style="", default_caption=caption, min_side=32, key="--data", on_progress=on_progress
             )
-    except UserError as mistake:
-        if caption is None and list_images(root) and NO_CAPTION in str(mistake):
+    except UserError as error:
+        if caption is None and list_images(root) and NO_CAPTION in str(error):
             raise UserError(
-                f"{root} has images without captions: ghibli caption {root} writes some, or --caption TEXT "
-                "gives all of them the same"
+                f"{root} has images without captions: `ghibli caption {root}` writes captions, or --caption "
+                "TEXT gives all of them the same"
             ) from None
         raise
 
 
-def counts(folder: ImageFolder) -> str:
-    """How many can be used, and why the others cannot."""
+def usable_count(folder: ImageFolder) -> str:
+    """Count the usable images in words, with the reasons why the others are not."""
     usable = f"{len(folder.images)} usable"
     return f"{usable}, {summarise(folder.unusable, elsewhere='')}" if folder.unusable else usable
 
 
-def base_hash(base: str, config: str | None) -> str:
-    """Downloads the base if it is a hub id, loads it, and returns the hash of its weights."""
+def download_and_hash(base: str, config: str | None) -> str:
+    """Load the base, downloading it if it is a hub id, and return the hash of its weights."""
     check_base(resolve_path(base), base)
-    download.check_room_for_base(base)
-    loaded = load(base, config)
-    return weights_hash(loaded)
+    download.check_free_disk_for_base(base)
+    return weights_hash(load(base, config))
 
 
-def whole(path: str) -> str:
-    """A path that means the same from every folder; a hub id or a name of ours as it is."""
+def absolute_path(path: str) -> str:
+    """Make an existing path absolute; leave a hub id and the name of an embedded base as they are."""
     place = resolve_path(path)
-    is_ours = place.is_relative_to(DEMO)
-    return str(place.resolve()) if place.exists() and not is_ours else path
+    is_embedded = place.is_relative_to(DEMO)
+    return str(place.resolve()) if place.exists() and not is_embedded else path
 
 
-def words(places: dict[str, Any]) -> list[str]:
-    """The overrides of train.py that say the same as default.yaml will."""
-    return ["model=sd15", "data=ghibli"] + [
-        f"local.{key}={quoted(value)}" for key, value in places.items() if value is not None
-    ]
+def as_overrides(settings: dict[str, str]) -> list[str]:
+    """Return the overrides of train.py that are equivalent to default.yaml."""
+    return ["model=sd15", "data=ghibli"] + [f"local.{key}={quote(value)}" for key, value in settings.items()]
 
 
-def quoted(text: str) -> str:
-    """A text as both YAML and Hydra read it."""
+def quote(text: str) -> str:
+    """Quote a text so that both YAML and Hydra read it."""
     return json.dumps(text, ensure_ascii=False)

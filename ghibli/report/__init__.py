@@ -1,1 +1,1 @@
-"""The HTML report of a run or a study."""
+"""The HTML report of a run, a study, or several runs."""

@@ -1,15 +1,17 @@
-"""What `ghibli evaluate` measured: models x cells, the guidance scan, copies."""
+"""The evaluation section of a report page: models x cells, the guidance scan, copies of training images."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ghibli.diffusion.samplers import Cell
 from ghibli.evaluation.features import distance_names
-from ghibli.report.charts import COLOURS, Figure, Series, curves
-from ghibli.report.run_data import RunData, attempt
-from ghibli.report.text import Scan, copies, rule_holds
-from ghibli.runs.identity import differences
+from ghibli.report.charts import COLOUR_COUNT, ChartAxes, Figure, Series, line_chart
+from ghibli.report.run_data import RunData, try_read
+from ghibli.report.text import Scan, copies_sentence, scale_rule_verdict
+from ghibli.runs.settings import differences
 from ghibli.sweeps.comparison import (
+    CellScores,
     cells_in,
     in_cells,
     kernel_text,
@@ -18,160 +20,185 @@ from ghibli.sweeps.comparison import (
     unguided_cell_notes,
 )
 from ghibli.sweeps.evaluations import model_name
+from ghibli.sweeps.trials import Trial
 
-MOST_SENTENCES = 4
+MAX_SENTENCES = 4  # of one kind about the scan
+
+EvaluationResult = dict[str, Any]  # the content of evaluation.json
 
 
 @dataclass(frozen=True)
-class Model:
-    """One evaluated training, under the name that the tables give it."""
+class EvaluatedRun:
+    """One evaluated run that trained something, under its name in the tables."""
 
     name: str
-    part: RunData
+    trial: Trial
+    result: EvaluationResult
 
     @property
     def guidance(self) -> float:
-        return self.part.evaluation["training_guidance"]
+        """The guidance scale of the training."""
+        return self.result["training_guidance"]
 
     @property
     def scan(self) -> Scan:
-        """(scale / training guidance, distance, error), ascending."""
-        return over(self.part.evaluation["scan"].get("run", {}), self.guidance)
+        """The guidance scan of the trained model, ascending."""
+        return relative_scan(self.result["scan"].get("run", {}), self.guidance)
 
 
-def over(scan: dict[str, list[float]], guidance: float) -> Scan:
-    """One model's scan with the scale divided by its training guidance."""
-    return sorted((float(scale) / guidance, *pair) for scale, pair in scan.items())
+def relative_scan(scan: dict[str, list[float]], guidance: float) -> Scan:
+    """Return (sampling scale / training guidance, distance, error) of a scan of evaluation.json, sorted."""
+    return sorted((float(scale) / guidance, distance, error) for scale, (distance, error) in scan.items())
 
 
-def evaluation(parts: list[RunData]) -> dict[str, Any] | None:
-    """All that the page shows of evaluations; None when no run has one."""
-    usable = [part for part in parts if part.evaluation and attempt(lambda part=part: model_name(part.trial))]
+def evaluation_section(runs: list[RunData]) -> dict[str, Any] | None:
+    """Return what the page shows of evaluations; None if no run has one."""
+    usable = [
+        (data.trial, data.evaluation)
+        for data in runs
+        if data.evaluation and try_read(partial(model_name, data.trial))
+    ]
     if not usable:
         return None
-    trials, part_of = [part.trial for part in usable], {id(part.trial): part for part in usable}
-    lines = models_of(trials)
-    cells = cells_in(lines)
-    rows = [(line.name, in_cells(line, cells)) for line in lines]
-    trained = [(line, own) for line, (_, own) in zip(lines, rows, strict=True) if line.trial is not None]
-    models = [Model(line.name, part_of[id(line.trial)]) for line, _ in trained]
-    scanned = next((part for part in usable if part.evaluation["scan"].get("base")), usable[0])
-    real, kinds = usable[0].evaluation["real"], [part.evaluation.get("features") for part in usable]
+    trials, results = [trial for trial, _ in usable], [result for _, result in usable]
+    result_of = {id(trial): result for trial, result in usable}
+    models = models_of(trials)
+    cells = cells_in(models)
+    rows = [(model.name, in_cells(model, cells)) for model in models]
+    trained = [(model, own) for model, (_, own) in zip(models, rows, strict=True) if model.trial is not None]
+    evaluated = [
+        EvaluatedRun(model.name, model.trial, result_of[id(model.trial)])
+        for model in models
+        if model.trial is not None
+    ]
+    with_base_scan = next((result for result in results if result["scan"].get("base")), results[0])
+    copies = [(model.name, copies_in_best_cell(own, rows[0][1], cells)) for model, own in trained]
     return {
-        "columns": [f"{cell.sampler.upper()} {cell.guidance:g}" for cell in cells],
-        "rows": [(name, [cell_text(row, own) for row in own]) for name, own in rows],
-        "real": cell_text(real, []),
-        "sizes": sizes(usable),
-        "names": [name.replace("Frechet", "Fr\u00e9chet") for name in distance_names(kinds[0])],
-        "copies": [(line.name, said) for line, own in trained if (said := copying(own, rows[0][1], cells))],
+        "columns": [cell.short_label for cell in cells],
+        "rows": [(name, [format_cell(row, own) for row in own]) for name, own in rows],
+        "real": format_cell(results[0]["real"], []),
+        "counts": sample_counts(results),
+        "names": [
+            name.replace("Frechet", "Fr\u00e9chet") for name in distance_names(results[0].get("features"))
+        ],
+        "copies": [(name, sentence) for name, sentence in copies if sentence],
         "notes": [*unguided_cell_notes(trials), *paired_comparisons(trials)],
-        "scan": scan_figure(scanned, models),
-        "scan_words": scan_words(models),
+        "scan": scan_chart(with_base_scan, evaluated),
+        "scan_sentences": scan_sentences(evaluated),
     }
 
 
-def sizes(parts: list[RunData]) -> str:
-    """How much was drawn and measured, and whether that is the same for all."""
+def sample_counts(results: list[EvaluationResult]) -> str:
+    """Say how much was sampled and measured, and whether that is the same for all runs."""
     keys = ("samples", "reference_images", "num_inference_steps", "features")
-    found = dict.fromkeys(tuple(part.evaluation.get(key) for key in keys) for part in parts)
+    found = dict.fromkeys(tuple(result.get(key) for key in keys) for result in results)
     (samples, images, steps, features), *others = found
-    words = f"{samples} samples a cell, {images} real images, {steps} steps, {features} features."
-    floor = parts[0].evaluation.get("floor_images")
-    words += f" The floor is that of {floor} training images." if floor else ""
-    return words + (" Not all runs were measured in this way, so they compare badly." if others else "")
+    text = f"{samples} samples per cell, {images} real images, {steps} steps, {features} features."
+    floor = results[0].get("floor_images")
+    text += f" The floor is that of {floor} training images." if floor else ""
+    return text + (" Not all runs were measured this way, so they compare badly." if others else "")
 
 
-def cell_text(row: dict[str, Any] | None, own: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """One cell of the table in words; `best` marks the lowest distance in a row of cells."""
+def format_cell(row: CellScores | None, own: list[CellScores | None]) -> dict[str, Any] | None:
+    """Format one cell of the table; `best` marks the lowest kernel distance among the model's own cells."""
     if row is None:
         return None
-    captions, below = row.get("caption_fit"), row.get("kernel_minus_base")
+    captions, minus_base = row.get("caption_fit"), row.get("kernel_minus_base")
     return {
         "kernel": kernel_text(row),
         "frechet": f"{row['frechet']:.1f}",
         "captions": None if captions is None else f"{captions[0]:.1f} +- {captions[1]:.1f}",
         "precision": f"{100 * row['precision']:.0f} %" if "precision" in row else None,
         "recall": f"{100 * row['recall']:.0f} %",
-        "below": None if below is None else f"{-below[0]:+.2f} +- {below[1]:.2f}",
-        "best": row is lowest(own),
+        "below": None if minus_base is None else f"{-minus_base[0]:+.2f} +- {minus_base[1]:.2f}",
+        "best": row is best_cell(own),
     }
 
 
-def lowest(own: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The row with the lowest kernel distance."""
+def best_cell(own: list[CellScores | None]) -> CellScores | None:
+    """Return the scores with the lowest kernel distance."""
     return min((row for row in own if row is not None), key=lambda row: row["kernel"][0], default=None)
 
 
-def copying(own: list[dict | None], base: list[dict | None], cells: list[Cell]) -> str | None:
-    """What the best cell says about copies of training images; None where it was not measured."""
-    best = lowest(own)
+def copies_in_best_cell(
+    own: list[CellScores | None], base: list[CellScores | None], cells: list[Cell]
+) -> str | None:
+    """Say whether a model's best cell shows copies of training images; None if it was not measured."""
+    best = best_cell(own)
     if best is None or not isinstance(best.get("copying"), float):
         return None
     column = next(k for k, row in enumerate(own) if row is best)
-    beside = (base[column] or {}).get("copying")
-    return f"{cells[column].label}: {copies(best['copying'], beside)}."
+    of_base = (base[column] or {}).get("copying")
+    return f"{cells[column].label}: {copies_sentence(best['copying'], of_base)}."
 
 
-def scan_figure(scanned: RunData, models: list[Model]) -> Figure | None:
-    """Distance over scale / training guidance for all trainings, on one logarithmic axis."""
-    base = Series("untouched base", over(scanned.evaluation["scan"].get("base", {}), 1.0), "c5", dashed=True)
-    few, kernel = len(models) < COLOURS, distance_names(scanned.evaluation.get("features"))[0]
-    colours = [f"c{k}" if few else "c0" if model.guidance == 1 else "c1" for k, model in enumerate(models)]
-    names = [model.name if few else f"all trained at guidance {model.guidance:g}" for model in models]
+def scan_chart(with_base_scan: EvaluationResult, runs: list[EvaluatedRun]) -> Figure | None:
+    """Draw distance over scale / training guidance for all runs, on one logarithmic axis.
+
+    Args:
+        with_base_scan: the result whose scan of the untouched base is drawn.
+    """
+    base = relative_scan(with_base_scan["scan"].get("base", {}), 1.0)
+    few, kernel = len(runs) < COLOUR_COUNT, distance_names(with_base_scan.get("features"))[0]
+    colours = [f"c{k}" if few else "c0" if run.guidance == 1 else "c1" for k, run in enumerate(runs)]
+    names = [run.name if few else f"all trained at guidance {run.guidance:g}" for run in runs]
     series = [
-        Series(name, model.scan, colour, dashed=model.guidance != 1)
-        for name, model, colour in zip(names, models, colours, strict=True)
-        if model.scan
+        Series(name, run.scan, colour, dashed=run.guidance != 1)
+        for name, run, colour in zip(names, runs, colours, strict=True)
+        if run.scan
     ]
-    caption = "The sampling scale s over the training guidance w. Whiskers are 95 % intervals."
-    figure = curves(
-        "Distance over the scale", [*series, base], "s / w", f"{kernel} to real images",
-        caption=caption, log=True, zero=True,
-    )  # fmt: skip
+    figure = line_chart(
+        "Distance over the scale",
+        [*series, Series("untouched base", base, "c5", dashed=True)],
+        ChartAxes("s / w", f"{kernel} to real images", log=True, zero=True),
+        "The sampling scale s over the training guidance w. Whiskers are 95 % intervals.",
+    )
     if figure is None or few:
         return figure
     return Figure(figure.title, figure.svg, figure.caption, list(dict.fromkeys(figure.legend)))
 
 
-def scan_words(models: list[Model]) -> list[str]:
-    """What the rule would look like, whether it holds, and which scale is best."""
-    scanned = [model for model in models if model.scan]
+def scan_sentences(runs: list[EvaluatedRun]) -> list[str]:
+    """Say what the rule would look like, whether it holds, and which scale is best."""
+    scanned = [run for run in runs if run.scan]
     if not scanned:
         return []
-    lines = [
-        "If a training at guidance w, sampled at s, were an ordinary training sampled at s / w, an ordinary "
-        "curve and a guided one would lie on each other here."
+    sentences = [
+        "If a run trained at guidance w and sampled at s behaved like an ordinary run sampled at s / w, "
+        "ordinary and guided curves would coincide here."
     ]
-    ordinary = [model for model in scanned if model.guidance == 1]
-    found = [(model, verdict_on(model, ordinary)) for model in scanned if model.guidance != 1]
-    told = [(model, *verdict) for model, verdict in found if verdict is not None]
-    if not told:
-        why = "this page has no ordinary and no guided training whose scans overlap"
-        return [*lines, f"Whether they do cannot be said: {why}.", *best_scales(scanned)]
-    broken = [text for _, holds, text in told if not holds]
-    if len(told) > MOST_SENTENCES:
-        lines.append(f"In {len(broken)} of {len(told)} comparisons the rule does not hold.")
-        told = [one for one in told if not one[1]][:1]
-    lines += [f"{model.name}: {text}." for model, _, text in told]
-    return lines + best_scales(scanned)
+    ordinary = [run for run in scanned if run.guidance == 1]
+    found = [(run, compare_with_ordinary(run, ordinary)) for run in scanned if run.guidance != 1]
+    verdicts = [(run, *verdict) for run, verdict in found if verdict is not None]
+    if not verdicts:
+        reason = "this page has no ordinary and no guided run whose scans overlap"
+        return [*sentences, f"Whether they do is unknown: {reason}.", *best_scale_sentences(scanned)]
+    broken = [run for run, holds, _ in verdicts if not holds]
+    if len(verdicts) > MAX_SENTENCES:
+        sentences.append(f"In {len(broken)} of {len(verdicts)} comparisons the rule does not hold.")
+        verdicts = [one for one in verdicts if not one[1]][:1]
+    sentences += [f"{run.name}: {text}." for run, _, text in verdicts]
+    return sentences + best_scale_sentences(scanned)
 
 
-def verdict_on(guided: Model, ordinary: list[Model]) -> tuple[bool, str] | None:
-    """Whether the rule holds beside the ordinary training that differs in the fewest settings."""
-    own = guided.part.trial.settings
+def compare_with_ordinary(guided: EvaluatedRun, ordinary: list[EvaluatedRun]) -> tuple[bool, str] | None:
+    """Test the rule against the ordinary run that differs in the fewest settings; None without one."""
+    own = guided.trial.settings
     nearest = min(
-        ordinary, key=lambda model: sum(1 for _ in differences(own, model.part.trial.settings)), default=None
+        ordinary, key=lambda run: sum(1 for _ in differences(own, run.trial.settings)), default=None
     )
-    return None if nearest is None else rule_holds(nearest.scan, guided.scan)
+    return None if nearest is None else scale_rule_verdict(nearest.scan, guided.scan)
 
 
-def best_scales(models: list[Model]) -> list[str]:
-    """At which scale each training is nearest to real images."""
-    if len(models) > MOST_SENTENCES:
+def best_scale_sentences(runs: list[EvaluatedRun]) -> list[str]:
+    """Say at which scale each run is closest to real images; nothing if there are many."""
+    if len(runs) > MAX_SENTENCES:
         return []
-    lines = []
-    for model in models:
-        ratio, value, error = min(model.scan, key=lambda point: point[1])
-        scale = f"{ratio * model.guidance:.3g}"
-        lines.append(f"{model.name} is nearest to real images at scale {scale}: {value:.2f} +- {error:.2f}.")
-    return lines
+    sentences = []
+    for run in runs:
+        ratio, distance, error = min(run.scan, key=lambda point: point[1])
+        scale = f"{ratio * run.guidance:.3g}"
+        sentences.append(
+            f"{run.name} is closest to real images at scale {scale}: {distance:.2f} +- {error:.2f}."
+        )
+    return sentences

@@ -1,138 +1,143 @@
-"""Which figures a page has: of one run, and of several in one drawing."""
+"""The figures of a report page: of one run, and of several in common charts."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from ghibli.report.charts import COLOURS, Figure, Series, bars, curves
-from ghibli.report.run_data import Row, RunData, by_timestep, gain_of
+from ghibli.report.charts import COLOUR_COUNT, ChartAxes, Figure, Point, Series, bar_chart, line_chart
+from ghibli.report.run_data import CsvRow, RunData, gain_of, timestep_gains
 
-Labelled = list[tuple[str, RunData]]  # the best first, those that are not finished last
-LOWEST = -200.0  # percent; below that a curve says no more than that it diverged
-LOSS, NORMALISED = "train/loss", "train/loss_normalised"
+LabelledRuns = list[tuple[str, RunData]]  # (name on the page, run): best first, unfinished ones last
+LOWEST_GAIN = -200.0  # percent; below that a curve shows only that the run diverged
+LOSS, NORMALISED_LOSS = "train/loss", "train/loss_normalised"
 
 
-def of_one(part: RunData) -> list[Figure]:
-    """Gain, distance, loss and gain by timestep of one run; what its files do not tell is left out."""
+def run_figures(data: RunData) -> list[Figure]:
+    """Draw gain, distance, losses and gain by timestep of one run, as far as its files allow."""
     found = [
-        gain_curve(part),
-        distance_curve([("distance", part)]),
-        *loss_curves([("loss", part)]),
-        steps(part),
+        gain_curve(data),
+        distance_curves([("distance", data)]),
+        *loss_curves([("loss", data)]),
+        timestep_chart(data),
     ]
     return [figure for figure in found if figure is not None]
 
 
-def gain_curve(part: RunData) -> Figure | None:
-    """Held-out gain with its band, and that of training images, epoch by epoch."""
-    held_out = gain_points(part.probe)
-    training = [(x, y, math.nan) for x, y, _ in gain_points(part.probe, "train")]
+def gain_curve(data: RunData) -> Figure | None:
+    """Draw the held-out gain with its band, and that of training images, over epochs."""
+    held_out = gain_points(data.probe)
+    training = [(x, y, math.nan) for x, y, _ in gain_points(data.probe, "train")]
     series = [
         Series("held-out images, 95 % band", held_out, "c0", band=True),
         Series("training images", training, "c1", dashed=True),
     ]
-    caption = (
-        "How much lower the loss on fixed items is than the untouched base's; epoch 0 is before training."
-    )
-    return gain_figure("Gain over the base", series, caption) if len(held_out) > 1 else None
+    caption = "How far the loss on fixed items is below the untouched base's; epoch 0 is before training."
+    return gain_chart("Gain over the base", series, caption) if len(held_out) > 1 else None
 
 
-def gain_figure(title: str, series: list[Series], caption: str) -> Figure | None:
-    """Gain over epochs; a start far below where any curve ends is cut, and so is what lies below LOWEST."""
+def gain_chart(title: str, series: list[Series], caption: str) -> Figure | None:
+    """Draw gains over epochs; the axis cuts a start far below the last points, and all below LOWEST_GAIN."""
     values = [y for one in series for _, y, _ in one.finite]
     last = min((one.finite[-1][1] for one in series if one.finite), default=0.0)
-    floor = min(-max(10.0, 0.6 * max(values, default=0)), max(1.1 * last, LOWEST))
+    floor = min(-max(10.0, 0.6 * max(values, default=0)), max(1.1 * last, LOWEST_GAIN))
     if min(values, default=0) < floor:
         caption += f" The axis is cut: the lowest point is at {min(values):.0f} %."
-    return curves(title, series, "epoch", "gain, %", caption=caption, floor=floor, zero=True)
+    return line_chart(title, series, ChartAxes("epoch", "gain, %", floor=floor, zero=True), caption)
 
 
-def gain_points(rows: list[Row], part: str = "val") -> list[tuple[float, float, float]]:
-    """(epoch, gain, standard error) in percent."""
-    gains = [(row["epoch"], gain_of(row, part)) for row in rows]
+def gain_points(rows: list[CsvRow], split: str = "val") -> list[Point]:
+    """Return (epoch, gain, standard error) in percent of each row of probe.csv."""
+    gains = [(row["epoch"], gain_of(row, split)) for row in rows]
     return [(epoch, 100 * gain.value, 100 * gain.standard_error) for epoch, gain in gains]
 
 
-def gains_of_all(runs: Labelled) -> Figure | None:
-    """The held-out gain of all runs."""
-    scored = [(label, part) for label, part in runs if len(part.probe) > 1]
-    series = chosen(scored, lambda part: gain_points(part.probe), bands=3)
+def gain_curves(runs: LabelledRuns) -> Figure | None:
+    """Draw the held-out gain of all runs."""
+    scored = [(label, data) for label, data in runs if len(data.probe) > 1]
+    series = run_series(scored, lambda data: gain_points(data.probe), max_bands=3)
     caption = "Bands are 95 % intervals." if any(one.band for one in series) else ""
-    return gain_figure("Gain over the base on held-out images", series, caption)
+    return gain_chart("Gain over the base on held-out images", series, caption)
 
 
-def chosen(runs: Labelled, points: object, bands: int = 0) -> list[Series]:
-    """A curve for each run; of more than there are colours, the best and the worst stand out.
+def run_series(
+    runs: LabelledRuns, points_of: Callable[[RunData], list[Point]], max_bands: int = 0
+) -> list[Series]:
+    """Return a curve per run; if there are more runs than colours, only the best and the worst are coloured.
 
     Args:
-        points: from a run to its points (x, y, error).
-        bands: the most coloured curves that still get a band; with more it would hide them.
+        max_bands: the most curves that get a band each; more bands would hide the curves.
     """
-    few = len(runs) <= COLOURS
-    series, worst = [], sum(part.state == "finished" for _, part in runs) - 1
-    for place, (label, part) in enumerate(runs):
+    few = len(runs) <= COLOUR_COUNT
+    series, worst = [], sum(data.state == "finished" for _, data in runs) - 1
+    for place, (label, data) in enumerate(runs):
         colour = f"c{place}" if few else {0: "c0", worst: "c1"}.get(place, "faint")
-        word = "" if few else {0: "best: ", worst: "worst: "}.get(place, "")
-        stands_out = colour != "faint" and (not few or len(runs) <= bands)
-        own = points(part) if stands_out else [(x, y, math.nan) for x, y, _ in points(part)]
-        series.append(Series(word + label, own, colour, band=stands_out and bands > 0, dashed=place % 2 == 1))
+        prefix = "" if few else {0: "best: ", worst: "worst: "}.get(place, "")
+        has_errors = colour != "faint" and (not few or len(runs) <= max_bands)
+        points = points_of(data) if has_errors else [(x, y, math.nan) for x, y, _ in points_of(data)]
+        band = has_errors and max_bands > 0
+        series.append(Series(prefix + label, points, colour, band=band, dashed=place % 2 == 1))
     return series
 
 
-def loss_curves(runs: Labelled) -> list[Figure | None]:
-    """The training loss, and beside it the one that can be read."""
-    with_loss = [(label, part) for label, part in runs if part.metrics]
-    with_both = [(label, part) for label, part in with_loss if NORMALISED in part.metrics[0]]
+def loss_curves(runs: LabelledRuns) -> list[Figure | None]:
+    """Draw the training loss, and the loss normalised by the base's, which is easier to read."""
+    with_loss = [(label, data) for label, data in runs if data.metrics]
+    with_both = [(label, data) for label, data in with_loss if NORMALISED_LOSS in data.metrics[0]]
     rows = with_both[0][1].metrics if with_both else []
-    plain = chosen(with_loss, lambda part: points_of(part, LOSS))
-    readable = chosen(with_both, lambda part: points_of(part, NORMALISED))
-    why = "The same loss over what the base scores at the same timesteps; 1 is the untouched base."
-    flat = "It depends far more on which timesteps were drawn than on the weights: a small gain drowns in it."
+    raw = run_series(with_loss, lambda data: metric_points(data, LOSS))
+    normalised = run_series(with_both, lambda data: metric_points(data, NORMALISED_LOSS))
+    raw_caption = (
+        "It depends far more on which timesteps were drawn than on the weights: a small gain is lost in it. "
+        f"{scatter_sentence(rows)}"
+    ).strip()
+    caption = "The same loss divided by the base's at the same timesteps; 1 is the untouched base."
     return [
-        curves("Training loss as it is", plain, "step", "loss", caption=f"{flat} {scatter(rows)}".strip()),
-        curves("Training loss, readable", readable, "step", "loss / base's", caption=why),
+        line_chart("Training loss", raw, ChartAxes("step", "loss"), raw_caption),
+        line_chart("Normalised training loss", normalised, ChartAxes("step", "loss / base's"), caption),
     ]
 
 
-def points_of(part: RunData, column: str) -> list[tuple[float, float, float]]:
-    return [(row["step"], row.get(column, math.nan), math.nan) for row in part.metrics]
+def metric_points(data: RunData, column: str) -> list[Point]:
+    """Return (step, value, NaN) of each row of metrics.csv."""
+    return [(row["step"], row.get(column, math.nan), math.nan) for row in data.metrics]
 
 
-def scatter(rows: list[Row]) -> str:
-    """How much rows differ from their neighbours, of the loss as it is and of the readable one."""
+def scatter_sentence(rows: list[CsvRow]) -> str:
+    """Say how much neighbouring rows differ, for both losses."""
     if len(rows) < 8:
         return ""
-    values = [np.array([row[column] for row in rows]) for column in (LOSS, NORMALISED)]
+    values = [np.array([row[column] for row in rows]) for column in (LOSS, NORMALISED_LOSS)]
     amounts = [100 * float(np.diff(one).std() / 2**0.5 / one.mean()) for one in values]
     if not all(map(math.isfinite, amounts)):
         return ""
-    return f"From row to row it scatters by {amounts[0]:.1f} %, the readable one by {amounts[1]:.1f} %."
+    return f"From row to row it varies by {amounts[0]:.1f} %, the normalised loss by {amounts[1]:.1f} %."
 
 
-def distance_curve(runs: Labelled) -> Figure | None:
-    """The kernel distance of sampled images to real ones over the epochs, where it was measured."""
+def distance_curves(runs: LabelledRuns) -> Figure | None:
+    """Draw the kernel distance of sampled images to real ones over epochs, where it was measured."""
     column = "evaluate/kernel_distance"
-    measured = [(label, part) for label, part in runs if part.distances]
-    series = chosen(
-        measured,
-        lambda part: [(row["epoch"], row[column], row[f"{column}_se"]) for row in part.distances],
-        COLOURS,
+    series = run_series(
+        [(label, data) for label, data in runs if data.distances],
+        lambda data: [(row["epoch"], row[column], row[f"{column}_se"]) for row in data.distances],
+        COLOUR_COUNT,
     )
-    whiskers = [Series(one.label, one.points, one.colour, dashed=one.dashed) for one in series]
-    caption = "Images drawn during training; epoch 0 is the untouched base. Whiskers are 95 % intervals."
-    return curves("Distance to real images", whiskers, "epoch", "kernel distance", caption=caption, zero=True)
+    series = [Series(one.label, one.points, one.colour, dashed=one.dashed) for one in series]  # no bands
+    caption = "Images sampled during training; epoch 0 is the untouched base. Whiskers are 95 % intervals."
+    axes = ChartAxes("epoch", "kernel distance", zero=True)
+    return line_chart("Distance to real images", series, axes, caption)
 
 
-def steps(part: RunData, of: str = "") -> Figure | None:
-    """The held-out gain of the best epoch by timestep.
+def timestep_chart(data: RunData, of: str = "") -> Figure | None:
+    """Draw the held-out gain of the best epoch by timestep.
 
     Args:
-        of: whose, where the page shows several runs.
+        of: names the run in the title, where the page shows several.
     """
-    if part.best is None:
+    if data.best is None:
         return None
-    title = f"Gain by timestep{of}, epoch {part.best_epoch}"
+    title = f"Gain by timestep{of}, epoch {data.best_epoch}"
     caption = (
         "Low timesteps are nearly clean images, high ones nearly pure noise. Whiskers are 95 % intervals."
     )
-    return bars(title, by_timestep(part.best), "timesteps", caption)
+    return bar_chart(title, timestep_gains(data.best), "timesteps", caption)

@@ -1,4 +1,4 @@
-"""The images of a page, as PNG within it."""
+"""The images of a report page, embedded as PNG."""
 
 import base64
 import io
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from ghibli.report.run_data import DAMAGED, RunData
+from ghibli.report.run_data import READ_ERRORS, RunData
 
-WIDEST = 1700  # px; a wider grid is made smaller
-MOST_GRIDS = 5  # of one run
+MAX_WIDTH = 1700  # px; wider images are scaled down
+MAX_GRIDS = 5  # of one run
 
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """An image that is part of the page."""
+    """An image in the page as a data URI; width and height in px."""
 
     uri: str
     width: int
@@ -25,14 +25,14 @@ class EmbeddedImage:
 
 
 def embed(path: Path, alt: str, problems: list[str], label: str = "") -> EmbeddedImage | None:
-    """The file as a data URI; None, and a sentence, where it is missing or damaged."""
+    """Embed an image file; return None and note a problem if it is missing or damaged."""
     try:
         image = Image.open(path).convert("RGB")
-    except (*DAMAGED, SyntaxError, Image.DecompressionBombError):  # SyntaxError: of a broken PNG
+    except (*READ_ERRORS, SyntaxError, Image.DecompressionBombError):  # SyntaxError: of a broken PNG
         problems.append(f"{path.name} is damaged: it is not shown")
         return None
-    if image.width > WIDEST:
-        size = WIDEST, round(image.height * WIDEST / image.width)
+    if image.width > MAX_WIDTH:
+        size = MAX_WIDTH, round(image.height * MAX_WIDTH / image.width)
         image = image.resize(size, Image.Resampling.LANCZOS)
     content = io.BytesIO()
     image.save(content, "PNG", optimize=True)
@@ -40,33 +40,33 @@ def embed(path: Path, alt: str, problems: list[str], label: str = "") -> Embedde
     return EmbeddedImage(uri, image.width, image.height, alt, label)
 
 
-def grids(part: RunData) -> list[EmbeddedImage]:
-    """The run's image grids from the first epoch to the best; of many a few, evenly chosen."""
+def embed_grids(data: RunData) -> list[EmbeddedImage]:
+    """Embed the image grids of a run from the first epoch to the best; of many, MAX_GRIDS evenly spaced."""
     files = sorted(
-        part.run.samples.glob("*.png"), key=lambda path: (not path.stem.startswith("epoch_"), path)
+        data.run.samples.glob("*.png"), key=lambda path: (not path.stem.startswith("epoch_"), path)
     )
-    if len(files) > MOST_GRIDS:
-        chosen = [round(k * (len(files) - 1) / (MOST_GRIDS - 1)) for k in range(MOST_GRIDS)]
-        left_out = len(files) - MOST_GRIDS
-        part.problems.append(
-            f"{left_out} of {len(files)} image grids in samples/ are left out to keep the page small"
+    if len(files) > MAX_GRIDS:
+        chosen = [round(k * (len(files) - 1) / (MAX_GRIDS - 1)) for k in range(MAX_GRIDS)]
+        data.problems.append(
+            f"{len(files) - MAX_GRIDS} of {len(files)} image grids in samples/ are left out to keep the page "
+            "small"
         )
         files = [files[k] for k in chosen]
     alt = "sample prompts in every cell, base above and {} below, from the same start noise"
-    found = [embed(file, alt.format(grid_label(file)), part.problems, grid_label(file)) for file in files]
+    found = [embed(file, alt.format(grid_label(file)), data.problems, grid_label(file)) for file in files]
     return [one for one in found if one is not None]
 
 
-def last_grid(part: RunData, label: str) -> EmbeddedImage | None:
-    """The newest grid of a run, under the name it has on the page."""
-    if part.trial.grid is None:
+def embed_last_grid(data: RunData, label: str) -> EmbeddedImage | None:
+    """Embed the newest image grid of a run; None if it has none."""
+    if data.trial.grid is None:
         return None
-    alt = f"the last image grid of {part.name}: base above, trained below, from the same start noise"
-    return embed(part.trial.grid, alt, part.problems, label)
+    alt = f"the last image grid of {data.name}: base above, trained below, from the same start noise"
+    return embed(data.trial.grid, alt, data.problems, label)
 
 
 def grid_label(file: Path) -> str:
-    """`epoch 5` for epoch_005.png, `best epoch` for the grid that was drawn at the end."""
+    """Label a grid: `epoch 5` for epoch_005.png, `best epoch` for the one drawn at the end."""
     number = file.stem.removeprefix("epoch_")
     if number != file.stem and number.isdigit():
         return f"epoch {int(number)}"

@@ -1,34 +1,39 @@
-"""Where runs come from: commit, versions, machine, hashes, commands; of several what they share."""
+"""Provenance of runs for a report page: commit, versions, machine, hashes, commands."""
 
-from ghibli.report.run_data import RunData, attempt
-from ghibli.report.text import moment
+from ghibli.report.run_data import RunData, try_read
+from ghibli.report.text import format_time
 from ghibli.runs.compare import Side
 
 
-def facts(part: RunData) -> dict[str, str]:
-    """Where the run comes from: commit, versions, machine, hashes, commands."""
-    status = part.trial.status
+def provenance_facts(data: RunData) -> dict[str, str]:
+    """Return label -> text of everything the run's files say about its provenance."""
+    status = data.trial.status
     starts = [start for start in status.get("starts") or [status] if isinstance(start, dict)]
-    noted = attempt(lambda: Side(part.run, status, part.trial.settings).facts, {})
+    recorded = try_read(lambda: Side(data.run, status, data.trial.settings).facts, {})
     versions = [
-        f"{key.removeprefix('versions.')} {value}" for key, value in noted.items() if key[:9] == "versions."
+        f"{key.removeprefix('versions.')} {value}"
+        for key, value in recorded.items()
+        if key[:9] == "versions."
     ]
     commands = dict.fromkeys(str(start.get("command")) for start in starts if start.get("command"))
     rows = {
-        "folder": part.run.path, "state": part.state, "started": moment(status.get("started")),
-        "ended": moment(status.get("ended")), "command": "; then ".join(commands), "seed": status.get("seed"),
-        "git commit": noted.get("git_commit"),
-        "uncommitted changes": {"True": "yes", "False": "no"}.get(str(noted.get("git_dirty"))),
-        "code on the training path": noted.get("code"), "versions": ", ".join(versions),
-        "machine": noted.get("machine"), "processor": noted.get("processor"),
-        "device": noted.get("device"), "devices": noted.get("devices"), "threads": noted.get("threads"),
-        "precision": noted.get("precision"), "base (sha256)": status.get("base_hash"),
+        "folder": data.run.path, "state": data.state, "started": format_time(status.get("started")),
+        "ended": format_time(status.get("ended")), "command": "; then ".join(commands),
+        "seed": status.get("seed"), "git commit": recorded.get("git_commit"),
+        "uncommitted changes": {"True": "yes", "False": "no"}.get(str(recorded.get("git_dirty"))),
+        "code on the training path": recorded.get("code"), "versions": ", ".join(versions),
+        "machine": recorded.get("machine"), "processor": recorded.get("processor"),
+        "device": recorded.get("device"), "devices": recorded.get("devices"),
+        "threads": recorded.get("threads"), "precision": recorded.get("precision"),
+        "base (sha256)": status.get("base_hash"),
         "images (sha256)": status.get("data_hash"), "settings (sha256)": status.get("settings_hash"),
     }  # fmt: skip
-    return {what: str(value) for what, value in rows.items() if value not in (None, "", "None")}
+    return {label: str(value) for label, value in rows.items() if value not in (None, "", "None")}
 
 
-def shared_facts(parts: list[RunData]) -> dict[str, str]:
-    """What is the same for all runs."""
-    every = [facts(part) for part in parts]
-    return {what: text for what, text in every[0].items() if all(own.get(what) == text for own in every)}
+def shared_facts(runs: list[RunData]) -> dict[str, str]:
+    """Return the facts that are the same for all runs."""
+    every = [provenance_facts(data) for data in runs]
+    return {
+        label: text for label, text in every[0].items() if all(facts.get(label) == text for facts in every)
+    }

@@ -1,4 +1,4 @@
-"""What a run's folder tells, read with care: what is missing or damaged is named, never a traceback."""
+"""The data of a run's folder. A missing or damaged file becomes a sentence on the page, not a traceback."""
 
 import csv
 import math
@@ -14,21 +14,21 @@ from safetensors import SafetensorError
 from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain
 from ghibli.runs.folder import RunDir
-from ghibli.runs.identity import flat, that_count
+from ghibli.runs.settings import relevant_settings
 from ghibli.runtime.files import read_rows
 from ghibli.sweeps.trials import Trial, best_probe
 
-Row = dict[str, float]
-DAMAGED = (  # what broken files raise
+CsvRow = dict[str, float]
+READ_ERRORS = (  # raised by damaged files
     OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, yaml.YAMLError,
     SafetensorError,
 )  # fmt: skip
-PROBE = tuple(f"probe/{part}_gain{end}" for part in ("val", "train") for end in ("", "_se"))
+PROBE_COLUMNS = tuple(f"probe/{split}_gain{end}" for split in ("val", "train") for end in ("", "_se"))
 
 
 @dataclass
 class RunData:
-    """One run of the page, with the sentences about what could not be read."""
+    """One run of the page, with a sentence for each file that could not be read."""
 
     trial: Trial
     problems: list[str] = field(default_factory=list)
@@ -46,56 +46,61 @@ class RunData:
         return self.run.state
 
     @cached_property
-    def probe(self) -> list[Row]:
-        """The rows of probe.csv: the untouched model first, then one an epoch."""
-        return self.table(self.run.probe, ("epoch", *PROBE), "the curves of the gain are left out")
+    def probe(self) -> list[CsvRow]:
+        """The rows of probe.csv: the untouched model first, then one per epoch."""
+        return self.read_table(self.run.probe, ("epoch", *PROBE_COLUMNS), "the gain curves are left out")
 
     @cached_property
-    def metrics(self) -> list[Row]:
-        return self.table(self.run.metrics, ("step", "train/loss"), "the training loss is left out")
+    def metrics(self) -> list[CsvRow]:
+        """The rows of metrics.csv."""
+        return self.read_table(self.run.metrics, ("step", "train/loss"), "the training loss is left out")
 
     @cached_property
-    def distances(self) -> list[Row]:
+    def distances(self) -> list[CsvRow]:
         """The rows of distance.csv; most runs have none."""
         if not self.run.distances.exists():
             return []
-        wanted = ("epoch", "evaluate/kernel_distance", "evaluate/kernel_distance_se")
-        return self.table(self.run.distances, wanted, "the curve of the distance is left out")
+        required = ("epoch", "evaluate/kernel_distance", "evaluate/kernel_distance_se")
+        return self.read_table(self.run.distances, required, "the distance curve is left out")
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
-        """The content of evaluation.json, of today's shape; None without one."""
+        """The content of evaluation.json; None if it is missing, damaged, or older than the weights."""
         if not self.run.evaluation.exists():
             return None
+        command = f"`ghibli evaluate {self.run.path}`"
         try:
-            content = checked_evaluation(self.run.load_evaluation())
-        except DAMAGED:
-            again = f"`ghibli evaluate {self.run.path}` writes it anew"
-            self.problems.append(f"evaluation.json is damaged or of an older version: {again}")
+            content = check_evaluation(self.run.load_evaluation())
+        except READ_ERRORS:
+            self.problems.append(
+                f"evaluation.json is damaged or of an older version: {command} writes it again"
+            )
             return None
         if self.run.is_older(content):
-            again = f"`ghibli evaluate {self.run.path}` measures what it has become"
-            self.problems.append(f"evaluation.json is older than the run, which was trained on: {again}")
+            self.problems.append(
+                f"evaluation.json is older than the run, which was trained further: {command} updates it"
+            )
             return None
         return content
 
     @cached_property
-    def best(self) -> Row | None:
-        """The row of the epoch with the highest gain; None before the first epoch's end."""
+    def best(self) -> CsvRow | None:
+        """The row of probe.csv with the highest gain; None before the end of the first epoch."""
         epochs = [row for row in self.probe if row["epoch"] > 0 and math.isfinite(row["probe/val_gain"])]
         return max(epochs, key=lambda row: row["probe/val_gain"], default=None)
 
     @cached_property
     def gain(self) -> Gain | None:
-        """The held-out gain of the best epoch: by probe.csv, else by what was stored elsewhere."""
+        """The held-out gain of the best epoch: from probe.csv, else from best.ckpt or status.json."""
         if self.best is not None:
             return gain_of(self.best)
         if self.trial.best is not None:
             return self.trial.gain
         value, error = self.trial.status.get("gain"), self.trial.status.get("gain_se")
         trained = self.trial.settings.get("finetune") != "none" and self.trial.status.get("epoch")
-        is_number = isinstance(value, float) and isinstance(error, float)
-        return Gain(value, error) if is_number and trained else None
+        if trained and isinstance(value, float) and isinstance(error, float):
+            return Gain(value, error)
+        return None
 
     @property
     def best_epoch(self) -> int | None:
@@ -105,49 +110,64 @@ class RunData:
 
     @property
     def findings(self) -> list[dict[str, str]]:
-        """What the doctor said, in training and in the evaluation."""
-        trained, measured = self.trial.status.get("findings"), (self.evaluation or {}).get("findings")
-        found = [one for said in (trained, measured) if isinstance(said, list) for one in said]
+        """The findings of the run doctor, in training and in the evaluation."""
+        sources = self.trial.status.get("findings"), (self.evaluation or {}).get("findings")
+        found = [finding for source in sources if isinstance(source, list) for finding in source]
         found = [one for one in found if isinstance(one, dict) and one.keys() >= {"name", "text"}]
         return list({(str(one["name"]), str(one["text"])): one for one in found}.values())
 
-    def table(self, path: Path, wanted: tuple[str, ...], without: str) -> list[Row]:
-        """A CSV file as numbers; empty, and a sentence, where it is missing, damaged or lacks a column."""
+    def read_table(self, path: Path, required: tuple[str, ...], consequence: str) -> list[CsvRow]:
+        """Read a CSV file as numbers; note a problem and return no rows if it is missing or damaged.
+
+        Args:
+            required: columns it must have.
+            consequence: what the page lacks without it.
+        """
         if not path.exists():
-            self.problems.append(f"there is no {path.name}: {without}")
+            self.problems.append(f"{path.name} is missing: {consequence}")
             return []
         try:
-            rows = [{key: number(value) for key, value in row.items()} for row in read_rows(path)]
-        except DAMAGED:
-            self.problems.append(f"{path.name} is damaged: {without}")
+            rows = [{key: parse_number(value) for key, value in row.items()} for row in read_rows(path)]
+        except READ_ERRORS:
+            self.problems.append(f"{path.name} is damaged: {consequence}")
             return []
-        if rows and not rows[0].keys() >= set(wanted):
-            self.problems.append(f"{path.name} lacks columns (an older version wrote it): {without}")
+        if rows and not rows[0].keys() >= set(required):
+            self.problems.append(f"{path.name} lacks columns (an older version wrote it): {consequence}")
             return []
         if not rows:
-            self.problems.append(f"{path.name} holds no row: {without}")
+            self.problems.append(f"{path.name} has no rows: {consequence}")
         return rows
 
 
-def number(text: str | None) -> float:
-    """A cell of a CSV file; nan for an empty one, TypeError where a row is cut off."""
+def parse_number(text: str | None) -> float:
+    """Parse a cell of a CSV file; NaN for an empty one.
+
+    Raises:
+        ValueError: not a number, or a row that is cut off (None).
+    """
+    if text is None:
+        raise ValueError("a row is cut off")
     return math.nan if text == "" else float(text)
 
 
-def gain_of(row: Row, part: str = "val") -> Gain:
-    """The gain on held-out (val) or training (train) images in a row of probe.csv."""
-    return Gain(row[f"probe/{part}_gain"], row[f"probe/{part}_gain_se"])
+def gain_of(row: CsvRow, split: str = "val") -> Gain:
+    """Return the gain in a row of probe.csv on held-out (val) or training (train) images."""
+    return Gain(row[f"probe/{split}_gain"], row[f"probe/{split}_gain_se"])
 
 
-def by_timestep(row: Row) -> dict[str, Gain]:
-    """`0-249` -> the held-out gain at those timesteps."""
+def timestep_gains(row: CsvRow) -> dict[str, Gain]:
+    """Return the held-out gain in a row of probe.csv by range of timesteps, such as `0-249`."""
     start = "probe/val_gain_t"
     names = [key for key in row if key.startswith(start) and not key.endswith("_se")]
     return {key.removeprefix(start): Gain(row[key], row.get(f"{key}_se", math.nan)) for key in names}
 
 
-def checked_evaluation(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of evaluation.json; raises one of DAMAGED where it is not as evaluation.py writes it."""
+def check_evaluation(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of evaluation.json if it has the form that evaluation/evaluate.py writes.
+
+    Raises:
+        one of READ_ERRORS: it has not.
+    """
     cells = [row for own in (content["models"]["base"], *content["models"].values()) for row in own]
     pairs = [pair for scan in content["scan"].values() for pair in scan.values()]
     for row in (*cells, content["real"]):
@@ -160,27 +180,26 @@ def checked_evaluation(content: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(x, int | float) for x in numbers):
         raise ValueError("not a number")
     if not all(isinstance(row["sampler"], str) for row in cells) or not isinstance(content["findings"], list):
-        raise ValueError("not a word")
+        raise ValueError("not a string or not a list")
     return content
 
 
-def attempt(read: Callable[[], Any], otherwise: Any = None) -> Any:
-    """What `read` gives, or `otherwise` where a file it needs is missing or damaged."""
+def try_read(read: Callable[[], Any], default: Any = None) -> Any:
+    """Return the result of `read`, or the default if a file that it reads is missing or damaged."""
     try:
         return read()
-    except DAMAGED:
-        return otherwise
+    except READ_ERRORS:
+        return default
 
 
-def read_part(run: RunDir, with_scores: bool) -> RunData:
-    """One run of the page.
+def read_run(run: RunDir, with_scores: bool) -> RunData:
+    """Read one run of the page.
 
     Args:
-        with_scores: reads the best checkpoint too, which paired differences are computed from.
+        with_scores: also read the best checkpoint, from which paired differences are computed.
     """
     content = read_settings(run.config)
-    known = content is not None
-    settings = that_count(flat(content)) if known else {}
-    best = attempt(lambda: best_probe(run)) if with_scores else None
-    problems = [] if known else ["config.yaml is missing or damaged: the settings are left out"]
+    settings = {} if content is None else relevant_settings(content)
+    best = try_read(lambda: best_probe(run)) if with_scores else None
+    problems = ["config.yaml is missing or damaged: the settings are left out"] if content is None else []
     return RunData(Trial(run, settings, run.read_status(), best), problems)

@@ -1,6 +1,8 @@
-"""Inline SVG by hand: tags that escape what they are given, and the axes of a small chart.
+"""Inline SVG: escaped tags, and the axes of a small chart.
 
-Colours come from the page: a shape has a class, and `currentColor` draws it in light and in dark.
+matplotlib's SVG does not serve here: the same chart is three to five times as large, its colours are fixed,
+and it has neither an aria-label nor tooltips. Here a shape has a CSS class, so that style.css draws it in
+light and dark mode, and text stays text.
 """
 
 import math
@@ -8,32 +10,32 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 46, 20, 24, 38
+WIDTH, HEIGHT = 420, 250  # px of a chart
+LEFT, RIGHT, TOP, BOTTOM = 46, 20, 24, 38  # px around its axes
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
-    """`<name key="value">children</name>`, all of it escaped but for what is Markup already.
+    """Build `<name key="value">children</name>`; everything but Markup is escaped.
 
-    `class_` is class; an underscore within a name is a hyphen.
+    `class_` becomes class, and an underscore within a name becomes a hyphen. None omits an attribute.
     """
-    words = [
-        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), shortened(value))
+    pairs = [
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), attribute_value(value))
         for key, value in attributes.items()
         if value is not None
     ]
     inner = Markup("").join(escape(child) for child in children)
-    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup("").join(words), inner)
+    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup("").join(pairs), inner)
 
 
-def shortened(value: object) -> object:
-    """A coordinate to a hundredth."""
+def attribute_value(value: object) -> object:
+    """Round a coordinate to two decimals; return anything else as it is."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from low to high on pixels from start to end."""
+    """A map of values from low to high onto pixels from start to end."""
 
     low: float
     high: float
@@ -47,7 +49,7 @@ class Axis:
 
     @property
     def ticks(self) -> list[float]:
-        """Round values within the axis, about five."""
+        """Round values within the axis, about five of them."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             every = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
@@ -59,50 +61,59 @@ class Axis:
 
 
 def round_step(size: float) -> float:
-    """The next 1, 2, 2.5 or 5 times a power of ten at or above a size."""
+    """Round up to 1, 2, 2.5 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(size))
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= size * (1 - 1e-9))
 
 
-def spread(values: list[float], *, zero: bool = False) -> tuple[float, float]:
-    """A range that holds all finite values with a little room; around one value, something."""
+def padded_range(values: list[float], *, zero: bool = False) -> tuple[float, float]:
+    """Return a range around all finite values with a margin; around a single value, a range of some width.
+
+    Args:
+        zero: include 0, and add no margin beyond it.
+    """
     finite = [value for value in values if math.isfinite(value)] + ([0.0] if zero else [])
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-    return (low if zero and low == 0 else low - room), (high if zero and high == 0 else high + room)
+    margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    return (low if zero and low == 0 else low - margin), (high if zero and high == 0 else high + margin)
 
 
-def plain(value: float) -> str:
-    """A tick's label: `0.05`, `20`, with a true minus."""
+def tick_label(value: float) -> str:
+    """Format a tick: `0.05`, `20`, with a typographic minus."""
     return f"{round(value, 10):g}".replace("-", "\u2212")
 
 
-def frame(x: Axis, y: Axis, x_label: str, y_label: str, x_ticks: dict[float, str] | None = None) -> Markup:
-    """Grid lines, tick labels and the names of both axes."""
-    parts = []
+def draw_axes(
+    x: Axis, y: Axis, x_label: str, y_label: str, x_ticks: dict[float, str] | None = None
+) -> Markup:
+    """Draw grid lines, tick labels and the labels of both axes.
+
+    Args:
+        x_ticks: position -> label; None chooses round values.
+    """
+    shapes = []
     for value in y.ticks:
-        heavy = "zero" if abs(value) < 1e-12 else "grid"
-        parts.append(tag("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_=heavy))
-        label = tag("text", plain(value), x=x.start - 6, y=y(value) + 4, text_anchor="end")
-        parts.append(label)
-    for value, label in (x_ticks or {value: plain(value) for value in x.ticks}).items():
-        parts.append(tag("line", x1=x(value), x2=x(value), y1=y.start, y2=y.start + 4, class_="tick"))
-        parts.append(tag("text", label, x=x(value), y=y.start + 17, text_anchor="middle"))
+        style = "zero" if abs(value) < 1e-12 else "grid"
+        shapes.append(tag("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_=style))
+        shapes.append(tag("text", tick_label(value), x=x.start - 6, y=y(value) + 4, text_anchor="end"))
+    for value, label in (x_ticks or {value: tick_label(value) for value in x.ticks}).items():
+        shapes.append(tag("line", x1=x(value), x2=x(value), y1=y.start, y2=y.start + 4, class_="tick"))
+        shapes.append(tag("text", label, x=x(value), y=y.start + 17, text_anchor="middle"))
     middle = (x.start + x.end) / 2
-    parts.append(tag("text", x_label, x=middle, y=HEIGHT - 4, text_anchor="middle", class_="label"))
-    parts.append(tag("text", y_label, x=2, y=12, class_="label"))
-    return Markup("").join(parts)
+    shapes.append(tag("text", x_label, x=middle, y=HEIGHT - 4, text_anchor="middle", class_="label"))
+    shapes.append(tag("text", y_label, x=2, y=12, class_="label"))
+    return Markup("").join(shapes)
 
 
-def clipped(x: Axis, y: Axis, *shapes: Markup) -> Markup:
-    """Shapes of which only what lies within the axes is seen, and a margin for round points."""
+def clip(x: Axis, y: Axis, *shapes: Markup) -> Markup:
+    """Clip shapes to the area within the axes, with a margin for dots on its edge."""
     left, top, margin = x.start - 4, y.end - 4, 8
     box = {"x": left, "y": top, "width": x.end - x.start + margin, "height": y.start - y.end + margin}
     moved = tag("g", *shapes, transform=f"translate({-left:g} {-top:g})")
     return tag("svg", moved, **box)
 
 
-def drawing(title: str, *shapes: Markup, width: int = WIDTH, height: int = HEIGHT) -> Markup:
-    """An `<svg>` with a text for those who do not see it."""
-    box = {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": title, "class_": "chart"}
+def svg_image(label: str, *shapes: Markup, width: int = WIDTH, height: int = HEIGHT) -> Markup:
+    """Build an `<svg>`; screen readers read out the label instead of its shapes."""
+    box = {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": label, "class_": "chart"}
     return tag("svg", *shapes, **box)

@@ -1,4 +1,4 @@
-"""What the page says in words: the verdict on one run and on several, computed from their files."""
+"""Sentences of a report page: the verdict on one run and on several, computed from their files."""
 
 import math
 import re
@@ -12,12 +12,13 @@ from ghibli.report.run_data import RunData, gain_of
 from ghibli.report.svg import tag
 from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, number_of
 
-MOST_ENDINGS = 5  # unfinished runs of several that the verdict names
+MAX_UNFINISHED = 5  # unfinished runs that the verdict on several names
+
 Scan = list[tuple[float, float, float]]  # (sampling scale / training guidance, kernel distance, its error)
 
 
 def typeset(text: object) -> str:
-    """The project's plain numbers as print has them: a plus-minus sign, a true minus, nothing torn apart."""
+    """Typeset numbers: a plus-minus sign, a true minus, arrows, and spaces that do not break."""
     plain = (
         str(text).replace(" +- ", "\u00a0\u00b1\u00a0").replace(" %", "\u00a0%").replace(" -> ", " \u2192 ")
     )
@@ -25,194 +26,233 @@ def typeset(text: object) -> str:
 
 
 def prose(text: object) -> Markup:
-    """A sentence for the page: typeset, and what stands between backticks as code; all of it escaped."""
+    """Typeset a sentence and set what is between backticks as code; everything is escaped."""
     pieces = str(text).split("`")
-    if len(pieces) % 2 == 0:  # an odd backtick is only a backtick
+    if len(pieces) % 2 == 0:  # a backtick without its partner is only a backtick
         return escape(typeset(text))
     parts = [tag("code", piece) if k % 2 else escape(typeset(piece)) for k, piece in enumerate(pieces)]
     return Markup("").join(parts)
 
 
-def percent(gain: Gain | None) -> str:
-    """`63.2 % +- 0.9 %` with its sign where it is below 0; `-` without a gain."""
+def gain_percent(gain: Gain | None) -> str:
+    """Format a gain, `63.2 % +- 0.9 %`; `-` for None."""
     return "-" if gain is None else gain.signed_size
 
 
-def points(gain: Gain) -> str:
-    """`+1.23 +- 0.20 points` for a difference of two gains."""
-    return f"{100 * gain.value:+.2f} +- {100 * gain.standard_error:.2f} points"
+def difference_points(difference: Gain) -> str:
+    """Format a difference of two gains, `+1.23 +- 0.20 points`."""
+    return f"{100 * difference.value:+.2f} +- {100 * difference.standard_error:.2f} points"
 
 
-def verdict(part: RunData) -> list[str]:
-    """What became of one run, the most important first."""
-    return [line for line in (learned(part), epochs(part), by_heart(part), ending(part)) if line]
+def run_verdict(data: RunData) -> list[str]:
+    """Return the sentences about one run, the most important first."""
+    sentences = (
+        learning_sentence(data),
+        best_epoch_sentence(data),
+        overfitting_sentence(data),
+        unfinished_sentence(data),
+    )
+    return [sentence for sentence in sentences if sentence]
 
 
-def learned(part: RunData) -> str:
-    """Whether it learned, by how much and with which error."""
-    gain = part.gain
-    if part.trial.settings.get("finetune") == "none":
+def learning_sentence(data: RunData) -> str:
+    """Say whether the run learned and by how much, with the error."""
+    gain = data.gain
+    if data.trial.settings.get("finetune") == "none":
         return "Nothing was trained (finetune=none): this run only measures the untouched base."
     if gain is None:
         return "No epoch is finished yet, so nothing can be said about learning."
     if math.isnan(gain.standard_error):
-        return f"It is {gain}; there is one held-out image, so this has no error and proves nothing."
+        return f"It is {gain}; with one held-out image there is no standard error, so this proves nothing."
     if gain.low > 0 and gain.value >= NOTHING:
         return f"It learned: {gain}."
     if gain.high < 0:
-        return f"It did not learn: even at its best it is {gain}."
-    return f"It learned nothing that stands out from chance: the gain is {percent(gain)}."
+        return f"It did not learn: even its best epoch is {gain}."
+    return f"It shows no learning beyond chance: the gain is {gain_percent(gain)}."
 
 
-def epochs(part: RunData) -> str | None:
-    """Which epoch is the best, and how the last one compares."""
-    if part.best is None:
+def best_epoch_sentence(data: RunData) -> str | None:
+    """Say which epoch is the best, and how the last one compares."""
+    if data.best is None:
         return None
-    best, last, planned = part.best_epoch, part.probe[-1], part.trial.settings.get("trainer.max_epochs")
-    count = int(last["epoch"])
-    early = isinstance(planned, int) and count < planned and part.state == "finished"
+    last, planned = data.probe[-1], data.trial.settings.get("trainer.max_epochs")
+    best, count = int(data.best["epoch"]), int(last["epoch"])
+    early = isinstance(planned, int) and count < planned and data.state == "finished"
     stopped = f" Early stopping ended it before epoch {planned}." if early else ""
     if count == 1:
-        return f"It has one epoch.{stopped}"
+        return f"It ran for one epoch.{stopped}"
     if not math.isfinite(gain_of(last).value):
-        return f"Epoch {best} of {count} is the best; the last one's gain is no number."
+        return f"Epoch {best} of {count} is the best; the gain of the last is not finite."
     if best < count:
-        lost = gain_of(part.best).value - gain_of(last).value
+        lost = gain_of(data.best).value - gain_of(last).value
         return f"Epoch {best} of {count} is the best; the last is {100 * lost:.1f} points below it.{stopped}"
-    added = gain_of(last).value - gain_of(part.probe[-2]).value
-    return f"The last epoch, {count}, is the best and added {100 * added:.1f} points.{stopped}"
+    added = gain_of(last).value - gain_of(data.probe[-2]).value
+    return f"The last epoch, {count}, is the best; it added {100 * added:.1f} points.{stopped}"
 
 
-def by_heart(part: RunData) -> str | None:
-    """Whether it learned its training images by heart."""
-    if part.best is None:
+def overfitting_sentence(data: RunData) -> str | None:
+    """Say whether the run memorised its training images."""
+    if data.best is None:
         return None
-    if any(finding["name"] == "overfitting" for finding in part.findings):
+    if any(finding["name"] == "overfitting" for finding in data.findings):
         return "It overfits: held-out images got worse while training images got better."
-    held_out, training = gain_of(part.probe[-1]), gain_of(part.probe[-1], "train")
+    held_out, training = gain_of(data.probe[-1]), gain_of(data.probe[-1], "train")
     gap, error = training.value - held_out.value, math.hypot(training.standard_error, held_out.standard_error)
     if gap > 2 * error:
         return (
-            f"Training images gain more ({percent(training)}) than held-out ones ({percent(held_out)}): "
-            "part of it is learning by heart, though the doctor saw no overfitting."
+            f"Training images gain more ({gain_percent(training)}) than held-out ones "
+            f"({gain_percent(held_out)}): part of it is memorisation, though the run doctor found no "
+            "overfitting."
         )
     if gap <= 2 * error:
-        return f"No sign of overfitting: training images gain as much ({percent(training)})."
-    return None
+        return f"No sign of overfitting: training images gain as much ({gain_percent(training)})."
+    return None  # the gap is NaN
 
 
-def ending(part: RunData) -> str | None:
-    """Why it is not finished, and what to do; None for a finished run."""
-    if part.state == "finished":
+def unfinished_sentence(data: RunData) -> str | None:
+    """Say why a run is not finished and how to continue; None for a finished run."""
+    if data.state == "finished":
         return None
-    status = part.trial.status
-    if part.state == "running":
-        return f"It is still running: the page shows it as of {moment(status.get('updated')) or 'its start'}."
-    reason = str(status.get("reason") or "no reason was noted")
-    words = {
+    status = data.trial.status
+    if data.state == "running":
+        updated = format_time(status.get("updated")) or "its start"
+        return f"It is still running: this page shows it as of {updated}."
+    reason = str(status.get("reason") or "no reason was recorded")
+    sentences = {
         "failed": f"It failed: {reason}.",
         "interrupted": f"It was stopped: {reason}.",
         "killed": "It was killed: its status says running, but its process is gone.",
     }
-    unknown = "How it ended is not known: status.json is missing or damaged."
-    return f"{words.get(part.state, unknown)} {next_step(part)}"
+    unknown = "How it ended is unknown: status.json is missing or damaged."
+    return f"{sentences.get(data.state, unknown)} {continue_advice(data)}"
 
 
-def moment(time: object) -> str | None:
-    """An ISO time in UTC as one reads it."""
+def format_time(time: object) -> str | None:
+    """Format an ISO time in UTC for a reader; None stays None."""
     return None if time is None else str(time).replace("T", " ").replace("+00:00", " UTC")
 
 
-def next_step(part: RunData) -> str:
-    """How an unfinished run goes on."""
-    if part.run.usable_checkpoint() is not None:
-        return f"`python train.py resume={part.run.path}` goes on where it stopped."
-    command = part.trial.status.get("command")
+def continue_advice(data: RunData) -> str:
+    """Say how to continue an unfinished run."""
+    if data.run.usable_checkpoint() is not None:
+        return f"`python train.py resume={data.run.path}` resumes it."
+    command = data.trial.status.get("command")
     again = f" with `python {command}`" if command else ""
-    return f"It left no whole checkpoint to go on from: start it again{again}."
+    return f"It left no intact checkpoint to resume from: start it again{again}."
 
 
 def study_verdict(runs: list[tuple[str, RunData]], found: list[Effect], noise: SeedNoise | None) -> list[str]:
-    """What came out of several runs, ranked best first."""
-    parts = [part for _, part in runs]
-    states = [part.state for part in parts]
+    """Return the sentences about several runs, which are ranked best first.
+
+    Args:
+        runs: (name on the page, run).
+        found: effects of the settings, the largest first.
+    """
+    states = [data.state for _, data in runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    ranked = [part for part in parts if part.gain is not None]
+    ranked = [(label, data, data.gain) for label, data in runs if data.gain is not None]
     if not ranked:
-        return [f"No run of {len(parts)} has finished an epoch yet, so there is nothing to rank ({counts})."]
-    best = next(label for label, part in runs if part is ranked[0])
-    lines = [f"The best run ({best}) is {ranked[0].gain}.", *ahead(ranked)]
-    better = sum(part.gain.low > 0 for part in ranked)
-    worse = sum(part.gain.high < 0 for part in ranked)
+        return [f"No run has finished an epoch yet, so there is nothing to rank ({counts})."]
+    label, _, gain = ranked[0]
+    sentences = [f"The best run ({label}) is {gain}.", *lead_sentences([data for _, data, _ in ranked])]
+    better = sum(gain.low > 0 for *_, gain in ranked)
+    worse = sum(gain.high < 0 for *_, gain in ranked)
     groups = ((better, "learned"), (worse, "got worse"), (len(ranked) - better - worse, "show neither"))
-    lines.append(f"{', '.join(f'{count} {word}' for count, word in groups if count)}; {counts}.")
+    sentences.append(f"{', '.join(f'{count} {word}' for count, word in groups if count)}; {counts}.")
     strong = [effect for effect in found if effect.matters]
     if strong:
-        lines.append(f"What changes most: {strong[0]}.")
+        sentences.append(f"The largest effect: {strong[0]}.")
     elif found:
-        lines.append("No setting changes the gain by more than its error.")
+        sentences.append("No setting changes the gain by more than its error.")
     if noise is not None:
-        lines.append(f"Of the {noise}.")
-    endings = [f"{label}: {decapitalised(said)}" for label, part in runs if (said := ending(part))]
-    return lines + endings[:MOST_ENDINGS]
+        sentences.append(noise_sentence(noise))
+    unfinished = [
+        f"{label}: {lower_first(text)}" for label, data in runs if (text := unfinished_sentence(data))
+    ]
+    return sentences + unfinished[:MAX_UNFINISHED]
 
 
-def decapitalised(sentence: str) -> str:
-    """A sentence as it stands after a colon."""
+def noise_sentence(noise: SeedNoise) -> str:
+    """Say how much the seed alone changes the gain."""
+    text = str(noise)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def lower_first(sentence: str) -> str:
+    """Lower the first letter, for a sentence after a colon."""
     return sentence[:1].lower() + sentence[1:]
 
 
-def ahead(ranked: list[RunData]) -> list[str]:
-    """By how much the best run is ahead of the next, in pairs where their images are the same."""
+def lead_sentences(ranked: list[RunData]) -> list[str]:
+    """Say by how much the best run leads the next, paired over images where both were scored on the same."""
     if len(ranked) < 2:
         return []
     first, second = ranked[0].trial.best, ranked[1].trial.best
     if first is None or second is None or not first.base_val.equal(second.base_val):
-        return ["The first two were not scored on the same held-out images, so their gap has no error."]
+        return [
+            "The first two were not scored on the same held-out images, so their difference has no "
+            "standard error."
+        ]
     lead = gain_difference([(ranked[1].trial, ranked[0].trial)])
     if lead.low > 0 and lead.value >= NOTHING:
-        return [f"The first is ahead of the second by {points(lead)} of gain, in pairs."]
-    return [f"The first two cannot be told apart: they differ by {points(lead)} of gain, in pairs."]
+        return [f"The first leads the second by {difference_points(lead)} of gain (paired over images)."]
+    return [
+        f"The first two cannot be told apart: they differ by {difference_points(lead)} of gain (paired over "
+        "images)."
+    ]
 
 
-def copies(copying: float, base: float | None) -> str:
-    """How near samples come to training images, in words."""
-    beside = "" if base is None else f" (the untouched base: {base:.2f})"
-    amount = f"{copying:.2f} of the distance that unseen real images have{beside}"
+def copies_sentence(copying: float, base: float | None) -> str:
+    """Say how close samples come to training images.
+
+    Args:
+        copying: distance of samples to their nearest training images, over that of unseen real images.
+        base: the same for the untouched base.
+    """
+    of_base = "" if base is None else f" (the untouched base: {base:.2f})"
+    ratio = (
+        f"the nearest training image is at {copying:.2f} times the distance of unseen real images{of_base}"
+    )
     if copying >= 0.9:
-        return f"no sign of copies: the nearest training image is at {amount}"
+        return f"no sign of copies: {ratio}"
     if copying >= 0.5:
-        return f"nearer to training images than unseen real ones are: the nearest is at {amount}"
-    return f"close to copies: the nearest training image is at {amount}"
+        return f"closer to training images than unseen real ones are: {ratio}"
+    return f"close to copies: {ratio}"
 
 
-def rule_holds(ordinary: Scan, guided: Scan) -> tuple[bool, str] | None:
-    """Whether a guided training sampled at s scores as the ordinary one at s / w; None without an overlap.
+def scale_rule_verdict(ordinary: Scan, guided: Scan) -> tuple[bool, str] | None:
+    """Test whether a guided run sampled at s scores like the ordinary one sampled at s / w.
 
-    The ordinary curve is read off between its points; errors are taken as independent, and with m
-    points the bar is that of one test in m (Bonferroni).
+    The ordinary curve is interpolated; errors are taken as independent, and with m points each is tested
+    at 0.05 / m (Bonferroni).
+
+    Returns:
+        (whether nothing contradicts the rule, a sentence); None where the scans do not overlap.
     """
     ordinary = sorted(ordinary)
     shared = [point for point in guided if ordinary and ordinary[0][0] <= point[0] <= ordinary[-1][0]]
     if not shared:
         return None
-    bar = norm.ppf(1 - 0.025 / len(shared))
-    gaps = [(x, y - at(ordinary, x)[0], math.hypot(error, at(ordinary, x)[1])) for x, y, error in shared]
-    apart = [gap for gap in gaps if abs(gap[1]) > bar * gap[2]]
-    where = f"in the {number_of(len(shared), 'point')} they share"
+    threshold = norm.ppf(1 - 0.025 / len(shared))
+    differences = []
+    for x, distance, error in shared:
+        expected, expected_error = interpolate(ordinary, x)
+        differences.append((x, distance - expected, math.hypot(error, expected_error)))
+    apart = [one for one in differences if abs(one[1]) > threshold * one[2]]
+    points = number_of(len(shared), "point")
     if not apart:
-        return True, f"{where} nothing contradicts the rule"
-    x, gap, error = max(apart, key=lambda one: abs(one[1]) / one[2])
+        return True, f"at the {points} they share, nothing contradicts the rule"
+    x, difference, error = max(apart, key=lambda one: abs(one[1]) / one[2])
     return False, (
-        f"the rule does not hold: {where}, {len(apart)} differ by more than chance, most clearly at s / w = "
-        f"{x:.3g}, where the guided one is {gap:+.2f} +- {error:.2f} away"
+        f"the rule does not hold: of the {points} they share, {len(apart)} differ by more than chance, most "
+        f"clearly at s / w = {x:.3g}, where the guided one is {difference:+.2f} +- {error:.2f} away"
     )
 
 
-def at(curve: Scan, x: float) -> tuple[float, float]:
-    """Distance and error of a curve at x, between its points on the logarithmic axis."""
-    for (left, *low), (right, *high) in zip(curve, curve[1:], strict=False):
-        if left <= x <= right:
-            share = math.log(x / left) / math.log(right / left)
-            return tuple(a + share * (b - a) for a, b in zip(low, high, strict=True))
+def interpolate(curve: Scan, x: float) -> tuple[float, float]:
+    """Return distance and error of a curve at x, interpolated on a logarithmic x axis."""
+    for (x0, distance0, error0), (x1, distance1, error1) in zip(curve, curve[1:], strict=False):
+        if x0 <= x <= x1:
+            share = math.log(x / x0) / math.log(x1 / x0)
+            return distance0 + share * (distance1 - distance0), error0 + share * (error1 - error0)
     return curve[0][1:] if x <= curve[0][0] else curve[-1][1:]

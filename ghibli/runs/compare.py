@@ -1,4 +1,4 @@
-"""Why two runs differ: settings, code, versions, machine, images, base; and whether they do. No torch."""
+"""Compare two runs: settings, code, versions, machine, images, base, and results. Imports no torch."""
 
 import csv
 from dataclasses import dataclass
@@ -7,52 +7,58 @@ from pathlib import Path
 from typing import Any
 
 from ghibli.config.files import read_settings
+from ghibli.config.keys import affects_result
 from ghibli.runs.folder import PLACE, RunDir
-from ghibli.runs.identity import FOLLOWED, differences, flat, is_free, shown
+from ghibli.runs.settings import DEFAULTS_OF_OTHER_KEYS, as_yaml, differences, flatten
 from ghibli.runtime.errors import UserError
 
 WEIGHTS = ("adapter/pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors")
 HASHES = {"base_hash": "base", "data_hash": "images"}
-TOLD_OTHERWISE = ("data.root", "model.path", *FOLLOWED)  # by the hashes, and by the keys that follow them
-KINDS = {"code": "code", "versions": "versions"}  # of the keys of status.json; the others: machine
+COVERED = ("data.root", "model.path", *DEFAULTS_OF_OTHER_KEYS)  # by HASHES, and by the keys set from them
+KINDS = {"code": "code", "versions": "versions"}  # kind of a key of status.json; all others: machine
+Row = tuple[str, str, str]  # what, value of the first run, value of the second
 
 
 @dataclass(frozen=True)
 class Side:
-    """One run as its folder tells it."""
+    """One of two compared runs, read from its folder."""
 
     run: RunDir
     status: dict[str, Any]
-    settings: dict[str, Any]  # dotted keys
+    settings: dict[str, Any]  # full key -> value
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What status.json says about code and machine, `A, then B` where a resume changed it."""
+        """Code, versions and machine from status.json; `A, then B` where they changed on a resume."""
         starts = self.status.get("starts") or [self.status]
-        found: dict[str, Any] = {}
+        facts: dict[str, Any] = {}
         for key in PLACE:
-            values = dict.fromkeys(str(short(start.get(key))) for start in starts)
-            found[key] = ", then ".join(values)
+            values = dict.fromkeys(str(abbreviate(start.get(key))) for start in starts)
+            facts[key] = ", then ".join(values)
         versions = [start.get("versions") or {} for start in starts]
         for name in dict.fromkeys(name for one in versions for name in one):
-            found[f"versions.{name}"] = ", then ".join(dict.fromkeys(str(one.get(name)) for one in versions))
-        del found["versions"]
-        return found | {key: self.status.get(key) for key in HASHES}
+            facts[f"versions.{name}"] = ", then ".join(dict.fromkeys(str(one.get(name)) for one in versions))
+        del facts["versions"]
+        return facts | {key: self.status.get(key) for key in HASHES}
 
 
-def short(value: Any) -> Any:
-    """A commit or a hash as one can read it aloud; anything else as it is."""
+def abbreviate(value: Any) -> Any:
+    """Cut a commit or a sha256 to 7 digits; return anything else unchanged."""
     return value[:7] if isinstance(value, str) and len(value) in (40, 64) else value
 
 
 def read_side(folder: str) -> Side:
-    """Raises a UserError for a folder that is not there, is no run or is damaged."""
+    """Read a run to compare.
+
+    Raises:
+        UserError: the folder does not exist, is no run, or is damaged.
+    """
     run = RunDir(Path(folder))
     if not run.path.is_dir():
         raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")
     if not run.status.exists() or not run.config.exists():
         raise UserError(
-            f"{folder} is no run: it has no status.json and config.yaml (`ghibli list` shows them)"
+            f"{folder} is not a run: it has no status.json and config.yaml (`ghibli list` shows the runs)"
         )
     status = run.read_status()
     if not status:
@@ -60,39 +66,37 @@ def read_side(folder: str) -> Side:
     settings = read_settings(run.config)
     if settings is None:
         raise UserError(f"{run.config} is damaged: this run cannot be compared")
-    return Side(run, status, flat(settings))
+    return Side(run, status, flatten(settings))
 
 
-def compare(one: Side, other: Side) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]], str]:
-    """(what differs, the results, one closing sentence); rows are (what, of the one, of the other)."""
-    found = [*differences(one.settings, other.settings), *differences(one.facts, other.facts)]
-    rows = [(key, cell(left), cell(right)) for key, left, right in found]
-    return rows, results(one, other), verdict(one, other, [key for key, _, _ in found])
+def compare(first: Side, second: Side) -> tuple[list[Row], list[Row], str]:
+    """Compare two runs: (what differs, their results, a concluding sentence)."""
+    found = [*differences(first.settings, second.settings), *differences(first.facts, second.facts)]
+    rows = [(key, table_cell(left), table_cell(right)) for key, left, right in found]
+    return rows, result_rows(first, second), conclusion(first, second, [key for key, _, _ in found])
 
 
-def cell(value: Any) -> str:
-    """A value as a table shows it; hashes cut."""
-    text = shown(value)
+def table_cell(value: Any) -> str:
+    """Format a value for the table; a sha256 is cut to 12 digits."""
+    text = as_yaml(value)
     return text[:12] if len(text) == 64 and " " not in text else text
 
 
-def results(one: Side, other: Side) -> list[tuple[str, str, str]]:
-    """State, epochs and gain side by side."""
-    rows = []
-    for side in (one, other):
+def result_rows(first: Side, second: Side) -> list[Row]:
+    """Return the rows of state, epochs and gain."""
+    columns = []
+    for side in (first, second):
         gain, error = side.status.get("gain"), side.status.get("gain_se")
-        words = "-" if gain is None else f"{100 * gain:.1f} %"
-        words += f" +- {100 * error:.1f} %" if gain is not None and error is not None else ""
-        rows.append((side.run.state, str(side.status.get("epoch", "-")), words))
-    return [
-        (name, *pair) for name, pair in zip(("state", "epochs", "gain"), zip(*rows, strict=True), strict=True)
-    ]
+        text = "-" if gain is None else f"{100 * gain:.1f} %"
+        text += f" +- {100 * error:.1f} %" if gain is not None and error is not None else ""
+        columns.append((side.run.state, str(side.status.get("epoch", "-")), text))
+    return list(zip(("state", "epochs", "gain"), *columns, strict=True))
 
 
-def kinds_of(keys: list[str], one: Side, other: Side) -> list[str]:
-    """The kinds of difference that can change a result: settings, code, versions, machine, base, images.
+def relevant_kinds(keys: list[str], first: Side, second: Side) -> list[str]:
+    """List the kinds of difference that can change a result: settings, code, versions, machine, base, images.
 
-    A commit is no cause by itself: the hash of the code on the training path is.
+    A commit is not one: the hash of the code on the training path is.
     """
     kinds: list[str] = []
     for key in keys:
@@ -102,47 +106,45 @@ def kinds_of(keys: list[str], one: Side, other: Side) -> list[str]:
             continue
         else:
             kind = "machine" if key in PLACE else "settings"
-        if kind != "settings" or not (is_free(key) or key in TOLD_OTHERWISE):
+        if kind != "settings" or (affects_result(key) and key not in COVERED):
             kinds.append(kind)
-    if one.status.get("grown") != other.status.get("grown"):
-        kinds.append("epochs added on the way")
+    if first.status.get("grown") != second.status.get("grown"):
+        kinds.append("epochs added on resume")
     return list(dict.fromkeys(kinds))
 
 
-def verdict(one: Side, other: Side, keys: list[str]) -> str:
-    """What must hold between the two, and whether it does."""
-    kinds = kinds_of(keys, one, other)
-    if {one.status.get("state"), other.status.get("state")} != {"finished"}:
-        what = f"they differ in {', '.join(kinds)}" if kinds else "nothing that matters differs so far"
+def conclusion(first: Side, second: Side, keys: list[str]) -> str:
+    """Say what must hold between two runs that differ in these keys, and whether it does."""
+    kinds = relevant_kinds(keys, first, second)
+    if {first.status.get("state"), second.status.get("state")} != {"finished"}:
+        what = f"they differ in {', '.join(kinds)}" if kinds else "they differ in nothing relevant so far"
         return f"{what}; results can be compared once both are finished"
-    first = first_unequal(one.run, other.run)
+    difference = first_difference(first.run, second.run)
     if kinds:
         causes = f"{', '.join(kinds)}: {'this' if len(kinds) == 1 else 'each'} can change the result"
-        return f"they differ in {causes}" + (
-            "; yet the results are equal to the bit" if first is None else ""
-        )
-    same = "same settings, code, versions, data and machine: results must be equal to the bit"
-    if first is None:
-        return f"{same}, and they are"
-    if not all(str(side.facts["device"]).startswith("cpu") for side in (one, other)):
-        return f"{same.split(':')[0]}; {first}, as sums on a GPU may round differently"
-    return f"{same}, but {first}: that is a fault, please report it"
+        return f"they differ in {causes}" + ("; yet the results are bit-identical" if not difference else "")
+    same = "same settings, code, versions, data and machine"
+    if difference is None:
+        return f"{same}: results must be bit-identical, and they are"
+    if not all(str(side.facts["device"]).startswith("cpu") for side in (first, second)):
+        return f"{same}; {difference}, as sums on a GPU may round differently"
+    return f"{same}: results must be bit-identical, but {difference}: this is a bug, please report it"
 
 
-def first_unequal(one: RunDir, other: RunDir) -> str | None:
-    """Where two finished runs' results first differ, in words; None when they are equal to the bit."""
-    for left, right in ((one.metrics, other.metrics), (one.probe, other.probe)):
-        for a, b in zip_longest(untimed_rows(left), untimed_rows(right)):
+def first_difference(first: RunDir, second: RunDir) -> str | None:
+    """Describe where the results of two finished runs first differ; None when they are bit-identical."""
+    for left, right in ((first.metrics, second.metrics), (first.probe, second.probe)):
+        for a, b in zip_longest(rows_without_times(left), rows_without_times(right)):
             if a != b:
                 return f"{left.name} differs at step {(a or b).get('step', '?')}"
     for name in WEIGHTS:
-        if content(one.path / name) != content(other.path / name):
+        if bytes_or_none(first.path / name) != bytes_or_none(second.path / name):
             return f"{name} differs"
     return None
 
 
-def untimed_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file without the columns that measure time; none when there is no file."""
+def rows_without_times(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file without the columns of measured times; no rows when there is no file."""
     if not path.exists():
         return []
     with open(path, newline="", errors="replace") as file:  # a damaged byte is a difference as well
@@ -151,5 +153,6 @@ def untimed_rows(path: Path) -> list[dict[str, str]]:
         ]
 
 
-def content(path: Path) -> bytes | None:
+def bytes_or_none(path: Path) -> bytes | None:
+    """Read a file; None when there is none."""
     return path.read_bytes() if path.exists() else None

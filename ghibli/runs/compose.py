@@ -1,9 +1,10 @@
-"""From typed words to a checked `Config`: Hydra's composition, the folder a command writes to."""
+"""From the overrides of a command to a checked `Config` and the folder it writes to, by Hydra."""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +14,26 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from ghibli.config.files import checked
-from ghibli.config.hydra_errors import hydra_errors, reject_unknown_keys
-from ghibli.config.paths import check_typed_base
+from ghibli.config.files import section_to_dataclass, to_dataclass
+from ghibli.config.hydra_errors import hydra_errors
+from ghibli.config.keys import affects_result, all_keys
+from ghibli.config.paths import check_base_path
 from ghibli.config.schema import Command, Config
 from ghibli.config.trainer_flags import check_trainer, reject_unknown_flags
-from ghibli.runs.find import find_run
+from ghibli.runs.find import run_to_resume
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import ROOT
 
-NOT_OF_A_RUN = ("hydra", "experiment", "sweep")  # top-level keys that are no setting of one run
-LONGEST_NAME = 150  # letters of a trial's folder; most file systems take 255 bytes
-
-
-def to_config(cfg: Any) -> Config:
-    """The composed Hydra config as a checked, plain `Config`.
-
-    Raises:
-        UserError: an unknown key, a missing value, a value out of range, a contradiction.
-    """
-    plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in NOT_OF_A_RUN])
-    reject_unknown_keys(plain, Config)
-    reject_unknown_flags(plain.trainer)
-    return checked(OmegaConf.to_container(plain, resolve=True))
-
-
-def run_dir_for(resume: str | None) -> str:
-    """The folder this command writes to: a new one, or the one it resumes."""
-    if resume is not None:
-        return str(find_run(resume).path)
-    fresh = Path("outputs/train") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    number = 2
-    while fresh.exists():
-        fresh = fresh.with_name(fresh.name.split("+")[0] + f"+{number}")
-        number += 1
-    return str(fresh)
-
-
-def folder_name(words: str) -> str:
-    """A trial's overrides as a folder's name: no slashes, and cut where a file system would refuse."""
-    plain = words.replace("/", "_") or "defaults"
-    if len(plain) <= LONGEST_NAME:
-        return plain
-    return f"{plain[: LONGEST_NAME - 13]}-{hashlib.sha256(words.encode()).hexdigest()[:12]}"
-
-
-def parsed(words: list[str]) -> list[Override]:
-    """Overrides as Hydra understands them."""
-    return OverridesParser.create().parse_overrides(list(words))
+NOT_OF_A_RUN = ("hydra", "experiment", "sweep")  # top-level keys that are not settings of a run
+LONGEST_NAME = 150  # characters of a trial's folder name; most file systems allow 255 bytes
 
 
 def register() -> None:
-    """Makes the schema and the resolvers of conf/ known to Hydra."""
+    """Register the schema and the resolvers that conf/ uses with Hydra."""
     ConfigStore.instance().store(name="schema", node=Command)
     resolvers = {
+        "and_keys_without_effect": lambda *keys: [*keys, *filterfalse(affects_result, all_keys(Command))],
         "folder_name": folder_name,
         "twice": lambda number: 2 * number,
         "tenth": lambda number: number / 10,
@@ -79,73 +45,127 @@ def register() -> None:
         OmegaConf.register_new_resolver(name, function, replace=True, use_cache=cached)
 
 
-def look_at(words: list[str]) -> tuple[Config | None, RunDir | None, list[str]]:
-    """(configuration, run folder, mistakes) of `train.py WORDS`; nothing is written.
-
-    With any mistake there is no configuration, and the mistakes are as many as can be told apart.
-    """
-    register()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        found = errors_in(lambda: composed(words))
-        if found:  # each word alone, then what is right together
-            alone = {word: errors_in(lambda word=word: composed([word])) for word in words}
-            found = [text for texts in alone.values() for text in texts] or found
-            words = [word for word in words if not alone[word]]
-            if errors_in(lambda: composed(words)):
-                return None, None, found
-        cfg = composed(words)
-    for section in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(section.type):
-            found += errors_in(lambda section=section: to_section(cfg[section.name], section.type))
-    for check in (lambda: reject_beside_check(cfg), lambda: to_config(cfg)):
-        found += [text for text in errors_in(check) if text not in found]
-    if found:
-        return None, None, found + errors_in(lambda: check_typed_base(cfg.model.path or ""))
-    return to_config(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
+def run_dir_for(resume: str | None) -> str:
+    """Return the folder that a command writes to: that of the run to resume, or a new one."""
+    if resume is not None:
+        return str(run_to_resume(resume).path)
+    fresh = Path("outputs/train") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    number = 2
+    while fresh.exists():
+        fresh = fresh.with_name(fresh.name.split("+")[0] + f"+{number}")
+        number += 1
+    return str(fresh)
 
 
-def errors_in(check: Callable[[], Any]) -> list[str]:
-    """The mistake that `check` finds, if any."""
-    try:
-        with hydra_errors():
-            check()
-    except UserError as mistake:
-        return [str(mistake)]
-    return []
-
-
-def composed(words: list[str]) -> Any:
-    """conf/train.yaml with these overrides, as train.py gets it."""
-    reject_misspelled(words)
-    return compose("train", overrides=words, return_hydra_config=True)
+def folder_name(overrides: str) -> str:
+    """Turn a trial's overrides into a folder name: without slashes, cut to LONGEST_NAME."""
+    plain = overrides.replace("/", "_") or "defaults"
+    if len(plain) <= LONGEST_NAME:
+        return plain
+    return f"{plain[: LONGEST_NAME - 13]}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
 
 
 def conf_folder() -> Path:
-    """conf/ of the folder one is in, else that beside this package.
+    """Return conf/ of the current folder, else the one beside this package.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither exists.
     """
-    for place in (Path("conf"), ROOT / "conf"):
-        if (place / "train.yaml").is_file():
-            return place.resolve()
-    raise UserError("no conf/train.yaml here: go to the project's folder first")
+    for folder in (Path("conf"), ROOT / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder.resolve()
+    raise UserError("no conf/train.yaml here: change to the project's folder first")
 
 
-def to_section(node: Any, section: type) -> Any:
-    """One part of the configuration, such as `lora`, with its types and ranges checked."""
-    return checked(OmegaConf.to_container(node, resolve=True), section)
+def parse_overrides(overrides: list[str]) -> list[Override]:
+    """Parse overrides as Hydra does."""
+    return OverridesParser.create().parse_overrides(list(overrides))
 
 
-def reject_beside_check(cfg: Any) -> None:
-    """Raises for `ghibli check resume=...`, and for flags the trainer does not take."""
+def reject_spaces_around_equals(overrides: list[str]) -> None:
+    """Raise a UserError for `KEY =VALUE`, which the shell splits in two."""
+    for override in overrides:
+        if override.startswith("="):
+            raise UserError(f"cannot parse `{override}`: expected KEY=VALUE without spaces around =")
+
+
+def compose_cfg(overrides: list[str]) -> Any:
+    """Compose conf/train.yaml with these overrides, as train.py gets it; Hydra must know conf/ already."""
+    reject_spaces_around_equals(overrides)
+    return compose("train", overrides=overrides, return_hydra_config=True)
+
+
+def to_config(cfg: Any) -> Config:
+    """Convert a composed Hydra config to a checked, plain `Config`.
+
+    Raises:
+        UserError: an unknown key, a missing value, a value out of range, a contradiction.
+    """
+    plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in NOT_OF_A_RUN])
+    reject_unknown_flags(plain.trainer)
+    return to_dataclass(OmegaConf.to_container(plain, resolve=True))
+
+
+def compose_config(overrides: list[str]) -> Config:
+    """Return the settings that `train.py OVERRIDES` would train with.
+
+    Raises:
+        UserError: the first error in the overrides.
+    """
+    config, _, errors = check_overrides(overrides)
+    if config is None:
+        raise UserError(errors[0])
+    return config
+
+
+def check_overrides(overrides: list[str]) -> tuple[Config | None, RunDir | None, list[str]]:
+    """Check `train.py OVERRIDES` and write nothing: (configuration, run folder, errors).
+
+    With any error, configuration and folder are None, and all errors that can be told apart are returned.
+    """
+    register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        errors = errors_in(lambda: compose_cfg(overrides))
+        if errors:
+            own_errors, overrides = check_each_override(overrides)
+            errors = own_errors or errors
+            if errors_in(lambda: compose_cfg(overrides)):
+                return None, None, errors
+        cfg = compose_cfg(overrides)
+    errors += list(dict.fromkeys(error for check in checks_of(cfg) for error in errors_in(check)))
+    if errors:
+        return None, None, errors + errors_in(lambda: check_base_path(cfg.model.path or ""))
+    return to_config(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
+
+
+def check_each_override(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Compose with each override alone: (errors, the overrides without one)."""
+    errors = {one: errors_in(lambda one=one: compose_cfg([one])) for one in overrides}
+    valid = [one for one in overrides if not errors[one]]
+    return [error for found in errors.values() for error in found], valid
+
+
+def checks_of(cfg: Any) -> Iterator[Callable[[], Any]]:
+    """Yield a check for each section of a composed config, then those of the whole."""
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(section.type):
+            yield lambda name=section.name: section_to_dataclass(cfg, name)
+    yield lambda: require_new_run(cfg)
+    yield lambda: check_trainer(OmegaConf.to_container(cfg.trainer, resolve=True))
+    yield lambda: to_config(cfg)
+
+
+def errors_in(check: Callable[[], Any]) -> list[str]:
+    """Run a check; return the message of the UserError that it raises, if any."""
+    try:
+        with hydra_errors():
+            check()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def require_new_run(cfg: Any) -> None:
+    """Raise a UserError for `ghibli check resume=...`."""
     if cfg.resume is not None:
-        raise UserError("ghibli check looks at a new run, a resumed one was checked: drop resume")
-    check_trainer(OmegaConf.to_container(cfg.trainer, resolve=True))
-
-
-def reject_misspelled(words: list[str]) -> None:
-    """Raises for `KEY =VALUE`, which the shell cuts in two words."""
-    for word in words:
-        if word.startswith("="):
-            raise UserError(f"cannot read `{word}`: expected KEY=VALUE without spaces around =")
+        raise UserError("`ghibli check` is for new runs; a resumed one was checked at its start: drop resume")

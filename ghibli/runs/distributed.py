@@ -129,7 +129,8 @@ def end_others(processes: list[subprocess.Popen], run: RunDir) -> None:
 
 def why_ended(processes: list[subprocess.Popen], run: RunDir) -> str:
     """Return the reason that the first process to end gave, or how it ended."""
-    rank, code = next((rank, p.poll()) for rank, p in enumerate(processes, start=1) if p.poll())
+    ended = ((rank, process.poll()) for rank, process in enumerate(processes, start=1))
+    rank, code = next((rank, code) for rank, code in ended if code)
     try:
         return last_words(run, rank).read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Finding run folders: all of them, one by name, the finished ones."""
+"""Find run folders: all of them, the one to resume, the finished ones."""
 
 from pathlib import Path
 
@@ -11,16 +11,16 @@ OUTPUTS = Path("outputs")
 
 
 def all_runs(root: Path = OUTPUTS) -> list[RunDir]:
-    """Every run folder below `root`, oldest first by the time its status says it started."""
+    """List the run folders below `root`, oldest first by the start time in their status.json."""
     runs = [RunDir(path.parent) for path in root.glob("**/status.json")]
     return sorted(runs, key=lambda run: (str(run.read_status().get("started", "")), str(run.path)))
 
 
-def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
-    """The run folder called `name`, or the newest run with a checkpoint for `latest`.
+def run_to_resume(name: str, root: Path = OUTPUTS) -> RunDir:
+    """Return the run folder `name`; for `latest`, the newest run with a checkpoint.
 
     Raises:
-        UserError: no such folder, or nothing in it to go on from.
+        UserError: no such folder, or nothing in it to resume from.
     """
     if name == "latest":
         runs = [run for run in all_runs(root) if has_checkpoint(run)]
@@ -33,25 +33,27 @@ def find_run(name: str, root: Path = OUTPUTS) -> RunDir:
         raise UserError(f"resume={name}: no such folder (`ghibli list` shows the runs)")
     if not has_checkpoint(run):
         raise UserError(
-            f"resume={name}: this folder holds no checkpoints/last.ckpt to go on from; "
-            "start the run anew (`ghibli list` shows the runs)"
+            f"resume={name}: this folder has no checkpoints/last.ckpt to resume from; "
+            "start the run again (`ghibli list` shows the runs)"
         )
     if not run.config.exists():
-        raise UserError(f"resume={run.path}: its config.yaml is gone: put it back, or start a new run")
+        raise UserError(
+            f"resume={run.path}: its config.yaml is missing: restore the file, or start a new run"
+        )
     run.checkpoint_to_resume()
     return run
 
 
 def has_checkpoint(run: RunDir) -> bool:
-    """True where there is a checkpoint to go on from, whole or not."""
+    """Return whether the run has a checkpoint to resume from, intact or not."""
     return run.last_checkpoint.exists() or run.previous_checkpoint.exists()
 
 
 def finished_run(name: str) -> RunDir:
-    """The run folder called `name`; for `latest` the newest finished run that trained something.
+    """Return the run folder `name`; for `latest`, the newest finished run that trained something.
 
     Raises:
-        UserError: there is none.
+        UserError: `latest`, and there is none.
     """
     if name != "latest":
         return RunDir(Path(name))
@@ -62,12 +64,12 @@ def finished_run(name: str) -> RunDir:
 
 
 def runs_with_weights() -> list[RunDir]:
-    """Finished runs below outputs/ that trained something, the oldest first."""
+    """List the finished runs below outputs/ that trained something, oldest first."""
     return [run for run in all_runs() if run.state == "finished" and run.has_weights]
 
 
-def config_of(run: RunDir) -> Config:
-    """The settings of a finished run.
+def finished_config(run: RunDir) -> Config:
+    """Read the settings of a finished run.
 
     Raises:
         UserError: no such folder, no run in it, or one that has not finished.

@@ -1,1 +1,1 @@
-"""Errors, terminal, files, cache, random numbers, machine: what everything else stands on."""
+"""Errors, terminal output, files, cache, random numbers, resources: the bottom layer."""

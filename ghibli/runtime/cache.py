@@ -1,8 +1,9 @@
-"""Tensors that are slow to make and always the same: made once, then read from the cache folder."""
+"""Cache of tensors on disk: computed once, then read from the cache folder."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ import torch
 from ghibli.runtime.files import is_whole, write_with_checksum
 from ghibli.runtime.provenance import processor_name
 
-SHARD = 512  # rows in a file of cached_rows
+SHARD = 512  # rows per file of cached_rows
 
 
 def cached(
     folder: Path, key: dict[str, Any], make: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """What `make` gives, or gave before under this key. A damaged file is made anew.
+    """Return the tensors stored under a key; call `make` and store its result if there are none.
+
+    A damaged file is recomputed.
 
     Args:
-        folder: of one kind of content; safe to delete. Runs may share it: a file is called after its
+        folder: holds one kind of content; safe to delete. Runs may share it: a file is named after its
             key and never changes.
-        key: all that the tensors depend on; the processor, the version of torch and the number of
-            threads, on which rounding depends, are added here.
+        key: everything the tensors depend on, JSON-serialisable. The processor, the torch version and the
+            number of threads, on which rounding depends, are added here.
+        make: computes the tensors, name -> tensor.
     """
     file = file_of(folder, key)
     if is_whole(file):
@@ -34,10 +38,9 @@ def cached(
 
 
 def file_of(folder: Path, key: dict[str, Any]) -> Path:
-    """Where `cached` keeps what belongs to a key."""
-    place = {"processor": processor_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    full = key | place
-    name = hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:32]
+    """Return the file in which `cached` stores the tensors of a key."""
+    machine = {"processor": processor_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    name = hashlib.sha256(json.dumps(key | machine, sort_keys=True).encode()).hexdigest()[:32]
     return folder / f"{name}.pt"
 
 
@@ -47,36 +50,38 @@ def cached_rows(
     names: list[str],
     make: Callable[[list[str], int, int], dict[str, Sequence[torch.Tensor]]],
 ) -> dict[str, Sequence[torch.Tensor]]:
-    """Tensors with a row for each name, as `cached`, but a new name costs no more than its own row.
+    """Return tensors with one row per name, as `cached` does, computing only the rows that are missing.
 
-    Rows lie in shards of at most SHARD, written as soon as they are made: what is killed goes on there.
+    Rows are stored in shards of at most SHARD, each written as soon as it is computed, so that a killed
+    process loses at most one shard.
 
     Args:
-        key: all that a row depends on beside its name.
-        make: (names, rows made before, rows to make in all) -> the rows of these names.
+        folder, key: as for `cached`; the key holds everything a row depends on besides its name.
+        names: of the rows to return, in this order; may repeat.
+        make: (names, rows computed so far, rows to compute in total) -> the rows of these names.
+
+    Returns:
+        Field -> rows in the order of `names`: one tensor, or a list where the rows differ in shape.
     """
-    place = file_of(folder, key)
+    stem = file_of(folder, key).stem
     shards = []
-    for file in sorted(folder.glob(f"{place.stem}-*.pt")):
+    for file in sorted(folder.glob(f"{stem}-*.pt")):
         if is_whole(file):
             shards.append(torch.load(file, weights_only=True))
     known = {name for shard in shards for name in shard["names"]}
     missing = [name for name in dict.fromkeys(names) if name not in known]
     for start in range(0, len(missing), SHARD):
-        part = missing[start : start + SHARD]
-        shard = {"names": part, **make(part, start, len(missing))}
-        suffix = hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16]
-        write_with_checksum(
-            place.with_name(f"{place.stem}-{suffix}.pt"),
-            lambda opened, shard=shard: torch.save(shard, opened),
-        )
+        batch = missing[start : start + SHARD]
+        shard = {"names": batch, **make(batch, start, len(missing))}
+        suffix = hashlib.sha256(json.dumps(batch).encode()).hexdigest()[:16]
+        write_with_checksum(folder / f"{stem}-{suffix}.pt", partial(torch.save, shard))
         shards.append(shard)
     rows = {name: (shard, row) for shard in shards for row, name in enumerate(shard["names"])}
     found = [rows[name] for name in names]
     fields = [field for field in shards[0] if field != "names"]
-    return {field: stacked([shard[field][row] for shard, row in found]) for field in fields}
+    return {field: stack_if_equal([shard[field][row] for shard, row in found]) for field in fields}
 
 
-def stacked(rows: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-    """One tensor of rows of one shape; the rows themselves where their shapes differ."""
+def stack_if_equal(rows: list[torch.Tensor]) -> Any:
+    """Stack rows of one shape into a tensor; return the rows themselves where their shapes differ."""
     return torch.stack(rows) if len({row.shape for row in rows}) == 1 else rows

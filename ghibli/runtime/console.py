@@ -1,20 +1,63 @@
-"""What a person sees: one console, one kind of bar with the time left, tables that are never cut."""
+"""Terminal output: the console, logging on it, progress bars with the time left, tables that are never cut.
 
+The command line, train.py, sweep.py and the progress callbacks print on `console`. All other modules log
+through `logging.getLogger(__name__)`; importing this module sets up the logger of the package.
+"""
+
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable
+from rich.logging import RichHandler
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+from rich.traceback import Traceback
 
-console = Console(soft_wrap=True, highlight=False)
+LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
+
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)  # prints text as it is
+
+
+class LineHandler(RichHandler):
+    """Print a log record as its message alone, in one line, coloured by its level.
+
+    RichHandler would lay it out as a table as wide as the console, which is 80 columns in a pipe.
+    """
+
+    def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
+        return Text(message, LEVEL_STYLES.get(record.levelno, ""))
+
+    def render(
+        self,
+        *,
+        record: logging.LogRecord,
+        traceback: Traceback | None,
+        message_renderable: ConsoleRenderable,
+    ) -> ConsoleRenderable:
+        return message_renderable
+
+
+def set_up_logging() -> None:
+    """Send what the package logs, from INFO up, to the console; a message is never read as rich markup.
+
+    It stays off the root logger, which Hydra and other libraries configure: no line appears twice.
+    """
+    logger = logging.getLogger("ghibli")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(LineHandler(console=console))
+
+
+set_up_logging()
 
 
 def make_bar() -> Progress:
-    """A bar with label, count, a free text and the time left; nothing at all when piped."""
+    """Create a progress bar with label, count, a free text and the time left; silent when piped."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -28,7 +71,7 @@ def make_bar() -> Progress:
 
 
 def full_width(table: Table) -> Table:
-    """The table, as wide as it needs to be: a pipe has 80 columns, and would cut it."""
+    """Make the table as wide as its content: a pipe has 80 columns and would cut it."""
     wide = Console(width=10_000)
     table.width = Measurement.get(wide, wide.options, table).maximum
     return table
@@ -36,12 +79,12 @@ def full_width(table: Table) -> Table:
 
 @contextmanager
 def counted(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for a loop: yields the function to call with (done, total)."""
+    """Show a progress bar for a loop; yield the function to call with (done, total)."""
     with make_bar() as bar:
         task = bar.add_task(label, total=None, note="")
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def relative_path(path: Path) -> str:
-    """The path as a person would type it from here."""
+    """Return the path relative to the current directory, as a user would type it."""
     return os.path.relpath(path)

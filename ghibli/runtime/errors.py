@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, and how an entry point prints it."""
+"""The exception for errors that the user can fix, and how an entry point reports it in one line."""
 
 import difflib
 import errno
@@ -13,32 +13,36 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user can put right. Its text is one line: what is wrong, what to do."""
+    """An error that the user can fix. Its message is one line: what is wrong and what to do."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known word nearest to `word`, or an empty string."""
+    """Return `; did you mean X?` for the known word closest to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def require_folder(key: str, folder: str | Path) -> None:
-    """Raises a UserError unless the folder is there; `~` is the home folder."""
-    place = Path(folder).expanduser()
-    if not place.is_dir():
-        what = "that is a file, not a folder" if place.exists() else "no such folder"
-        raise UserError(f"{key}={folder}: {what}")
+    """Require that a folder exists; `~` is the home folder.
+
+    Raises:
+        UserError: it does not, or is a file; the message names the setting `key`.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        reason = "that is a file, not a folder" if path.exists() else "no such folder"
+        raise UserError(f"{key}={folder}: {reason}")
 
 
 def disk_trouble(error: Exception) -> str | None:
-    """One line for a full disk or a folder that cannot be written; None for any other error."""
-    if not isinstance(error, OSError):  # safetensors has an error of its own
+    """Return one line about a full disk or a folder that cannot be written; None for any other error."""
+    if not isinstance(error, OSError):  # safetensors raises its own type
         return "the disk is full: free some space" if "No space left on device" in str(error) else None
-    elsewhere = "choose another place with hydra.run.dir=DIR (the cache: cache_dir=DIR)"
+    elsewhere = "choose another folder with hydra.run.dir=DIR (for the cache: cache_dir=DIR)"
     reasons = {
         errno.ENOSPC: "the disk is full: free some space",
         errno.EDQUOT: "the disk quota is used up: free some space",
-        errno.EIO: "the disk does not answer",
+        errno.EIO: "the disk reports an input/output error",
         errno.EROFS: f"the file system is read-only: {elsewhere}",
         errno.EACCES: f"no permission: {elsewhere}",
         errno.EPERM: f"no permission: {elsewhere}",
@@ -49,30 +53,30 @@ def disk_trouble(error: Exception) -> str | None:
 
 
 def loader_trouble(error: Exception) -> str | None:
-    """One line for a loader process that was killed; None for any other error."""
-    if "DataLoader worker" not in str(error):  # torch's own words, in a plain RuntimeError
+    """Return one line about a DataLoader worker that was killed; None for any other error."""
+    if "DataLoader worker" not in str(error):  # torch raises a plain RuntimeError
         return None
     return (
-        "a loader process was killed, most often for want of memory: close other programs and go on, or "
-        "start anew with data.workers=0"
+        "a loader process was killed, most likely because memory ran out: close other programs and resume, "
+        "or start again with data.workers=0"
     )
 
 
 def fail(message: str) -> None:
-    """Prints the mistake as one line on stderr and leaves with exit code 2."""
+    """Print the error as one line on stderr and exit with code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextmanager
 def stop_at_once() -> Iterator[None]:
-    """Around imports: Ctrl-C leaves the process there and then; a library may swallow its exception."""
+    """Make Ctrl-C end the process immediately; around imports, where a library may swallow its exception."""
 
     def leave(*_: Any) -> None:
         os.write(2, b"stopped\n")
         os._exit(130)
 
-    if threading.current_thread() is not threading.main_thread():  # signals reach only that one
+    if threading.current_thread() is not threading.main_thread():  # only that one receives signals
         yield
         return
     previous = signal.signal(signal.SIGINT, leave)
@@ -83,14 +87,14 @@ def stop_at_once() -> Iterator[None]:
 
 
 def one_line_errors(entry: Callable[[], Any]) -> Any:
-    """Runs an entry point; a mistake, trouble of the machine or Ctrl-C ends it in one line, no traceback."""
+    """Run an entry point; report user errors, disk and memory trouble and Ctrl-C in one line each."""
     try:
         return entry()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except UserError as mistake:
-        fail(str(mistake))
+    except UserError as error:
+        fail(str(error))
     except Exception as error:
         message = disk_trouble(error) or loader_trouble(error)
         if message is None:
@@ -99,6 +103,6 @@ def one_line_errors(entry: Callable[[], Any]) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, without advice to programmers, for one-line messages."""
+    """Return the first line of an error's message without its advice to programmers."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.split(". If you want")[0]

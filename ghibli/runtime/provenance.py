@@ -1,4 +1,4 @@
-"""Where a result comes from: time, commit, library versions, machine."""
+"""Provenance of a result: time, commit, library versions, machine."""
 
 import os
 import platform
@@ -17,12 +17,12 @@ LIBRARIES = (
 
 
 def now() -> str:
-    """The time as an ISO 8601 string in UTC, to the second."""
+    """Return the time in UTC as an ISO 8601 string, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def provenance() -> dict[str, Any]:
-    """Git commit and whether the tree was changed, library versions, machine."""
+    """Return the git commit and whether there are uncommitted changes, library versions, and the machine."""
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain")),
@@ -33,7 +33,7 @@ def provenance() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """The processor's model; rounding may depend on it."""
+    """Return the model of the processor, on which rounding may depend."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

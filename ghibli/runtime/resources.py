@@ -1,24 +1,27 @@
-"""The machine: device, memory and disk that are free, memory that this process takes."""
+"""Compute resources: the device, free memory and disk, memory of this process."""
 
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
+
+CGROUP = Path("/sys/fs/cgroup")  # memory limits of the container this process runs in
 
 
 def device_name(device: torch.device) -> str:
-    """What rounding depends on: the GPU's model, or the number of CPU threads."""
+    """Return what rounding depends on: the GPU model and matmul precision, or the number of CPU threads."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {torch.get_float32_matmul_precision()}"
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-MEMORY_LIMITS = Path("/sys/fs/cgroup")  # of the container this process is in
+def reset_peak_memory() -> None:
+    """Restart the count of `peak_memory`, so that a trial does not inherit the peak of the previous one.
 
-
-def forget_peak() -> None:
-    """Starts peak_memory anew, so that a trial's peak is not that of the one before it."""
+    The kernel resets the peak resident memory of a process through /proc; psutil has no call for it.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):  # Linux only
@@ -26,50 +29,57 @@ def forget_peak() -> None:
 
 
 def peak_memory() -> int | None:
-    """Most bytes taken since forget_peak: on the GPU if there is one, else by this process; None unknown."""
+    """Return the peak memory in bytes since `reset_peak_memory`: of the GPU if there is one, else resident.
+
+    psutil does not report VmHWM, the only peak that can be reset. None where there is no /proc.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return of_this_process("VmHWM")
-
-
-def of_this_process(name: str) -> int | None:
-    """Bytes that Linux counts under a name such as VmRSS, what this process holds now; None elsewhere."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process can still take on the device; None where the system does not say."""
+def resident_memory() -> int:
+    """Return the resident memory of this process in bytes."""
+    return psutil.Process().memory_info().rss
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process can still allocate on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    limit = free_in_container()
+    return available if limit is None else min(available, limit)
+
+
+def free_in_container() -> int | None:
+    """Return the bytes left below the container's memory limit (cgroup v2); None without a limit.
+
+    psutil reports the memory of the machine, which may be far more than a container is allowed.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-    try:
-        limit = int((MEMORY_LIMITS / "memory.max").read_text())  # `max` where there is none
-        used = int((MEMORY_LIMITS / "memory.current").read_text()) - reclaimable()
+        limit = int((CGROUP / "memory.max").read_text())  # `max` where there is none
+        return limit - int((CGROUP / "memory.current").read_text()) + reclaimable()
     except (OSError, ValueError):
-        return free
-    return min(free, limit - used)
+        return None
 
 
 def reclaimable() -> int:
-    """Bytes of files read a while ago, which count as used and go as soon as somebody needs the room."""
+    """Return the bytes of inactive page cache: counted as used, but freed as soon as memory is needed."""
     try:
-        lines = (MEMORY_LIMITS / "memory.stat").read_text().splitlines()
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def free_disk(folder: Path) -> int:
-    """Free bytes where the folder is or will be."""
-    place = folder.expanduser().absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
+    existing = folder.expanduser().absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free

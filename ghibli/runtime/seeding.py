@@ -1,8 +1,8 @@
-"""Randomness as pure functions: every drawn number follows from (seed, what for, which example).
+"""Randomness as pure functions: every random number is determined by (purpose, seed, example number).
 
-Nothing here reads or keeps a generator's state, so a resumed run needs none, and batch size,
-loader workers and number of devices change no example's noise, timestep, flip or caption.
-An example is counted by its running number: epoch * examples_per_epoch + position in the epoch.
+No generator state is read or kept, so a resumed run needs none, and batch size, loader workers and the
+number of devices change no example's noise, timestep, flip or caption.
+Examples are numbered over the whole run: epoch * examples_per_epoch + position in the epoch.
 """
 
 from enum import IntEnum
@@ -10,11 +10,11 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: the steps of the timestep sequence
+GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, made odd: step of the timestep sequence
 
 
 class Stream(IntEnum):
-    """What a random number is for. The numbers are part of every result: never renumber."""
+    """Purpose of a random number. The values are part of every result: never renumber them."""
 
     ORDER = 0
     NOISE = 1
@@ -29,31 +29,31 @@ class Stream(IntEnum):
 
 
 def rng(stream: Stream, *key: int) -> np.random.Generator:
-    """A fresh generator for one purpose and key (seed, example number, ...; each >= 0)."""
+    """Create a generator for one purpose and key (seed, example number, ...; each >= 0)."""
     return np.random.default_rng([int(stream), *key])
 
 
 def normal(shape: tuple[int, ...], stream: Stream, *key: int) -> torch.Tensor:
-    """Standard normal float32 numbers of the given shape for this purpose and key."""
+    """Draw standard normal float32 numbers of the given shape for this purpose and key."""
     return torch.from_numpy(rng(stream, *key).standard_normal(shape, dtype=np.float32))
 
 
 def chance(probability: float, stream: Stream, *key: int) -> bool:
-    """True with the given probability, 0 .. 1, for this purpose and key."""
+    """Return True with the given probability, 0 .. 1, for this purpose and key."""
     return bool(rng(stream, *key).random() < probability)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `count` images in an epoch: a permutation of 0 .. count-1."""
+    """Return the order of `count` images in an epoch: a permutation of 0 .. count-1, shape (count,)."""
     return rng(Stream.ORDER, seed, epoch).permutation(count)
 
 
 def timestep(example: int, num_train_timesteps: int, seed: int) -> int:
-    """The timestep of the running example number: 0 .. num_train_timesteps-1.
+    """Return the timestep of an example number: 0 .. num_train_timesteps-1.
 
-    A Kronecker sequence with the golden ratio, shifted by the seed: uniform over all examples,
-    and any few examples in a row are spread evenly (Niederreiter 1992, section 3.1). Exact in
-    64-bit integers, so the same on every machine.
+    A Kronecker sequence with the golden ratio, shifted by the seed: uniform over all examples, and any
+    few consecutive examples are spread evenly (Niederreiter 1992, section 3.1). Computed in 64-bit
+    integers, so it is the same on every machine.
     """
     shift = int(rng(Stream.TIMESTEP, seed).integers(2**64, dtype=np.uint64))
     fraction = (example * GOLDEN_RATIO + shift) % 2**64
@@ -61,23 +61,23 @@ def timestep(example: int, num_train_timesteps: int, seed: int) -> int:
 
 
 def independent_timestep(example: int, num_train_timesteps: int, seed: int) -> int:
-    """A timestep drawn for this running example number alone: 0 .. num_train_timesteps-1.
+    """Draw the timestep of an example number independently of all others: 0 .. num_train_timesteps-1.
 
-    What most trainers do; the mean loss of an epoch then wanders far more.
+    Most trainers do this; the mean loss of an epoch then fluctuates far more.
     """
     return int(rng(Stream.TIMESTEP, seed, example).integers(num_train_timesteps))
 
 
 def seed_global_rng(stream: Stream, *key: int) -> None:
-    """Sets torch's global generators from the key, for what only reads those: dropout, initial A."""
+    """Seed torch's global generators from the key, for code that reads only those: dropout, initial A."""
     torch.manual_seed(int(rng(stream, *key).integers(2**63)))
 
 
 def content_key(content_hash: str) -> int:
-    """An image's sha256 as an integer key for `rng`."""
+    """Convert an image's hex sha256 to an integer key for `rng`."""
     return int(content_hash, 16)
 
 
 def hash_fraction(content_hash: str) -> float:
-    """An image's sha256 as a number in 0 .. 1, the same whatever other images there are."""
+    """Map an image's hex sha256 to a number in 0 .. 1 that does not depend on the other images."""
     return int(content_hash[:13], 16) / 16**13

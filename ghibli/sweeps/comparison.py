@@ -13,13 +13,14 @@ import torch
 from rich.table import Table
 
 from ghibli.adapters.trained import starting_base, trained_base
+from ghibli.config.registry import SAMPLERS, sampler_label
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import GUIDED_SCALE
 from ghibli.diffusion.samplers import Cell, cells_of, draw_cells
 from ghibli.evaluation.features import ReferenceSet, distance_names
 from ghibli.images.grid import compose_grid
 from ghibli.models.base import BaseModel
-from ghibli.runs.find import config_of
+from ghibli.runs.find import finished_config
 from ghibli.runtime.console import console, counted, full_width
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, write_atomically, write_text
@@ -60,9 +61,10 @@ def models_of(trials: list[Trial]) -> list[ComparedModel]:
 
 
 def cells_in(models: list[ComparedModel]) -> list[Cell]:
-    """Every cell that any of the models was sampled in; DDPM first."""
+    """Every cell that any of the models was sampled in, in the order of the samplers."""
     every = {(row["sampler"], row["guidance"]) for model in models for row in model.rows}
-    return [Cell(*cell) for cell in sorted(every, key=lambda cell: (cell[0] != "ddpm", cell[1]))]
+    order = list(dict.fromkeys([*SAMPLERS, *sorted(sampler for sampler, _ in every)]))
+    return [Cell(*cell) for cell in sorted(every, key=lambda cell: (order.index(cell[0]), cell[1]))]
 
 
 def in_cells(model: ComparedModel, cells: list[Cell]) -> list[CellScores | None]:
@@ -92,7 +94,7 @@ def cell_table(trials: list[Trial]) -> Table | None:
     table = Table(title=table_title(trials), box=None, pad_edge=False, title_justify="left")
     table.add_column("model")
     for cell in cells:
-        table.add_column(f"{cell.sampler.upper()} {cell.guidance:g}", justify="right", no_wrap=True)
+        table.add_column(cell.short_label, justify="right", no_wrap=True)
     for name, own in rows:
         table.add_row(name, *(kernel_text(row) for row in own))
     return full_width(table)
@@ -108,7 +110,7 @@ def write_cells(folder: Path, trials: list[Trial]) -> Path | None:
     cells, rows = cell_rows(trials)
     if not rows:
         return None
-    head = ["model", *(f"{cell.sampler.upper()} {cell.guidance:g}" for cell in cells)]
+    head = ["model", *(cell.short_label for cell in cells)]
     distances = [head, ["---"] * len(head), *([name, *map(kernel_text, own)] for name, own in rows)]
     costs = [["model", *COSTS], ["---"] * (1 + len(COSTS))]
     costs += [[name, *values] for name, values in cost_rows([trial for trial, _ in evaluated(trials)])]
@@ -176,7 +178,7 @@ def paired_comparisons(trials: list[Trial]) -> list[str]:
 
 def cell_label(row: CellScores) -> str:
     """`DDIM 7.5`."""
-    return f"{row['sampler'].upper()} {row['guidance']:g}"
+    return f"{sampler_label(row['sampler'])} {row['guidance']:g}"
 
 
 def features_in(file: Path) -> torch.Tensor | None:
@@ -211,7 +213,7 @@ def write_models(folder: Path, trials: list[Trial]) -> Path | None:
 def config_or_none(trial: Trial) -> Config | None:
     """A finished trial's settings; None, and a printed line, for any other."""
     try:
-        return config_of(trial.run)
+        return finished_config(trial.run)
     except UserError as error:
         console.print(f"models.png leaves one trial out: {error}", style="yellow")
         return None

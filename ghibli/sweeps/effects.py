@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 
 from ghibli.evaluation.gain import Gain, paired_gain
-from ghibli.runs.identity import shown as as_typed
+from ghibli.runs.settings import as_yaml
 from ghibli.sweeps.trials import Trial, setting_values, varied
 
 
@@ -45,7 +45,7 @@ class Effect:
     def __str__(self) -> str:
         value, error = 100 * self.difference.value, 100 * self.difference.standard_error
         low, high = 100 * self.difference.low, 100 * self.difference.high
-        change = f"{self.key} {as_typed(self.low)} -> {as_typed(self.high)}"
+        change = f"{self.key} {as_yaml(self.low)} -> {as_yaml(self.high)}"
         size = f"{value:+.2f} +- {error:.2f} points of gain, 95 % {low:+.2f} .. {high:+.2f}"
         doubt = "" if self.matters else " (indistinguishable from zero)"
         return f"{change}: {size}, {number_of(self.pairs, 'pair')}{doubt}"

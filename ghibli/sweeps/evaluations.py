@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ghibli.runs.identity import shown as as_typed
+from ghibli.runs.settings import as_yaml
 from ghibli.sweeps.trials import Trial, varied
 
 UNGUIDED_NAMES = {"none": "untouched base", "full": "all weights"}  # setting finetune -> name
@@ -52,7 +52,7 @@ def unique_names(
     plain, names = [name(trial) for trial in trials], []
     for own, trial in zip(plain, trials, strict=True):
         namesakes = [other for other, their in zip(trials, plain, strict=True) if their == own]
-        settings = [f"{key.split('.')[-1]} {as_typed(trial.settings.get(key))}" for key in varied(namesakes)]
+        settings = [f"{key.split('.')[-1]} {as_yaml(trial.settings.get(key))}" for key in varied(namesakes)]
         names.append(separator.join([own, *settings]))
     for folder in (lambda trial: trial.run.path.name, lambda trial: str(trial.run.path)):
         names = [

@@ -14,13 +14,13 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf, read_write
 
-from ghibli.config.files import checked
+from ghibli.config.files import to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
-from ghibli.config.paths import check_places
+from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config, EvaluateConfig, SweepConfig
-from ghibli.runs.compose import conf_folder, parsed, register, to_config
+from ghibli.runs.compose import conf_folder, parse_overrides, register, to_config
 from ghibli.runs.folder import RunDir
-from ghibli.runs.launch import name_on_dashboard
+from ghibli.runs.launch import set_wandb_names
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, one_line_errors
 
@@ -79,8 +79,8 @@ def open_study(cfg: Any, trials: int | None) -> Study:
         UserError: another process works on this study.
     """
     folder = Path(cfg.hydra.sweep.dir)
-    settings = checked(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
-    evaluate = checked(OmegaConf.to_container(cfg.evaluate, resolve=True), EvaluateConfig)
+    settings = to_dataclass(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
+    evaluate = to_dataclass(OmegaConf.to_container(cfg.evaluate, resolve=True), EvaluateConfig)
     studies.append(Study(folder, settings, evaluate, trials, RunDir(folder).lock(key="hydra.sweep.dir")))
     for note in failure_notes(folder):
         note.unlink()
@@ -94,7 +94,7 @@ def failure_notes(folder: Path) -> list[Path]:
 
 def default_grid(cfg: Any, overrides: list[str]) -> dict[str, Any]:
     """The grid of conf/grid; empty where the command line sweeps something itself."""
-    if any(override.is_sweep_override() for override in parsed(overrides)):
+    if any(override.is_sweep_override() for override in parse_overrides(overrides)):
         return {}
     return OmegaConf.to_container(cfg.hydra.sweeper, resolve=True).get("params") or {}
 
@@ -108,7 +108,7 @@ def grid_trials(cfg: Any, overrides: list[str]) -> list[list[str]]:
     params = [f"{key}={value}" for key, value in default_grid(cfg, overrides).items()]
     choices: dict[str, list[str]] = {}  # key -> its overrides; the last one given for a key counts
     with hydra_errors():
-        for override in parsed([*params, *overrides]):
+        for override in parse_overrides([*params, *overrides]):
             key = override.get_key_element()
             choices[key] = [f"{key}={value}" for value in listed_values(override)]
     return [list(trial) for trial in itertools.product(*choices.values())]
@@ -144,7 +144,7 @@ def check_trials(config_name: str, trials: list[list[str]]) -> None:
         try:
             with hydra_errors():
                 cfg = compose_trial(config_name, overrides)
-                check_places(to_config(cfg))
+                check_paths(to_config(cfg))
                 first = names.setdefault(cfg.hydra.sweep.subdir, own)
         except UserError as error:
             raise UserError(f"trial {own}: {error}" if own else str(error)) from None
@@ -185,7 +185,7 @@ class Request:
 
     @property
     def settings(self) -> SweepConfig:
-        return checked(OmegaConf.to_container(self.cfg.sweep, resolve=True), SweepConfig)
+        return to_dataclass(OmegaConf.to_container(self.cfg.sweep, resolve=True), SweepConfig)
 
 
 def parse_request(overrides: list[str]) -> Request | None:
@@ -198,7 +198,8 @@ def parse_request(overrides: list[str]) -> Request | None:
     if any(word.startswith("-") for word in overrides):
         return None  # --help and its like are Hydra's
     with hydra_on_conf():
-        given = {o.key_or_group: o for o in parsed(overrides)}.values()  # the last one given for a key counts
+        parsed = parse_overrides(overrides)
+        given = {o.key_or_group: o for o in parsed}.values()  # the last one given for a key counts
         fixed = [o.input_line for o in given if not o.is_sweep_override()]
         cfg = compose_trial("sweep", fixed)
         if cfg.sweep.search is None and not cfg.sweep.halving and not cfg.sweep.report_only:
@@ -208,7 +209,7 @@ def parse_request(overrides: list[str]) -> Request | None:
             raise UserError(
                 "sweep.search and sweep.halving train one trial after the other: drop hydra/launcher"
             )
-        params = parsed([f"{key}={value}" for key, value in default_grid(cfg, overrides).items()])
+        params = parse_overrides([f"{key}={value}" for key, value in default_grid(cfg, overrides).items()])
         return Request(cfg, fixed, [o for o in (*params, *given) if o.is_sweep_override()])
 
 
@@ -221,7 +222,7 @@ def settings_and_folder(overrides: list[str]) -> tuple[Config, RunDir]:
     with hydra_on_conf():
         cfg = compose_trial("sweep", overrides)
         config, folder = to_config(cfg), Path(cfg.hydra.sweep.dir)
-        check_places(config)
+        check_paths(config)
         run = RunDir(folder / cfg.hydra.sweep.subdir)
-        name_on_dashboard(config, run, folder)
+        set_wandb_names(config, run, folder)
         return config, run

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ghibli.runs.identity import shown as as_typed
+from ghibli.runs.settings import as_yaml
 from ghibli.runtime.files import write_atomically
 from ghibli.sweeps.trials import Trial, setting_values, varied
 
@@ -47,7 +47,7 @@ def plot_setting(axis: plt.Axes, key: str, keys: list[str], trials: list[Trial])
         for index in range(len(values))
     ]
     axis.plot(range(len(values)), means, color="#1f6fb4", lw=2, marker="o")
-    axis.set_xticks(range(len(values)), [as_typed(value) for value in values])
+    axis.set_xticks(range(len(values)), [as_yaml(value) for value in values])
     axis.set(xlabel=key, xlim=(-0.3, len(values) - 0.7))
     axis.grid(alpha=0.2)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ghibli.runs.identity import shown as as_typed
+from ghibli.runs.settings import as_yaml
 from ghibli.runtime.console import full_width
 from ghibli.runtime.files import write_text
 from ghibli.sweeps.effects import effects
@@ -102,7 +102,7 @@ def ranking_table(trials: list[Trial]) -> Table:
     for title in ("", *keys, *(column.title for column in columns)):
         table.add_column(title, no_wrap=True)
     for place, (trial, row) in enumerate(zip(trials, rows, strict=True), start=1):
-        settings = [as_typed(trial.settings.get(key)) for key in keys]
+        settings = [as_yaml(trial.settings.get(key)) for key in keys]
         texts = [column.text_of(row[column.name]) for column in columns]
         short = (shorten(text, LONGEST_TEXT, placeholder=" ...") for text in texts)
         table.add_row(str(place), *settings, *short)
@@ -116,7 +116,7 @@ def ranking_csv(trials: list[Trial]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["place", "trial", *keys, *(name for column in COLUMNS for name in column.csv_names)])
     for place, trial in enumerate(trials, start=1):
-        settings = [as_typed(trial.settings.get(key)) for key in keys]
+        settings = [as_yaml(trial.settings.get(key)) for key in keys]
         cells = [cell for column in COLUMNS for cell in column.csv_cells_of(column.value(trial))]
         writer.writerow([place, trial.run.path.name, *settings, *cells])
     return text.getvalue()
@@ -130,7 +130,7 @@ def effects_csv(trials: list[Trial]) -> str:
     for effect in effects(trials):
         gain = effect.difference
         points = [f"{100 * x:.4f}" for x in (gain.value, gain.standard_error, gain.low, gain.high)]
-        writer.writerow([effect.key, as_typed(effect.low), as_typed(effect.high), effect.pairs, *points])
+        writer.writerow([effect.key, as_yaml(effect.low), as_yaml(effect.high), effect.pairs, *points])
     return text.getvalue()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ghibli.config.files import changed, from_yaml
+from ghibli.config.files import apply_overrides, from_yaml
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.console import console
@@ -24,7 +24,7 @@ def repeat_trial(first: RunDir, seed: int, train: Callable[[Config, RunDir], flo
     run = RunDir(first.path.with_name(f"{first.path.name}{REPEAT}{seed}"))
 
     def job() -> float:
-        config = changed(from_yaml(first.config), [f"seed={seed}"], ("seed",))
+        config = apply_overrides(from_yaml(first.config), [f"seed={seed}"], ("seed",))
         config.wandb.name = run.path.name
         return train(config, run)
 

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from ghibli.config.files import read_settings
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.runs.identity import require_same_but_epochs
+from ghibli.runs.reuse import require_same_trial_except_epochs
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 from ghibli.sweeps.grid import Request, Study, settings_and_folder
@@ -193,7 +193,7 @@ def successive_halving(trials: list[list[str]], train: Train) -> None:
             "early_stopping.patience=null"
         )
     for config, run in planned:
-        require_same_but_epochs(config, run)
+        require_same_trial_except_epochs(config, run)
     for rung in rungs(*epochs):
         console.print(f"\n{len(survivors)} trials until epoch {rung}", style="bold")
         gains = [train_until(overrides, rung, train) for overrides in survivors]

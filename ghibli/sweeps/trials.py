@@ -10,7 +10,7 @@ import torch
 from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain, Probe, best_epoch
 from ghibli.runs.folder import RunDir
-from ghibli.runs.identity import flat, that_count
+from ghibli.runs.settings import relevant_settings
 from ghibli.runtime.files import is_whole
 
 REPEAT = "+seed="  # in the folder name of a trial that repeats another one with a new seed
@@ -89,7 +89,7 @@ def read_trial(run: RunDir) -> Trial | None:
         return None
     has_result = run.state == "finished" and not run.no_result.exists()  # a running trial's may still change
     best = best_probe(run) if has_result else None
-    return Trial(run, that_count(flat(content)), run.read_status(), best)
+    return Trial(run, relevant_settings(content), run.read_status(), best)
 
 
 def best_probe(run: RunDir) -> Probe | None:

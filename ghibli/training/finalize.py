@@ -68,7 +68,7 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
         state="finished", ended=now(), step=trainer.global_step, epoch=trainer.current_epoch,
         gain=gain.value, gain_se=gain.standard_error, best_epoch=best_epoch, objective=gain.value,
     )  # fmt: skip
-    run.update_status(seal=identity.seal(run.read_status()))
+    run.update_status(seal=identity.result_checksum(run.read_status()))
     if config.finetune == "lora":
         files = [f"`{file.name}`" for file in sorted(run.adapter.glob("*.safetensors"))]
         write_text(run.adapter / "README.md", model_card(run, config, run.path.name, files))

@@ -9,7 +9,7 @@ import torch
 from ghibli.adapters import lora
 from ghibli.adapters.files import Adapter, check_same_shape, read_adapter, start_from
 from ghibli.config.schema import Config
-from ghibli.diffusion.losses import denoising_losses, min_snr_weights
+from ghibli.diffusion.losses import loss_function, min_snr_weights, mse
 from ghibli.diffusion.process import add_noise, guided_noise, linear_betas, predict_branches, velocity
 from ghibli.diffusion.samplers import make_scheduler
 from ghibli.models.base import BaseModel, weights_hash
@@ -80,19 +80,26 @@ class GhibliModule(L.LightningModule):
             return uncond, cond, noise
         return uncond, cond, velocity(latents, noise, timesteps, alphas_cumprod)
 
-    def losses(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the training loss of each example before any weighting, (B,) float32."""
+    def prediction(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (prediction at the training guidance, target), each (B, C, H, W)."""
         guidance = self.config.loss.guidance
         uncond, cond, target = self.branches(batch, guidance, self.alphas_cumprod)
-        return denoising_losses(cond if uncond is None else guided_noise(uncond, cond, guidance), target)
+        return cond if uncond is None else guided_noise(uncond, cond, guidance), target
+
+    def losses(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the training loss of each example before any weighting, (B,) float32."""
+        return loss_function(self.config.loss.function)(*self.prediction(batch))
 
     def scores(self, batch: dict[str, Any], guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-        """Return the losses of a probe batch, (2, K): at this guidance, and of the conditional branch."""
+        """Return the MSE of a probe batch, (2, K): at this guidance, and of the conditional branch alone.
+
+        The probe is a measure: it stays the MSE whatever loss.function trains.
+        """
         uncond, cond, target = self.branches(batch, guidance, alphas_cumprod)
-        alone = denoising_losses(cond, target)
+        alone = mse(cond, target)
         if uncond is None:
             return torch.stack([alone, alone])
-        return torch.stack([denoising_losses(guided_noise(uncond, cond, guidance), target), alone])
+        return torch.stack([mse(guided_noise(uncond, cond, guidance), target), alone])
 
     def embed(
         self, input_ids: torch.Tensor, guidance_scale: float
@@ -119,7 +126,8 @@ class GhibliModule(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
         """Return the batch's mean loss, and what the base is expected to score at its timesteps."""
         seed_global_rng(Stream.DROPOUT, self.config.seed, batch["example"][0])
-        losses = self.losses(batch)
+        prediction, target = self.prediction(batch)
+        losses = loss_function(self.config.loss.function)(prediction, target)
         for listen in self.loss_listeners:
             listen(batch, losses.detach())
         weighted, gamma = losses, self.config.loss.snr_gamma
@@ -128,7 +136,8 @@ class GhibliModule(L.LightningModule):
                 batch["timesteps"], self.alphas_cumprod, gamma, self.base.prediction_type
             )
         expected = self.probe.expected[batch["timesteps"]].mean()
-        return {"loss": weighted.mean(), "plain": losses.detach().mean(), "expected": expected}
+        plain = mse(prediction.detach(), target).mean()  # as `expected`, whatever loss.function trains
+        return {"loss": weighted.mean(), "plain": plain, "expected": expected}
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         use_average(self.optimizers(use_pl_optimizer=False), wanted=False)

@@ -4,6 +4,7 @@ What a score means is in `ghibli.evaluation.gain`; which items there are, in `gh
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ class Scorer(Protocol):
 
     trainer: L.Trainer
     device: torch.device
+    transfer_batch_to_device: Callable[..., dict[str, Any]]
     base_alphas_cumprod: torch.Tensor
     alphas_cumprod: torch.Tensor
 

@@ -23,7 +23,7 @@ from ghibli.runtime.console import console, relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now, provenance
-from ghibli.runtime.resources import device_name, forget_peak
+from ghibli.runtime.resources import device_name, reset_peak_memory
 from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import CleanStop, StopRequested, requeue
 from ghibli.training.module import GhibliModule
@@ -116,7 +116,7 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
         SystemExit: Ctrl-C, SIGTERM or, under Slurm, SIGUSR1; with the exit code that is due.
         UserError: the settings, the files or the machine do not allow it.
     """
-    forget_peak()
+    reset_peak_memory()
     checkpoint = run.checkpoint_to_resume() if resumes else None
     restore, stop = run.as_it_was(), CleanStop(run)
     write_text(run.config, to_yaml(config))
@@ -124,7 +124,7 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
         state="running", reason=None, started=run.read_status().get("started", now()),
         settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
         process=os.getpid(), threads=config.threads or torch.get_num_threads(), **provenance(),
-        **identity.marks(config, run),
+        **identity.identity_fields(config, run),
     )  # fmt: skip
     try:
         with stop:

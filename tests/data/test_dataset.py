@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ghibli.data.dataset import batches_in, in_batches, left_out
+from ghibli.data.dataset import batches_in, left_out, order_in_batches
 from ghibli.data.latents import Moments, encode
 from ghibli.images.resize import WIDEST, bucket_sizes, preprocess, size_for
 from ghibli.models.base import BaseModel
@@ -63,14 +63,14 @@ def test_a_circle_stays_a_circle() -> None:
 
 def test_one_shape_leaves_the_order_alone() -> None:
     order = np.random.default_rng(0).permutation(23)
-    assert in_batches(order, [(512, 512)] * 23, 4) == order[:20].tolist()
+    assert order_in_batches(order, [(512, 512)] * 23, 4) == order[:20].tolist()
     assert batches_in([(512, 512)] * 23, 4) == 5
 
 
 def test_every_batch_has_one_shape_and_no_image_comes_twice() -> None:
     shapes = [((512, 512), (640, 384), (384, 640))[i % 3 if i < 40 else 0] for i in range(50)]
     for seed in range(5):
-        laid = in_batches(np.random.default_rng(seed).permutation(50), shapes, 4)
+        laid = order_in_batches(np.random.default_rng(seed).permutation(50), shapes, 4)
         assert len(laid) == 4 * batches_in(shapes, 4) and len(set(laid)) == len(laid)
         for start in range(0, len(laid), 4):
             assert len({shapes[image] for image in laid[start : start + 4]}) == 1

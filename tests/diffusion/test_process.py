@@ -14,7 +14,7 @@ from helpers.sd15_random import SCHEDULER
 from ghibli.adapters.lora import trainable
 from ghibli.config.schema import Config
 from ghibli.diffusion import losses, process
-from ghibli.diffusion.losses import denoising_losses
+from ghibli.diffusion.losses import loss_function, mse
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.training.module import GhibliModule
@@ -90,7 +90,7 @@ def test_linear_betas_are_diffusers_defaults() -> None:
 def test_guided_noise_is_the_formula() -> None:
     uncond, cond = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
     for s in (1.0, 2.0, 7.5):
-        w = s - 1  # the other way one slide writes it
+        w = s - 1  # as the reference study also writes it
         guided = process.guided_noise(uncond, cond, s)
         torch.testing.assert_close(guided, (1 + w) * cond - w * uncond, rtol=1e-12, atol=1e-12)
     assert torch.equal(process.guided_noise(uncond, cond, 0), uncond)
@@ -133,11 +133,12 @@ def test_predict_noise_with_guidance_is_one_call_with_the_unconditional_half_fir
     torch.testing.assert_close(noise_pred, uncond + guidance * (cond - uncond))
 
 
-def test_denoising_losses_are_mse_of_each_example_in_fp32() -> None:
+def test_mse_is_that_of_each_example_in_fp32() -> None:
     noise_pred, target = torch.randn(2, 3, 4, 8, 8).to(torch.bfloat16)
-    losses = denoising_losses(noise_pred, target)
+    losses = mse(noise_pred, target)
     assert losses.dtype == torch.float32
     assert losses.shape == (3,)
+    assert torch.equal(loss_function("mse")(noise_pred, target), losses)
     for i in range(3):
         torch.testing.assert_close(losses[i], F.mse_loss(noise_pred[i].float(), target[i].float()))
 
@@ -252,7 +253,7 @@ def test_the_probes_scores_are_the_guided_loss_and_the_conditional_one(
 
 
 def test_the_probe_keeps_to_the_bases_schedule(make_config: Callable, batch: dict[str, Any]) -> None:
-    """Whatever schedule trains, samplers use the base's, so that is what is judged."""
+    """Samplers use the base's schedule whichever one trains, so that is the one to score on."""
     wrong = GhibliModule(make_config("loss.noise_schedule=linear"), load("demo"))
     right = GhibliModule(make_config(), load("demo"))
     assert torch.equal(wrong.base_alphas_cumprod, right.alphas_cumprod)

@@ -1,4 +1,4 @@
-"""Sampling against diffusers' own pipeline and, in float64, against the written steps; the grid."""
+"""Sampling against diffusers' own pipeline and, in float64, against the published steps; the grid."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -126,7 +126,7 @@ def noises(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[torch.Tens
 
 
 def ddpm_by_hand(timesteps: list[int], z: Iterator[torch.Tensor]) -> torch.Tensor:
-    """The slides' step in float64, with beta = 1 - abar_t / abar_t-k; abar is 1 after the last step."""
+    """The reference study's step in float64, beta = 1 - abar_t / abar_t-k; abar is 1 after the last step."""
     abar = abar_of_sd15()
     x = next(z)
     for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
@@ -140,7 +140,7 @@ def ddpm_by_hand(timesteps: list[int], z: Iterator[torch.Tensor]) -> torch.Tenso
 
 
 def ddim_by_hand(timesteps: list[int], z: Iterator[torch.Tensor]) -> torch.Tensor:
-    """The slides' step in float64; below 0 abar is abar_0, as SD 1.5's file says."""
+    """The reference study's step in float64; below 0 abar is abar_0, as SD 1.5's file says."""
     abar, step = abar_of_sd15(), 1000 // len(timesteps)
     x = next(z)
     for t in timesteps:
@@ -216,7 +216,9 @@ FILES = {
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_scheduler_is_sd15s_whatever_its_file_leaves_out(demo: BaseModel, sampler: str, file: str) -> None:
+def test_scheduler_is_sd15s_where_its_file_leaves_something_out(
+    demo: BaseModel, sampler: str, file: str
+) -> None:
     scheduler = make_scheduler(sampler, with_scheduler(demo, FILES[file]))
     assert scheduler.config.clip_sample is False
     assert scheduler.config.steps_offset == 1
@@ -325,7 +327,7 @@ def box(grid: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, 
     """(left, top, width, height) of everything in exactly this colour, which fills its box."""
     ys, xs = np.nonzero((grid == colour).all(-1))
     left, top, width, height = xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1
-    assert len(ys) == width * height, "the colour is in one place only, and whole"
+    assert len(ys) == width * height, "the colour fills one box and nothing else"
     return int(left), int(top), int(width), int(height)
 
 

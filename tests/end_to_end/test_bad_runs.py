@@ -18,10 +18,10 @@ from faults.compare import different_parts
 from helpers.commands import REPO, SMALL
 
 import train
-from ghibli.cli.runs import list_runs
+from ghibli.cli.runs import list_command
 from ghibli.config.schema import Config
 from ghibli.runs import launch
-from ghibli.runs.find import find_run
+from ghibli.runs.find import run_to_resume
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, write_atomically
@@ -98,7 +98,7 @@ def test_a_batch_larger_than_the_training_set(command: Callable[..., Said], tmp_
         ("+trainer.max_steps=3", "training ended before its first epoch did"),
         ("early_stopping.patience=null +trainer.max_time=00:00:00:00", "training ended before its first"),
         ("model.adapter=nowhere", "model.adapter=nowhere: no pytorch_lora_weights.safetensors there"),
-        ("model.path=nowhere", "model.path=nowhere: no such folder or file, and no hub id (OWNER/NAME)"),
+        ("model.path=nowhere", "model.path=nowhere: no such folder or file, and not a hub id (OWNER/NAME)"),
     ],
 )
 def test_settings_that_something_refuses(
@@ -255,10 +255,10 @@ def test_nothing_is_resumed_from_an_untrained_adapter(tmp_path: Path, name: str)
     run.last_checkpoint.write_bytes(b"damaged")
     name = name.replace("RUN", str(run.path))
     with pytest.raises(UserError, match="its config.yaml is gone"):
-        find_run(name, tmp_path)
+        run_to_resume(name, tmp_path)
     run.config.write_text("seed: 0")
     with pytest.raises(UserError, match="last.ckpt is damaged or cut off; start the run anew"):
-        find_run(name, tmp_path)
+        run_to_resume(name, tmp_path)
 
 
 def test_a_resume_that_finds_no_checkpoint_stops(make_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_loader_process_that_is_killed(
 
     monkeypatch.setattr(GhibliModule, "training_step", step)
     said = command("data.workers=1", f"hydra.run.dir={tmp_path}")
-    assert "a loader process was killed, most often for want of memory" in one_line(said)
+    assert "a loader process was killed, most likely because memory ran out" in one_line(said)
     assert f"go on with: python train.py resume={os.path.relpath(tmp_path)}" in said[1]
     assert status(tmp_path)["state"] == "failed"
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
@@ -380,7 +380,7 @@ def test_slurm_starts_a_job_again_that_goes_on_to_the_same_end(
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     code, out, err = command(*words)
     assert (code, err) == (0, "")
-    assert "is half done: going on from step 2" in out
+    assert "is unfinished: resuming from step 2" in out
     assert different_parts(undisturbed, run) == []
     assert not list(run.rglob("hpc_*"))
 
@@ -459,7 +459,7 @@ def test_list_survives_damaged_status_files(
         (runs / name).mkdir()
         (runs / name / "status.json").write_bytes(content)
     (runs / "folder" / "status.json").mkdir(parents=True)
-    list_runs()
+    list_command()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0].rsplit("/", 1)[-1] for line in lines[1:]] == [
         "bytes", "cut", "empty", "folder", "list", "good",

@@ -181,7 +181,7 @@ def test_the_shares_side_by_side_are_the_probe_in_order(count: int, world_size: 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "ddp_spawn", "ddp_notebook"])
 def test_strategies_that_are_refused(make_config: Callable, strategy: str) -> None:
-    with pytest.raises(UserError, match=rf"trainer.strategy={strategy} is not for this trainer .*: use ddp"):
+    with pytest.raises(UserError, match=rf"trainer.strategy={strategy} is not supported .*: use ddp"):
         make_config(f"trainer.strategy={strategy}")
 
 
@@ -191,10 +191,10 @@ def test_a_further_process_leaves_a_finished_run_as_the_first_does(
     """Started by torchrun for a folder that is done, it would wait for the first one for ever."""
     run = RunDir(tmp_path)
     run.update_status(state="finished", objective=0.5)
-    run.update_status(seal=identity.seal(run.read_status()))
+    run.update_status(seal=identity.result_checksum(run.read_status()))
     config, followed = make_config(), []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(train, "this_run", lambda: run)
+    monkeypatch.setattr(train, "current_run", lambda: run)
     monkeypatch.setattr(train, "job_config", lambda cfg: config)
     monkeypatch.setattr(train, "follow", lambda *_: followed.append(1))
     train.main(config)

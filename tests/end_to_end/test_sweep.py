@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from helpers.commands import REPO, SMALL, python_sweep
 from helpers.wandb_files import offline_records
+from hydra import compose
 from hydra.errors import HydraException
 from PIL import Image
 from rich.console import Console
 
 import sweep
 import train
-from ghibli.config.hydra_errors import all_keys, explain
+from ghibli.config.hydra_errors import explain
+from ghibli.config.keys import affects_result, all_keys
 from ghibli.config.schema import Command
 from ghibli.evaluation.gain import Gain, Probe, paired_gain
 from ghibli.runs import launch
 from ghibli.runs.folder import RunDir
-from ghibli.runs.identity import is_free
 from ghibli.sweeps import effects, grid, plots, ranking, trials
 from ghibli.sweeps.trials import read_trials, varied
 
@@ -90,9 +90,10 @@ def test_report_only_trains_nothing(folder: Path, words: list[str], monkeypatch:
 
 def test_no_folder_is_called_after_what_changes_no_result() -> None:
     """Else `sweep.py` and then `sweep.py sweep.repeats=3` would train everything twice."""
-    hydra = yaml.safe_load((REPO / "conf" / "train.yaml").read_text())["hydra"]
-    free = {key for key in all_keys(Command) if is_free(key) or key.startswith("sweep.")}
-    assert free <= set(hydra["job"]["config"]["override_dirname"]["exclude_keys"])
+    with grid.hydra_on_conf():
+        hydra = compose("train", return_hydra_config=True).hydra
+    free = {key for key in all_keys(Command) if not affects_result(key) or key.startswith("sweep.")}
+    assert free <= set(hydra.job.config.override_dirname.exclude_keys)
 
 
 def test_a_refused_trial_is_not_ranked(

@@ -71,7 +71,7 @@ def test_guided_run(train_py: Callable, tmp_path: Path) -> None:
     assert "start    at guidance 7.5 the untouched base scores" in done.stdout
     assert [finding["name"] for finding in status["findings"]] == ["sampling scale"]
     assert "doctor: sampling scale: trained with loss.guidance=7.5, the images are mush" in said(done)
-    assert "sample it at about 15, the last column of the grids" in said(done)
+    assert "sample at about 15, the last column of the grids" in said(done)
     last = load_file(tmp_path / "adapter_last" / "pytorch_lora_weights.safetensors")
     stored = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
     assert sorted(t.norm().item() for t in last.values()) == sorted(t.norm().item() for t in stored.values())

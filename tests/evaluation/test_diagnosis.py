@@ -99,7 +99,7 @@ def test_overfitting(findings: Callable) -> None:
 def test_guided_training_wants_another_sampling_scale(findings: Callable) -> None:
     found = findings("trainer.max_epochs=1", "loss.guidance=4")
     assert set(found) == {"sampling scale"}
-    assert "sample it at about 8, the last column" in found["sampling scale"]
+    assert "sample at about 8, the last column" in found["sampling scale"]
 
 
 def test_few_held_out_images_are_no_ground_for_a_finding(findings: Callable) -> None:
@@ -229,5 +229,5 @@ def test_latents_that_are_no_numbers_name_the_image(
         return torch.full((3, resolution, resolution), torch.nan)
 
     monkeypatch.setattr(latents, "preprocess", broken)
-    with pytest.raises(UserError, match=r"scene_\d+.png: the VAE makes no finite latents of it"):
+    with pytest.raises(UserError, match=r"scene_\d+.png: its latents are not finite"):
         findings(f"cache_dir={tmp_path / 'cache'}")  # another one has the codes of these images

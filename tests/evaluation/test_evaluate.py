@@ -13,7 +13,7 @@ from rich.console import Console
 import train
 from ghibli.adapters.trained import starting_base, trained_base
 from ghibli.cli import runs
-from ghibli.config.files import changed
+from ghibli.config.files import apply_overrides
 from ghibli.config.schema import Config
 from ghibli.data import sources
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
@@ -22,7 +22,7 @@ from ghibli.diffusion.samplers import Cell, sample
 from ghibli.evaluation import diagnosis, evaluate, samples
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
 from ghibli.models.base import BaseModel, weights_hash
-from ghibli.runs.find import config_of
+from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import checksum_of, write_with_checksum
@@ -51,7 +51,7 @@ def finished(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def result(finished: RunDir) -> dict:
-    return evaluate.evaluate(finished, config_of(finished))
+    return evaluate.evaluate(finished, finished_config(finished))
 
 
 def test_the_table_has_every_cell_and_the_guided_run_its_own_scale(finished: RunDir, result: dict) -> None:
@@ -64,7 +64,7 @@ def test_the_table_has_every_cell_and_the_guided_run_its_own_scale(finished: Run
 
 
 def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, result: dict) -> None:
-    config = config_of(finished)
+    config = finished_config(finished)
     base = starting_base(config)
     reference_images, training = sources.real_images(config)
     assert len(reference_images) == 16 and len(training) < 24
@@ -82,7 +82,7 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, re
 
 
 def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: dict) -> None:
-    config = config_of(finished)
+    config = finished_config(finished)
     ruler = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), [])
     images, _ = sources.real_images(config)
     ruler.captions = [image.caption for image in images]
@@ -147,7 +147,7 @@ class Dashboard:
 def test_a_run_that_was_online_is_logged_offline_without_a_login(
     finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    config, modes, board = config_of(finished), [], Dashboard()
+    config, modes, board = finished_config(finished), [], Dashboard()
     config.wandb.mode = "online"
     monkeypatch.setattr(wandb_logger, "start", lambda *words: modes.append(words[-1]) or board)
     wandb_logger.log_evaluation(config, finished, result)
@@ -166,7 +166,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(
     finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Stopped in its third cell, then the first one's file is damaged: only the second is not drawn again."""
-    config = changed(config_of(finished), [f"cache_dir={tmp_path}"], evaluate.CHANGEABLE)
+    config = apply_overrides(finished_config(finished), [f"cache_dir={tmp_path}"], evaluate.CHANGEABLE)
     calls, real, copy = [], samplers.sample, RunDir(tmp_path / "run")
     shutil.copytree(finished.path, copy.path)
 
@@ -192,7 +192,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(
 
 
 def test_the_trained_base_is_the_run_and_not_the_base(finished: RunDir) -> None:
-    config = config_of(finished)
+    config = finished_config(finished)
     assert weights_hash(trained_base(finished, config)) != weights_hash(starting_base(config))
 
 
@@ -220,7 +220,7 @@ def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -
 
 
 def test_copies_of_training_images_show(finished: RunDir) -> None:
-    config = config_of(finished)
+    config = finished_config(finished)
     measure = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), ["a"]).measure_real
     reference_images, training_images = sources.real_images(config)
     own, training = measure("", reference_images), measure("", training_images)
@@ -233,7 +233,7 @@ def test_copies_are_looked_for_among_all_training_images(
     finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 24 images some 20 are trained on; the floor is that of as many as there are samples, 6."""
-    config = config_of(finished)
+    config = finished_config(finished)
     seen, ratio = [], evaluate.copying_ratio
     monkeypatch.setattr(evaluate, "copying_ratio", lambda rows, real: seen.append(real) or ratio(rows, real))
     evaluate.evaluate(finished, config)
@@ -245,7 +245,7 @@ def test_copies_are_looked_for_among_all_training_images(
 
 
 def test_the_seed_of_the_start_noise_is_the_grids(finished: RunDir) -> None:
-    config = changed(config_of(finished), ["sample.seed=40"], evaluate.CHANGEABLE)
+    config = apply_overrides(finished_config(finished), ["sample.seed=40"], evaluate.CHANGEABLE)
     base, cell = starting_base(config), Cell("ddim", 1)
     measured = samples.SampleCache(config, FeatureExtractor(config, base), ["a", "b"]).measure_model(
         base, cell, 2
@@ -283,7 +283,7 @@ def test_an_evaluation_of_other_weights_is_not_read(finished: RunDir, result: di
 
 
 def test_held_out_images_are_the_reference_without_a_folder(finished: RunDir) -> None:
-    config = config_of(finished)
+    config = finished_config(finished)
     config.data.reference = None
     reference, training = sources.real_images(config)
     split = json.loads(finished.split.read_text())
@@ -303,25 +303,25 @@ def test_held_out_images_are_the_reference_without_a_folder(finished: RunDir) ->
     ],
 )
 def test_wrong_settings_are_one_line(finished: RunDir, word: str, message: str | None) -> None:
-    config = config_of(finished)
+    config = finished_config(finished)
     if message is None:
-        config = changed(config, [word, "evaluate.features=inception"], evaluate.CHANGEABLE)
+        config = apply_overrides(config, [word, "evaluate.features=inception"], evaluate.CHANGEABLE)
         with pytest.raises(UserError, match=r"evaluate\.inception=gone\.pth: no such file"):
             FeatureExtractor(config, starting_base(config))
         return
     with pytest.raises(UserError, match=message):
-        changed(config, [word], evaluate.CHANGEABLE)
+        apply_overrides(config, [word], evaluate.CHANGEABLE)
 
 
 def test_what_is_no_finished_run_is_one_line(finished: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
-        config_of(RunDir(tmp_path))
+        finished_config(RunDir(tmp_path))
     copy = RunDir(tmp_path / "copy")
     shutil.copytree(finished.path, copy.path)
     copy.update_status(state="interrupted")
     with pytest.raises(UserError, match=r"is interrupted, not finished: python train\.py resume="):
-        config_of(copy)
+        finished_config(copy)
     copy.update_status(state="finished")
     (copy.adapter / "pytorch_lora_weights.safetensors").unlink()
     with pytest.raises(UserError, match="no pytorch_lora_weights"):
-        trained_base(copy, config_of(copy))
+        trained_base(copy, finished_config(copy))

@@ -12,7 +12,7 @@ from ghibli.data.folder import CaptionedImage
 from ghibli.data.latents import Moments, encode
 from ghibli.data.validation_items import make_items, strata
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
-from ghibli.diffusion.losses import denoising_losses
+from ghibli.diffusion.losses import mse
 from ghibli.diffusion.process import add_noise
 from ghibli.diffusion.samplers import make_scheduler
 from ghibli.evaluation.gain import Gain, Probe, best_epoch, expected_losses, paired_gain, significant_best
@@ -261,7 +261,7 @@ def losses(model: BaseModel, batch: dict, alphas_cumprod: torch.Tensor) -> torch
     noisy_latents = add_noise(batch["latents"], batch["noise"], batch["timesteps"], alphas_cumprod)
     prompt_embeds = model.encode_prompts(batch["input_ids"])
     noise_pred = model.unet(noisy_latents, batch["timesteps"], prompt_embeds).sample
-    return denoising_losses(noise_pred, batch["noise"])
+    return mse(noise_pred, batch["noise"])
 
 
 def test_an_images_moments_do_not_depend_on_the_others(base: BaseModel, images: Path) -> None:

@@ -221,7 +221,7 @@ def latents_that_are_no_numbers(place: Place) -> str:
     run, cache = place.scratch / "nan", place.scratch / "nan_cache"  # a full cache would need no VAE
     command = new_command(run, SETTINGS, cache)
     line = place.one_line(place.begin([sys.executable, "-c", NAN, *command[1:]]))
-    require("the VAE makes no finite latents of it" in line, line)
+    require("its latents are not finite" in line, line)
     place.finish(command)
     require(not different_parts(place.undisturbed, run), "another result")
     return line

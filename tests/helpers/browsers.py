@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages; they are skipped where selenium or the browser is not at hand."""
+"""A headless Chromium for tests of pages, which are skipped without selenium or the browser."""
 
 import shutil
 from typing import Any
@@ -10,7 +10,7 @@ DRIVER = shutil.which("chromedriver")
 
 
 def new_browser(width: int = 800, height: int = 600) -> Any:
-    """A selenium driver; its console can be read."""
+    """Create a selenium driver whose browser log can be read."""
     webdriver = pytest.importorskip("selenium.webdriver")
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("no chromium with its chromedriver")

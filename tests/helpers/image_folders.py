@@ -1,4 +1,4 @@
-"""Small image folders, and what `read_folder` finds in them."""
+"""Small image folders, and reading them with `read_folder`."""
 
 from pathlib import Path
 from zlib import crc32
@@ -11,7 +11,7 @@ RED = (200, 30, 40)
 
 
 def write_image(path: Path, size: tuple[int, int] = (64, 48), colour: tuple[int, int, int] = RED) -> Path:
-    """Writes an image of one colour, which the name makes unique, and returns its path."""
+    """Write an image of one colour, made unique by its name, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", size, colour)
     if min(size) > 8:

@@ -1,4 +1,4 @@
-"""Run folders made by hand, and a reader of HTML, for the tests of `ghibli report`."""
+"""Synthetic run folders and an HTML parser for the tests of `ghibli report`."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from ghibli.runtime.files import write_rows, write_with_checksum
 from ghibli.training.callbacks.metrics import METRICS, probe_values
 
 EVIL = "<script>alert(1)</script>\"' onload=alert(2) {{ 7 * 7 }} &amp;"
-BREAK = "\u200b"  # where a word may be broken
+BREAK = "\u200b"  # stands for <wbr>, where a word may be broken
 VOID = {"meta", "link", "img", "input", "br", "wbr"}
 STATUS = {
     "state": "finished", "reason": None, "started": "2026-01-01T10:00:00+00:00",
@@ -33,10 +33,10 @@ SETTINGS = {
 
 
 def make_run(folder: Path, gains: tuple[float, ...] = (0, 0.3, 0.4, 0.35), **changes: object) -> RunDir:
-    """A run folder with these held-out gains (the untouched model's first), and its best checkpoint.
+    """Create a run folder with these held-out gains (the untouched model's first) and its checkpoints.
 
     Args:
-        changes: entries of status.json, or with a dot (as `lora__rank`) settings.
+        changes: entries of status.json; with a double underscore, such as `lora__rank`, settings.
     """
     run, settings = RunDir(folder), json.loads(json.dumps(SETTINGS))
     for key in [key for key in changes if "__" in key]:
@@ -64,7 +64,7 @@ def make_run(folder: Path, gains: tuple[float, ...] = (0, 0.3, 0.4, 0.35), **cha
 
 
 def probe_of(gain: float) -> Probe:
-    """Scores of 8 images that are about `gain` better than the base."""
+    """Create scores of 8 images that are better than the base by about `gain`."""
     generator = torch.Generator().manual_seed(0)
     base = torch.rand((8, 4), generator=generator) + 0.5
     ours = base * (1 - gain * (1 + 0.1 * torch.rand((8, 4), generator=generator)))
@@ -77,7 +77,7 @@ def cell(sampler: str, guidance: float, kernel: float, **more: object) -> dict:
 
 
 def evaluation_of(guidance: float, scan: dict[str, list[float]]) -> dict:
-    """The content of an evaluation.json."""
+    """Create the content of an evaluation.json."""
     own = [cell("ddim", 1.0, 2.5), cell("ddim", 7.5, 0.48, kernel_minus_base=[-3.7, 1.3], copying=0.41)]
     return {
         "features": "style", "reference_images": 16, "samples": 12, "num_inference_steps": 8,
@@ -90,7 +90,7 @@ def evaluation_of(guidance: float, scan: dict[str, list[float]]) -> dict:
 
 
 class Page(HTMLParser):
-    """A page's text and tags; fails where a tag is not closed."""
+    """The text and tags of a page; fails if a tag is not closed."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -29,7 +29,7 @@ from ghibli.inference.load import load_model
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.models.safetensors import ADAPTER_FILE
-from ghibli.runs.find import config_of
+from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
@@ -47,7 +47,7 @@ def run(make_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> RunD
 @pytest.fixture(scope="module")
 def exported(run: RunDir) -> tuple[Path, list[export.Check]]:
     folder = run.path / "export"
-    return folder, export.export(run, config_of(run), folder, merge=True)
+    return folder, export.export(run, finished_config(run), folder, merge=True)
 
 
 # Files for others
@@ -292,7 +292,7 @@ def test_one_model_at_a_time(run: RunDir, tmp_path: Path, monkeypatch: pytest.Mo
         return loaded
 
     monkeypatch.setattr(apply, "load_base", watched)
-    export.export(run, config_of(run), tmp_path / "out", merge=True)
+    export.export(run, finished_config(run), tmp_path / "out", merge=True)
     assert len(seen) == 5  # untouched, live, merged, and one for each file
 
 

@@ -128,7 +128,7 @@ def test_the_hash_knows_every_weight_and_the_schedule(base: BaseModel) -> None:
 
 def test_a_folder_that_is_no_base(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
-    assert "is no diffusers folder of Stable Diffusion 1.5: it has no tokenizer/" in refused(tmp_path)
+    assert "is not a diffusers folder of Stable Diffusion 1.5: it has no tokenizer/" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "scheduler", *WEIGHTS])
@@ -277,7 +277,7 @@ def test_configs_for_a_single_file(tmp_path: Path) -> None:
 def test_names_of_the_hub() -> None:
     text = refused("runwayml/stable-diffusion-v1-5")
     assert text.endswith("is gone from the hub: use stable-diffusion-v1-5/stable-diffusion-v1-5")
-    assert "no such folder or file, and no hub id (OWNER/NAME)" in refused("nowhere")
+    assert "no such folder or file, and not a hub id (OWNER/NAME)" in refused("nowhere")
     assert "no such folder or file" in refused("./nowhere/at-all")
     assert "no such folder or file" in refused("~/nowhere/at-all")
     assert "the hub cannot be reached" in refused("nobody/nothing")

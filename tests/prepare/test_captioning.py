@@ -1,4 +1,4 @@
-"""`ghibli caption`: what transformers' own BLIP says, once for every image, and no written word is lost."""
+"""`ghibli caption`: the captions of transformers' own BLIP, one per image; existing captions are kept."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.images.read import open_image
 from ghibli.prepare import captioning
 from ghibli.prepare.captioning import Blip, caption_folder
@@ -30,7 +30,7 @@ WORDS = f"{NOUNS} {OTHERS}".split()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BLIP with random weights, large enough ones that images matter, saved as BLIP is."""
+    """A tiny saved BLIP with random weights, large enough that captions depend on the image."""
     folder = tmp_path_factory.mktemp("blip")
     (folder / "vocab.txt").write_text("\n".join([*MARKS, *WORDS]))
     tokenizer = BertTokenizer(str(folder / "vocab.txt"))
@@ -57,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Seven unlike images: of all shapes, one with transparency, one turned by its EXIF."""
+    """Seven different images: of several shapes, one with transparency, one rotated by its EXIF."""
     root = tmp_path / "set"
     for number, size in enumerate([(64, 48), (40, 90), (300, 200), (64, 64), (33, 65)]):
         write_image(root / f"{number}.png", size, (50 * number, 255 - 40 * number, 20 + 97 * number % 256))
@@ -79,12 +79,12 @@ def lines_of(folder: Path) -> dict[str, str]:
 BLIP = "Salesforce/blip-image-captioning-base"
 
 
-def run(folder: Path, model: Path, batch_size: int = 3) -> captioning.Captioned:
-    return caption_folder(folder, captioning.blip(str(model)), batch_size=batch_size)
+def run(folder: Path, model: Path, batch_size: int = 3) -> captioning.CaptioningResult:
+    return caption_folder(folder, captioning.blip_loader(str(model)), batch_size=batch_size)
 
 
 def one_by_one(folder: Path, model: Path) -> dict[str, str]:
-    """What transformers says of each image alone, with its generate as its documentation calls it."""
+    """Caption each image alone with transformers, called as in its documentation."""
     network = BlipForConditionalGeneration.from_pretrained(model).eval()
     processor = BlipProcessor.from_pretrained(model)
     said = {}
@@ -97,28 +97,28 @@ def one_by_one(folder: Path, model: Path) -> dict[str, str]:
     return said
 
 
-def test_a_batch_says_what_each_image_alone_gets(folder: Path, model: Path) -> None:
+def test_a_batch_gives_the_captions_of_single_images(folder: Path, model: Path) -> None:
     expected = one_by_one(folder, model)
-    assert len(set(expected.values())) >= 5  # else it would say the same of any image
+    assert len(set(expected.values())) >= 5  # otherwise captions would not depend on the image
     done = run(folder, model)
     assert done.written == expected == lines_of(folder)
-    assert (done.had_one, done.skipped) == (0, {})
+    assert (done.already_captioned, done.skipped) == (0, {})
     assert captions_of(read(folder)) == {name: f"{words}, in ink" for name, words in expected.items()}
     before = (folder / "captions.txt").read_bytes()
     again = caption_folder(folder, lambda: pytest.fail("nothing to load"), batch_size=3)
-    assert (again.written, again.had_one) == ({}, 7)
+    assert (again.written, again.already_captioned) == ({}, 7)
     assert (folder / "captions.txt").read_bytes() == before
 
 
-def test_hand_made_captions_stay_as_they_are(folder: Path, model: Path) -> None:
-    by_hand = "\ufeff1.png|by  hand \r\n3.png|\r\n\r\ngone.png|a gone one".encode()  # the odd bytes stay too
+def test_existing_captions_stay_as_they_are(folder: Path, model: Path) -> None:
+    by_hand = "\ufeff1.png|by  hand \r\n3.png|\r\n\r\ngone.png|a gone one".encode()  # byte for byte
     (folder / "captions.txt").write_bytes(by_hand)
     (folder / "2.txt").write_text("beside")
     (folder / "4.txt").write_bytes(b"caf\xe9")
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "json"}')
     done = run(folder, model)
     assert set(done.written) == {"3.png", "5.jpg", "6.png"}
-    assert done.had_one == 4  # 0, 1, 2 and the one that is gone
+    assert done.already_captioned == 4  # 0, 1, 2 and the missing one
     assert done.skipped == {"4.png": "4.txt is not UTF-8 text: save it as UTF-8"}
     content = (folder / "captions.txt").read_bytes()
     assert content.startswith(by_hand + b"\n3.png|")
@@ -127,7 +127,7 @@ def test_hand_made_captions_stay_as_they_are(folder: Path, model: Path) -> None:
     assert captions["3.png"] == f"{done.written['3.png']}, in ink"
 
 
-def test_killed_it_goes_on_and_keeps_what_was_edited_meanwhile(folder: Path, model: Path) -> None:
+def test_captioning_resumes_after_a_kill_and_keeps_edits(folder: Path, model: Path) -> None:
     expected = one_by_one(folder, model)
     captioner, calls = Blip(str(model), torch.device("cpu")), []
 
@@ -135,7 +135,7 @@ def test_killed_it_goes_on_and_keeps_what_was_edited_meanwhile(folder: Path, mod
         calls.append(len(images))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        if len(calls) == 2:  # someone mends a caption while it runs
+        if len(calls) == 2:  # the user edits a caption meanwhile
             table = folder / "captions.txt"
             table.write_text(table.read_text().replace(f"0.png|{expected['0.png']}", "0.png|mended"))
         return captioner(images)
@@ -155,17 +155,17 @@ def test_what_cannot_be_captioned_is_named(folder: Path, model: Path) -> None:
     done = run(folder, model, batch_size=50)
     assert len(done.written) == 7
     assert done.skipped == {
-        "a|b.png": "captions.txt cannot hold such a name: rename it",
+        "a|b.png": "captions.txt cannot hold this file name: rename the image",
         "7.png": "it is not an image, despite its name",
     }
     silent = caption_folder(folder, lambda: lambda images: [""] * len(images), batch_size=1)
     assert silent.written == {}
     write_image(folder / "8.png")
     silent = caption_folder(folder, lambda: lambda images: [""] * len(images), batch_size=1)
-    assert silent.skipped["8.png"] == "the model had no words for it"
+    assert silent.skipped["8.png"] == "the model returned an empty caption"
 
 
-def test_captions_of_the_kaggle_set_lie_above_its_folders(folder: Path, model: Path) -> None:
+def test_captions_of_the_kaggle_set_are_above_its_folders(folder: Path, model: Path) -> None:
     home = folder.parent / "kaggle"
     (home / "dataset").mkdir(parents=True)
     folder.rename(home / "dataset" / "trainB_ghibli")
@@ -193,7 +193,7 @@ def test_models_that_cannot_be_used(folder: Path, model: Path, tmp_path: Path) -
     assert f"convert it once: python -m ghibli convert {empty / 'pytorch_model.bin'}" in load(empty)
     (empty / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
     assert "model.safetensors is cut off or damaged" in load(empty)
-    assert "no such folder, and no hub id" in load(tmp_path / "nowhere")
+    assert "no such folder, and not a hub id" in load(tmp_path / "nowhere")
     text = load(BLIP)
     assert text.startswith(f"--model {BLIP} is not on this machine and the hub cannot be reached; ")
     assert "--model FOLDER" in text

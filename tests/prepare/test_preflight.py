@@ -1,4 +1,4 @@
-"""`ghibli check` and what train.py says before it trains."""
+"""`ghibli check`, and the checks of train.py before it trains."""
 
 import errno
 import re
@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import train
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.data import datamodule
 from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import split_apart, split_by_content
@@ -25,7 +25,7 @@ from ghibli.models import load
 from ghibli.models.base import BaseModel
 from ghibli.models.performance import shrink_frozen
 from ghibli.prepare import dataset_checks, memory, preflight
-from ghibli.prepare.memory import Live, measured
+from ghibli.prepare.memory import Live, measure_cost
 from ghibli.runs.folder import RunDir
 from ghibli.runtime import resources
 from ghibli.runtime.resources import free_memory
@@ -34,7 +34,7 @@ from ghibli.training.module import GhibliModule
 
 @pytest.fixture
 def check(images: Path) -> Callable[..., list[Finding]]:
-    """preflight.check of the shrunk demo with further words."""
+    """preflight.check of the shrunk demo with further overrides."""
 
     def run(*words: str) -> list[Finding]:
         return preflight.check([*SMALL, f"data.root={images}", "data.draw=null", *words])
@@ -50,12 +50,12 @@ def texts(found: list[Finding], level: str) -> dict[str, str]:
 
 
 def test_a_healthy_run(check: Callable) -> None:
-    """Nothing to warn of; the plan is what is trained: torch's own schedule, stepped after each epoch."""
+    """No warnings; the planned learning rates are those of torch's own schedule, stepped per epoch."""
     found = check("data.batch_size=5", "data.accumulate=1", "trainer.max_epochs=4")
     assert {finding.level for finding in found} == {"note"}
     notes = texts(found, "note")
     assert set(notes) >= {"config", "base", "device", "images", "plan", "memory", "disk"}
-    assert "it predicts epsilon, its VAE makes one latent of 8x8 px" in notes["base"]
+    assert "it predicts epsilon, its VAE encodes 8x8 px as one latent" in notes["base"]
     assert "21 to train on, 3 held out" in notes["images"]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
@@ -65,13 +65,14 @@ def test_a_healthy_run(check: Callable) -> None:
         optimizer.step()
         schedule.step()
     assert (
-        "batch 5 x 1 accumulated x 1 device: 4 optimiser steps an epoch, 4 epochs, 16 steps" in notes["plan"]
+        "batch size 5 x accumulation 1 x 1 device: 4 optimiser steps per epoch, 4 epochs, 16 steps"
+        in notes["plan"]
     )
     said = [float(number) for number in re.findall(r"([\d.e-]+) at \d+ %", notes["plan"])]
     assert said == pytest.approx([*rates, rates[-1]], rel=5e-3)  # step 0, 4, 8, 12 and the last, 15
 
 
-def test_the_command_prints_all_and_says_by_its_exit_code(
+def test_the_command_prints_all_findings_and_fails_on_errors(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["check", *SMALL, f"data.root={images}", "data.draw=null"]
@@ -84,7 +85,7 @@ def test_the_command_prints_all_and_says_by_its_exit_code(
     assert done.exit_code == 2
     levels = [line.split(":")[0] for line in done.output.splitlines()]
     assert levels == ["error"] * 2 + ["warning"] + ["note"] * 5
-    assert "1 MB are free: free some space, or choose another place, hydra.run.dir=DIR" in done.output
+    assert "1 MB are free: free some space, or choose another disk, hydra.run.dir=DIR" in done.output
     assert "warning: warm-up: optimizer.warmup_steps=5000, but there are 10 steps" in done.output
 
 
@@ -109,11 +110,11 @@ def test_the_command_prints_all_and_says_by_its_exit_code(
         ),
         (["data.batch_size=20"], ["data.batch_size=20 x accumulation 2 x devices 1 is more than the 21"]),
         (["resume=latest"], ["drop resume"]),
-        (["=3"], ["cannot read `=3`"]),
+        (["=3"], ["cannot parse `=3`"]),
     ],
     ids=["spelling", "ranges", "places", "targets", "batch", "resume", "equals"],
 )
-def test_every_mistake_at_once(check: Callable, words: list[str], messages: list[str]) -> None:
+def test_all_errors_at_once(check: Callable, words: list[str], messages: list[str]) -> None:
     found = check(*words)
     errors = [finding.text for finding in found if finding.level == "error"]
     assert [finding.level for finding in found[: len(errors)]] == ["error"] * len(errors)  # errors first
@@ -122,7 +123,7 @@ def test_every_mistake_at_once(check: Callable, words: list[str], messages: list
     assert [message for message in messages if not any(message in error for error in errors)] == []
 
 
-def test_the_slides_mistakes_are_told_before_they_are_made(check: Callable) -> None:
+def test_the_errors_of_the_reference_study_are_warned_of(check: Callable) -> None:
     found = check("experiment=slides_asrun", "loss.guidance=7.5")
     assert set(texts(found, "warning")) == {"noise schedule", "sampling scale"}
 
@@ -130,11 +131,12 @@ def test_the_slides_mistakes_are_told_before_they_are_made(check: Callable) -> N
 def test_a_base_that_is_not_downloaded_is_not_fetched(
     check: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the hub answers that is a warning; where it does not, training could not begin."""
-    monkeypatch.setattr(load, "hub_answers", lambda: True)
+    """A warning if the hub can be reached; an error if not, as training could not begin."""
+    monkeypatch.setattr(preflight, "hub_answers", lambda: True)
     text = texts(check("model.path=nobody/nothing"), "warning")["base"]
     assert "nobody/nothing is not downloaded yet" in text
-    monkeypatch.setattr(load, "hub_answers", lambda: False)
+    for module in (preflight, load):
+        monkeypatch.setattr(module, "hub_answers", lambda: False)
     text = texts(check("model.path=nobody/nothing"), "error")["base"]
     assert "the hub cannot be reached" in text
 
@@ -143,31 +145,31 @@ def test_a_base_that_is_not_downloaded_is_not_fetched(
 
 
 def lint(root: Path, base: BaseModel, val_fraction: float = 0.5, notes: bool = False) -> dict[str, str]:
-    """What is wrong with a folder: name -> text."""
+    """Return the findings about a folder: name -> text."""
     thumbnails = {}
     folder = read_folder(
         root, style=", Studio Ghibli style", default_caption=None, min_side=32,
         on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
     )  # fmt: skip
     split = split_apart(folder.images, thumbnails, val_fraction)
-    found = dataset_checks.lint(folder, split.train, split.held_out, thumbnails, split.moved)
-    found += [dataset_checks.too_long(folder.images, base.tokenizer)]
+    found = dataset_checks.check_dataset(folder, split.train, split.held_out, thumbnails, split.moved)
+    found += [dataset_checks.long_captions(folder.images, base.tokenizer)]
     return {f.name: f.text for f in found if f is not None and (notes or f.level != "note")}
 
 
 def table(names: list[str], captions: list[str]) -> str:
-    """The text of captions.txt."""
+    """Return the text of captions.txt."""
     return "".join(f"{name}|{caption}\n" for name, caption in zip(names, captions, strict=True))
 
 
-def test_captions_that_are_odd(tmp_path: Path, base: BaseModel) -> None:
+def test_findings_about_captions(tmp_path: Path, base: BaseModel) -> None:
     write_folder(tmp_path, "drawn", 10, FINETUNE_SEEDS.start)
     assert lint(tmp_path, base) == {}
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     captions = [f"image {number} of a girl" for number in range(10)]
     captions[0] = "the legend of ze ze ze ze"
     captions[1] = "one red dog, one red dog, one red dog and a mouse"
-    captions[2] = "a very very old house"  # twice is a way of speaking
+    captions[2] = "a very very old house"  # twice is normal
     captions[3] = " ".join(["a girl in a greenhouse by a lake"] * 2 + ["panda train"] * 40)
     captions[4] = ""
     (tmp_path / "captions.txt").write_text(table(names, captions))
@@ -183,11 +185,11 @@ def test_captions_that_are_odd(tmp_path: Path, base: BaseModel) -> None:
     assert f"{names[3]} loses `" in found["long captions"]
 
 
-def test_the_lost_words_are_those_the_tokenizer_cuts_off(base: BaseModel) -> None:
-    """What is kept and what is lost make the whole caption, word for word."""
+def test_the_lost_words_are_those_that_the_tokenizer_cuts_off(base: BaseModel) -> None:
+    """The kept and the lost words together are the caption."""
     words = ["a girl", "in", "a", "greenhouse", "by", "a", "lake", "under", "the", "moon"] * 9
     caption = " ".join(words)
-    text = dataset_checks.too_long([CaptionedImage(Path("a.png"), caption, "0")], base.tokenizer).text
+    text = dataset_checks.long_captions([CaptionedImage(Path("a.png"), caption, "0")], base.tokenizer).text
     start = re.search(r"loses `(.*?)( \.\.\.)?`", text)[1]
     kept = base.tokenizer.decode(base.tokenize([caption])[0], skip_special_tokens=True).strip()
     assert caption.startswith(f"{kept} {start}")
@@ -232,7 +234,7 @@ def test_a_copy_across_the_split_is_trained_on_and_named(tmp_path: Path, base: B
 
     original = sorted(split()[1])[0]
     (images / "copy.txt").write_text("a copy")
-    for quality in range(50, 90):  # until its hash falls on the other side
+    for quality in range(50, 90):  # until its hash puts it in the training set
         Image.open(images / f"{original}.png").save(images / "copy.jpg", quality=quality)
         if "copy" in split()[0]:
             break
@@ -263,8 +265,8 @@ def test_live_counts_what_is_alive() -> None:
     assert view.numel() == 10
 
 
-def test_measured_recovers_what_grows_with_the_area_and_what_does_not() -> None:
-    cost = measured(lambda height, width: [torch.zeros(100), torch.zeros(3, height, width)], 16)
+def test_measure_cost_recovers_what_grows_with_the_area_and_what_does_not() -> None:
+    cost = measure_cost(lambda height, width: [torch.zeros(100), torch.zeros(3, height, width)], 16)
     assert (cost.example, cost.pixel) == (400, 12)
     assert cost.at(40, 7) == 7 * (400 + 12 * 1600)
 
@@ -277,7 +279,7 @@ def test_the_need_of_training_is_found_at_a_small_size(
     config = make_config("model.resolution=192", "data.batch_size=3")
     module = GhibliModule(config, base)
     before, modes = torch.get_rng_state(), [part.training for part in module.modules()]
-    need = memory.memory(module, 10, precision)
+    need = memory.estimate_memory(module, 10, precision)
     assert torch.equal(torch.get_rng_state(), before)
     assert [part.training for part in module.modules()] == modes
     shrink_frozen(module.base, precision)  # as training does
@@ -296,50 +298,54 @@ def test_the_need_of_training_is_found_at_a_small_size(
 def test_too_little_memory_names_the_setting(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "free_memory", lambda device: 50 * 2**20)
     text = texts(check("data.batch_size=8", "data.accumulate=1"), "error")["memory"]
-    assert "50 MiB are free: lower data.batch_size to 4 with data.accumulate=2, which learns the same" in text
+    assert "50 MiB are free: lower data.batch_size to 4 with data.accumulate=2, which gives the same" in text
     text = texts(check("data.batch_size=1", "finetune=none"), "error")["memory"]
     assert "lower model.resolution (it is 128), or free some memory" in text
 
 
 def test_free_memory_knows_a_containers_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = free_memory(torch.device("cpu"))
-    assert whole is None or whole > 2**20
-    monkeypatch.setattr(resources, "MEMORY_LIMITS", tmp_path)
+    cpu = torch.device("cpu")
+    assert free_memory(cpu) > 2**20
+    monkeypatch.setattr(resources, "CGROUP", tmp_path)
+    assert free_memory(cpu) > 2_250_000  # no limit at all
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert free_memory(torch.device("cpu")) in (None, 2_000_000)
+    assert free_memory(cpu) == 2_000_000
     (tmp_path / "memory.stat").write_text("anon 600000\ninactive_file 250000\nactive_file 150000\n")
-    assert free_memory(torch.device("cpu")) in (None, 2_250_000)  # the kernel gives those back
+    assert free_memory(cpu) == 2_250_000  # the kernel frees inactive page cache
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(torch.device("cpu")) != 2_000_000
+    assert free_memory(cpu) > 2_250_000
 
 
-def test_each_process_of_a_run_on_the_cpu_needs_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "memory", lambda *_: memory.Memory(2**30, {"training": 2**30}))
-    monkeypatch.setattr(resources, "of_this_process", lambda name: 2**30)
-    monkeypatch.setattr(resources, "free_memory", lambda device: None)
+def test_each_process_of_a_run_on_the_cpu_needs_its_memory(
+    make_config: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "estimate_memory", lambda *_: memory.Memory(2**30, {"training": 2**30}))
+    monkeypatch.setattr(resources, "resident_memory", lambda: 2**30)
+    monkeypatch.setattr(resources, "free_memory", lambda device: 2**40)
+    module = SimpleNamespace(config=make_config())
     data = SimpleNamespace(train_images=[1], val_images=[2])
     needs = []
     for devices in (1, 3):
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
         trainer = SimpleNamespace(strategy=strategy, precision="32-true", num_devices=devices)
-        text = preflight.about_memory(None, data, trainer).text
-        needs.append(float(re.search(r"takes about ([\d.]+) GiB", text)[1]))
+        text = preflight.about_memory(module, data, trainer).text
+        needs.append(float(re.search(r"needs about ([\d.]+) GiB", text)[1]))
     assert needs[1] == pytest.approx(3 * needs[0] + 2, abs=0.2)
 
 
-def test_the_codes_in_the_cache_are_as_large_as_predicted(
+def test_the_cached_latents_are_as_large_as_predicted(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """131 kB an image at 512 px; twice that with mirrored ones. One line where there is no room."""
+    """131 kB per image at 512 px, twice that with mirrored ones; one line if the disk is too small."""
     config = make_config("model.resolution=512", f"cache_dir={tmp_path}")
-    codes = torch.zeros(3, 4, 64, 64)  # as latents.Moments holds them
-    assert memory.latents_size(config, 3) == 2 * codes.numel() * codes.element_size() == 3 * 131072
+    latents = torch.zeros(3, 4, 64, 64)  # twice, mean and log-variance, in latents.Moments
+    assert memory.latents_size(config, 3) == 2 * latents.numel() * latents.element_size() == 3 * 131072
     assert memory.latents_size(make_config("model.resolution=512", "data.flip=true"), 3) == 6 * 131072
     assert preflight.about_cache(config, 3) == []
     monkeypatch.setattr(resources, "free_disk", lambda folder: 300_000 if folder == tmp_path else 2**40)
     (finding,) = preflight.about_cache(config, 3)
-    assert finding.text.startswith(f"the images' codes take 0.4 MB below cache_dir={tmp_path}, where 0.3 MB")
+    assert finding.text.startswith(f"the cached latents need 0.4 MB below cache_dir={tmp_path}, where 0.3 MB")
 
 
 def test_a_full_cache_is_one_finding_among_all(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +360,7 @@ def test_a_full_cache_is_one_finding_among_all(check: Callable, monkeypatch: pyt
 
 
 def test_the_demo_is_checked_within_a_minute(tmp_path: Path) -> None:
-    """Seconds of the processor, with its images still to be drawn: a busy machine fails no test."""
+    """CPU time, including drawing the images, so that a busy machine fails no test."""
     began = time.process_time()
     found = preflight.check([f"cache_dir={tmp_path}"])
     assert time.process_time() - began < 60
@@ -364,13 +370,13 @@ def test_the_demo_is_checked_within_a_minute(tmp_path: Path) -> None:
 # In train.py
 
 
-def test_train_says_what_is_wrong_and_goes_on(
+def test_train_reports_errors_and_continues(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """And the files of the run are as large as predicted."""
+    """The files of the run are as large as predicted."""
     needs = []
-    disk = memory.disk
-    monkeypatch.setattr(memory, "disk", lambda *a: needs.append(disk(*a)) or needs[0])
+    disk = memory.estimate_disk
+    monkeypatch.setattr(memory, "estimate_disk", lambda *a: needs.append(disk(*a)) or needs[0])
     monkeypatch.setattr(resources, "free_disk", lambda folder: 0)
     config = make_config("trainer.max_epochs=2", "validation.max_images=2")
     train.run(config, RunDir(tmp_path))

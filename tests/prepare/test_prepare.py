@@ -1,4 +1,4 @@
-"""`ghibli prepare`: base and images from wherever they lie, looked at and noted; each mistake one line."""
+"""`ghibli prepare`: base and images from any source, checked and saved; every error is one line."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from ghibli.cli.options import app
+from ghibli.cli.main import app
 from ghibli.data.folder import list_images, read_folder, recognised
 from ghibli.data.split import first_by_content
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
@@ -19,17 +19,17 @@ from ghibli.images.read import open_image
 from ghibli.models.base import weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight, prepare
-from ghibli.runs.compose import look_at
+from ghibli.runs.compose import check_overrides
 from ghibli.runtime.errors import UserError
 
 
 def no_progress(done: int, total: int) -> None:
-    """Nobody looks."""
+    """Ignore progress."""
 
 
 @pytest.fixture
 def set_of_ten(tmp_path: Path) -> Path:
-    """images/ and captions.txt."""
+    """A folder with images/ and captions.txt."""
     write_folder(tmp_path / "ten", "drawn", 10, FINETUNE_SEEDS.start)
     return tmp_path / "ten"
 
@@ -41,7 +41,7 @@ def captions_of(root: Path) -> dict[str, str]:
 # Layouts
 
 
-def test_three_tables_say_the_same(set_of_ten: Path) -> None:
+def test_three_kinds_of_tables_are_equivalent(set_of_ten: Path) -> None:
     """metadata.jsonl and metadata.csv as the hub's `datasets` writes them, in images/ or above it."""
     plain = captions_of(set_of_ten)
     rows = list(plain.items())
@@ -58,7 +58,7 @@ def test_three_tables_say_the_same(set_of_ten: Path) -> None:
     assert recognised(set_of_ten) == "images/ with metadata.csv"
 
 
-def test_of_two_tables_the_first_that_knows_an_image_counts(set_of_ten: Path) -> None:
+def test_the_first_table_with_a_caption_wins(set_of_ten: Path) -> None:
     plain = captions_of(set_of_ten)
     first, second, *_ = plain
     table = set_of_ten / "captions.txt"
@@ -76,18 +76,18 @@ def test_the_kaggle_set(tmp_path: Path, set_of_ten: Path) -> None:
     shutil.copytree(set_of_ten / "images", tmp_path / "kaggle" / "dataset" / "trainA")
     assert {path.parent for _, path, _ in list_images(tmp_path / "kaggle")} == {drawn}
     assert recognised(tmp_path / "kaggle") == "dataset/trainB_ghibli/ without captions"
-    with pytest.raises(UserError, match="images without captions: ghibli caption .* or --caption TEXT"):
-        prepare.read(tmp_path / "kaggle", None)
-    assert len(prepare.read(tmp_path / "kaggle", "a scene").images) == 10
+    with pytest.raises(UserError, match="images without captions: `ghibli caption .* or --caption TEXT"):
+        prepare.read_images(tmp_path / "kaggle", None)
+    assert len(prepare.read_images(tmp_path / "kaggle", "a scene").images) == 10
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"a"\n', "line 2 is no JSON object"),
-        ("metadata.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"a"\n', "line 2 is not a JSON object"),
+        ("metadata.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("metadata.jsonl", '{"text": "x"}\n', "line 1 has no file_name: expected file_name and text"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', "line 1: its text is no text: `3`"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', "line 1: its text is not text: `3`"),
         ("metadata.csv", "file_name,words\na.png,x\n", "line 2 has no text"),
         ("metadata.csv", "name,text\na.png,x\n", "line 2 has no file_name"),
     ],
@@ -109,7 +109,7 @@ def zipped(folder: Path, file: Path, inside: str = "") -> Path:
 
 
 def test_a_zip_file(tmp_path: Path, set_of_ten: Path) -> None:
-    """Also one that wraps all in a folder, with macOS's shadows and files nobody asked for."""
+    """The zip wraps everything in a folder, with macOS metadata and unwanted files."""
     file = zipped(set_of_ten, tmp_path / "set.zip", "some folder")
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr("__MACOSX/._a.png", "x")
@@ -120,7 +120,7 @@ def test_a_zip_file(tmp_path: Path, set_of_ten: Path) -> None:
     found = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert not {"outside.png", "setup.exe", "._a.png"} & found
     (root / "mine.txt").touch()
-    assert download.fetch(str(file), tmp_path / "data", no_progress) == root  # what is there is used again
+    assert download.fetch(str(file), tmp_path / "data", no_progress) == root  # reused
     assert (root / "mine.txt").is_file()
 
 
@@ -130,7 +130,7 @@ def test_another_zip_file_of_the_same_name_is_another_set(tmp_path: Path, set_of
     (set_of_ten / "captions.txt").write_text(
         "".join(f"{path.name}|new\n" for _, path, _ in list_images(set_of_ten))
     )
-    for other in (tmp_path / "archive.zip", tmp_path / "elsewhere" / "archive.zip"):  # replaced; elsewhere
+    for other in (tmp_path / "archive.zip", tmp_path / "elsewhere" / "archive.zip"):
         other.parent.mkdir(exist_ok=True)
         other.unlink(missing_ok=True)
         zipped(set_of_ten, other)
@@ -143,10 +143,10 @@ def test_zip_files_that_cannot_be_used(
 ) -> None:
     file = zipped(set_of_ten, tmp_path / "set.zip")
     monkeypatch.setattr(download, "free_disk", lambda folder: 2**30)
-    with pytest.raises(UserError, match="takes 0.0 GiB and .* has 1.0 free: free some space"):
+    with pytest.raises(UserError, match="needs 0.0 GiB and .* has 1.0 free: free some space"):
         download.fetch(str(file), tmp_path / "data", no_progress)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="no whole zip file: .*; get it anew"):
+    with pytest.raises(UserError, match="not a complete zip file: .*; download it again"):
         download.fetch(str(file), tmp_path / "data", no_progress)
     zipfile.ZipFile(file, "w").close()
     with pytest.raises(UserError, match="no images in it"):
@@ -155,7 +155,7 @@ def test_zip_files_that_cannot_be_used(
 
 
 def test_parquet_shards(tmp_path: Path, set_of_ten: Path) -> None:
-    """Images and captions come out as `pyarrow` wrote them, byte for byte."""
+    """Images and captions are extracted byte for byte."""
     pyarrow = pytest.importorskip("pyarrow", reason="extra of this project")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [
@@ -203,7 +203,7 @@ def test_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_sheet_shows_images_above_their_captions(set_of_ten: Path) -> None:
-    images = first_by_content(prepare.read(set_of_ten, None).images, 8)
+    images = first_by_content(prepare.read_images(set_of_ten, None).images, 8)
     sheet = contact_sheet([(open_image(p.path), p.caption) for p in images])
     assert sheet.width == COLUMNS * (TILE + GAP) + GAP
     for place, left in enumerate(range(GAP, sheet.width - TILE, TILE + GAP)):
@@ -213,32 +213,32 @@ def test_the_sheet_shows_images_above_their_captions(set_of_ten: Path) -> None:
         assert below.getextrema() == (0, 255)
 
 
-# The whole command
+# The command
 
 
 @pytest.fixture
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of conf/ where one is, so that conf/local of the project stays as it is."""
+    """A copy of conf/ in the current folder, so that the project's conf/local stays as it is."""
     shutil.copytree("conf", tmp_path / "here" / "conf", ignore=shutil.ignore_patterns("local"))
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here" / "conf" / "local"
 
 
-def test_what_is_noted_is_what_train_takes(local: Path, set_of_ten: Path) -> None:
+def test_train_takes_what_was_saved(local: Path, set_of_ten: Path) -> None:
     result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])
     assert result.exit_code == 0, result.output
     assert "images/ with captions.txt; 10 usable" in result.output
     assert Image.open(local / "images.png").width > 1000
-    noted, _, mistakes = look_at([])
-    assert mistakes == []
+    noted, _, errors = check_overrides([])
+    assert errors == []
     assert (noted.model.path, noted.data.root) == ("demo", str(set_of_ten))
     base = load("demo")
     assert json.loads((local / "prepared.json").read_text())["base_hash"] == weights_hash(base)
-    assert preflight.since_prepared(noted, base) == []
-    assert not [finding for finding in preflight.check([]) if "has other weights" in finding.text]
+    assert preflight.changed_since_prepared(noted, base) == []
+    assert not [finding for finding in preflight.check([]) if "has changed since" in finding.text]
     next(base.vae.parameters()).data += 1
-    (finding,) = preflight.since_prepared(noted, base)
-    assert "has other weights than `ghibli prepare` saw" in finding.text
+    (finding,) = preflight.changed_since_prepared(noted, base)
+    assert "has changed since `ghibli prepare` checked it" in finding.text
 
 
 @pytest.mark.parametrize(
@@ -246,19 +246,19 @@ def test_what_is_noted_is_what_train_takes(local: Path, set_of_ten: Path) -> Non
     [
         (["--base", "runwayml/stable-diffusion-v1-5"], "use stable-diffusion-v1-5/stable-diffusion-v1-5"),
         (["--base", "nobody/nothing"], "not downloaded yet, and the hub cannot be reached"),
-        (["--base", "nowhere"], "no such folder or file, and no hub id"),
+        (["--base", "nowhere"], "no such folder or file, and not a hub id"),
     ],
 )
-def test_a_base_that_cannot_be_got(local: Path, set_of_ten: Path, words: list[str], message: str) -> None:
+def test_a_base_that_is_not_available(local: Path, set_of_ten: Path, words: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["prepare", *words, "--data", str(set_of_ten)])
     assert message in str(result.exception)
     assert not (local / "default.yaml").exists()
 
 
-def test_errors_are_not_noted(local: Path, set_of_ten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_saved_with_errors(local: Path, set_of_ten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finding = diagnosis.Finding("memory", "too little", "error")
     monkeypatch.setattr(preflight, "check", lambda words: [finding])
     result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])
     assert result.exit_code == 2
-    assert "error: memory: too little" in result.output and "nothing was noted" in result.output
+    assert "error: memory: too little" in result.output and "nothing was saved" in result.output
     assert not (local / "default.yaml").exists()

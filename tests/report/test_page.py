@@ -1,4 +1,4 @@
-"""The page of `ghibli report` as a file: it needs nothing else, escapes all, and a browser shows it well."""
+"""The page of `ghibli report` as a file: self-contained, escaped, and rendered well by a browser."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from ghibli.report import page, svg, text
 from ghibli.report.svg import Axis
 
 
-def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     page = page_of(run.path)
     assert "http://" not in page.source and "https://" not in page.source and "url(" not in page.source
@@ -31,7 +31,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert links <= targets
 
 
-def test_words_of_others_stay_words(tmp_path: Path) -> None:
+def test_text_from_files_is_escaped(tmp_path: Path) -> None:
     evil = {
         "state": "failed", "reason": EVIL, "settings": EVIL, "command": EVIL, "machine": EVIL,
         "findings": [{"name": EVIL, "text": f"`{EVIL}` {EVIL}"}], "lora__rank": EVIL,
@@ -39,11 +39,11 @@ def test_words_of_others_stay_words(tmp_path: Path) -> None:
     name = EVIL.replace("/", "")
     make_run(tmp_path / "study" / name, **evil)
     make_run(tmp_path / "study" / "plain", gains=(0, 0.1))
-    for shown in (page_of(tmp_path / "study" / name), page_of(tmp_path / "study")):
-        assert not [tag for tag, _ in shown.tags if tag == "script"]
-        assert not [key for _, attributes in shown.tags for key in attributes if key.startswith("on")]
-        assert EVIL in shown.text and "{{ 7 * 7 }}" in shown.source
-    labels = [attributes.get("aria-label") or "" for _, attributes in shown.tags]
+    for made in (page_of(tmp_path / "study" / name), page_of(tmp_path / "study")):
+        assert not [tag for tag, _ in made.tags if tag == "script"]
+        assert not [key for _, attributes in made.tags for key in attributes if key.startswith("on")]
+        assert EVIL in made.text and "{{ 7 * 7 }}" in made.source
+    labels = [attributes.get("aria-label") or "" for _, attributes in made.tags]
     assert any("<script>" in label for label in labels)  # as text within an SVG's attribute
     escaped = text.escape(EVIL)
     assert svg.tag("text", EVIL, title_=EVIL) == f'<text title="{escaped}">{escaped}</text>'
@@ -71,7 +71,7 @@ def browser() -> Iterator:
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("look", ["light", "dark"])
-def test_a_browser_shows_it(browser: Any, tmp_path: Path, width: int, look: str) -> None:
+def test_a_browser_renders_it(browser: Any, tmp_path: Path, width: int, look: str) -> None:
     from selenium.webdriver.support.expected_conditions import presence_of_element_located as located
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -88,7 +88,7 @@ def test_a_browser_shows_it(browser: Any, tmp_path: Path, width: int, look: str)
     papers = {"light": "rgb(253, 252, 249)", "dark": "rgb(23, 25, 27)"}
     for folder in (runs[0].path, tmp_path):
         browser.get(page.write([folder]).resolve().as_uri())
-        if folder == tmp_path:  # a place in the ranking opens its run
+        if folder == tmp_path:  # a link in the ranking opens its run
             browser.execute_script("document.querySelector('td a').click()")
             opened = "details:has(#run-1)[open]"
             WebDriverWait(browser, 10).until(located(("css selector", opened)))
@@ -103,7 +103,7 @@ def test_a_browser_shows_it(browser: Any, tmp_path: Path, width: int, look: str)
             "return [...document.querySelectorAll('.stack')].map(stack => "
             "[...stack.querySelectorAll('.sheet')].filter(one => one.offsetHeight > 0).length)"
         )
-        assert set(seen) == {1}  # of several grids one is shown
+        assert set(seen) == {1}  # one of several grids is visible
         paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert paper == papers[look]
         assert browser.get_log("browser") == []

@@ -1,4 +1,4 @@
-"""`ghibli compare`: what differs between two runs, and what must follow from it."""
+"""`ghibli compare`: what differs between two runs, and what that says about their results."""
 
 import sys
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def make_run(folder: Path, speed: int = 1, loss: float = 0.4, rank: int = 4, **s
 def compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> Callable[..., tuple[int, str]]:
-    """Exit code and what `ghibli compare a b` printed, b being made with these changes."""
+    """Run `ghibli compare a b` with these changes in b: (exit code, what it printed)."""
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a")
 
@@ -53,20 +53,20 @@ def compared(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"speed": 9}, ["same settings, code, versions, data and machine", "to the bit, and they are"]),
-        ({"git_commit": "e" * 40}, ["git_commit aaaaaaa eeeeeee", "to the bit, and they are"]),
-        ({"loss": 0.41}, ["but metrics.csv differs at step 2: that is a fault"]),
+        ({"speed": 9}, ["same settings, code, versions, data and machine", "bit-identical, and they are"]),
+        ({"git_commit": "e" * 40}, ["git_commit aaaaaaa eeeeeee", "bit-identical, and they are"]),
+        ({"loss": 0.41}, ["but metrics.csv differs at step 2: this is a bug"]),
         ({"loss": 0.41, "rank": 8}, ["lora.rank 4 8", "differ in settings: this can change the result"]),
-        ({"rank": 8}, ["differ in settings: this can change the result; yet the results are equal"]),
+        ({"rank": 8}, ["differ in settings: this can change the result; yet the results are bit-identical"]),
         ({"code": "f" * 64, "threads": 1}, ["code ccccccc fffffff", "code, machine: each can change"]),
         ({"versions": {"torch": "2.1", "numpy": "1"}}, ["versions.torch 2.0 2.1", "differ in versions"]),
         ({"data_hash": "other", "base_hash": "x"}, ["base_hash b x", "differ in base, images: each"]),
-        ({"grown": [[5, 1, 2]]}, ["differ in epochs added on the way"]),
+        ({"grown": [[5, 1, 2]]}, ["differ in epochs added on resume"]),
         ({"state": "interrupted"}, ["state finished interrupted", "once both are finished"]),
         ({"gain": 0.5}, ["gain 25.0 % +- 1.0 % 50.0 % +- 1.0 %"]),
     ],
 )
-def test_what_differs_and_what_follows(compared: Callable, changes: dict, words: list[str]) -> None:
+def test_differences_and_conclusion(compared: Callable, changes: dict, words: list[str]) -> None:
     code, said = compared(**changes)
     assert code == 0
     for word in words:
@@ -79,7 +79,7 @@ def test_a_gpu_may_round_differently(compared: Callable, tmp_path: Path) -> None
     code, said = compared("a2", "b2")
     assert code == 0
     assert "metrics.csv differs at step 2, as sums on a GPU may round differently" in said
-    assert "fault" not in said
+    assert "bug" not in said
 
 
 def test_a_damaged_byte_in_metrics_csv_is_a_difference(compared: Callable, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_damaged_byte_in_metrics_csv_is_a_difference(compared: Callable, tmp_p
     assert "but metrics.csv differs at step 2" in said
 
 
-def test_a_run_that_moved_on_the_way(compared: Callable, tmp_path: Path) -> None:
+def test_a_run_resumed_on_another_machine(compared: Callable, tmp_path: Path) -> None:
     make_run(tmp_path / "b")
     RunDir(tmp_path / "b").note_start(processor="another", step=5)
     _, said = compared()
@@ -103,7 +103,7 @@ def test_a_run_that_moved_on_the_way(compared: Callable, tmp_path: Path) -> None
     ("words", "answer"),
     [
         (("a", "nowhere"), "error: nowhere: no such folder"),
-        (("a", "empty"), "error: empty is no run: it has no status.json and config.yaml"),
+        (("a", "empty"), "error: empty is not a run: it has no status.json and config.yaml"),
         (("cut", "a"), "error: cut/status.json is damaged: this run cannot be compared"),
         (("a", "unreadable"), "error: unreadable/config.yaml is damaged: this run cannot be compared"),
     ],

@@ -1,4 +1,4 @@
-"""Settings: conf/ composes, its defaults are the slides', and every mistake is answered by one quick line."""
+"""conf/ composes, its defaults are the reference study's, and every user error gets one quick line."""
 
 import inspect
 import json
@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
-from ghibli.config import files, hydra_errors
+from ghibli.config import files, keys
 from ghibli.config.schema import Command, Config
 from ghibli.runs import identity, launch
 from ghibli.runs.compose import LONGEST_NAME, folder_name, register, to_config
@@ -35,7 +35,7 @@ def names_in(group: str) -> list[str]:
 
 
 def composed(*overrides: str, conf: Path = CONF) -> Config:
-    """What `train.py` would train with, given these overrides."""
+    """Return the settings that `train.py` would train with."""
     register()
     with initialize_config_dir(str(conf), version_base="1.3"):
         return to_config(compose("train", overrides=list(overrides)))
@@ -58,13 +58,13 @@ def test_every_experiment(experiment: str) -> None:
     for words in (DEMO, real):
         plain, own = composed(*words), composed(*words, f"experiment={experiment}")
         assert own.model == plain.model
-        assert own.data == replace(plain.data, resize=own.data.resize)  # the slides squashed
+        assert own.data == replace(plain.data, resize=own.data.resize)  # the reference study squashed
         assert own.trainer["max_epochs"] == plain.data.epochs
         tenth = 0.1 if experiment == "full_finetune" else 1
         assert own.optimizer.lr == pytest.approx(tenth * plain.model.lr)
 
 
-def test_the_slides_settings_are_the_defaults() -> None:
+def test_the_defaults_are_those_of_the_reference_study() -> None:
     settings = composed("model=sd15", "data=ghibli", "data.root=images")
     lora, optimizer = settings.lora, settings.optimizer
     assert (lora.rank, lora.alpha, lora.dropout) == (32, 64, 0.1)
@@ -89,9 +89,9 @@ def test_the_slides_settings_are_the_defaults() -> None:
 
 
 def test_the_probe_is_cheap() -> None:
-    """In UNet passes, a training example being three: forward, and backward twice that.
+    """Counted in UNet passes; a training example takes three: forward, and backward twice that.
 
-    With the images that each checkpoint scores; tests/training/test_base_scores.py counts in a real epoch.
+    Includes the images scored at each checkpoint; tests/training/test_base_scores.py counts a real epoch.
     """
 
     def share(settings: Config, training: int, held_out: int) -> float:
@@ -105,7 +105,7 @@ def test_the_probe_is_cheap() -> None:
     assert share(composed(*DEMO), 500 - 54, 54) <= 0.35  # what its own images split into
 
 
-def test_experiment_slides_asrun_repeats_the_mistakes_only() -> None:
+def test_experiment_slides_asrun_repeats_the_errors_only() -> None:
     asrun, plain = composed(*DEMO, "experiment=slides_asrun"), composed(*DEMO)
     assert (asrun.loss.noise_schedule, asrun.loss.timesteps, asrun.loss.caption_dropout) == (
         "linear", "independent", 0,
@@ -116,7 +116,7 @@ def test_experiment_slides_asrun_repeats_the_mistakes_only() -> None:
     )  # fmt: skip
 
 
-def test_a_trials_folder_has_a_name_that_any_file_system_takes() -> None:
+def test_a_trials_folder_name_fits_any_file_system() -> None:
     assert folder_name("lora.rank=4,loss.guidance=7.5") == "lora.rank=4,loss.guidance=7.5"
     assert folder_name("model.path=a/b") == "model.path=a_b"
     assert folder_name("") == "defaults"
@@ -140,7 +140,7 @@ def test_yaml_and_back(tmp_path: Path) -> None:
 
 
 def commented_fields(section: type) -> Iterator[tuple[str, bool]]:
-    """(key, whether its line in the dataclass has a comment), sections within sections included."""
+    """Yield (full key, whether its line in the dataclass has a comment) for a section and those inside it."""
     for field in fields(section):
         if is_dataclass(field.type):
             assert field.type.__doc__
@@ -151,7 +151,7 @@ def commented_fields(section: type) -> Iterator[tuple[str, bool]]:
 
 
 def commented_lines(path: Path) -> dict[str, bool]:
-    """Key in full -> whether its line in a YAML file has a comment."""
+    """Return full key -> whether its line in a YAML file has a comment."""
     found: dict[str, bool] = {}
     above: list[str] = []
     for line in path.read_text().splitlines():
@@ -162,7 +162,7 @@ def commented_lines(path: Path) -> dict[str, bool]:
     return found
 
 
-def test_every_key_says_what_it_means() -> None:
+def test_every_key_is_explained() -> None:
     said = {key for key, is_said in commented_fields(Config) if is_said}
     screen = commented_lines(CONF / "train.yaml")
     said |= {key for key, is_said in screen.items() if is_said}
@@ -170,8 +170,8 @@ def test_every_key_says_what_it_means() -> None:
         for name in names_in(group):
             lines = commented_lines(CONF / group / f"{name}.yaml")
             said |= {f"{group}.{key}" for key, is_said in lines.items() if is_said}
-    keys = {*hydra_errors.all_keys(Config), *(key for key in screen if key.startswith("trainer."))}
-    assert sorted(keys - said) == []
+    known = {*keys.all_keys(Config), *(key for key in screen if key.startswith("trainer."))}
+    assert sorted(known - said) == []
 
 
 # conf/local/default.yaml
@@ -179,7 +179,7 @@ def test_every_key_says_what_it_means() -> None:
 
 @pytest.fixture
 def local_conf(tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of conf/ whose local/default.yaml holds the text."""
+    """Make a copy of conf/ whose local/default.yaml holds the given text."""
 
     def make(text: str) -> Path:
         conf = tmp_path / "conf"
@@ -220,7 +220,7 @@ def test_the_local_file_may_choose_and_the_command_line_wins(local_conf: Callabl
     assert composed("data.root=other", conf=conf).data.root == "other"
 
 
-# Mistakes
+# User errors
 
 
 ONE_PROCESS = """
@@ -244,27 +244,29 @@ for words in json.load(sys.stdin):
 print(json.dumps([answers, "torch" in sys.modules]))
 """
 
-MISTAKES = {
-    # keys that are not there
+ERRORS = {
+    # unknown keys
     "lora.rnak=3": "unknown key lora.rnak; did you mean rank? (known in lora: rank, alpha,",
     "+lora.rnak=3": "unknown key lora.rnak; did you mean rank?",
     "rank=3": "unknown key rank; did you mean lora.rank?",
     "lr=3": "unknown key lr; did you mean model.lr or optimizer.lr?",
     "+data.draw.colour=3": "unknown key data.draw.colour (known in data.draw: look, count)",
-    "trainer.nonsense=3": "trainer.nonsense is no flag of lightning.Trainer",
+    "trainer.nonsense=3": "trainer.nonsense is not a flag of lightning.Trainer",
     "~trainer.max_epochs": "trainer.max_epochs is missing: conf/train.yaml has its default",
-    "+trainer.max_epoch=3": "trainer.max_epoch is no flag of lightning.Trainer; did you mean max_epochs?",
-    "trainer.max_steps=3": "trainer.max_steps has no default here: give it with a plus, +trainer.max_steps=",
-    "+trainer.callbacks=[]": "trainer.callbacks is set by train.py itself and cannot be given",
-    "+trainer.enable_progress_bar=true": "trainer.enable_progress_bar is set by train.py itself",
-    "+trainer.fast_dev_run=true": "trainer.fast_dev_run cannot be given: a run is judged by all held-out",
-    "+trainer.limit_val_batches=0": "trainer.limit_val_batches cannot be given",
-    "+trainer.limit_train_batches=3": "trainer.limit_train_batches cannot be given: a resumed run",
-    # names that are not there
+    "+trainer.max_epoch=3": "trainer.max_epoch is not a flag of lightning.Trainer; did you mean max_epochs?",
+    "trainer.max_steps=3": "trainer.max_steps has no default here: add it with a plus, +trainer.max_steps=",
+    "+trainer.max_epochs=3": "trainer.max_epochs has a value already: drop the plus",
+    "+trainer.callbacks=[]": "trainer.callbacks cannot be set: train.py sets it itself",
+    "+trainer.enable_progress_bar=true": "trainer.enable_progress_bar cannot be set: train.py sets it itself",
+    "+trainer.fast_dev_run=true": "trainer.fast_dev_run cannot be set: every run is validated on all",
+    "+trainer.limit_val_batches=0": "trainer.limit_val_batches cannot be set: every run is validated",
+    "+trainer.limit_train_batches=3": "trainer.limit_train_batches cannot be set: a resumed run",
+    # unknown names
     "model=sd16": "model=sd16 is unknown: choose one of demo, demo_near, sd15; did you mean sd15?",
     "data=gibli": "data=gibli is unknown: choose one of demo, ghibli; did you mean ghibli?",
     "experiment=slide": "experiment=slide is unknown: choose one of",
-    "+experiment=slides": "Multiple values for experiment: give it once, as GROUP=NAME without a plus",
+    "+experiment=slides": "experiment is given more than once: give it once, experiment=NAME without a",
+    "experiment=null": "model, data, grid and experiment take a name, such as model=sd15; leave one out",
     "--config-name=nope": "Cannot find primary config 'nope'",
     "finetune=lorra": "finetune=lorra is unknown: choose one of lora, full, none; did you mean lora?",
     "optimizer.schedule=linear": "optimizer.schedule=linear is unknown: choose one of cosine_epochs,",
@@ -276,69 +278,69 @@ MISTAKES = {
     "lora.rank=null": "lora.rank=null: expected a value, not null",
     "lora.text_encoder=maybe": "lora.text_encoder=maybe: expected true or false",
     "data.val_fraction=10%": "data.val_fraction=10%: expected a number",
-    "sample.prompts=panda": "sample.prompts=panda: expected a list: [VALUE,VALUE]",
-    "lora=3": "lora=3: expected a section; set its keys one by one (rank, alpha, dropout,",
+    "sample.prompts=panda": "sample.prompts=panda: expected a list, [VALUE,VALUE]",
+    "lora=3": "lora=3: expected a section; set its keys instead (rank, alpha, dropout,",
     # ranges
     "lora.rank=0": "lora.rank=0 is out of range: a whole number from 1 to 1024",
     "lora.dropout=1": "lora.dropout=1 is out of range: from 0 to less than 1",
     "lora.alpha=inf": "lora.alpha=inf is out of range",
-    "loss.guidance=-1": "loss.guidance=-1 is out of range: 1 (off) or more; 7.5 is the slides' second value",
+    "loss.guidance=-1": "loss.guidance=-1 is out of range: 1 (off) or more; 7.5 is the reference study's",
     "optimizer.lr=nan": "optimizer.lr=nan is out of range: more than 0 and at most 1",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] is out of range: two numbers",
     "model.resolution=100": "model.resolution=100 is out of range: a multiple of 64",
     "trainer.max_epochs=0": "trainer.max_epochs=0 is out of range: a whole number from 1",
     "trainer.gradient_clip_val=-1": "trainer.gradient_clip_val=-1 is out of range: more than 0, or null",
-    "trainer.accelerator=mps": "trainer.accelerator=mps was never tried and is not supported: use gpu",
+    "trainer.accelerator=mps": "trainer.accelerator=mps is untested and not supported: use gpu",
     "trainer.precision=bf16-true": "trainer.precision=bf16-true would hold the LoRA weights in 16 bits",
     "trainer.precision=16": "trainer.precision=16 is unknown: choose one of auto, auto-16, 32-true,",
     "seed=-1": "seed=-1 is out of range",
-    # spelling
-    "lora.rank=[": "cannot read `lora.rank=[`: expected KEY=VALUE without spaces around =",
-    "lora.rank": "cannot read `lora.rank`: expected KEY=VALUE",
-    "=3": "cannot read `=3`: expected KEY=VALUE",
-    "data.style=, in ink": "cannot read `data.style=, in ink`: ",
-    "lora.rank=16,32": "lora.rank=16,32 could be several things: a list is KEY=[a,b], a grid of",
+    # syntax
+    "lora.rank=[": "cannot parse `lora.rank=[`: expected KEY=VALUE without spaces around =",
+    "lora.rank": "cannot parse `lora.rank`: expected KEY=VALUE",
+    "=3": "cannot parse `=3`: expected KEY=VALUE",
+    "data.style=, in ink": "cannot parse `data.style=, in ink`: ",
+    "lora.rank=16,32": "lora.rank=16,32 is ambiguous: write a list as KEY=[a,b]; a grid of runs needs -m",
     "cache_dir=${nowhere}": "cache_dir depends on a key that is not set",
-    # places
+    # paths
     "data=ghibli": "data.root is not set: give an image folder, data.root=DIR, or use data=demo",
     "data.root=nowhere": "data.root=nowhere: data=demo would draw its own images there; for yours",
     "data.draw=null data.root=nowhere": "data.root=nowhere: no such folder",
     "data.draw=null data.root=file": "data.root=file: that is a file, not a folder",
-    "model.path=./nowhere": "model.path=./nowhere: no such folder or file, and no hub id (OWNER/NAME)",
-    "model.path=./mine": "is no diffusers folder of Stable Diffusion 1.5: it has no tokenizer/*.json,",
+    "model.path=./nowhere": "model.path=./nowhere: no such folder or file, and not a hub id (OWNER/NAME)",
+    "model.path=./mine": "is not a diffusers folder of Stable Diffusion 1.5: it has no tokenizer/*.json,",
     "model.path=./model.ckpt": "model.path=./model.ckpt: only .safetensors files are read, because loading",
     "model.path=runwayml/stable-diffusion-v1-5": "gone from the hub: use stable-diffusion-v1-5/",
     "hydra.run.dir=file/x": "cannot make the run folder file/x (Not a directory): choose another, hydra.run",
     "hydra.run.dir=file": "cannot make the run folder file (File exists): choose another",
     "hydra.run.dir=/proc/x": "cannot make the run folder /proc/x (",
-    "hydra.run.dir=old": "old already holds a run, and its status.json does not say which: go on with it by",
+    "hydra.run.dir=old": "old already holds a run, and its status.json does not say which one: resume it",
     "hydra.run.dir=done lora.rank=3": "done already holds a run with other settings: lora.rank is 32 there,",
     "hydra.run.dir=done": "done already holds this run, made by other code (commit abc), so its result may",
     # resume
     "resume=nowhere": "resume=nowhere: no such folder (`ghibli list` shows the runs)",
     "resume=latest": "resume=latest: no run with a checkpoint below outputs/",
-    "resume=mine": "resume=mine: this folder holds no checkpoints/last.ckpt to go on from",
+    "resume=mine": "resume=mine: this folder has no checkpoints/last.ckpt to resume from",
     "resume=cut": "resume=cut: cut/checkpoints/last.ckpt is damaged or cut off",
-    "resume=edited": "edited/config.yaml is not the configuration of a run of this version: Key 'sed' not in",
-    "resume=old lora.rank=3 seed=1": "1 asked for; lora.rank is 32 in this run, 3 asked for; only",
-    "resume=old lora.rank=32 seed=1": "resume=old: seed is 0 in this run, 1 asked for; only trainer.max",
-    "resume=old model=demo data=ghibli": "resume=old: data is demo in this run, ghibli asked for; only",
-    "resume=old experiment=slides": "resume=old: experiment is null in this run, slides asked for; only",
-    "resume=old trainer.max_epochs=3": "resume=old: trainer.max_epochs is 6 in this run, 3 asked for; only",
-    "resume=old data.epochs=3": "resume=old: data.epochs is 6 in this run, 3 asked for; trainer.max_epochs",
-    "resume=old trainer.max_epochs=9 seed=1": "resume=old: seed is 0 in this run, 1 asked for; only",
+    "resume=edited": "edited/config.yaml is not a run's configuration of this version: unknown key sed; did",
+    "resume=old lora.rank=3 seed=1": "1 requested; lora.rank is 32 in this run, 3 requested; only",
+    "resume=old lora.rank=32 seed=1": "resume=old: seed is 0 in this run, 1 requested; only trainer.max",
+    "resume=old model=demo data=ghibli": "resume=old: data is demo in this run, ghibli requested; only",
+    "resume=old experiment=slides": "resume=old: experiment is null in this run, slides requested; only",
+    "resume=old trainer.max_epochs=3": "resume=old: trainer.max_epochs is 6 in this run, 3 requested; only",
+    "resume=old data.epochs=3": "resume=old: data.epochs is 6 in this run, 3 requested; trainer.max_epochs",
+    "resume=old trainer.max_epochs=9 seed=1": "resume=old: seed is 0 in this run, 1 requested; only",
     "resume=old trainer.max_epochs=many": "trainer.max_epochs=many is out of range: a whole number from 1",
-    "resume=old +trainer.max_steps=9": "trainer.max_steps is not set in this run, 9 asked for; only",
-    "resume=old +trainer.bogus=9": "trainer.bogus is no flag of lightning.Trainer",
-    "resume=old ~trainer.devices": "resume goes on with the run's own settings: drop ~trainer.devices",
-    "resume=old hydra.run.dir=new": "resume goes on in the run's own folder: drop hydra.run.dir=new",
+    "resume=old +trainer.max_steps=9": "trainer.max_steps is not set in this run, 9 requested; only",
+    "resume=old +trainer.bogus=9": "trainer.bogus is not a flag of lightning.Trainer",
+    "resume=old ~trainer.devices": "a resumed run keeps its own settings: drop ~trainer.devices",
+    "resume=old hydra.run.dir=new": "a resumed run continues in its own folder: drop hydra.run.dir=new",
     "resume=moved model=demo": "data.root=gone: no such folder",
     "-m resume=old": "resume continues one run at a time: drop -m",
 }  # fmt: skip
 
 
 def make_run(folder: Path, settings: Config) -> None:
-    """A run folder with all that `resume` looks at before it loads anything."""
+    """Make a run folder with all that `resume` reads before anything is loaded."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(files.to_yaml(settings))
     write_with_checksum(folder / "checkpoints" / "last.ckpt", lambda file: file.write(b"weights"))
@@ -349,7 +351,7 @@ def make_run(folder: Path, settings: Config) -> None:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, float]]:
-    """Every mistake made in one process: exit code, stderr, CPU seconds. No folder may appear, no torch."""
+    """Make every error in one process: exit code, stderr, CPU seconds. No folder, no torch."""
     here = tmp_path_factory.mktemp("user")
     (here / "file").write_text("")
     (here / "model.ckpt").write_text("")
@@ -364,8 +366,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     with open(here / "edited" / "config.yaml", "a") as file:
         file.write("sed: 3\n")
     before = sorted(here.rglob("*"))
-    commands = [[*DEMO, command] for command in MISTAKES]
-    for index, command in enumerate(MISTAKES):
+    commands = [[*DEMO, command] for command in ERRORS]
+    for index, command in enumerate(ERRORS):
         if not command.startswith("data.style"):
             words = command.split()
             is_group = {word.split("=")[0] for word in words} & {"model", "data", "resume"}
@@ -378,16 +380,16 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     said, has_torch = json.loads(done.stdout)
     assert not has_torch
     assert sorted(here.rglob("*")) == before
-    return dict(zip(MISTAKES, said, strict=True))
+    return dict(zip(ERRORS, said, strict=True))
 
 
-@pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_is_answered_by_one_line(answers: dict, command: str) -> None:
+@pytest.mark.parametrize("command", ERRORS)
+def test_an_error_is_explained_in_one_line(answers: dict, command: str) -> None:
     code, said, seconds = answers[command]
     assert code == 2
     assert said.startswith("error: ")
     assert said.count("\n") == 1
-    assert MISTAKES[command] in said
+    assert ERRORS[command] in said
     assert seconds < 2  # besides the half second in which Hydra is imported
 
 
@@ -403,12 +405,12 @@ def test_the_real_command_answers_before_torch_is_imported(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-# What the command line says about itself
+# --help and --cfg
 
 
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """What train.py prints on stdout for these words; it must not train."""
+    """Return what train.py prints on stdout for these arguments; it must not train."""
 
     def run(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
@@ -421,7 +423,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     return run
 
 
-def test_help_is_worth_reading(printed: Callable[..., str]) -> None:
+def test_help_names_commands_that_compose(printed: Callable[..., str]) -> None:
     text = printed("--help")
     for words in (
         "python train.py resume=latest",

@@ -1,66 +1,20 @@
-"""A trial asked for again: finished it answers at once, half done it goes on, another one is refused."""
+"""The hashes that identify a run: of its settings and of the code on the training path."""
 
-import json
 import shutil
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from faults.compare import different_parts
-from helpers.commands import REPO, SMALL
+from helpers.commands import REPO
 from helpers.imports import imports_of
-from helpers.stand_in import QUICK, StandIn, stop_at
 
-import train
 from ghibli.config.schema import Config, DrawConfig
-from ghibli.runs import compare, compose, identity, launch
-from ghibli.runs.folder import RunDir
-from ghibli.runtime.errors import UserError
-from ghibli.training.module import GhibliModule
-
-ONE_EPOCH = (*QUICK, "trainer.max_epochs=1")
+from ghibli.runs import identity
 
 
-@pytest.fixture(scope="module")
-def config(make_config: Callable[..., Config]) -> Config:
-    return make_config(*ONE_EPOCH)
-
-
-@pytest.fixture(scope="module")
-def done(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A finished run and its objective."""
-    folder = tmp_path_factory.mktemp("done")
-    return folder, train.run(config, RunDir(folder))
-
-
-@pytest.fixture
-def finished(done: tuple[Path, float], tmp_path: Path) -> RunDir:
-    """A copy of the finished run."""
-    return RunDir(Path(shutil.copytree(done[0], tmp_path / "run")))
-
-
-@pytest.fixture
-def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a network was built")
-
-    monkeypatch.setattr(GhibliModule, "__init__", refuse)
-
-
-def content_of(folder: Path) -> dict[Path, bytes]:
-    """Every file of a run but Hydra's own notes."""
-    files = (path for path in folder.rglob("*") if path.is_file() and ".hydra" not in path.parts)
-    return {path.relative_to(folder): path.read_bytes() for path in files}
-
-
-# The key
-
-
-def test_the_code_that_counts_is_all_that_train_py_imports() -> None:
-    """Whoever adds a package to the training path adds it to identity.CODE, else its changes go unseen."""
+def test_training_packages_are_all_that_train_py_imports() -> None:
+    """A package missing from TRAINING_PACKAGES could change without changing the code hash."""
     found: set[Path] = set()
     waiting = [REPO / "train.py"]
     while waiting:
@@ -71,14 +25,14 @@ def test_the_code_that_counts_is_all_that_train_py_imports() -> None:
                 waiting.append(file)
     places = {file.parent.relative_to(REPO / "ghibli").as_posix() for file in found}
     packages = {
-        next((code for code in identity.CODE if f"{place}/".startswith(f"{code}/")), place)
+        next((code for code in identity.TRAINING_PACKAGES if f"{place}/".startswith(f"{code}/")), place)
         for place in places
     }
-    assert packages == set(identity.CODE)
-    assert len(identity.CODE) == len(packages)
+    assert packages == set(identity.TRAINING_PACKAGES)
+    assert len(identity.TRAINING_PACKAGES) == len(packages)
 
 
-def test_what_counts_and_what_does_not(make_config: Callable[..., Config]) -> None:
+def test_settings_hash_ignores_what_changes_no_result(make_config: Callable[..., Config]) -> None:
     own = identity.settings_hash(make_config())
     for words in ("wandb.project=other", "cache_dir=other", "checkpoint.every_n_steps=7", "data.workers=2"):
         assert identity.settings_hash(make_config(words)) == own
@@ -101,123 +55,3 @@ def test_the_code_hash_sees_every_byte(tmp_path: Path, monkeypatch: pytest.Monke
     with open(tmp_path / "ghibli" / "diffusion" / "process.py", "a") as file:
         file.write("#\n")
     assert identity.code_hash() != own
-
-
-# The same trial again
-
-
-@pytest.mark.usefixtures("no_training")
-def test_a_finished_trial_answers_at_once(
-    finished: RunDir, done: tuple[Path, float], config: Config, capsys: pytest.CaptureFixture
-) -> None:
-    before = content_of(finished.path)
-    assert train.run(config, finished) == done[1]
-    assert f"is finished: its objective was {done[1]:.4f}" in capsys.readouterr().out
-    assert content_of(finished.path) == before
-
-
-def test_a_flipped_digit_is_not_believed(finished: RunDir, config: Config, done: tuple[Path, float]) -> None:
-    finished.update_status(objective=done[1] + 0.1)
-    assert train.run(config, finished) == done[1]
-    assert finished.read_status()["objective"] == done[1]
-
-
-def test_a_half_done_trial_goes_on_to_the_same_end(
-    config: Config, done: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    run = RunDir(tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 9)
-        with pytest.raises(StandIn):
-            train.run(config, run)
-    assert train.run(config, run) == done[1]
-    said = capsys.readouterr().out
-    assert "failed before: StandIn" in said
-    assert "is half done: going on from step 4" in said
-    assert different_parts(done[0], tmp_path) == []
-    rows, _, verdict = compare.compare(*(compare.read_side(str(folder)) for folder in (done[0], tmp_path)))
-    assert rows == []
-    assert verdict.endswith("results must be equal to the bit, and they are")
-    assert [start["step"] for start in run.read_status()["starts"]] == [None, 4]
-
-
-def test_a_failed_trial_without_a_checkpoint_starts_anew(
-    config: Config, done: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """Whatever the attempt before had noted, such as the hash of wrong images, is gone."""
-    run = RunDir(tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 2)
-        with pytest.raises(StandIn):
-            train.run(config, run)
-    run.update_status(data_hash="of other images", reason="the disk is full")
-    assert train.run(config, run) == done[1]
-    assert "failed before: the disk is full" in capsys.readouterr().out
-    assert different_parts(done[0], tmp_path) == []
-
-
-# Another trial
-
-
-@pytest.mark.usefixtures("no_training")
-def test_other_settings_are_named(finished: RunDir, make_config: Callable[..., Config]) -> None:
-    before = content_of(finished.path)
-    with pytest.raises(UserError) as mistake:
-        train.run(make_config(*ONE_EPOCH, "lora.rank=8", "+trainer.max_steps=9"), finished)
-    assert str(mistake.value) == (
-        f"{finished.path} already holds a run with other settings: lora.rank is 4 there, 8 asked for; "
-        "lora.alpha is 8.0 there, 16.0 asked for; trainer.max_steps is not set there, 9 asked for; "
-        f"go on with it by resume={finished.path}, or choose another folder"
-    )
-    assert content_of(finished.path) == before
-
-
-@pytest.mark.usefixtures("no_training")
-def test_other_code_is_said(finished: RunDir, config: Config) -> None:
-    finished.update_status(code_hash="0" * 64, git_commit="abcdef0123", git_dirty=True)
-    with pytest.raises(UserError, match=r"made by other code \(commit abcdef0 with changes\)"):
-        train.run(config, finished)
-
-
-def test_a_process_number_that_is_another_ones_by_now_stops_no_resume(
-    finished: RunDir, config: Config
-) -> None:
-    """Whoever holds the folder's lock is its only process, whatever status.json says of process 1."""
-    finished.update_status(state="running", process=1)
-    assert identity.take_up(config, finished) == (None, True)
-
-
-@pytest.mark.usefixtures("no_training")
-def test_halving_goes_on_with_this_trial_only(finished: RunDir, make_config: Callable[..., Config]) -> None:
-    longer = make_config(*QUICK, "trainer.max_epochs=9")
-    identity.require_same_but_epochs(longer, finished)
-    with pytest.raises(UserError, match=r"lora.rank is 4 there, 8 asked for; .*hydra.sweep.dir=DIR"):
-        identity.require_same_but_epochs(make_config(*QUICK, "lora.rank=8"), finished)
-    finished.update_status(code_hash="0" * 64)
-    with pytest.raises(UserError, match="made by other code"):
-        identity.require_same_but_epochs(longer, finished)
-
-
-def test_a_sweep_twice(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`train.py -m` into the same folder: the second time every trial answers at once."""
-    words = [*SMALL, f"data.root={images}", *ONE_EPOCH]
-    words += ["lora.dropout=0.1", "optimizer.lr=1e-3", "loss.guidance=1"]  # else the slides' grid
-    grid = ["lora.rank=1,2", f"hydra.sweep.dir={tmp_path}"]
-    objectives: list[float] = []
-
-    def job(cfg: object) -> float:
-        objectives.append(train.main(cfg))
-        return objectives[-1]
-
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *words, *grid])
-    launch.hydra_entry(REPO / "conf", "train", job)
-    trials = sorted(path.parent for path in tmp_path.glob("*/status.json"))
-    assert len(trials) == 2 and all(len(trial.name) <= compose.LONGEST_NAME for trial in trials)
-    before, start = [content_of(folder) for folder in trials], time.monotonic()
-    launch.hydra_entry(REPO / "conf", "train", job)
-    assert time.monotonic() - start < 10
-    assert [content_of(folder) for folder in trials] == before
-    assert len(set(objectives[:2])) == 2
-    assert objectives[2:] == objectives[:2]
-    kept = [json.loads((folder / "status.json").read_text())["objective"] for folder in trials]
-    assert sorted(kept) == sorted(objectives[:2])

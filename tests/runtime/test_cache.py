@@ -1,4 +1,4 @@
-"""Rows of the cache: a new image costs one row, and a row is what it would be without the cache."""
+"""Rows of the cache: a new image costs one row, and rows equal those computed without the cache."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ghibli.runtime import cache
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The names of every call of `make`; shards hold three rows."""
+    """The names in each call of `make`; shards hold three rows."""
     monkeypatch.setattr(cache, "SHARD", 3)
     return []
 
@@ -33,7 +33,7 @@ def expected(names: list[str]) -> torch.Tensor:
     return torch.tensor([[float(len(name)), ord(name[0])] for name in names])
 
 
-def test_only_what_is_new_is_made(tmp_path: Path, made: list[list[str]]) -> None:
+def test_only_new_rows_are_computed(tmp_path: Path, made: list[list[str]]) -> None:
     names = ["a", "bb", "ccc", "dddd", "a"]
     assert torch.equal(rows(tmp_path, names, made), expected(names))
     assert made == [["a", "bb", "ccc"], ["dddd"]]
@@ -44,7 +44,7 @@ def test_only_what_is_new_is_made(tmp_path: Path, made: list[list[str]]) -> None
     assert made[3:] == [["dddd", "bb", "e"], ["a"]]
 
 
-def test_a_damaged_shard_is_made_anew(tmp_path: Path, made: list[list[str]]) -> None:
+def test_a_damaged_shard_is_recomputed(tmp_path: Path, made: list[list[str]]) -> None:
     names = ["a", "bb", "ccc", "dddd"]
     rows(tmp_path, names, made)
     for file in tmp_path.glob("*.pt"):
@@ -54,7 +54,7 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path, made: list[list[str]]) -> 
     assert made[2:] == [["dddd"]]
 
 
-def test_what_was_made_before_a_kill_stays(tmp_path: Path, made: list[list[str]]) -> None:
+def test_rows_computed_before_a_kill_stay(tmp_path: Path, made: list[list[str]]) -> None:
     def killed(missing: list[str], before: int, total: int) -> dict[str, torch.Tensor]:
         if before:
             raise KeyboardInterrupt
@@ -66,7 +66,7 @@ def test_what_was_made_before_a_kill_stays(tmp_path: Path, made: list[list[str]]
     assert made == [["dddd"]]
 
 
-def test_a_code_does_not_depend_on_the_images_beside_it(images: Path, base: BaseModel) -> None:
+def test_latents_do_not_depend_on_the_rest_of_the_batch(images: Path, base: BaseModel) -> None:
     paths = [p.path for p in read_folder(images, style="", default_caption=None, min_side=1).images][:9]
     together = encode(base, paths, resolution=64, resize="squash")
     alone = encode(base, paths[4:5], resolution=64, resize="squash")

@@ -1,4 +1,4 @@
-"""Every drawn number follows from (seed, what for, example number), and from nothing else."""
+"""Every random number is determined by (seed, purpose, example number), and by nothing else."""
 
 import random
 from collections import Counter
@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from ghibli.config.schema import Config
-from ghibli.data.dataset import ExampleNumbers, TrainExamples, collate
+from ghibli.data.dataset import EncodedImages, EpochPlan, ExampleNumbers, TrainExamples, collate
 from ghibli.data.latents import Moments
 from ghibli.runtime.seeding import (
     Stream,
@@ -47,7 +47,7 @@ def test_timesteps_of_neighbouring_examples_are_uniform(seed: int, start: int) -
     assert observed.max() <= 6  # 4 is exact; independent draws reach from 0 to about 13
 
 
-def test_independent_timesteps_are_uniform_and_know_nothing_of_their_neighbours() -> None:
+def test_independent_timesteps_are_uniform_and_uncorrelated() -> None:
     drawn = np.array([independent_timestep(e, 1000, 3) for e in range(8000)])
     assert 0 <= drawn.min() < 10 and 990 <= drawn.max() <= 999
     assert stats.chisquare(np.bincount(drawn // 10, minlength=100)).pvalue > 1e-4
@@ -63,7 +63,7 @@ def test_one_examples_timestep_is_uniform_over_seeds() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 99])
 def test_any_16_neighbours_are_spread(seed: int) -> None:
-    """Three-gap theorem: 13 to 20 points in a row lie phi^-7 to phi^-5 of the range apart."""
+    """Three-gap theorem: 13 to 20 consecutive points are phi^-7 to phi^-5 of the range apart."""
     fine = 2**40
     fractions = np.array([timestep(e, fine, seed) for e in range(3000)]) / fine
     for start in range(len(fractions) - 16):
@@ -75,7 +75,7 @@ def test_any_16_neighbours_are_spread(seed: int) -> None:
         assert quarters.min() >= 3
 
 
-def test_timestep_is_the_written_sequence() -> None:
+def test_timestep_is_the_documented_sequence() -> None:
     """floor(T x fractional part of (example / golden ratio + shift)), in exact arithmetic."""
     golden = Fraction(0x9E3779B97F4A7C15, 2**64)
     assert abs(float(golden) - 1 / PHI) < 1e-15
@@ -150,31 +150,32 @@ def test_hash_fraction_is_the_hash_as_a_number_from_0_to_1() -> None:
 
 @pytest.fixture
 def make_examples(make_config: Callable[..., Config]) -> Callable[..., TrainExamples]:
-    """Builds TrainExamples of 12 random images with every kind of random number in use."""
+    """Build TrainExamples of 12 random images that use every kind of random number."""
     generator = torch.Generator().manual_seed(0)
     moments, mirrored = (Moments(*torch.randn(2, IMAGES, 4, 4, 4, generator=generator)) for _ in range(2))
     input_ids = torch.randint(1, 800, (IMAGES, 77), generator=generator)
 
     def make(*overrides: str, examples_per_epoch: int = IMAGES) -> TrainExamples:
         config = make_config("loss.caption_dropout=0.3", "loss.noise_offset=0.2", *overrides)
-        return TrainExamples(
-            moments, mirrored, input_ids, torch.zeros(77, dtype=torch.int64),
-            [f"{i}.png" for i in range(IMAGES)], config, examples_per_epoch=examples_per_epoch,
-            num_train_timesteps=1000, scaling_factor=0.18215,
+        images = EncodedImages(
+            [f"{i}.png" for i in range(IMAGES)], moments, mirrored, input_ids,
+            torch.zeros(77, dtype=torch.int64), [(32, 32)] * IMAGES, scaling_factor=0.18215,
         )  # fmt: skip
+        plan = EpochPlan(examples_per_epoch, together=1, num_train_timesteps=1000)
+        return TrainExamples(images, plan, config.loss, config.seed)
 
     return make
 
 
 def assert_same(left: dict[str, object], right: dict[str, object]) -> None:
-    """Two examples (or batches) are equal bit for bit."""
+    """Assert that two examples (or batches) are equal bit for bit."""
     assert left.keys() == right.keys()
     for key, value in left.items():
         assert torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key], key
 
 
 def scramble() -> None:
-    """Puts every global generator into a state of its own."""
+    """Put every global generator into a new state."""
     number = random.SystemRandom().randrange(2**32)
     random.seed(number)
     np.random.seed(number)
@@ -224,19 +225,19 @@ def test_what_an_epoch_drops_differs_from_epoch_to_epoch(make_examples: Callable
 def test_an_example_is_built_from_its_image_as_written(make_examples: Callable) -> None:
     """latents = (mean + std x noise) x scaling factor of the right image, the right way round."""
     examples = make_examples("seed=4")
-    kinds = Counter()
+    images, kinds = examples.images, Counter()
     for e in range(24):
         example, index = examples[e], int(epoch_order(IMAGES, 4, e // IMAGES)[e % IMAGES])
         flipped = chance(0.5, Stream.FLIP, 4, e)
         dropped = chance(0.3, Stream.CAPTION, 4, e)
-        moments = examples.mirrored if flipped else examples.moments
+        moments = images.mirrored if flipped else images.moments
         deviation = torch.exp(moments.logvar[index]).sqrt()
         latents = (moments.mean[index] + deviation * normal((4, 4, 4), Stream.POSTERIOR, 4, e)) * 0.18215
         noise = normal((4, 4, 4), Stream.NOISE, 4, e) + 0.2 * normal((4, 1, 1), Stream.OFFSET, 4, e)
         torch.testing.assert_close(example["latents"], latents)
         torch.testing.assert_close(example["noise"], noise)
         assert example["timesteps"] == timestep(e, 1000, 4)
-        expected_ids = examples.empty_ids if dropped else examples.input_ids[index]
+        expected_ids = images.empty_ids if dropped else images.input_ids[index]
         assert torch.equal(example["input_ids"], expected_ids)
         assert (example["example"], example["name"]) == (e, f"{index}.png")
         kinds.update([("flipped", flipped), ("dropped", dropped)])

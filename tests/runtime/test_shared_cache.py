@@ -13,12 +13,12 @@ from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.runtime import cache
 from ghibli.training.base_scores import cached_scores
 
-FORK = multiprocessing.get_context("fork")  # a fresh process would spend seconds on importing torch
+FORK = multiprocessing.get_context("fork")  # a spawned process would import torch for seconds
 SETTINGS = {"base": "abc", "guidance": 1}
 
 
 def side_by_side(*works: Callable[[], None]) -> list[multiprocessing.Process]:
-    """Starts the works in processes of their own, all at the same moment."""
+    """Start functions in processes of their own, all at the same moment."""
     barrier = FORK.Barrier(len(works))
 
     def begin(work: Callable[[], None]) -> None:
@@ -32,7 +32,7 @@ def side_by_side(*works: Callable[[], None]) -> list[multiprocessing.Process]:
 
 
 def test_two_processes_draw_the_same_images(tmp_path: Path) -> None:
-    """Whoever looks at any moment sees whole images or none; the set is what one process draws."""
+    """At any moment only complete images are visible; the set is what one process draws."""
     options = {"look": "drawn", "count": 6, "first_seed": FINETUNE_SEEDS.start, "size": 256}
     write_folder(tmp_path / "alone", **options)
     root, seen = tmp_path / "shared", 0
@@ -40,7 +40,7 @@ def test_two_processes_draw_the_same_images(tmp_path: Path) -> None:
     while any(worker.is_alive() for worker in workers):
         for file in root.glob("images/*.png"):
             with Image.open(file) as image:
-                image.load()  # raises on a part of a file
+                image.load()  # raises if it is incomplete
             seen += 1
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert seen > 0
@@ -52,8 +52,8 @@ def test_two_processes_draw_the_same_images(tmp_path: Path) -> None:
     assert len(read_folder(root, style="", default_caption=None, min_side=32).images) == 6
 
 
-def test_drawing_goes_on_where_a_killed_process_stopped(tmp_path: Path) -> None:
-    """A half-drawn set has no captions.txt; what is left of it, even half an image, is drawn anew."""
+def test_drawing_resumes_after_a_kill(tmp_path: Path) -> None:
+    """A half-drawn set has no captions.txt; its images, even an incomplete one, are drawn again."""
     options = {"look": "drawn", "count": 2, "first_seed": FINETUNE_SEEDS.start}
     write_folder(tmp_path / "whole", **options)
     name = f"images/scene_{FINETUNE_SEEDS.start}.png"
@@ -63,8 +63,8 @@ def test_drawing_goes_on_where_a_killed_process_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_tensors_of_another_processor_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding depends on it; a cache folder may be shared by machines."""
+def test_tensors_of_another_processor_are_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding depends on the processor, and machines may share a cache folder."""
     made = []
 
     def make() -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_tensors_of_another_processor_are_made_anew(tmp_path: Path, monkeypatch:
 
 
 def test_two_processes_add_to_the_scores(tmp_path: Path) -> None:
-    """Each scores its own images, one after the other; in the end all are known and right."""
+    """Each process scores its own images one by one; in the end all scores are known and correct."""
     images = [CaptionedImage(Path(f"{n}.png"), "a cat", f"{n:064x}") for n in range(60)]
 
     def score(own: list[CaptionedImage]) -> None:

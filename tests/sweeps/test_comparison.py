@@ -147,7 +147,7 @@ def test_costs_of_all_weights_are_the_unets(trials: list[Trial]) -> None:
 
 
 def test_models_png_leaves_out_what_is_not_finished(trials: list[Trial], tmp_path: Path) -> None:
-    """config_of refuses a trial that was stopped, or whose folder lacks its settings."""
+    """finished_config refuses a trial that was stopped, or whose folder lacks its settings."""
     assert comparison.write_models(tmp_path, trials) is None
 
 

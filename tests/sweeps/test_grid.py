@@ -13,7 +13,7 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 
 from ghibli.config.files import from_yaml, to_yaml
-from ghibli.runs import launch
+from ghibli.runs import launch, resume
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.sweeps import grid
@@ -42,11 +42,11 @@ def test_callbacks_that_old_run_folders_name_are_not_loaded(make_config, tmp_pat
     callbacks = {"check_first": {"_target_": "ghibli.grids.CheckFirst"}}
     old = {"hydra": {"callbacks": callbacks, "runtime": {"choices": {"model": "demo", "data": "demo"}}}}
     (tmp_path / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(old))
-    assert launch.chosen_groups(run) == {"model": "demo", "data": "demo"}
+    assert resume.chosen_groups(run) == {"model": "demo", "data": "demo"}
     asked = SimpleNamespace(hydra=[], task=[f"resume={tmp_path}", "model=demo"])
-    assert launch.resumed(run, asked) == from_yaml(run.config)
-    with pytest.raises(UserError, match="model is demo in this run, sd15 asked for"):
-        launch.resumed(run, SimpleNamespace(hydra=[], task=[f"resume={tmp_path}", "model=sd15"]))
+    assert resume.resumed_config(run, asked) == from_yaml(run.config)
+    with pytest.raises(UserError, match="model is demo in this run, sd15 requested"):
+        resume.resumed_config(run, SimpleNamespace(hydra=[], task=[f"resume={tmp_path}", "model=sd15"]))
 
 
 @pytest.mark.parametrize(

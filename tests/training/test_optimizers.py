@@ -1,5 +1,6 @@
-"""Optimisers, learning rates of their own, and the LoRA variants and targets one can ask for."""
+"""Optimisers, learning rates by kind of weight, and LoRA's variants and targets."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from ghibli.adapters import apply, lora
+from ghibli.config.registry import OPTIMIZERS, eight_bit_state, factored_state
 from ghibli.config.schema import TARGETS, Config, LoraConfig
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
@@ -87,6 +89,48 @@ def test_steps_as_its_package_does(
     assert not torch.equal(ours[0], torch.zeros_like(ours[0]))
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "adamw_schedulefree"])
+def test_its_state_is_as_large_as_the_estimate_says(make_config: Callable[..., Config], name: str) -> None:
+    """Of a matrix, a convolution and a vector; single numbers such as the step are not counted."""
+    extra = OPTIMIZERS[name].extra
+    if extra is not None:
+        pytest.importorskip({"prodigy": "prodigyopt"}.get(extra, extra), reason="extra of this project")
+    shapes = [(32, 320), (8, 4, 3, 3), (40,)]
+    weights = {str(shape): nn.Parameter(torch.ones(shape)) for shape in shapes}
+    options = make_config(f"optimizer.name={name}", "optimizer.schedule=constant").optimizer
+    optimizer = make_optimizer(options, weights, on_gpu=False)
+    step(optimizer, weights)
+    for shape, parameter in zip(shapes, weights.values(), strict=True):
+        kept = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+        size = sum(value.nbytes for value in kept if value.ndim > 0)
+        assert OPTIMIZERS[name].state_bytes(shape) == size, shape
+
+
+def test_factored_and_8_bit_states() -> None:
+    """As transformers' Adafactor and bitsandbytes allocate them: by hand, on no GPU."""
+    assert factored_state((32, 320)) == 4 * (32 + 320)
+    assert factored_state((8, 4, 3, 3)) == 4 * (8 * 4 * 3 + 8 * 4 * 3)
+    assert factored_state((40,)) == 4 * 40
+    assert eight_bit_state((4, 320)) == 8 * 1280
+    assert eight_bit_state((32, 320)) == 2 * 10240 + 2 * 4 * 40
+
+
+@pytest.mark.parametrize("word", ["optimizer.lora_plus=16", "optimizer.text_encoder_lr=1e-5"])
+def test_prodigy_takes_a_single_learning_rate(make_config: Callable[..., Config], word: str) -> None:
+    """It raises in its first step otherwise."""
+    with pytest.raises(UserError, match=f"{word.split('=')[0]}=.*null, since prodigy takes a single"):
+        make_config("optimizer.name=prodigy", word)
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    make_config: Callable[..., Config], weights: dict[str, nn.Parameter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    options = make_config("optimizer.name=prodigy").optimizer
+    with pytest.raises(UserError, match=r"^prodigyopt is not installed: pip install -e '.\[prodigy\]'$"):
+        make_optimizer(options, weights, on_gpu=False)
+
+
 def test_schedule_free_wants_no_schedule(make_config: Callable[..., Config]) -> None:
     with pytest.raises(UserError, match="optimizer.schedule.*constant"):
         make_config("optimizer.name=adamw_schedulefree")
@@ -102,7 +146,7 @@ def test_eight_bits_without_a_gpu_are_refused(
 
 @pytest.mark.parametrize("words", [["optimizer.name=adamm"], ["optimizer.lora_plus=0"], ["lora.variant=loro"],
                                    ["lora.targets=attention+fff"], ["lora.targets=7"]])  # fmt: skip
-def test_a_mistake_is_named(make_config: Callable[..., Config], words: list[str]) -> None:
+def test_an_error_names_its_key(make_config: Callable[..., Config], words: list[str]) -> None:
     with pytest.raises(UserError, match=words[0].split("=")[0]):
         make_config(*words)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from ghibli.config.registry import SAMPLERS
 from ghibli.inference.app.session import AppSession
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
@@ -77,7 +78,7 @@ def settings_column(session: AppSession) -> SettingsColumn:
     )  # fmt: skip
     prompt_box = gr.Textbox(prompt, label="Prompt", lines=2, max_length=4000, elem_id="prompt")
     negative = gr.Textbox("", label="Negative prompt", max_length=4000)
-    sampler = gr.Radio(["ddim", "ddpm"], value="ddim", label="Sampler")
+    sampler = gr.Radio(list(SAMPLERS), value="ddim", label="Sampler")
     guidance = gr.Slider(1, 30, value=7.5, step=0.5, label="Guidance", info="1 = off")
     steps = gr.Slider(1, 100, value=30, step=1, label="Steps", elem_id="steps")
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")

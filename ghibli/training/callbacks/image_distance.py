@@ -53,8 +53,8 @@ class DistanceCurve(Callback):
 
     def measure(self, trainer: L.Trainer, module: GhibliModule, epoch: int) -> None:
         """Add a point to the curve."""
-        if self.sample_cache is None:
-            self.prepare(module)
+        if self.sample_cache is None or self.reference is None:
+            self.sample_cache, self.reference = self.measure_real(module)
         cell = self.base_cell if epoch == 0 else self.cell
         with in_eval_mode(module.base):
             sampled = self.sample_cache.measure_model(module.base, cell, self.options.epoch_samples)
@@ -71,11 +71,11 @@ class DistanceCurve(Callback):
             f"({self.options.epoch_samples} drawn, {cell.label}{base})"
         )
 
-    def prepare(self, module: GhibliModule) -> None:
-        """Measure the real images, once."""
+    def measure_real(self, module: GhibliModule) -> tuple[SampleCache, ReferenceSet]:
+        """Measure the real images; return the cache that holds them and the reference set they make."""
         images, _ = real_images(self.config)
         plain = replace(self.config, model=replace(self.config.model, clip=None))
         extractor = FeatureExtractor(plain, module.base)
-        self.sample_cache = SampleCache(plain, extractor, [image.caption for image in images])
-        own = self.sample_cache.measure_real("measuring the reference", images)["features"]
-        self.reference = ReferenceSet(own, standardise=self.options.features == "style")
+        cache = SampleCache(plain, extractor, [image.caption for image in images])
+        own = cache.measure_real("measuring the reference", images)["features"]
+        return cache, ReferenceSet(own, standardise=self.options.features == "style")

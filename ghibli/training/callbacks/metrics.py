@@ -95,8 +95,8 @@ class Records(Callback):
 
     def add_probe(self, trainer: L.Trainer, history: list[Probe]) -> None:
         """Add the newest probe to probe.csv and the dashboard."""
-        losses = self.epoch.means() if self.epoch.batches else {}
-        values = probe_values(history[-1], trainer.datamodule.num_train_timesteps)
+        losses: dict[str, Any] = self.epoch.means() if self.epoch.batches else {}
+        values: dict[str, Any] = probe_values(history[-1], trainer.datamodule.num_train_timesteps)
         values["train/epoch_loss"] = losses.get("loss", "")
         values["train/epoch_loss_se"] = losses.get("error", "")
         row = {"step": trainer.global_step, "epoch": len(history) - 1}

@@ -16,15 +16,16 @@ class ProgressLine(Callback):
     """Show one bar over the whole run, with loss and time left, and print one line per epoch."""
 
     def __init__(self, records: Records):
-        self.records, self.bar = records, None
+        self.records = records
+        self.bar = make_bar()
+        self.task = self.bar.add_task("training", total=None, note="")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         if trainer.is_global_zero and trainer.global_step == 0:
             self.say_start(pl_module)
-        self.bar = make_bar()
-        self.bar.start()
         total = int(trainer.estimated_stepping_batches)
-        self.task = self.bar.add_task("training", total=total, completed=trainer.global_step, note="")
+        self.bar.reset(self.task, total=total, completed=trainer.global_step)
+        self.bar.start()
 
     def say_start(self, pl_module: GhibliModule) -> None:
         """Say where a guided training starts; at guidance 1 that is the base itself, with a gain of 0."""
@@ -57,8 +58,7 @@ class ProgressLine(Callback):
         self.bar.refresh()
 
     def teardown(self, trainer: L.Trainer, pl_module: GhibliModule, stage: str) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: GhibliModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "")

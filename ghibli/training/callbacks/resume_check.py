@@ -85,13 +85,17 @@ class ResumeCheck(Callback):
         if torch.equal(scores, before):
             return
         is_same_place = stored["place"] == place(pl_module) and pl_module.device.type == "cpu"
-        means = [losses.mean(-1) for losses in (scores, before)]  # (images, 2)
+        now, then = scores.mean(-1), before.mean(-1)  # (images, 2)
         bits = 16 if "16" in f"{trainer.precision} {stored['precision']}" else 32
-        if scores.shape == before.shape and not is_same_place and torch.allclose(*means, rtol=ROUNDING[bits]):
+        if (
+            scores.shape == before.shape
+            and not is_same_place
+            and torch.allclose(now, then, rtol=ROUNDING[bits])
+        ):
             return
         raise UserError(
-            f"resume={self.run.path}: the checkpoint's weights now score {numbers(means[0])} on held-out "
-            f"images, {numbers(means[1])} when it was written: another base, edited images or captions, "
+            f"resume={self.run.path}: the checkpoint's weights now score {numbers(now)} on held-out "
+            f"images, {numbers(then)} when it was written: another base, edited images or captions, "
             "or an edited config.yaml; put them back, or start a new run"
         )
 
@@ -140,7 +144,7 @@ def trained_weights_hash(module: GhibliModule) -> str:
     total = hashlib.sha256()
     for name, tensor in lora.trainable(module.base).items():
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -189,5 +193,4 @@ def put_learning_rate(trainer: L.Trainer) -> tuple[float, float]:
     ]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    schedule._last_lr = rates
     return before, rates[0]

@@ -52,6 +52,7 @@ class SampleGrid(Callback):
 
     def save(self, trainer: L.Trainer, pl_module: GhibliModule, name: str, label: str) -> Path:
         """Draw the model as it is now, write samples/NAME.png and log it; return the file."""
+        assert self.base_images is not None, "setup has drawn the base"
         rows = [("base", self.base_images)]
         if self.config.finetune != "none":
             rows.append((label, self.draw(trainer, pl_module, f"sampling the grid of {label}")))

@@ -15,7 +15,7 @@ from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
 from ghibli.diffusion.samplers import Cell
 from ghibli.evaluation import samples
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
-from ghibli.runs.find import config_of
+from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.files import read_rows
 
@@ -46,7 +46,7 @@ def measured(make: Callable, tmp_path_factory: pytest.TempPathFactory) -> RunDir
 
 
 def test_the_points_are_the_base_and_the_trained_model_measured_alone(measured: RunDir) -> None:
-    config = config_of(measured)
+    config = finished_config(measured)
     images, _ = sources.real_images(config)
     base = starting_base(config)
     ruler = samples.SampleCache(config, FeatureExtractor(config, base), [image.caption for image in images])

@@ -111,7 +111,7 @@ def test_edited_captions_are_refused(
     run.status.write_text("damaged")  # the checkpoint knows, too
     with pytest.raises(UserError, match="the image set is not the same as when the checkpoint was written"):
         train.run(moved, run, resumes=True)
-    assert "status.json is damaged or gone: earlier starts are forgotten" in capsys.readouterr().out
+    assert "status.json is damaged or missing: earlier starts are forgotten" in capsys.readouterr().out
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_checkpoint_from_before_the_check_goes_on_and_says_so(
     assert (
         "this checkpoint was written before hashes and scores were stored in it: resuming unchecked" in said
     )
-    assert "this run has settings of version 0, this code of version 1" in said
+    assert "this run has settings of version 0, this code of version 2" in said
     assert run.state == "finished"
 
 
@@ -259,7 +259,7 @@ def test_grown_at_a_constant_rate_equals_planned_so(command: Callable[..., str],
     assert "the learning rate stays at 0.0005" in said
     assert different_parts(planned, grown) == []
     assert files.from_yaml(grown / "config.yaml").trainer["max_epochs"] == 2
-    assert "grew" in command(constant, f"hydra.run.dir={grown}")  # is not taken for one planned so
+    assert "epochs were raised on resume" in command(constant, f"hydra.run.dir={grown}")  # so another run
 
 
 def test_a_stretched_schedule_says_its_jump_and_takes_it(run: RunDir, command: Callable[..., str]) -> None:
@@ -306,10 +306,10 @@ def test_no_epoch_more_after_an_early_stop(
 def test_what_cannot_change_on_the_way(run: RunDir, command: Callable[..., str]) -> None:
     words = ("lora.rank=8", "optimizer.lr=1e-3", "loss.guidance=1")
     line = command(f"resume={run.path}", *words)
-    assert f"resume={run.path}: lora.rank is 4 in this run, 8 asked for; optimizer.lr is 0.0005 in" in line
+    assert f"resume={run.path}: lora.rank is 4 in this run, 8 requested; optimizer.lr is 0.0005 in" in line
     assert "loss.guidance" not in line
     assert "start a new run for other settings" in line
-    assert "trainer.max_epochs is 2 in this run, 1 asked for" in command(
+    assert "trainer.max_epochs is 2 in this run, 1 requested" in command(
         f"resume={run.path}", "trainer.max_epochs=1"
     )
 

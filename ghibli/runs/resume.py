@@ -1,0 +1,85 @@
+"""The settings of a resumed run: its own, with the few changes that are allowed on the command line."""
+
+import dataclasses
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ghibli.config.files import from_yaml, to_dataclass
+from ghibli.config.keys import affects_result
+from ghibli.config.schema import Config
+from ghibli.config.trainer_flags import reject_unknown_flags
+from ghibli.runs.compose import parse_overrides
+from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import Difference, describe_differences, differences, flatten
+from ghibli.runtime.errors import UserError
+
+
+def resumed_config(run: RunDir, overrides: Any) -> Config:
+    """Return the run's own settings, with the allowed changes among the overrides given beside `resume`.
+
+    Args:
+        overrides: Hydra's record of them, `hydra.overrides` of a composed config.
+
+    Raises:
+        UserError: overrides ask for anything else; all of it is listed.
+    """
+    dropped = [text for text in overrides.hydra if not text.startswith("hydra.mode=")]
+    if dropped:
+        raise UserError(f"a resumed run continues in its own folder: drop {', '.join(dropped)}")
+    stored = from_yaml(run.config)
+    values, refused = overrides_beside_resume(run, overrides.task)
+    config = with_values(stored, values)
+    refused += refused_changes(stored, config)
+    if refused:
+        raise UserError(
+            f"resume={run.path}: {describe_differences(refused, 'in this run')}; only trainer.max_epochs may "
+            "change, and only grow: start a new run for other settings"
+        )
+    return config
+
+
+def overrides_beside_resume(run: RunDir, overrides: list[str]) -> tuple[dict[str, Any], list[Difference]]:
+    """Split overrides: (key -> value, groups for which the run was started with another choice)."""
+    choices = chosen_groups(run)
+    values, refused = {}, []
+    for override in parse_overrides(overrides):
+        key = override.key_or_group
+        if override.is_delete():
+            raise UserError(f"a resumed run keeps its own settings: drop {override.input_line}")
+        if key not in ("model", "data", "experiment"):
+            values[key] = override.value()
+        elif choices.get(key) != override.value():
+            refused.append((key, choices.get(key), override.value()))
+    values.pop("resume")
+    return values, refused
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """Return the configuration with these values; as in conf/, max_epochs follows data.epochs if it did."""
+    content = OmegaConf.structured(config)
+    for key, value in values.items():
+        OmegaConf.update(content, key, value, force_add=key.startswith("trainer."))
+    if "trainer.max_epochs" not in values and config.trainer["max_epochs"] == config.data.epochs:
+        content.trainer.max_epochs = content.data.epochs
+    changed = to_dataclass(OmegaConf.to_container(content, resolve=True))
+    reject_unknown_flags(changed.trainer)
+    return changed
+
+
+def refused_changes(stored: Config, config: Config) -> list[Difference]:
+    """List the differences that a resumed run must not have: all that affect its result but more epochs."""
+    grows = config.trainer["max_epochs"] > stored.trainer["max_epochs"]
+    allowed = ("trainer.max_epochs", "data.epochs") if grows else ()
+    found = differences(*(flatten(dataclasses.asdict(one)) for one in (stored, config)))
+    return [change for change in found if change[0] not in allowed and affects_result(change[0])]
+
+
+def chosen_groups(run: RunDir) -> dict[str, str]:
+    """Read the choice of each group that a run was started with; empty when Hydra's file is unreadable."""
+    try:
+        return dict(OmegaConf.load(run.path / ".hydra" / "hydra.yaml").hydra.runtime.choices)
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException):
+        return {}

@@ -1,0 +1,133 @@
+"""A run folder that was used before: return its result, resume it, start over, or refuse it."""
+
+import os
+from dataclasses import asdict
+
+from ghibli.config.schema import CONFIG_VERSION, Config
+from ghibli.runs.folder import RunDir, step_of
+from ghibli.runs.identity import code_hash, describe_commit, finished_objective, settings_hash
+from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
+from ghibli.runtime.console import console
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.rank import is_first
+
+
+def holds_results(run: RunDir) -> bool:
+    """Return whether the folder holds checkpoints or a finished run's result."""
+    checkpoints = (run.last_checkpoint, run.previous_checkpoint, run.best_checkpoint)
+    return any(path.exists() for path in checkpoints) or run.read_status().get("state") == "finished"
+
+
+def require_same_trial(config: Config, run: RunDir) -> None:
+    """Check that a folder is free, or holds a run of these settings and this code.
+
+    Whether that run is still training is decided by the folder's lock, not by the process number in
+    status.json, which may belong to another process by now.
+
+    Raises:
+        UserError: the folder holds another run.
+    """
+    status = run.read_status()
+    if not is_first() or not holds_results(run):
+        return
+    advice = f"resume it with resume={run.path}, or choose another folder"
+    if "settings_hash" not in status:
+        raise UserError(
+            f"{run.path} already holds a run, and its status.json does not say which one: {advice}"
+        )
+    if status["settings_hash"] != settings_hash(config):
+        found = list(differences(stored_settings(run), relevant_settings(asdict(config))))
+        what = describe_differences(found, "there") or "its config.yaml does not say which"
+        raise UserError(f"{run.path} already holds a run with other settings: {what}; {advice}")
+    require_same_code(run, advice)
+    if status.get("grown"):
+        raise UserError(
+            f"{run.path} already holds a run whose epochs were raised on resume, so its result may differ "
+            f"from a run planned for as many: {advice}"
+        )
+
+
+def require_same_trial_except_epochs(config: Config, run: RunDir) -> None:
+    """Check that a folder is free, or holds this trial of successive halving, for any number of epochs.
+
+    Raises:
+        UserError: it holds other settings, or a result of other code.
+    """
+    if not holds_results(run):
+        return
+    advice = "choose another folder with hydra.sweep.dir=DIR"
+    found = differences(stored_settings(run), relevant_settings(asdict(config)))
+    others = [difference for difference in found if difference[0] != "trainer.max_epochs"]
+    if others:
+        what = describe_differences(others, "there")
+        raise UserError(f"{run.path} already holds a run with other settings: {what}; {advice}")
+    require_same_code(run, advice)
+
+
+def require_same_code(run: RunDir, advice: str) -> None:
+    """Raise a UserError, ending in the advice, for a run that was made by other code."""
+    status = run.read_status()
+    if status.get("code_hash") != code_hash():
+        raise UserError(
+            f"{run.path} already holds this run, made by other code (commit {describe_commit(status)}), so "
+            f"its result may differ from what this code gives: {advice}"
+        )
+
+
+def resume_or_restart(config: Config, run: RunDir) -> tuple[float | None, bool]:
+    """Decide what is left to do for a run: (stored objective, whether to resume); say so on the console.
+
+    A finished run returns its objective, an unfinished one with an intact checkpoint is resumed, and what
+    any other attempt left is deleted.
+
+    Raises:
+        UserError: the folder holds another run.
+    """
+    require_same_trial(config, run)
+    objective, folder = finished_objective(run), os.path.relpath(run.path)
+    if objective is not None:
+        console.print(f"{folder} is finished: its objective was {objective:.4f}")
+        return objective, False
+    status, checkpoint = run.read_status(), run.usable_checkpoint()
+    if status.get("state") == "failed":
+        console.print(f"{folder} failed before: {status.get('reason')}", style="yellow")
+    if checkpoint is not None:
+        console.print(f"{folder} is unfinished: resuming from step {step_of(checkpoint)}")
+        return None, True
+    if holds_results(run):
+        console.print(f"{folder} has no intact checkpoint: starting over", style="yellow")
+    if run.status.exists():
+        delete_results(run)
+    return None, False
+
+
+def delete_results(run: RunDir) -> None:
+    """Delete the files that an earlier attempt left, the checkpoints first."""
+    checkpoints = (run.last_checkpoint, run.previous_checkpoint, run.best_checkpoint)
+    for path in (*checkpoints, run.metrics, run.probe, run.distances, run.split, run.status):
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
+def warn_of_changes(run: RunDir) -> None:
+    """Print a warning for each change since the run's start that may change how it ends on resume."""
+    status = run.read_status()
+    if not status:
+        console.print(
+            "status.json is damaged or missing: earlier starts are forgotten, and W&B gets a new run",
+            style="yellow",
+        )
+        return
+    version = status.get("config_version", 0)
+    if version != CONFIG_VERSION:
+        console.print(
+            f"this run has settings of version {version}, this code of version {CONFIG_VERSION}: "
+            "they were read unchanged",
+            style="yellow",
+        )
+    if status.get("code_hash", code_hash()) != code_hash():
+        console.print(
+            f"the code has changed since this run was started (commit {describe_commit(status)}): it may end "
+            "differently from an uninterrupted run",
+            style="yellow",
+        )

@@ -1,0 +1,51 @@
+"""The estimates of memory and disk: what each optimiser adds, and the private parts of torch they rest on."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from ghibli.config.registry import OPTIMIZERS
+from ghibli.config.schema import Config
+from ghibli.models.base import BaseModel
+from ghibli.prepare import memory
+from ghibli.training.module import GhibliModule
+
+TESTED_TORCH = ("2.14.",)  # whose TorchDispatchMode was looked at
+
+
+def test_the_private_dispatch_mode_is_that_of_a_known_torch() -> None:
+    """A newer torch may have moved it: look at memory.Live, then add the version."""
+    assert version("torch").startswith(TESTED_TORCH)
+    with memory.Live() as live:
+        kept = torch.zeros(10) + 1
+    assert (live.now, kept.nbytes) == (40, 40)
+
+
+def test_nested_results_are_searched_for_tensors() -> None:
+    one, two, three = torch.zeros(3, 1)
+    found = memory.tensors_in((one, [two, None, 4], {"a": (three,), "b": "text"}))
+    assert [id(tensor) for tensor in found] == [id(one), id(two), id(three)]
+
+
+def test_every_optimiser_has_its_own_need(
+    make_config: Callable[..., Config], base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "step_costs", lambda module: dict.fromkeys(
+        ("encode", "decode", "score", "train"), memory.Cost(0.0, 0.0)
+    ))  # fmt: skip
+    module = GhibliModule(make_config("lora.rank=8"), base)
+    shapes = [tuple(p.shape) for p in module.trainable.values()]
+    weights, kept, checkpoints = sum(p.numel() for p in module.trainable.values()), {}, {}
+    for name in OPTIMIZERS:
+        module.config = make_config("lora.rank=8", f"optimizer.name={name}", "optimizer.schedule=constant")
+        latents = memory.latents_size(module.config, 10)
+        kept[name] = (memory.estimate_memory(module, 10, "32-true").kept - latents) / weights
+        disk = memory.estimate_disk(module.config, shapes, epochs=1, cells=1)
+        checkpoints[name] = disk.checkpoints / weights / memory.CHECKPOINTS
+        assert disk.adapters == 3 * 4 * weights
+    assert kept == pytest.approx(checkpoints)
+    assert (kept["adamw"], kept["adamw_schedulefree"], kept["prodigy"]) == (12, 12, 20)
+    assert 4 < kept["adafactor"] < 6
+    assert 4 + 2 < kept["adamw8bit"] <= 12

@@ -1,0 +1,75 @@
+"""What the package prints and logs: text as it is, never markup, in the colour of its level."""
+
+import io
+import logging
+import sys
+
+import pytest
+from rich.console import Console
+
+from ghibli.runtime import console as console_module
+
+logger = logging.getLogger("ghibli.tests.console")
+handler = next(
+    handler
+    for handler in logging.getLogger("ghibli").handlers
+    if isinstance(handler, console_module.LineHandler)
+)
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["lora.targets=[to_q,to_v]: 50 % of [red]it[/red] [/]", "word " * 60 + "end", ":smile: a\nb", "%s %d"],
+)
+def test_a_message_is_printed_as_it_is(message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    logger.info(message)
+    logger.warning(message)
+    logger.debug(message)
+    console_module.console.print(message)
+    assert capsys.readouterr() == (f"{message}\n" * 3, "")
+
+
+def test_it_follows_the_stdout_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        logger.info("here")
+        assert sys.stdout.getvalue() == "here\n"
+
+
+@pytest.mark.parametrize(
+    ("level", "style"), [(logging.INFO, None), (logging.WARNING, "yellow"), (logging.ERROR, "red")]
+)
+def test_colours_on_a_terminal(level: int, style: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes as console.print with a style; numbers and paths are not highlighted."""
+    message = "GET /a/b: 12.5 % 'x' None http://c"
+    logged, printed = (
+        Console(
+            file=io.StringIO(), force_terminal=True, color_system="standard", soft_wrap=True, highlight=False
+        )
+        for _ in range(2)
+    )
+    monkeypatch.setattr(handler, "console", logged)
+    logger.log(level, message)
+    printed.print(message, style=style)
+    assert logged.file.getvalue() == printed.file.getvalue()
+    assert ("\x1b[" in logged.file.getvalue()) == (style is not None)
+
+
+def test_a_quiet_console_logs_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Further processes of a run say nothing."""
+    monkeypatch.setattr(console_module.console, "quiet", True)
+    logger.warning("here")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_root_logger_stays_out_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Hydra and other libraries put handlers there; no line appears twice."""
+    root, stream = logging.getLogger(), logging.StreamHandler(io.StringIO())
+    root.addHandler(stream)
+    try:
+        logger.warning("once")
+    finally:
+        root.removeHandler(stream)
+    assert capsys.readouterr().out == "once\n" and stream.stream.getvalue() == ""
