@@ -1,4 +1,4 @@
-"""Times train.py beside another trainer's command, both as a user starts them, in turns."""
+"""Time train.py against another trainer's command, alternately, both started as a user would."""
 
 import shlex
 import subprocess
@@ -10,23 +10,23 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parents[1]
-FEW, MANY = 12, 42  # optimiser steps; the difference leaves start and loading out
+FEW, MANY = 12, 42  # optimiser steps; their difference excludes start-up and loading
 
 
 class Ratio(NamedTuple):
-    """How many times as fast as the peer train.py is, over the rounds."""
+    """How many times faster than its peer train.py is, over the rounds."""
 
     value: float
     spread: float  # standard deviation between rounds
-    ours: float  # seconds a step
-    peers: float
+    ours: float  # seconds per step
+    peers: float  # seconds per step
 
 
 def run_seconds(command: list[str]) -> float:
-    """Wall seconds of a command.
+    """Run a command and measure its wall time in seconds.
 
     Raises:
-        SystemExit: it failed; its last lines are shown.
+        SystemExit: it failed; the message holds the end of its output.
     """
     start = time.perf_counter()
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
@@ -36,7 +36,7 @@ def run_seconds(command: list[str]) -> float:
 
 
 def step_seconds(template: str) -> float:
-    """Seconds of one step of a command with {steps} and {out} in it."""
+    """Measure the seconds per step of a command that contains {steps} and {out}."""
     with tempfile.TemporaryDirectory() as out:
         few, many = (
             run_seconds(shlex.split(template.format(steps=steps, out=f"{out}/{steps}")))
@@ -45,15 +45,15 @@ def step_seconds(template: str) -> float:
     return (many - few) / (MANY - FEW)
 
 
-def compare(words: list[str], peer: str, rounds: int) -> Ratio:
-    """Runs both in turns; the first round only fills their caches.
+def time_against_peer(overrides: list[str], peer: str, rounds: int) -> Ratio:
+    """Time train.py and its peer alternately; a first round, not counted, fills their caches.
 
     Args:
-        words: overrides of train.py, which must fit the peer's settings.
-        peer: the other command, with {steps} and {out} where those belong.
+        overrides: of train.py; they must match the peer's settings.
+        peer: the other command, with the placeholders {steps} and {out}.
     """
     ours = shlex.join([
-        sys.executable, "train.py", *words, "wandb.mode=disabled", "sample.every_n_epochs=0",
+        sys.executable, "train.py", *overrides, "wandb.mode=disabled", "sample.every_n_epochs=0",
         "validation.max_images=1", "validation.items_per_image=1",
         "+trainer.max_steps={steps}", "hydra.run.dir={out}",
     ])  # fmt: skip

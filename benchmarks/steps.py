@@ -1,4 +1,4 @@
-"""Times training steps, Lightning's share of them, and sampling, in this process."""
+"""Time training steps, Lightning's overhead, encoding and sampling, in this process."""
 
 import tempfile
 import time
@@ -14,12 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ghibli.adapters import apply
-from ghibli.config.schema import Config
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.diffusion.process import guided_noise, predict_branches
 from ghibli.diffusion.samplers import Cell, in_eval_mode, sample
 from ghibli.models.performance import PromptEmbeds, is_frozen, shrink_frozen
-from ghibli.runs.compose import check_overrides
+from ghibli.runs.compose import compose_config
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.resources import peak_memory, reset_peak_memory
 from ghibli.training import wandb_logger
@@ -31,48 +30,40 @@ SAMPLING_STEPS = 10
 
 
 def synchronize() -> None:
-    """Waits for the GPU, if there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def seconds(work: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of so many calls."""
-    found = []
+def time_calls(work: Callable[[], Any], repeats: int) -> list[float]:
+    """Call a function repeatedly; return the seconds of each call."""
+    seconds = []
     for _ in range(repeats):
         synchronize()
         start = time.perf_counter()
         work()
         synchronize()
-        found.append(time.perf_counter() - start)
-    return found
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """The machine's floating-point operations per second in one large matrix product, best of ten."""
+    """Measure the floating-point operations per second of a large matrix product, best of ten."""
     side = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    return 2 * side**3 / min(seconds(lambda: left @ right, 10))
+    return 2 * side**3 / min(time_calls(lambda: left @ right, 10))
 
 
-def config_of(words: list[str]) -> Config:
-    """The settings of `train.py WORDS`."""
-    config, _, errors = check_overrides(words)
-    if config is None:
-        raise SystemExit(errors[0])
-    return config
-
-
-def dtype_of(words: list[str]) -> torch.dtype | None:
-    """What `train.py WORDS` computes in where that has 16 bits; None: fp32."""
-    config = config_of(words)
+def dtype_of(overrides: list[str]) -> torch.dtype | None:
+    """Return the 16-bit dtype in which `train.py OVERRIDES` computes; None = fp32."""
+    config = compose_config(overrides)
     precision = choose_precision(str(config.trainer["precision"]), "auto")
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
 
-def make_module(words: list[str]) -> GhibliModule:
-    """The module of `train.py WORDS` on the fastest device, in training mode, at the run's precision."""
-    config = config_of(words)
+def make_module(overrides: list[str]) -> GhibliModule:
+    """Make the module of `train.py OVERRIDES` on the GPU, if there is one, in training mode."""
+    config = compose_config(overrides)
     module = GhibliModule(config, apply.load_base(config.model))
     shrink_frozen(module.base, choose_precision(str(config.trainer["precision"]), "auto"))
     module.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +73,7 @@ def make_module(words: list[str]) -> GhibliModule:
 
 
 def make_batch(module: GhibliModule, batch_size: int) -> dict[str, Any]:
-    """A batch of noise with empty captions; what it shows does not change how long it takes."""
+    """Make a batch of noise with empty captions; its content does not affect the timing."""
     side = module.config.model.resolution // module.base.vae_factor
     shape = (batch_size, module.base.unet.config.in_channels, side, side)
     return {
@@ -93,15 +84,15 @@ def make_batch(module: GhibliModule, batch_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def training(words: list[str], batch_size: int, repeats: int, rate: float) -> dict[str, Any]:
-    """One row of the table: a bare training step (forward, backward, AdamW) of `train.py WORDS`.
+def time_training(overrides: list[str], batch_size: int, repeats: int, rate: float) -> dict[str, Any]:
+    """Measure a bare training step (forward, backward, AdamW) of `train.py OVERRIDES`: a row of the table.
 
     Args:
         rate: matmul_rate of this machine at this precision.
     """
-    module = make_module(words)
+    module = make_module(overrides)
     batch = make_batch(module, batch_size)
-    dtype = dtype_of(words)
+    dtype = dtype_of(overrides)
     optimizer = torch.optim.AdamW(module.trainable.values(), fused=module.device.type == "cuda" or None)
 
     def step() -> None:
@@ -111,9 +102,9 @@ def training(words: list[str], batch_size: int, repeats: int, rate: float) -> di
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # compiles, and allocates the optimiser's moments
+    step()  # compiles, and allocates the moments of the optimiser
     reset_peak_memory()
-    each = seconds(step, repeats)
+    each = time_calls(step, repeats)
     peak = peak_memory()
     with FlopCounterMode(display=False) as flops:
         module.losses(batch).mean().backward() if dtype is None else step()
@@ -130,10 +121,10 @@ def training(words: list[str], batch_size: int, repeats: int, rate: float) -> di
 
 
 class Paired(L.Callback):
-    """After every step of the trainer, times the bare forward and backward of the same batch.
+    """After every step of the trainer, time the bare forward and backward pass of the same batch.
 
-    A trainer's step lasts from the end of one bare pass to the end of the batch behind it: loader,
-    all callbacks, logging, clipping and the optimiser are in it.
+    A trainer's step is the time from the end of one bare pass to the end of the next batch; it includes the
+    data loader, all callbacks, logging, gradient clipping and the optimiser.
     """
 
     def __init__(self) -> None:
@@ -142,14 +133,14 @@ class Paired(L.Callback):
         self.mark: float | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        self.mark = None  # the probe is no part of a step
+        self.mark = None  # the probe is not part of a step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: GhibliModule, *args: Any) -> None:
         synchronize()
         ended = time.perf_counter()
         batch = args[1]
         embeds = pl_module.embed(batch["input_ids"], pl_module.config.loss.guidance)
-        (bare,) = seconds(lambda: self.forward_backward(trainer, pl_module, batch, embeds), 1)
+        (bare,) = time_calls(lambda: self.forward_backward(trainer, pl_module, batch, embeds), 1)
         for parameter in pl_module.trainable.values():
             parameter.grad = None
         if self.mark is not None:
@@ -161,7 +152,7 @@ class Paired(L.Callback):
     def forward_backward(
         trainer: L.Trainer, module: GhibliModule, batch: dict[str, Any], embeds: Any
     ) -> None:
-        """The UNet and a mean squared error, nothing else."""
+        """Run the UNet, a mean squared error and the backward pass, nothing else."""
         with trainer.precision_plugin.forward_context():
             uncond, cond = predict_branches(
                 module._predict_compiled, batch["noise"], batch["timesteps"], *embeds
@@ -172,9 +163,9 @@ class Paired(L.Callback):
         loss.backward()
 
 
-def overhead(words: list[str]) -> tuple[float, float]:
-    """(trainer's step, bare step) in seconds, medians of a run of `train.py WORDS`, paired step by step."""
-    config = config_of([*words, "wandb.mode=offline"])
+def time_overhead(overrides: list[str]) -> tuple[float, float]:
+    """Measure (trainer's step, bare step) in seconds: medians over a run of `train.py OVERRIDES`."""
+    config = compose_config([*overrides, "wandb.mode=offline"])
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
         run.status.update(state="running")
@@ -191,21 +182,21 @@ def overhead(words: list[str]) -> tuple[float, float]:
     return median(paired.steps), median(paired.bare)
 
 
-def encoding(words: list[str], batch_size: int) -> dict[str, float]:
-    """Seconds that one image and one caption cost where they are encoded anew in every step."""
-    module = make_module(words)
+def time_encoding(overrides: list[str], batch_size: int) -> dict[str, float]:
+    """Measure the seconds that it takes to encode one image and one caption."""
+    module = make_module(overrides)
     vae, side = module.base.vae, module.config.model.resolution
     pixels = torch.randn(batch_size, 3, side, side, device=module.device)
     input_ids = module.empty_ids.expand(batch_size, -1)
     with torch.no_grad():
-        image = median(seconds(lambda: vae.encode(pixels), 5)) / batch_size
-        caption = median(seconds(lambda: module.text_encoder(input_ids), 5)) / batch_size
+        image = median(time_calls(lambda: vae.encode(pixels), 5)) / batch_size
+        caption = median(time_calls(lambda: module.text_encoder(input_ids), 5)) / batch_size
     return {"image": image, "caption": caption}
 
 
-def sampling(words: list[str], count: int) -> dict[str, float]:
-    """UNet evaluations and images a second of a guided DDIM cell, with all its steps."""
-    module = make_module(words)
+def time_sampling(overrides: list[str], count: int) -> dict[str, float]:
+    """Measure UNet evaluations and images per second of guided DDIM sampling."""
+    module = make_module(overrides)
     module.known_prompts = None
     module.base.unet.to(memory_format=torch.channels_last)
 
@@ -217,7 +208,7 @@ def sampling(words: list[str], count: int) -> dict[str, float]:
             )  # fmt: skip
 
     draw()
-    each = median(seconds(draw, 3))
+    each = median(time_calls(draw, 3))
     steps = module.config.sample.num_inference_steps
     return {
         "evaluations_per_second": 2 * count * SAMPLING_STEPS / each,

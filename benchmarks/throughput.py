@@ -1,4 +1,4 @@
-"""How fast this machine trains and samples: python benchmarks/throughput.py [KEY=VALUE ...] --help"""
+"""Measure how fast this machine trains and samples: python benchmarks/throughput.py [KEY=VALUE ...] --help"""
 
 import argparse
 import datetime
@@ -10,9 +10,9 @@ import peer
 import steps
 import torch
 
+from ghibli.runtime.errors import one_line_errors
 from ghibli.runtime.resources import device_name
 
-REPO = Path(__file__).resolve().parents[1]
 OPTIONS = {
     "as it is": [],
     "channels_last": ["compute.channels_last=true"],
@@ -21,47 +21,51 @@ OPTIONS = {
     "checkpoint every block": ["compute.checkpoint_every=1"],
     "bf16": ["trainer.precision=bf16-mixed"],
 }
+MEASUREMENTS = ["training", "overhead", "encoding", "sampling"]
 
 
-WHAT = ["training", "overhead", "encoding", "sampling"]
-
-
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for train.py, such as lora.rank=16")
-    parser.add_argument("--what", nargs="*", default=WHAT, choices=WHAT)  # fmt: skip
+    parser.add_argument(
+        "words", nargs="*", metavar="KEY=VALUE", help="overrides of train.py, such as lora.rank=16"
+    )
+    parser.add_argument("--what", nargs="*", default=MEASUREMENTS, choices=MEASUREMENTS)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--guidance", nargs="+", type=float, default=[1, 7.5])
     parser.add_argument(
         "--options", nargs="+", default=["as it is", "channels_last"], choices=[*OPTIONS, "all"]
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of a row; the median counts")
-    parser.add_argument("--peer", metavar="COMMAND", help="another trainer, with {steps} and {out} in it")
-    parser.add_argument("--rounds", type=int, default=3, help="of train.py and the peer in turns")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed steps per row; their median is reported"
+    )
+    parser.add_argument("--peer", metavar="COMMAND", help="another trainer's command, with {steps} and {out}")
+    parser.add_argument("--rounds", type=int, default=3, help="of train.py and its peer")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
     return parser.parse_intermixed_args()
 
 
 def training_rows(args: argparse.Namespace) -> list[dict]:
-    """The table: batch x {plain, guided} x options."""
+    """Measure and print the table: batch x {plain, guided} x options."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates: dict[torch.dtype, float] = {}
     rows = []
     for option in OPTIONS if "all" in args.options else args.options:
         for guidance in args.guidance:
             for batch in args.batch:
-                words = [*args.words, *OPTIONS[option], f"loss.guidance={guidance:g}"]
-                dtype = steps.dtype_of(words) or torch.float32
+                overrides = [*args.words, *OPTIONS[option], f"loss.guidance={guidance:g}"]
+                dtype = steps.dtype_of(overrides) or torch.float32
                 if dtype not in rates:
                     rates[dtype] = steps.matmul_rate(dtype, device)
                 row = {"batch": batch, "guidance": guidance, "options": option}
-                row |= steps.training(words, batch, args.repeats, rates[dtype])
+                row |= steps.time_training(overrides, batch, args.repeats, rates[dtype])
                 rows.append(row)
                 print(markdown_row(row), flush=True)
     return rows
 
 
 def markdown_row(row: dict) -> str:
+    """Format a row of the table."""
     peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
     share = f"{100 * row['of_matmul_rate']:.0f} %"
     return (
@@ -71,9 +75,10 @@ def markdown_row(row: dict) -> str:
 
 
 def main() -> None:
-    args = arguments()
+    """Measure what was asked for, print it and write it as JSON."""
+    args = parse_arguments()
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"], cwd=peer.REPO, capture_output=True, text=True
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {
@@ -86,26 +91,26 @@ def main() -> None:
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         found["training"] = training_rows(args)
     if "overhead" in args.what:
-        ours, bare = steps.overhead(args.words)
+        ours, bare = steps.time_overhead(args.words)
         found["overhead"] = {"step": ours, "bare": bare, "ratio": ours / bare}
         print(f"\nA step of the trainer costs {ours / bare:.3f} x the bare forward and backward.")
     if "encoding" in args.what:
-        each = found["encoding"] = steps.encoding(args.words, max(args.batch))
-        print(f"\nWithout caches every step would take {1000 * each['image']:.1f} ms more for each image "
-              f"and {1000 * each['caption']:.2f} ms for each caption.")  # fmt: skip
+        each = found["encoding"] = steps.time_encoding(args.words, max(args.batch))
+        print(f"\nWithout caches, every step would take another {1000 * each['image']:.1f} ms per image "
+              f"and {1000 * each['caption']:.2f} ms per caption.")  # fmt: skip
     if "sampling" in args.what:
-        found["sampling"] = steps.sampling(args.words, max(args.batch))
+        found["sampling"] = steps.time_sampling(args.words, max(args.batch))
         rates = found["sampling"]
         print(f"\nSampling: {rates['evaluations_per_second']:.1f} UNet evaluations/s, "
               f"{rates['images_per_second']:.2f} images/s of a guided cell.")  # fmt: skip
     if args.peer:
-        ratio = peer.compare(args.words, args.peer, args.rounds)
+        ratio = peer.time_against_peer(args.words, args.peer, args.rounds)
         found["peer"] = ratio._asdict() | {"command": args.peer}
-        print(f"\ntrain.py makes {ratio.value:.2f} +- {ratio.spread:.2f} times the peer's steps "
-              f"({ratio.ours:.3f} s and {ratio.peers:.3f} s each).")  # fmt: skip
+        print(f"\ntrain.py is {ratio.value:.2f} +- {ratio.spread:.2f} times as fast as its peer "
+              f"({ratio.ours:.3f} s and {ratio.peers:.3f} s per step).")  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)

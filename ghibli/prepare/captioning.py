@@ -58,6 +58,7 @@ class Blip:
         folder = resolve_path(path) if resolve_path(path).is_dir() else download_model(path)
         check_weights(folder, path)
         try:
+            # Silenced: the report on keys, which is asked for instead and checked below.
             with quiet("transformers"):
                 self.processor = BlipProcessor.from_pretrained(folder)
                 self.model, report = BlipForConditionalGeneration.from_pretrained(

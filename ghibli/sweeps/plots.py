@@ -5,8 +5,9 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from ghibli.images.grid import Text, lay_out
 from ghibli.runs.settings import as_yaml
 from ghibli.runtime.files import write_atomically
 from ghibli.sweeps.trials import Trial, setting_values, varied
@@ -57,21 +58,16 @@ def write_grids(folder: Path, trials: list[Trial]) -> Path | None:
     drawn = [trial for trial in trials if trial.gain is not None and trial.grid is not None]
     if len(drawn) < 2:
         return None
-    pages = [titled_grid("best", drawn[0]), titled_grid("worst", drawn[-1])]
-    size = max(page.width for page in pages), sum(page.height for page in pages)
-    both = Image.new("RGB", size, "white")
-    both.paste(pages[0], (0, 0))
-    both.paste(pages[1], (0, pages[0].height))
+    best_and_worst = {"best": drawn[0], "worst": drawn[-1]}
+    grids = [Image.open(trial.grid).convert("RGB") for trial in best_and_worst.values()]
+    line = 28  # px, of the title above each grid
+    tops = [line, line + grids[0].height + line]
+    texts = [
+        Text(8, top - line + 5, f"{rank}: {trial.gain.signed_size}  {trial.run.path.name}", 16)
+        for (rank, trial), top in zip(best_and_worst.items(), tops, strict=True)
+    ]
+    size = max(grid.width for grid in grids), tops[1] + grids[1].height
+    sheet = lay_out(size, [[grid] for grid in grids], [0], tops, texts)
     file = folder / "best_and_worst.png"
-    write_atomically(file, lambda opened: both.save(opened, format="png"))
+    write_atomically(file, lambda opened: sheet.save(opened, format="png"))
     return file
-
-
-def titled_grid(rank: str, trial: Trial) -> Image.Image:
-    """A trial's newest grid below a line with its rank, gain and folder."""
-    grid = Image.open(trial.grid).convert("RGB")
-    page = Image.new("RGB", (grid.width, grid.height + 28), "white")
-    title = f"{rank}: {trial.gain.signed_size}  {trial.run.path.name}"
-    ImageDraw.Draw(page).text((8, 5), title, fill="black", font=ImageFont.load_default(16))
-    page.paste(grid, (0, 28))
-    return page
