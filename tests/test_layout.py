@@ -28,6 +28,14 @@ HYDRA_MODULES = {  # who may know Hydra and OmegaConf
     "ghibli.config.files", "ghibli.config.hydra_errors", "ghibli.runs.compose", "ghibli.runs.launch",
     "ghibli.runs.resume", "ghibli.sweeps.grid", "ghibli.sweeps.search",
 }  # fmt: skip
+PRINTING = {  # beside the command line: progress callbacks, and what must reach stderr whatever else happens
+    "ghibli.training.callbacks.progress", "ghibli.runs.distributed", "ghibli.runtime.errors",
+    "ghibli.demo.pretrain.run", "ghibli.demo.pretrain.near", "ghibli.demo.pretrain.sheets",
+    "ghibli.demo.pretrain.training_loop", "ghibli.demo.pretrain.stages", "ghibli.demo.pretrain.tokenizer",
+}  # fmt: skip
+LATE_IMPORTS = {  # torch in low layers, wandb only when it logs, and the optional extras
+    "torch", "wandb", "optuna", "pyarrow", "kagglehub",
+}  # fmt: skip
 
 
 def ours(module: str) -> set[str]:
@@ -105,6 +113,32 @@ def test_an_init_file_is_one_docstring(module: str) -> None:
 def test_few_modules_know_hydra(module: str) -> None:
     tops = {name.split(".")[0] for name in imports_of(FILES[module])}
     assert not tops & {"hydra", "omegaconf"}
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - PRINTING - ENTRY))
+def test_library_modules_log_and_do_not_print(module: str) -> None:
+    if module.startswith("ghibli.cli."):
+        return
+    calls = [
+        ast.unparse(n.func) for n in ast.walk(ast.parse(FILES[module].read_text())) if isinstance(n, ast.Call)
+    ]
+    assert not {"print", "console.print", "sys.stdout.write"} & set(calls)
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - ENTRY))
+def test_imports_stand_at_the_top(module: str) -> None:
+    """But in the command line, which must answer --help at once, and for what is listed with its reason."""
+    if module.startswith("ghibli.cli."):
+        return
+    late = {
+        name
+        for function in ast.walk(ast.parse(FILES[module].read_text()))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+    }
+    assert {name.split(".")[0] for name in late} <= LATE_IMPORTS, late
 
 
 def test_the_demo_has_no_code_path_of_its_own() -> None:

@@ -1,6 +1,7 @@
 """GhibliDataModule: images -> held-out split -> latents in memory -> training examples and probe."""
 
 import hashlib
+import logging
 from pathlib import Path
 
 import lightning as L
@@ -29,9 +30,11 @@ from ghibli.images.resize import Size, size_for
 from ghibli.models.base import BaseModel, part_hash
 from ghibli.runs.folder import RunDir, check_unchanged
 from ghibli.runtime.cache import cached_rows
-from ghibli.runtime.console import console, counted
+from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_json
+
+logger = logging.getLogger(__name__)
 
 
 class GhibliDataModule(L.LightningDataModule):
@@ -93,7 +96,7 @@ class GhibliDataModule(L.LightningDataModule):
         self.read()
         if self.trainer.is_global_zero:
             if self.folder.unusable:
-                console.print(f"images: {summarise(self.folder.unusable)}", style="yellow")
+                logger.warning(f"images: {summarise(self.folder.unusable)}")
             self._write_split(self.folder, self.held_out)
         self._encode()
         self.is_ready = True

@@ -1,5 +1,6 @@
 """Images that are drawn when missing, and the real images that samples are measured against."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import first_by_content, split_apart
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, FINETUNE_SEEDS, PRETRAIN_SEEDS, damaged, write_folder
 from ghibli.images.duplicates import thumbnail
-from ghibli.runtime.console import console, counted
+from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def draw_missing(root: str, draw: DrawConfig | None, cache_dir: str, seeds: range | None = None) -> None:
@@ -26,7 +29,7 @@ def draw_missing(root: str, draw: DrawConfig | None, cache_dir: str, seeds: rang
     if (folder / "captions.txt").exists():
         if not (folder.is_relative_to(cache_dir) and damaged(folder)):
             return
-        console.print(f"the drawn images in {root} are damaged: drawing them again", style="yellow")
+        logger.warning(f"the drawn images in {root} are damaged: drawing them again")
     usual = {"drawn": FINETUNE_SEEDS, "photo": PRETRAIN_SEEDS}
     first = (seeds or usual[draw.look]).start
     with counted("drawing the demo images") as on_progress:

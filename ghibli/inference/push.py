@@ -3,6 +3,8 @@
 import glob
 from pathlib import Path
 
+import huggingface_hub
+
 from ghibli.models.hub import hub_answers
 from ghibli.runtime.errors import UserError, first_line
 
@@ -27,14 +29,12 @@ def push(folder: Path, hub_id: str, *, private: bool) -> str:
     Raises:
         UserError: no token, no network, or the hub refuses.
     """
-    from huggingface_hub import HfApi, get_token
-
     names = [name for name, _ in files_to_push(folder)]
-    if get_token() is None:
+    if huggingface_hub.get_token() is None:
         raise UserError("not logged in to the hub: run `hf auth login` first, or set HF_TOKEN")
     if not hub_answers():
         raise UserError("the hub cannot be reached: try again with a network connection")
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     try:
         api.create_repo(hub_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=[glob.escape(n) for n in names])

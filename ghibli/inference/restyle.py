@@ -5,6 +5,7 @@ denoised.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +25,10 @@ from ghibli.inference.generate import check_seed, enough_memory, write_png
 from ghibli.inference.load import LoadedModel
 from ghibli.models.load import quiet
 from ghibli.models.pipeline import make_pipeline
-from ghibli.runtime.console import console, counted
+from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 SHEET_PAIRS = 12  # photos on the sheet
 SHEET = "before_after.png"
@@ -171,7 +174,7 @@ def restyle_all(
             try:
                 before = read_image(photo.path)[0]
             except (Unusable, OSError) as reason:
-                console.print(f"{photo.path.name} is skipped: {reason}", style="yellow", markup=False)
+                logger.warning(f"{photo.path.name} is skipped: {reason}")
                 continue
             after = restyle_photo(model, before, photo.prompt, options)
             metadata = PngInfo()

@@ -1,5 +1,11 @@
 """Which files of a Hugging Face repository are downloaded, and whether the hub can be reached."""
 
+import socket
+import urllib.request
+from urllib.parse import urlparse
+
+from huggingface_hub import constants
+
 HUB_FILES = {  # options of snapshot_download
     "allow_patterns": ["*/config.json", "*/scheduler_config.json", "tokenizer/*", "*/*.safetensors"],
     "ignore_patterns": ["safety_checker/*", "*fp16*", "*non_ema*"],
@@ -13,15 +19,9 @@ def hub_answers(endpoint: str | None = None, timeout: float = 5.0) -> bool:
         endpoint: address of another server; None = the hub.
         timeout: seconds.
     """
-    import socket
-    from urllib.parse import urlparse
-    from urllib.request import getproxies
-
-    from huggingface_hub import constants
-
     if constants.HF_HUB_OFFLINE:
         return False
-    proxies = getproxies()
+    proxies = urllib.request.getproxies()
     address = urlparse(proxies.get("https") or proxies.get("all") or endpoint or constants.ENDPOINT)
     try:
         with socket.create_connection((address.hostname, address.port or 443), timeout):

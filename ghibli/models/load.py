@@ -11,6 +11,8 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoTokenizer, CLIPTextModel
 
 from ghibli.config.paths import check_base
@@ -123,9 +125,6 @@ def enumerated(names: list[str]) -> str:
 
 def load_from_hub(name: str) -> tuple[Any, ...]:
     """Load the five parts of a hub repository, downloaded once into the libraries' own cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     online = hub_answers()
     try:
         folder = snapshot_download(
@@ -144,9 +143,6 @@ def load_from_hub(name: str) -> tuple[Any, ...]:
 
 def is_here(path: str) -> bool:
     """Tell whether a base needs no download: False only for a hub id with files missing in the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     if "/" not in path or resolve_path(path).exists():
         return True
     try:

@@ -1,5 +1,6 @@
 """A run folder that was used before: return its result, resume it, start over, or refuse it."""
 
+import logging
 import os
 from dataclasses import asdict
 
@@ -7,9 +8,10 @@ from ghibli.config.schema import CONFIG_VERSION, Config
 from ghibli.runs.folder import RunDir, step_of
 from ghibli.runs.identity import code_hash, describe_commit, finished_objective, settings_hash
 from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
-from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.rank import is_first
+
+logger = logging.getLogger(__name__)
 
 
 def holds_results(run: RunDir) -> bool:
@@ -86,16 +88,16 @@ def resume_or_restart(config: Config, run: RunDir) -> tuple[float | None, bool]:
     require_same_trial(config, run)
     objective, folder = finished_objective(run), os.path.relpath(run.path)
     if objective is not None:
-        console.print(f"{folder} is finished: its objective was {objective:.4f}")
+        logger.info(f"{folder} is finished: its objective was {objective:.4f}")
         return objective, False
     status, checkpoint = run.status.read(), run.usable_checkpoint()
     if status.get("state") == "failed":
-        console.print(f"{folder} failed before: {status.get('reason')}", style="yellow")
+        logger.warning(f"{folder} failed before: {status.get('reason')}")
     if checkpoint is not None:
-        console.print(f"{folder} is unfinished: resuming from step {step_of(checkpoint)}")
+        logger.info(f"{folder} is unfinished: resuming from step {step_of(checkpoint)}")
         return None, True
     if holds_results(run):
-        console.print(f"{folder} has no intact checkpoint: starting over", style="yellow")
+        logger.warning(f"{folder} has no intact checkpoint: starting over")
     if run.status.path.exists():
         delete_results(run)
     return None, False
@@ -113,21 +115,18 @@ def warn_of_changes(run: RunDir) -> None:
     """Print a warning for each change since the run's start that may change how it ends on resume."""
     status = run.status.read()
     if not status:
-        console.print(
-            "status.json is damaged or missing: earlier starts are forgotten, and W&B gets a new run",
-            style="yellow",
+        logger.warning(
+            "status.json is damaged or missing: earlier starts are forgotten, and W&B gets a new run"
         )
         return
     version = status.get("config_version", 0)
     if version != CONFIG_VERSION:
-        console.print(
+        logger.warning(
             f"this run has settings of version {version}, this code of version {CONFIG_VERSION}: "
-            "they were read unchanged",
-            style="yellow",
+            "they were read unchanged"
         )
     if status.get("code_hash", code_hash()) != code_hash():
-        console.print(
+        logger.warning(
             f"the code has changed since this run was started (commit {describe_commit(status)}): it may end "
-            "differently from an uninterrupted run",
-            style="yellow",
+            "differently from an uninterrupted run"
         )

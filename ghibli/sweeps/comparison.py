@@ -3,6 +3,7 @@
 A cell is a sampler with a guidance scale; a model is an untouched base or an evaluated training.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -21,12 +22,14 @@ from ghibli.evaluation.features import ReferenceSet, distance_names
 from ghibli.images.grid import compose_grid
 from ghibli.models.base import BaseModel
 from ghibli.runs.find import finished_config
-from ghibli.runtime.console import console, counted, full_width
+from ghibli.runtime.console import counted, full_width
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, write_atomically, write_text
 from ghibli.sweeps.costs import COSTS, cost_rows
 from ghibli.sweeps.evaluations import UNGUIDED_NAMES, evaluated, short_model_name, unique_names
 from ghibli.sweeps.trials import Trial
+
+logger = logging.getLogger(__name__)
 
 COMPARED = 4  # how many models are compared in pairs: those nearest to real images
 CellScores = dict[str, Any]  # of one model in one cell, as in evaluation.json
@@ -215,7 +218,7 @@ def config_or_none(trial: Trial) -> Config | None:
     try:
         return finished_config(trial.run)
     except UserError as error:
-        console.print(f"models.png leaves one trial out: {error}", style="yellow")
+        logger.warning(f"models.png leaves one trial out: {error}")
         return None
 
 

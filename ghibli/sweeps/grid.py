@@ -1,6 +1,7 @@
 """Plan the trials of a sweep: a grid of settings, every trial checked before the first one is trained."""
 
 import itertools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from ghibli.config.schema import Config, EvaluateConfig, SweepConfig
 from ghibli.runs.compose import conf_folder, parse_overrides, register, to_config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.launch import set_wandb_names
-from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, one_line_errors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def plan_sweep(cfg: Any) -> None:
     study = open_study(cfg, count)
     chosen = any(word.startswith("hydra.sweep.dir=") for word in cfg.hydra.overrides.hydra)
     if cfg.hydra.job.config_name == "train" and not chosen:  # then the folder is named after the time
-        console.print(f"to resume these trials: the same command with hydra.sweep.dir={study.folder}")
+        logger.info(f"to resume these trials: the same command with hydra.sweep.dir={study.folder}")
 
 
 def open_study(cfg: Any, trials: int | None) -> Study:

@@ -1,5 +1,6 @@
 """Run one trial of a sweep so that its failure stops no other, and estimate the time left."""
 
+import logging
 import math
 import time
 import traceback
@@ -8,9 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, disk_trouble
 from ghibli.runtime.files import write_text
+
+logger = logging.getLogger(__name__)
 
 seconds: list[float] = []  # duration of each trial in this process
 failures: list[Path] = []  # trials that failed in this process; those in a launcher's processes leave a note
@@ -26,7 +28,7 @@ def run_trial(run: RunDir, job: Callable[[], float]) -> float:
         trouble = str(error) if isinstance(error, UserError) else disk_trouble(error)
         if trouble is None:
             traceback.print_exc()
-        console.print(f"this trial failed: {trouble or repr(error)}", style="yellow")
+        logger.warning(f"this trial failed: {trouble or repr(error)}")
         failures.append(run.path)
         with suppress(OSError):  # a full disk; `failures` knows about it
             write_text(run.no_result, (trouble or repr(error)).removeprefix(f"{run.path} "))

@@ -1,14 +1,16 @@
 """Train the best trials of a study again with other seeds: how much chance alone changes."""
 
+import logging
 from collections.abc import Callable
 
 from ghibli.config.files import apply_overrides, from_yaml
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console
 from ghibli.sweeps.grid import Study
 from ghibli.sweeps.jobs import run_trial
 from ghibli.sweeps.trials import REPEAT, read_trials
+
+logger = logging.getLogger(__name__)
 
 
 def repeat_best_trials(study: Study, train: Callable[[Config, RunDir], float]) -> None:
@@ -28,5 +30,5 @@ def repeat_trial(first: RunDir, seed: int, train: Callable[[Config, RunDir], flo
         config.wandb.name = run.path.name
         return train(config, run)
 
-    console.print(run.path.name, style="bold")
+    logger.info(run.path.name)
     run_trial(run, job)

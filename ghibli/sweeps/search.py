@@ -1,6 +1,7 @@
 """Studies that choose their trials while they run: Optuna's search, and successive halving."""
 
 import csv
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ from ghibli.config.files import read_settings
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.reuse import require_same_trial_except_epochs
-from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 from ghibli.sweeps.grid import Study, StudyRequest, settings_and_folder
+
+logger = logging.getLogger(__name__)
 
 RETRY_OF = "again"  # user attribute of a retried trial: the number of the one that failed
 REDUCTION = 3  # halving keeps the best of so many
@@ -38,9 +40,7 @@ def optuna_search(request: StudyRequest, study: Study, train: Train) -> None:
     )  # fmt: skip
     restore_trials(table, request, train)
     while (trial := next_trial(table, request.settings.search)) is not None:
-        console.print(
-            f"\ntrial {search_position(table, trial) + 1} of {request.settings.search}", style="bold"
-        )
+        logger.info(f"\ntrial {search_position(table, trial) + 1} of {request.settings.search}")
         config, run = settings_and_folder([*request.fixed, *suggested_overrides(table, trial, request)])
         gain = train(config, run, False)
         if math.isnan(gain):
@@ -195,7 +195,7 @@ def successive_halving(trials: list[list[str]], train: Train) -> None:
     for config, run in planned:
         require_same_trial_except_epochs(config, run)
     for rung in rungs(*epochs):
-        console.print(f"\n{len(survivors)} trials until epoch {rung}", style="bold")
+        logger.info(f"\n{len(survivors)} trials until epoch {rung}")
         gains = [train_until(overrides, rung, train) for overrides in survivors]
         order = np.argsort([math.inf if math.isnan(gain) else -gain for gain in gains], kind="stable")
         survivors = [survivors[index] for index in order[: math.ceil(len(survivors) / REDUCTION)]]

@@ -1,5 +1,6 @@
 """One training session: what a run trains with, and how its folder tells what became of it."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.runs import distributed, identity
 from ghibli.runs.folder import RunDir, check_unchanged, step_of
-from ghibli.runtime.console import console, relative_path
+from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now, provenance
@@ -28,6 +29,8 @@ from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import CleanStop, StopRequested, requeue
 from ghibli.training.module import GhibliModule
 from ghibli.training.trainer import Callbacks, make_callbacks, make_trainer
+
+logger = logging.getLogger(__name__)
 
 TOO_SHORT = (
     "training ended before its first epoch did, so nothing was validated and there is no result: "
@@ -145,7 +148,7 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
                 run.status.update(state="failed", reason=reason, ended=now())
         if run.last_checkpoint.exists() and not isinstance(explained, UserError):
             folder = relative_path(run.path)
-            console.print(f"what was trained is kept; go on with: python train.py resume={folder}")
+            logger.info(f"what was trained is kept; go on with: python train.py resume={folder}")
         if explained is error:
             raise
         raise explained from error
@@ -157,7 +160,7 @@ def replace_damaged(checkpoint: Path | None, run: RunDir) -> Path | None:
     """Put previous.ckpt in the place of a damaged last.ckpt, so that no save can lose it."""
     if checkpoint != run.previous_checkpoint:
         return checkpoint
-    console.print("last.ckpt is damaged: going on from the checkpoint before it", style="yellow")
+    logger.warning("last.ckpt is damaged: going on from the checkpoint before it")
     return checkpoint.replace(run.last_checkpoint)
 
 
@@ -180,13 +183,13 @@ def note_interruption(run: RunDir, request: StopRequested) -> int:
     if request.signal_number == signal.SIGUSR1:
         ask_to_requeue()
     if run.status.state == "finished":
-        console.print("stopped; this run is finished")
+        logger.info("stopped; this run is finished")
         return 128 + request.signal_number
     run.status.update(state="interrupted", reason=str(request), ended=now())
     if run.last_checkpoint.exists():
-        console.print(f"stopped; go on with: python train.py resume={relative_path(run.path)}")
+        logger.info(f"stopped; go on with: python train.py resume={relative_path(run.path)}")
     else:
-        console.print("stopped before the first checkpoint: start the same command again")
+        logger.info("stopped before the first checkpoint: start the same command again")
     return 128 + request.signal_number
 
 
@@ -194,9 +197,9 @@ def ask_to_requeue() -> None:
     """Ask Slurm to start this job again, whose command then resumes in the same folder."""
     try:
         requeue()
-        console.print("Slurm was asked to start this job again: the same command goes on")
+        logger.info("Slurm was asked to start this job again: the same command goes on")
     except (OSError, subprocess.SubprocessError) as error:
-        console.print(f"scontrol requeue failed ({error}): submit the job again", style="yellow")
+        logger.warning(f"scontrol requeue failed ({error}): submit the job again")
 
 
 def follow(config: Config, run: RunDir, script: Path) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 from ghibli.config.schema import Config, describe
 from ghibli.evaluation.gain import Gain
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 START_SECONDS = 10  # then an unreachable server is given up
 
@@ -38,7 +39,7 @@ def make_logger(config: Config, run: RunDir, name: str) -> WandbLogger | None:
         except Exception as error:  # wandb has no narrower common type for "no connection"
             if mode == "online":
                 raise UserError(f"wandb.mode=online: no answer from W&B ({first_words(error)})") from error
-            console.print("W&B does not answer: logging offline", style="yellow")
+            log.warning("W&B does not answer: logging offline")
     return start(config, run, name, "offline")
 
 
@@ -169,7 +170,7 @@ def logger_afterwards(config: Config, run: RunDir) -> WandbLogger | None:
     try:
         return make_logger(config, run, name)
     except UserError as mistake:
-        console.print(f"{mistake}; logging offline", style="yellow")
+        log.warning(f"{mistake}; logging offline")
         return start(config, run, name, "offline")
 
 

@@ -1,5 +1,6 @@
 """`ghibli app`: a page in the browser that shows what was trained beside the base; needs gradio."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,8 +8,9 @@ import gradio as gr
 
 from ghibli.config.registry import SAMPLERS
 from ghibli.inference.app.session import AppSession
-from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 UPLOAD_LIMIT = "30mb"  # of a photo
 QUEUE_LIMIT = 16  # waiting requests; further ones are refused
@@ -70,7 +72,7 @@ def settings_column(session: AppSession) -> SettingsColumn:
     try:
         prompt = session.model_of(newest).config.sample.prompts[0]
     except UserError as error:  # such as a base that was moved away: open the page without the run
-        console.print(str(error), style="yellow", markup=False)
+        logger.warning(str(error))
         newest, prompt = [], session.model_of([]).config.sample.prompts[0]
     runs = gr.Dropdown(
         choices, value=newest, multiselect=True, label="Runs", elem_id="runs",

@@ -1,5 +1,6 @@
 """When and how a run is saved: atomically, between optimiser steps, and when a signal stops it."""
 
+import logging
 import os
 import shutil
 import signal
@@ -14,11 +15,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console, relative_path
+from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, write_with_checksum
 from ghibli.runtime.rank import is_first
 from ghibli.training.module import GhibliModule
+
+logger = logging.getLogger(__name__)
 
 
 class StopRequested(BaseException):
@@ -142,7 +145,7 @@ class CleanStop(Callback):
         if self.received or not self.in_training:
             raise StopRequested(number)
         self.received = number
-        console.print("stopping after this step; once more to stop at once", style="yellow")
+        logger.warning("stopping after this step; once more to stop at once")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         self.in_training = self.began = True
@@ -187,10 +190,9 @@ def load_weights(module: GhibliModule, checkpoint: Path, epoch: int | None = Non
     content = torch.load(checkpoint, weights_only=True, map_location="cpu")
     weights, found = content["state_dict"], len(content["probe"]) - 1
     if epoch not in (None, found):
-        console.print(
+        logger.warning(
             f"{relative_path(checkpoint)} is of epoch {found}, not of the best one, {epoch}: "
-            "the exported weights are of that epoch too",
-            style="yellow",
+            "the exported weights are of that epoch too"
         )
     with torch.no_grad():
         for name, parameter in module.trainable.items():

@@ -1,5 +1,6 @@
 """Runs the doctor's rules while training, and reports each finding once."""
 
+import logging
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -10,11 +11,12 @@ from ghibli.config.schema import Config
 from ghibli.evaluation import diagnosis
 from ghibli.evaluation.gain import Diverged
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import between_steps
 from ghibli.training.module import GhibliModule
+
+logger = logging.getLogger(__name__)
 
 
 class Examples(NamedTuple):
@@ -102,7 +104,7 @@ class Doctor(Callback):
         self.run.status.update(findings=[vars(finding) for finding in self.findings])
         for finding in new:
             if say:
-                console.print(f"doctor: {finding.name}: {finding.text}", style="yellow")
+                logger.warning(f"doctor: {finding.name}: {finding.text}")
             wandb_logger.alert(trainer.loggers, finding.name, finding.text)
 
 

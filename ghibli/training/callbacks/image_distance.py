@@ -1,5 +1,6 @@
 """The distance of sampled images to real ones, epoch by epoch."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,11 @@ from ghibli.diffusion.samplers import cells_of, in_eval_mode
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
 from ghibli.evaluation.samples import SampleCache
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console
 from ghibli.runtime.files import write_rows
 from ghibli.training.callbacks.metrics import log
 from ghibli.training.module import GhibliModule
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("step", "epoch", "evaluate/kernel_distance", "evaluate/kernel_distance_se")
 
@@ -66,7 +68,7 @@ class DistanceCurve(Callback):
         beside = "" if self.cell == self.base_cell else f" in {self.base_cell.label}"
         base = "" if epoch == 0 else f", base {self.rows[0][COLUMNS[2]]:.2f}{beside}"
         who = "base   " if epoch == 0 else f"epoch {epoch}"
-        console.print(
+        logger.info(
             f"{who}  kernel distance {distance.value:.2f} +- {distance.standard_error:.2f} to real images "
             f"({self.options.epoch_samples} drawn, {cell.label}{base})"
         )

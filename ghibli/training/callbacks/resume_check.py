@@ -1,6 +1,7 @@
 """Check, before a resumed run makes its first step, that its weights are right and score as before."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +12,12 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from ghibli.adapters import lora
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.provenance import processor_name
 from ghibli.runtime.resources import device_name
 from ghibli.training.module import GhibliModule
+
+logger = logging.getLogger(__name__)
 
 HASHES = {"base_hash": "the base", "data_hash": "the image set"}  # also in status.json
 IMAGES = 2  # held-out images that are scored again
@@ -61,9 +63,8 @@ class ResumeCheck(Callback):
         if self.restored is None:
             return
         if self.restored["identity"] is None:
-            console.print(
-                "this checkpoint was written before hashes and scores were stored in it: resuming unchecked",
-                style="yellow",
+            logger.warning(
+                "this checkpoint was written before hashes and scores were stored in it: resuming unchecked"
             )
         else:
             self.compare(trainer, pl_module, self.restored["identity"])
@@ -122,7 +123,7 @@ class ResumeCheck(Callback):
             stopping.wait_count = stopping.stopped_epoch = 0  # who asks for more epochs gets them
         rate = f"stays at {old:g}" if old == new else f"jumps from {old:g} to {new:g} at the next step"
         stretched = "" if old == new else ", as its schedule is stretched over all epochs"
-        console.print(
+        logger.info(
             f"{done} of {before} epochs are done; now {planned} are planned, so {planned - done} are to do\n"
             f"the learning rate {rate}{stretched}"
         )
