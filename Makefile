@@ -21,7 +21,7 @@ test: .venv/installed  ## install, then run the tests (no network, no GPU)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 slow: .venv/installed  ## run the slow tests, end-to-end ones included (12 GB of free memory)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 lint: .venv/installed  ## check style and formatting with ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -105,6 +105,7 @@ def shaped_images(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_trains_on_images_of_every_shape(
     train_py: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

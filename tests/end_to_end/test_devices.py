@@ -70,6 +70,7 @@ def assert_equal_to_rounding(left: Path, right: Path) -> None:
         assert (a != b).mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_two_devices_equal_one_with_the_same_global_batch(
     on_two: tuple[Path, str], make_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -32,6 +32,7 @@ def half_done(tmp_path_factory: pytest.TempPathFactory) -> Corrupter:
     return corrupter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_a_random_moment(half_done: Corrupter, tmp_path: Path, seed: int) -> None:
     killer, run, report = Killer(tmp_path, SETTINGS), tmp_path / "run" / "run", Killed(seed)
@@ -44,6 +45,7 @@ def test_killed_at_a_random_moment(half_done: Corrupter, tmp_path: Path, seed: i
     assert not different_parts(half_done.done, run), report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [

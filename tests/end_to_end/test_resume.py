@@ -7,6 +7,8 @@ import pytest
 from faults.compare import checkpoint, different_parts
 from helpers.commands import REPO, SMALL, run_python
 
+pytestmark = pytest.mark.slow
+
 EXTRA = ("lora.dropout=0.1", "loss.caption_dropout=0.5")
 
 

@@ -75,6 +75,7 @@ def test_a_finished_run_is_drawn_with_and_exported(runs: Path) -> None:
     assert all(torch.equal(ours[name], weights) for name, weights in theirs.items())
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_and_trained_further(runs: Path) -> None:
     words = ("evaluate.samples=3", "evaluate.scan_samples=3", "evaluate.scales=[]", "evaluate.batch_size=3")
     ghibli("evaluate", "outputs/finished", *words)

@@ -52,6 +52,7 @@ def said(done: CompletedProcess) -> str:
     return " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_guided_run(train_py: Callable, tmp_path: Path) -> None:
     """The design's own example: rank 16, guidance 7.5, with every file and closing line."""
     done = train_py("lora.rank=16", "loss.guidance=7.5", f"hydra.run.dir={tmp_path}")
@@ -154,6 +155,7 @@ def test_early_stopping_can_watch_the_training_loss(trained: Callable) -> None:
     assert losses[0] == pytest.approx(sum(steps[:5]) / 5, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_normalised_loss_is_about_1_without_learning(trained: Callable) -> None:
     """The step's loss over what the base scores at its timesteps: far steadier than the loss."""
     words = ("optimizer.lr=1e-30", "trainer.max_epochs=4", "early_stopping.patience=null", "lora.dropout=0")
@@ -187,6 +189,7 @@ def test_nothing_depends_on_global_generators(make_config: Callable, tmp_path: P
     assert grids[0] == grids[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", ["loss.snr_gamma=5", "loss.noise_offset=0.1", "data.flip=true", "loss.timesteps=independent"]
 )
@@ -200,6 +203,7 @@ def test_options_change_the_loss(trained: Callable, option: str) -> None:
     assert without != with_it
 
 
+@pytest.mark.slow
 def test_batch_4_equals_batch_1_accumulated_4_times(trained: Callable, tmp_path: Path) -> None:
     """Without dropout in the network the same examples, noise and timesteps give the same adapter."""
     common = ("lora.dropout=0", "trainer.max_epochs=1", "sample.every_n_epochs=0")

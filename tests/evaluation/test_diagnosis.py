@@ -47,6 +47,7 @@ def findings(make_config: Callable, half_held_out: Path, tmp_path: Path) -> Call
     return run
 
 
+@pytest.mark.slow
 def test_a_healthy_run_has_no_finding(findings: Callable, capsys: pytest.CaptureFixture) -> None:
     assert findings("trainer.max_epochs=4") == {}
     said = capsys.readouterr().out
@@ -62,12 +63,14 @@ def test_noise_schedule(findings: Callable, capsys: pytest.CaptureFixture) -> No
     assert "doctor: noise schedule: at timestep 500" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_learning_rate_too_low(findings: Callable) -> None:
     found = findings("trainer.max_epochs=3", "optimizer.lr=1e-8")
     assert set(found) == {"no learning"}
     assert "after 3 epochs" in found["no learning"] and "try optimizer.lr=3e-08" in found["no learning"]
 
 
+@pytest.mark.slow
 def test_an_adapter_without_effect(findings: Callable) -> None:
     found = findings("trainer.max_epochs=1", "optimizer.lr=1e-30")
     assert set(found) == {"no effect"}
@@ -88,6 +91,7 @@ def test_collapse(findings: Callable) -> None:
     assert "optimizer.lr=0.01" in found["collapse"]
 
 
+@pytest.mark.slow
 def test_overfitting(findings: Callable) -> None:
     """Six images, many epochs and a high learning rate, on a base that already knows the style."""
     few = ("model=demo_near", "data.val_fraction=0.85", "optimizer.lr=0.005", "optimizer.schedule=constant")
@@ -96,12 +100,14 @@ def test_overfitting(findings: Callable) -> None:
     assert "a lower lora.rank" in found["overfitting"]
 
 
+@pytest.mark.slow
 def test_guided_training_wants_another_sampling_scale(findings: Callable) -> None:
     found = findings("trainer.max_epochs=1", "loss.guidance=4")
     assert set(found) == {"sampling scale"}
     assert "sample at about 8, the last column" in found["sampling scale"]
 
 
+@pytest.mark.slow
 def test_few_held_out_images_give_no_finding(findings: Callable) -> None:
     """One to four have no meaningful standard error; a run that learns is not blamed."""
     assert findings("data.val_fraction=0.01", "trainer.max_epochs=4") == {}

@@ -133,6 +133,7 @@ def features_by_hand(network: FeatureExtractorInceptionV3, images: torch.Tensor)
     return rows
 
 
+@pytest.mark.slow
 def test_fid_is_torch_fidelitys_and_that_of_preprocessing_by_hand(inception_file: str) -> None:
     """The code path of the real weights, and our own float64 sum over features computed by hand."""
 

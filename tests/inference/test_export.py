@@ -71,6 +71,7 @@ np.save(out, (images[0] * 255).round())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "run_kohya.safetensors"])
 def test_a_process_that_knows_only_diffusers_draws_the_same(
     exported: tuple[Path, list], run: RunDir, tmp_path: Path, name: str

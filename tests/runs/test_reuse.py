@@ -149,6 +149,7 @@ def test_halving_continues_the_same_trial_only(finished: RunDir, make_config: Ca
         reuse.require_same_trial_except_epochs(longer, finished)
 
 
+@pytest.mark.slow
 def test_a_sweep_twice(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.py -m` into the same folder twice: the second time no trial trains."""
     words = [*SMALL, f"data.root={images}", *ONE_EPOCH]

@@ -11,6 +11,8 @@ from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.training.module import GhibliModule
 
+pytestmark = pytest.mark.slow
+
 Seen = dict[int, tuple[torch.Tensor, ...]]
 WORDS = ("lora.dropout=0", "trainer.max_epochs=1", "sample.every_n_epochs=0")
 

@@ -154,6 +154,7 @@ def test_the_training_loss_is_compared_with_the_base_at_its_own_schedule_and_gui
     assert not torch.allclose(tables[0][0], tables[2][0], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_what_the_probe_costs_in_examples_through_the_unet(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +185,7 @@ def test_what_the_probe_costs_in_examples_through_the_unet(
     assert counted["training"] == len(split["train"]) // 4 * 4
 
 
+@pytest.mark.slow
 def test_of_two_copies_one_is_scored(probe_of: Callable, tmp_path: Path) -> None:
     """The second would tell nothing new, and make the standard error too small."""
     write_folder(tmp_path, "drawn", 14, FINETUNE_SEEDS.start)

@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from helpers.wandb_files import environment, offline_records
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
+@pytest.mark.slow
 def test_unreachable_server_means_offline_after_ten_seconds(train_py: Callable, tmp_path: Path) -> None:
     start = time.monotonic()
     done = train_py(
@@ -24,6 +26,7 @@ def test_unreachable_server_means_offline_after_ten_seconds(train_py: Callable, 
         assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_offline_run_holds_settings_curves_and_grids(train_py: Callable, tmp_path: Path) -> None:
     done = train_py("wandb.mode=auto", f"hydra.run.dir={tmp_path}", env=environment(HOME=str(tmp_path)))
     assert done.returncode == 0, done.stderr

@@ -61,12 +61,14 @@ def test_the_points_are_the_base_and_the_trained_model_measured_alone(measured: 
         assert float(row[f"{NAME}_se"]) == pytest.approx(wanted.standard_error, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_training_does_not_notice(measured: RunDir, make: Callable, tmp_path: Path) -> None:
     train.run(make(0), RunDir(tmp_path))
     assert different_parts(measured.path, tmp_path) == []
     assert not RunDir(tmp_path).distances.exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_curve(measured: RunDir, make: Callable, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
