@@ -254,7 +254,7 @@ def test_nothing_is_resumed_from_an_untrained_adapter(tmp_path: Path, name: str)
     run.checkpoints.mkdir()
     run.last_checkpoint.write_bytes(b"damaged")
     name = name.replace("RUN", str(run.path))
-    with pytest.raises(UserError, match="its config.yaml is gone"):
+    with pytest.raises(UserError, match="its config.yaml is missing"):
         run_to_resume(name, tmp_path)
     run.config.write_text("seed: 0")
     with pytest.raises(UserError, match="last.ckpt is damaged or cut off; start the run anew"):

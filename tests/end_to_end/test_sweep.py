@@ -158,7 +158,7 @@ def test_an_unfinished_trial_has_no_result(folder: Path, tmp_path: Path) -> None
         ("lora.rnak=4,8", "unknown key lora.rnak"),
         ("resume=latest", "drop"),
         ("lora.rank=", "lora.rank=: expected a whole number"),
-        ("lora.rank=choice()", "cannot read `lora.rank=choice()`"),
+        ("lora.rank=choice()", "cannot parse `lora.rank=choice()`"),
         ("grid=none", "choose one of models, slides"),
         ("hydra/launcher=slurm", "launchers: basic, joblib, ray, submitit_local, submitit_slurm"),
         ("hydra/sweeper=optuna", "python sweep.py sweep.search=12"),

@@ -119,7 +119,7 @@ def test_other_choices_in_the_same_folder_are_refused(
         (("sweep.halving=true", "optimizer.schedule=constant"), "early_stopping.patience=null"),
         (("sweep.halving=true", "hydra/launcher=elsewhere"), "drop hydra/launcher"),
         (("sweep.halving=true", "optimizer.schedule=constant", "trainer.max_epochs=2,3"), "give one value"),
-        (("sweep.halving=true", "sweep.search=3"), "sweep.halving=True is out of range: not together"),
+        (("sweep.halving=true", "sweep.search=3"), "sweep.halving=True is out of range: cannot be combined"),
         (("sweep.halving=true", "lora.rank=0,2"), "trial lora.rank=0"),
         (("sweep.search=0",), "sweep.search=0 is out of range"),
         (("sweep.search=3", "lora.rnak=2,4"), "unknown key lora.rnak"),
