@@ -27,7 +27,7 @@ TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ADAPTER_NAME = "default"  # of the trained adapter, in PEFT
 
 
-def attach(base: BaseModel, options: LoraConfig, seed: int) -> None:
+def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
     """Add fresh fp32 adapters to the UNet and, if asked, to the text encoder; B is zero, A follows the seed.
 
     The variant is lora, dora (Liu et al. 2024: direction and magnitude of W' apart) or rslora

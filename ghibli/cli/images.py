@@ -11,7 +11,7 @@ from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
 
 if TYPE_CHECKING:  # torch takes seconds to load
-    from ghibli.inference.generate import Request
+    from ghibli.inference.generate import ImageRequest
     from ghibli.inference.load import LoadedModel
 
 
@@ -46,7 +46,7 @@ def generate_command(
     model = load_sources(sources)
     if interpolate and not model.weights:
         raise UserError("--interpolate varies the scale of an adapter, and no adapter is loaded")
-    request = generate.Request(
+    request = generate.ImageRequest(
         lines, sampler, model.guidance if guidance is None else guidance, steps, seed,
         generate.parse_size(size or str(model.config.model.resolution)), negative, batch, scale,
     )  # fmt: skip
@@ -54,7 +54,7 @@ def generate_command(
 
 
 def write_generated(
-    model: "LoadedModel", request: "Request", folder: Path, *, base: bool, interpolate: bool
+    model: "LoadedModel", request: "ImageRequest", folder: Path, *, base: bool, interpolate: bool
 ) -> None:
     """Generate the images and sheets, write them into a folder and print their paths."""
     from ghibli.inference import generate

@@ -31,7 +31,7 @@ PANELS = {  # of --help, in the order of a project's life
 
 
 class CommandGroup(TyperGroup):
-    """Lists the commands as PANELS does, not in the order in which their modules are imported."""
+    """Lists the commands in the order of PANELS, not in that of their modules' imports."""
 
     def list_commands(self, ctx: Context) -> list[str]:
         """Return all commands, panel by panel."""

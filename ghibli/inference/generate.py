@@ -26,7 +26,7 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", 
 
 
 @dataclass(frozen=True)
-class Request:
+class ImageRequest:
     """What to generate and how; image i starts from the noise of seed + i, independent of the others."""
 
     prompts: list[str]
@@ -97,7 +97,7 @@ def truncation_warnings(prompts: Iterable[str], base: BaseModel) -> list[str]:
 
 
 def generate_images(
-    model: LoadedModel, request: Request, label: str = "generating", count: Count = counted
+    model: LoadedModel, request: ImageRequest, label: str = "generating", count: Count = counted
 ) -> torch.Tensor:
     """Generate images (N, 3, height, width), float32 in 0 .. 1, one for each prompt.
 
@@ -143,7 +143,7 @@ def enough_memory() -> Iterator[None]:
         ) from error
 
 
-def write_images(images: torch.Tensor, request: Request, model: LoadedModel, folder: Path) -> list[Path]:
+def write_images(images: torch.Tensor, request: ImageRequest, model: LoadedModel, folder: Path) -> list[Path]:
     """Write 000.png, 001.png, ..., each with the settings that reproduce it, as JSON and as A1111 does."""
     files = []
     for number, image in enumerate(images):
@@ -165,7 +165,7 @@ def model_metadata(model: LoadedModel) -> dict[str, object]:
     return {"base": base.path, **merged, "adapters": model.names, "weights": model.weights}
 
 
-def a1111_parameters(request: Request, model: LoadedModel) -> str:
+def a1111_parameters(request: ImageRequest, model: LoadedModel) -> str:
     """Format the settings of one image as A1111 stores them in its images and reads them back."""
     negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
     width, height = request.size
@@ -181,7 +181,7 @@ def write_png(file: Path, image: Image.Image, metadata: PngInfo | None = None) -
     write_atomically(file, lambda opened: image.save(opened, "PNG", pnginfo=metadata))
 
 
-def base_comparison_sheet(model: LoadedModel, request: Request, images: torch.Tensor) -> Image.Image:
+def base_comparison_sheet(model: LoadedModel, request: ImageRequest, images: torch.Tensor) -> Image.Image:
     """Compose a sheet with the base above the given images (N, 3, H, W), from the same noise."""
     base = generate_images(model, replace(request, scale=0.0), "generating with the base")
     rows = [("base", base[:, None]), ("adapter", images[:, None])]
@@ -189,7 +189,7 @@ def base_comparison_sheet(model: LoadedModel, request: Request, images: torch.Te
     return compose_grid(rows, request.prompts, [cell.label], f"seed {request.seed}")
 
 
-def adapter_scale_sheet(model: LoadedModel, request: Request) -> Image.Image:
+def adapter_scale_sheet(model: LoadedModel, request: ImageRequest) -> Image.Image:
     """Compose a sheet with a row for each prompt and a column for each of SCALES."""
     columns = [
         generate_images(model, replace(request, scale=scale), f"generating at adapter scale {scale:g}")

@@ -47,7 +47,7 @@ class GhibliModule(L.LightningModule):
             if config.lora.init is not None:
                 self.start = read_adapter(config.lora.init, base, "lora.init")
                 check_same_shape(self.start, config.lora)
-            lora.attach(base, config.lora, config.seed)
+            lora.add_lora(base, config.lora, config.seed)
         elif config.finetune == "full":
             lora.unfreeze_unet(base)
         self.trainable = lora.trainable(base)

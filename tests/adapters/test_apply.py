@@ -21,7 +21,7 @@ OPTIONS = LoraConfig(
 def adapter(tmp_path: Path) -> tuple[Path, BaseModel]:
     """A folder with an adapter whose B is not zero, and the model that it was saved from."""
     live = load("demo")
-    lora.attach(live, OPTIONS, seed=0)
+    lora.add_lora(live, OPTIONS, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in lora.trainable(live).items():
         if "lora_B" in name:

@@ -28,7 +28,7 @@ def attach(base: BaseModel, seed: int = 0, **changes: object) -> BaseModel:
         "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": TARGETS, "text_encoder": True,
         "variant": "lora", "init": None,
     }  # fmt: skip
-    lora.attach(base, LoraConfig(**(options | changes)), seed)
+    lora.add_lora(base, LoraConfig(**(options | changes)), seed)
     return base
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import train
 from ghibli.cli.main import app as command_line
 from ghibli.images.grid import to_image
-from ghibli.inference.generate import Count, Request, generate_images
+from ghibli.inference.generate import Count, ImageRequest, generate_images
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
@@ -61,7 +61,7 @@ def address(outside: Path) -> Iterator[str]:
 def expected(loaded: LoadedModel, seed: int, scale: float) -> np.ndarray:
     side = loaded.config.model.resolution
     prompt = loaded.config.sample.prompts[0]
-    request = Request([prompt], "ddim", loaded.guidance, STEPS, seed, (side, side), scale=scale)
+    request = ImageRequest([prompt], "ddim", loaded.guidance, STEPS, seed, (side, side), scale=scale)
     return np.asarray(to_image(generate_images(loaded, request)[0]), float)
 
 
@@ -70,7 +70,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list of what was stopped half-way, with the page's labels, filled while it generates."""
     stopped_half_way: list[str] = []
 
-    def recorded(loaded: LoadedModel, request: Request, label: str, count: Count) -> Any:
+    def recorded(loaded: LoadedModel, request: ImageRequest, label: str, count: Count) -> Any:
         try:
             return generate_images(loaded, request, label, count)
         except session.Stopped:
@@ -115,34 +115,6 @@ def test_a_stop_ends_what_is_drawn_and_nothing_else(app_session: AppSession) -> 
     with pytest.raises(session.Stopped):
         in_turn()
     assert not app_session._lock.locked() and not app_session._stops
-
-
-def test_the_checker_blacks_out(tmp_path: Path, app_session: AppSession) -> None:
-    """A tiny checker of SD 1.5's own class, once with thresholds that take everything, once nothing."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPImageProcessor
-
-    from ghibli.inference.safety import SafetyChecker, has_checker
-
-    assert not has_checker("demo")
-    with pytest.raises(UserError, match="demo has no safety_checker/ folder"):
-        SafetyChecker("demo")
-    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config=layers, vision_config=layers | {"image_size": 32, "patch_size": 16}, projection_dim=8
-    )
-    images = [Image.new("RGB", (40, 24), colour) for colour in ("red", "blue")]
-    judge = StableDiffusionSafetyChecker(config)
-    for threshold, taken in ((-2.0, 2), (2.0, 0)):
-        judge.concept_embeds_weights.data.fill_(threshold)
-        judge.save_pretrained(tmp_path / "safety_checker")
-        CLIPImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path / "feature_extractor")
-        assert has_checker(str(tmp_path))
-        shown, gone = SafetyChecker(str(tmp_path)).black_out(images)
-        assert gone == taken
-        for before, after in zip(images, shown, strict=True):
-            assert after.size == before.size
-            assert (np.asarray(after).max() == 0) == bool(taken)
 
 
 def test_a_port_that_is_taken(address: str) -> None:

@@ -24,7 +24,7 @@ from ghibli.cli.main import app
 from ghibli.config.schema import ModelConfig
 from ghibli.inference import export
 from ghibli.inference.export import check_prediction, predict, probe_inputs
-from ghibli.inference.generate import Request, generate_images
+from ghibli.inference.generate import ImageRequest, generate_images
 from ghibli.inference.load import load_model
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
@@ -82,10 +82,10 @@ def test_a_process_that_knows_only_diffusers_draws_the_same(
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = np.load(tmp_path / "it.npy")
     loaded = load_model([str(run.path)], [])
-    request = Request([prompt], "ddim", 7.5, 4, 3, (128, 128))
+    request = ImageRequest([prompt], "ddim", 7.5, 4, 3, (128, 128))
     ours = (generate_images(loaded, request)[0].permute(1, 2, 0).numpy() * 255).round()
     assert (abs(ours - theirs) > 1).mean() <= 0.001
-    base = (generate_images(loaded, Request([prompt], "ddim", 7.5, 4, 3, (128, 128), scale=0))[0]) * 255
+    base = (generate_images(loaded, ImageRequest([prompt], "ddim", 7.5, 4, 3, (128, 128), scale=0))[0]) * 255
     assert (abs(base.permute(1, 2, 0).numpy() - theirs) > 1).mean() > 0.2
 
 

@@ -17,13 +17,13 @@ from ghibli.adapters.files import named_layers
 from ghibli.cli.main import app
 from ghibli.images.grid import to_image
 from ghibli.inference import generate
-from ghibli.inference.generate import Request, generate_images, write_images
+from ghibli.inference.generate import ImageRequest, generate_images, write_images
 from ghibli.inference.load import LoadedModel, load_model, split_weight
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
-REQUEST = Request(["a red train", "a lake", "a blue house"], "ddpm", 3.0, 2, 7, (64, 64), "fog", batch=3)
+REQUEST = ImageRequest(["a red train", "a lake", "a blue house"], "ddpm", 3.0, 2, 7, (64, 64), "fog", batch=3)
 
 
 def write_adapter(file: Path, base: BaseModel, seed: int = 0) -> Path:
@@ -146,7 +146,7 @@ def test_an_image_carries_what_makes_it_again(loaded: LoadedModel, adapter: Path
         notes, drawn = opened.text, np.asarray(opened)
     note = json.loads(notes["ghibli"])
     assert (note.pop("adapters"), note.pop("weights"), note.pop("base")) == ([str(adapter)], [1.0], "demo")
-    again = generate_images(loaded, Request(**note | {"size": tuple(note["size"])}))[0]
+    again = generate_images(loaded, ImageRequest(**note | {"size": tuple(note["size"])}))[0]
     assert np.abs(again.permute(1, 2, 0).numpy() * 255 - drawn).max() < 1
     assert notes["parameters"].splitlines() == [
         "a lake",

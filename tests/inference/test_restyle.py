@@ -196,6 +196,23 @@ def test_the_command(photos: Path, tmp_path: Path) -> None:
         assert sheet.size == (2 * 264 + 8, 26 + 2 * 264 + 8)
 
 
+def test_words_that_the_text_encoder_never_sees_are_named(photos: Path, tmp_path: Path) -> None:
+    """The pipeline only logs that it cuts a prompt. Two photos with one prompt give one warning."""
+    words = [
+        "--with",
+        "model=demo",
+        "--prompt",
+        "train " * 500,
+        "--steps",
+        "2",
+        "--to",
+        str(tmp_path / "out"),
+    ]
+    result = CliRunner().invoke(app, ["restyle", str(photos), *words])
+    assert result.exit_code == 0, result.output
+    assert " ".join(result.output.split()).count("is too long: the text encoder never sees `train") == 1
+
+
 def test_the_sheet_shows_both() -> None:
     pairs = [(Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"))] * 8
     page = np.asarray(grid.before_after_sheet(pairs))

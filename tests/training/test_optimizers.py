@@ -158,7 +158,7 @@ def test_a_variant_is_saved_and_merged_as_it_was_trained(variant: str, tmp_path:
         rank=4, alpha=8.0, dropout=0.1, targets=TARGETS["attention"], text_encoder=True, variant=variant,
         init=None,
     )  # fmt: skip
-    lora.attach(live, options, seed=0)
+    lora.add_lora(live, options, seed=0)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in lora.trainable(live).items():
         if ".lora_B." in name:
@@ -185,7 +185,7 @@ def predicted(base: BaseModel) -> torch.Tensor:
 )
 def test_targets_by_name(make_config: Callable[..., Config], base: BaseModel, name: str, ends: set) -> None:
     config = make_config(f"lora.targets={name}", "lora.rank=2")
-    lora.attach(base, config.lora, seed=0)
+    lora.add_lora(base, config.lora, seed=0)
     adapted = {key.split(".lora_A.")[0] for key in lora.trainable(base) if ".lora_A." in key}
     every = {f"unet.{key}".replace(".base_layer", "") for key, _ in base.unet.named_modules()}
     for end in ends | {"to_q", "to_out.0"}:

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 Colour = tuple[float, float, float]
-Point = tuple[float, float]
 
 INK = (46, 36, 44)
 LOOKS = ("photo", "drawn")
@@ -103,7 +102,9 @@ class Canvas:
     def ink_colour(self):
         return clip_colour(blend(INK, (18, 18, 52), 0.6)) if self.time == "night" else INK
 
-    def polygon(self, points: Sequence[Point], colour: Colour, depth: float = 0.3, ink: bool = True):
+    def polygon(
+        self, points: Sequence[tuple[float, float]], colour: Colour, depth: float = 0.3, ink: bool = True
+    ):
         """Paint a filled polygon."""
         self._paint(points, colour, depth, ink, ellipse=False)
 

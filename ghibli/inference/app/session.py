@@ -20,7 +20,7 @@ from PIL import Image
 
 from ghibli.images.grid import to_image
 from ghibli.images.read import Unusable, read_image
-from ghibli.inference.generate import Count, Request, generate_images, truncation_warnings
+from ghibli.inference.generate import Count, ImageRequest, generate_images, truncation_warnings
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.restyle import RestyleOptions, restyle_photo
 from ghibli.inference.safety import SafetyChecker, has_checker
@@ -52,9 +52,9 @@ class Settings:
     scale: float
     safe: bool  # apply the safety checker
 
-    def request(self, side: int) -> Request:
+    def request(self, side: int) -> ImageRequest:
         """Ask for one image of side x side px."""
-        return Request(
+        return ImageRequest(
             [self.prompt], self.sampler, self.guidance, int(self.steps), int(self.seed or 0),
             (side, side), self.negative, scale=self.scale,
         )  # fmt: skip
