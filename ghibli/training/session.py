@@ -208,7 +208,7 @@ def follow(config: Config, run: RunDir, script: Path) -> None:
         with CleanStop(run) as stop:
             build(config, run, stop).fit(run.usable_checkpoint(), script)  # a new run has no checkpoint
     except StopRequested:
-        pass  # all stop at the same step; the first process says so
+        pass  # all processes stop at the same step; the first one reports it
     except Exception as error:
         explained = as_user_error(error)
         if explained is error:

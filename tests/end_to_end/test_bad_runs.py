@@ -219,7 +219,7 @@ def test_one_changed_byte_anywhere_is_found(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run goes on from previous.ckpt, says so, and ends with the same bits."""
+    """The run resumes from previous.ckpt, reports it, and ends with the same bits."""
     stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
     assert command(f"hydra.run.dir={undisturbed}")[0] == 0
     signal_at_step(monkeypatch, signal.SIGINT, 15)
@@ -313,7 +313,7 @@ def weights(folder: Path) -> bytes:
 def test_stopped_twice_and_resumed_equals_undisturbed(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C within an accumulation, then SIGTERM in the next epoch: saved, said, gone on with."""
+    """Ctrl-C within an accumulation, then SIGTERM in the next epoch: saved, reported, resumed."""
     stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
     assert command(f"hydra.run.dir={undisturbed}")[0] == 0
     resume = f"go on with: python train.py resume={os.path.relpath(stopped)}"
@@ -388,7 +388,7 @@ def test_slurm_starts_a_job_again_that_goes_on_to_the_same_end(
 def test_an_error_in_training_says_that_the_checkpoint_is_kept(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault of ours keeps its traceback, and a run that had got somewhere can be gone on with."""
+    """A fault of ours keeps its traceback, and a run that had got somewhere can be resumed."""
     original = GhibliModule.training_step
 
     def step(module: GhibliModule, batch: dict, batch_idx: int) -> torch.Tensor:
