@@ -160,9 +160,9 @@ def read_adapter(path: str | Path, base: BaseModel, what: str) -> Adapter:
     return Adapter(file, layout, layers, metadata)
 
 
-def named_layers(base: BaseModel) -> dict[str, nn.Module]:
+def named_layers(base: BaseModel) -> dict[str, nn.Linear | nn.Conv2d]:
     """Name every linear and convolution layer of UNet and text encoder, except those of adapters."""
-    found = {}
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
     for part, module in base.adaptable.items():
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in name:
@@ -175,7 +175,7 @@ def layer_name(part: str, name: str) -> str:
     return f"{part}.{name.removeprefix('text_model.')}"
 
 
-def check_fits(layer: Layer, target: nn.Module, where: str) -> None:
+def check_fits(layer: Layer, target: nn.Linear | nn.Conv2d, where: str) -> None:
     """Raise a UserError unless an adapter's layer has the shape of the base's."""
     out_side, in_side = target.weight.shape[:2]
     shape = (layer.up.shape[0], layer.down.shape[1])
@@ -195,8 +195,8 @@ def from_kohya(state: dict[str, torch.Tensor], base: BaseModel) -> tuple[dict[st
         up = state.get(f"{prefix}.lora_up.weight")
         if rest != "lora_down.weight" or up is None:
             continue
-        alpha, magnitude = state.get(f"{prefix}.alpha"), state.get(f"{prefix}.dora_scale")
-        alpha = float(down.shape[0] if alpha is None else alpha)
+        stored_alpha, magnitude = state.get(f"{prefix}.alpha"), state.get(f"{prefix}.dora_scale")
+        alpha = float(down.shape[0] if stored_alpha is None else stored_alpha)
         layers[names.get(prefix, prefix)] = Layer(down, up, alpha, magnitude)
         unused -= {f"{prefix}.{rest}" for rest in KOHYA_TENSORS}
     return layers, sorted(unused)
@@ -272,13 +272,15 @@ def start_from(adapter: Adapter, trainable: dict[str, nn.Parameter]) -> None:
         trainable: from lora.trainable.
 
     Raises:
-        UserError: the file has a layer that this run does not train.
+        UserError: the file has a layer that this run does not train, or lacks a DoRA magnitude.
     """
     filled = set()
     for name, parameter in trainable.items():
         layer_name, _, kind = name.replace("text_encoder.text_model.", "text_encoder.").partition(".lora_")
         layer = adapter.layers[layer_name]
         value = {"A": layer.down, "B": layer.up, "m": layer.magnitude}[kind[0]]
+        if value is None:
+            raise UserError(f"lora.init: the file has DoRA magnitudes, but none for {layer_name}")
         parameter.copy_(value.reshape(parameter.shape))
         filled.add(layer_name)
     if filled != set(adapter.layers):

@@ -92,13 +92,14 @@ def save_adapter(base: BaseModel, folder: Path) -> Path:
     """
     layers, metadata = {}, {}
     for part, module in base.adaptable.items():
-        if getattr(module, "peft_config", None):
+        peft_config = getattr(module, "peft_config", None)
+        if peft_config:
             state = get_peft_model_state_dict(module, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
             state = convert_state_dict_to_diffusers(state)
             if part == "text_encoder":  # the prefix of every published file; transformers dropped it in 5.6
                 state = {f"text_model.{key.removeprefix('text_model.')}": state[key] for key in state}
             layers[f"{part}_lora_layers"] = {key: value.detach().cpu() for key, value in state.items()}
-            settings = module.peft_config[ADAPTER_NAME].to_dict()
+            settings = peft_config[ADAPTER_NAME].to_dict()
             settings |= {"lora_dropout": 0.0, "base_model_name_or_path": None}  # a path on this machine
             settings["target_modules"] = sorted(settings["target_modules"])  # a set: its order is random
             metadata[f"{part}_lora_adapter_metadata"] = settings

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, describe
@@ -80,7 +81,7 @@ def usage_section(config: Config) -> str:
 ComfyUI: put the kohya file into `models/loras`. A1111, Forge: into `models/Lora`, then `<lora:NAME:1>`."""
 
 
-def gain_sentence(status: dict[str, object]) -> str:
+def gain_sentence(status: dict[str, Any]) -> str:
     """Summarise the held-out gain with its standard error."""
     value, error = status.get("gain"), status.get("gain_se")
     if value is None or error is None:

@@ -1,10 +1,9 @@
 """The Typer app, the order of its commands in the help, and options that several commands share."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from typer import Context
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ghibli.config.registry import SAMPLERS
 
@@ -33,12 +32,14 @@ PANELS = {  # of --help, in the order of a project's life
 class CommandGroup(TyperGroup):
     """Lists the commands in the order of PANELS, not in that of their modules' imports."""
 
-    def list_commands(self, ctx: Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:  # a click.Context, which newer Typers vendor
         """Return all commands, panel by panel."""
         ordered = []
         for panel, names in PANELS.items():
             for name in names:
-                self.commands[name].rich_help_panel = panel
+                command = self.commands[name]
+                assert isinstance(command, TyperCommand | TyperGroup), "Typer makes no others"
+                command.rich_help_panel = panel
                 ordered.append(name)
         return ordered
 

@@ -10,7 +10,7 @@ from ghibli.runtime.errors import did_you_mean
 def all_keys(section: type, prefix: str = "") -> Iterator[str]:
     """Yield every full key of a section of the schema, such as lora.rank."""
     for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(field.type):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             yield from all_keys(field.type, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}"
@@ -38,7 +38,7 @@ def keys_without_effect(section: type = Command, prefix: str = "") -> Iterator[s
         key = f"{prefix}{field.name}"
         if field.metadata == NO_EFFECT:
             yield key
-        elif dataclasses.is_dataclass(field.type):
+        elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             yield from keys_without_effect(field.type, f"{key}.")
 
 

@@ -28,7 +28,7 @@ def check_paths(config: Config) -> None:
 
 def check_images(config: Config) -> None:
     """Raise a UserError unless data.root exists, or is a folder of the cache in which to draw images."""
-    root = config.data.root
+    root = config.data.root_folder
     if config.data.draw is None:
         require_folder("data.root", root)
     elif not (Path(root) / "captions.txt").is_file() and not Path(root).is_relative_to(config.cache_dir):

@@ -98,6 +98,12 @@ class DataConfig:
     grid_epochs: str = field(metadata=NO_EFFECT)  # trainer.max_epochs of the grid `slides`
 
     @property
+    def root_folder(self) -> str:
+        """`root`, which Config refuses to leave unset."""
+        assert self.root is not None, "Config refuses data.root=null"
+        return self.root
+
+    @property
     def square_resize(self) -> str:
         """How to make an image square, as samples are, to compare the two."""
         return "center_crop" if self.resize == "bucket" else self.resize

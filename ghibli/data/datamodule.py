@@ -29,7 +29,7 @@ from ghibli.images.duplicates import thumbnail
 from ghibli.images.resize import Size, size_for
 from ghibli.models.base import BaseModel, part_hash
 from ghibli.runs.folder import RunDir, check_unchanged
-from ghibli.runtime.cache import cached_rows
+from ghibli.runtime.cache import Rows, cached_rows
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_json
@@ -42,30 +42,36 @@ class GhibliDataModule(L.LightningDataModule):
 
     Args:
         config: the run's configuration.
-        base: the loaded base; its VAE encodes the images.
+        base: the loaded base; its VAE encodes the images. `read` alone does without one.
         run: the run's folder, which gets split.json.
         num_train_timesteps: T of the noise schedule.
     """
 
-    def __init__(self, config: Config, base: BaseModel, run: RunDir, num_train_timesteps: int):
+    def __init__(self, config: Config, base: BaseModel | None, run: RunDir, num_train_timesteps: int):
         super().__init__()
-        self.config, self.base, self.run = config, base, run
+        self.config, self._base, self.run = config, base, run
         self.num_train_timesteps = num_train_timesteps
         self.folder: ImageFolder | None = None
         self.is_ready = False
 
+    @property
+    def base(self) -> BaseModel:
+        """The base whose VAE encodes the images."""
+        assert self._base is not None, "only reading the images does without a base"
+        return self._base
+
     def prepare_data(self) -> None:
         """Draw the demo's images when their folder is missing or damaged."""
-        draw_missing(self.config.data.root, self.config.data.draw, self.config.cache_dir)
+        draw_missing(self.config.data.root_folder, self.config.data.draw, self.config.cache_dir)
 
-    def read(self) -> None:
-        """Read and split the folder, once; what is held out depends on nothing else.
+    def read(self) -> ImageFolder:
+        """Read and split the folder, once, and return it; what is held out depends on nothing else.
 
         Raises:
             UserError: too few usable images.
         """
         if self.folder is not None:
-            return
+            return self.folder
         data = self.config.data
         thumbnails: dict[Path, np.ndarray] = {}
         sizes: dict[Path, Size] = {}
@@ -76,7 +82,7 @@ class GhibliDataModule(L.LightningDataModule):
 
         with counted("checking the images") as on_progress:
             folder = read_folder(
-                Path(data.root), style=data.style, default_caption=data.caption,
+                Path(data.root_folder), style=data.style, default_caption=data.caption,
                 min_side=data.min_side, on_progress=on_progress,
                 on_image=note,
             )  # fmt: skip
@@ -88,16 +94,17 @@ class GhibliDataModule(L.LightningDataModule):
         self.probe_images = self.val_images + first_by_content(self.train_images, len(self.val_images))
         self.folder, self.thumbnails = folder, thumbnails
         self.shapes = [sizes[image.path] for image in self.train_images]
+        return folder
 
     def setup(self, stage: str) -> None:
         """Read, split and encode the images, once; write split.json."""
         if self.is_ready:
             return
-        self.read()
+        folder = self.read()
         if self.trainer.is_global_zero:
-            if self.folder.unusable:
-                logger.warning(f"images: {summarise(self.folder.unusable)}")
-            self._write_split(self.folder, self.held_out)
+            if folder.unusable:
+                logger.warning(f"images: {summarise(folder.unusable)}")
+            self._write_split(folder, self.held_out)
         self._encode()
         self.is_ready = True
 
@@ -140,19 +147,21 @@ class GhibliDataModule(L.LightningDataModule):
     def _moments(self, images: list[CaptionedImage], mirrored: bool) -> Moments:
         """Return the VAE moments of some images, from the cache where they are known."""
         resolution, resize = self.config.model.resolution, self.config.data.resize
-        options = {"resolution": resolution, "resize": resize, "mirrored": mirrored}
-
         paths = {p.content_hash: p.path for p in images}
 
-        def make(contents: list[str], before: int, total: int) -> dict[str, torch.Tensor]:
+        def make(contents: list[str], before: int, total: int) -> dict[str, Rows]:
             with counted(f"encoding the {'mirrored ' * mirrored}images") as on_progress:
                 return vars(encode(
-                    self.base, [paths[content] for content in contents], **options,
+                    self.base, [paths[content] for content in contents],
+                    resolution=resolution, resize=resize, mirrored=mirrored,
                     on_progress=lambda done, _: on_progress(before + done, total),
                 ))  # fmt: skip
 
         device = self.trainer.strategy.root_device.type
-        key = options | {"vae": part_hash(self.base.vae), "device": device}
+        key = {
+            "resolution": resolution, "resize": resize, "mirrored": mirrored,
+            "vae": part_hash(self.base.vae), "device": device,
+        }  # fmt: skip
         contents = [p.content_hash for p in images]
         return Moments(**cached_rows(Path(self.config.cache_dir) / "latents", key, contents, make))
 
@@ -197,4 +206,5 @@ class GhibliDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Return this device's share of the probe: a batch per held-out image, then per training image."""
         mine = share_of_probe(len(self.probe_batches), self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader([self.probe_batches[index] for index in mine], batch_size=None)
+        batches = [self.probe_batches[index] for index in mine]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # any sequence will do

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,14 +83,15 @@ class TrainExamples(Dataset):
             self._order = (epoch, order_in_batches(order, self.images.shapes, self.plan.together))
         return self._order[1][position]
 
-    def __getitem__(self, example: int) -> dict[str, object]:
+    def __getitem__(self, example: int) -> dict[str, Any]:
         """Return one example: latents and noise (4, h, w) float32, timesteps () and input_ids (L,) int64.
 
         Beside them `example`, the running number, and `name`, the image's file name.
         """
         images, image, seed = self.images, self.image_of(example), self.seed
-        flipped = images.mirrored is not None and chance(0.5, Stream.FLIP, seed, example)
-        moments = images.mirrored if flipped else images.moments
+        moments = images.moments
+        if images.mirrored is not None and chance(0.5, Stream.FLIP, seed, example):
+            moments = images.mirrored
         shape = tuple(moments.mean[image].shape)
         noise = normal(shape, Stream.NOISE, seed, example)
         if self.loss.noise_offset > 0:
@@ -107,7 +109,7 @@ class TrainExamples(Dataset):
         }
 
 
-def collate(examples: list[dict[str, object]]) -> dict[str, object]:
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack the tensors of some examples, (B, ...); `example` and `name` become lists."""
     return {
         key: torch.stack([e[key] for e in examples])

@@ -1,6 +1,6 @@
 """Image files -> pixel_values -> VAE posterior moments, encoded once before training and kept in memory."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from ghibli.images.read import open_image
 from ghibli.images.resize import preprocess
 from ghibli.models.base import BaseModel
+from ghibli.runtime.cache import Rows
 from ghibli.runtime.errors import UserError
 
 CHUNK = 8  # images encoded at once; always as many, so an image's moments never depend on the others
@@ -21,8 +22,8 @@ class Moments:
     Kept instead of one sample of it, so that every training example is a fresh sample.
     """
 
-    mean: Sequence[torch.Tensor]  # N of (4, H/8, W/8) float32; one tensor where all have one shape
-    logvar: Sequence[torch.Tensor]  # like mean
+    mean: Rows  # N of (4, H/8, W/8) float32; one tensor where all have one shape
+    logvar: Rows  # like mean
 
     def of(self, images: Iterable[int]) -> "Moments":
         """Return the moments of some of the images, in this order."""

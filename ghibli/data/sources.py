@@ -1,6 +1,7 @@
 """Images that are drawn when missing, and the real images that samples are measured against."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,22 +50,22 @@ def real_images(config: Config) -> tuple[list[CaptionedImage], list[CaptionedIma
         UserError: no such folder, or too few images to compare with.
     """
     data = config.data
-    options = {"style": data.style, "default_caption": data.caption, "min_side": data.min_side}
+    read = partial(read_folder, style=data.style, default_caption=data.caption, min_side=data.min_side)
     thumbnails: dict[Path, np.ndarray] = {}
-    draw_missing(data.root, data.draw, config.cache_dir)
+    draw_missing(data.root_folder, data.draw, config.cache_dir)
     with counted("checking the images") as on_progress:
-        found = read_folder(
-            Path(data.root), on_progress=on_progress, **options,
+        found = read(
+            Path(data.root_folder),
+            on_progress=on_progress,
             on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
-        )  # fmt: skip
+        )
     split = split_apart(found.images, thumbnails, data.val_fraction)
     training, held_out = split.train, split.held_out
     if data.reference is not None:
         if Path(data.reference).is_relative_to(config.cache_dir):  # any other folder is the user's
             draw_missing(data.reference, data.reference_draw, config.cache_dir, EVALUATION_SEEDS)
-        options["key"] = "data.reference"
         with counted("checking the reference") as on_progress:
-            held_out = read_folder(Path(data.reference), on_progress=on_progress, **options).images
+            held_out = read(Path(data.reference), key="data.reference", on_progress=on_progress).images
     if len(held_out) < LEAST:
         where = "held out" if data.reference is None else f"in data.reference={data.reference}"
         raise UserError(

@@ -88,7 +88,8 @@ def predict_branches(
         torch.cat([timesteps, timesteps]),
         torch.cat([negative_prompt_embeds, prompt_embeds]),
     )
-    return both.chunk(2)
+    uncond, cond = both.chunk(2)
+    return uncond, cond
 
 
 def predict_noise(

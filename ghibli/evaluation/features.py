@@ -136,7 +136,8 @@ class FeatureExtractor:
     def __init__(self, config: Config, base: BaseModel):
         self.base, self.kind = base, config.evaluate.features
         self.clip = load_clip(config.model.clip)
-        self.hashes = {"features": self.kind, "vae": weights_hash(base)}  # of every network that measures
+        self.hashes: dict[str, str | None]  # of every network that measures
+        self.hashes = {"features": self.kind, "vae": weights_hash(base)}
         self.hashes["clip"] = None if self.clip is None else part_hash(self.clip[0])
         if self.kind == "inception":
             network = load_inception(config.evaluate.inception).to(base.vae.device)
@@ -149,12 +150,13 @@ class FeatureExtractor:
         """`features` (N, D) and, with a CLIP, `caption_fit` (N,) of images (N, 3, H, W) in 0 .. 1."""
         measured = {"features": extract_in_batches(self._extract, images)}
         if self.clip is not None:
-            measured["caption_fit"] = self._caption_fit(images, captions)
+            measured["caption_fit"] = self._caption_fit(*self.clip, images, captions)
         return measured
 
     @torch.no_grad()
-    def _caption_fit(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        clip, processor = self.clip
+    def _caption_fit(
+        self, clip: CLIPModel, processor: CLIPImageProcessor, images: torch.Tensor, captions: list[str]
+    ) -> torch.Tensor:
         scores = []
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)

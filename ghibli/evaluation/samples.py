@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -58,7 +58,8 @@ def two_at_a_time(tasks: Iterable[Callable[[], Result]], device: torch.device) -
         torch.set_num_threads(threads)
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
     """One cell of one model, sampled `count` times."""
 
     model: str

@@ -68,6 +68,7 @@ def read_image(path: Path, at_least: int | None = None) -> tuple[Image.Image, tu
     except UnidentifiedImageError:
         raise Unusable("it is not an image, despite its name") from None
     except Image.DecompressionBombError:
+        assert Image.MAX_IMAGE_PIXELS is not None, "Pillow raises this error only if there is a limit"
         raise Unusable(f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
     except MemoryError:
         raise

@@ -60,7 +60,8 @@ def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Ch
     base = apply.load_base(config.model)
     inputs = probe_inputs(base)
     untouched = predict(base, inputs)
-    files, failures = [], []
+    files: list[Path] = []
+    failures: list[str] = []
     if config.finetune == "lora":
         files, failures = write_adapters(run, config, base, folder)
     del base  # one model at a time: each Stable Diffusion 1.5 takes 4 GB

@@ -167,7 +167,8 @@ def restyle_all(
     Raises:
         UserError: a PNG would overwrite a photo, or no photo could be read.
     """
-    written, pairs = 0, []
+    written = 0
+    pairs: list[tuple[Image.Image, Image.Image]] = []
     files = output_files([photo.path for photo in photos], folder)
     with counted("restyling") as on_progress:
         for done, (photo, file) in enumerate(zip(photos, files, strict=True), start=1):

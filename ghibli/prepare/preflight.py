@@ -63,7 +63,7 @@ def check(overrides: list[str]) -> list[Finding]:
     if trainer:
         found.append(about_device(trainer))
     if is_read:
-        found += about_images(data)
+        found += about_images(data, base)
     if is_read and module and trainer:
         found += about_run(module, data, trainer, run.path)
     return by_level(found)
@@ -80,7 +80,7 @@ def before_training(module: GhibliModule, data: GhibliDataModule, trainer: L.Tra
     if not trainer.is_global_zero:
         return
     read_dataset(data)
-    found = about_images(data)
+    found = about_images(data, data.base)
     if module.config.finetune != "none":
         data.steps_per_epoch(trainer.accumulate_grad_batches, trainer.world_size)
     found += about_run(module, data, trainer, run.path)
@@ -171,15 +171,15 @@ def about_base(config: Config, base: BaseModel) -> Finding:
     )
 
 
-def about_images(data: GhibliDataModule) -> list[Finding]:
-    """Check images and captions."""
+def about_images(data: GhibliDataModule, base: BaseModel | None) -> list[Finding]:
+    """Check images and captions; without a base, all but the captions' length."""
     folder = data.folder
     assert folder is not None, "read_dataset comes first"
     found = dataset_checks.check_dataset(
         folder, data.train_images, data.held_out, data.thumbnails, data.moved
     )
-    if data.base is not None:
-        long = dataset_checks.long_captions(folder.images, data.base.tokenizer)
+    if base is not None:
+        long = dataset_checks.long_captions(folder.images, base.tokenizer)
         found += [long] if long else []
     return found
 

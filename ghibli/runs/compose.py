@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def check_overrides(overrides: list[str]) -> tuple[Config | None, RunDir | None,
 
 def check_each_override(overrides: list[str]) -> tuple[list[str], list[str]]:
     """Compose with each override alone: (errors, the overrides without one)."""
-    errors = {one: errors_in(lambda one=one: compose_cfg([one])) for one in overrides}
+    errors = {one: errors_in(partial(compose_cfg, [one])) for one in overrides}
     valid = [one for one in overrides if not errors[one]]
     return [error for found in errors.values() for error in found], valid
 
@@ -149,7 +150,7 @@ def checks_of(cfg: Any) -> Iterator[Callable[[], Any]]:
     """Yield a check for each section of a composed config, then those of the whole."""
     for section in dataclasses.fields(Config):
         if dataclasses.is_dataclass(section.type):
-            yield lambda name=section.name: section_to_dataclass(cfg, name)
+            yield partial(section_to_dataclass, cfg, section.name)
     yield lambda: require_new_run(cfg)
     yield lambda: check_trainer(OmegaConf.to_container(cfg.trainer, resolve=True))
     yield lambda: to_config(cfg)

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -193,7 +194,7 @@ class RunDir:
 
         def put_back() -> None:
             for path, content in kept.items():
-                write_atomically(path, lambda file, content=content: file.write(content))
+                write_atomically(path, methodcaller("write", content))
 
         return put_back
 

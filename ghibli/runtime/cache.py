@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from ghibli.runtime.files import is_whole, write_with_checksum
 from ghibli.runtime.provenance import processor_name
 
+Rows = torch.Tensor | Sequence[torch.Tensor]  # one tensor where all rows have one shape
 SHARD = 512  # rows per file of cached_rows
 
 
@@ -48,8 +49,8 @@ def cached_rows(
     folder: Path,
     key: dict[str, Any],
     names: list[str],
-    make: Callable[[list[str], int, int], dict[str, Sequence[torch.Tensor]]],
-) -> dict[str, Sequence[torch.Tensor]]:
+    make: Callable[[list[str], int, int], Mapping[str, Rows]],
+) -> dict[str, Rows]:
     """Return tensors with one row per name, as `cached` does, computing only the rows that are missing.
 
     Rows are stored in shards of at most SHARD, each written as soon as it is computed, so that a killed
@@ -82,6 +83,6 @@ def cached_rows(
     return {field: stack_if_equal([shard[field][row] for shard, row in found]) for field in fields}
 
 
-def stack_if_equal(rows: list[torch.Tensor]) -> Any:
+def stack_if_equal(rows: list[torch.Tensor]) -> Rows:
     """Stack rows of one shape into a tensor; return the rows themselves where their shapes differ."""
     return torch.stack(rows) if len({row.shape for row in rows}) == 1 else rows

@@ -6,6 +6,7 @@ A cell is a sampler with a guidance scale; a model is an untouched base or an ev
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,9 @@ def paired_comparisons(trials: list[Trial]) -> list[str]:
     best = [(model.name, min(model.rows, key=lambda row: row["kernel"][0])) for model in models_of(trials)]
     best = sorted(best, key=lambda one: one[1]["kernel"][0])[:COMPARED]
     files = [reference_file, *(str(row.get("file")) for _, row in best)]
-    real, *sampled = [features_in(Path(cache_dir) / "evaluation" / file) for file in files]
-    if real is None or any(rows is None for rows in sampled) or len({len(rows) for rows in sampled}) != 1:
+    real, *stored = [features_in(Path(cache_dir) / "evaluation" / file) for file in files]
+    sampled = [rows for rows in stored if rows is not None]
+    if real is None or len(sampled) < len(stored) or len({len(rows) for rows in sampled}) != 1:
         return []
     reference = ReferenceSet(real, standardise=kind == "style")
     lines = []
@@ -200,7 +202,7 @@ def write_models(folder: Path, trials: list[Trial]) -> Path | None:
     labels = unique_names([trial for trial, _ in found], short_model_name, "\n")
     loaders = base_loaders([config for _, config in found])
     for label, (trial, config) in zip(labels, found, strict=True):
-        loaders.append((label, lambda trial=trial, config=config: trained_base(trial.run, config)))
+        loaders.append((label, partial(trained_base, trial.run, config)))
     rows = []
     with counted("drawing the sample prompts") as on_progress:
         for number, (label, load) in enumerate(loaders):
@@ -227,6 +229,5 @@ def base_loaders(configs: list[Config]) -> list[tuple[str, Callable[[], BaseMode
     bases = {(c.model.path, c.model.adapter, c.model.adapter_scale): c for c in configs}
     labels = ["base"] if len(bases) == 1 else [f"base of\n{path}" for path, *_ in bases]
     return [
-        (label, lambda config=config: starting_base(config))
-        for label, config in zip(labels, bases.values(), strict=True)
+        (label, partial(starting_base, config)) for label, config in zip(labels, bases.values(), strict=True)
     ]

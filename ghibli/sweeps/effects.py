@@ -79,7 +79,7 @@ def effects_of(key: str, trials: list[Trial]) -> Iterator[Effect]:
             if a.settings.get(key) == low
             and b.settings.get(key) == high
             and all(a.settings.get(name) == b.settings.get(name) for name in others)
-            and torch.equal(a.best.base_val, b.best.base_val)
+            and torch.equal(a.scores.base_val, b.scores.base_val)
         ]
         if pairs:
             yield Effect(key, low, high, len(pairs), gain_difference(pairs))
@@ -112,7 +112,7 @@ def seed_noise(trials: list[Trial]) -> SeedNoise | None:
     groups: dict[str, list[float]] = {}
     for trial in without_duplicates([trial for trial in trials if trial.gain is not None]):
         rest = settings_key({key: value for key, value in trial.settings.items() if key != "seed"})
-        groups.setdefault(rest, []).append(trial.gain.value)
+        groups.setdefault(rest, []).append(trial.scores.val_gain.value)
     repeated = [gains for gains in groups.values() if len(gains) > 1]
     if not repeated:
         return None
@@ -130,7 +130,9 @@ def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
     """
     groups: list[list[tuple[Trial, Trial]]] = []
     for pair in pairs:
-        same = [group for group in groups if torch.equal(group[0][0].best.base_val, pair[0].best.base_val)]
+        same = [
+            group for group in groups if torch.equal(group[0][0].scores.base_val, pair[0].scores.base_val)
+        ]
         if same:
             same[0].append(pair)
         else:
@@ -144,6 +146,6 @@ def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
 
 def difference_within(pairs: list[tuple[Trial, Trial]]) -> Gain:
     """gain_difference of pairs that all have the same base's scores."""
-    base = pairs[0][0].best.base_val.double()
-    change = torch.stack([b.best.val.double() - a.best.val.double() for a, b in pairs]).mean(0)
+    base = pairs[0][0].scores.base_val.double()
+    change = torch.stack([b.scores.val.double() - a.scores.val.double() for a, b in pairs]).mean(0)
     return paired_gain(base + change, base)

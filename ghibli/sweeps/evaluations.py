@@ -35,13 +35,13 @@ def is_complete(result: dict[str, Any]) -> bool:
 
 def model_name(trial: Trial) -> str:
     """`LoRA, trained at guidance 7.5`."""
-    kind = trial.settings.get("finetune")
+    kind = str(trial.settings.get("finetune"))
     return UNGUIDED_NAMES.get(kind) or f"LoRA, trained at guidance {trial.settings.get('loss.guidance'):g}"
 
 
 def short_model_name(trial: Trial) -> str:
     """`LoRA 7.5`, to stand beside an image."""
-    kind = trial.settings.get("finetune")
+    kind = str(trial.settings.get("finetune"))
     return UNGUIDED_NAMES.get(kind) or f"LoRA {trial.settings.get('loss.guidance'):g}"
 
 

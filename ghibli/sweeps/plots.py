@@ -39,7 +39,7 @@ def plot_setting(axis: plt.Axes, key: str, keys: list[str], trials: list[Trial])
     lines: dict[tuple, list[tuple[int, float]]] = {}
     for trial in trials:
         rest = tuple(str(trial.settings.get(other)) for other in keys if other != key)
-        point = values.index(trial.settings.get(key)), 100 * trial.gain.value
+        point = values.index(trial.settings.get(key)), 100 * trial.scores.val_gain.value
         lines.setdefault(rest, []).append(point)
     for points in lines.values():
         axis.plot(*zip(*sorted(points), strict=True), color="#999999", lw=0.8, marker=".")
@@ -55,16 +55,17 @@ def plot_setting(axis: plt.Axes, key: str, keys: list[str], trials: list[Trial])
 
 def write_grids(folder: Path, trials: list[Trial]) -> Path | None:
     """Write best_and_worst.png: the newest grids of the first and the last ranked trial that have one."""
-    drawn = [trial for trial in trials if trial.gain is not None and trial.grid is not None]
+    scored = [trial for trial in trials if trial.gain is not None]
+    drawn = [(trial, grid) for trial in scored if (grid := trial.grid) is not None]
     if len(drawn) < 2:
         return None
     best_and_worst = {"best": drawn[0], "worst": drawn[-1]}
-    grids = [Image.open(trial.grid).convert("RGB") for trial in best_and_worst.values()]
+    grids = [Image.open(file).convert("RGB") for _, file in best_and_worst.values()]
     line = 28  # px, of the title above each grid
     tops = [line, line + grids[0].height + line]
     texts = [
-        Text(8, top - line + 5, f"{rank}: {trial.gain.signed_size}  {trial.run.path.name}", 16)
-        for (rank, trial), top in zip(best_and_worst.items(), tops, strict=True)
+        Text(8, top - line + 5, f"{rank}: {trial.scores.val_gain.signed_size}  {trial.run.path.name}", 16)
+        for (rank, (trial, _)), top in zip(best_and_worst.items(), tops, strict=True)
     ]
     size = max(grid.width for grid in grids), tops[1] + grids[1].height
     sheet = lay_out(size, [[grid] for grid in grids], [0], tops, texts)

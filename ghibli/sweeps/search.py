@@ -33,14 +33,16 @@ def optuna_search(request: StudyRequest, study: Study, train: Train) -> None:
     Raises:
         UserError: Optuna is not installed, or the earlier search in this folder had other choices.
     """
+    count = request.settings.search
+    assert count is not None, "sweep.py searches only if sweep.search is set"
     optuna = import_optuna()
     table = optuna.create_study(
         study_name="search", storage=f"sqlite:///{study.folder / 'optuna.db'}",
         direction="maximize", load_if_exists=True,
     )  # fmt: skip
     restore_trials(table, request, train)
-    while (trial := next_trial(table, request.settings.search)) is not None:
-        logger.info(f"\ntrial {search_position(table, trial) + 1} of {request.settings.search}")
+    while (trial := next_trial(table, count)) is not None:
+        logger.info(f"\ntrial {search_position(table, trial) + 1} of {count}")
         config, run = settings_and_folder([*request.fixed, *suggested_overrides(table, trial, request)])
         gain = train(config, run, False)
         if math.isnan(gain):
@@ -228,7 +230,7 @@ def train_until(overrides: list[str], epochs: int, train: Train) -> float:
 def planned_epochs(run: RunDir) -> int:
     """How many epochs the trial was last started for; 0 when it was not."""
     try:
-        return int(read_settings(run.config)["trainer"]["max_epochs"])
+        return int((read_settings(run.config) or {})["trainer"]["max_epochs"])
     except (KeyError, TypeError, ValueError):
         return 0
 

@@ -26,6 +26,12 @@ class Trial:
     best: Probe | None  # scores of the best epoch; None for a trial that has not finished, or was refused
 
     @property
+    def scores(self) -> Probe:
+        """The scores of the best epoch of a trial that has a gain, the only kind that is compared."""
+        assert self.best is not None, "trials without a gain are left out before"
+        return self.best
+
+    @property
     def gain(self) -> Gain | None:
         """The gain over the base of the best epoch."""
         return None if self.best is None else self.best.val_gain
@@ -68,11 +74,10 @@ class Trial:
     @property
     def minutes(self) -> float | None:
         """Minutes from start to end; None for a resumed trial, whose pauses are not recorded."""
-        times = self.status.get("started"), self.status.get("ended")
-        if None in times or len(self.status.get("starts", [])) > 1:
+        started, ended = self.status.get("started"), self.status.get("ended")
+        if started is None or ended is None or len(self.status.get("starts", [])) > 1:
             return None
-        started, ended = map(datetime.fromisoformat, times)
-        return (ended - started).total_seconds() / 60
+        return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds() / 60
 
 
 def read_trials(folder: Path) -> list[Trial]:
@@ -112,6 +117,7 @@ def varied(trials: list[Trial]) -> list[str]:
 
 def alpha_follows(trials: list[Trial]) -> bool:
     """True if lora.alpha is the same multiple of lora.rank in all trials."""
+    pairs: list[tuple[Any, Any]]
     pairs = [(trial.settings.get("lora.alpha"), trial.settings.get("lora.rank")) for trial in trials]
     return None not in sum(pairs, ()) and len({round(alpha / rank, 9) for alpha, rank in pairs}) == 1
 

@@ -51,7 +51,7 @@ def use_average(optimizer: torch.optim.Optimizer, wanted: bool) -> None:
 
     Only a schedule-free optimiser tells the two apart. A second call with the same `wanted` does nothing.
     """
-    if hasattr(optimizer, "eval"):
+    if hasattr(optimizer, "eval") and hasattr(optimizer, "train"):
         optimizer.eval() if wanted else optimizer.train()
 
 

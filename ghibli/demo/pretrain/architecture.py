@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
@@ -146,7 +147,8 @@ def save_part(name: str, part, folder: Path = DEMO) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
     try:
         if isinstance(part, torch.nn.Module):
-            copy.deepcopy(part).half().save_pretrained(partial, safe_serialization=True)
+            half: Any = copy.deepcopy(part).half()  # a Hugging Face model, which torch's types do not know
+            half.save_pretrained(partial, safe_serialization=True)
             set_loading_dtype(partial / "config.json")
         else:
             part.save_pretrained(partial)

@@ -8,7 +8,7 @@ import math
 
 from PIL import Image
 
-from ghibli.demo.scenes.canvas import Canvas, blend, clip_colour, mute
+from ghibli.demo.scenes.canvas import Canvas, Colour, blend, clip_colour, mute
 
 # Colours of the sky (top, horizon) in each look: final, not lit again.
 SKY = {
@@ -25,7 +25,7 @@ SKY = {
         "night": ((22, 26, 42), (54, 60, 82)),
     },
 }
-CLOUD = {
+CLOUD: dict[str, tuple[Colour, Colour]] = {
     "morning": ((255, 250, 240), (226, 206, 206)),
     "noon": ((255, 255, 255), (166, 202, 236)),
     "sunset": ((255, 214, 170), (196, 120, 140)),

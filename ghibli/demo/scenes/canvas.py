@@ -25,12 +25,14 @@ LIGHT = {
 
 def blend(first: Colour, second: Colour, share: float) -> Colour:
     """Mix two colours; share 0 gives the first, 1 the second."""
-    return tuple(a + (b - a) * share for a, b in zip(first, second, strict=True))
+    red, green, blue = (a + (b - a) * share for a, b in zip(first, second, strict=True))
+    return red, green, blue
 
 
 def clip_colour(colour: Colour) -> tuple[int, int, int]:
     """Round a colour to integers and clip them to 0 .. 255."""
-    return tuple(int(min(255, max(0, round(channel)))) for channel in colour)
+    red, green, blue = (int(min(255, max(0, round(channel)))) for channel in colour)
+    return red, green, blue
 
 
 def mute(colour: Colour) -> Colour:
@@ -55,7 +57,8 @@ class Canvas:
         """Return a colour as it appears in the light of this time of day and in this look."""
         light = LIGHT[self.time]
         share = self.light_share
-        lit = tuple(c * (1 + (f - 1) * share) for c, f in zip(colour, light, strict=True))
+        red, green, blue = (c * (1 + (f - 1) * share) for c, f in zip(colour, light, strict=True))
+        lit = red, green, blue
         return clip_colour(lit if self.drawn else mute(lit))
 
     def gradient(self, box, top, bottom, mask=None):

@@ -164,12 +164,12 @@ def draw(scene: Scene, look: str, size: int = 128, grain: bool = True) -> Image.
     if photo:
         backgrounds.haze(back)
         soft = back.image.filter(ImageFilter.GaussianBlur(size / 90))
-        back = Canvas(2 * size, look, scene.time, soft.resize((2 * size, 2 * size), Image.BICUBIC))
+        back = Canvas(2 * size, look, scene.time, soft.resize((2 * size, 2 * size), Image.Resampling.BICUBIC))
     paint_subject(back, scene)
     image = back.image
     if photo:
         image = image.filter(ImageFilter.GaussianBlur(size / 128))
-    image = image.resize((size, size), Image.BOX if photo else Image.LANCZOS)
+    image = image.resize((size, size), Image.Resampling.BOX if photo else Image.Resampling.LANCZOS)
     return add_grain(image, scene.seed) if photo and grain else image
 
 
