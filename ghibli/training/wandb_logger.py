@@ -160,7 +160,7 @@ def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
     own = result["models"].get("run", result["models"]["base"])
     logger.experiment.summary.update({"best/kernel_distance": min(row["kernel"][0] for row in own)})
     for finding in result["findings"]:
-        alert([logger], finding["name"], finding["text"])
+        send_alert(logger, finding["name"], finding["text"])
     close()
 
 
@@ -175,9 +175,14 @@ def logger_afterwards(config: Config, run: RunDir) -> WandbLogger | None:
 
 
 def alert(loggers: Iterable[Logger], name: str, text: str) -> None:
-    """Send a finding of the doctor as an alert."""
+    """Send a finding of the doctor as an alert, to the W&B loggers among these."""
     for logger in wandb_of(loggers):
-        logger.experiment.alert(title=name, text=text, level="WARN")
+        send_alert(logger, name, text)
+
+
+def send_alert(logger: WandbLogger, name: str, text: str) -> None:
+    """Send a finding as an alert."""
+    logger.experiment.alert(title=name, text=text, level="WARN")
 
 
 def first_words(error: Exception) -> str:
