@@ -160,8 +160,8 @@ def following(run: RunDir) -> Iterator[None]:
     threading.Thread(target=leave_with, args=(first,), daemon=True).start()
     try:
         yield
-    except UserError as mistake:
-        give_up(run, str(mistake))
+    except UserError as error:
+        give_up(run, str(error))
     except Exception as error:
         time.sleep(GRACE / 2)  # meanwhile the first process, if it has failed, ends this one
         trouble = disk_trouble(error)

@@ -169,8 +169,8 @@ def logger_afterwards(config: Config, run: RunDir) -> WandbLogger | None:
     name = str(run.status.read().get("settings", run.path.name))
     try:
         return make_logger(config, run, name)
-    except UserError as mistake:
-        log.warning(f"{mistake}; logging offline")
+    except UserError as error:
+        log.warning(f"{error}; logging offline")
         return start(config, run, name, "offline")
 
 

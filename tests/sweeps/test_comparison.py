@@ -174,7 +174,7 @@ def test_a_study_has_a_report_page(tmp_path: Path, capsys: pytest.CaptureFixture
     for name, gains in (("a", (0, 0.3, 0.4)), ("b", (0, 0.1, 0.2))):
         make_run(tmp_path / name, gains)
     sweep.report(tmp_path)
-    assert "The first is ahead of the second" in (tmp_path / "report.html").read_text()
+    assert "The first leads the second" in (tmp_path / "report.html").read_text()
     assert "report.html" in capsys.readouterr().out
 
 
