@@ -26,7 +26,7 @@ from ghibli.config.schema import Config
 from ghibli.data.folder import recognised
 from ghibli.data.layouts import LAYOUTS, Layout, ListedImage
 from ghibli.diffusion.samplers import Cell, cells_of, draw_cells, make_scheduler, sample
-from ghibli.inference.generate import Request
+from ghibli.inference.generate import ImageRequest
 from ghibli.inference.restyle import RestyleOptions
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
@@ -112,7 +112,7 @@ def test_a_toy_sampler_draws(register: Callable, demo: BaseModel, make_config: C
     assert images.isfinite().all()
     assert images[:, 0].std() > 0.01
     assert (images[:, 0] - images[:, 1]).abs().max() > 0.005
-    assert Request(["a sea"], "toy", 1.0, 3, 0, (64, 64)).sampler == "toy"
+    assert ImageRequest(["a sea"], "toy", 1.0, 3, 0, (64, 64)).sampler == "toy"
     assert RestyleOptions(0.5, "toy", 1.0, 4, 0, "", 1.0, 64).sampler == "toy"
 
 

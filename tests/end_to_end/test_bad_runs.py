@@ -216,6 +216,7 @@ def test_one_changed_byte_anywhere_is_found(tmp_path: Path) -> None:
         assert not is_whole(path)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +311,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapter" / "pytorch_lora_weights.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_stopped_twice_and_resumed_equals_undisturbed(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,6 +423,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_ctrl_c_as_a_user_presses_it(images: Path, tmp_path: Path) -> None:
     process = start(images, tmp_path / "run", tmp_path)
     wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", process)

@@ -186,6 +186,7 @@ def test_a_missing_launcher_is_reported_with_the_command_that_installs_it(name: 
     assert explain(error) == f'hydra/launcher={name} is not installed: pip install -e ".[{extra}]"'
 
 
+@pytest.mark.slow
 def test_the_offline_dashboard_holds_the_whole_sweep(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +250,7 @@ def test_two_studies_in_one_folder(folder: Path, words: list[str], capsys: pytes
     holder.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "count"), [([], 32), (["lora.rank=4,8,16", "loss.guidance=1,7.5"], 6), (["lora.rank=4"], 16)]
 )

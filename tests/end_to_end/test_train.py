@@ -142,6 +142,7 @@ def test_a_run_without_progress_stops_early(trained: Callable) -> None:
     assert [int(row["epoch"]) for row in probe_rows(folder)] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_early_stopping_can_watch_the_training_loss(trained: Callable) -> None:
     """The slides' way: chance alone decides when the mean loss of an epoch first fails to fall."""
     words = ("optimizer.lr=1e-30", "trainer.max_epochs=8", "early_stopping.patience=1")

@@ -56,6 +56,7 @@ def test_a_healthy_run_has_no_finding(findings: Callable, capsys: pytest.Capture
     assert re.search(line, said)
 
 
+@pytest.mark.slow
 def test_noise_schedule(findings: Callable, capsys: pytest.CaptureFixture) -> None:
     found = findings("experiment=slides_asrun", "trainer.max_epochs=1", "data.epochs=1")
     seen = "at timestep 500 the base expects 85.1 % noise and this training gives it 96.0 %"
@@ -127,6 +128,7 @@ def test_findings_survive_a_stop(findings: Callable, tmp_path: Path, make_config
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_weights_in_16_bits(findings: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     attach = GhibliModule.__init__
 

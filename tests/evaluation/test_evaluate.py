@@ -162,6 +162,7 @@ def test_the_difference_to_the_base_is_the_tables(result: dict) -> None:
     assert "kernel_minus_base" not in result["models"]["run"][2]  # the base is not drawn at 15
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_resumes_with_the_same_result(
     finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

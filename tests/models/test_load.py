@@ -296,6 +296,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_costs_seconds(tmp_path: Path) -> None:
     """Without HF_HUB_OFFLINE, at a host that does not resolve: the libraries would retry for minutes."""
     hidden = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")

@@ -173,6 +173,7 @@ def test_rungs() -> None:
     assert [search.rungs(epochs) for epochs in (1, 3, 9, 30)] == [[1], [1, 3], [1, 3, 9], [3, 10, 30]]
 
 
+@pytest.mark.slow
 def test_halving_extends_the_best_third_and_is_exact(words: list[str], tmp_path: Path) -> None:
     """The survivor equals a run that never stopped, the others end after an epoch; a rerun trains nothing."""
     common = ["optimizer.schedule=constant", "sample.every_n_epochs=0", "trainer.max_epochs=3"]
@@ -196,6 +197,7 @@ def test_halving_extends_the_best_third_and_is_exact(words: list[str], tmp_path:
         python_sweep(*line)
 
 
+@pytest.mark.slow
 def test_the_best_are_repeated_with_other_seeds(words: list[str], capsys: pytest.CaptureFixture) -> None:
     fast = ["sample.every_n_epochs=0", "trainer.max_epochs=1", "lora.text_encoder=false"]
     python_sweep(*words, *fast, "optimizer.lr=1e-6,2e-3", "sweep.repeats=1", "sweep.best=1")

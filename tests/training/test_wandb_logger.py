@@ -47,6 +47,7 @@ def test_offline_run_holds_settings_curves_and_grids(train_py: Callable, tmp_pat
     assert len(media) == 2  # after epoch 1, and the end
 
 
+@pytest.mark.slow
 def test_online_without_a_login_is_refused(train_py: Callable, tmp_path: Path) -> None:
     done = train_py("wandb.mode=online", f"hydra.run.dir={tmp_path}", env=environment(HOME=str(tmp_path)))
     assert done.returncode == 2

@@ -248,6 +248,7 @@ def command(
     return run
 
 
+@pytest.mark.slow
 def test_grown_at_a_constant_rate_equals_planned_so(command: Callable[..., str], tmp_path: Path) -> None:
     """A finished run of 1 epoch that gets a second one is a run of 2 epochs, row for row and bit for bit."""
     planned, grown = tmp_path / "planned", tmp_path / "grown"
@@ -282,6 +283,7 @@ def test_a_stretched_schedule_says_its_jump_and_takes_it(run: RunDir, command: C
 COSINE = {"schedule": "cosine_epochs", "warmup_steps": 0}
 
 
+@pytest.mark.slow
 def test_no_epoch_more_after_an_early_stop(
     make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
