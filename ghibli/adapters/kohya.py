@@ -77,5 +77,6 @@ def metadata_of(adapter: Adapter, config: Config, facts: dict[str, Any], name: s
         "modelspec.prediction_type": "epsilon",
         "modelspec.trigger_phrase": words,
         **dated,
-        "modelspec.license": "CreativeML OpenRAIL-M as its base; the style and images are Studio Ghibli's",
+        # worded as in every file so far: the same training gives the same bytes
+        "modelspec.license": "CreativeML OpenRAIL-M as its base; the style and pictures are Studio Ghibli's",
     }
