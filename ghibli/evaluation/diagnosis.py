@@ -29,7 +29,7 @@ class Finding:
 
 
 def percent_text(share: float) -> str:
-    """`4.1 %` for 0.041."""
+    """Format a share as a percentage: `4.1 %` for 0.041."""
     return f"{100 * share:.1f} %"
 
 
@@ -39,7 +39,7 @@ def at_the_start(
     base_alphas_cumprod: torch.Tensor,
     trainable: Iterable[torch.Tensor],
 ) -> list[Finding]:
-    """Findings before the first step.
+    """Return the findings before the first step.
 
     Args:
         alphas_cumprod, base_alphas_cumprod: (T,) of the training and of the base.
@@ -54,7 +54,7 @@ def at_the_start(
 
 
 def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
-    """Findings from the newest probe.
+    """Return the findings from the newest probe.
 
     With fewer than FEWEST_IMAGES held-out images, only the rules that need no standard error apply.
 
@@ -77,7 +77,7 @@ def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
 
 
 def wrong_noise_schedule(alphas_cumprod: torch.Tensor, base_alphas_cumprod: torch.Tensor) -> Finding | None:
-    """Training adds noise with other betas than the base was trained with; both (T,)."""
+    """Return a finding if training adds noise with other betas than the base was trained with; both (T,)."""
     if torch.allclose(alphas_cumprod, base_alphas_cumprod, atol=1e-6):
         return None
     middle = len(alphas_cumprod) // 2
@@ -92,7 +92,10 @@ def wrong_noise_schedule(alphas_cumprod: torch.Tensor, base_alphas_cumprod: torc
 
 
 def weights_in_16_bits(trainable: Iterable[torch.Tensor]) -> Finding | None:
-    """Trained weights in 16 bits lose small updates: 0.05 + 0.0001 is 0.05 in bf16."""
+    """Return a finding if trained weights have 16 bits, which lose small updates.
+
+    In bf16, 0.05 + 0.0001 is 0.05.
+    """
     kinds = {str(weight.dtype).removeprefix("torch.") for weight in trainable} - {"float32", "float64"}
     if not kinds:
         return None
@@ -104,7 +107,10 @@ def weights_in_16_bits(trainable: Iterable[torch.Tensor]) -> Finding | None:
 
 
 def guided_sampling_scale(guidance: float) -> Finding | None:
-    """Training with guidance moves the sampling scale at which images look as usual."""
+    """Return a finding if training uses guidance.
+
+    Guidance moves the sampling scale at which images look as usual.
+    """
     if guidance == 1:
         return None
     return Finding(
@@ -116,7 +122,10 @@ def guided_sampling_scale(guidance: float) -> Finding | None:
 
 
 def collapse(history: list[Probe], rate: float) -> Finding | None:
-    """At guidance 1: the loss of a network that always predicts zero, while the base's was far below."""
+    """Return a finding if the loss is that of a network that always predicts zero.
+
+    Checked at guidance 1, and only if the base's loss was far below.
+    """
     now, base = history[-1].val_g1.mean().item(), history[-1].base_val.mean().item()
     if now < COLLAPSED or base >= COLLAPSED:
         return None
@@ -129,7 +138,10 @@ def collapse(history: list[Probe], rate: float) -> Finding | None:
 
 
 def learning_rate_too_high(history: list[Probe], rate: float) -> Finding | None:
-    """Worse than at the start by over 3 standard errors and still rising, on training images too."""
+    """Return a finding if the held-out loss is far above its start and still rising.
+
+    By over 3 standard errors, and on training images too.
+    """
     gain = paired_gain(history[-1].val, history[0].val)
     is_rising = history[-1].val.sum() > history[-2].val.sum()
     training_improved = history[-1].train.sum() < history[0].train.sum()  # then it is overfitting
@@ -144,7 +156,7 @@ def learning_rate_too_high(history: list[Probe], rate: float) -> Finding | None:
 
 
 def no_effect(history: list[Probe], finetune: str) -> Finding | None:
-    """Every score still equals the untouched model's, bit for bit."""
+    """Return a finding if every score still equals the untouched model's, bit for bit."""
     if not torch.equal(history[-1].val, history[0].val):
         return None
     switched_off = " or an adapter that is switched off" if finetune == "lora" else ""
@@ -156,9 +168,10 @@ def no_effect(history: list[Probe], finetune: str) -> Finding | None:
 
 
 def no_learning(history: list[Probe], rate: float) -> Finding | None:
-    """After EPOCHS_TO_LEARN epochs the gain is within 2 standard errors of zero, or below NOTHING.
+    """Return a finding if there is no gain after EPOCHS_TO_LEARN epochs.
 
-    Skipped if the standard error is so large that a gain of VISIBLE could hide in it.
+    No gain means within 2 standard errors of zero, or below NOTHING. Skipped if the standard error is so
+    large that a gain of VISIBLE could hide in it.
     """
     gain = paired_gain(history[-1].val, history[0].val)
     error = gain.standard_error
@@ -173,7 +186,10 @@ def no_learning(history: list[Probe], rate: float) -> Finding | None:
 
 
 def overfitting(history: list[Probe], finetune: str) -> Finding | None:
-    """For two epochs in a row, held-out images are worse than at the best epoch, training images better."""
+    """Return a finding if the last two epochs memorise training images.
+
+    In both, held-out images are worse than at the best epoch, and training images better.
+    """
     best = best_epoch(history)
     since = history[best + 1 :]
     if len(since) < 2 or not all(memorising(probe, history[best]) for probe in since[-2:]):
@@ -190,13 +206,16 @@ def overfitting(history: list[Probe], finetune: str) -> Finding | None:
 
 
 def memorising(now: Probe, then: Probe) -> bool:
-    """Held-out images are worse by over 2 standard errors of the difference, training images better."""
+    """Return True if held-out images got worse while training images got better.
+
+    Worse means by over 2 standard errors of the difference.
+    """
     difference, error = paired_difference(now.val, then.val)
     return difference > 2 * error and bool(now.train.sum() < then.train.sum())
 
 
 def few_images(images: int, features: int, real_frechet: float) -> list[Finding]:
-    """The Frechet distance is computed from too few images for a covariance of that many features.
+    """Return a finding if the Frechet distance has too few images for a covariance of that many features.
 
     Args:
         images: the size of the smaller set.
@@ -214,7 +233,7 @@ def few_images(images: int, features: int, real_frechet: float) -> list[Finding]
 
 
 def not_finite(names: list[str], timesteps: list[int], losses: list[float], step: int, rate: float) -> str:
-    """The text for a loss or gradient that is not finite, naming the examples to blame.
+    """Return the message for a loss or gradient that is not finite, naming the examples to blame.
 
     Args:
         names, timesteps, losses: of the examples since the last optimiser step.
@@ -234,7 +253,7 @@ def not_finite(names: list[str], timesteps: list[int], losses: list[float], step
 
 
 def list_examples(examples: list[tuple[str, int, float]]) -> str:
-    """`panda.png at timestep 812 (nan), ...`, five at most."""
+    """Format examples with their losses, five at most: `panda.png at timestep 812 (nan), ...`."""
     listed = [f"{name} at timestep {timestep} ({loss:.3g})" for name, timestep, loss in examples[:5]]
     more = len(examples) - len(listed)
     return ", ".join(listed) + (f" and {more} more" if more else "")

@@ -11,7 +11,7 @@ from ghibli.evaluation.statistics import Estimate, jackknife_error
 
 
 def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64 (Heusel et al. 2017, equation 6).
+    """Compute |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64 (Heusel et al. 2017, equation 6).
 
     Args:
         features, others: (N, D) and (M, D), at least two rows each. With fewer than D + 1 rows a
@@ -31,10 +31,11 @@ def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
 
 
 def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Estimate:
-    """Unbiased squared maximum mean discrepancy with k(x, y) = (x . y / D + 1)^3, and its standard error.
+    """Estimate the squared maximum mean discrepancy, unbiased and with its standard error.
 
-    Binkowski et al. 2018, equation 4 and section 4; called KID if the features are Inception's. Two sets
-    from one distribution have a distance around 0, by chance also below.
+    The kernel is k(x, y) = (x . y / D + 1)^3 (Binkowski et al. 2018, equation 4 and section 4); called KID
+    if the features are Inception's. Two sets from one distribution have a distance around 0, by chance
+    also below.
 
     Args:
         features, reference: (N, D) and (M, D), at least three rows each.
@@ -44,7 +45,7 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Estimate
 
 
 def kernel_difference(features: torch.Tensor, others: torch.Tensor, reference: torch.Tensor) -> Estimate:
-    """kernel_distance(features) - kernel_distance(others), paired.
+    """Estimate kernel_distance(features) - kernel_distance(others), paired.
 
     Args:
         features, others: (N, D) of two models' images from the same N prompts and start noises.
@@ -57,7 +58,10 @@ def kernel_difference(features: torch.Tensor, others: torch.Tensor, reference: t
 
 
 def leave_one_out(x: torch.Tensor, y: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
-    """The kernel distance of x (N, D) and y (M, D), and its values without each row of x (N,) and y (M,)."""
+    """Compute the kernel distance of x (N, D) and y (M, D), and its jackknife values.
+
+    These are the distances without each row of x (N,) and without each row of y (M,).
+    """
     n, m = len(x), len(y)
     xx, yy, xy = off_diagonal(kernel(x, x)), off_diagonal(kernel(y, y)), kernel(x, y)
     within_x, within_y, between = xx.sum() / (n * (n - 1)), yy.sum() / (m * (m - 1)), xy.mean()
@@ -70,17 +74,17 @@ def leave_one_out(x: torch.Tensor, y: torch.Tensor) -> tuple[float, list[torch.T
 
 
 def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(x . y / D + 1)^3 for all pairs of rows of x (N, D) and y (M, D): (N, M) float64."""
+    """Compute (x . y / D + 1)^3 for all pairs of rows of x (N, D) and y (M, D): (N, M) float64."""
     return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
 
 
 def off_diagonal(matrix: torch.Tensor) -> torch.Tensor:
-    """A copy of a square matrix with zeros on its diagonal."""
+    """Return a copy of a square matrix with zeros on its diagonal."""
     return matrix - torch.diag(matrix.diagonal())
 
 
 def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of images that look like the reference, and share of the reference that the images cover.
+    """Compute the share of images that look like the reference, and of the reference that they cover.
 
     Kynkaanniemi et al. 2019, equations 1 and 2: a row is covered if it is nearer to some row of the other
     set than that row is to its own k-th nearest neighbour, or to its farthest in a set of fewer than k + 1.

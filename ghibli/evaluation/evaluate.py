@@ -83,7 +83,7 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
 
 
 def models_to_evaluate(run: RunDir, config: Config) -> dict[str, ModelCells]:
-    """The untouched base, and the trained run where there is one, with their cells."""
+    """Return the untouched base, and the trained run where there is one, with their cells."""
     models = {"base": ModelCells(starting_base(config), cells_of(config.sample, 1))}
     if config.finetune != "none":
         models["run"] = ModelCells(trained_base(run, config), cells_of(config.sample, config.loss.guidance))
@@ -106,7 +106,7 @@ def measure_real_images(
 
 
 def sampling_jobs(models: dict[str, ModelCells], options: EvaluateConfig) -> list[Job]:
-    """Every cell of every model, then the guidance scan of every model."""
+    """Return the jobs for every cell of every model, then for the guidance scan of every model."""
     jobs = [
         Job(name, model.base, cell, options.samples) for name, model in models.items() for cell in model.cells
     ]
@@ -118,14 +118,17 @@ def sampling_jobs(models: dict[str, ModelCells], options: EvaluateConfig) -> lis
 
 
 def scan_cells(options: EvaluateConfig) -> list[Cell]:
-    """The cells of the guidance scan: DDIM at each scale, once."""
+    """Return the cells of the guidance scan: DDIM at each scale, once."""
     return list(dict.fromkeys(Cell("ddim", scale) for scale in options.scales))
 
 
 def scores(
     models: dict[str, ModelCells], sampled: Sampled, real: RealImages, cache: SampleCache
 ) -> dict[str, Any]:
-    """How it was measured, and the scores of real images, every model in its cells and the guidance scan."""
+    """Return how it was measured, and all scores.
+
+    The scores are those of real images, of every model in its cells and of the guidance scan.
+    """
     config, options = cache.config, cache.config.evaluate
     return {
         "features": options.features,
@@ -154,7 +157,7 @@ def scores(
 def cell_scores(
     name: str, cells: list[Cell], sampled: Sampled, real: RealImages, cache: SampleCache
 ) -> list[dict[str, Any]]:
-    """The scores of one model in each cell, with the paired difference to the base in the same cell."""
+    """Score one model in each cell, with the paired difference to the base in the same cell."""
     samples, rows = cache.config.evaluate.samples, []
     for cell in cells:
         ours, base = sampled[name, cell, samples], sampled.get(("base", cell, samples))
@@ -166,7 +169,7 @@ def cell_scores(
 
 
 def set_scores(rows: Measurements, reference: ReferenceSet) -> dict[str, Any]:
-    """The scores of one set of images; kernel and caption_fit are (value, standard error)."""
+    """Score one set of images; kernel and caption_fit are (value, standard error)."""
     features = rows["features"]
     precision, recall = precision_recall(reference.scaled(features), reference.scaled(reference.own))
     return {
@@ -179,17 +182,17 @@ def set_scores(rows: Measurements, reference: ReferenceSet) -> dict[str, Any]:
 
 
 def kernel_pair(rows: Measurements, real: RealImages) -> tuple[float, float]:
-    """(kernel distance to real images, standard error)."""
+    """Return (kernel distance to real images, standard error)."""
     return as_pair(real.reference.kernel(rows["features"]))
 
 
 def as_pair(estimate: Estimate) -> tuple[float, float]:
-    """(value, standard error), for JSON."""
+    """Return (value, standard error), for JSON."""
     return estimate.value, estimate.standard_error
 
 
 def copying_ratio(rows: Measurements, real: RealImages) -> float:
-    """How near samples come to training images: 1 is as near as unseen real images, 0 is copies.
+    """Measure how near samples come to training images: 1 is as near as unseen real images, 0 is copies.
 
     The median distance of thumbnails to their nearest training image, divided by that of the reference.
     """
@@ -200,7 +203,7 @@ def copying_ratio(rows: Measurements, real: RealImages) -> float:
 
 
 def nearest_copies(rows: Measurements, real: RealImages) -> list[tuple[int, int, float]]:
-    """(sample, training image, distance) of the samples nearest to a training image, the nearest first.
+    """Find the samples nearest to a training image: (sample, training image, distance), nearest first.
 
     The distance is that of thumbnails, divided by the median distance of unseen real images.
     """
@@ -211,7 +214,7 @@ def nearest_copies(rows: Measurements, real: RealImages) -> list[tuple[int, int,
 
 
 def check_image_count(result: dict[str, Any], real: RealImages) -> list[diagnosis.Finding]:
-    """The doctor's finding if the Frechet distances were computed from too few images."""
+    """Return the doctor's finding if the Frechet distances were computed from too few images."""
     images = min(result["samples"], result["reference_images"])
     return diagnosis.few_images(images, real.own["features"].shape[1], result["real"]["frechet"])
 

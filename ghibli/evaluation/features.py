@@ -26,7 +26,7 @@ BATCH = 16  # images that pass a feature network together
 
 
 def distance_names(kind: str | None) -> tuple[str, str]:
-    """The names of the kernel distance and the Frechet distance with these features."""
+    """Return the names of the kernel distance and the Frechet distance with these features."""
     return ("KID", "FID") if kind == "inception" else ("kernel distance", "Frechet")
 
 
@@ -35,7 +35,7 @@ def extract_in_batches(
     images: torch.Tensor,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> torch.Tensor:
-    """Features (N, D) float64 on the CPU of images (N, 3, H, W) in 0 .. 1.
+    """Extract features (N, D), float64 on the CPU, from images (N, 3, H, W) in 0 .. 1.
 
     Args:
         extract: images (B, 3, H, W) in 0 .. 1 -> features (B, D).
@@ -50,9 +50,10 @@ def extract_in_batches(
 
 
 def style_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Mean and standard deviation over the image of the VAE encoder's channels, block by block: (B, D).
+    """Compute mean and deviation of the VAE encoder's channels over the image, block by block: (B, D).
 
-    From the first convolution and all blocks but the last: D is 320 for the demo, 2048 for SD 1.5.
+    The deviation is the standard deviation. The blocks are the first convolution and all down blocks but
+    the last: D is 320 for the demo, 2048 for SD 1.5.
 
     Args:
         images: (B, 3, H, W) in 0 .. 1.
@@ -64,7 +65,7 @@ def style_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 def standardised(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Features (N, D), each column shifted and scaled by mean and deviation of the reference (M, D)."""
+    """Standardise each column of features (N, D) by the reference's (M, D) mean and deviation."""
     return (features - reference.mean(0)) / reference.std(0).clamp(min=1e-6)
 
 
@@ -87,7 +88,7 @@ def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
 
 
 def downloaded_inception() -> Path:
-    """The path of torch-fidelity's weights, downloaded once into torch's cache.
+    """Return the path of torch-fidelity's weights, downloaded once into torch's cache.
 
     Raises:
         UserError: they are not there and cannot be downloaded.
@@ -107,13 +108,13 @@ def downloaded_inception() -> Path:
 
 
 def inception_features(network: FeatureExtractorInceptionV3, images: torch.Tensor) -> torch.Tensor:
-    """The pooled features (B, 2048) of images (B, 3, H, W) in 0 .. 1, which are rounded to 8 bits first."""
+    """Compute pooled features (B, 2048) of images (B, 3, H, W) in 0 .. 1, first rounded to 8 bits."""
     levels = (images * 255).round().to(torch.uint8)
     return network(levels.to(next(network.parameters()).device))[0]
 
 
 def clip_similarity(clip: CLIPModel, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """100 x the cosine between each image and its caption, (B,): the CLIP score (Hessel et al. 2021).
+    """Compute 100 x the cosine between each image and its caption, (B,): the CLIP score (Hessel et al. 2021).
 
     Args:
         pixel_values: (B, 3, S, S), preprocessed for this CLIP.
@@ -147,7 +148,7 @@ class FeatureExtractor:
             self._extract = lambda batch: style_features(base.vae, batch)
 
     def measure(self, images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
-        """`features` (N, D) and, with a CLIP, `caption_fit` (N,) of images (N, 3, H, W) in 0 .. 1."""
+        """Compute `features` (N, D) and, with a CLIP, `caption_fit` (N,) of images (N, 3, H, W) in 0 .. 1."""
         measured = {"features": extract_in_batches(self._extract, images)}
         if self.clip is not None:
             measured["caption_fit"] = self._caption_fit(*self.clip, images, captions)
@@ -200,17 +201,17 @@ class ReferenceSet:
     )
 
     def scaled(self, rows: torch.Tensor) -> torch.Tensor:
-        """Features (N, D), scaled for the distances."""
+        """Scale features (N, D) for the distances."""
         return standardised(rows, self.own) if self.standardise else rows
 
     def kernel(self, rows: torch.Tensor) -> Estimate:
-        """Kernel distance of features (N, D) to the reference."""
+        """Estimate the kernel distance of features (N, D) to the reference."""
         return kernel_distance(self.scaled(rows), self.scaled(self.own))
 
     def difference(self, rows: torch.Tensor, others: torch.Tensor) -> Estimate:
-        """Kernel distance of one model's features (N, D) minus that of another's (N, D), paired."""
+        """Estimate one model's kernel distance minus another's, paired; features (N, D) each."""
         return kernel_difference(self.scaled(rows), self.scaled(others), self.scaled(self.own))
 
     def frechet(self, rows: torch.Tensor) -> float:
-        """Frechet distance of features (N, D) to the reference."""
+        """Compute the Frechet distance of features (N, D) to the reference."""
         return frechet_distance(self.scaled(rows), self.scaled(self.own))

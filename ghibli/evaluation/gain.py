@@ -33,7 +33,7 @@ class Gain(Estimate):
 
 
 def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
-    """1 - sum(losses) / sum(base_losses) with its jackknife standard error over images.
+    """Compute 1 - sum(losses) / sum(base_losses) with its jackknife standard error over images.
 
     Args:
         losses, base_losses: (P, K) of P images with K items each, on the same items.
@@ -51,7 +51,10 @@ def paired_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
 
 
 def paired_difference(losses: torch.Tensor, others: torch.Tensor) -> tuple[float, float]:
-    """Mean of losses - others, both (P, K), and its standard error over images, NaN for one image."""
+    """Compute the mean of losses - others, both (P, K), and its standard error over images.
+
+    The standard error is NaN for one image.
+    """
     difference = (losses.double() - others.double()).mean(1)
     if len(difference) < 2:
         return difference.mean().item(), float("nan")
@@ -109,7 +112,7 @@ class Diverged(UserError):
 
 
 def best_epoch(history: list[Probe]) -> int:
-    """The finished epoch (1, 2, ...) with the lowest held-out loss; 0 before the first.
+    """Return the finished epoch (1, 2, ...) with the lowest held-out loss; 0 before the first.
 
     Args:
         history: starts with the untouched model.
@@ -119,7 +122,7 @@ def best_epoch(history: list[Probe]) -> int:
 
 
 def significant_best(history: list[Probe]) -> Gain:
-    """The best gain so far, ignoring improvements within the paired difference's standard error.
+    """Return the best gain so far, ignoring improvements within the paired difference's standard error.
 
     An epoch that is better only by chance does not count, so early stopping on this value ends when
     learning does. With one held-out image there is no error, and any improvement counts.
@@ -136,7 +139,9 @@ def significant_best(history: list[Probe]) -> Gain:
 
 
 def expected_losses(timesteps: torch.Tensor, losses: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
-    """The loss a model is expected to have at each timestep, (T,) float32: means over items, interpolated.
+    """Compute the loss that a model is expected to have at each timestep, (T,) float32.
+
+    Interpolated between means over items in equal intervals of the timesteps.
 
     Args:
         timesteps, losses: (N,) of scored items.

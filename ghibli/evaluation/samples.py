@@ -73,7 +73,7 @@ class Job:
         return self.model, self.cell, self.count
 
     def covering(self, jobs: list["Job"]) -> "Job":
-        """The first of these jobs, itself among them, whose images start with all of this one's."""
+        """Return the first of these jobs, itself among them, whose images start with all of this one's."""
         return next(job for job in jobs if job.name[:2] == self.name[:2] and job.count >= self.count)
 
 
@@ -113,7 +113,7 @@ class SampleCache:
         return self._cached(label, key, lambda: concatenated(parts()))
 
     def thumbnails(self, label: str, images: list[CaptionedImage]) -> torch.Tensor:
-        """Thumbnails (N, 768) of image files, without the features."""
+        """Return thumbnails (N, 768) of image files, without the features."""
 
         def make() -> dict[str, torch.Tensor]:
             with counted(label) as on_progress:
@@ -210,14 +210,14 @@ class SampleCache:
         yield from two_at_a_time(batches, next(job.base.unet.parameters()).device)
 
     def _measure_batch(self, images: torch.Tensor, captions: list[str]) -> Measurements:
-        """The measurements of images (N, 3, H, W) in 0 .. 1."""
+        """Measure images (N, 3, H, W) in 0 .. 1."""
         return self.extractor.measure(images, captions) | {
             "thumbnails": thumbnails_of(images),
             "kept": (images * 255).round().to(torch.uint8),
         }
 
     def _cached(self, what: Any, key: dict[str, Any], make: Callable[[], Measurements]) -> Measurements:
-        """The measurements under this key, made and stored if they are missing or damaged."""
+        """Return the measurements under this key, made and stored if they are missing or damaged."""
         self.files[what] = file_of(self.folder, self.common | key).name
         return cached(self.folder, self.common | key, make)
 
@@ -239,5 +239,5 @@ def concatenated(parts: Iterable[Measurements]) -> Measurements:
 
 
 def thumbnails_of(images: torch.Tensor) -> torch.Tensor:
-    """Images (N, 3, H, W) in 0 .. 1, shrunk to THUMBNAIL px and flattened: (N, 768)."""
+    """Shrink images (N, 3, H, W) in 0 .. 1 to THUMBNAIL px and flatten them: (N, 768)."""
     return torch.nn.functional.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)

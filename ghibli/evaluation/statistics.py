@@ -24,7 +24,7 @@ class Estimate:
 
 
 def jackknife_error(without: list[torch.Tensor]) -> float:
-    """Standard error of a statistic of independent samples, from its values without each single row.
+    """Compute a statistic's standard error over independent samples from its leave-one-out values.
 
     Args:
         without: one (N_i,) for each sample; their variances add up (Arvesen 1969, section 2).
@@ -34,6 +34,6 @@ def jackknife_error(without: list[torch.Tensor]) -> float:
 
 
 def mean_of(values: torch.Tensor) -> Estimate:
-    """Mean of independent values (N,) with its standard error, which is NaN for one value."""
+    """Compute the mean of independent values (N,) with its standard error, which is NaN for one value."""
     values = values.double()
     return Estimate(values.mean().item(), (values.std() / len(values) ** 0.5).item())

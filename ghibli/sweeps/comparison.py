@@ -46,7 +46,7 @@ class ComparedModel:
 
 
 def models_of(trials: list[Trial]) -> list[ComparedModel]:
-    """The untouched bases, each once, then every evaluated training."""
+    """Return the untouched bases, each once, then every evaluated training."""
     found = evaluated(trials)
     trained = [(trial, result) for trial, result in found if "run" in result["models"]]
     names = unique_names([trial for trial, _ in trained])
@@ -65,33 +65,33 @@ def models_of(trials: list[Trial]) -> list[ComparedModel]:
 
 
 def cells_in(models: list[ComparedModel]) -> list[Cell]:
-    """Every cell that any of the models was sampled in, in the order of the samplers."""
+    """Return every cell that any of the models was sampled in, in the order of the samplers."""
     every = {(row["sampler"], row["guidance"]) for model in models for row in model.rows}
     order = list(dict.fromkeys([*SAMPLERS, *sorted(sampler for sampler, _ in every)]))
     return [Cell(*cell) for cell in sorted(every, key=lambda cell: (order.index(cell[0]), cell[1]))]
 
 
 def in_cells(model: ComparedModel, cells: list[Cell]) -> list[CellScores | None]:
-    """The model's scores in each of these cells, None where it was not sampled."""
+    """Return the model's scores in each of these cells, None where it was not sampled."""
     own = {(row["sampler"], row["guidance"]): row for row in model.rows}
     return [own.get((cell.sampler, cell.guidance)) for cell in cells]
 
 
 def cell_rows(trials: list[Trial]) -> tuple[list[Cell], list[tuple[str, list[CellScores | None]]]]:
-    """(cells, (model name, its scores in each cell or None)), the base first."""
+    """Return (cells, (model name, its scores in each cell or None)), the base first."""
     models = models_of(trials)
     cells = cells_in(models)
     return cells, [(model.name, in_cells(model, cells)) for model in models]
 
 
 def table_title(trials: list[Trial]) -> str:
-    """What the numbers of the table measure."""
+    """Return what the numbers of the table measure."""
     kinds = {result.get("features") for _, result in evaluated(trials)}
     return f"{' / '.join(sorted(distance_names(kind)[0] for kind in kinds))} to real images"
 
 
 def cell_table(trials: list[Trial]) -> Table | None:
-    """The kernel distance to real images of every model in every cell; None if nothing was evaluated."""
+    """Tabulate every model's kernel distance to real images in every cell; None if nothing was evaluated."""
     cells, rows = cell_rows(trials)
     if not rows:
         return None
@@ -105,12 +105,15 @@ def cell_table(trials: list[Trial]) -> Table | None:
 
 
 def kernel_text(row: CellScores | None) -> str:
-    """`0.58 +- 0.22`."""
+    """Format the kernel distance with its standard error: `0.58 +- 0.22`; empty for None."""
     return "" if row is None else "{:.2f} +- {:.2f}".format(*row["kernel"])
 
 
 def write_cells(folder: Path, trials: list[Trial]) -> Path | None:
-    """Write cells.md: the same table, the costs and the notes as Markdown, to paste."""
+    """Write cells.md and return its path, None if nothing was evaluated.
+
+    It holds the same table, the costs and the notes as Markdown, to paste.
+    """
     cells, rows = cell_rows(trials)
     if not rows:
         return None
@@ -125,7 +128,10 @@ def write_cells(folder: Path, trials: list[Trial]) -> Path | None:
 
 
 def table_notes(trials: list[Trial]) -> list[str]:
-    """What a reader of the table must know: the floor, why a guided cell looks bad, the doctor's findings."""
+    """Return the notes that a reader of the table needs.
+
+    They name the floor, say why a guided cell looks bad, and repeat the doctor's findings.
+    """
     found = [result for _, result in evaluated(trials)]
     floors = [
         f"Floor, {result['floor_images']} real images: {kernel_text(result['real'])}."
@@ -139,7 +145,7 @@ def table_notes(trials: list[Trial]) -> list[str]:
 
 
 def unguided_cell_notes(trials: list[Trial]) -> list[str]:
-    """Why a model trained with guidance looks bad when sampled without, if the table has such a cell."""
+    """Explain why a model trained with guidance looks bad when sampled without, if a cell shows it."""
     guided = {
         model.trial.settings.get("loss.guidance", 1)
         for model in models_of(trials)
@@ -182,17 +188,20 @@ def paired_comparisons(trials: list[Trial]) -> list[str]:
 
 
 def cell_label(row: CellScores) -> str:
-    """`DDIM 7.5`."""
+    """Format a cell as sampler and guidance scale: `DDIM 7.5`."""
     return f"{sampler_label(row['sampler'])} {row['guidance']:g}"
 
 
 def features_in(file: Path) -> torch.Tensor | None:
-    """The features (N, D) that an evaluation left in the cache; None when they are gone or damaged."""
+    """Read the features (N, D) that an evaluation left in the cache; None if they are gone or damaged."""
     return torch.load(file, weights_only=True)["features"] if is_whole(file) else None
 
 
 def write_models(folder: Path, trials: list[Trial]) -> Path | None:
-    """Write models.png: the sample prompts drawn by every evaluated model from the same start noise."""
+    """Write models.png and return its path, None if no trained model can be drawn.
+
+    It shows the sample prompts drawn by every evaluated model from the same start noise.
+    """
     trained = [trial for trial, _ in evaluated(trials) if trial.settings.get("finetune") != "none"]
     found = [(trial, config) for trial in trained if (config := config_or_none(trial)) is not None]
     if not found:
@@ -216,7 +225,7 @@ def write_models(folder: Path, trials: list[Trial]) -> Path | None:
 
 
 def config_or_none(trial: Trial) -> Config | None:
-    """A finished trial's settings; None, and a printed line, for any other."""
+    """Return a finished trial's settings; None, and a printed line, for any other."""
     try:
         return finished_config(trial.run)
     except UserError as error:
@@ -225,7 +234,7 @@ def config_or_none(trial: Trial) -> Config | None:
 
 
 def base_loaders(configs: list[Config]) -> list[tuple[str, Callable[[], BaseModel]]]:
-    """(label, function that loads it) of every base that these trainings start from."""
+    """Return (label, function that loads it) of every base that these trainings start from."""
     bases = {(c.model.path, c.model.adapter, c.model.adapter_scale): c for c in configs}
     labels = ["base"] if len(bases) == 1 else [f"base of\n{path}" for path, *_ in bases]
     return [

@@ -17,13 +17,13 @@ COSTS = ("trainable", "file", "seconds per epoch", "peak memory")
 
 
 def cost_rows(trials: list[Trial]) -> list[tuple[str, tuple[str, ...]]]:
-    """(model name, its COSTS as text) of every model that was trained."""
+    """Return (model name, its COSTS as text) of every model that was trained."""
     trained = [trial for trial in trials if trial.settings.get("finetune") != "none"]
     return [(name, trial_costs(trial)) for name, trial in zip(unique_names(trained), trained, strict=True)]
 
 
 def trial_costs(trial: Trial) -> tuple[str, ...]:
-    """One model's COSTS as text; `-` where its folder does not say."""
+    """Return one model's COSTS as text; `-` where its folder does not say."""
     files = [*trial.run.adapter.glob(ADAPTER_FILE), *trial.run.unet.glob("*.safetensors")]
     parameters = sum(parameters_in(file) for file in files)
     size = sum(file.stat().st_size for file in files)
@@ -43,7 +43,10 @@ def parameters_in(file: Path) -> int:
 
 
 def seconds_per_epoch(trial: Trial) -> float | None:
-    """Seconds of training alone, without validation and image grids, from the median speed in metrics.csv."""
+    """Compute the seconds per epoch from the median speed in metrics.csv; None if not recorded.
+
+    Only training counts, without validation and image grids.
+    """
     speeds = [float(row["time/images_per_second"]) for row in read_rows(trial.run.metrics)]
     settings, status = trial.settings, trial.status
     if not speeds or not status.get("epoch"):
@@ -53,7 +56,7 @@ def seconds_per_epoch(trial: Trial) -> float | None:
 
 
 def cost_table(trials: list[Trial]) -> Table | None:
-    """The costs of every evaluated model; None when there is none."""
+    """Tabulate the costs of every evaluated model; None if there is none."""
     rows = cost_rows([trial for trial, _ in evaluated(trials)])
     if not rows:
         return None

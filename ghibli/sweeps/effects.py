@@ -15,7 +15,7 @@ from ghibli.sweeps.trials import Trial, setting_values, varied
 
 
 def without_duplicates(trials: list[Trial]) -> list[Trial]:
-    """One trial for each full set of settings: the same again in another folder is no second result."""
+    """Keep one trial for each full set of settings: a copy in another folder is no second result."""
     first: dict[str, Trial] = {}
     for trial in trials:
         first.setdefault(settings_key(trial.settings), trial)
@@ -23,7 +23,7 @@ def without_duplicates(trials: list[Trial]) -> list[Trial]:
 
 
 def settings_key(settings: dict[str, Any]) -> str:
-    """The same text for the same settings."""
+    """Return a text that is the same for the same settings."""
     return json.dumps(settings, sort_keys=True, default=str)
 
 
@@ -52,12 +52,12 @@ class Effect:
 
 
 def number_of(count: int, noun: str) -> str:
-    """`1 pair`, `2 pairs`."""
+    """Format a count with its noun: `1 pair`, `2 pairs`."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def effects(trials: list[Trial]) -> list[Effect]:
-    """The effect of every varied setting, between neighbouring values, largest first.
+    """Compute the effect of every varied setting, between neighbouring values, largest first.
 
     The standard error is over the choice of held-out images (jackknife); what another seed would change
     is not part of it.
@@ -68,7 +68,7 @@ def effects(trials: list[Trial]) -> list[Effect]:
 
 
 def effects_of(key: str, trials: list[Trial]) -> Iterator[Effect]:
-    """The effects between neighbouring values of one setting, as far as there are pairs of trials."""
+    """Yield the effects between neighbouring values of one setting, as far as there are pairs of trials."""
     values = setting_values(key, trials)
     others = [name for name in varied(trials) if name != key]
     for low, high in zip(values, values[1:], strict=False):
@@ -108,7 +108,7 @@ class SeedNoise:
 
 
 def seed_noise(trials: list[Trial]) -> SeedNoise | None:
-    """The pooled spread among trials that differ only in the seed; None without such trials."""
+    """Compute the pooled spread among trials that differ only in the seed; None without such trials."""
     groups: dict[str, list[float]] = {}
     for trial in without_duplicates([trial for trial in trials if trial.gain is not None]):
         rest = settings_key({key: value for key, value in trial.settings.items() if key != "seed"})
@@ -122,7 +122,7 @@ def seed_noise(trials: list[Trial]) -> SeedNoise | None:
 
 
 def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
-    """Mean of the second trial's gain minus the first's, with its jackknife error over images.
+    """Compute the mean of the second trial's gain minus the first's, with its jackknife error over images.
 
     Pairs that share the base's scores form a group, whose mean difference is the gain of
     base + mean(second - first). Groups with other bases or items may share images, so their errors are
@@ -145,7 +145,7 @@ def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
 
 
 def difference_within(pairs: list[tuple[Trial, Trial]]) -> Gain:
-    """gain_difference of pairs that all have the same base's scores."""
+    """Compute gain_difference for pairs that all have the same base's scores."""
     base = pairs[0][0].scores.base_val.double()
     change = torch.stack([b.scores.val.double() - a.scores.val.double() for a, b in pairs]).mean(0)
     return paired_gain(base + change, base)

@@ -10,13 +10,13 @@ UNGUIDED_NAMES = {"none": "untouched base", "full": "all weights"}  # setting fi
 
 
 def evaluated(trials: list[Trial]) -> list[tuple[Trial, dict[str, Any]]]:
-    """The trials that were evaluated since they were trained, with their evaluation.json."""
+    """Return the trials that were evaluated since they were trained, with their evaluation.json."""
     found = [(trial, trial.run.read_evaluation()) for trial in trials]
     return [(trial, result) for trial, result in found if is_complete(result)]
 
 
 def is_complete(result: dict[str, Any]) -> bool:
-    """True if the content of an evaluation.json has everything that the tables show."""
+    """Return True if the content of an evaluation.json has everything that the tables show."""
     try:
         rows = [row for own in (result["models"]["base"], *result["models"].values()) for row in own]
         pairs = [row["kernel"] for row in (*rows, *([result["real"]] if "real" in result else []))]
@@ -34,13 +34,13 @@ def is_complete(result: dict[str, Any]) -> bool:
 
 
 def model_name(trial: Trial) -> str:
-    """`LoRA, trained at guidance 7.5`."""
+    """Name a trial's model: `LoRA, trained at guidance 7.5`."""
     kind = str(trial.settings.get("finetune"))
     return UNGUIDED_NAMES.get(kind) or f"LoRA, trained at guidance {trial.settings.get('loss.guidance'):g}"
 
 
 def short_model_name(trial: Trial) -> str:
-    """`LoRA 7.5`, to stand beside an image."""
+    """Return a short name of a trial's model, to stand beside an image: `LoRA 7.5`."""
     kind = str(trial.settings.get("finetune"))
     return UNGUIDED_NAMES.get(kind) or f"LoRA {trial.settings.get('loss.guidance'):g}"
 
@@ -48,7 +48,7 @@ def short_model_name(trial: Trial) -> str:
 def unique_names(
     trials: list[Trial], name: Callable[[Trial], str] = model_name, separator: str = ", "
 ) -> list[str]:
-    """A unique name for each trial: the model's, then the settings that vary, then the folder if needed."""
+    """Give each trial a unique name: the model's, then the settings that vary, then the folder if needed."""
     plain, names = [name(trial) for trial in trials], []
     for own, trial in zip(plain, trials, strict=True):
         namesakes = [other for other, their in zip(trials, plain, strict=True) if their == own]

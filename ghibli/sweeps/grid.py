@@ -90,19 +90,19 @@ def open_study(cfg: Any, trials: int | None) -> Study:
 
 
 def failure_notes(folder: Path) -> list[Path]:
-    """The notes left by trials that failed since the study was opened, in whichever process they ran."""
+    """Return the notes left by trials that failed since the study was opened, in whichever process."""
     return list(folder.glob("*/no_result.txt"))
 
 
 def default_grid(cfg: Any, overrides: list[str]) -> dict[str, Any]:
-    """The grid of conf/grid; empty where the command line sweeps something itself."""
+    """Return the grid of conf/grid; empty where the command line sweeps something itself."""
     if any(override.is_sweep_override() for override in parse_overrides(overrides)):
         return {}
     return OmegaConf.to_container(cfg.hydra.sweeper, resolve=True).get("params") or {}
 
 
 def grid_trials(cfg: Any, overrides: list[str]) -> list[list[str]]:
-    """The overrides of every trial of a full grid, in the order of Hydra's BasicSweeper.
+    """Return the overrides of every trial of a full grid, in the order of Hydra's BasicSweeper.
 
     Raises:
         UserError: a sweep whose values cannot be listed.
@@ -117,7 +117,7 @@ def grid_trials(cfg: Any, overrides: list[str]) -> list[list[str]]:
 
 
 def listed_values(override: Override) -> list[str]:
-    """All values of an override, as they are typed: one, or several of a sweep.
+    """Return all values of an override, as they are typed: one, or several of a sweep.
 
     Raises:
         UserError: an interval, which has no list of values.
@@ -216,7 +216,7 @@ def parse_study_request(overrides: list[str]) -> StudyRequest | None:
 
 
 def settings_and_folder(overrides: list[str]) -> tuple[Config, RunDir]:
-    """The checked settings of one trial of `sweep.py`, and its folder.
+    """Return the checked settings of one trial of `sweep.py`, and its folder.
 
     Raises:
         UserError: settings that are not accepted.

@@ -38,7 +38,10 @@ def run_trial(run: RunDir, job: Callable[[], float]) -> float:
 
 
 def progress(done: int, total: int | None) -> str:
-    """`trial 3 of 8, about 12 min left`; trials that took no time were finished before and do not count."""
+    """Format the progress of a study: `trial 3 of 8, about 12 min left`.
+
+    Trials that took no time were finished before and do not count.
+    """
     if total is None:
         return f"trial {done + 1}"
     trained = [duration for duration in seconds if duration > 1]

@@ -16,7 +16,10 @@ matplotlib.use("Agg")
 
 
 def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
-    """Write study.png: a panel for each varied setting, a line for each set of trials equal in all else."""
+    """Write study.png and return its path, None if no setting varies.
+
+    A panel for each varied setting, a line for each set of trials equal in all else.
+    """
     scored = [trial for trial in trials if trial.gain is not None]
     keys = varied(scored)
     if not keys:
@@ -54,7 +57,10 @@ def plot_setting(axis: plt.Axes, key: str, keys: list[str], trials: list[Trial])
 
 
 def write_grids(folder: Path, trials: list[Trial]) -> Path | None:
-    """Write best_and_worst.png: the newest grids of the first and the last ranked trial that have one."""
+    """Write best_and_worst.png and return its path, None if fewer than two trials have a grid.
+
+    The newest grids of the first and the last ranked trial that have one.
+    """
     scored = [trial for trial in trials if trial.gain is not None]
     drawn = [(trial, grid) for trial in scored if (grid := trial.grid) is not None]
     if len(drawn) < 2:

@@ -40,16 +40,16 @@ class Column:
         return self.csv_names[0]
 
     def text_of(self, value: Any) -> str:
-        """The value for a person; `-` for none."""
+        """Format the value for a person; `-` for none."""
         return "-" if value is None else self.text(value)
 
     def csv_cells_of(self, value: Any) -> tuple[Any, ...]:
-        """The value for study.csv; empty cells for none."""
+        """Return the value's cells in study.csv; empty cells for none."""
         return ("",) * len(self.csv_names) if value is None else self.csv_cells(value)
 
 
 def distance_text(distance: tuple[float, float, str]) -> str:
-    """`0.58 +- 0.22 (ddim 7.5)`."""
+    """Format a distance with its standard error and cell: `0.58 +- 0.22 (ddim 7.5)`."""
     value, error, cell = distance
     return f"{value:.2f} +- {error:.2f} ({cell})"
 
@@ -85,7 +85,7 @@ COLUMNS = [
 
 
 def visible_columns(rows: list[dict[str, Any]]) -> list[Column]:
-    """The columns to show a person, given the values of every trial by the columns' names."""
+    """Return the columns to show a person, given the values of every trial by the columns' names."""
     return [
         column
         for column in COLUMNS
@@ -94,7 +94,7 @@ def visible_columns(rows: list[dict[str, Any]]) -> list[Column]:
 
 
 def ranking_table(trials: list[Trial]) -> Table:
-    """The ranking for the terminal, as wide as it needs to be."""
+    """Tabulate the ranking for the terminal, as wide as it needs to be."""
     keys = varied(trials)
     rows = [{column.name: column.value(trial) for column in COLUMNS} for trial in trials]
     columns = visible_columns(rows)
@@ -110,7 +110,7 @@ def ranking_table(trials: list[Trial]) -> Table:
 
 
 def ranking_csv(trials: list[Trial]) -> str:
-    """The ranking as CSV: place, folder, varied settings, then COLUMNS."""
+    """Return the ranking as CSV: place, folder, varied settings, then COLUMNS."""
     keys = varied(trials)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -123,7 +123,7 @@ def ranking_csv(trials: list[Trial]) -> str:
 
 
 def effects_csv(trials: list[Trial]) -> str:
-    """The effect of each setting in points of gain, with its standard error and 95 % interval, as CSV."""
+    """Return each setting's effect in points of gain, with standard error and 95 % interval, as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["key", "low", "high", "pairs", "difference", "se", "low95", "high95"])
@@ -135,7 +135,7 @@ def effects_csv(trials: list[Trial]) -> str:
 
 
 def write_table(folder: Path, trials: list[Trial]) -> Path:
-    """Write study.csv, and effects.csv beside it; return the former."""
+    """Write study.csv, and effects.csv beside it; return the path of the former."""
     file = folder / "study.csv"
     write_text(file, ranking_csv(trials))
     write_text(folder / "effects.csv", effects_csv(trials))

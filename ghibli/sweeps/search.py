@@ -52,9 +52,9 @@ def optuna_search(request: StudyRequest, study: Study, train: Train) -> None:
 
 
 def corner_trials(request: StudyRequest) -> list[list[str]]:
-    """One trial for each value of a list and each end of a range or interval, the other keys at their first.
+    """Return one trial for each value of a list and each end of a range or interval.
 
-    Checking these checks every value that a search can suggest.
+    The other keys keep their first value. Checking these checks every value that a search can suggest.
     """
     ends = {override.get_key_element(): extreme_values(override) for override in request.free}
     first = {key: values[0] for key, values in ends.items()}
@@ -90,7 +90,10 @@ def restore_trials(table: Any, request: StudyRequest, train: Train) -> None:
 
 
 def next_trial(table: Any, count: int) -> Any:
-    """The trial that a killed process left running, else a queued or a new one; None after `count` trials."""
+    """Return the trial that a killed process left running, else a queued or a new one.
+
+    None after `count` trials.
+    """
     from optuna.trial import TrialState
 
     running = table.get_trials(states=(TrialState.RUNNING,))
@@ -112,17 +115,17 @@ def reopen_trial(table: Any, frozen: Any) -> Any:
 
 
 def first_attempts(table: Any) -> list[int]:
-    """Optuna's numbers of all trials that are not retries."""
+    """Return Optuna's numbers of all trials that are not retries."""
     return [trial.number for trial in table.trials if RETRY_OF not in trial.user_attrs]
 
 
 def search_position(table: Any, trial: Any) -> int:
-    """The position of a trial in the search, from 0; a retry has that of the trial it repeats."""
+    """Return a trial's position in the search, from 0; a retry has that of the trial it repeats."""
     return first_attempts(table).index(trial.user_attrs.get(RETRY_OF, trial.number))
 
 
 def suggested_overrides(table: Any, trial: Any, request: StudyRequest) -> list[str]:
-    """The overrides that Optuna suggests, one for each sweep on the command line.
+    """Return the overrides that Optuna suggests, one for each sweep on the command line.
 
     Raises:
         UserError: an earlier trial of this search had other values to choose from.
@@ -154,7 +157,10 @@ def suggest_value(trial: Any, key: str, override: Override) -> Any:
 
 
 def extreme_values(override: Override) -> list[Any]:
-    """The values that `suggest_value` can reach: all of a list, the first and last of a range or interval."""
+    """Return the extreme values that `suggest_value` can reach.
+
+    All of a list, the first and last of a range or interval.
+    """
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         return [sweep.start, sweep.end]
@@ -163,7 +169,7 @@ def extreme_values(override: Override) -> list[Any]:
 
 
 def is_integer_range(sweep: Any) -> bool:
-    """True for `range(...)` of integers."""
+    """Return True for `range(...)` of integers."""
     if not isinstance(sweep, RangeSweep):
         return False
     return all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step))
@@ -204,14 +210,14 @@ def successive_halving(trials: list[list[str]], train: Train) -> None:
 
 
 def can_be_extended(config: Config) -> bool:
-    """True where a run that is extended later ends like one that was planned that long."""
+    """Return True if a run that is extended later ends like one that was planned that long."""
     optimizer = config.optimizer
     is_constant = optimizer.schedule == "constant" and not optimizer.warmup_steps
     return is_constant and config.early_stopping.patience is None
 
 
 def rungs(epochs: int) -> list[int]:
-    """The epochs after which trials are compared: 1, 3, 9 of 9."""
+    """Return the epochs after which trials are compared: 1, 3, 9 of 9."""
     return sorted({max(1, epochs // REDUCTION**power) for power in range(3)})
 
 
@@ -228,7 +234,7 @@ def train_until(overrides: list[str], epochs: int, train: Train) -> float:
 
 
 def planned_epochs(run: RunDir) -> int:
-    """How many epochs the trial was last started for; 0 when it was not."""
+    """Return how many epochs the trial was last started for; 0 if it was not."""
     try:
         return int((read_settings(run.config) or {})["trainer"]["max_epochs"])
     except (KeyError, TypeError, ValueError):
@@ -236,7 +242,7 @@ def planned_epochs(run: RunDir) -> int:
 
 
 def best_gain_until(run: RunDir, epochs: int) -> float:
-    """The highest held-out gain after the epochs 1 .. `epochs`; NaN when there is none."""
+    """Return the highest held-out gain after the epochs 1 .. `epochs`; NaN if there is none."""
     try:
         with open(run.probe, newline="") as file:
             rows = list(csv.DictReader(file))

@@ -10,7 +10,10 @@ from ghibli.sweeps.trials import Trial
 
 
 def study_summary(trials: list[Trial]) -> Iterator[RenderableType]:
-    """The ranking, the effect of each setting and, for evaluated trials, the comparison table with notes."""
+    """Yield the ranking, the effect of each setting and, for evaluated trials, the tables with notes.
+
+    The tables are the comparison and the costs.
+    """
     yield ranking.ranking_table(trials)
     for line in (*effects.effects(trials), effects.seed_noise(trials)):
         yield str(line or "")
@@ -22,7 +25,10 @@ def study_summary(trials: list[Trial]) -> Iterator[RenderableType]:
 
 
 def write_study_files(folder: Path, trials: list[Trial]) -> list[Path]:
-    """Write study.csv, study.png, best_and_worst.png, cells.md and models.png, as far as the trials allow."""
+    """Write the files of a study, as far as the trials allow, and return their paths.
+
+    The files are study.csv, study.png, best_and_worst.png, cells.md and models.png.
+    """
     writers = (
         ranking.write_table, plots.write_plot, plots.write_grids,
         comparison.write_cells, comparison.write_models,

@@ -81,14 +81,14 @@ class Trial:
 
 
 def read_trials(folder: Path) -> list[Trial]:
-    """Every trial in a study's folder, the best first, those without a gain last."""
+    """Read every trial in a study's folder, the best first, those without a gain last."""
     trials = [read_trial(RunDir(path.parent)) for path in sorted(folder.glob("*/status.json"))]
     found = [trial for trial in trials if trial is not None]
     return sorted(found, key=lambda trial: -(trial.gain.value if trial.gain else -float("inf")))
 
 
 def read_trial(run: RunDir) -> Trial | None:
-    """One trial; None if its config.yaml cannot be read."""
+    """Read one trial; None if its config.yaml cannot be read."""
     content = read_settings(run.config)
     if content is None:
         return None
@@ -100,7 +100,7 @@ def read_trial(run: RunDir) -> Trial | None:
 
 
 def best_probe(run: RunDir) -> Probe | None:
-    """The scores of the best epoch, from best.ckpt; None if that is missing, damaged or holds no epoch."""
+    """Read the best epoch's scores from best.ckpt; None if that is missing, damaged or holds no epoch."""
     if not is_whole(run.best_checkpoint):
         return None
     stored = torch.load(run.best_checkpoint, weights_only=True, map_location="cpu")["probe"]
@@ -109,26 +109,26 @@ def best_probe(run: RunDir) -> Probe | None:
 
 
 def varied(trials: list[Trial]) -> list[str]:
-    """The settings that differ between trials, except those that follow from another one."""
+    """Return the settings that differ between trials, except those that follow from another one."""
     keys = dict.fromkeys(key for trial in trials for key in trial.settings)
     several = [key for key in keys if len({str(trial.settings.get(key)) for trial in trials}) > 1]
     return [key for key in several if key != "lora.alpha" or not alpha_follows(trials)]
 
 
 def alpha_follows(trials: list[Trial]) -> bool:
-    """True if lora.alpha is the same multiple of lora.rank in all trials."""
+    """Return True if lora.alpha is the same multiple of lora.rank in all trials."""
     pairs: list[tuple[Any, Any]]
     pairs = [(trial.settings.get("lora.alpha"), trial.settings.get("lora.rank")) for trial in trials]
     return None not in sum(pairs, ()) and len({round(alpha / rank, 9) for alpha, rank in pairs}) == 1
 
 
 def setting_values(key: str, trials: list[Trial]) -> list[Any]:
-    """The values of a setting among the trials, each once, sorted."""
+    """Return the values of a setting among the trials, each once, sorted."""
     values = {str(trial.settings.get(key)): trial.settings.get(key) for trial in trials}
     return sorted(values.values(), key=numbers_first)
 
 
 def numbers_first(value: Any) -> tuple[bool, Any]:
-    """Sort key: numbers by size, then everything else as text."""
+    """Return a sort key: numbers by size, then everything else as text."""
     is_text = not isinstance(value, int | float)
     return is_text, str(value) if is_text else value
