@@ -18,10 +18,10 @@ train: .venv/installed  ## install, then train a LoRA on the embedded demo
 	@$(BIN)/python train.py model=demo data=demo $(ARGS)
 
 test: .venv/installed  ## install, then run the tests (no network, no GPU)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 slow: .venv/installed  ## run the slow tests, end-to-end ones included (12 GB of free memory)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 lint: .venv/installed  ## check style and formatting with ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

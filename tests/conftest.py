@@ -25,6 +25,16 @@ from ghibli.runs.compose import register, to_config
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker idles at the end beside a long one."""
+    folders = ("end_to_end", "training", "sweeps", "inference", "evaluation")
+
+    def place(item: pytest.Item) -> int:
+        return next((at for at, name in enumerate(folders) if name in item.path.parts), len(folders))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 24 drawn images with captions, of which 2 are held out."""
