@@ -308,6 +308,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_sixty_megapixels_are_used_in_bounded_memory(tmp_path: Path) -> None:
     size = (10000, 6000)
     Image.new("RGB", size, RED).save(tmp_path / "a.jpg")

@@ -95,6 +95,7 @@ def test_learning_lowers_the_validation_loss(trained: Callable) -> None:
     assert not (folder / "samples").exists()
 
 
+@pytest.mark.slow
 def test_untouched_base_gains_exactly_nothing(train_py: Callable, tmp_path: Path) -> None:
     done = train_py("experiment=baseline", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -105,6 +106,7 @@ def test_untouched_base_gains_exactly_nothing(train_py: Callable, tmp_path: Path
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_full_finetuning_writes_a_unet(train_py: Callable, tmp_path: Path, base: object) -> None:
     done = train_py("experiment=full_finetune", "sample.every_n_epochs=0", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -168,6 +170,7 @@ def test_the_normalised_loss_is_about_1_without_learning(trained: Callable) -> N
     assert normalised.std() / normalised.mean() < plain.std() / plain.mean()
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_global_generators(make_config: Callable, tmp_path: Path) -> None:
     """Scrambled between all steps, with dropout of weights and of captions: the same weights to the bit."""
     step = GhibliModule.training_step

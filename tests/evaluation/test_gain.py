@@ -152,6 +152,7 @@ def image(name: str, caption: str) -> CaptionedImage:
     return CaptionedImage(Path(name), caption, hashlib.sha256(name.encode()).hexdigest())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_standard_error_is_the_spread_over_redrawn_images_and_items() -> None:
     """The `error` experiment of docs/loss_anomaly.py, small: sixteen times six new scenes with new items."""
