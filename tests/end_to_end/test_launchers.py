@@ -40,7 +40,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file))
     for row in rows:
         row.pop("minutes")
-        (adapter,) = (folder / row["trial"] / "adapter").glob("*.safetensors")
+        adapter = folder / row["trial"] / "adapter" / "pytorch_lora_weights.safetensors"
         row["adapter"] = adapter.read_bytes().hex()
     return rows
 
