@@ -202,6 +202,16 @@ class GhibliDataModule(L.LightningDataModule):
             "data.resize=center_crop"
         )
 
+    def check_workers(self) -> None:
+        """Require room in shared memory for what loader processes hand over.
+
+        Raises:
+            UserError: there is too little.
+        """
+        data = self.config.data
+        if data.workers > 0:
+            check_shared_memory(data.workers, data.batch_size * max(map(example_bytes, set(self.shapes))))
+
     def train_dataloader(self) -> DataLoader:
         """Return the training batches from the trainer's current optimiser step on."""
         trainer, data = self.trainer, self.config.data
@@ -219,8 +229,7 @@ class GhibliDataModule(L.LightningDataModule):
             batches=batches, batch_size=data.batch_size, rank=trainer.global_rank,
             world_size=trainer.world_size, start_batch=trainer.global_step * accumulate,
         )  # fmt: skip
-        if data.workers > 0:
-            check_shared_memory(data.workers, data.batch_size * max(map(example_bytes, set(self.shapes))))
+        self.check_workers()
         return DataLoader(
             examples, data.batch_size, sampler=numbers, num_workers=data.workers, collate_fn=collate,
             persistent_workers=data.workers > 0, timeout=WORKER_TIMEOUT if data.workers > 0 else 0,

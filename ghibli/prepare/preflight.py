@@ -84,6 +84,7 @@ def before_training(module: GhibliModule, data: GhibliDataModule, trainer: L.Tra
     found = about_images(data, data.base)
     if module.config.finetune != "none":
         data.steps_per_epoch(trainer.accumulate_grad_batches, trainer.world_size)
+        data.check_workers()
     found += about_run(module, data, trainer, run.path)
     log_findings(
         finding
@@ -204,6 +205,7 @@ def about_run(
     epochs = trainer.max_epochs if config.finetune != "none" else 0
     if config.finetune != "none":
         result_or_finding(found, "plan", lambda: found.extend(about_plan(config, data, trainer)))
+        result_or_finding(found, "workers", data.check_workers)
     found.append(about_memory(module, data, trainer))
     shapes = [tuple(p.shape) for p in module.trainable.values()]
     cells = len(cells_of(config.sample, config.loss.guidance))
