@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,23 @@ def hydra_errors() -> Iterator[None]:
             raise
         groups = "model, data, grid and experiment take a name, such as model=sd15"
         raise UserError(f"{groups}; leave one out for its default") from error
+    except AssertionError as error:  # OmegaConf's, where a key lies below a section that is null
+        override = override_being_applied(error)
+        if override is None:
+            raise
+        section = override.lstrip("+").partition("=")[0].rpartition(".")[0]
+        raise UserError(
+            f"{override}: {section} is null here and has no keys: choose another group, such as data=demo, "
+            f"or give the whole section, {section}={{...}}"
+        ) from error
+
+
+def override_being_applied(error: BaseException) -> str | None:
+    """Return the override, as typed, that Hydra was applying when an error was raised; None if none."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_apply_overrides_to_config" and "override" in frame.f_locals:
+            return frame.f_locals["override"].input_line
+    return None
 
 
 def explain(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -12,21 +14,25 @@ from torch.utils.data import DataLoader
 
 from ghibli.config.schema import Config
 from ghibli.data.dataset import (
+    WORKER_TIMEOUT,
     EncodedImages,
     EpochPlan,
     ExampleNumbers,
     TrainExamples,
     batches_in,
+    check_shared_memory,
     collate,
+    example_bytes,
     share_of_probe,
 )
-from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, summarise
+from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, repeated_folders, summarise
 from ghibli.data.latents import Moments, encode
 from ghibli.data.sources import draw_missing
 from ghibli.data.split import first_by_content, split_apart
 from ghibli.data.validation_items import make_items
 from ghibli.images.duplicates import thumbnail
-from ghibli.images.resize import Size, size_for
+from ghibli.images.read import READING, Size
+from ghibli.images.resize import size_for
 from ghibli.models.base import BaseModel, part_hash
 from ghibli.runs.folder import RunDir, check_unchanged
 from ghibli.runtime.cache import Rows, cached_rows
@@ -76,9 +82,9 @@ class GhibliDataModule(L.LightningDataModule):
         thumbnails: dict[Path, np.ndarray] = {}
         sizes: dict[Path, Size] = {}
 
-        def note(path: Path, image: Image.Image) -> None:
+        def note(path: Path, image: Image.Image, size: Size) -> None:
             thumbnails[path] = thumbnail(image)
-            sizes[path] = size_for(image.size, self.config.model.resolution, data.resize)
+            sizes[path] = size_for(size, self.config.model.resolution, data.resize)
 
         with counted("checking the images") as on_progress:
             folder = read_folder(
@@ -93,7 +99,8 @@ class GhibliDataModule(L.LightningDataModule):
         self.val_images = first_by_content(self.held_out, self.config.validation.max_images)
         self.probe_images = self.val_images + first_by_content(self.train_images, len(self.val_images))
         self.folder, self.thumbnails = folder, thumbnails
-        self.shapes = [sizes[image.path] for image in self.train_images]
+        self.image_shapes = [sizes[image.path] for image in self.train_images]
+        self.shapes = [sizes[image.path] for image in self.train_images for _ in range(image.repeats)]
         return folder
 
     def setup(self, stage: str) -> None:
@@ -104,13 +111,15 @@ class GhibliDataModule(L.LightningDataModule):
         if self.trainer.is_global_zero:
             if folder.unusable:
                 logger.warning(f"images: {summarise(folder.unusable)}")
+            if repeated := repeated_folders([image.name for image in folder.images]):
+                logger.info(f"images: {repeated}")
             self._write_split(folder, self.held_out)
         self._encode()
         self.is_ready = True
 
     def _write_split(self, folder: ImageFolder, val: list[CaptionedImage]) -> None:
         def hashes(images: list[CaptionedImage]) -> dict[str, str]:
-            return {p.path.name: p.content_hash for p in images}
+            return {p.name: p.content_hash for p in images}
 
         split = {
             "train": hashes(self.train_images),
@@ -118,7 +127,9 @@ class GhibliDataModule(L.LightningDataModule):
             "unusable": folder.unusable,
         }
         write_json(self.run.split, split)
-        captions = sorted((p.content_hash, p.caption) for p in folder.images)
+        captions = sorted(
+            (p.content_hash, p.caption, p.repeats)[: 2 + (p.repeats > 1)] for p in folder.images
+        )
         data_hash = hashlib.sha256(repr(captions).encode()).hexdigest()
         check_unchanged(self.run, "data_hash", data_hash, f"the image set data.root={self.config.data.root}")
 
@@ -128,6 +139,7 @@ class GhibliDataModule(L.LightningDataModule):
         self.base.vae.to(self.trainer.strategy.root_device)
         moments = self._moments(images, mirrored=False)
         count = len(self.train_images)
+        check_shapes(images, moments, self.image_shapes, self.base.vae_factor)
         self.moments = moments.of(range(count))
         self.mirrored = None
         if self.config.data.flip:
@@ -160,7 +172,7 @@ class GhibliDataModule(L.LightningDataModule):
         device = self.trainer.strategy.root_device.type
         key = {
             "resolution": resolution, "resize": resize, "mirrored": mirrored,
-            "vae": part_hash(self.base.vae), "device": device,
+            "vae": part_hash(self.base.vae), "device": device, "reading": READING,
         }  # fmt: skip
         contents = [p.content_hash for p in images]
         return Moments(**cached_rows(Path(self.config.cache_dir) / "latents", key, contents, make))
@@ -173,14 +185,32 @@ class GhibliDataModule(L.LightningDataModule):
         Raises:
             UserError: fewer training images than one optimiser step takes.
         """
-        steps = batches_in(self.shapes, self.config.data.batch_size * world_size) // accumulate
-        if steps == 0:
-            raise UserError(
-                f"data.batch_size={self.config.data.batch_size} x accumulation {accumulate} x devices "
-                f"{world_size} is more than the {len(self.train_images)} training images: lower "
-                "data.batch_size or data.accumulate"
-            )
-        return steps
+        batch_size = self.config.data.batch_size
+        together = batch_size * world_size
+        steps = batches_in(self.shapes, together) // accumulate
+        if steps > 0:
+            return steps
+        asked = f"data.batch_size={batch_size} x accumulation {accumulate} x devices {world_size}"
+        advice = "lower data.batch_size or data.accumulate"
+        if together * accumulate > len(self.shapes):
+            raise UserError(f"{asked} is more than the {len(self.shapes)} training images: {advice}")
+        counts = Counter(self.shapes).most_common()
+        shapes = ", ".join(f"{count} of {width}x{height} px" for (width, height), count in counts)
+        raise UserError(
+            f"{asked}: a batch holds images of one shape, and the {len(self.shapes)} training images are "
+            f"{shapes}, which fill {batches_in(self.shapes, together)} batches: {advice}, or set "
+            "data.resize=center_crop"
+        )
+
+    def check_workers(self) -> None:
+        """Require room in shared memory for what loader processes hand over.
+
+        Raises:
+            UserError: there is too little.
+        """
+        data = self.config.data
+        if data.workers > 0:
+            check_shared_memory(data.workers, data.batch_size * max(map(example_bytes, set(self.shapes))))
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches from the trainer's current optimiser step on."""
@@ -189,8 +219,9 @@ class GhibliDataModule(L.LightningDataModule):
         batches = self.steps_per_epoch(accumulate, trainer.world_size) * accumulate
         together = data.batch_size * trainer.world_size
         images = EncodedImages(
-            [image.path.name for image in self.train_images], self.moments, self.mirrored, self.input_ids,
-            self.base.tokenize([""])[0], self.shapes, self.base.vae.config.scaling_factor,
+            [image.name for image in self.train_images], self.moments, self.mirrored, self.input_ids,
+            self.base.tokenize([""])[0], self.image_shapes, self.base.vae.config.scaling_factor,
+            [image.repeats for image in self.train_images],
         )  # fmt: skip
         plan = EpochPlan(batches * together, together, self.num_train_timesteps)
         examples = TrainExamples(images, plan, self.config.loss, self.config.seed)
@@ -198,9 +229,10 @@ class GhibliDataModule(L.LightningDataModule):
             batches=batches, batch_size=data.batch_size, rank=trainer.global_rank,
             world_size=trainer.world_size, start_batch=trainer.global_step * accumulate,
         )  # fmt: skip
+        self.check_workers()
         return DataLoader(
             examples, data.batch_size, sampler=numbers, num_workers=data.workers, collate_fn=collate,
-            persistent_workers=data.workers > 0,
+            persistent_workers=data.workers > 0, timeout=WORKER_TIMEOUT if data.workers > 0 else 0,
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:
@@ -208,3 +240,21 @@ class GhibliDataModule(L.LightningDataModule):
         mine = share_of_probe(len(self.probe_batches), self.trainer.global_rank, self.trainer.world_size)
         batches = [self.probe_batches[index] for index in mine]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # any sequence will do
+
+
+def check_shapes(
+    images: Sequence[CaptionedImage], moments: Moments, shapes: Sequence[Size], factor: int
+) -> None:
+    """Require that every training image was encoded in the shape that its batches were planned for.
+
+    Args:
+        images: whose moments these are; the training images come first.
+        shapes: of the training images, in px.
+        factor: px of a latent's side.
+
+    Raises:
+        UserError: an image file was replaced between the two.
+    """
+    for row, (width, height) in enumerate(shapes):
+        if tuple(moments.mean[row].shape[1:]) != (height // factor, width // factor):
+            raise UserError(f"{images[row].path} changed while it was read: start again")

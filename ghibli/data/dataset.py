@@ -1,8 +1,10 @@
 """Training examples: pure functions of seed and running number, batched by shape, shared among devices."""
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,38 @@ from torch.utils.data import Dataset, Sampler
 
 from ghibli.config.schema import LossConfig
 from ghibli.data.latents import Moments
-from ghibli.images.resize import Size
+from ghibli.images.read import Size
+from ghibli.runtime.errors import UserError
 from ghibli.runtime.seeding import Stream, chance, epoch_order, independent_timestep, normal, timestep
+
+SHARED_MEMORY = Path("/dev/shm")  # through which loader processes hand over tensors, on Linux
+PREFETCHED = 3  # batches of one worker: two ahead, and the one in use
+SPARE = 2**20  # bytes, for queues and semaphores
+WORKER_TIMEOUT = 120  # seconds without a batch, after which loader processes are given up
+
+
+def example_bytes(shape: Size) -> int:
+    """Return the bytes of an example's tensors, most of which are latents and noise; its image is in px."""
+    return 2 * 4 * 4 * (shape[0] // 8) * (shape[1] // 8) + 2**12
+
+
+def check_shared_memory(workers: int, batch_bytes: int, folder: Path = SHARED_MEMORY) -> None:
+    """Require room in shared memory for the batches that loader processes hand over.
+
+    Without it the thread that sends a batch fails, unheard, and training would wait for ever.
+
+    Args:
+        batch_bytes: of one batch; every worker has PREFETCHED of them on their way.
+
+    Raises:
+        UserError: there is too little.
+    """
+    needed = workers * PREFETCHED * batch_bytes + SPARE
+    if folder.is_dir() and (free := shutil.disk_usage(folder).free) < needed:
+        raise UserError(
+            f"data.workers={workers}: loader processes need {needed / 2**20:.1f} MiB in {folder}, which has "
+            f"{free / 2**20:.1f} MiB free: empty it, or set data.workers=0, which is as fast"
+        )
 
 
 def batches_in(shapes: Sequence[Size], together: int) -> int:
@@ -46,13 +78,14 @@ def order_in_batches(order: np.ndarray, shapes: Sequence[Size], together: int) -
 class EncodedImages:
     """The N training images as the UNet sees them, in one order."""
 
-    names: list[str]
+    names: list[str]  # paths inside the image folder
     moments: Moments
     mirrored: Moments | None  # of the images flipped left to right; None = never flip
     input_ids: torch.Tensor  # (N, L) int64
     empty_ids: torch.Tensor  # (L,) int64, of the empty caption
     shapes: list[Size]  # (width, height) in px
     scaling_factor: float  # the VAE's: latents are sampled moments times this
+    repeats: Sequence[int] = ()  # times that an epoch has each; empty = once
 
 
 @dataclass(frozen=True)
@@ -70,6 +103,8 @@ class TrainExamples(Dataset):
     def __init__(self, images: EncodedImages, plan: EpochPlan, loss: LossConfig, seed: int):
         self.images, self.plan, self.loss, self.seed = images, plan, loss, seed
         self.timestep = {"spread": timestep, "independent": independent_timestep}[loss.timesteps]
+        repeats = images.repeats or [1] * len(images.names)
+        self.rows = [row for row, times in enumerate(repeats) for _ in range(times)]  # an epoch's, unshuffled
         self._order: tuple[int, list[int]] = (-1, [])  # (epoch, its images in order)
 
     def __len__(self) -> int:
@@ -79,14 +114,16 @@ class TrainExamples(Dataset):
         """Return the index of the image behind a running example number."""
         epoch, position = divmod(example, self.plan.examples)
         if self._order[0] != epoch:
-            order = epoch_order(len(self.images.names), self.seed, epoch)
-            self._order = (epoch, order_in_batches(order, self.images.shapes, self.plan.together))
+            shapes = [self.images.shapes[row] for row in self.rows]
+            order = epoch_order(len(self.rows), self.seed, epoch)
+            places = order_in_batches(order, shapes, self.plan.together)
+            self._order = (epoch, [self.rows[place] for place in places])
         return self._order[1][position]
 
     def __getitem__(self, example: int) -> dict[str, Any]:
         """Return one example: latents and noise (4, h, w) float32, timesteps () and input_ids (L,) int64.
 
-        Beside them `example`, the running number, and `name`, the image's file name.
+        Beside them `example`, the running number, and `name`, the image's path inside the image folder.
         """
         images, image, seed = self.images, self.image_of(example), self.seed
         moments = images.moments

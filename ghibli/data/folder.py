@@ -1,17 +1,36 @@
 """Read an image set of any supported layout: its usable images with captions, and why others are not."""
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, ListedImage, image_folder, supported_layouts
-from ghibli.images.read import Unusable, check_image
+from ghibli.data.caption_tables import one_line
+from ghibli.data.layouts import (
+    LAYOUTS,
+    ListedImage,
+    enter,
+    image_folder,
+    not_read,
+    repeats_of,
+    supported_layouts,
+    tables,
+    words_of,
+)
+from ghibli.images.read import Size, Unusable, check_image, without_warnings
 from ghibli.runtime.errors import UserError, require_folder
 
 NO_CAPTION = "it has no caption"
+CAPTION_ENDINGS = (".txt", ".caption")  # of the file beside an image; the first one that exists counts
+LONGEST_CAPTION = 2**20  # bytes of such a file
+MOST_THREADS = 8  # that read images at once
 
 
 @dataclass(frozen=True)
@@ -21,6 +40,11 @@ class CaptionedImage:
     path: Path
     caption: str  # with the style suffix
     content_hash: str  # sha256 of the file's bytes, hex
+    name: str = ""  # path inside the image folder; left out, the file's name
+    repeats: int = 1  # times that an epoch has it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.path.name)
 
 
 @dataclass(frozen=True)
@@ -29,6 +53,17 @@ class ImageFolder:
 
     images: list[CaptionedImage]
     unusable: dict[str, str]  # path inside the image folder -> why it is skipped
+    not_read: str = ""  # what else lies there, in words: `2 .mp4, 12 images in old/ (12)`
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How the images of a folder are read."""
+
+    style: str
+    default_caption: str | None
+    min_side: int
+    on_image: Callable[[Path, Image.Image, Size], None]
 
 
 def read_folder(
@@ -39,9 +74,9 @@ def read_folder(
     min_side: int,
     key: str = "data.root",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    on_image: Callable[[Path, Image.Image], None] = lambda path, image: None,
+    on_image: Callable[[Path, Image.Image, Size], None] = lambda path, image, size: None,
 ) -> ImageFolder:
-    """Read every caption and check every image of a folder, in the order of their names.
+    """Read every caption and check every image of a folder, in the order of their names, on all cores.
 
     Args:
         root: a folder in one of the supported layouts; `~` is the home folder.
@@ -50,78 +85,166 @@ def read_folder(
         min_side: px; an image whose shorter side is smaller is unusable.
         key: the setting that names the folder.
         on_progress: called with (images checked, images in all).
-        on_image: called with each readable image, which may be downscaled to `min_side`.
+        on_image: called, in any thread and order, with each readable image, which may be downscaled to
+            `min_side`, and the size of the whole image, upright.
 
     Raises:
         UserError: no such folder, no images, or fewer than two of them usable.
     """
     require_folder(key, root)
+    top, listed = enter_and_list(root.expanduser(), key)
+    read_one = partial(
+        read_or_reason, top=top, options=ReadOptions(style, default_caption, min_side, on_image)
+    )
     images: list[CaptionedImage] = []
     unusable: dict[str, str] = {}
-    listed = list_images(root.expanduser(), key)
-    for done, (name, path, caption) in enumerate(listed, start=1):
-        try:
-            caption = (read_beside(path) if caption is None else caption) or default_caption
-            on_image(path, check_image(path, min_side))
-            if not caption:
-                raise Unusable(f"{NO_CAPTION} (data.caption=TEXT gives one)")
-            content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
-            images.append(CaptionedImage(path, f"{caption}{style}", content_hash))
-        except (Unusable, OSError) as reason:
-            unusable[name] = str(reason)
-        on_progress(done, len(listed))
+    with without_warnings(), reading_threads() as pool:
+        for done, (image, found) in enumerate(zip(listed, pool.map(read_one, listed), strict=True), start=1):
+            if isinstance(found, CaptionedImage):
+                images.append(found)
+            else:
+                unusable[image.name] = found
+            on_progress(done, len(listed))
+    others = not_read(top, listed)
     if not listed:
-        raise UserError(f"{key}={root}: no images found; supported layouts: {supported_layouts()}")
+        instead = f" (but {others})" if others else ""
+        raise UserError(f"{key}={root}: no images found{instead}; supported layouts: {supported_layouts()}")
     if len(images) < 2:
+        reasons = summarise(unusable, elsewhere="") + (f"; not read: {others}" if others else "")
         raise UserError(
             f"{key}={root}: {len(images) or 'no'} usable image{'' if len(images) == 1 else 's'}, "
-            f"at least 2 are needed (one to train on, one to hold out); {summarise(unusable, elsewhere='')}"
+            f"at least 2 are needed (one to train on, one to hold out); {reasons}"
         )
-    return ImageFolder(images, unusable)
+    return ImageFolder(images, unusable, others)
 
 
-def list_images(root: Path, key: str = "data.root") -> list[ListedImage]:
-    """Return the images of every layout that recognises the folder, in the order of their names.
+@contextmanager
+def reading_threads() -> Iterator[ThreadPoolExecutor]:
+    """Start a thread per core to read images, as Pillow decodes outside of Python's lock; Ctrl-C ends all."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(min(cores, MOST_THREADS))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    Files that a caption table names need not exist; images that it does not name are listed too, hidden
-    files are not.
+
+def read_or_reason(listed: ListedImage, top: Path, options: ReadOptions) -> CaptionedImage | str:
+    """Read one image and its caption; return why it cannot be used instead.
+
+    Args:
+        top: the folder of the set, which no name leads out of.
+    """
+    try:
+        require_inside(listed.path, top)
+        caption = read_beside(listed.path, top) if listed.caption is None else listed.caption
+        options.on_image(listed.path, *check_image(listed.path, options.min_side))
+        caption = caption or options.default_caption or words_of(listed.name)
+        if not caption:
+            raise Unusable(f"{NO_CAPTION} (data.caption=TEXT gives one)")
+        content_hash = hashlib.sha256(listed.path.read_bytes()).hexdigest()
+        repeats = repeats_of(listed.name)
+        return CaptionedImage(listed.path, f"{caption}{options.style}", content_hash, listed.name, repeats)
+    except (Unusable, OSError) as reason:
+        return str(reason)
+
+
+def require_inside(path: Path, top: Path) -> None:
+    """Refuse a name or a link that leads out of an image set: somebody else may have made it.
+
+    The hub's cache is no exception: there `snapshots/` links to `blobs/` beside it.
+
+    Raises:
+        Unusable: it does.
+    """
+    try:
+        real, inside = Path(os.path.realpath(path)), [Path(os.path.realpath(top))]
+    except (OSError, ValueError):
+        raise Unusable("no file can have this name") from None
+    if "snapshots" in inside[0].parts:
+        repository = next(parent.parent for parent in inside[0].parents if parent.name == "snapshots")
+        inside.append(repository / "blobs")
+    if not any(real.is_relative_to(folder) for folder in inside):
+        raise Unusable("it leads out of the folder: copy the file into it")
+
+
+def enter_and_list(root: Path, key: str = "data.root") -> tuple[Path, list[ListedImage]]:
+    """Return the folder that holds the set, root or the only folder in it, and its images by name.
+
+    They are the images of every layout that recognises the folder. Files that a caption table names need not
+    exist; images that it does not name are listed too, hidden files are not.
 
     Raises:
         UserError: the folder or a caption table cannot be read.
     """
     listed: dict[Path, ListedImage] = {}
     try:
+        root = enter(root)
         for _, layout in LAYOUTS.items():
             for image in layout.list_images(root) if layout.recognise(root) else []:
                 if image.path not in listed or listed[image.path].caption is None:
                     listed[image.path] = image
     except OSError as error:
         raise UserError(f"{key}={root} cannot be read: {error}") from error
-    return sorted(listed.values(), key=lambda image: image.name)
+    return root, sorted(listed.values(), key=lambda image: image.name)
+
+
+def list_images(root: Path, key: str = "data.root") -> list[ListedImage]:
+    """Return the images of a set in the order of their names; see `enter_and_list`."""
+    return enter_and_list(root, key)[1]
 
 
 def recognised(root: Path) -> str:
     """Return what kind of image set a folder is, in words: `images/ with captions.txt`."""
-    folder = image_folder(root)
-    where = "images" if folder == root else f"{folder.relative_to(root)}/"
-    found = [name for name, layout in LAYOUTS.items() if name != IMAGE_FILES and layout.recognise(root)]
+    top, listed = enter_and_list(root)
+    folder = image_folder(top)
+    where = "images" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+    found = [name for name, layout in tables() if layout.recognise(top)]
     if found:
-        return f"{where} with {', then '.join(found)}"
-    beside = any(image.path.with_suffix(".txt").is_file() for image in list_images(root))
-    return f"{where} with a .txt beside each" if beside else f"{where} without captions"
+        kind = f"{where} with {', then '.join(found)}"
+    else:
+        beside = any(caption_file(image.path) for image in listed)
+        kind = f"{where} with a .txt beside each" if beside else f"{where} without captions"
+    repeated = repeated_folders([image.name for image in listed])
+    return f"{kind}, {repeated}" if repeated else kind
 
 
-def read_beside(path: Path) -> str | None:
+def repeated_folders(names: list[str]) -> str:
+    """Return kohya's folders among images in words: `10_name/ (12 images, each 10 times in an epoch)`."""
+    counts = Counter(name.partition("/")[0] for name in names if repeats_of(name) > 1)
+    folders = [
+        f"{folder}/ ({count} images, each {repeats_of(f'{folder}/')} times in an epoch)"
+        for folder, count in sorted(counts.items())
+    ]
+    return ", ".join(folders[:5]) + (f" and {len(folders) - 5} more" if len(folders) > 5 else "")
+
+
+def caption_file(path: Path) -> Path | None:
+    """Return the file with the caption beside an image, None without one."""
+    files = (path.with_suffix(ending) for ending in CAPTION_ENDINGS if path.name not in ("", ".", ".."))
+    return next((file for file in files if file.is_file()), None)
+
+
+def read_beside(path: Path, top: Path | None = None) -> str | None:
     """Return the caption in the .txt file beside an image, in one line; None without such a file.
 
+    Args:
+        top: the folder of the set; None = the image's own.
+
     Raises:
-        Unusable: the file is not UTF-8.
+        Unusable: the file is not UTF-8, is too large, or is a link that leads out of `top`.
     """
-    beside = path.with_suffix(".txt")
-    if not beside.is_file():
+    beside = caption_file(path)
+    if beside is None:
         return None
     try:
-        return " ".join(beside.read_text(encoding="utf-8-sig").split())
+        require_inside(beside, top or path.parent)
+    except Unusable as reason:
+        raise Unusable(f"{beside.name}: {reason}") from None
+    if beside.stat().st_size > LONGEST_CAPTION:
+        raise Unusable(f"{beside.name} is larger than {LONGEST_CAPTION >> 20} MiB: it is no caption")
+    try:
+        return one_line(beside.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise Unusable(f"{beside.name} is not UTF-8 text: save it as UTF-8") from None
 

@@ -4,18 +4,28 @@ Every layout that recognises a folder lists its images, in the order below, and 
 caption for an image counts. An image that no layout has a caption for may still have a .txt beside it.
 """
 
-from collections.abc import Callable
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from unicodedata import normalize
 
 from ghibli.data.caption_tables import RowReader, bar_rows, csv_rows, json_rows, read_table
-from ghibli.images.read import IMAGE_ENDINGS
+from ghibli.images.read import HEIF_ADVICE, HEIF_ENDINGS, is_image_name
 from ghibli.runtime.registry import Registry
 
 SUBFOLDERS = ("images", "trainB_ghibli", "dataset/trainB_ghibli")  # the last two: the Kaggle set
+PHOTOGRAPHS = "trainA"  # of the Kaggle set, which are not trained on and not missed
+REPEATED = re.compile(r"([1-9][0-9]{0,5})_(.*)", re.DOTALL)  # kohya's `10_name/`: 10 times in an epoch
 IMAGE_FILES = "image files"  # the layout that every folder has
+COMPANIONS = {  # endings of what lies beside images and is none
+    ".txt", ".caption", ".csv", ".jsonl", ".json", ".md", ".parquet", ".toml", ".yaml", ".yml", ".npz",
+    ".html", ".ini", ".db", ".log", ".py", ".sh",
+}  # fmt: skip
+MOST_ENTRIES = 100_000  # looked at for what is not read
 
 
 class ListedImage(NamedTuple):
@@ -38,41 +48,86 @@ class Layout:
 LAYOUTS: Registry[Layout] = Registry("layout")
 
 
+def enter(root: Path) -> Path:
+    """Descend into a folder that holds nothing but one other folder, as zip files often do.
+
+    A folder of images, a caption table and a link stay where they are.
+    """
+    while not list_files(root) and not any(layout.recognise(root) for name, layout in tables()):
+        inside = [path for path in sorted(root.iterdir()) if not is_hidden(path.name)]
+        if len(inside) != 1 or inside[0].is_symlink() or not inside[0].is_dir():
+            break
+        root = inside[0]
+    return root
+
+
+def is_hidden(name: str) -> bool:
+    """Tell the names that a user does not see: hidden ones, and what macOS adds to a zip file."""
+    return name.startswith((".", "__MACOSX"))
+
+
 def image_folder(root: Path) -> Path:
     """Return the folder that holds the images of a set: one of SUBFOLDERS, or root itself."""
     return next((root / name for name in SUBFOLDERS if (root / name).is_dir()), root)
 
 
-def image_names(folder: Path) -> list[str]:
-    """Return the names of the image files in a folder, hidden ones left out."""
-    names = (path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
-    return [name for name in names if not name.startswith(".")]
+def image_folders(root: Path) -> list[Path]:
+    """Return the image folder and those below it that are named as kohya's trainer names them, `10_name`."""
+    folder = image_folder(root)
+    numbered = [path for path in folder.iterdir() if REPEATED.fullmatch(path.name) and path.is_dir()]
+    return [folder, *sorted(numbered)]
+
+
+def repeats_of(name: str) -> int:
+    """Return how many times an epoch has an image, by its name: 10 for `10_name/a.png`, else 1."""
+    match = REPEATED.fullmatch(name.partition("/")[0]) if "/" in name else None
+    return int(match[1]) if match else 1
+
+
+def words_of(name: str) -> str:
+    """Return the caption that kohya's trainer gives to an image without one: `name` of `10_name/a.png`."""
+    match = REPEATED.fullmatch(name.partition("/")[0]) if "/" in name else None
+    return " ".join(match[2].split()) if match and match[2].isprintable() else ""
+
+
+def list_files(root: Path) -> list[str]:
+    """Return the image files of a set as paths inside its image folder, hidden ones left out."""
+    top = image_folder(root)
+    found = (path for folder in image_folders(root) for path in folder.iterdir() if is_image_name(path))
+    return [path.relative_to(top).as_posix() for path in found if not path.name.startswith(".")]
 
 
 def files_in(root: Path) -> list[ListedImage]:
     """List the image files of a set, without captions."""
     folder = image_folder(root)
-    return [ListedImage(name, folder / name, None) for name in image_names(folder)]
+    return [ListedImage(name, folder / name, None) for name in list_files(root)]
 
 
 def tables_in(root: Path, table_name: str) -> list[Path]:
-    """Return the caption tables of one name: in root and in its image folder, the first one counts most."""
-    folders = dict.fromkeys((root, image_folder(root)))
+    """Return the caption tables of one name: in root and in its image folders, the first one counts most."""
+    folders = dict.fromkeys((root, *image_folders(root)))
     return [folder / table_name for folder in folders if (folder / table_name).is_file()]
 
 
 def rows_in(root: Path, table_name: str, read_rows: RowReader) -> list[ListedImage]:
     """List the images that a caption table has words for, whether or not the files exist.
 
-    A table may spell a name with other bytes than the file's, as macOS does with accents.
+    A table may spell a name with other bytes than the file's, as macOS does with accents, with spaces around
+    it or with Windows' backslashes.
     """
     folder = image_folder(root)
     captions: dict[str, str] = {}
     for table in reversed(tables_in(root, table_name)):
         found = read_table(table, folder, read_rows)
         captions |= {name: caption for name, caption in found.items() if caption}
-    spelling = {normalize("NFC", name): name for name in image_names(folder)}
-    named = {spelling.get(normalize("NFC", name), name): caption for name, caption in captions.items()}
+    spelling = {normalize("NFC", name): name for name in list_files(root)}
+
+    def as_on_disk(name: str) -> str:
+        ways = (name, name.strip(), name.strip().replace("\\", "/"))
+        known = (spelling.get(normalize("NFC", way)) for way in ways)
+        return next((name for name in known if name), name.strip())
+
+    named = {as_on_disk(name): caption for name, caption in captions.items()}
     return [ListedImage(name, folder / name, caption) for name, caption in named.items()]
 
 
@@ -85,9 +140,61 @@ def table_layout(table_name: str, description: str, read_rows: RowReader) -> Lay
     )
 
 
+def tables() -> list[tuple[str, Layout]]:
+    """Return the layouts that have a caption table, with their names."""
+    return [(name, layout) for name, layout in LAYOUTS.items() if name != IMAGE_FILES]
+
+
 def supported_layouts() -> str:
     """Return all layouts in words, for a message."""
     return "; ".join([*(layout.description for _, layout in LAYOUTS.items()), "docs/data.md shows them"])
+
+
+def not_read(root: Path, listed: Iterable[ListedImage]) -> str:
+    """Return what lies in a set and is not read, in words and one line: counts by ending and by folder.
+
+    `3 .heic (pip install -e '.[heif]' reads them), 2 .mp4, 12 images in old/ (12)`; else empty.
+
+    Args:
+        listed: the images that are read.
+    """
+    entered, known = {root, *image_folders(root)}, {image.path for image in listed}
+    endings: Counter[str] = Counter()
+    folders: Counter[str] = Counter()
+    for path in files_below(root):
+        if is_image_name(path):
+            if path not in known:
+                folders[f"{path.parent.relative_to(root).as_posix()}/".removeprefix("./")] += 1
+        elif path.parent in entered and path.suffix.lower() not in COMPANIONS:
+            endings[path.suffix.lower()] += 1
+    parts = [described(ending, count) for ending, count in sorted(endings.items())]
+    if folders:
+        most = [f"{name or 'the top folder'} ({count})" for name, count in sorted(folders.items())]
+        more = f" and {len(most) - 5} more folders" if len(most) > 5 else ""
+        parts.append(f"{sum(folders.values())} images in {', '.join(most[:5])}{more}")
+    return ", ".join(parts)
+
+
+def described(ending: str, count: int) -> str:
+    """Return the number of files of one ending that are not read, in words."""
+    advice = f" ({HEIF_ADVICE})" if ending in HEIF_ENDINGS else ""
+    return f"{count} {ending or 'without an ending'}{advice}"
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """Iterate over the files of a folder and its subfolders, hidden ones and links to folders left out.
+
+    The photographs of the Kaggle set are left out too; and of a huge tree, all beyond MOST_ENTRIES.
+    """
+    seen, kaggle = 0, image_folder(root).name == PurePosixPath(SUBFOLDERS[1]).name
+    for parent, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
+        if kaggle and PHOTOGRAPHS in subfolders:
+            subfolders.remove(PHOTOGRAPHS)
+        seen += len(subfolders) + len(names)
+        yield from (Path(parent) / name for name in sorted(names) if not is_hidden(name))
+        if seen > MOST_ENTRIES:
+            return
 
 
 for name, words, reader in (
@@ -96,4 +203,5 @@ for name, words, reader in (
     ("metadata.csv", "images/ beside metadata.csv", csv_rows),
 ):
     LAYOUTS.register(name, table_layout(name, words, reader))
-LAYOUTS.register(IMAGE_FILES, Layout("images with a .txt beside each", lambda root: True, files_in))
+alone = "images with a .txt beside each, perhaps in kohya's 10_name/"
+LAYOUTS.register(IMAGE_FILES, Layout(alone, lambda root: True, files_in))

@@ -47,14 +47,17 @@ def split_apart(
     """
     train, held_out = split_by_content(images, val_fraction)
     moved: dict[CaptionedImage, CaptionedImage] = {}
-    while True:
-        rows = [np.stack([thumbnails[p.path] for p in side]) for side in (train, held_out) if side]
-        pairs = near_duplicates(*rows) if len(rows) == 2 else []
+    new = train  # what the held-out images have not been compared with
+    while new and held_out:
+        pairs = near_duplicates(*(np.stack([thumbnails[p.path] for p in side]) for side in (new, held_out)))
         if not pairs or len(pairs) == len(held_out):  # something must be held out
-            return Split(train, held_out, moved)
-        moved |= {held_out[v]: train[t] for t, v, _ in pairs}
-        train = [p for p in images if p in moved or p in set(train)]
-        held_out = [p for p in held_out if p not in moved]
+            break
+        copies = {held_out[v]: new[t] for t, v, _ in pairs}
+        moved |= copies
+        held_out = [p for p in held_out if p not in copies]
+        new = [p for p in images if p in copies]
+    in_training = {*train, *moved}
+    return Split([p for p in images if p in in_training], held_out, moved)
 
 
 def first_by_content(images: list[CaptionedImage], count: int) -> list[CaptionedImage]:

@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
+
+from ghibli.images.fonts import font_and_text, width_of
 
 TILE, GAP, LINE, COLUMNS = 256, 12, 18, 4  # of a contact sheet: px, px, px, tiles in a row
 LETTERS, LINES = 36, 4  # of a caption below a tile: letters in a line, lines
+CAPTION_SIZE = 13  # px
+FILL = "\ufffe"  # no character: takes the place of the second half of a wide one
 PAIR_COLUMNS = 6  # pairs in a row of a before-and-after sheet
 
 
@@ -47,8 +51,8 @@ def lay_out(
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for text in texts:
-        font = ImageFont.load_default(size=text.size)
-        draw.text((text.x, text.y), text.text, text.colour, font, text.anchor, text.spacing)
+        font, words = font_and_text(text.text, text.size)
+        draw.text((text.x, text.y), words, text.colour, font, text.anchor, text.spacing)
     for row, top in zip(rows, tops, strict=True):
         for image, left in zip(row, lefts, strict=False):
             sheet.paste(image, (left, top))
@@ -117,7 +121,7 @@ def contact_sheet(images: list[tuple[Image.Image, str]]) -> Image.Image:
     lefts, tops = evenly(COLUMNS, TILE + GAP, first=GAP), evenly(len(rows), height, first=GAP)
     tiles = [[ImageOps.pad(image, (TILE, TILE), color="#eeeeee") for image, _ in row] for row in rows]
     texts = [
-        Text(left, top + TILE + 4, shorten(caption), 13)
+        Text(left, top + TILE + 4, shorten(caption), CAPTION_SIZE)
         for row, top in zip(rows, tops, strict=True)
         for (_, caption), left in zip(row, lefts, strict=False)
     ]
@@ -125,8 +129,10 @@ def contact_sheet(images: list[tuple[Image.Image, str]]) -> Image.Image:
 
 
 def shorten(caption: str) -> str:
-    """Break a caption into at most LINES lines."""
-    return "\n".join(textwrap.wrap(caption, LETTERS, max_lines=LINES, placeholder=" ..."))
+    """Break a caption into at most LINES lines, as it will be drawn: wide characters count twice."""
+    drawn = font_and_text(caption, CAPTION_SIZE)[1]
+    padded = "".join(char + FILL * (width_of(char) - 1) for char in drawn)
+    return "\n".join(textwrap.wrap(padded, LETTERS, max_lines=LINES, placeholder=" ...")).replace(FILL, "")
 
 
 def before_after_sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:

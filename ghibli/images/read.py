@@ -1,25 +1,105 @@
-"""Reading an image file as 8-bit RGB, whatever its orientation, transparency, palette or bit depth."""
+"""Reading an image file as 8-bit sRGB, whatever its orientation, transparency, palette, profile or bit depth.
 
+All image files are opened by `open_file`, which lets Pillow try the formats in FORMATS and no other: some of
+the rest start other programs (EPS starts Ghostscript), whatever the file's name says.
+"""
+
+import logging
+import threading
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, lru_cache
+from io import BytesIO
+from pathlib import Path, PurePath
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 from ghibli.runtime.errors import UserError
 
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+Size = tuple[int, int]  # width, height in px
+
+FORMATS = {  # Pillow's name -> endings of its files
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpf", ".jpx"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+    "QOI": (".qoi",),
+}
+OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # what a build of Pillow may lack
+HEIF_ENDINGS = (".heic", ".heif", ".hif")
+HEIF_ADVICE = "pip install -e '.[heif]' reads them"
+LARGE = 2**24  # px from which on only one image is decoded at a time
+NEAR = 2  # levels of 255: a profile this near to sRGB is taken as sRGB
+READING = "sRGB"  # in the keys of caches: another word when a file's pixels come out differently
+
+logger = logging.getLogger(__name__)
+_one_large = threading.Lock()
 
 
 class Unusable(Exception):
     """An image that cannot be trained on; the message says why."""
 
 
-def check_image(path: Path, min_side: int) -> Image.Image:
+@cache
+def formats() -> tuple[str, ...]:
+    """Return the formats that are read: those in FORMATS that Pillow was built with, and perhaps HEIF."""
+    Image.init()
+    can = {name: name not in OPTIONAL or features.check(OPTIONAL[name]) for name in FORMATS}
+    found = [name for name in FORMATS if can[name] and name in Image.OPEN]
+    try:
+        import pillow_heif
+    except ImportError:
+        return tuple(found)
+    pillow_heif.register_heif_opener()
+    return (*found, "HEIF")
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """Return the endings of files that can be read, in lower case."""
+    return frozenset(ending for name in formats() for ending in FORMATS.get(name, HEIF_ENDINGS))
+
+
+def is_image_name(path: PurePath) -> bool:
+    """Return whether a file has the ending of an image that can be read."""
+    return path.suffix.lower() in image_endings()
+
+
+def open_file(file: Path | BinaryIO) -> Image.Image:
+    """Open an image file without decoding it: `Image.open` for the formats that are read here."""
+    return Image.open(file, formats=formats())
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silence what Pillow says about images that are used all the same: large ones, damaged EXIF.
+
+    Twice the size it warns of is still an error. Python keeps warning filters per process: threads that read
+    images are started and ended inside.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def check_image(path: Path, min_side: int) -> tuple[Image.Image, Size]:
     """Read a whole image file, perhaps at reduced size, to see whether it can be trained on.
 
     Args:
         min_side: px; a smaller image is unusable.
+
+    Returns:
+        As `decode`.
 
     Raises:
         Unusable: with the reason.
@@ -28,14 +108,14 @@ def check_image(path: Path, min_side: int) -> Image.Image:
         raise Unusable("that is a folder" if path.is_dir() else "the file is missing")
     if path.stat().st_size == 0:
         raise Unusable("the file is empty")
-    image, (width, height) = read_image(path, at_least=min_side)
-    if min(width, height) < min_side:
-        raise Unusable(f"it is too small: {width}x{height} px, data.min_side={min_side}")
-    return image
+    image, size = decode(path, at_least=min_side)
+    if min(size) < min_side:
+        raise Unusable(f"it is too small: {size[0]}x{size[1]} px, data.min_side={min_side}")
+    return image, size
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open an image that passed check_image: 8-bit RGB at full size, EXIF orientation applied.
+    """Open an image that passed check_image, at full size, as `read_image` does.
 
     Raises:
         UserError: the file has changed since.
@@ -46,25 +126,34 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path} was readable a moment ago and no longer is: {reason}") from reason
 
 
-def read_image(path: Path, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """Read an image as 8-bit RGB, EXIF orientation applied, transparency on white; also its stored size.
+def read_image(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
+    """Read an image as 8-bit sRGB, EXIF orientation applied, transparency on white; see `decode`."""
+    with without_warnings():
+        return decode(path, at_least)
+
+
+def decode(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
+    """Read an image as `read_image` does, but from any thread, inside of `without_warnings`.
 
     Args:
         at_least: px; a JPEG may be decoded as small as that, which is faster. None = at full size.
+
+    Returns:
+        The image, and the size of the whole image, upright: what `resize.size_for` chooses the shape from.
 
     Raises:
         Unusable: Pillow cannot read the file or convert it to RGB.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large size, damaged EXIF; twice that size is still an error
-            with Image.open(path) as file:
-                size = file.size
-                if at_least is not None:
-                    file.draft("RGB", (at_least, at_least))
+        with open_file(path) as file:
+            size = file.size
+            if at_least is not None:
+                file.draft("RGB", (at_least, at_least))
+            with _one_large if size[0] * size[1] > LARGE else nullcontext():
                 file.load()
+                size = upright_size(size, file)
                 ImageOps.exif_transpose(file, in_place=True)
-                return to_rgb(file), size
+                return to_rgb(file, path.name), size
     except UnidentifiedImageError:
         raise Unusable("it is not an image, despite its name") from None
     except Image.DecompressionBombError:
@@ -76,23 +165,91 @@ def read_image(path: Path, at_least: int | None = None) -> tuple[Image.Image, tu
         raise Unusable(f"it is damaged or of an unknown format: {error}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB; transparency becomes white, 16 bits are scaled to 8."""
+def upright_size(stored: Size, loaded: Image.Image) -> Size:
+    """Return the size that the EXIF orientation turns a stored size into.
+
+    Args:
+        loaded: the image, not yet turned: Pillow finds a PNG's EXIF only as it loads the file, and turns a
+            TIFF itself, which then has no orientation left.
+    """
+    turned = loaded.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return stored[::-1] if turned else stored
+
+
+def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """Convert to 8-bit sRGB by the image's profile; transparency becomes white, 16 bits are scaled to 8.
+
+    Args:
+        name: of the image, for a message.
+    """
+    profile = image.info.get("icc_profile")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
     if image.mode.startswith("I"):
-        return sixteen_bit_to_rgb(image)
-    if image.has_transparency_data:
-        opaque = Image.new("RGB", image.size, "white")
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        opaque.paste(image, mask=image)
-        return opaque
-    return image.convert("RGB")
+        image = sixteen_to_eight_bit(image)
+    if not image.has_transparency_data:
+        return by_profile(image, profile, name) if profile else image.convert("RGB")
+    opaque = Image.new("RGB", image.size, "white")
+    layer = image if image.mode == "RGBA" else image.convert("RGBA")
+    if profile:
+        colours = layer.getchannel("R") if image.mode in ("L", "LA") else layer.convert("RGB")
+        opaque.paste(by_profile(colours, profile, name), mask=layer)
+    else:
+        opaque.paste(layer, mask=layer)
+    return opaque
 
 
-def sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a 16-bit grey image (0 .. 65535) to 8-bit RGB; Pillow's own conversion clips at 255."""
+def sixteen_to_eight_bit(image: Image.Image) -> Image.Image:
+    """Convert a 16-bit grey image (0 .. 65535) to 8 bits; Pillow's own conversion clips at 255."""
     grey = np.asarray(image).astype(np.float32)
     np.clip(grey, 0, 65535, out=grey)
     grey /= 257  # in place: a large scan is many megabytes
-    return Image.fromarray(np.rint(grey, out=grey).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(np.rint(grey, out=grey).astype(np.uint8))
+
+
+def by_profile(image: Image.Image, profile: bytes, name: str) -> Image.Image:
+    """Convert an image to sRGB by its ICC profile; one that cannot be used is named and ignored."""
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    try:
+        transform = transform_to_srgb(profile, image.mode)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        say_once(f"{name}: its colour profile cannot be used and is ignored: {error}")
+        return image.convert("RGB")
+    if transform is None:
+        return image.convert("RGB")
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None, "it returns None only when working in place"
+    return converted
+
+
+@lru_cache(maxsize=64)
+def transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Build the transform of a profile to sRGB, perceptual; None if the profile is sRGB, within NEAR levels.
+
+    Args:
+        mode: of the image: L, RGB or CMYK.
+
+    Raises:
+        ValueError: the profile is for images of another kind.
+        PyCMSError, OSError: it is damaged.
+    """
+    source = ImageCms.ImageCmsProfile(BytesIO(profile))
+    space = source.profile.xcolor_space.strip()
+    if space != {"L": "GRAY"}.get(mode, mode):
+        raise ValueError(f"it is for {space} images and this one is {mode}")
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode == "CMYK":
+        return transform
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    lattice = np.stack(np.meshgrid(*[levels] * (1 if mode == "L" else 3)), axis=-1).reshape(1, -1, len(mode))
+    probe = Image.fromarray(lattice[..., 0] if mode == "L" else lattice)
+    converted = ImageCms.applyTransform(probe, transform)
+    difference = np.asarray(converted, dtype=int) - np.asarray(probe.convert("RGB"), dtype=int)
+    return None if np.abs(difference).max() <= NEAR else transform
+
+
+@cache
+def say_once(text: str) -> None:
+    """Log a warning, the first time only: an image is read more than once."""
+    logger.warning(text)

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ghibli.images.read import Size
+
 WIDEST = 2.0  # longer side / shorter side, at most
-Size = tuple[int, int]  # width, height in px
 
 
 def bucket_sizes(resolution: int) -> list[Size]:
@@ -25,7 +26,12 @@ def bucket_sizes(resolution: int) -> list[Size]:
 
 
 def size_for(image: Size, resolution: int, resize: str) -> Size:
-    """Choose the size to which an image is scaled and cropped; with `bucket` the nearest aspect ratio."""
+    """Choose the size to which an image is scaled and cropped; with `bucket` the nearest aspect ratio.
+
+    Args:
+        image: size of the whole image, upright, as `read.decode` returns it; not of a reduced copy, whose
+            aspect ratio is rounded.
+    """
     if resize != "bucket":
         return resolution, resolution
     own = math.log(image[0] / image[1])

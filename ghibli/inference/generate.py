@@ -79,7 +79,7 @@ def read_prompts(file: Path) -> list[str]:
         UserError: no such file, or not UTF-8.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # at line ends alone, not at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {file} cannot be read as UTF-8 text: {error}") from error
     return [line.strip() for line in lines if line.strip()]

@@ -17,10 +17,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ghibli.config.registry import SAMPLERS
-from ghibli.data.folder import list_images, read_beside
-from ghibli.data.layouts import SUBFOLDERS
+from ghibli.data.folder import enter_and_list, list_images, read_beside, require_inside
+from ghibli.data.layouts import SUBFOLDERS, not_read
 from ghibli.diffusion.samplers import make_scheduler
-from ghibli.images.read import IMAGE_ENDINGS, Unusable, read_image
+from ghibli.images.read import (
+    HEIF_ADVICE,
+    HEIF_ENDINGS,
+    Unusable,
+    image_endings,
+    is_image_name,
+    read_image,
+)
 from ghibli.inference.generate import check_seed, enough_memory, write_png
 from ghibli.inference.load import LoadedModel
 from ghibli.models.load import quiet
@@ -30,6 +37,7 @@ from ghibli.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+SHORTEST, LONGEST = 64, 8192  # px of a side of the result
 SHEET_PAIRS = 12  # photos on the sheet
 SHEET = "before_after.png"
 
@@ -94,11 +102,13 @@ def with_captions(path: Path, *, search: bool) -> list[tuple[Path, str | None]]:
         search: for one file, read the caption tables of its folder.
     """
     if path.is_dir():
-        return [(file, caption or caption_beside(file)) for _, file, caption in list_images(path, "photo")]
+        return photos_in(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix.lower() not in IMAGE_ENDINGS:
-        raise UserError(f"{path.name} is not an image: {', '.join(sorted(IMAGE_ENDINGS))} can be read")
+    if not is_image_name(path):
+        is_heif = path.suffix.lower() in HEIF_ENDINGS
+        advice = HEIF_ADVICE if is_heif else f"{', '.join(sorted(image_endings()))} can be read"
+        raise UserError(f"{path.name} is not an image: {advice}")
     if not search:
         return [(path, None)]
     inside = path.resolve().parent
@@ -107,18 +117,47 @@ def with_captions(path: Path, *, search: bool) -> list[tuple[Path, str | None]]:
     return [(path, captions.get(path.resolve()) or caption_beside(path))]
 
 
-def caption_beside(file: Path) -> str | None:
-    """Read the caption in a .txt file beside a photo; None if there is none that can be read."""
+def photos_in(folder: Path) -> list[tuple[Path, str | None]]:
+    """List (file, caption or None) of a folder; name what is not read, and what leads out of it."""
+    top, listed = enter_and_list(folder, "photo")
+    found: list[tuple[Path, str | None]] = []
+    for name, file, caption in listed:
+        try:
+            require_inside(file, top)
+        except Unusable as reason:
+            logger.warning(f"{name} is skipped: {reason}")
+            continue
+        found.append((file, caption or caption_beside(file, top)))
+    if others := not_read(top, listed):
+        logger.warning(f"{folder}: not read: {others}")
+    return found
+
+
+def caption_beside(file: Path, top: Path | None = None) -> str | None:
+    """Read the caption in a .txt file beside a photo; None without one, and if it cannot be read, named.
+
+    Args:
+        top: the folder that it must not lead out of; None = the photo's own.
+    """
     try:
-        return read_beside(file)
-    except Unusable:
+        return read_beside(file, top)
+    except (Unusable, OSError) as reason:
+        logger.warning(f"the caption of {file.name} is not used: {reason}")
         return None
 
 
 def size_like(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """Scale (width, height) to about `resolution` squared px, each side a multiple of 8 and at least 64."""
-    factor = resolution / (size[0] * size[1]) ** 0.5
-    return tuple(max(64, round(side * factor / 8) * 8) for side in size)
+    """Scale (width, height) to about `resolution` squared px, each side a multiple of 8 and at least 64.
+
+    The aspect ratio is kept: a long strip comes out larger, so that its short side has the 64.
+
+    Raises:
+        UserError: a strip whose long side would exceed LONGEST.
+    """
+    factor = max(resolution / (size[0] * size[1]) ** 0.5, SHORTEST / min(size))
+    if max(size) * factor > LONGEST:
+        raise UserError(f"{size[0]}x{size[1]} px is too long a strip to redraw whole: crop it")
+    return round(size[0] * factor / 8) * 8, round(size[1] * factor / 8) * 8
 
 
 def restyle_photo(
@@ -174,7 +213,8 @@ def restyle_all(
         for done, (photo, file) in enumerate(zip(photos, files, strict=True), start=1):
             try:
                 before = read_image(photo.path)[0]
-            except (Unusable, OSError) as reason:
+                size_like(before.size, options.resolution)  # a strip is skipped, as is what cannot be read
+            except (Unusable, UserError, OSError) as reason:
                 logger.warning(f"{photo.path.name} is skipped: {reason}")
                 continue
             after = restyle_photo(model, before, photo.prompt, options)

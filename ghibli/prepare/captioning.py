@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from ghibli.config.paths import PICKLES, convert_command
-from ghibli.data.folder import list_images, read_beside
+from ghibli.data.folder import enter_and_list, read_beside, require_inside
 from ghibli.data.layouts import supported_layouts
-from ghibli.images.read import Unusable, check_image, read_image
+from ghibli.images.read import Unusable, check_image, read_image, without_warnings
 from ghibli.models.base import resolve_path
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import quiet
@@ -140,12 +140,13 @@ def caption_folder(
         UserError: no such folder, no images in it, or a caption file that cannot be read.
     """
     require_folder("folder", root)
-    root = root.expanduser()
-    listed = list_images(root, "folder")
+    root, listed = enter_and_list(root.expanduser(), "folder")
     if not listed:
         raise UserError(f"folder={root}: no images found; supported layouts: {supported_layouts()}")
     skipped: dict[str, str] = {}
-    uncaptioned = [(name, path) for name, path, text in listed if needs_caption(name, path, text, skipped)]
+    uncaptioned = [
+        (name, path) for name, path, text in listed if needs_caption(name, path, text, skipped, root)
+    ]
     result = CaptioningResult({}, len(listed) - len(uncaptioned) - len(skipped), skipped, root / TABLE)
     if not uncaptioned:
         return result
@@ -162,24 +163,34 @@ def caption_folder(
     return result
 
 
-def needs_caption(name: str, path: Path, caption: str | None, skipped: dict[str, str]) -> bool:
+def needs_caption(name: str, path: Path, caption: str | None, skipped: dict[str, str], root: Path) -> bool:
     """Return whether no caption file has text for the image; note in `skipped` one that cannot get any."""
     try:
-        if caption or read_beside(path):
+        require_inside(path, root)
+        if caption or read_beside(path, root):
             return False
     except Unusable as reason:  # a caption written by hand that the user can still repair
         skipped[name] = str(reason)
         return False
-    if any(mark in name for mark in "|\n\r\\") or name != name.strip():
+    if any(mark in name for mark in "|\n\r\\") or name != name.strip() or not is_text(name):
         skipped[name] = f"{TABLE} cannot hold this file name: rename the image"
         return False
     return True
 
 
+def is_text(name: str) -> bool:
+    """Tell whether a file name can be written as UTF-8; Python lists other bytes as lone surrogates."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def read_or_skip(name: str, path: Path, skipped: dict[str, str]) -> Image.Image | None:
     """Read an image as training does; return None and note it in `skipped` if it cannot be read."""
     try:
-        check_image(path, min_side=1)
+        with without_warnings():
+            check_image(path, min_side=1)
         return read_image(path)[0]
     except (Unusable, OSError) as reason:
         skipped[name] = str(reason)

@@ -34,6 +34,7 @@ def check_dataset(
     found = [
         image_counts(train, held_out),
         unusable_images(folder),
+        files_not_read(folder),
         missing_captions(folder),
         shared_captions(folder.images),
         stuttering_captions(folder.images),
@@ -71,6 +72,17 @@ def unusable_images(folder: ImageFolder) -> Finding | None:
     )
 
 
+def files_not_read(folder: ImageFolder) -> Finding | None:
+    """Report what lies in the folder and is not read: other formats, images in subfolders."""
+    if not folder.not_read:
+        return None
+    return Finding(
+        "not read",
+        f"beside the {len(folder.images) + len(folder.unusable)} images there are {folder.not_read}, which "
+        "are not read: convert them, or move them to the other images",
+    )
+
+
 def missing_captions(folder: ImageFolder) -> Finding | None:
     """Report images that are skipped because they have no caption."""
     names = [name for name, why in folder.unusable.items() if why.startswith(NO_CAPTION)]
@@ -105,7 +117,7 @@ def stuttering_captions(images: list[CaptionedImage]) -> Finding | None:
     found = [(image, match) for image in images if (match := STUTTER.search(image.caption))]
     if not found:
         return None
-    examples = first_few(f"{image.path.name} (`{truncate(match[0])}`)" for image, match in found)
+    examples = first_few(f"{image.name} (`{truncate(match[0])}`)" for image, match in found)
     return Finding(
         "stuttering captions",
         f"{len(found)} of {len(images)} captions repeat a word three times or more, as captioning models "
@@ -124,7 +136,7 @@ def long_captions(images: list[CaptionedImage], tokenizer: Any) -> Finding | Non
     ]
     if not lost:
         return None
-    examples = first_few(f"{image.path.name} loses `{truncate(text, 100)}`" for image, text in lost)
+    examples = first_few(f"{image.name} loses `{truncate(text, 100)}`" for image, text in lost)
     return Finding(
         "long captions",
         f"{len(lost)} of {len(images)} captions have more than the {limit - 2} tokens that the text encoder "
@@ -141,7 +153,7 @@ def moved_to_training(moved: dict[CaptionedImage, CaptionedImage]) -> Finding | 
     """Report images that would be held out by their hash but are trained on."""
     if not moved:
         return None
-    examples = first_few(f"{image.path.name} like {other.path.name}" for image, other in moved.items())
+    examples = first_few(f"{image.name} like {other.name}" for image, other in moved.items())
     return Finding(
         "near-duplicates",
         f"{len(moved)} images that would be held out are near-duplicates of a training image and are trained "
@@ -162,7 +174,7 @@ def duplicates_across_split(
     if not pairs:
         return None
     pairs.sort(key=lambda pair: -pair[2])
-    examples = first_few(f"{held_out[v].path.name} like {train[t].path.name}" for t, v, _ in pairs)
+    examples = first_few(f"{held_out[v].name} like {train[t].name}" for t, v, _ in pairs)
     return Finding(
         "near-duplicates",
         f"{len(pairs)} of {len(held_out)} held-out images are near-duplicates of a training image: "

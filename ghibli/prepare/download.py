@@ -2,34 +2,43 @@
 
 import hashlib
 import io
+import logging
 import os
 import shutil
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import constants, snapshot_download
-from PIL import Image
 
+from ghibli.data.caption_tables import one_line
 from ghibli.data.folder import list_images
-from ghibli.images.read import IMAGE_ENDINGS
+from ghibli.data.layouts import enter, is_hidden
+from ghibli.images.read import FORMATS, image_endings, is_image_name, open_file
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.load import is_here
-from ghibli.runtime.errors import UserError, first_line
+from ghibli.runtime.errors import UserError, disk_trouble, first_line
 from ghibli.runtime.resources import free_disk
 
 KAGGLE_SET = "shubham1921/real-to-ghibli-image-dataset-5k-paired-images"
 KAGGLE_MANUALLY = (
     f"download the set {KAGGLE_SET} with a browser from kaggle.com, then: ghibli prepare --data archive.zip"
 )
-WANTED_SUFFIXES = {*IMAGE_ENDINGS, ".txt", ".jsonl", ".csv", ".parquet"}  # what is extracted from a zip
-SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # of image formats whose suffix is not their name
+ENDINGS = {"MPO": ".jpg", "HEIF": ".heic"}  # of formats that have none of their own in FORMATS
+TEXT_ENDINGS = {".txt", ".caption", ".jsonl", ".csv", ".parquet"}  # beside images, extracted from a zip
+LARGEST_FILE = 2**28  # bytes of one file out of an archive
+LEAST_TOTAL, MOST_GROWTH = 2**28, 100  # an archive may grow to so many bytes, or to so many times its size
+ROWS = 4  # of a parquet file that are in memory at once
 MIN_FREE_DISK = 2**30  # bytes that must stay free
 TEXT_COLUMNS = ("text", "caption", "prompt")
+BY_HAND = "if you trust it, unpack it yourself and give the folder"
+ENCRYPTED = 1  # bit of a zip member's flags
 Progress = Callable[[int, int], None]
+
+logger = logging.getLogger(__name__)
 
 
 def fetch(data: str, into: Path, on_progress: Progress) -> Path:
@@ -45,27 +54,18 @@ def fetch(data: str, into: Path, on_progress: Progress) -> Path:
     """
     path = Path(data).expanduser()
     if data == "kaggle":
-        return unwrap(download_kaggle())
+        return enter(download_kaggle())
     if path.is_dir():
-        return unpack_shards(unwrap(path), into, path.resolve().name, on_progress)
+        return unpack_shards(enter(path), into, path.resolve().name, on_progress)
     if path.is_file():
         target = into / versioned_name(path.stem, [path])
         if path.suffix.lower() == ".parquet":
             return unpack_parquet([path], target, on_progress)
-        folder = unwrap(unpack_zip(path, target, on_progress))
+        folder = enter(unpack_zip(path, target, on_progress))
         return unpack_shards(folder, into, f"{path.stem}-images", on_progress)
     if data.count("/") == 1 and not data.startswith((".", "/", "~")):
         return unpack_shards(download_dataset(data), into, data.replace("/", "--"), on_progress)
     raise UserError(f"--data {data}: no such folder or file, and not a hub dataset (OWNER/NAME) or kaggle")
-
-
-def unwrap(folder: Path) -> Path:
-    """Descend into a folder that holds nothing but one other folder, as zip files often do."""
-    while True:
-        inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__MACOSX"))]
-        if len(inside) != 1 or not inside[0].is_dir() or list_images(folder):
-            return folder
-        folder = inside[0]
 
 
 def versioned_name(stem: str, files: list[Path]) -> str:
@@ -103,32 +103,97 @@ def unpack_zip(file: Path, target: Path, on_progress: Progress) -> Path:
     """Extract images and captions from a zip file; nothing is written outside `target`.
 
     Raises:
-        UserError: the file is damaged, encrypted, without images, or larger than the free disk.
+        UserError: the file is damaged, encrypted, without images, larger than the free disk, or grows beyond
+            all measure.
     """
     if target.is_dir():
         return target
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = [info for info in archive.infolist() if is_wanted(info)]
-            check_free_disk(sum(info.file_size for info in members), target.parent, f"--data {file}")
-            if not members:
-                raise UserError(f"--data {file}: no images in it")
-            with atomic_folder(target) as folder:
-                for done, info in enumerate(members, start=1):
-                    archive.extract(info, folder)  # the library drops .. and leading slashes
-                    on_progress(done, len(members))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise UserError(f"--data {file} is not a complete zip file: {error}; download it again") from error
-    except RuntimeError as error:  # zipfile's error for an encrypted file
-        raise UserError(f"--data {file}: {error}; unpack it yourself and give the folder") from error
+    what = f"--data {file}"
+    with refuse_damage(f"{what} is not a complete zip file"), zipfile.ZipFile(file) as archive:
+        members = [info for info in archive.infolist() if is_wanted(info)]
+        Growth(what, file.stat().st_size).add(*(info.file_size for info in members))
+        check_free_disk(sum(info.file_size for info in members), target.parent, what)
+        if not members:
+            raise UserError(f"{what}: no images in it{left_in(archive)}")
+        if any(info.flag_bits & ENCRYPTED for info in members):
+            raise UserError(f"{what} is encrypted: unpack it yourself and give the folder")
+        with atomic_folder(target) as folder:
+            for done, info in enumerate(members, start=1):
+                archive.extract(info, folder)  # the library drops .. and leading slashes
+                on_progress(done, len(members))
+        if others := left_in(archive):
+            logger.warning(f"{what}{others}")
     return target
+
+
+def left_in(archive: zipfile.ZipFile) -> str:
+    """Return what stays in an archive in words, such as `; not unpacked: 2 .mp4`; empty if nothing does."""
+    names = [PurePosixPath(info.filename) for info in archive.infolist() if not info.is_dir()]
+    left = [name for name in names if not is_image_name(name) and name.suffix.lower() not in TEXT_ENDINGS]
+    counts = Counter(name.suffix.lower() or "without an ending" for name in left if not is_metadata(name))
+    words = [f"{count} {ending}" for ending, count in sorted(counts.items())]
+    outside = sum(".." in name.parts for name in names)
+    words += [f"{outside} whose names lead out of it"] if outside else []
+    return f"; not unpacked: {', '.join(words)}" if words else ""
+
+
+class Growth:
+    """What comes out of an archive, in bytes, within limits."""
+
+    def __init__(self, what: str, size: int):
+        """Count for the option `what` and its archive of `size` bytes."""
+        self.what, self.total, self.most = what, 0, max(LEAST_TOTAL, MOST_GROWTH * size)
+
+    def add(self, *sizes: int) -> None:
+        """Count files of these sizes.
+
+        Raises:
+            UserError: one of them is too large, or all together are.
+        """
+        if max(sizes, default=0) > LARGEST_FILE:
+            raise UserError(
+                f"{self.what}: a file in it has {max(sizes) >> 20} MiB, and at most {LARGEST_FILE >> 20} are "
+                f"unpacked: {BY_HAND}"
+            )
+        self.total += sum(sizes)
+        self.check(self.total)
+
+    def check(self, total: int) -> None:
+        """Refuse a total beyond the limit.
+
+        Raises:
+            UserError: it is.
+        """
+        if total > self.most:
+            raise UserError(
+                f"{self.what} grows to more than {self.most >> 20} MiB, the larger of {LEAST_TOTAL >> 20} "
+                f"MiB and {MOST_GROWTH} times its own size: {BY_HAND}"
+            )
+
+
+@contextmanager
+def refuse_damage(what: str) -> Iterator[None]:
+    """Turn whatever a library raises on a damaged archive into one line; trouble with the disk stays."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # zipfile, its decompressors and pyarrow raise many types
+        if disk_trouble(error) is not None:
+            raise
+        raise UserError(f"{what}: {first_line(error)[:200]}; download it again") from error
 
 
 def is_wanted(info: zipfile.ZipInfo) -> bool:
     """Return whether a member is an image or a caption file, and not macOS metadata."""
     path = PurePosixPath(info.filename)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return not info.is_dir() and not hidden and path.suffix.lower() in WANTED_SUFFIXES
+    known = is_image_name(path) or path.suffix.lower() in TEXT_ENDINGS
+    return not info.is_dir() and not is_metadata(path) and known
+
+
+def is_metadata(path: PurePosixPath) -> bool:
+    """Return whether a path in an archive is hidden, or what macOS adds."""
+    return any(is_hidden(part) for part in path.parts)
 
 
 def check_free_disk(needed: int, folder: Path, what: str, elsewhere: str = "--into another disk") -> None:
@@ -178,28 +243,49 @@ def unpack_parquet(shards: list[Path], target: Path, on_progress: Progress) -> P
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise UserError("parquet files need pyarrow: pip install -e '.[hub]'") from error
-    try:
+    with refuse_damage(f"--data: {shards[0].parent}: a parquet file is damaged"):
         files = [parquet.ParquetFile(shard) for shard in shards]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--data: {shards[0].parent}: a parquet file is damaged: {first_line(error)}"
-        ) from error
-    total = sum(file.metadata.num_rows for file in files)
-    check_free_disk(sum(shard.stat().st_size for shard in shards), target.parent, f"--data {shards[0]}")
-    with atomic_folder(target) as folder:
-        (folder / "images").mkdir()
-        lines: list[str] = []
-        for file in files:
-            column, text = image_and_text_columns(file.schema_arrow, shards[0])
-            for batch in file.iter_batches(batch_size=64, columns=[column, *([text] if text else [])]):
-                for row in batch.to_pylist():
-                    name = write_image_bytes(row[column] or {}, folder / "images", len(lines))
-                    caption = row.get(text) or ""
-                    first = caption[0] if isinstance(caption, list) else caption  # some sets have several
-                    lines.append(f"{name}|{' '.join(str(first).split())}\n")
-                    on_progress(len(lines), total)
-        (folder / "captions.txt").write_text("".join(lines), encoding="utf-8")
+        growth = Growth(f"--data {shards[0]}", sum(shard.stat().st_size for shard in shards))
+        groups = [file.metadata.row_group(n) for file in files for n in range(file.metadata.num_row_groups)]
+        growth.check(sum(group.total_byte_size for group in groups))
+        check_free_disk(sum(shard.stat().st_size for shard in shards), target.parent, growth.what)
+        with atomic_folder(target) as folder:
+            (folder / "images").mkdir()
+            lines = list(unpacked_rows(files, shards[0], folder / "images", growth, on_progress))
+            (folder / "captions.txt").write_text("".join(lines), encoding="utf-8")
     return target
+
+
+def unpacked_rows(
+    files: list[Any], shard: Path, folder: Path, growth: Growth, on_progress: Progress
+) -> Iterator[str]:
+    """Write the images of parquet files into a folder, and iterate over their lines for captions.txt.
+
+    Args:
+        shard: for messages.
+    """
+    total, number = sum(file.metadata.num_rows for file in files), 0
+    for file in files:
+        column, text = image_and_text_columns(file.schema_arrow, shard)
+        for batch in file.iter_batches(batch_size=ROWS, columns=[column, *([text] if text else [])]):
+            for row in batch.to_pylist():
+                growth.add(len((row[column] or {}).get("bytes") or b""))
+                name = write_image_bytes(row[column] or {}, folder, number)
+                number += 1
+                on_progress(number, total)
+                yield f"{name}|{caption_of(row.get(text), f'--data {shard} row {number}')}\n"
+
+
+def caption_of(cell: Any, where: str) -> str:
+    """Return the caption in a cell, in one line; of several the first, of none an empty one.
+
+    Raises:
+        UserError: it is not text.
+    """
+    first = (cell or [""])[0] if isinstance(cell, list) else cell or ""  # some sets have several
+    if not isinstance(first, str | None):
+        raise UserError(f"{where}: its caption is not text: `{str(first)[:60]}`")
+    return one_line(first or "")
 
 
 def image_and_text_columns(schema: Any, shard: Path) -> tuple[str, str | None]:
@@ -225,10 +311,11 @@ def write_image_bytes(cell: dict[str, Any], folder: Path, number: int) -> str:
     """Write the bytes of an image unchanged; return the file name, with the suffix of its format."""
     content = cell.get("bytes") or b""
     try:
-        image_format = Image.open(io.BytesIO(content)).format or "png"
+        with open_file(io.BytesIO(content)) as file:
+            ending = ENDINGS.get(file.format or "") or FORMATS[file.format or ""][0]
     except Exception:  # read_folder reports what is wrong with it, by name
-        image_format = "png"
-    name = f"{number:06d}.{SUFFIXES.get(image_format, image_format.lower())}"
+        ending = ".png"
+    name = f"{number:06d}{ending}"
     (folder / name).write_bytes(content)
     return name
 
@@ -240,7 +327,7 @@ def download_dataset(hub_id: str) -> Path:
         UserError: it is neither cached nor available from the hub.
     """
     online = hub_answers()
-    wanted = [f"*{suffix}" for suffix in sorted(WANTED_SUFFIXES)]
+    wanted = [f"*{ending}" for ending in sorted(image_endings() | TEXT_ENDINGS)]
     try:
         return Path(snapshot_download(
             hub_id, repo_type="dataset", allow_patterns=wanted, etag_timeout=5, local_files_only=not online,

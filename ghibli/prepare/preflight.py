@@ -47,16 +47,17 @@ def check(overrides: list[str]) -> list[Finding]:
         return [Finding("config", error, "error") for error in errors]
     found = [Finding("config", f"{describe(config)}, seed {config.seed}; every value is in range", "note")]
     base = result_or_finding(found, "base", lambda: load_present_base(config, found))
+    of_base: list[Finding] = []
     if base:  # before adapter layers change it
         found += changed_since_prepared(config, base)
+        of_base.append(about_base(config, base))
     data = GhibliDataModule(config, base, run, 0)
     is_read = result_or_finding(found, "images", lambda: read_dataset(data))
     trainer = result_or_finding(
         found, "device", lambda: make_trainer(config, run, make_callbacks(config, run, CleanStop(run)))
     )
     module = base and result_or_finding(found, "model", lambda: GhibliModule(config, base))
-    if base:
-        found.append(about_base(config, base))
+    found += of_base
     if module:
         alphas = module.alphas_cumprod, module.base_alphas_cumprod
         found += diagnosis.at_the_start(config, *alphas, module.trainable.values())
@@ -83,6 +84,7 @@ def before_training(module: GhibliModule, data: GhibliDataModule, trainer: L.Tra
     found = about_images(data, data.base)
     if module.config.finetune != "none":
         data.steps_per_epoch(trainer.accumulate_grad_batches, trainer.world_size)
+        data.check_workers()
     found += about_run(module, data, trainer, run.path)
     log_findings(
         finding
@@ -203,6 +205,7 @@ def about_run(
     epochs = trainer.max_epochs if config.finetune != "none" else 0
     if config.finetune != "none":
         result_or_finding(found, "plan", lambda: found.extend(about_plan(config, data, trainer)))
+        result_or_finding(found, "workers", data.check_workers)
     found.append(about_memory(module, data, trainer))
     shapes = [tuple(p.shape) for p in module.trainable.values()]
     cells = len(cells_of(config.sample, config.loss.guidance))
@@ -231,7 +234,7 @@ def about_plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> li
 
     rates = ", ".join(f"{rate(share):.3g} at {100 * share:.0f} %" for share in (0, 0.25, 0.5, 0.75, 1))
     text = (
-        f"{len(data.train_images)} images, batch size {config.data.batch_size} x accumulation {accumulate} x "
+        f"{images_in_words(data)}, batch size {config.data.batch_size} x accumulation {accumulate} x "
         f"{devices} device{'s' * (devices > 1)}: {steps} optimiser steps per epoch, {trainer.max_epochs} "
         f"epochs, {total} steps; learning rate {rates}"
     )
@@ -251,6 +254,12 @@ def about_plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> li
         )
         found.append(Finding("shapes", text))
     return found
+
+
+def images_in_words(data: GhibliDataModule) -> str:
+    """Count the training images, and what an epoch has of them where kohya's folders repeat some."""
+    count, examples = len(data.train_images), len(data.shapes)
+    return f"{count} images" if count == examples else f"{count} images, {examples} with their repeats"
 
 
 def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer) -> Finding:

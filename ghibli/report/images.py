@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ghibli.images.read import open_file
 from ghibli.report.run_data import READ_ERRORS, RunData
 
 MAX_WIDTH = 1700  # px; wider images are scaled down
@@ -27,7 +28,7 @@ class EmbeddedImage:
 def embed(path: Path, alt: str, problems: list[str], label: str = "") -> EmbeddedImage | None:
     """Embed an image file; return None and note a problem if it is missing or damaged."""
     try:
-        image = Image.open(path).convert("RGB")
+        image = open_file(path).convert("RGB")
     except (*READ_ERRORS, SyntaxError, Image.DecompressionBombError):  # SyntaxError: of a broken PNG
         problems.append(f"{path.name} is damaged: it is not shown")
         return None

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -53,8 +54,16 @@ def disk_trouble(error: Exception) -> str | None:
 
 
 def loader_trouble(error: Exception) -> str | None:
-    """Return one line about a DataLoader worker that was killed; None for any other error."""
-    if "DataLoader worker" not in str(error):  # torch raises a plain RuntimeError
+    """Return one line about DataLoader workers that were killed or hang; None for any other error."""
+    text = str(error)  # of a plain RuntimeError by torch
+    if "DataLoader timed out" in text or (
+        "DataLoader worker" in text and re.search("bus error|shm", text, re.I)
+    ):
+        return (
+            "the loader processes stopped sending batches, most likely because shared memory is full: empty "
+            "/dev/shm and resume, or start again with data.workers=0"
+        )
+    if "DataLoader worker" not in text:
         return None
     return (
         "a loader process was killed, most likely because memory ran out: close other programs and resume, "

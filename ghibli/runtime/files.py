@@ -98,8 +98,8 @@ def checksum_of(path: Path) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Write UTF-8 text atomically; bytes of file names that are not UTF-8 become escapes, as in JSON."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 
 from ghibli.images.grid import Text, lay_out
+from ghibli.images.read import open_file
 from ghibli.runs.settings import as_yaml
 from ghibli.runtime.files import write_atomically
 from ghibli.sweeps.trials import Trial, setting_values, varied
@@ -66,7 +66,7 @@ def write_grids(folder: Path, trials: list[Trial]) -> Path | None:
     if len(drawn) < 2:
         return None
     best_and_worst = {"best": drawn[0], "worst": drawn[-1]}
-    grids = [Image.open(file).convert("RGB") for _, file in best_and_worst.values()]
+    grids = [open_file(file).convert("RGB") for _, file in best_and_worst.values()]
     line = 28  # px, of the title above each grid
     tops = [line, line + grids[0].height + line]
     texts = [

@@ -74,7 +74,8 @@ def test_files_that_are_not_photos(tmp_path: Path) -> None:
         ((4000, 3000), (592, 440)),
         ((3000, 4000), (440, 592)),
         ((512, 512), (512, 512)),
-        ((9000, 100), (4856, 64)),
+        ((9000, 100), (5760, 64)),
+        ((3000, 200), (1984, 136)),
     ],
 )
 def test_shape_and_area_are_kept(size: tuple[int, int], expected: tuple[int, int]) -> None:

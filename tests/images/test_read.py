@@ -1,0 +1,232 @@
+"""Image files of every format and profile: what is read of them, against Pillow, lcms and colour formulas."""
+
+import ast
+import io
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.image_folders import RED, read, write_image
+from PIL import Image, ImageCms, features
+
+from ghibli.images import read as reading
+from ghibli.images.read import Unusable, image_endings, open_image, read_image
+from ghibli.inference.restyle import find_photos
+from ghibli.runtime.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+# Formats
+
+
+def test_every_format_that_is_promised_is_read(tmp_path: Path) -> None:
+    image = Image.new("RGB", (64, 48), RED)
+    ways = {
+        ".avif": "AVIF", ".jfif": "JPEG", ".jpe": "JPEG", ".apng": "PNG", ".jp2": "JPEG2000", ".ppm": "PPM",
+        ".tga": "TGA", ".dib": "DIB", ".webp": "WEBP", ".heic": "HEIF",
+    }  # fmt: skip
+    if not features.check("avif"):
+        del ways[".avif"]
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        del ways[".heic"]
+    for ending, name in ways.items():
+        assert ending in image_endings()
+        content = io.BytesIO()
+        image.save(content, name)
+        (tmp_path / f"a{ending}").write_bytes(content.getvalue())
+        opened = open_image(tmp_path / f"a{ending}")
+        assert opened.mode == "RGB" and opened.size == (64, 48)
+        difference = np.abs(np.asarray(opened, dtype=int) - RED)
+        assert difference.max() <= 8, ending
+    assert len(read(tmp_path, caption="x").images) == len(ways)
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `gs` in front of PATH that leaves a mark when it is started; returns the mark."""
+    mark, program = tmp_path / "started", tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho 10.0\ntouch {mark}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return mark
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_a_png_that_is_postscript_starts_nothing(tmp_path: Path, ghostscript: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(POSTSCRIPT)
+    with pytest.raises(Unusable, match="it is not an image, despite its name"):
+        read_image(file)
+    assert not ghostscript.exists()
+    with Image.open(file) as opened, suppress(OSError):  # the trap works
+        opened.load()
+    assert ghostscript.exists()
+
+
+def test_no_other_module_opens_image_files() -> None:
+    """`Image.open` without `formats` tries all that Pillow knows."""
+    for path in [*(ROOT / "ghibli").rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open"):
+                assert "formats" in [keyword.arg for keyword in node.keywords], path
+
+
+# Colour profiles
+
+
+def primaries(red: tuple[float, float], green: tuple[float, float], blue: tuple[float, float]) -> np.ndarray:
+    """The matrix from linear RGB of these chromaticities, white D65, to XYZ, in float64."""
+    columns = np.array([[x / y, 1.0, (1 - x - y) / y] for x, y in (red, green, blue)]).T
+    white = np.array([0.3127 / 0.3290, 1.0, (1 - 0.3127 - 0.3290) / 0.3290])
+    return columns * np.linalg.solve(columns, white)
+
+
+SRGB = primaries((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
+ADOBE = primaries((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))
+
+
+def encoded(linear: np.ndarray) -> np.ndarray:
+    """The sRGB curve: linear 0 .. 1 to levels 0 .. 255."""
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def adobe_rgb() -> bytes:
+    """An ICC profile of Adobe RGB (1998): a matrix, adapted to D50 by Bradford, and the gamma 563 / 256."""
+    bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    d65, d50 = SRGB.sum(axis=1), np.array([0.96422, 1.0, 0.82521])
+    scale = np.diag((bradford @ d50) / (bradford @ d65))
+    adapted = np.linalg.inv(bradford) @ scale @ bradford @ ADOBE
+    return matrix_profile(adapted, 563 / 256)
+
+
+def matrix_profile(matrix: np.ndarray, gamma: float) -> bytes:
+    """Write a version 2 ICC profile of three primaries (columns of XYZ under D50) and one gamma."""
+
+    def fixed(value: float) -> bytes:
+        return round(value * 65536).to_bytes(4, "big", signed=True)
+
+    def xyz(values: np.ndarray) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(fixed(value) for value in values)
+
+    words = b"desc\0\0\0\0\0\0\0\x05test\0" + bytes(78)
+    curve = b"curv\0\0\0\0\0\0\0\x01" + round(gamma * 256).to_bytes(2, "big") + b"\0\0"
+    tags = {b"desc": words, b"cprt": b"text\0\0\0\0none\0", b"wtpt": xyz(np.array([0.9642, 1.0, 0.8249]))}
+    tags |= {name: xyz(matrix[:, place]) for place, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
+    tags |= {name: curve for name in (b"rTRC", b"gTRC", b"bTRC")}
+    table, body, start = len(tags).to_bytes(4, "big"), b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + (start + len(body)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        body += content + bytes(-len(content) % 4)
+    white = fixed(0.9642) + fixed(1.0) + fixed(0.8249)
+    head = (start + len(body)).to_bytes(4, "big") + b"none" + bytes([2, 32, 0, 0]) + b"mntrRGB XYZ "
+    head += bytes(12) + b"acsp" + bytes(28) + white
+    return head + bytes(128 - len(head)) + table + body
+
+
+@pytest.fixture
+def colours() -> np.ndarray:
+    """512 colours: (1, 512, 3) uint8."""
+    levels = np.linspace(20, 235, 8).round().astype(np.uint8)
+    return np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
+def test_adobe_rgb_becomes_srgb_by_the_formula(tmp_path: Path, colours: np.ndarray, ending: str) -> None:
+    file = tmp_path / f"a.{ending}"
+    Image.fromarray(colours).save(
+        file, icc_profile=adobe_rgb(), **({"lossless": True} if ending == "webp" else {})
+    )
+    linear = (colours.astype(np.float64) / 255) ** (563 / 256)
+    expected = encoded(linear @ (np.linalg.inv(SRGB) @ ADOBE).T)
+    got = np.asarray(open_image(file), dtype=float)
+    assert np.abs(got - expected).max() <= 1.5
+    assert np.abs(got - colours).max() > 18  # without the profile
+
+
+def test_a_transparent_image_keeps_its_profile(tmp_path: Path, colours: np.ndarray) -> None:
+    alpha = np.full((1, 512, 1), 128, dtype=np.uint8)
+    Image.fromarray(np.concatenate([colours, alpha], axis=2)).save(
+        tmp_path / "a.png", icc_profile=adobe_rgb()
+    )
+    Image.fromarray(colours).save(tmp_path / "b.png", icc_profile=adobe_rgb())
+    opaque = np.asarray(open_image(tmp_path / "b.png"), dtype=float)
+    half = np.asarray(open_image(tmp_path / "a.png"), dtype=float)
+    assert np.abs(half - (opaque * 128 + 255 * 127) / 255).max() <= 1
+
+
+def test_an_srgb_profile_changes_no_level(tmp_path: Path, colours: np.ndarray) -> None:
+    """Most photos carry one; their latents stay what they were."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(colours).save(tmp_path / "a.png", icc_profile=profile)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), colours)
+
+
+@pytest.mark.parametrize("profile", [b"no profile", adobe_rgb()[:200], b"\0" * 128])
+def test_a_damaged_profile_is_named_and_ignored(
+    tmp_path: Path, colours: np.ndarray, profile: bytes, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    said: list[str] = []
+    monkeypatch.setattr(reading, "say_once", said.append)
+    Image.fromarray(colours).save(tmp_path / "a.png", icc_profile=profile)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), colours)
+    assert said and "a.png: its colour profile cannot be used and is ignored" in said[0]
+
+
+def test_a_profile_of_another_kind_is_named_and_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(reading, "say_once", said.append)
+    Image.new("L", (64, 48), 100).save(tmp_path / "a.png", icc_profile=adobe_rgb())
+    assert open_image(tmp_path / "a.png").getpixel((9, 9)) == (100, 100, 100)
+    assert "it is for RGB images and this one is L" in said[0]
+
+
+# What is not read is named
+
+
+def test_other_files_are_counted_by_ending(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "sub/c.png", "sub/d.jpg", "old/e.png"):
+        write_image(tmp_path / name)
+    for name in ("a.mp4", "b.MP4", "c.cr3", "d", "notes.md", "a.txt", ".hidden.mp4", "e.jxl"):
+        (tmp_path / name).write_text("x")
+    folder = read(tmp_path, caption="x")
+    assert folder.not_read == ("1 without an ending, 1 .cr3, 1 .jxl, 2 .mp4, 3 images in old/ (1), sub/ (2)")
+
+
+def test_a_folder_of_nothing_that_is_read_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "a.jxl").write_text("x")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    write_image(tmp_path / "deep" / "er" / "a.png")
+    with pytest.raises(UserError, match=r"no images found \(but 1 .jxl, 1 images in deep/er/ \(1\)\)"):
+        read(tmp_path)
+
+
+def test_heic_without_its_extra_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endings = reading.image_endings() - set(reading.HEIF_ENDINGS)
+    monkeypatch.setattr(reading, "image_endings", lambda: endings)
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png")
+    (tmp_path / "c.HEIC").write_text("x")
+    assert read(tmp_path, caption="x").not_read == "1 .heic (pip install -e '.[heif]' reads them)"
+    (tmp_path / "d.mp4").write_text("x")
+    assert len(find_photos([tmp_path], "a cat", "")) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not read: 1 .heic (pip install -e '.[heif]' reads them), 1 .mp4" in said
+    with pytest.raises(UserError, match=r"c.HEIC is not an image: pip install -e '.\[heif\]' reads them"):
+        find_photos([tmp_path / "c.HEIC"], "a cat", "")
