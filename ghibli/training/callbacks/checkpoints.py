@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ghibli.runs.folder import RunDir, read_checkpoint
+from ghibli.runs.folder import CHECKPOINTS, RunDir, read_checkpoint
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, temporary_beside, write_with_checksum
@@ -101,30 +101,30 @@ def keep_previous(last: Path) -> None:
 
 
 class FolderCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that takes no path from a checkpoint: it knows the one file that it writes.
+    """A ModelCheckpoint that takes no path from a checkpoint: it knows the folder that it writes to.
 
     So it keeps its best score when the run folder was moved (Lightning's own forgets it then, and would
     take the next epoch for the best), and a checkpoint from elsewhere cannot point it at other files.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = self.format_checkpoint_name({})  # RUN/checkpoints/best.ckpt or last.ckpt
+        def here(path: str) -> str:
+            name = Path(path).name
+            return str(Path(str(self.dirpath), name)) if name in CHECKPOINTS else ""
+
         try:
-            stored = state_dict["best_k_models"].items()
-            best = {
-                own: score
-                for path, score in stored
-                if Path(path).name == Path(own).name and isinstance(score, torch.Tensor)
-            }
-            names = ("best_model_path", "last_model_path")
-            paths = {name: own if state_dict[name] else "" for name in names}
+            names = ("best_model_path", "last_model_path", "kth_best_model_path")
+            paths = {name: here(state_dict[name]) for name in names}
+            scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
             numbers = {name: state_dict[name] for name in ("best_model_score", "kth_value")}
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"the state of {Path(own).name} in the checkpoint is damaged: {error!r}"
+                f"the checkpoint's state of {self.filename}.ckpt is damaged: {error!r}"
             ) from error
-        kth = {"best_k_models": best, "kth_best_model_path": own if best else ""}
-        super().load_state_dict({"dirpath": self.dirpath} | paths | numbers | kth)
+        best = {path: score for path, score in scores.items() if path and isinstance(score, torch.Tensor)}
+        if paths["kth_best_model_path"] not in best:
+            paths["kth_best_model_path"] = next(iter(best), "")
+        super().load_state_dict({"dirpath": self.dirpath, "best_k_models": best} | paths | numbers)
 
 
 class StepCheckpoint(FolderCheckpoint):
