@@ -8,6 +8,7 @@ import typer
 from ghibli.cli.options import app
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import stop_at_once
+from ghibli.runtime.terminal import one_line
 
 
 @app.command("export")
@@ -24,6 +25,7 @@ def export_command(
         from ghibli.runs.find import finished_config, finished_run
 
     found = finished_run(run)
+    found.refuse_links()
     target = folder or found.path / "export"
     for check in export.export(found, finished_config(found), target, merge=merge):
         console.print(f"{check.file}: {check.summary}")
@@ -67,4 +69,4 @@ def import_command(
     config = compose_config(overrides or [])
     adapter = files.read_adapter(file, apply.load_base(config.model), "import")
     for line in describe_adapter(adapter):
-        console.print(line, markup=False)
+        console.print(one_line(line))  # titles and comments in the file are anyone's

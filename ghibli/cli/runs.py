@@ -13,6 +13,7 @@ from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.console import console, full_width
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.terminal import one_line
 
 
 @app.command("list")
@@ -45,10 +46,15 @@ def evaluate_command(
     from ghibli.evaluation import evaluate as evaluate_module
     from ghibli.evaluation.evaluate import CHANGEABLE
     from ghibli.runs.find import finished_config
+    from ghibli.runs.here import cache_of_this_machine, on_this_machine
     from ghibli.training import wandb_logger  # torch takes seconds to load
 
     settings = [word for word in arguments if word not in folders]
-    configs = [apply_overrides(finished_config(run), settings, CHANGEABLE) for run in runs]
+    cache = cache_of_this_machine()
+    stored = [on_this_machine(finished_config(run), cache) for run in runs]
+    configs = [apply_overrides(config, settings, CHANGEABLE) for config in stored]
+    for run in runs:
+        run.refuse_links()
     for run, config in zip(runs, configs, strict=True):
         result = evaluate_module.evaluate(run, config)
         console.print(evaluation_table(run, result))
@@ -98,7 +104,8 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     gain, error = status.get("gain"), status.get("gain_se")
     gain_text = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
-    return str(run.path), run.status.state, status.get("settings", "?"), epochs, gain_text
+    cells = run.path, run.status.state, status.get("settings", "?"), epochs, gain_text
+    return tuple(map(one_line, cells))
 
 
 @app.command("compare")

@@ -28,6 +28,7 @@ from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, disk_trouble
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now
+from ghibli.runtime.terminal import guard_terminal
 
 JOINS = "GHIBLI_JOINS"  # set for processes that train.py starts: id of the first one, a space, the run folder
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")  # read by Lightning
@@ -152,9 +153,10 @@ def leave_group() -> None:
 @contextmanager
 def following(run: RunDir) -> Iterator[None]:
     """Run as a further process: print nothing, ignore signals, and end when the first process does."""
+    guard_terminal()
     console.quiet = True
     warnings.simplefilter("ignore")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     first = int(os.environ[JOINS].split(" ", 1)[0]) if JOINS in os.environ else os.getppid()
     threading.Thread(target=leave_with, args=(first,), daemon=True).start()

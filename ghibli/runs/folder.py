@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import pickle
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import methodcaller
@@ -10,10 +12,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ghibli.runs.status import RunStatus
-from ghibli.runtime.errors import UserError
-from ghibli.runtime.files import checksum_of, is_whole, write_atomically
+from ghibli.runtime.errors import UserError, first_line
+from ghibli.runtime.files import TEMPORARY, checksum_of, is_whole, write_atomically
 from ghibli.runtime.rank import is_first
 
+FOLDERS = ("checkpoints", "samples", "adapter", "adapter_last", "unet", "export")  # that a run writes into
+FILES = (
+    "config.yaml", "status.json", "no_result.txt", "split.json", "metrics.csv", "probe.csv", "distance.csv",
+    "evaluation.json", "evaluation.png", "evaluation_nearest.png", "report.html", ".lock",
+)  # fmt: skip
+CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best.ckpt")
+BY_LIBRARIES = (".hydra", "wandb")  # folders that Hydra and W&B write into
 EVALUATION_NAMES = {"reference_pictures": "reference_images", "floor_pictures": "floor_images"}
 
 
@@ -161,10 +170,11 @@ class RunDir:
             key: the setting that chooses another folder.
 
         Raises:
-            UserError: another process is at work here.
+            UserError: another process is at work here, or a link leads out of the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        file = open(self.path / ".lock", "ab")  # noqa: SIM115
+        self.refuse_links()
+        file = open(self.path / ".lock", "ab", opener=open_no_link)  # noqa: SIM115
         if not is_first():
             return file
         try:
@@ -181,11 +191,38 @@ class RunDir:
             unfinished.unlink(missing_ok=True)
         return file
 
+    def refuse_links(self) -> None:
+        """Check that nothing a run writes into is a link out of its folder, as in a run from elsewhere.
+
+        The folder itself may be one: the user named it.
+
+        Raises:
+            UserError: a file or folder of the run is a link that leads elsewhere.
+        """
+        home = self.path.resolve()
+        for path in self.own_files():
+            leads_out = path.is_symlink() and not path.resolve().is_relative_to(home)
+            if leads_out or (path.name == ".lock" and path.is_symlink()):
+                raise UserError(
+                    f"{path} is a link to {os.readlink(path)}, and a run writes only into its own folder: "
+                    "replace the link by what it names"
+                )
+
+    def own_files(self) -> Iterator[Path]:
+        """Yield what a run writes, and all in the folders it writes into; links are not followed."""
+        yield from (self.path / name for name in FILES)
+        for name in (*FOLDERS, *BY_LIBRARIES):
+            yield self.path / name
+            if (self.path / name).is_symlink():
+                continue
+            for folder, inner, names in os.walk(self.path / name):
+                yield from (Path(folder, each) for each in [*inner, *names])
+
     def unfinished(self) -> Iterator[Path]:
-        """Yield half-written files here, but not in folders below that have a lock of their own."""
-        for folder, inner, names in os.walk(self.path):
-            inner[:] = [name for name in inner if not Path(folder, name, ".lock").exists()]
-            yield from (Path(folder, n) for n in names if n.startswith(".") and n.endswith(".tmp"))
+        """Yield half-written files of ours in this folder and in those a run writes into, and no others."""
+        for folder in (self.path, *(self.path / name for name in FOLDERS)):
+            if folder.is_dir() and (folder == self.path or not folder.is_symlink()):
+                yield from (path for path in folder.iterdir() if is_unfinished(path))
 
     def as_it_was(self) -> Callable[[], None]:
         """Return a function that restores what a resume changes before its first step."""
@@ -199,11 +236,47 @@ class RunDir:
         return put_back
 
 
-def step_of(checkpoint: Path) -> int:
-    """Return the optimiser step of a checkpoint; status.json is written just before it and may be ahead."""
+def is_unfinished(path: Path) -> bool:
+    """Return whether this is a temporary file of ours, or one that an older version made of a run's file."""
+    name = re.fullmatch(r"\.(?P<of>.+\.(ckpt|csv|json|yaml|png))\.\d+(-[0-9a-f]{8})?\.tmp", path.name)
+    is_of_run = name is not None and name["of"] in (*FILES, *CHECKPOINTS)
+    return (is_of_run or TEMPORARY.fullmatch(path.name) is not None) and not path.is_symlink()
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file for `open`, but follow no link and wait for no reader of a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def read_checkpoint(checkpoint: Path, **options: Any) -> dict[str, Any]:
+    """Read a checkpoint as data: tensors, numbers, text and containers of them.
+
+    Args:
+        options: of torch.load.
+
+    Raises:
+        UserError: the file holds anything else, as a pickle that would run code does, or is damaged.
+    """
     import torch  # takes seconds to import, and only a resume needs it
 
-    return torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["global_step"]
+    try:
+        content = torch.load(checkpoint, weights_only=True, map_location="cpu", **options)
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint} is missing") from None
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError,
+            AttributeError, OverflowError) as error:  # fmt: skip
+        raise UserError(f"{checkpoint} is not a checkpoint of this program: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{checkpoint} is not a checkpoint of this program")
+    return content
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimiser step of a checkpoint; status.json is written just before it and may be ahead."""
+    step = read_checkpoint(checkpoint, mmap=True).get("global_step")
+    if not isinstance(step, int):
+        raise UserError(f"{checkpoint} is not a checkpoint of this program: it has no step")
+    return step
 
 
 def check_unchanged(run: RunDir, key: str, value: str, what: str) -> None:

@@ -1,6 +1,7 @@
 """The jobs that Hydra starts: the entry point, checks before a job begins, its folder and settings."""
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -13,16 +14,20 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from ghibli.config.files import from_yaml
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config
 from ghibli.runs import distributed
-from ghibli.runs.compose import register, reject_spaces_around_equals, to_config
+from ghibli.runs.compose import parse_overrides, register, reject_spaces_around_equals, to_config
 from ghibli.runs.find import run_to_resume
 from ghibli.runs.folder import RunDir
+from ghibli.runs.here import on_this_machine
 from ghibli.runs.resume import resumed_config
 from ghibli.runs.reuse import require_same_trial
 from ghibli.runtime.errors import UserError, one_line_errors
+
+logger = logging.getLogger(__name__)
 
 
 def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -> None:
@@ -67,7 +72,7 @@ def check_job(cfg: Any) -> None:
             check_new_run(cfg)
         else:
             run = run_to_resume(cfg.resume)
-            check_paths(resumed_config(run, cfg.hydra.overrides))
+            check_paths(resumed_here(run, cfg, cfg.hydra.overrides))
             run.lock().close()
 
 
@@ -108,11 +113,22 @@ def job_number() -> int:
 def job_config(cfg: Any) -> Config:
     """Return what the running job trains with: the composed settings, or with resume=RUN the run's own."""
     if cfg.resume is not None:
-        return resumed_config(current_run(), HydraConfig.get().overrides)
+        config = resumed_here(current_run(), cfg, HydraConfig.get().overrides)
+        before = from_yaml(current_run().config).cache_dir
+        if os.path.abspath(before) != os.path.abspath(config.cache_dir):
+            logger.info(f"this machine's cache_dir={config.cache_dir} is used, not {before} of the run")
+        return config
     config = to_config(cfg)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         set_wandb_names(config, current_run(), Path(HydraConfig.get().sweep.dir))
     return config
+
+
+def resumed_here(run: RunDir, cfg: Any, overrides: Any) -> Config:
+    """Return the settings of a run to resume, as resumed_config does, with the cache of this command."""
+    names = {override.key_or_group for override in parse_overrides(overrides.task)}
+    config = resumed_config(run, overrides)
+    return on_this_machine(config, cfg.cache_dir, keep_root="data.root" in names)
 
 
 def set_wandb_names(config: Config, run: RunDir, sweep: Path) -> None:

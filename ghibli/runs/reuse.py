@@ -4,6 +4,7 @@ import logging
 import os
 from dataclasses import asdict
 
+from ghibli.config.files import CHECKSUM_LINE
 from ghibli.config.schema import CONFIG_VERSION, Config
 from ghibli.runs.folder import RunDir, step_of
 from ghibli.runs.identity import code_hash, describe_commit, finished_objective, settings_hash
@@ -20,6 +21,33 @@ def holds_results(run: RunDir) -> bool:
     return any(path.exists() for path in checkpoints) or run.status.read().get("state") == "finished"
 
 
+def is_of_a_run(run: RunDir) -> bool:
+    """Return whether the files of a folder are a run's: its status or its settings say so."""
+    if "settings_hash" in run.status.read():
+        return True
+    try:
+        return CHECKSUM_LINE in run.config.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def refuse_foreign_files(run: RunDir) -> None:
+    """Check that a run would replace and delete no file that another program or the user made.
+
+    Raises:
+        UserError: the folder holds such a file.
+    """
+    if is_of_a_run(run):
+        return
+    own = (run.config, run.status.path, run.split, run.metrics, run.probe, run.distances)
+    foreign = next((path for path in own if path.exists()), None)
+    if foreign is not None:
+        raise UserError(
+            f"{foreign} is there already and belongs to no run that can be told: choose another folder, or "
+            "move that file away"
+        )
+
+
 def require_same_trial(config: Config, run: RunDir) -> None:
     """Check that a folder is free, or holds a run of these settings and this code.
 
@@ -30,7 +58,10 @@ def require_same_trial(config: Config, run: RunDir) -> None:
         UserError: the folder holds another run.
     """
     status = run.status.read()
-    if not is_first() or not holds_results(run):
+    if not is_first():
+        return
+    if not holds_results(run):
+        refuse_foreign_files(run)
         return
     advice = f"resume it with resume={run.path}, or choose another folder"
     if "settings_hash" not in status:

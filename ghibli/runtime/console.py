@@ -6,21 +6,44 @@ through `logging.getLogger(__name__)`; importing this module sets up the logger 
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console, ConsoleRenderable
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType
 from rich.logging import RichHandler
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 from rich.traceback import Traceback
 
+from ghibli.runtime.terminal import visible
+
 LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
-console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)  # prints text as it is
+
+class PlainConsole(Console):
+    """Print text as it is: data is never markup, and its control characters are shown, not obeyed.
+
+    Strings are made visible before they are measured, so columns stay straight. Whatever else is printed
+    (Text objects, progress bars) goes through `render`.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(soft_wrap=True, highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **(options | {"markup": False, "emoji": False}))
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+console = PlainConsole()
 
 
 class LineHandler(RichHandler):
@@ -30,7 +53,7 @@ class LineHandler(RichHandler):
     """
 
     def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
-        return Text(message, LEVEL_STYLES.get(record.levelno, ""))
+        return Text(visible(message), LEVEL_STYLES.get(record.levelno, ""))
 
     def render(
         self,
@@ -59,10 +82,10 @@ set_up_logging()
 def make_bar() -> Progress:
     """Create a progress bar with label, count, a free text and the time left; silent when piped."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         transient=True,
@@ -72,7 +95,7 @@ def make_bar() -> Progress:
 
 def full_width(table: Table) -> Table:
     """Make the table as wide as its content: a pipe has 80 columns and would cut it."""
-    wide = Console(width=10_000)
+    wide = PlainConsole(width=10_000)
     table.width = Measurement.get(wide, wide.options, table).maximum
     return table
 

@@ -8,9 +8,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from ghibli.runtime.terminal import guard_terminal, one_line
 
 
 class UserError(ValueError):
@@ -73,7 +75,7 @@ def loader_trouble(error: Exception) -> str | None:
 
 def fail(message: str) -> None:
     """Print the error as one line on stderr and exit with code 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -82,7 +84,8 @@ def stop_at_once() -> Iterator[None]:
     """Make Ctrl-C end the process immediately; around imports, where a library may swallow its exception."""
 
     def leave(*_: Any) -> None:
-        os.write(2, b"stopped\n")
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, b"stopped\n")
         os._exit(130)
 
     if threading.current_thread() is not threading.main_thread():  # only that one receives signals
@@ -97,6 +100,7 @@ def stop_at_once() -> Iterator[None]:
 
 def one_line_errors(entry: Callable[[], Any]) -> Any:
     """Run an entry point; report user errors, disk and memory trouble and Ctrl-C in one line each."""
+    guard_terminal()
     try:
         return entry()
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,16 @@ from typing import Any, BinaryIO, cast
 
 ROOT = Path(__file__).parents[2]  # the folder that holds ghibli/, conf/ and train.py
 CHECKSUM_PREFIX = b"sha256:"  # at the end of a file; the digest of 32 bytes follows
+TEMPORARY = re.compile(r"\.ghibli-\d+-[0-9a-f]{8}\.tmp")  # names of temporary_beside, and no others
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a free name in the folder of a file to write; a process that is killed may leave it behind.
+
+    It does not depend on the file's name, which may be as long as the file system allows.
+    """
+    unique = f"{os.getpid()}-{os.urandom(4).hex()}"  # machines that share a cache may reuse a pid
+    return path.with_name(f".ghibli-{unique}.tmp")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -23,10 +34,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         OSError: the disk is full, read-only and so on; its filename is `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unique = f"{os.getpid()}-{os.urandom(4).hex()}"  # machines that share a cache may reuse a pid
-    temporary = path.with_name(f".{path.name}.{unique}.tmp")
+    temporary = temporary_beside(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -5,11 +5,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain, Probe, best_epoch
-from ghibli.runs.folder import RunDir
+from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runs.settings import relevant_settings
 from ghibli.runtime.files import is_whole
 
@@ -103,7 +101,7 @@ def best_probe(run: RunDir) -> Probe | None:
     """Read the best epoch's scores from best.ckpt; None if that is missing, damaged or holds no epoch."""
     if not is_whole(run.best_checkpoint):
         return None
-    stored = torch.load(run.best_checkpoint, weights_only=True, map_location="cpu")["probe"]
+    stored = read_checkpoint(run.best_checkpoint)["probe"]
     history = [Probe(**probe) for probe in stored]
     return history[best_epoch(history)] if len(history) > 1 else None
 

@@ -19,6 +19,7 @@ from helpers.commands import REPO
 from ghibli.config.files import from_yaml
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import temporary_beside
 from ghibli.training.callbacks.checkpoints import FolderCheckpoint
 
 
@@ -144,7 +145,7 @@ def test_a_run_folder_has_one_writer(tmp_path: Path) -> None:
 
 def test_a_study_removes_no_half_written_file_of_its_trials(tmp_path: Path) -> None:
     """They may be at work in other processes, each with the lock of its own folder."""
-    left = tmp_path / ".table.csv.1.tmp", tmp_path / "plots" / ".plot.png.1.tmp"
+    left = temporary_beside(tmp_path / "study.csv"), temporary_beside(tmp_path / "samples" / "plot.png")
     theirs = tmp_path / "trial" / "checkpoints" / ".last.ckpt.1.tmp"
     for file in (*left, theirs):
         file.parent.mkdir(parents=True, exist_ok=True)

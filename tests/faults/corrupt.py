@@ -89,7 +89,7 @@ class Corrupter:
         if done.returncode != -9:
             raise RuntimeError(done.stderr)
         self.keep(self.half)
-        code, said, error = in_process(f"resume={self.run}")
+        code, said, error = in_process(f"resume={self.run}", f"cache_dir={self.cache}")
         if code != 0:
             raise RuntimeError(said + error)
         self.keep(self.finished)
@@ -129,7 +129,7 @@ class Corrupter:
 
         try:
             row_of(RunDir(self.run))  # a line of `ghibli list`
-            code, said, error = in_process(f"resume={self.run}")
+            code, said, error = in_process(f"resume={self.run}", f"cache_dir={self.cache}")
         except Exception:
             return BROKEN, traceback.format_exc()[-1500:]
         if code == 2 and error.startswith("error: ") and error.count("\n") == 1:

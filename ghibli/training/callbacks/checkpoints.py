@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ghibli.runs.folder import RunDir
+from ghibli.runs.folder import CHECKPOINTS, RunDir, read_checkpoint
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.files import is_whole, write_with_checksum
+from ghibli.runtime.files import is_whole, temporary_beside, write_with_checksum
 from ghibli.runtime.rank import is_first
 from ghibli.training.module import GhibliModule
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequested(BaseException):
-    """Ctrl-C or SIGTERM arrived and what could be saved is saved. No error handler catches it."""
+    """Ctrl-C, SIGTERM or SIGHUP arrived and what could be saved is saved. No error handler catches it."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -49,11 +49,35 @@ def requeue() -> None:
     subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=60)
 
 
+LAYOUT = {  # what Lightning and we read from a checkpoint
+    "epoch": int, "global_step": int, "pytorch-lightning_version": str, "state_dict": dict, "loops": dict,
+    "callbacks": dict, "optimizer_states": list, "lr_schedulers": list, "probe": list,
+}  # fmt: skip
+
+
 class WholeCheckpoints(TorchCheckpointIO):
-    """Write checkpoints atomically, with a checksum as the last bytes.
+    """Write checkpoints atomically, with a checksum as the last bytes; never delete one.
 
     The last.ckpt that a new one replaces stays as previous.ckpt.
     """
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> Any:
+        """Read a checkpoint as data, whatever Lightning asks for.
+
+        Raises:
+            UserError: as read_checkpoint.
+        """
+        content = read_checkpoint(Path(path))
+        for key, kind in LAYOUT.items():
+            if not isinstance(content.get(key), kind):
+                raise UserError(f"{path} is not a checkpoint of this program: {key} is missing in it")
+        return content
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete nothing: every callback writes one name only, so there is never a file too many.
+
+        Lightning's own deletes the path, with all below it, that the state in a checkpoint names.
+        """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -68,8 +92,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 def keep_previous(last: Path) -> None:
     """Give last.ckpt a second name, previous.ckpt; last.ckpt itself stays until it is replaced."""
-    second = last.with_name(f".previous.ckpt.{os.getpid()}.tmp")
-    second.unlink(missing_ok=True)
+    second = temporary_beside(last)
     try:
         os.link(last, second)
     except OSError:  # a file system without hard links
@@ -78,19 +101,30 @@ def keep_previous(last: Path) -> None:
 
 
 class FolderCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that keeps its best score when the run folder was moved.
+    """A ModelCheckpoint that takes no path from a checkpoint: it knows the folder that it writes to.
 
-    Lightning's own forgets it then, and would take the next epoch for the best.
+    So it keeps its best score when the run folder was moved (Lightning's own forgets it then, and would
+    take the next epoch for the best), and a checkpoint from elsewhere cannot point it at other files.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def here(path: str) -> str:
-            return path.replace(str(state_dict["dirpath"]), str(self.dirpath), 1)
+            name = Path(path).name
+            return str(Path(str(self.dirpath), name)) if name in CHECKPOINTS else ""
 
-        paths = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path")
-        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        moved = {name: here(state_dict[name]) for name in paths} | {"best_k_models": best}
-        super().load_state_dict(state_dict | moved)
+        try:
+            names = ("best_model_path", "last_model_path", "kth_best_model_path")
+            paths = {name: here(state_dict[name]) for name in names}
+            scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
+            numbers = {name: state_dict[name] for name in ("best_model_score", "kth_value")}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the checkpoint's state of {self.filename}.ckpt is damaged: {error!r}"
+            ) from error
+        best = {path: score for path, score in scores.items() if path and isinstance(score, torch.Tensor)}
+        if paths["kth_best_model_path"] not in best:
+            paths["kth_best_model_path"] = next(iter(best), "")
+        super().load_state_dict({"dirpath": self.dirpath, "best_k_models": best} | paths | numbers)
 
 
 class StepCheckpoint(FolderCheckpoint):
@@ -114,19 +148,23 @@ def between_steps(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 class CleanStop(Callback):
-    """Stop a run cleanly on Ctrl-C, SIGTERM and, under Slurm, SIGUSR1; every stop is a StopRequested.
+    """Stop a run cleanly on Ctrl-C, SIGTERM, SIGHUP and, under Slurm, SIGUSR1: by a StopRequested.
 
     During training the first signal lets the optimiser step finish, saves and stops; in the last step
-    or in validation it lets the run finish. A second signal, or any outside training, stops at once.
+    or in validation it lets the run finish. A second signal, or any outside training, stops at once. A
+    terminal that closes sends SIGHUP, often twice, which counts once; under `nohup` it is ignored.
     """
 
     def __init__(self, run: RunDir):
         self.run, self.received, self.in_training, self.began = run, 0, False, False
         self.previous: dict[int, Any] = {}
+        self.obeyed: set[int] = set()  # signals that count once
 
     def __enter__(self) -> "CleanStop":
         if threading.current_thread() is threading.main_thread():  # signals reach only that one
             numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGUSR1] * in_slurm()
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
             self.previous = {n: signal.getsignal(n) for n in numbers}
             self.install()
         return self
@@ -137,11 +175,14 @@ class CleanStop(Callback):
 
     def install(self) -> None:
         for number in self.previous:
-            signal.signal(number, self.note)
+            signal.signal(number, signal.SIG_IGN if number in self.obeyed else self.note)
 
     def note(self, number: int, frame: Any) -> None:
         if not is_first():  # the first process tells the others when to stop
             return
+        if number == signal.SIGHUP:  # the shell and the kernel both send it
+            self.obeyed.add(number)
+            signal.signal(number, signal.SIG_IGN)
         if self.received or not self.in_training:
             raise StopRequested(number)
         self.received = number
@@ -187,7 +228,7 @@ def load_weights(module: GhibliModule, checkpoint: Path, epoch: int | None = Non
     """
     if not is_whole(checkpoint):
         raise UserError(f"{checkpoint} is missing or damaged: the weights of that epoch are lost")
-    content = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    content = read_checkpoint(checkpoint)
     weights, found = content["state_dict"], len(content["probe"]) - 1
     if epoch not in (None, found):
         logger.warning(
