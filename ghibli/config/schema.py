@@ -322,6 +322,8 @@ class WandbConfig:
 
     def __post_init__(self) -> None:
         require_choice("wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
+        ok = 0 < len(self.project) <= 128 and not set(self.project) & set("/\\#?%:")
+        require(ok, "wandb.project", self.project, r"1 to 128 characters, none of / \ # ? % :")
 
 
 @dataclass

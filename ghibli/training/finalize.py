@@ -73,7 +73,7 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
         files = [f"`{file.name}`" for file in sorted(run.adapter.glob("*.safetensors"))]
         write_text(run.adapter / "README.md", model_card(run, config, run.path.name, files))
     if logger is not None:
-        logger.experiment.summary.update({"best/val_gain": gain.value, "best/epoch": best_epoch})
+        wandb_logger.log_best(logger, gain.value, best_epoch)
         lines.append(wandb_logger.how_to_look(run, logger))
     names = [finding.name for finding in training.callbacks.doctor.findings]
     lines.append(f"doctor   {', '.join(names) or 'nothing to report'}")
