@@ -1,0 +1,59 @@
+"""Commands to print, quoted so that bash and our own command line take them as they were meant."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # what needs no quotes in bash, as in shlex
+MEANT_OTHERWISE = ("", "latest", "null")  # values of a path key that name no folder
+
+
+def command_line(*words: str | Path) -> str:
+    """Return the command made of these words, to be pasted into bash: each is quoted if it must be."""
+    return " ".join(map(quoted, map(str, words)))
+
+
+def quoted(word: str) -> str:
+    """Quote one word for bash, on one line and in printable characters.
+
+    What a terminal would not show as it is (control characters, bytes that are no UTF-8, unusual or several
+    spaces) becomes an escape of bash's $'...' quotes.
+    """
+    if SAFE.fullmatch(word):
+        return word
+    plain = word.isprintable() and "  " not in word and word == word.strip()
+    return shlex.quote(word) if plain else f"$'{''.join(map(escaped, spaced(word)))}'"
+
+
+def spaced(word: str) -> list[str]:
+    """Split a word into characters, with every space beside another one or at an end as a newline of its own.
+
+    A message is put on one line by joining what stands between white space, so only single spaces survive.
+    """
+    ends = (0, len(word) - 1)
+    return [
+        "\x20\x00" if letter == " " and (at in ends or word[at - 1] == " ") else letter
+        for at, letter in enumerate(word)
+    ]
+
+
+def escaped(letter: str) -> str:
+    """Return a character as it stands between $' and ': itself, or its bytes."""
+    if letter in ("'", "\\"):
+        return f"\\{letter}"
+    if letter == "\x20\x00":
+        return r"\x20"
+    return letter if letter.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))
+
+
+def path_setting(key: str, path: str | Path) -> str:
+    """Return KEY=PATH as a user types it; a relative path that reads as something else gets ./ before it."""
+    text = os.fspath(path)
+    is_odd = text in MEANT_OTHERWISE or text.startswith(("~", "'", '"'))
+    return f"{key}=./{text}" if is_odd else f"{key}={text}"
+
+
+def resume_command(folder: Path) -> str:
+    """Return the command that resumes the run in a folder, given relative to the current one."""
+    return command_line("python", "train.py", path_setting("resume", os.path.relpath(folder)))
