@@ -1,5 +1,6 @@
 """`ghibli generate`, `restyle` and `app`."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
+from ghibli.config.paths import check_base_path
+from ghibli.runtime.commands import quoted
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.files import require_target
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from ghibli.inference.generate import ImageRequest
@@ -43,12 +47,18 @@ def generate_command(
     lines = [*(prompt or []), *(generate.read_prompts(prompts) if prompts else [])]
     if not lines:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
+    request = generate.ImageRequest(  # what is left to the model is filled in when that is loaded
+        lines, sampler, 1.0 if guidance is None else guidance, steps, seed,
+        generate.parse_size(size or "512"), negative, batch, scale,
+    )  # fmt: skip
+    require_target(folder, "--to", len(lines) * 3 * request.size[0] * request.size[1])
     model = load_sources(sources)
     if interpolate and not model.weights:
         raise UserError("--interpolate varies the scale of an adapter, and no adapter is loaded")
-    request = generate.ImageRequest(
-        lines, sampler, model.guidance if guidance is None else guidance, steps, seed,
-        generate.parse_size(size or str(model.config.model.resolution)), negative, batch, scale,
+    side = model.config.model.resolution
+    request = dataclasses.replace(
+        request, guidance=model.guidance if guidance is None else guidance,
+        size=request.size if size else (side, side),
     )  # fmt: skip
     write_generated(model, request, folder, base=base, interpolate=interpolate)
 
@@ -56,22 +66,39 @@ def generate_command(
 def write_generated(
     model: "LoadedModel", request: "ImageRequest", folder: Path, *, base: bool, interpolate: bool
 ) -> None:
-    """Generate the images and sheets, write them into a folder and print their paths."""
-    from ghibli.inference import generate
+    """Generate the images and sheets, write each batch as it is done, and print their paths."""
+    with stop_at_once():
+        import torch
 
-    print_warnings(generate.truncation_warnings(request.prompts, model.base))
-    images = generate.generate_images(model, request)
-    files = generate.write_images(images, request, model, folder)
-    more = f" ... {files[-1].name}" if len(files) > 1 else ""
-    console.print(f"images   {files[0]}{more}, guidance {request.guidance:g}")
+        from ghibli.inference import generate, prompts
+
+    print_warnings(prompts.input_warnings(request.prompts, request.negative, request.guidance, model.base))
+    images: list[torch.Tensor] = []
+    files: list[Path] = []
+    try:
+        for batch in generate.generate_batches(model, request):
+            files += generate.write_images(batch, request, model, folder, done=len(files))
+            images += [batch] if base else []
+    except BaseException:  # Ctrl-C, a full disk, an image that is not finite
+        print_warnings(
+            [f"{len(files)} of {len(request.prompts)} images are done and kept{span(files, ' as ')}"]
+        )
+        raise
+    console.print(f"images   {span(files)}, guidance {request.guidance:g}")
     if base:
-        file = folder / "beside_base.png"
-        generate.write_png(file, generate.base_comparison_sheet(model, request, images))
-        console.print(f"sheet    {file}")
+        sheet = generate.base_comparison_sheet(model, request, torch.cat(images))
+        console.print(f"sheet    {quoted(str(generate.write_png(folder / 'beside_base.png', sheet)))}")
     if interpolate:
-        file = folder / "adapter_scales.png"
-        generate.write_png(file, generate.adapter_scale_sheet(model, request))
-        console.print(f"sheet    {file}")
+        sheet = generate.adapter_scale_sheet(model, request)
+        console.print(f"sheet    {quoted(str(generate.write_png(folder / 'adapter_scales.png', sheet)))}")
+
+
+def span(files: list[Path], before: str = "") -> str:
+    """Name the first and the last of some files, to be pasted into a shell; empty without files."""
+    if not files:
+        return ""
+    more = f" ... {quoted(files[-1].name)}" if len(files) > 1 else ""
+    return f"{before}{quoted(str(files[0]))}{more}"
 
 
 def print_warnings(warnings: list[str]) -> None:
@@ -103,16 +130,26 @@ def restyle_command(
         from ghibli.images import grid
         from ghibli.inference import generate, restyle
 
+    options = restyle.RestyleOptions(  # what is left to the model is filled in when that is loaded
+        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512
+    )
+    found = restyle.find_photos(photos, prompt, "")
+    require_target(folder, "--to", len(found) * 3 * options.resolution**2)
+    restyle.output_files([photo.path for photo in found], folder)
     model = load_sources(sources)
-    options = restyle.RestyleOptions(
-        strength, sampler, model.guidance if guidance is None else guidance, steps, seed, negative, scale,
-        model.config.model.resolution,
+    options = dataclasses.replace(
+        options, guidance=model.guidance if guidance is None else guidance,
+        resolution=model.config.model.resolution,
     )  # fmt: skip
-    found = restyle.find_photos(photos, prompt, model.config.data.style)
-    print_warnings(generate.truncation_warnings(dict.fromkeys(p.prompt for p in found), model.base))
+    found, said = restyle.prompts_with_style(
+        found, model.config.data.style, negative, options.guidance, model.base
+    )
+    print_warnings(said)
     written, pairs = restyle.restyle_all(model, found, options, folder)
-    generate.write_png(folder / restyle.SHEET, grid.before_after_sheet(pairs))
-    console.print(f"restyled {written} of {len(found)} into {folder}; sheet {folder / restyle.SHEET}")
+    sheet = generate.write_png(folder / restyle.SHEET, grid.before_after_sheet(pairs))
+    console.print(
+        f"restyled {written} of {len(found)} into {quoted(str(folder))}; sheet {quoted(str(sheet))}"
+    )
 
 
 @app.command("app")
@@ -126,17 +163,34 @@ def app_command(
     port: Annotated[int | None, typer.Option(help="by default the first free one from 7860")] = None,
 ) -> None:
     """Open a page in the browser to generate and restyle with a run, the base beside it, until Ctrl-C."""
+    from ghibli.inference.app.address import find_address, is_loopback
+    from ghibli.inference.app.private_folder import ended_by_signals
+
+    words = overrides or []
+    require_settings(words)
+    find_address(host, port)
     with stop_at_once():
         try:
             from ghibli.inference.app.page import serve
         except ImportError as error:
             raise UserError(f"the page needs gradio: pip install -e '.[app]' ({error})") from error
-    with console.status("loading"):
-        page, address = serve(overrides or [], host, port)
-    console.print(f"page     {address}   stop with Ctrl-C")
-    if host != "127.0.0.1":
-        console.print(f"there is no password: anyone who can reach {host} can use it", style="yellow")
-    page.block_thread()
+    with ended_by_signals():
+        with console.status("loading"):
+            page, address = serve(words, host, port)
+        console.print(f"page     {address}   stop with Ctrl-C")
+        if not is_loopback(host):
+            console.print(f"there is no password: anyone who can reach {host} can use it", style="yellow")
+        page.block_thread()
+
+
+def require_settings(words: list[str]) -> None:
+    """Raise a UserError for a word that is not a setting of train.py, or names a base that is not there."""
+    from ghibli.runs.compose import compose_config
+
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"`{word}` is no setting: the page takes KEY=VALUE, and lists all runs itself")
+    check_base_path(compose_config(words).model.path)
 
 
 def load_sources(sources: list[str] | None) -> "LoadedModel":

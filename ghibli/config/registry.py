@@ -38,8 +38,8 @@ SAMPLERS.register(  # ancestral sampling (Ho et al. 2020, algorithm 2), variance
 SAMPLERS.register(  # eta = 0 (Song et al. 2021, equation 12)
     "ddim",
     SamplerEntry(
-        label="DDIM", scheduler="diffusers:DDIMScheduler", settings={"clip_sample": False},
-        step_options={"eta": 0.0},
+        label="DDIM", scheduler="ghibli.diffusion.ddim:ExactDDIMScheduler",
+        settings={"clip_sample": False}, step_options={"eta": 0.0},
     ),
 )  # fmt: skip
 

@@ -3,10 +3,10 @@
 Values are in conf/*.yaml only; no field here has a default. Imports neither torch nor Hydra.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ghibli.config.checks import require, require_choice
+from ghibli.config.checks import require, require_choice, require_finite
 from ghibli.config.registry import LOSSES, OPTIMIZERS, SAMPLERS
 from ghibli.config.trainer_flags import check_trainer
 from ghibli.runtime.errors import UserError
@@ -63,6 +63,7 @@ class ModelConfig:
             self.resolution >= 64 and self.resolution % 64 == 0,
             "model.resolution", self.resolution, "a multiple of 64 (the UNet halves the latents thrice)",
         )  # fmt: skip
+        require_finite("model.adapter_scale", self.adapter_scale)
 
 
 @dataclass
@@ -359,6 +360,8 @@ class Config:
         if not self.model.path:
             raise UserError("model.path is not set: give a base model, model.path=DIR, or use model=demo")
         check_trainer(self.trainer)
+        for section in fields(self):  # what no section refuses by its range
+            require_finite(section.name, getattr(self, section.name))
 
 
 @dataclass

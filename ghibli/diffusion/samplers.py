@@ -1,6 +1,6 @@
 """Sampling with the live UNet, and the columns of the labelled grids that are drawn with it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from ghibli.config.registry import SAMPLERS, sampler_label
 from ghibli.config.schema import SampleConfig
 from ghibli.diffusion.process import GUIDED_SCALE, predict_noise
 from ghibli.models.base import BaseModel
+from ghibli.runtime.errors import UserError
 from ghibli.runtime.registry import load_object
 
 # What the base's scheduler_config.json leaves out means SD 1.5's value; diffusers' own defaults differ.
@@ -54,15 +55,30 @@ def make_scheduler(sampler: str, base: BaseModel) -> SchedulerMixin:
 
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Choose the scheduler's timesteps, all of them below T.
+    """Choose the scheduler's timesteps, so that denoising starts near T - 1, where there is only noise.
 
-    steps_offset shifts them up, for which there is no room when all T are used: it is lowered then.
+    `leading`, the spacing of SD 1.5's own settings, counts upwards in strides of T // num_inference_steps.
+    What that division leaves is missing at the top: 400 steps would start at t = 799. There, `trailing` is
+    used instead, which counts down from T - 1 (Lin et al. 2024, table 2).
+
+    Raises:
+        UserError: more steps than timesteps.
     """
+    config = scheduler.config
+    if num_inference_steps > config.num_train_timesteps:
+        raise UserError(f"{num_inference_steps} steps: this base has {config.num_train_timesteps} timesteps")
+    if config.get("timestep_spacing") == "leading":
+        offset = config.get("steps_offset", 0)
+        if not leading_reaches_top(num_inference_steps, config.num_train_timesteps, offset):
+            scheduler.register_to_config(timestep_spacing="trailing")
     scheduler.set_timesteps(num_inference_steps)
-    excess = int(scheduler.timesteps.max()) - (scheduler.config.num_train_timesteps - 1)
-    if excess > 0:
-        scheduler.register_to_config(steps_offset=scheduler.config.steps_offset - excess)
-        scheduler.set_timesteps(num_inference_steps)
+
+
+def leading_reaches_top(num_inference_steps: int, num_train_timesteps: int, offset: int) -> bool:
+    """Tell whether the first timestep of `leading` is within two strides and a quarter of all from T - 1."""
+    stride = num_train_timesteps // num_inference_steps
+    missing = num_train_timesteps - 1 - (stride * (num_inference_steps - 1) + offset)
+    return 0 <= missing < min(2 * stride, num_train_timesteps / 4)
 
 
 @torch.inference_mode()
@@ -88,6 +104,9 @@ def sample(
         resolution: px, a square's side or (width, height); multiples of the VAE's factor.
         negative_prompt: of the unconditional branch; unused at guidance 1.
         on_step: called after every denoising step.
+
+    Raises:
+        NotFinite: NaN or inf in the result, of which nothing is returned.
     """
     device = next(base.unet.parameters()).device
     entry, scheduler = SAMPLERS[cell.sampler], make_scheduler(cell.sampler, base)
@@ -113,7 +132,23 @@ def sample(
         )  # fmt: skip
         latents = scheduler.step(noise_pred.float(), t, latents, **step_options).prev_sample
         on_step()
-    return base.decode(latents).cpu()
+    images = base.decode(latents).cpu()
+    for i, prompt in enumerate(prompts):
+        check_finite((latents[i], images[i]), prompt, seeds[i], cell)
+    return images
+
+
+class NotFinite(UserError):
+    """An image with NaN or inf in it, which is not drawn."""
+
+
+def check_finite(found: Iterable[torch.Tensor], prompt: str, seed: int, cell: Cell) -> None:
+    """Raise NotFinite unless all latents and pixels of an image are finite, naming what it was made from."""
+    if not all(bool(tensor.isfinite().all()) for tensor in found):
+        raise NotFinite(
+            f"`{prompt[:60]}` with seed {seed}, {cell.label}: the image has values that are not finite, so "
+            "it is not drawn; lower the guidance or the adapter's scale, or check the weights for NaN"
+        )
 
 
 def cells_of(config: SampleConfig, training_guidance: float) -> list[Cell]:

@@ -1,6 +1,7 @@
 """`ghibli generate`: PNG files from prompts, reproducible from the settings stored in each."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -10,14 +11,15 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ghibli.config.checks import require, require_finite
 from ghibli.config.registry import SAMPLERS, sampler_label
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.images.grid import compose_grid, to_image
 from ghibli.inference.load import LoadedModel
-from ghibli.models.base import BaseModel
+from ghibli.models.base import TOKENIZER_LOCK, BaseModel
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.files import write_atomically
+from ghibli.runtime.files import next_number, write_new
 
 LARGEST = 2048  # px, either side
 Count = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # as console.counted
@@ -43,9 +45,14 @@ class ImageRequest:
         SAMPLERS.require(self.sampler, "--sampler")
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise UserError("an empty prompt: give --prompt TEXT")
+        for text in (*self.prompts, self.negative):
+            check_text(text)
         if not 1 <= self.steps <= 1000:
             raise UserError(f"--steps {self.steps}: must be from 1 to 1000")
-        check_seed(self.seed)
+        check_seed(self.seed, len(self.prompts))
+        check_guidance(self.guidance)
+        require_finite("--scale", float(self.scale))
+        require(self.batch >= 1, "--batch", self.batch, "at least 1")
         for side in self.size:
             if side % 8 or not 64 <= side <= LARGEST:
                 near = min(max(64, round(side / 8) * 8), LARGEST)
@@ -54,10 +61,24 @@ class ImageRequest:
                 )
 
 
-def check_seed(seed: int) -> None:
-    """Raise a UserError for a seed that torch does not accept."""
+def check_seed(seed: int, images: int = 1) -> None:
+    """Raise a UserError unless torch accepts the seeds of all images: seed, seed + 1, ..."""
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
+    if seed + images > 2**32:
+        raise UserError(f"--seed {seed}: with {images} images, must be from 0 to {2**32 - images}")
+
+
+def check_guidance(guidance: float) -> None:
+    """Raise a UserError for a guidance scale that is negative or not finite."""
+    require(guidance >= 0, "--guidance", float(guidance), "0 (no prompt), 1 (off) or more")
+
+
+def check_text(text: str) -> None:
+    """Raise a UserError for a prompt with bytes that are not UTF-8, which Python reads as lone surrogates."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        shown = text.encode("utf-8", "replace").decode()
+        raise UserError(f"the prompt `{shown[:60]}` is not UTF-8: type it in a UTF-8 terminal or file")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -67,8 +88,8 @@ def parse_size(text: str) -> tuple[int, int]:
         UserError: neither.
     """
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
-        raise UserError(f"--size {text}: must be a number of px, or WIDTHxHEIGHT")
+    if len(sides) > 2 or not all(re.fullmatch(r"[0-9]{1,9}", side) for side in sides):
+        raise UserError(f"--size {text[:40]}: must be a number of px, or WIDTHxHEIGHT")
     return int(sides[0]), int(sides[-1])
 
 
@@ -79,21 +100,27 @@ def read_prompts(file: Path) -> list[str]:
         UserError: no such file, or not UTF-8.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # at line ends alone, not at U+2028
+        text = file.read_text(encoding="utf-8-sig")  # which makes every end of a line a newline
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {file} cannot be read as UTF-8 text: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def truncation_warnings(prompts: Iterable[str], base: BaseModel) -> list[str]:
     """Name, for each prompt that is too long for the text encoder, the words that it does not see."""
     limit, warnings = base.tokenizer.model_max_length, []
     for prompt in prompts:
-        ids = base.tokenizer(prompt, verbose=False).input_ids
+        ids = token_ids(prompt, base)
         if len(ids) > limit:
             lost = base.tokenizer.decode(ids[limit - 1 : -1]).strip()
             warnings.append(f"`{prompt[:40]} ...` is too long: the text encoder never sees `{lost[:100]}`")
     return warnings
+
+
+def token_ids(prompt: str, base: BaseModel) -> list[int]:
+    """Tokenize a prompt without cutting it, with the tokens for start and end."""
+    with TOKENIZER_LOCK:
+        return base.tokenizer(prompt, verbose=False).input_ids
 
 
 def generate_images(
@@ -101,31 +128,40 @@ def generate_images(
 ) -> torch.Tensor:
     """Generate images (N, 3, height, width), float32 in 0 .. 1, one for each prompt.
 
+    Args, Raises: as generate_batches.
+    """
+    return torch.cat(list(generate_batches(model, request, label, count)))
+
+
+def generate_batches(
+    model: LoadedModel, request: ImageRequest, label: str = "generating", count: Count = counted
+) -> Iterator[torch.Tensor]:
+    """Yield the images of one batch after another, (B, 3, height, width), float32 in 0 .. 1.
+
     Args:
         label: of the progress bar.
         count: opens the progress bar, which counts denoising steps.
 
     Raises:
-        UserError: out of memory.
+        UserError: out of memory, or an image that is not finite.
     """
     base = model.at(request.scale)
-    cell, images, done = Cell(request.sampler, request.guidance), [], 0
+    cell, done = Cell(request.sampler, request.guidance), 0
     with count(label) as on_progress, enough_memory():
         total = -(-len(request.prompts) // request.batch) * request.steps
+
+        def on_step() -> None:
+            nonlocal done
+            done += 1
+            on_progress(done, total)
+
         for start in range(0, len(request.prompts), request.batch):
             batch = request.prompts[start : start + request.batch]
-
-            def on_step() -> None:
-                nonlocal done
-                done += 1
-                on_progress(done, total)
-
-            images.append(sample(
+            yield sample(
                 base, batch, cell, num_inference_steps=request.steps,
                 seeds=[request.seed + start + i for i in range(len(batch))],
                 resolution=request.size, negative_prompt=request.negative, on_step=on_step,
-            ))  # fmt: skip
-    return torch.cat(images)
+            )  # fmt: skip
 
 
 @contextmanager
@@ -143,19 +179,30 @@ def enough_memory() -> Iterator[None]:
         ) from error
 
 
-def write_images(images: torch.Tensor, request: ImageRequest, model: LoadedModel, folder: Path) -> list[Path]:
-    """Write 000.png, 001.png, ..., each with the settings that reproduce it, as JSON and as A1111 does."""
-    files = []
-    for number, image in enumerate(images):
-        alone = replace(request, prompts=[request.prompts[number]], seed=request.seed + number)
-        metadata = PngInfo()
-        settings = asdict(alone) | model_metadata(model)
-        metadata.add_text("ghibli", json.dumps(settings, ensure_ascii=False))
+def write_images(
+    images: torch.Tensor, request: ImageRequest, model: LoadedModel, folder: Path, done: int = 0
+) -> list[Path]:
+    """Write 000.png, 001.png, ..., each with the settings that reproduce it, as JSON and as A1111 does.
+
+    Where the folder holds such files, the next free numbers are used.
+
+    Args:
+        images: (N, 3, H, W), of the request's prompts from number `done` on.
+    """
+    files, number = [], next_number(folder, ".png")
+    for i, image in enumerate(images):
+        alone = replace(request, prompts=[request.prompts[done + i]], seed=request.seed + done + i)
+        metadata = note(asdict(alone) | model_metadata(model))
         metadata.add_text("parameters", a1111_parameters(alone, model))
-        file = folder / f"{number:03d}.png"
-        write_png(file, to_image(image), metadata)
-        files.append(file)
+        files.append(write_png(folder / f"{number + i:03d}.png", to_image(image), metadata))
     return files
+
+
+def note(settings: dict[str, object]) -> PngInfo:
+    """Make the metadata of a PNG file: the settings as JSON, under `ghibli`."""
+    metadata = PngInfo()
+    metadata.add_text("ghibli", json.dumps(settings, ensure_ascii=False, allow_nan=False))
+    return metadata
 
 
 def model_metadata(model: LoadedModel) -> dict[str, object]:
@@ -176,9 +223,9 @@ def a1111_parameters(request: ImageRequest, model: LoadedModel) -> str:
     )
 
 
-def write_png(file: Path, image: Image.Image, metadata: PngInfo | None = None) -> None:
-    """Write a PNG file atomically."""
-    write_atomically(file, lambda opened: image.save(opened, "PNG", pnginfo=metadata))
+def write_png(file: Path, image: Image.Image, metadata: PngInfo | None = None) -> Path:
+    """Write a PNG file, under the next free name where this one is taken; return the file."""
+    return write_new(file, lambda opened: image.save(opened, "PNG", pnginfo=metadata))
 
 
 def base_comparison_sheet(model: LoadedModel, request: ImageRequest, images: torch.Tensor) -> Image.Image:

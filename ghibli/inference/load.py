@@ -1,5 +1,7 @@
 """Loading what a user names to generate with: a run, adapter files or, without any, the base."""
 
+import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 from ghibli.adapters.apply import load_adapters, load_base, set_weights
 from ghibli.adapters.files import read_adapter
 from ghibli.adapters.trained import for_sampling, starting_base, trained_base
+from ghibli.config.checks import require_finite
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import usual_guidance
 from ghibli.models.base import BaseModel
@@ -14,6 +17,10 @@ from ghibli.runs.compose import compose_config
 from ghibli.runs.find import finished_config, finished_run
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
+
+WEIGHT = re.compile(
+    r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE
+)
 
 
 @dataclass
@@ -29,8 +36,9 @@ class LoadedModel:
         """Return the base with every adapter at `scale` times its own weight; at 0 the base, bit for bit.
 
         Raises:
-            UserError: the run trained all weights, and the scale is neither 0 nor 1.
+            UserError: not finite, or the run trained all weights and the scale is neither 0 nor 1.
         """
+        require_finite("--scale", float(scale))
         if self.weights:
             set_weights(self.base, [scale * weight for weight in self.weights])
         if self.weights or not self.names or scale == 1:
@@ -72,6 +80,8 @@ def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
         return LoadedModel(trained_base(runs[0], config), config, [], [named[0][0]])
     base = for_sampling(load_base(config.model))
     adapters = [(read_adapter(name, base, "adapter"), weight) for name, weight in named]
+    files = [adapter.file for adapter, _ in adapters]
+    reject_duplicates([(*source, file) for source, file in zip(named, files, strict=True)])
     load_adapters(base, adapters)
     return LoadedModel(base, config, [weight for _, weight in adapters], [name for name, _ in named])
 
@@ -97,11 +107,37 @@ def base_identity(config: Config) -> tuple[str, str | None, float]:
     return config.model.path, config.model.adapter, config.model.adapter_scale
 
 
+def reject_duplicates(sources: list[tuple[str, float, Path]]) -> None:
+    """Raise a UserError for an adapter that is named twice, whatever the names.
+
+    Args:
+        sources: (name, weight, file) of each.
+    """
+    first: dict[Path, tuple[str, float]] = {}
+    for name, weight, file in sources:
+        if file.resolve() in first:
+            other, its_weight = first[file.resolve()]
+            same = name if name == other else f"{other} and {name} are the same adapter: {name}"
+            raise UserError(
+                f"{same} is named twice: name it once, with its weight, {name}:{weight + its_weight:g}"
+            )
+        first[file.resolve()] = name, weight
+
+
 def split_weight(source: str) -> tuple[str, float]:
-    """Split `PATH:0.7` into (PATH, 0.7); the default weight is 1; `latest` is the newest finished run."""
+    """Split `PATH:0.7` into (PATH, 0.7); the default weight is 1; `latest` is the newest finished run.
+
+    A path that exists is taken as it is, colons and all.
+
+    Raises:
+        UserError: a weight such as `nan`.
+    """
     path, colon, number = source.rpartition(":")
-    try:
-        name, weight = (path, float(number)) if colon and not Path(source).exists() else (source, 1.0)
-    except ValueError:
-        name, weight = source, 1.0
+    name, weight = source, 1.0
+    if colon and path and not Path(source).expanduser().exists() and WEIGHT.fullmatch(number):
+        name, weight = path, float(number)
+        if not math.isfinite(weight):
+            raise UserError(
+                f"{source}: the weight after the colon must be a finite number, such as {path}:0.7"
+            )
     return (str(finished_run(name).path) if name == "latest" else name), weight

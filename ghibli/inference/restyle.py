@@ -4,22 +4,22 @@ Meng et al. 2022, "SDEdit": noise of an intermediate timestep is added to the ph
 denoised.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from ghibli.config.checks import require, require_finite
 from ghibli.config.registry import SAMPLERS
 from ghibli.data.folder import enter_and_list, list_images, read_beside, require_inside
 from ghibli.data.layouts import SUBFOLDERS, not_read
-from ghibli.diffusion.samplers import make_scheduler
+from ghibli.diffusion.samplers import Cell, check_finite, make_scheduler, set_timesteps
+from ghibli.images.grid import to_image
 from ghibli.images.read import (
     HEIF_ADVICE,
     HEIF_ENDINGS,
@@ -28,10 +28,21 @@ from ghibli.images.read import (
     is_image_name,
     read_image,
 )
-from ghibli.inference.generate import check_seed, enough_memory, write_png
+from ghibli.inference.generate import (
+    check_guidance,
+    check_seed,
+    check_text,
+    enough_memory,
+    model_metadata,
+    note,
+    write_png,
+)
 from ghibli.inference.load import LoadedModel
+from ghibli.inference.prompts import input_warnings, keep_style
+from ghibli.models.base import BaseModel
 from ghibli.models.load import quiet
 from ghibli.models.pipeline import make_pipeline
+from ghibli.runtime.commands import quoted
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 
@@ -57,9 +68,13 @@ class RestyleOptions:
 
     def __post_init__(self) -> None:
         SAMPLERS.require(self.sampler, "--sampler")
-        if not 1 <= self.steps <= 999:  # at 1000 the pipeline would start from a timestep that does not exist
-            raise UserError(f"--steps {self.steps}: must be from 1 to 999")
+        if not 1 <= self.steps <= 1000:
+            raise UserError(f"--steps {self.steps}: must be from 1 to 1000")
         check_seed(self.seed)
+        check_guidance(self.guidance)
+        check_text(self.negative)
+        require_finite("--scale", float(self.scale))
+        require(0 < self.strength <= 1, "--strength", float(self.strength), "more than 0 and at most 1")
         if int(self.steps * self.strength) < 1:
             raise UserError(
                 f"--strength {self.strength:g} of {self.steps} steps is less than one: raise either"
@@ -160,6 +175,15 @@ def size_like(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     return round(size[0] * factor / 8) * 8, round(size[1] * factor / 8) * 8
 
 
+class GuidedImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
+    """The library's pipeline with our guidance: uncond + w (cond - uncond) for every w, below 1 too."""
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Tell whether both branches are needed: at any guidance but 1. The library's own: only above 1."""
+        return self.guidance_scale != 1
+
+
 def restyle_photo(
     model: LoadedModel,
     photo: Image.Image,
@@ -173,7 +197,7 @@ def restyle_photo(
         on_step: called after every denoising step.
 
     Raises:
-        UserError: out of memory.
+        UserError: out of memory, or an image that is not finite.
     """
 
     def after_step(*args: Any) -> dict[str, Any]:
@@ -181,24 +205,44 @@ def restyle_photo(
         return {}
 
     base = model.at(options.scale)
-    scheduler = make_scheduler(options.sampler, base)
-    pipeline = make_pipeline(base, StableDiffusionImg2ImgPipeline, scheduler)
+    pipeline = make_pipeline(base, GuidedImg2ImgPipeline)
+    pipeline.scheduler = make_scheduler(options.sampler, base)  # the constructor would set steps_offset to 1
+    set_timesteps(pipeline.scheduler, options.steps)
     pipeline.set_progress_bar_config(disable=True)
     small = photo.resize(size_like(photo.size, options.resolution), Image.Resampling.LANCZOS)
     # Silenced: advice on deprecated options, and that a long prompt is cut, which callers report
-    # themselves (truncation_warnings).
+    # themselves (input_warnings).
     with enough_memory(), quiet("diffusers"), torch.inference_mode():
-        return pipeline(
+        latents = pipeline(
             prompt, image=small, strength=options.strength, guidance_scale=options.guidance,
             negative_prompt=options.negative or None, num_inference_steps=options.steps,
             generator=torch.Generator().manual_seed(options.seed), callback_on_step_end=after_step,
-        ).images[0]  # fmt: skip
+            output_type="latent",
+        ).images  # fmt: skip
+        pixels = base.decode(latents).cpu()
+    cell = Cell(options.sampler, options.guidance)
+    check_finite((latents[0], pixels[0]), prompt, options.seed, cell)
+    return to_image(pixels[0])
+
+
+def prompts_with_style(
+    photos: list[Photo], style: str, negative: str, guidance: float, base: BaseModel
+) -> tuple[list[Photo], list[str]]:
+    """Append the style to the photos' prompts, each cut so that the text encoder sees the style.
+
+    Returns:
+        The photos, and a sentence for each input that is not used.
+    """
+    known = {photo.prompt: keep_style(photo.prompt + style, style, base) for photo in photos}
+    said = [warning for _, warning in known.values() if warning is not None]
+    said += input_warnings([prompt for prompt, _ in known.values()], negative, guidance, base)
+    return [replace(photo, prompt=known[photo.prompt][0]) for photo in photos], said
 
 
 def restyle_all(
     model: LoadedModel, photos: list[Photo], options: RestyleOptions, folder: Path
 ) -> tuple[int, list[tuple[Image.Image, Image.Image]]]:
-    """Write a PNG for each photo; one that cannot be read is reported and skipped.
+    """Write a PNG for each photo as soon as it is done; one that cannot be read is reported and skipped.
 
     Returns:
         The number of files written, and (before, after) of the first SHEET_PAIRS.
@@ -209,26 +253,44 @@ def restyle_all(
     written = 0
     pairs: list[tuple[Image.Image, Image.Image]] = []
     files = output_files([photo.path for photo in photos], folder)
-    with counted("restyling") as on_progress:
-        for done, (photo, file) in enumerate(zip(photos, files, strict=True), start=1):
-            try:
-                before = read_image(photo.path)[0]
-                size_like(before.size, options.resolution)  # a strip is skipped, as is what cannot be read
-            except (Unusable, UserError, OSError) as reason:
-                logger.warning(f"{photo.path.name} is skipped: {reason}")
-                continue
-            after = restyle_photo(model, before, photo.prompt, options)
-            metadata = PngInfo()
-            settings = asdict(options) | {"prompt": photo.prompt, "photo": photo.path.name}
-            metadata.add_text("ghibli", json.dumps(settings))
-            write_png(file, after, metadata)
-            written += 1
-            if len(pairs) < SHEET_PAIRS:
-                pairs.append((before.resize(after.size, Image.Resampling.LANCZOS), after))
-            on_progress(done, len(photos))
+    try:
+        with counted("restyling") as on_progress:
+            for done, (photo, file) in enumerate(zip(photos, files, strict=True), start=1):
+                pair = restyle_file(model, photo, options, file)
+                written += pair is not None
+                if pair is not None and len(pairs) < SHEET_PAIRS:
+                    pairs.append(pair)
+                on_progress(done, len(photos))
+    except BaseException:  # Ctrl-C, a full disk
+        logger.warning(f"{written} of {len(photos)} are done and kept in {quoted(str(folder))}")
+        raise
     if not pairs:
         raise UserError("none of the photos could be read")
     return written, pairs
+
+
+def restyle_file(
+    model: LoadedModel, photo: Photo, options: RestyleOptions, file: Path
+) -> tuple[Image.Image, Image.Image] | None:
+    """Restyle one photo into a PNG file, or the next free name; return before and after, of the same size.
+
+    One that cannot be read is reported: None.
+    """
+    try:
+        before = read_image(photo.path)[0]
+        size_like(before.size, options.resolution)  # a strip is skipped, as is what cannot be read
+    except (Unusable, UserError, OSError) as reason:
+        logger.warning(f"{photo.path.name} is skipped: {reason}")
+        return None
+    after = restyle_photo(model, before, photo.prompt, options)
+    settings = asdict(options) | {"prompt": photo.prompt, "photo": readable(photo.path.name)}
+    write_png(file, after, note(settings | model_metadata(model)))
+    return before.resize(after.size, Image.Resampling.LANCZOS), after
+
+
+def readable(name: str) -> str:
+    """Return a file name as UTF-8 text; bytes that are not UTF-8 are replaced."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def output_files(photos: list[Path], folder: Path) -> list[Path]:

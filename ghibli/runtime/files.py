@@ -1,17 +1,24 @@
-"""Atomic writes, with or without a checksum: a reader sees a complete file or none."""
+"""Atomic writes, with or without a checksum: a reader sees a complete file or none; names that are free."""
 
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from ghibli.runtime.errors import UserError
+
 ROOT = Path(__file__).parents[2]  # the folder that holds ghibli/, conf/ and train.py
+LONGEST_NAME = 255  # bytes of a file name on most file systems
+NUMBERED = re.compile(r"\d{3,18}", re.ASCII)  # the name of a file that is one of a series, without its ending
 CHECKSUM_PREFIX = b"sha256:"  # at the end of a file; the digest of 32 bytes follows
 TEMPORARY = re.compile(r"\.ghibli-\d+-[0-9a-f]{8}\.tmp")  # names of temporary_beside, and no others
 
@@ -33,6 +40,29 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         OSError: the disk is full, read-only and so on; its filename is `path`.
     """
+    with _written(path, write) as temporary:
+        os.replace(temporary, path)
+
+
+def write_new(path: Path, write: Callable[[BinaryIO], Any]) -> Path:
+    """Write as write_atomically does, but under the next free name where `path` is taken; return the file.
+
+    `a.png` becomes `a-2.png`, `a-3.png`, ... No file is ever replaced, nor one that another process writes at
+    the same time.
+
+    Raises:
+        OSError: as write_atomically.
+    """
+    with _written(path, write) as temporary:
+        for free in free_names(path):
+            if _placed(temporary, free):
+                return free
+    raise AssertionError("free_names never ends")
+
+
+@contextmanager
+def _written(path: Path, write: Callable[[BinaryIO], Any]) -> Iterator[Path]:
+    """Yield a temporary file beside `path` with what `write` wrote; it is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
@@ -40,15 +70,88 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
     except BaseException as error:
-        with suppress(OSError):  # on a read-only disk this fails even where there is no such file
-            temporary.unlink()
         trouble = error if isinstance(error, OSError) else error.__context__
         if isinstance(trouble, OSError):  # torch.save wraps it in its own error
             trouble.filename = str(path)
             raise trouble from None
         raise
+    finally:
+        with suppress(OSError):  # it was renamed; on a read-only disk there never was one
+            temporary.unlink()
+
+
+def _placed(temporary: Path, path: Path) -> bool:
+    """Give a temporary file its name unless that is taken; tell whether it could."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: claim the name with an empty file
+        try:
+            open(path, "xb").close()
+        except FileExistsError:
+            return False
+        os.replace(temporary, path)
+    return True
+
+
+def free_names(path: Path) -> Iterator[Path]:
+    """Yield `path` and then what it may be called instead, each short enough for a file system."""
+    stem, ending = path.stem, path.suffix
+    yield path.with_name(fitting(stem, ending))
+    for number in itertools.count(2):
+        yield path.with_name(fitting(stem, f"-{number}{ending}"))
+
+
+def fitting(stem: str, ending: str) -> str:
+    """Return stem + ending, the stem cut so that both together are at most LONGEST_NAME bytes."""
+    return shortened(stem, LONGEST_NAME - len(os.fsencode(ending))) + ending
+
+
+def shortened(name: str, most: int) -> str:
+    """Cut a file name to at most so many bytes, between two characters."""
+    while len(os.fsencode(name)) > most:
+        name = name[:-1]
+    return name
+
+
+def next_number(folder: Path, ending: str) -> int:
+    """Return the number after the highest of the files 000.png, 001.png, ... in a folder; 0 without any."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # no such folder yet
+        return 0
+    paths = [Path(name) for name in names]
+    taken = [int(p.stem) for p in paths if p.suffix.lower() == ending and NUMBERED.fullmatch(p.stem)]
+    return max(taken, default=-1) + 1
+
+
+def require_target(folder: Path, flag: str, needed: int) -> None:
+    """Require that files can be written into a folder, which need not exist yet.
+
+    Args:
+        flag: that names the folder, for the message, such as --to.
+        needed: bytes that will be written, about.
+
+    Raises:
+        UserError: it cannot be made or written, or its disk is too full.
+    """
+    existing = folder.expanduser().absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: nothing can be written there: {error.strerror}") from error
+    if free < needed:
+        raise UserError(
+            f"{flag} {folder}: {free / 1e6:.0f} MB are free on that disk and about {needed / 1e6:.0f} MB are "
+            "needed: free some space or name another folder"
+        )
 
 
 class _Hashing:

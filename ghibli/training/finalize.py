@@ -13,6 +13,7 @@ from ghibli.adapters.files import is_dora, read_adapter
 from ghibli.adapters.kohya import metadata_of, write_kohya
 from ghibli.adapters.model_card import model_card
 from ghibli.config.schema import Config, describe
+from ghibli.diffusion.samplers import NotFinite
 from ghibli.evaluation.gain import Gain
 from ghibli.runs import identity
 from ghibli.runs.folder import RunDir
@@ -95,7 +96,10 @@ def draw_last_grid(training: Training) -> list[str]:
     if training.callbacks.samples.base_images is None:
         return []
     name = ROW_NAMES[training.config.finetune]
-    file = training.callbacks.samples.save(training.trainer, training.module, name, name)
+    try:
+        file = training.callbacks.samples.save(training.trainer, training.module, name, name)
+    except NotFinite as error:
+        return [f"grid     none: {error}"]
     return [f"grid     {relative_path(file)}"]
 
 

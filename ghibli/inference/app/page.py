@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from ghibli.config.registry import SAMPLERS
-from ghibli.inference.app.session import AppSession
+from ghibli.inference.app.address import find_address, in_url, is_wildcard, without_proxies
+from ghibli.inference.app.guard import Guard
+from ghibli.inference.app.private_folder import make_private_folder
+from ghibli.inference.app.session import PROMPT_LIMIT, AppSession
 from ghibli.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +25,8 @@ STYLE = """
 .drawn img {width: 100% !important; height: 100% !important; object-fit: contain !important}
 """
 HANDLER = {"api_visibility": "private"}  # options of every event: not part of the page's API
+ONE_BY_ONE = {"concurrency_limit": 1, "concurrency_id": "model"}  # of events that load or use a model
+PREVIEWS = {"concurrency_limit": 1, "concurrency_id": "photo"}  # of events that decode a photo
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,12 @@ def page(session: AppSession) -> gr.Blocks:
                         label="sample grids of the runs", columns=1, format="png", height=700
                     )
         runs, updated = settings.runs, [settings.guidance, settings.safe, gallery]
-        runs.change(session.on_runs_changed, runs, updated, show_progress="hidden", **HANDLER)
+        runs.change(session.on_runs_changed, runs, updated, show_progress="hidden", **HANDLER, **ONE_BY_ONE)
         cancel.click(session.stop, cancels=[drawn, restyled], queue=False, **HANDLER)
         loaded = blocks.load(
             lambda: gr.update(choices=session.run_choices()), None, runs, show_progress="hidden", **HANDLER
         )
-        loaded.then(session.on_runs_changed, runs, updated, show_progress="hidden", **HANDLER)
+        loaded.then(session.on_runs_changed, runs, updated, show_progress="hidden", **HANDLER, **ONE_BY_ONE)
         blocks.unload(session.leave)
     return blocks.queue(max_size=QUEUE_LIMIT, default_concurrency_limit=4)
 
@@ -78,8 +84,8 @@ def settings_column(session: AppSession) -> SettingsColumn:
         choices, value=newest, multiselect=True, label="Runs", elem_id="runs",
         info="none: the base alone; several with the same base: their adapters add up",
     )  # fmt: skip
-    prompt_box = gr.Textbox(prompt, label="Prompt", lines=2, max_length=4000, elem_id="prompt")
-    negative = gr.Textbox("", label="Negative prompt", max_length=4000)
+    prompt_box = gr.Textbox(prompt, label="Prompt", lines=2, max_length=PROMPT_LIMIT, elem_id="prompt")
+    negative = gr.Textbox("", label="Negative prompt", max_length=PROMPT_LIMIT)
     sampler = gr.Radio(list(SAMPLERS), value="ddim", label="Sampler")
     guidance = gr.Slider(1, 30, value=7.5, step=0.5, label="Guidance", info="1 = off")
     steps = gr.Slider(1, 100, value=30, step=1, label="Steps", elem_id="steps")
@@ -97,7 +103,9 @@ def draw_tab(session: AppSession, settings: SettingsColumn) -> Any:
         with gr.Row():
             images = [image_frame("base", "base"), image_frame("trained", "trained")]
         status = gr.Markdown(elem_id="drawn")
-    return start.click(session.draw, settings.inputs, [*images, status], scroll_to_output=True, **HANDLER)
+    return start.click(
+        session.draw, settings.inputs, [*images, status], scroll_to_output=True, **HANDLER, **ONE_BY_ONE
+    )
 
 
 def restyle_tab(session: AppSession, settings: SettingsColumn) -> Any:
@@ -106,16 +114,16 @@ def restyle_tab(session: AppSession, settings: SettingsColumn) -> Any:
         photo = gr.File(
             label=f"Photo, at most {UPLOAD_LIMIT}", file_types=["image"], type="filepath", height=110
         )
-        prompt = gr.Textbox(label="What the photo shows", max_length=4000, elem_id="what")
+        prompt = gr.Textbox(label="What the photo shows", max_length=PROMPT_LIMIT, elem_id="what")
         strength = gr.Slider(0.1, 1, value=0.5, step=0.05, label="Strength", info="1 = all new")
         start = gr.Button("Restyle", variant="primary", elem_id="restyle")
         with gr.Row():
             preview = image_frame("photo", "photo")
             images = [image_frame("base", "restyled-base"), image_frame("trained", "restyled-trained")]
         status = gr.Markdown(elem_id="restyled")
-    photo.change(session.preview, photo, preview, show_progress="hidden", **HANDLER)
+    photo.change(session.preview, photo, preview, show_progress="hidden", **HANDLER, **PREVIEWS)
     inputs = [settings.runs, photo, prompt, *settings.others, strength]
-    return start.click(session.restyle, inputs, [preview, *images, status], **HANDLER)
+    return start.click(session.restyle, inputs, [preview, *images, status], **HANDLER, **ONE_BY_ONE)
 
 
 def image_frame(label: str, element: str) -> gr.Image:
@@ -131,21 +139,26 @@ def serve(overrides: list[str], host: str, port: int | None) -> tuple[gr.Blocks,
 
     Args:
         overrides: of train.py, which choose the base when no run is selected.
+        host: name or IP address of this machine; 0.0.0.0 and :: stand for all of its addresses.
 
     Returns:
         The page, to be waited for or closed, and its address.
 
     Raises:
-        UserError: the port is taken, or the base cannot be loaded.
+        UserError: the host is unknown, the port is taken, or the base cannot be loaded.
     """
+    host, port = find_address(host, port)
+    folder = make_private_folder()
     blocks = page(AppSession(overrides))
+    guard = Middleware(Guard, host=host, folder=folder)
     try:
-        _, address, _ = blocks.launch(
-            server_name=host, server_port=port, max_file_size=UPLOAD_LIMIT, share=False, quiet=True,
-            prevent_thread_lock=True, show_error=True, footer_links=[], css=STYLE, ssr_mode=False,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        )  # fmt: skip
+        with without_proxies(host):
+            _, address, _ = blocks.launch(
+                server_name=in_url(host), server_port=port, max_file_size=UPLOAD_LIMIT, share=False,
+                quiet=True, prevent_thread_lock=True, show_error=False, footer_links=[], css=STYLE,
+                ssr_mode=False, theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+                app_kwargs={"middleware": [guard]},
+            )  # fmt: skip
     except OSError as error:
-        where = host if port is None else f"--port {port} on {host}"
-        raise UserError(f"{where} cannot be used: {error}") from error
-    return blocks, address
+        raise UserError(f"--port {port} on {host} cannot be used: {error}") from error
+    return blocks, f"http://localhost:{port}/" if is_wildcard(host) else address

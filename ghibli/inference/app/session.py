@@ -5,9 +5,11 @@ Gradio calls a handler with the values of its input components by position. Here
 """
 
 import functools
+import math
 import os
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +22,9 @@ from PIL import Image
 
 from ghibli.images.grid import to_image
 from ghibli.images.read import Unusable, read_image
-from ghibli.inference.generate import Count, ImageRequest, generate_images, truncation_warnings
+from ghibli.inference.generate import Count, ImageRequest, generate_images
 from ghibli.inference.load import LoadedModel, load_model
+from ghibli.inference.prompts import input_warnings, keep_style
 from ghibli.inference.restyle import RestyleOptions, restyle_photo
 from ghibli.inference.safety import SafetyChecker, has_checker
 from ghibli.runs.find import runs_with_weights
@@ -30,6 +33,10 @@ from ghibli.runtime.errors import UserError
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
 
+PROMPT_LIMIT = 4000  # characters
+DECODED = 300 * 10**6  # bytes of a decoded photo: 100 megapixels in RGB
+PHOTOS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # formats whose header tells the size
+READING = threading.Lock()  # one photo is decoded at a time
 WIDTH = 1200  # px, of photos and sample grids on the page
 PROGRESS = gr.Progress()  # as a parameter's default it makes gradio pass a progress bar of its own
 
@@ -52,6 +59,23 @@ class Settings:
     scale: float
     safe: bool  # apply the safety checker
 
+    def __post_init__(self) -> None:
+        """Check what the browser would not send but another program can.
+
+        Raises:
+            UserError: a prompt that is too long, or a number that is none.
+        """
+        for text in (self.prompt, self.negative):
+            check_prompt(text)
+        numbers = {
+            "guidance": self.guidance,
+            "steps": self.steps,
+            "seed": self.seed or 0,
+            "scale": self.scale,
+        }
+        for name, value in numbers.items():
+            check_number(name, value)
+
     def request(self, side: int) -> ImageRequest:
         """Ask for one image of side x side px."""
         return ImageRequest(
@@ -67,6 +91,27 @@ class Settings:
         )  # fmt: skip
 
 
+def check_prompt(text: Any) -> None:
+    """Raise a UserError for what is no text, or longer than the page's fields allow."""
+    if not isinstance(text, str):
+        raise UserError("a prompt must be text")
+    if len(text) > PROMPT_LIMIT:
+        raise UserError(f"a prompt of {len(text)} characters: at most {PROMPT_LIMIT}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise a UserError for what is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} must be a number")
+
+
+def without_places(message: str) -> str:
+    """Return a message without the folders of this machine: relative to the current one, `~` for home."""
+    for folder, shorter in ((f"{Path.cwd()}/", ""), (str(Path.cwd()), "."), (str(Path.home()), "~")):
+        message = message.replace(folder, shorter) if folder != "/" else message
+    return message
+
+
 def errors_on_page(handler: Callable[..., Any]) -> Callable[..., Any]:
     """Show a handler's UserError as a message on the page; on a stop, leave the page unchanged."""
 
@@ -75,7 +120,7 @@ def errors_on_page(handler: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return handler(*args, **options)
         except (UserError, Unusable) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(without_places(str(error)), print_exception=False) from error
         except Stopped:
             return gr.skip()
 
@@ -190,7 +235,7 @@ class AppSession:
             base = generate_images(model, replace(asked, scale=0.0), "base", count)
             trained = generate_images(model, asked, "trained", count) if settings.runs else base
             images, notes = checked([to_image(base[0]), to_image(trained[0])], model, settings.safe)
-            notes += truncation_warnings(asked.prompts, model.base)
+            notes += input_warnings(asked.prompts, asked.negative, asked.guidance, model.base)
         return [*images, status_line(notes, start)]
 
     @errors_on_page
@@ -208,6 +253,7 @@ class AppSession:
         start = time.monotonic()
         runs, photo, *others, strength = values
         settings = Settings(runs, *others)
+        check_number("strength", strength)
         if photo is None:
             raise UserError("choose a photo first")
         if not settings.prompt.strip():
@@ -216,11 +262,13 @@ class AppSession:
         with self.turn(request.session_hash, progress) as count:
             model = self.model_of(runs)
             options = settings.restyle_options(strength, model.config.model.resolution)
-            prompt = settings.prompt + model.config.data.style
+            style = model.config.data.style
+            prompt, cut = keep_style(settings.prompt + style, style, model.base)
             afters = [restyle_counted(model, before, prompt, replace(options, scale=0.0), count("base"))]
             trained = restyle_counted(model, before, prompt, options, count("trained")) if runs else afters[0]
             afters, notes = checked([*afters, trained], model, settings.safe)
-            notes += truncation_warnings([prompt], model.base)
+            notes += [cut] if cut is not None else []
+            notes += input_warnings([prompt], options.negative, options.guidance, model.base)
         return [before, *afters, status_line(notes, start)]
 
 
@@ -245,14 +293,34 @@ def status_line(notes: list[str], start: float) -> str:
 
 
 def read_small(photo: Path) -> Image.Image:
-    """Read a photo, reduced to at most WIDTH px on its longer side.
+    """Read a photo, reduced to at most WIDTH px on its longer side; one at a time, which bounds the memory.
 
     Raises:
-        Unusable: not an image, damaged, or with more megapixels than Pillow opens.
+        Unusable: not an image, damaged, or one that takes more memory than DECODED.
     """
-    image = read_image(photo, at_least=WIDTH)[0]
-    image.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
-    return image
+    with READING:
+        check_decoded_size(photo)
+        image = read_image(photo, at_least=WIDTH)[0]
+        image.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+        return image
+
+
+def check_decoded_size(photo: Path) -> None:
+    """Raise Unusable for an image whose pixels, as its header tells, would take too much memory.
+
+    A JPEG is decoded at the size that is needed; what is no image is left to read_image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large size: that is what is checked here
+            with Image.open(photo, formats=PHOTOS) as file:
+                file.draft("RGB", (WIDTH, WIDTH))
+                width, height = file.size
+                size = width * height * max(3, len(file.getbands()))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return
+    if size > DECODED:
+        raise Unusable(f"it has {width}x{height} px, more than this page decodes: make it smaller")
 
 
 def restyle_counted(

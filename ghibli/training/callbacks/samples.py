@@ -1,5 +1,6 @@
 """Sample grids while training: prompts x samplers x guidance, the base above, the adapter below."""
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from ghibli.config.schema import Config, describe
-from ghibli.diffusion.samplers import cells_of, draw_cells
+from ghibli.diffusion.samplers import NotFinite, cells_of, draw_cells
 from ghibli.images.grid import compose_grid
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.cache import cached
@@ -17,6 +18,8 @@ from ghibli.runtime.files import write_atomically
 from ghibli.runtime.resources import device_name
 from ghibli.training import wandb_logger
 from ghibli.training.module import GhibliModule
+
+logger = logging.getLogger(__name__)
 
 
 class SampleGrid(Callback):
@@ -42,13 +45,19 @@ class SampleGrid(Callback):
         }  # fmt: skip
         label = "sampling the base"
         folder = Path(self.config.cache_dir) / "base_grids"
-        drawn = cached(folder, key, lambda: {"images": self.draw(trainer, pl_module, label)})
-        self.base_images = drawn["images"]
+        try:
+            drawn = cached(folder, key, lambda: {"images": self.draw(trainer, pl_module, label)})
+            self.base_images = drawn["images"]
+        except NotFinite as error:  # in 16 bits, say: training goes on without grids
+            logger.warning(f"no sample grids: {error}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         epoch, every = trainer.current_epoch + 1, self.config.sample.every_n_epochs
         if self.base_images is not None and epoch % every == 0 and epoch < trainer.max_epochs:
-            self.save(trainer, pl_module, f"epoch_{epoch:03d}", f"epoch {epoch}")
+            try:
+                self.save(trainer, pl_module, f"epoch_{epoch:03d}", f"epoch {epoch}")
+            except NotFinite as error:
+                logger.warning(f"no sample grid of epoch {epoch}: {error}")
 
     def save(self, trainer: L.Trainer, pl_module: GhibliModule, name: str, label: str) -> Path:
         """Draw the model as it is now, write samples/NAME.png and log it; return the file."""
