@@ -1,6 +1,6 @@
 """A `Config` as YAML with a checksum, and back; overrides applied after a run.
 
-Settings that were resolved once, such as those in a run's config.yaml, are data: `${oc.env:HOME}` there is that
+Settings that were resolved once, such as those in a run's config.yaml, are data: `${oc.env:HOME}` is that
 text. Otherwise a run folder from elsewhere could copy this machine's environment into cards and metadata.
 """
 
