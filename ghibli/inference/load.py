@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ghibli.adapters.apply import load_adapters, load_base, set_weights
 from ghibli.adapters.files import read_adapter
-from ghibli.adapters.trained import for_sampling, starting_base, trained_base
+from ghibli.adapters.trained import for_sampling, run_base, starting_base, trained_base
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import usual_guidance
 from ghibli.models.base import BaseModel
@@ -70,7 +70,7 @@ def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
     check_combination(runs, configs, len(named))
     if runs and config.finetune == "full":
         return LoadedModel(trained_base(runs[0], config), config, [], [named[0][0]])
-    base = for_sampling(load_base(config.model))
+    base = for_sampling(run_base(runs[0], config) if runs else load_base(config.model))
     adapters = [(read_adapter(name, base, "adapter"), weight) for name, weight in named]
     load_adapters(base, adapters)
     return LoadedModel(base, config, [weight for _, weight in adapters], [name for name, _ in named])

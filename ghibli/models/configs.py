@@ -1,7 +1,7 @@
 """The config.json of a network or a noise schedule: nothing absurd, nothing that would load something else.
 
-Such a file may come from anyone, and the libraries build what it describes: a schedule of 1e11 steps fills the
-memory, an adapter beside the weights is added, an attention kernel is fetched from the hub and run.
+Such a file may come from anyone, and the libraries build what it describes: a schedule of 1e11 steps fills
+the memory, an adapter beside the weights is added, an attention kernel is fetched from the hub and run.
 """
 
 import json

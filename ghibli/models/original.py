@@ -67,7 +67,8 @@ def unet_blocks(base: BaseModel) -> dict[str, str]:
 
 def vae_blocks(base: BaseModel) -> dict[str, str]:
     """Map the VAE's blocks to their original names; the decoder's are counted from the other end."""
-    blocks, last = {}, len(base.vae.config.block_out_channels) - 1
+    blocks: dict[str, str] = {}
+    last = len(base.vae.config.block_out_channels) - 1
     for side in ("encoder", "decoder"):
         blocks |= {f"{side}.mid_block.resnets.{j}": f"{side}.mid.block_{j + 1}" for j in (0, 1)}
         blocks |= {f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1"}

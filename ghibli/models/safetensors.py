@@ -49,7 +49,7 @@ def check_float(file: Path, what: str) -> None:
             stored = opened.get_slice(name)
             if name.endswith((".weight", ".bias")) and stored.get_dtype() not in FLOATS:
                 raise UserError(
-                    f"{what}: {file} stores {name} as {stored.get_dtype()}: a quantized model, which cannot be used"
+                    f"{what}: {file} stores {name} as {stored.get_dtype()}: a quantized model cannot be used"
                 )
 
 

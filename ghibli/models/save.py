@@ -1,8 +1,8 @@
 """Writing a whole base for other programs: a diffusers folder, and a single file in the original layout.
 
-Both are written as Stable Diffusion 1.5 was published, since older programs read nothing newer: a text encoder
-whose keys begin with `text_model.`, a tokenizer of vocab.json and merges.txt. With the keys of transformers 5,
-those older than 5.23 leave the text encoder at random weights.
+Both are written as Stable Diffusion 1.5 was published, since older programs read nothing newer: the text
+encoder's keys begin with `text_model.`, the tokenizer is vocab.json and merges.txt. With the keys of
+transformers 5, those older than 5.23 leave the text encoder at random weights.
 """
 
 import json
@@ -47,7 +47,7 @@ def save_single_file(base: BaseModel, file: Path, metadata: dict[str, str]) -> N
 
 
 def has_original_layout(base: BaseModel) -> bool:
-    """Tell whether the original code had such a text encoder: CLIP's, as in Stable Diffusion 1, not OpenCLIP's."""
+    """Tell whether the original checkpoints hold such a text encoder: CLIP's, not the OpenCLIP of SD 2."""
     return base.family == "sd1"
 
 
@@ -58,9 +58,10 @@ def to_plain_memory(base: BaseModel) -> None:
 
 def own_scheduler(base: BaseModel) -> Any:
     """Return the scheduler that the base's scheduler_config.json names, DDIM for an unknown name."""
-    named = getattr(diffusers, str(base.scheduler_config.get("_class_name")), None)
-    is_scheduler = isinstance(named, type) and issubclass(named, SchedulerMixin)
-    return (named if is_scheduler else DDIMScheduler).from_config(base.scheduler_config)
+    named: Any = getattr(diffusers, str(base.scheduler_config.get("_class_name")), None)
+    if not (isinstance(named, type) and issubclass(named, SchedulerMixin)):
+        named = DDIMScheduler
+    return named.from_config(base.scheduler_config)
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

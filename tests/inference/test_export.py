@@ -92,7 +92,7 @@ def test_a_process_that_knows_only_diffusers_draws_the_same(
 def test_every_file_is_verified(exported: tuple[Path, list[export.Check]]) -> None:
     folder, checks = exported
     assert [check.file.name for check in checks] == [
-        "pytorch_lora_weights.safetensors", "run_kohya.safetensors", "merged",
+        "pytorch_lora_weights.safetensors", "run_kohya.safetensors", "merged", "run_merged.safetensors",
     ]  # fmt: skip
     assert all(check.from_live < 1e-5 < 1e-2 < check.from_base for check in checks)
     merged = StableDiffusionPipeline.from_pretrained(folder / "merged", safety_checker=None)
