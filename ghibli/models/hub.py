@@ -11,8 +11,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )  # fmt: skip
 CLIP_FILES = {  # options of snapshot_download for model.clip
-    "allow_patterns": ["config.json", "preprocessor_config.json", "*.safetensors"],
-    "ignore_patterns": ["*fp16*"],
+    "allow_patterns": ["config.json", "preprocessor_config.json", "model.safetensors"],
+    "ignore_patterns": [],
 }
 HUB_FILES = {  # and for model.path
     "allow_patterns": [  # no code, no pickle, no adapter
