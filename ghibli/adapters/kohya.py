@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save
 
 from ghibli.adapters.files import Adapter, is_dora, kohya_name
+from ghibli.adapters.sidecar import clean_name, title_of
 from ghibli.config.schema import Config
+from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import with_sorted_metadata
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically
@@ -42,23 +44,27 @@ def write_kohya(adapter: Adapter, file: Path, metadata: dict[str, str]) -> None:
     write_atomically(file, lambda opened: opened.write(content))
 
 
-def metadata_of(adapter: Adapter, config: Config, facts: dict[str, Any], name: str) -> dict[str, str]:
+def metadata_of(
+    adapter: Adapter, base: BaseModel, config: Config, facts: dict[str, Any], name: str
+) -> dict[str, str]:
     """Collect the metadata that other programs show: base, rank, alpha, trigger words, training, licence.
 
     Args:
         facts: step, best_epoch, base_hash, data_hash and optionally ended, as in status.json.
-        name: title of the adapter.
+        name: under which A1111 lists the adapter; made fit for `<lora:NAME:1>`.
     """
+    is_v2, is_v = base.family == "sd2", base.prediction_type == "v_prediction"
+    v2_architecture = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
     size, words = config.model.resolution, config.data.style.strip(" ,")
     dated = {"modelspec.date": facts["ended"][:19]} if facts.get("ended") else {}
-    return {
-        "ss_output_name": name,
+    found = {
+        "ss_output_name": clean_name(name),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": ",".join(map(str, adapter.ranks)),
-        "ss_network_alpha": ",".join(f"{alpha:g}" for alpha in adapter.alphas),
+        "ss_network_dim": str(adapter.ranks[0]) if len(adapter.ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{adapter.alphas[0]:g}" if len(adapter.alphas) == 1 else "Dynamic",
         "ss_network_dropout": f"{config.lora.dropout:g}",
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": "False",
+        "ss_base_model_version": f"sd_{'v2' if is_v2 else 'v1'}{'_v' if is_v else ''}",
+        "ss_v2": str(is_v2),
         "ss_sd_model_name": config.model.path.rstrip("/").rpartition("/")[2],
         "ss_sd_model_hash": str(facts.get("base_hash", "")),
         "ss_dataset_hash": str(facts.get("data_hash", "")),
@@ -70,13 +76,14 @@ def metadata_of(adapter: Adapter, config: Config, facts: dict[str, Any], name: s
         "ss_resolution": f"({size}, {size})",
         "ss_training_comment": f"training guidance {config.loss.guidance:g}; trigger words: {words}",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.architecture": f"{v2_architecture if is_v2 else 'stable-diffusion-v1'}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": name,
+        "modelspec.title": title_of(config),
         "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": "epsilon",
+        "modelspec.prediction_type": "v" if is_v else "epsilon",
         "modelspec.trigger_phrase": words,
         **dated,
         # worded as in every file so far: the same training gives the same bytes
         "modelspec.license": "CreativeML OpenRAIL-M as its base; the style and pictures are Studio Ghibli's",
     }
+    return {key: value.encode("utf-8", "replace").decode() for key, value in found.items()}

@@ -1,8 +1,17 @@
-"""The model card (README.md) beside an adapter: what it is, how it was made, how good it is, its licence."""
+"""The model card (README.md) beside an adapter: what it is, how it was made, how good it is, its licence.
 
+A card is Markdown that strangers' browsers show, and the run folder may come from a stranger too: every text
+of its settings and results is escaped, and no path of this machine is named.
+"""
+
+import html
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, describe
@@ -13,33 +22,37 @@ LICENCE = """The style and the training images are Studio Ghibli's. Do not pass 
 theirs, and ask a lawyer before any commercial use. Stable Diffusion 1.5 and everything derived from it are
 under the CreativeML OpenRAIL-M licence; its use restrictions bind you and everyone you pass the files on to.
 The demo base of Ghibli LoRA Lab and its drawn images are under Apache-2.0."""
+TAGS = "tags: [stable-diffusion, lora, diffusers, text-to-image]"
+INTENDED = "## Intended use and licence"
 
 
-def model_card(run: RunDir, config: Config, name: str, files: list[str]) -> str:
+def model_card(run: RunDir, config: Config, name: str, lines: list[str], files: list[str]) -> str:
     """Write the card's text, with the YAML header that the hub reads.
 
     Args:
         name: title of the card.
-        files: a sentence for each file, and for each that could not be written.
+        lines: a sentence for each file, and for each that could not be written.
+        files: names of the files beside the card.
     """
     status, words = run.status.read(), config.data.style.strip(" ,")
-    base = config.model.path
-    of_hub = f"base_model: {json.dumps(base)}\n" if base.count("/") == 1 and not Path(base).exists() else ""
-    trigger = f"instance_prompt: {json.dumps(words)}\n" if words else ""
-    ending = f" End prompts with `, {words}`." if words else ""
-    on_top = "" if config.model.adapter is None else f", with {config.model.adapter} merged into it first"
+    base = public_name(config.model.path)
+    of_hub = f"base_model: {yaml_text(base)}\n" if "/" in base else ""
+    trigger = f"instance_prompt: {yaml_text(words)}\n" if words else ""
+    ending = f" End prompts with {code(f', {words}')}." if words else ""
+    adapter = config.model.adapter
+    on_top = "" if adapter is None else f", with {plain(public_name(adapter))} merged into it first"
     return f"""---
 license: creativeml-openrail-m
-{of_hub}tags: [stable-diffusion, lora, diffusers, text-to-image]
+{of_hub}{TAGS}
 {trigger}---
 
-# {name}
+# {plain(name)}
 
-{describe(config)}, for {base}{on_top}.{ending}
+{describe(config)}, for {plain(base)}{on_top}.{ending}
 
 ## Use
 
-{usage_section(config)}
+{usage_section(config, files)}
 
 ## How good it is
 
@@ -49,7 +62,7 @@ license: creativeml-openrail-m
 
 ## Files
 
-{bullet_list(files)}
+{bullet_list(lines)}
 
 ## How it was made
 
@@ -57,10 +70,56 @@ license: creativeml-openrail-m
 |---|---|
 {settings_rows(config, status)}
 
-## Intended use and licence
+{INTENDED}
 
 For exploring a style and for studying how adapters learn. {LICENCE}
 """
+
+
+def is_older_card(file: Path) -> bool:
+    """Tell whether a README.md is a model card as written before exports kept a record of their files."""
+    try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    except (OSError, ValueError):
+        return False
+    return text.startswith("---\nlicense: creativeml-openrail-m\n") and TAGS in text and INTENDED in text
+
+
+def public_name(path: str) -> str:
+    """Return a hub id as it is, and of a path on this machine only the last name."""
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and path[0] not in ".~" and not Path(path).exists()
+    return path if is_hub_id else Path(path).expanduser().resolve().name
+
+
+def plain(value: object) -> str:
+    """Return a text for one line of Markdown, in which nothing is markup."""
+    text = html.escape(" ".join(readable(value).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|#~!])", r"\\\1", text)
+
+
+def code(value: object) -> str:
+    """Return a text in code style where it can be, else as plain."""
+    text = " ".join(readable(value).split())
+    return plain(text) if re.search("[`<>&]", text) else f"`{text}`"
+
+
+def readable(value: object) -> str:
+    """Return a text without control characters and without halves of characters, which UTF-8 cannot write."""
+    text = str(value).encode("utf-8", "replace").decode()
+    kept = "\n\u200d"  # the joiner holds composed emoji together
+    return "".join(letter if letter.isprintable() or letter in kept else " " for letter in text)
+
+
+def quoted(text: str) -> str:
+    """Write a Python string in double quotes, without a letter that could begin an HTML tag."""
+    return json.dumps(readable(text), ensure_ascii=False).replace("<", "\\x3c")
+
+
+def yaml_text(text: str) -> str:
+    """Write a double-quoted YAML text, without a letter that could begin an HTML tag."""
+    line = " ".join(readable(text).split())
+    dumped = yaml.safe_dump(line, default_style='"', allow_unicode=True, width=2**20)
+    return dumped.strip().replace("<", "\\x3c")
 
 
 def bullet_list(lines: list[str]) -> str:
@@ -68,28 +127,49 @@ def bullet_list(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def usage_section(config: Config) -> str:
-    """Explain how to use the files in diffusers and where other programs expect them."""
-    if config.finetune == "full":
-        return "The folder `merged/` is a complete diffusers pipeline."
-    base = json.dumps(config.model.path)
-    prompt = json.dumps(f"a house by a lake{config.data.style}")
-    return f"""    pipeline = diffusers.StableDiffusionPipeline.from_pretrained({base})
+def usage_section(config: Config, files: list[str]) -> str:
+    """Explain how to use the files in diffusers, and in other programs those that are there for them."""
+    parts = []
+    base, prompt = public_name(config.model.path), quoted(f"a house by a lake{config.data.style}")
+    if config.finetune == "lora":
+        place = base if "/" in base else f"FOLDER OF {base}"
+        parts.append(f"""    pipeline = diffusers.StableDiffusionPipeline.from_pretrained({quoted(place)})
     pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")
-    pipeline({prompt}, guidance_scale={usual_guidance(config.loss.guidance):g})
+    pipeline({prompt}, guidance_scale={usual_guidance(config.loss.guidance):g})""")
+    kohya = next((Path(name).stem for name in files if name.endswith("kohya.safetensors")), None)
+    if kohya is not None:
+        parts.append(
+            f"ComfyUI: put `{kohya}.safetensors` into `models/loras`. A1111, Forge: into `models/Lora`, then "
+            f"`<lora:{kohya}:1>`; `{kohya}.json` beside it holds the trigger words."
+        )
+    whole = next((name for name in files if name.endswith("_merged.safetensors")), None)
+    if "merged" in files:
+        parts.append("The folder `merged/` is a complete diffusers pipeline.")
+    if whole is not None:
+        parts.append(
+            f"`{whole}` is the complete model in one file: ComfyUI `models/checkpoints`, A1111 "
+            "`models/Stable-diffusion`."
+        )
+    return "\n\n".join(parts)
 
-ComfyUI: put the kohya file into `models/loras`. A1111, Forge: into `models/Lora`, then `<lora:NAME:1>`."""
+
+def is_number(*values: object) -> bool:
+    """Tell whether all values are finite numbers, as in status.json or evaluation.json of an intact run."""
+    return all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        for value in values
+    )
 
 
 def gain_sentence(status: dict[str, Any]) -> str:
     """Summarise the held-out gain with its standard error."""
     value, error = status.get("gain"), status.get("gain_se")
-    if value is None or error is None:
+    if value is None or error is None or not is_number(value, error):
         return "Its gain on held-out images was not measured."
     return (
         f"On held-out images its denoising loss is {100 * value:.1f} % +- {100 * error:.1f} % (standard "
         "error) below the base's at the same noise and timesteps, after epoch "
-        f"{status.get('best_epoch')}."
+        f"{plain(status.get('best_epoch'))}."
     )
 
 
@@ -97,22 +177,25 @@ def distance_section(run: RunDir) -> str:
     """Tabulate the kernel distances of `ghibli evaluate`, if they were measured with these weights."""
     if not run.evaluation.is_file():
         return "The distance of its images to real ones was not measured (`ghibli evaluate`)."
-    found = run.load_evaluation()
-    if found["weights"] != run.weights:
-        return "Its last evaluation used other weights (`ghibli evaluate` makes a new one)."
-    rows = [
-        f"| {model} | {sampler_label(row['sampler'])} | {row['guidance']:g} "
-        f"| {row['kernel'][0]:.2f} +- {row['kernel'][1]:.2f} |"
-        for model, cells in found["models"].items()
-        for row in cells
-    ]
-    head = [
-        f"Kernel distance of {found['samples']} samples to {found['reference_images']} real images "
-        f"({found['features']} features), lower is better:",
-        "",
-        "| model | sampler | guidance | distance |",
-        "|---|---|---|---|",
-    ]
+    try:
+        found = run.load_evaluation()
+        if found["weights"] != run.weights:
+            return "Its last evaluation used other weights (`ghibli evaluate` makes a new one)."
+        rows = [
+            f"| {plain(model)} | {plain(sampler_label(row['sampler']))} | {row['guidance']:g} "
+            f"| {row['kernel'][0]:.2f} +- {row['kernel'][1]:.2f} |"
+            for model, cells in found["models"].items()
+            for row in cells
+        ]
+        head = [
+            f"Kernel distance of {plain(found['samples'])} samples to {plain(found['reference_images'])} "
+            f"real images ({plain(found['features'])} features), lower is better:",
+            "",
+            "| model | sampler | guidance | distance |",
+            "|---|---|---|---|",
+        ]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return "Its evaluation.json is damaged (`ghibli evaluate` makes a new one)."
     return "\n".join([*head, *rows])
 
 
@@ -134,4 +217,4 @@ def settings_rows(config: Config, status: dict[str, object]) -> str:
         "base": f"hash {str(status.get('base_hash'))[:12]}",
         "code": f"commit {str(status.get('git_commit'))[:12]}",
     }
-    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return "\n".join(f"| {name} | {plain(value)} |" for name, value in rows.items())

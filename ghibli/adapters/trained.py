@@ -1,12 +1,17 @@
 """The model that a run has trained, as a base ready to sample from."""
 
+import logging
+
 import torch
 
 from ghibli.adapters import apply
 from ghibli.config.schema import Config
-from ghibli.models.base import BaseModel
+from ghibli.models.base import BaseModel, weights_hash
 from ghibli.models.load import load_part
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def starting_base(config: Config) -> BaseModel:
@@ -14,9 +19,46 @@ def starting_base(config: Config) -> BaseModel:
     return for_sampling(apply.load_base(config.model))
 
 
-def trained_base(run: RunDir, config: Config) -> BaseModel:
-    """Load the model of a run's best epoch, ready to sample: adapter merged, or UNet replaced."""
+def run_base(run: RunDir, config: Config) -> BaseModel:
+    """Load the base that a run was trained from.
+
+    Raises:
+        UserError: as check_same_base.
+    """
     base = apply.load_base(config.model)
+    check_same_base(run, config, base)
+    return base
+
+
+def check_same_base(run: RunDir, config: Config, base: BaseModel) -> None:
+    """Check by content that a base is the one a run was trained from, wherever it lies now.
+
+    Args:
+        base: as loaded, before anything of the run is added; model.adapter is part of it.
+
+    Raises:
+        UserError: another base lies under that path now.
+    """
+    noted = run.status.read().get("base_hash")
+    if noted is None:
+        logger.warning(f"{run.path}: status.json has no base_hash, so nobody knows if this is the run's base")
+        return
+    found = weights_hash(base)
+    if found != noted:
+        raise UserError(
+            f"{run.path}: the base model.path={config.model.path} is not the one it was trained from "
+            f"(base_hash {found[:12]}, was {str(noted)[:12]}): put that back; to use its adapter on another "
+            f"base, give {run.adapter} and model.path=DIR"
+        )
+
+
+def trained_base(run: RunDir, config: Config) -> BaseModel:
+    """Load the model of a run's best epoch, ready to sample: adapter merged, or UNet replaced.
+
+    Raises:
+        UserError: as check_same_base, or the run's own files do not fit.
+    """
+    base = run_base(run, config)
     if config.finetune == "lora":
         apply.merge(base, run.adapter, 1.0)
     elif config.finetune == "full":

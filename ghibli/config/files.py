@@ -1,6 +1,12 @@
-"""A `Config` as YAML with a checksum, and back; overrides applied after a run."""
+"""A `Config` as YAML with a checksum, and back; overrides applied after a run.
 
+Settings that were resolved once, such as those in a run's config.yaml, are data: `${oc.env:HOME}` is that
+text. Otherwise a run folder from elsewhere could copy this machine's environment into cards and metadata.
+"""
+
+import dataclasses
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +20,28 @@ from ghibli.runtime.errors import UserError
 CHECKSUM_LINE = "# sha256 of the lines above: "
 
 
+def as_data(content: Any) -> Any:
+    """Escape every text in nested dictionaries and lists, so that OmegaConf interpolates none of it."""
+    if isinstance(content, dict):
+        return {as_data(key): as_data(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [as_data(value) for value in content]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", content) if isinstance(content, str) else content
+
+
+def as_node(config: Config) -> Any:
+    """Return a configuration as OmegaConf's typed node, to be changed or written."""
+    return OmegaConf.merge(OmegaConf.structured(Config), as_data(dataclasses.asdict(config)))
+
+
 def to_dataclass(content: Any, section: type = Config) -> Any:
-    """Convert nested dictionaries to a `Config`, or to one section of it.
+    """Convert nested dictionaries, whose interpolations are resolved, to a `Config` or to one section of it.
 
     Raises:
         UserError: an unknown key, a missing one, or a value of the wrong type or out of range.
     """
     with hydra_errors():
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), content))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), as_data(content)))
 
 
 def section_to_dataclass(cfg: Any, name: str) -> Any:
@@ -31,13 +51,13 @@ def section_to_dataclass(cfg: Any, name: str) -> Any:
         UserError: as to_dataclass, with the key in full.
     """
     with hydra_errors():
-        content = OmegaConf.to_container(cfg[name], resolve=True)
+        content = as_data(OmegaConf.to_container(cfg[name], resolve=True))
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), {name: content})[name])
 
 
 def to_yaml(config: Config) -> str:
     """Write all settings, interpolations resolved, as YAML whose last line is a checksum."""
-    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    text = OmegaConf.to_yaml(as_node(config), resolve=True)
     return f"{text}{CHECKSUM_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
@@ -48,6 +68,20 @@ def rename_old_keys(content: Any) -> Any:
         if isinstance(inner, dict) and old in inner:
             content[section] = {new if key == old else key: value for key, value in inner.items()}
     return content
+
+
+def with_later_keys(content: Any) -> Any:
+    """Add the keys that an older version did not write, with what runs without them did."""
+    if not isinstance(content, dict):
+        return content
+    added = dict(content)
+    for key, later in LATER_KEYS.items():
+        inner = content.get(key, {})
+        if not isinstance(later, dict):
+            added.setdefault(key, later)
+        elif isinstance(inner, dict):
+            added[key] = later | inner
+    return added
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
@@ -67,9 +101,7 @@ def from_yaml(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        with hydra_errors():
-            content = OmegaConf.merge(LATER_KEYS, rename_old_keys(yaml.safe_load(text)))
-        config = to_dataclass(content)
+        config = to_dataclass(with_later_keys(rename_old_keys(yaml.safe_load(text))))
     except (OSError, ValueError, yaml.YAMLError) as error:  # a UserError is a ValueError
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a run's configuration of this version: {reason}") from error
@@ -96,5 +128,5 @@ def apply_overrides(config: Config, overrides: list[str], allowed: tuple[str, ..
         if not any(key == name or key.startswith(f"{name}.") for name in allowed):
             raise UserError(f"{override}: only {', '.join(allowed)} can be changed after a run")
     with hydra_errors():
-        merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(overrides))
-        return to_dataclass(OmegaConf.to_container(merged))
+        merged = OmegaConf.merge(as_node(config), OmegaConf.from_dotlist(overrides))
+        return to_dataclass(OmegaConf.to_container(merged, resolve=True))

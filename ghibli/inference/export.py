@@ -1,31 +1,36 @@
 """Exporting a run for other tools; each file is loaded into a fresh base and checked against the run."""
 
+import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import diffusers
 import torch
 
 from ghibli.adapters import apply, kohya
 from ghibli.adapters.apply import load_adapters
 from ghibli.adapters.files import read_adapter
 from ghibli.adapters.model_card import model_card
-from ghibli.adapters.trained import trained_base
-from ghibli.config.schema import Config
+from ghibli.adapters.sidecar import clean_name, write_sidecar
+from ghibli.adapters.trained import run_base, trained_base
+from ghibli.config.schema import Config, describe
+from ghibli.inference.owned import STAGING, check_ours, put_in_place
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
-from ghibli.models.pipeline import make_pipeline
 from ghibli.models.safetensors import ADAPTER_FILE
+from ghibli.models.save import has_original_layout, save_folder, save_single_file
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically, write_text
 from ghibli.training.callbacks.checkpoints import load_weights
 from ghibli.training.module import GhibliModule
 
+logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # largest difference from the live model, relative to its largest noise_pred
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # latents, timesteps, input_ids
 GRIDS = ("samples/adapter.png", "samples/fine-tuned.png", "evaluation.png")
+MERGED = "merged"  # the folder of a complete pipeline
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -47,81 +52,105 @@ class Check:
 def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Check]:
     """Write a run's files for other tools, a model card and its sample grids into `folder`.
 
+    All of it is prepared and verified in a hidden folder first: after a refusal, `folder` is as it was.
+
     Args:
-        merge: also write a complete diffusers pipeline with the adapter merged in.
+        merge: also write the complete model, as a diffusers pipeline and as one checkpoint file.
 
     Raises:
-        UserError: nothing was trained, or a file does not reproduce the live model.
+        UserError: nothing was trained, a file of the user would be replaced, the base is another one than in
+            training, or a file does not reproduce the live model.
     """
     if config.finetune == "none":
         raise UserError(f"{run.path} only measured the base: there is nothing to export")
     if config.finetune == "full" and not merge:
         raise UserError(f"{run.path} trained all weights, which do not fit into an adapter: use --merge")
-    base = apply.load_base(config.model)
+    name = clean_name(run.path.resolve().name)
+    checkpoint = f"{name}_{MERGED}.safetensors"
+    adapters = [ADAPTER_FILE, f"{name}_kohya.safetensors", f"{name}_kohya.json"]
+    names = ["README.md", *GRIDS, *adapters, *([MERGED, checkpoint] if merge else [])]
+    check_ours(folder, names)
+    existed, staging = folder.exists(), folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        checks = prepare(run, config, staging, name, checkpoint if merge else None)
+        put_in_place(staging, folder, names)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
+    return [replace(check, file=folder / check.file.name) for check in checks]
+
+
+def prepare(run: RunDir, config: Config, folder: Path, name: str, checkpoint: str | None) -> list[Check]:
+    """Write and verify all files of an export in a folder of its own.
+
+    Args:
+        name: of the adapter, for other programs.
+        checkpoint: file name of the complete model; None = none is wanted.
+    """
+    base = run_base(run, config)
     inputs = probe_inputs(base)
     untouched = predict(base, inputs)
-    files: list[Path] = []
-    failures: list[str] = []
-    if config.finetune == "lora":
-        files, failures = write_adapters(run, config, base, folder)
+    files, notes = write_adapters(run, config, base, folder, name) if config.finetune == "lora" else ([], [])
     del base  # one model at a time: each Stable Diffusion 1.5 takes 4 GB
     live = predict(live_model(run, config), inputs)
-    if merge:
-        save_pipeline(trained_base(run, config), folder / "merged")
-        files.append(folder / "merged")
+    if checkpoint is not None:
+        merged, more = write_merged(run, config, folder, checkpoint)
+        files, notes = files + merged, notes + more
+    for note in notes:
+        logger.warning(note)
     checks = [check_file(file, config, inputs, live, untouched) for file in files]
-    for name in GRIDS:
-        copy_or_remove(run.path / name, folder / name)
-    lines = [f"`{check.file.name}`: {check.summary}" for check in checks] + failures
-    write_text(folder / "README.md", model_card(run, config, run.path.name, lines))
+    for grid in GRIDS:
+        copy_grid(run.path / grid, folder / grid)
+    lines = [f"`{check.file.name}`: {check.summary}" for check in checks] + notes
+    written = [file.name for file in files]
+    write_text(folder / "README.md", model_card(run, config, name, lines, written))
     return checks
 
 
 def write_adapters(
-    run: RunDir, config: Config, base: BaseModel, folder: Path
+    run: RunDir, config: Config, base: BaseModel, folder: Path, name: str
 ) -> tuple[list[Path], list[str]]:
     """Write the adapter in both layouts; return the files, and why one could not be written."""
     adapter = read_adapter(run.adapter, base, "export")
-    diffusers_file, kohya_file = folder / ADAPTER_FILE, folder / f"{run.path.name}_kohya.safetensors"
+    diffusers_file, kohya_file = folder / ADAPTER_FILE, folder / f"{name}_kohya.safetensors"
     write_atomically(diffusers_file, lambda file: file.write(adapter.file.read_bytes()))
     try:
-        metadata = kohya.metadata_of(adapter, config, run.status.read(), run.path.name)
+        metadata = kohya.metadata_of(adapter, base, config, run.status.read(), kohya_file.stem)
         kohya.write_kohya(adapter, kohya_file, metadata)
     except UserError as error:
-        return [diffusers_file], [str(error)]
+        return [diffusers_file], [f"no kohya file: {error}".replace(str(adapter.file), "this")]
+    write_sidecar(kohya_file, config, base)
     return [diffusers_file, kohya_file], []
 
 
-def save_pipeline(base: BaseModel, folder: Path) -> None:
-    """Save a base as a complete diffusers pipeline with its own scheduler, replacing the folder."""
-    pipeline = make_pipeline(base)
-    name = base.scheduler_config.get("_class_name", "")
-    scheduler_class = getattr(diffusers, name, diffusers.DDIMScheduler)
-    pipeline.scheduler = scheduler_class.from_config(base.scheduler_config)
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, safe_serialization=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+def write_merged(run: RunDir, config: Config, folder: Path, checkpoint: str) -> tuple[list[Path], list[str]]:
+    """Write the complete model as a pipeline and as one file; return them, and why one is not written."""
+    base = trained_base(run, config)
+    save_folder(base, folder / MERGED)
+    if not has_original_layout(base):
+        return [folder / MERGED], [
+            "no single checkpoint file: Stable Diffusion 2's text encoder has another layout there"
+        ]
+    save_single_file(base, folder / checkpoint, {"modelspec.title": describe(config)})
+    return [folder / MERGED, folder / checkpoint], []
 
 
-def copy_or_remove(source: Path, target: Path) -> None:
-    """Copy a file, or remove the target if there is no source."""
-    if source.is_file():
-        write_atomically(target, lambda file: file.write(source.read_bytes()))
-    else:
-        target.unlink(missing_ok=True)
-
-
-def remove(place: Path) -> None:
-    """Remove a file or a folder."""
-    shutil.rmtree(place) if place.is_dir() else place.unlink()
+def copy_grid(source: Path, target: Path) -> None:
+    """Copy a grid of the run, if there is one; a link, or what is no PNG, did not come from training."""
+    if source.is_symlink() or source.parent.is_symlink() or not source.is_file():
+        return
+    content = source.read_bytes()
+    if content.startswith(PNG):
+        write_atomically(target, lambda file: file.write(content))
 
 
 def check_file(
     file: Path, config: Config, inputs: Inputs, live: torch.Tensor, untouched: torch.Tensor
 ) -> Check:
-    """Load an exported file and compare its noise_pred; remove the file if it is wrong.
+    """Load an exported file and compare its noise_pred.
 
     Raises:
         UserError: as check_prediction.
@@ -129,14 +158,15 @@ def check_file(
     try:
         return check_prediction(file, predict(load_exported(file, config), inputs), live, untouched)
     except UserError as error:
-        remove(file)
-        raise UserError(f"{error}; the file was removed") from error
+        raise UserError(f"{error}; nothing was written".replace(f"{file.parent}/", "")) from error
 
 
 def load_exported(file: Path, config: Config) -> BaseModel:
-    """Load a pipeline's folder, or a fresh base with an adapter's file on it."""
+    """Load a complete model, or a fresh base with an adapter's file on it."""
     if file.is_dir():
         return load(str(file))
+    if file.stem.endswith(f"_{MERGED}"):
+        return load(str(file), str(file.parent / MERGED))
     base = apply.load_base(config.model)
     load_adapters(base, [(read_adapter(file, base, "export"), 1.0)])
     return base

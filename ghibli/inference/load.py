@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ghibli.adapters.apply import load_adapters, load_base, set_weights
 from ghibli.adapters.files import read_adapter
-from ghibli.adapters.trained import for_sampling, starting_base, trained_base
+from ghibli.adapters.trained import for_sampling, run_base, starting_base, trained_base
 from ghibli.config.checks import require_finite
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import usual_guidance
@@ -78,7 +78,7 @@ def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
     check_combination(runs, configs, len(named))
     if runs and config.finetune == "full":
         return LoadedModel(trained_base(runs[0], config), config, [], [named[0][0]])
-    base = for_sampling(load_base(config.model))
+    base = for_sampling(run_base(runs[0], config) if runs else load_base(config.model))
     adapters = [(read_adapter(name, base, "adapter"), weight) for name, weight in named]
     files = [adapter.file for adapter, _ in adapters]
     reject_duplicates([(*source, file) for source, file in zip(named, files, strict=True)])

@@ -8,19 +8,27 @@ import huggingface_hub
 from ghibli.models.hub import hub_answers
 from ghibli.runtime.errors import UserError, first_line
 
-UPLOADED = (".safetensors", ".md", ".png")  # no merged pipeline
+UPLOADED = (".safetensors", ".md", ".png", ".json")
+WHOLE_MODEL = "_merged.safetensors"  # gigabytes, and the base's licence: not uploaded
 
 
 def files_to_push(folder: Path) -> list[tuple[str, int]]:
     """List (name, bytes) of what would be uploaded: adapters, card and grids, without hidden files.
 
     Raises:
-        UserError: nothing was exported there.
+        UserError: nothing was exported there, or something is a link, which may lead to any file.
     """
-    found = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*")) if file.suffix in UPLOADED]
-    if "README.md" not in dict(found):
+    found = [
+        file
+        for file in sorted(folder.glob("*"))
+        if file.suffix in UPLOADED and not file.name.startswith(".") and not file.name.endswith(WHOLE_MODEL)
+    ]
+    link = next((place for place in (folder, *found) if place.is_symlink()), None)
+    if link is not None:
+        raise UserError(f"{link} is a link: only files of an export are sent; replace it by a copy")
+    if "README.md" not in [file.name for file in found]:
         raise UserError(f"{folder} holds nothing to send: run ghibli export RUN first")
-    return [(name, size) for name, size in found if not name.startswith(".")]
+    return [(file.name, file.stat().st_size) for file in found if file.is_file()]
 
 
 def push(folder: Path, hub_id: str, *, private: bool) -> str:

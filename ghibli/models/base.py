@@ -37,6 +37,11 @@ class BaseModel:
         return self.scheduler_config.get("prediction_type", "epsilon")
 
     @property
+    def family(self) -> str:
+        """sd2 for the text width of Stable Diffusion 2, else sd1."""
+        return "sd2" if self.unet.config.cross_attention_dim == 1024 else "sd1"
+
+    @property
     def adaptable(self) -> dict[str, torch.nn.Module]:
         """The parts that an adapter may change, by their names in adapter files, the UNet first."""
         return {"unet": self.unet, "text_encoder": self.text_encoder}

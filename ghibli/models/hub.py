@@ -6,9 +6,25 @@ from urllib.parse import urlparse
 
 from huggingface_hub import constants
 
-HUB_FILES = {  # options of snapshot_download
-    "allow_patterns": ["*/config.json", "*/scheduler_config.json", "tokenizer/*", "*/*.safetensors"],
-    "ignore_patterns": ["safety_checker/*", "*fp16*", "*non_ema*"],
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+CLIP_FILES = {  # options of snapshot_download for model.clip
+    "allow_patterns": ["config.json", "preprocessor_config.json", "model.safetensors"],
+    "ignore_patterns": [],
+}
+HUB_FILES = {  # and for model.path
+    "allow_patterns": [  # no code, no pickle, no adapter
+        *(
+            f"{part}/{name}"
+            for part in ("text_encoder", "unet", "vae")
+            for name in ("config.json", "*.safetensors")
+        ),
+        "scheduler/scheduler_config.json",
+        *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    ],
+    "ignore_patterns": ["*fp16*", "*non_ema*"],
 }
 
 

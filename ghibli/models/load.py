@@ -13,12 +13,13 @@ import transformers.utils.logging
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from ghibli.config.paths import check_base
+from ghibli.config.paths import NO_PICKLE, PICKLES, check_base, convert_command
 from ghibli.models.base import BaseModel, resolve_path
+from ghibli.models.configs import check_config
 from ghibli.models.hub import HUB_FILES, hub_answers
-from ghibli.models.safetensors import check_whole
+from ghibli.models.safetensors import check_float, check_whole
 from ghibli.runtime.errors import UserError, first_line
 
 CONFIG_FILES = (
@@ -47,6 +48,7 @@ def load(path: str, config: str | None = None) -> BaseModel:
         parts = load_folder(place, path)
     elif place.is_file():
         check_whole(place, f"model.path={path}")
+        check_float(place, f"model.path={path}")
         parts = load_single_file(place, config)
     else:
         parts = load_from_hub(path)
@@ -65,11 +67,13 @@ def load_folder(folder: Path, path: str) -> tuple[Any, ...]:
         UserError: a damaged file, or weights that do not match their config.json.
     """
     what = f"model.path={path}"
+    check_config(folder / "scheduler" / "scheduler_config.json", what)
     try:
         # Silenced: advice about newer config keys. A tokenizer without its vocabulary loads just as
         # silently; check_supported compares its size with the text encoder's.
         with quiet("transformers", "diffusers"):
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+            # This class itself: AutoTokenizer offers to run a .py file that the folder names in `auto_map`.
+            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
             schedule = DDPMScheduler.load_config(folder / "scheduler")
     except Exception as error:  # each library raises many types; all mean the same to the user
         raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
@@ -93,8 +97,15 @@ def load_part(part_class: Any, folder: Path, what: str, **options: Any) -> Any:
     Raises:
         UserError: a damaged file, or weights that do not match config.json.
     """
-    for file in sorted(folder.glob("*.safetensors")):
+    check_config(folder / "config.json", what)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [file for file in sorted(folder.glob("*")) if file.suffix in PICKLES]
+        advice = f"; {NO_PICKLE}; {convert_command(pickles)}" if pickles else ""
+        raise UserError(f"{what}: no .safetensors file in {folder.name}/{advice}")
+    for file in files:
         check_whole(file, what)
+        check_float(file, what)
     try:
         # Silenced: the libraries' report on keys, which is asked for instead and checked below.
         with quiet("transformers", "diffusers"):
@@ -204,13 +215,16 @@ def check_config_folder(folder: Path, config: str) -> None:
             f"model.config={config} lacks {', '.join(missing)}: copy these and tokenizer/ from a diffusers "
             "folder of Stable Diffusion 1.5; its weights are not needed"
         )
+    for name in CONFIG_FILES:
+        check_config(folder / name, f"model.config={config}")
 
 
 def check_supported(base: BaseModel, path: str) -> None:
     """Refuse a base that this project cannot train.
 
     Raises:
-        UserError: another model family, or a tokenizer that does not fit its text encoder.
+        UserError: another model family, a tokenizer that does not fit its text encoder, or a weight that is
+            not finite.
     """
     unet, text_encoder = base.unet.config, base.text_encoder.config
     if unet.in_channels != base.vae.config.latent_channels:
@@ -230,6 +244,13 @@ def check_supported(base: BaseModel, path: str) -> None:
         )
     if base.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"model.path={path} predicts {base.prediction_type}, which is not supported")
+    for part in ("text_encoder", "vae", "unet"):
+        for name, weight in getattr(base, part).named_parameters():
+            if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+                raise UserError(
+                    f"model.path={path}: {part}/ holds values that are not finite, in {name}: the file is "
+                    "damaged, or its training failed"
+                )
 
 
 @contextmanager

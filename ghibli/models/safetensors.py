@@ -9,6 +9,7 @@ from ghibli.config.paths import NO_PICKLE, convert_command
 from ghibli.runtime.errors import UserError, first_line
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zipped, or bare
 
 
@@ -35,6 +36,21 @@ def check_whole(file: Path, what: str) -> None:
         raise UserError(
             f"{what}: {file} is cut off or damaged; download it again ({first_line(error)})"
         ) from error
+
+
+def check_float(file: Path, what: str) -> None:
+    """Raise a UserError for a network's weights that are whole numbers, as in a quantized model.
+
+    Args:
+        what: as for check_whole.
+    """
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  not a dictionary
+            stored = opened.get_slice(name)
+            if name.endswith((".weight", ".bias")) and stored.get_dtype() not in FLOATS:
+                raise UserError(
+                    f"{what}: {file} stores {name} as {stored.get_dtype()}: a quantized model cannot be used"
+                )
 
 
 def with_sorted_metadata(content: bytes) -> bytes:

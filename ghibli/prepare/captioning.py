@@ -14,6 +14,7 @@ from ghibli.data.folder import enter_and_list, read_beside, require_inside
 from ghibli.data.layouts import supported_layouts
 from ghibli.images.read import Unusable, check_image, read_image, without_warnings
 from ghibli.models.base import resolve_path
+from ghibli.models.configs import check_config
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import quiet
 from ghibli.models.safetensors import check_whole
@@ -57,10 +58,11 @@ class Blip:
         """
         folder = resolve_path(path) if resolve_path(path).is_dir() else download_model(path)
         check_weights(folder, path)
+        check_config(folder / "config.json", f"--model {path}")
         try:
             # Silenced: the report on keys, which is asked for instead and checked below.
             with quiet("transformers"):
-                self.processor = BlipProcessor.from_pretrained(folder)
+                self.processor = BlipProcessor.from_pretrained(folder, trust_remote_code=False)
                 self.model, report = BlipForConditionalGeneration.from_pretrained(
                     folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32
                 )

@@ -5,9 +5,8 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from ghibli.config.files import from_yaml, to_dataclass
+from ghibli.config.files import as_node, from_yaml, to_dataclass
 from ghibli.config.keys import affects_result
 from ghibli.config.schema import Config
 from ghibli.config.trainer_flags import reject_unknown_flags
@@ -59,7 +58,7 @@ def overrides_beside_resume(run: RunDir, overrides: list[str]) -> tuple[dict[str
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
     """Return the configuration with these values; as in conf/, max_epochs follows data.epochs if it did."""
-    content = OmegaConf.structured(config)
+    content = as_node(config)
     for key, value in values.items():
         OmegaConf.update(content, key, value, force_add=key.startswith("trainer."))
     if "trainer.max_epochs" not in values and config.trainer["max_epochs"] == config.data.epochs:
@@ -80,6 +79,7 @@ def refused_changes(stored: Config, config: Config) -> list[Difference]:
 def chosen_groups(run: RunDir) -> dict[str, str]:
     """Read the choice of each group that a run was started with; empty when Hydra's file is unreadable."""
     try:
-        return dict(OmegaConf.load(run.path / ".hydra" / "hydra.yaml").hydra.runtime.choices)
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException):
+        content = yaml.safe_load((run.path / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
+        return dict(content["hydra"]["runtime"]["choices"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
         return {}

@@ -12,6 +12,7 @@ from ghibli.adapters import lora
 from ghibli.adapters.files import is_dora, read_adapter
 from ghibli.adapters.kohya import metadata_of, write_kohya
 from ghibli.adapters.model_card import model_card
+from ghibli.adapters.sidecar import write_sidecar
 from ghibli.config.schema import Config, describe
 from ghibli.diffusion.samplers import NotFinite
 from ghibli.evaluation.gain import Gain
@@ -71,8 +72,9 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
     )  # fmt: skip
     run.status.update(seal=identity.result_checksum(run.status.read()))
     if config.finetune == "lora":
-        files = [f"`{file.name}`" for file in sorted(run.adapter.glob("*.safetensors"))]
-        write_text(run.adapter / "README.md", model_card(run, config, run.path.name, files))
+        names = [file.name for file in sorted(run.adapter.glob("*.safetensors"))]
+        card = model_card(run, config, run.path.resolve().name, [f"`{name}`" for name in names], names)
+        write_text(run.adapter / "README.md", card)
     if logger is not None:
         wandb_logger.log_best(logger, gain.value, best_epoch)
         lines.append(wandb_logger.how_to_look(run, logger))
@@ -112,23 +114,22 @@ def save_weights(config: Config, run: RunDir, module: GhibliModule, facts: dict[
         return []
     file = lora.save_adapter(module.base, run.adapter)
     kohya = save_kohya(config, run, module, run.status.read() | facts | {"ended": None})
-    return [
-        f"adapter  {relative_path(file)}",
-        f"         {relative_path(kohya)} for ComfyUI and A1111",
-    ]
+    lines = [f"adapter  {relative_path(file)}"]
+    return lines + ([f"         {relative_path(kohya)} for ComfyUI and A1111"] if kohya else [])
 
 
-def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[str, Any]) -> Path:
-    """Write the best adapter in kohya's layout, read it back and compare; a DoRA stays in diffusers' layout.
+def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[str, Any]) -> Path | None:
+    """Write the best adapter in kohya's layout, read it back and compare; None for a DoRA, which has none.
 
     Raises:
         UserError: what was written is not what was trained.
     """
     adapter = read_adapter(run.adapter, module.base, "adapter")
     if is_dora(adapter):
-        return adapter.file
+        return None
     file = run.adapter / "kohya.safetensors"
-    write_kohya(adapter, file, metadata_of(adapter, config, facts, describe(config)))
+    write_kohya(adapter, file, metadata_of(adapter, module.base, config, facts, describe(config)))
+    write_sidecar(file, config, module.base)
     again = read_adapter(file, module.base, "adapter").layers
     for name, layer in adapter.layers.items():
         same_alpha = math.isclose(again[name].alpha, layer.alpha, rel_tol=1e-3)  # in the file's dtype

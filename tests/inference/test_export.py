@@ -1,33 +1,43 @@
 """Adapters for other programs, verified after export; and adapters from elsewhere, trained further."""
 
+import ast
 import gc
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+import yaml
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from helpers.commands import run_python
+from helpers.sd15_random import TEXT_ENCODER, UNET, VAE, published
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner
 
 import train
 from ghibli.adapters import apply, describe, files, kohya
 from ghibli.adapters.apply import load_adapters, set_weights
 from ghibli.adapters.files import Layer, check_same_shape, kohya_name, named_layers, read_adapter
+from ghibli.adapters.model_card import model_card
+from ghibli.adapters.sidecar import clean_name, write_sidecar
+from ghibli.adapters.trained import trained_base
 from ghibli.cli.main import app
 from ghibli.config.schema import ModelConfig
-from ghibli.inference import export
+from ghibli.inference import export, owned
 from ghibli.inference.export import check_prediction, predict, probe_inputs
 from ghibli.inference.generate import ImageRequest, generate_images
 from ghibli.inference.load import load_model
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
+from ghibli.models.original import original_weights
 from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
@@ -92,7 +102,7 @@ def test_a_process_that_knows_only_diffusers_draws_the_same(
 def test_every_file_is_verified(exported: tuple[Path, list[export.Check]]) -> None:
     folder, checks = exported
     assert [check.file.name for check in checks] == [
-        "pytorch_lora_weights.safetensors", "run_kohya.safetensors", "merged",
+        "pytorch_lora_weights.safetensors", "run_kohya.safetensors", "merged", "run_merged.safetensors",
     ]  # fmt: skip
     assert all(check.from_live < 1e-5 < 1e-2 < check.from_base for check in checks)
     merged = StableDiffusionPipeline.from_pretrained(folder / "merged", safety_checker=None)
@@ -159,9 +169,6 @@ def sd_scripts_names() -> dict[str, tuple[int, int]]:
 
 
 def test_names_and_shapes_are_those_of_sd_scripts_at_real_size() -> None:
-    from helpers.sd15_random import TEXT_ENCODER, UNET
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNET)
         text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER))
@@ -181,6 +188,254 @@ def test_names_and_shapes_are_those_of_sd_scripts_at_real_size() -> None:
             f"{name}.alpha": (),
         }
     assert {key: tuple(value.shape) for key, value in state.items()} == expected
+
+
+# The complete model
+
+
+def test_the_complete_model_has_the_published_layout(exported: tuple[Path, list], base: BaseModel) -> None:
+    """Older transformers read nothing else: prefix `text_model.`, and a tokenizer of two plain files."""
+    merged, text = exported[0] / "merged", base.text_encoder.state_dict()
+    stored = load_file(merged / "text_encoder" / "model.safetensors")
+    assert stored.keys() == {published("text_encoder", key) for key in text}
+    assert json.loads((merged / "tokenizer" / "vocab.json").read_text()) == json.loads(
+        (DEMO / "tokenizer" / "vocab.json").read_text()
+    )
+    rows = [(place / "tokenizer" / "merges.txt").read_text().split("\n") for place in (merged, DEMO)]
+    assert [row for row in rows[0] if row] == [row for row in rows[1] if row]
+    captions = ["A girl standing, in a Greenhouse! 42 naïve", ""]
+    assert torch.equal(load(str(merged)).tokenize(captions), base.tokenize(captions))
+    texts = [file.read_text() for file in exported[0].glob("**/*.json")]
+    assert not any("_name_or_path" in text or str(exported[0]) in text for text in texts)
+    assert len({file.stat().st_mode for file in exported[0].glob("**/*.*") if file.is_file()}) == 1
+
+
+def test_one_file_is_read_by_diffusers_as_the_same_model(exported: tuple[Path, list]) -> None:
+    folder, file = exported[0] / "merged", exported[0] / "run_merged.safetensors"
+    one = StableDiffusionPipeline.from_single_file(
+        str(file), config=str(folder), local_files_only=True, safety_checker=None
+    )
+    whole = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    for part in ("unet", "vae", "text_encoder"):
+        mine, theirs = (getattr(pipeline, part).state_dict() for pipeline in (one, whole))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine), part
+
+
+ORIGINAL = {  # of v1-5-pruned-emaonly.safetensors, which holds 1131 weights
+    "model.diffusion_model.time_embed.2.weight": (1280, 1280),
+    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.weight": (320, 320),
+    "model.diffusion_model.input_blocks.3.0.op.weight": (320, 320, 3, 3),
+    "model.diffusion_model.input_blocks.4.0.skip_connection.weight": (640, 320, 1, 1),
+    "model.diffusion_model.input_blocks.11.0.emb_layers.1.weight": (1280, 1280),
+    "model.diffusion_model.middle_block.1.proj_in.weight": (1280, 1280, 1, 1),
+    "model.diffusion_model.output_blocks.2.1.conv.weight": (1280, 1280, 3, 3),
+    "model.diffusion_model.output_blocks.5.2.conv.weight": (1280, 1280, 3, 3),
+    "model.diffusion_model.output_blocks.11.0.in_layers.2.weight": (320, 640, 3, 3),
+    "model.diffusion_model.out.2.weight": (4, 320, 3, 3),
+    "first_stage_model.encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+    "first_stage_model.encoder.down.2.downsample.conv.weight": (512, 512, 3, 3),
+    "first_stage_model.encoder.mid.attn_1.proj_out.weight": (512, 512, 1, 1),
+    "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+    "first_stage_model.decoder.up.3.upsample.conv.weight": (512, 512, 3, 3),
+    "first_stage_model.quant_conv.weight": (8, 8, 1, 1),
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
+    "cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc2.weight": (768, 3072),
+}
+
+
+def test_the_single_files_names_at_real_size() -> None:
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
+        text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER))
+    weights = original_weights(BaseModel(None, text_encoder, vae, unet, {}))
+    assert len(weights) == 1131
+    assert {key: tuple(weights[key].shape) for key in ORIGINAL} == ORIGINAL
+
+
+# What is there already
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "evaluation.png", "samples/adapter.png", "run_kohya.json", "merged/thesis.txt",
+             "merged/unet/config.json", "run_merged.safetensors", ".README.md -> README.md"]
+)  # fmt: skip
+def test_a_file_of_the_user_is_kept(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Refused before anything is loaded or written."""
+    monkeypatch.setattr(apply, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    target, _, link = name.partition(" -> ")
+    (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / target).write_text("mine")
+    if link:
+        (tmp_path / link).symlink_to(tmp_path / target)
+    before = content_of(tmp_path)
+    with pytest.raises(
+        UserError, match=f"{re.escape(str(tmp_path / (link or target)))} was not written by"
+    ) as it:
+        export.export(run, finished_config(run), tmp_path, merge=True)
+    assert "\n" not in str(it.value) and content_of(tmp_path) == before
+
+
+def test_our_own_files_are_replaced_until_they_are_edited(
+    exported: tuple[Path, list], run: RunDir, tmp_path: Path
+) -> None:
+    """In a copy of the folder as well; what else lies there stays."""
+    folder = shutil.copytree(exported[0], tmp_path / "copy")
+    (folder / "notes.txt").write_text("mine")
+    before = content_of(folder)
+    export.export(run, finished_config(run), folder, merge=False)
+    assert content_of(folder) == before
+    (folder / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"merged/notes.txt was not written by an export"):
+        export.export(run, finished_config(run), folder, merge=True)
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "My own words.")
+    with pytest.raises(UserError, match=r"README.md was not written by an export, or was changed since"):
+        export.export(run, finished_config(run), folder, merge=False)
+    (folder / owned.RECORD).unlink()  # as an older version left it
+    export.export(run, finished_config(run), folder, merge=False)
+    assert card.read_bytes() == before["README.md"]
+
+
+def test_a_refusal_leaves_nothing_behind(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "TOLERANCE", 0)
+    folder = tmp_path / "new" / "export"
+    with pytest.raises(
+        UserError, match="does not reproduce the trained model.*; nothing was written"
+    ) as caught:
+        export.export(run, finished_config(run), folder, merge=False)
+    assert owned.STAGING not in str(caught.value)
+    assert not folder.exists()
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="does not reproduce"):
+        export.export(run, finished_config(run), folder, merge=False)
+    assert content_of(folder) == {"notes.txt": b"mine"}
+
+
+def test_a_run_given_as_a_dot_is_named_by_its_folder(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.path)
+    checks = export.export(RunDir(Path(".")), finished_config(run), Path("dot"), merge=False)
+    assert [str(check.file) for check in checks] == [
+        "dot/pytorch_lora_weights.safetensors", "dot/run_kohya.safetensors",
+    ]  # fmt: skip
+    assert "\n# run\n" in Path("dot/README.md").read_text()
+
+
+# The base
+
+
+def test_a_base_that_was_replaced_is_noticed(run: RunDir, tmp_path: Path) -> None:
+    """By content, wherever a run's base is loaded for use; a run that noted none says so."""
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "copy", ignore=shutil.ignore_patterns("export")))
+    copy.status.update(base_hash="0" * 64)
+    config = finished_config(copy)
+    sentence = r"the base model.path=demo is not the one it was trained from \(base_hash \w{12}, was 0{12}\)"
+    for use in (
+        lambda: export.export(copy, config, tmp_path / "out", merge=False),
+        lambda: trained_base(copy, config),
+        lambda: load_model([str(copy.path)], []),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+# What other programs show
+
+
+def base_of(width: int, prediction_type: str) -> BaseModel:
+    unet = SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width))
+    return BaseModel(None, None, None, unet, {"prediction_type": prediction_type})
+
+
+@pytest.mark.parametrize(
+    ("width", "prediction_type", "expected"),
+    [  # as sd-scripts' get_model_version_str_for_sd1_sd2 and library/sai_model_spec.py write them
+        (768, "epsilon", ("sd_v1", "False", "stable-diffusion-v1/lora", "epsilon", "SD1")),
+        (768, "v_prediction", ("sd_v1_v", "False", "stable-diffusion-v1/lora", "v", "SD1")),
+        (1024, "epsilon", ("sd_v2", "True", "stable-diffusion-v2-512/lora", "epsilon", "SD2")),
+        (1024, "v_prediction", ("sd_v2_v", "True", "stable-diffusion-v2-768-v/lora", "v", "SD2")),
+    ],
+)
+def test_metadata_are_those_of_the_base(
+    make_config: Callable, tmp_path: Path, width: int, prediction_type: str, expected: tuple[str, ...]
+) -> None:
+    base, config = base_of(width, prediction_type), make_config("data.style=', in ink'")
+    layers = {"unet.x": Layer(torch.zeros(4, 8), torch.zeros(8, 4), 2)}
+    adapter = files.Adapter(Path("x"), "diffusers", layers, {})
+    found = kohya.metadata_of(adapter, base, config, {}, "lora.rank=4, <a>: b")
+    write_sidecar(tmp_path / "it.safetensors", config, base)
+    sidecar = json.loads((tmp_path / "it.json").read_text())
+    keys = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
+    assert (*(found[key] for key in keys), sidecar["sd version"]) == expected
+    assert found["ss_output_name"] == "lora.rank_4_a_b"
+    assert found["modelspec.title"].startswith("in ink: LoRA rank")
+    assert sidecar["activation text"] == found["modelspec.trigger_phrase"] == "in ink"
+
+
+def test_layers_that_differ_are_dynamic(make_config: Callable) -> None:
+    layers = {f"unet.{n}": Layer(torch.zeros(n, 8), torch.zeros(8, n), n / 2) for n in (2, 4)}
+    adapter = files.Adapter(Path("x"), "diffusers", layers, {})
+    found = kohya.metadata_of(adapter, base_of(768, "epsilon"), make_config(), {}, "x")
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+
+
+def test_what_a1111_writes_beside_a_file_stays(make_config: Callable, tmp_path: Path) -> None:
+    (tmp_path / "it.json").write_text('{"notes": "mine"}')
+    write_sidecar(tmp_path / "it.safetensors", make_config(), base_of(768, "epsilon"))
+    assert json.loads((tmp_path / "it.json").read_text()) == {"notes": "mine"}
+
+
+def test_names_for_other_programs() -> None:
+    """A1111 splits `<lora:NAME:1>` at colons and reads an = as an option."""
+    for text in ("lora.rank=8,lr=1e-4", "a:b>c", "  ", "...", "naïve ジブリ", "x" * 300, "../../etc/passwd"):
+        name = clean_name(text)
+        assert re.fullmatch(r"[\w+-][\w.+-]{0,99}", name), name
+    assert clean_name("lora.rank=8,lr=1e-4") == "lora.rank_8_lr_1e-4"
+
+
+EVIL = "<img src=x onerror=alert(1)>"
+
+
+def test_a_card_shows_text_as_text(run: RunDir, make_config: Callable, tmp_path: Path) -> None:
+    """Emoji in YAML, HTML in style and names, a path of this machine, a damaged evaluation.json."""
+    secret = tmp_path / "home" / "jane" / "sd15"
+    config = make_config(
+        f"data.style=', 😀 👩‍🎨 {EVIL} `x`'", f"model.path={secret}", f"model.adapter={secret}/near"
+    )
+    copy = RunDir(tmp_path / EVIL.replace("/", ""))
+    copy.path.mkdir()
+    copy.status.update(gain="0.5", gain_se=0.1, step=EVIL, data_hash=EVIL)
+    copy.evaluation.write_text(json.dumps({"weights": None, "models": {EVIL: [{"sampler": EVIL}]}}))
+    card = model_card(copy, config, copy.path.name, ["`a`"], ["a"])
+    assert "<img" not in card and "jane" not in card and "<lora:" not in card
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["instance_prompt"] == f"😀 👩‍🎨 {EVIL} `x`" and "base_model" not in header
+    assert "&lt;img" in card and "for sd15, with near merged" in card
+    line = next(line for line in card.splitlines() if "from_pretrained" in line)
+    prompt = next(line for line in card.splitlines() if "guidance_scale" in line)
+    assert "sd15" in line and ast.literal_eval(prompt.strip()[9:].rpartition(", guidance")[0]).endswith("`x`")
+
+
+def test_a_card_names_only_files_that_are_there(run: RunDir, make_config: Callable) -> None:
+    config = make_config("lora.variant=dora")
+    names = ["pytorch_lora_weights.safetensors"]
+    assert "A1111" not in model_card(run, config, "it", [], names)
+    whole = model_card(
+        run, config, "it", [], [*names, "it_kohya.safetensors", "merged", "it_merged.safetensors"]
+    )
+    for words in ("<lora:it_kohya:1>", "`merged/` is a complete", "`it_merged.safetensors` is the complete"):
+        assert words in whole
 
 
 # Several, and none
@@ -343,6 +598,13 @@ def test_push_sends_just_that(
     assert asked["repo"] == ("me/mine", {"private": True, "exist_ok": True})
     assert set(asked["upload"]["allow_patterns"]) == {name for name, _ in push.files_to_push(exported[0])}
     assert json.dumps(asked["upload"]["allow_patterns"]).count("merged") == 0
+    link = shutil.copytree(exported[0], run.path / "link", ignore=lambda *_: ["merged"])
+    (link / "passwd.md").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match=r"passwd.md is a link: only files of an export are sent"):
+        push.files_to_push(link)
+    (run.path / "whole").symlink_to(exported[0])
+    with pytest.raises(UserError, match=r"whole is a link"):
+        push.files_to_push(run.path / "whole")
     empty = shutil.copytree(exported[0], run.path / "empty", ignore=lambda *_: ["README.md", "merged"])
     with pytest.raises(UserError, match="holds nothing to send"):
         push.files_to_push(empty)

@@ -1,0 +1,70 @@
+"""Saved settings are data: written and read back as they are, with nothing of the environment in them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from ghibli.config.files import CHECKSUM_LINE, apply_overrides, from_yaml, to_yaml
+from ghibli.config.schema import Config
+from ghibli.runs.folder import RunDir
+from ghibli.runs.resume import chosen_groups, with_values
+from ghibli.runtime.errors import UserError
+
+CANARY = "canary-51f0"
+PIECES = st.sampled_from(["${oc.env:CANARY}", "${", "}", "\\", "$", "{", "data.root", ":", "ジ", "'", "#"])
+
+
+@pytest.fixture(scope="module")
+def config(make_config: Callable[..., Config]) -> Config:
+    return make_config()
+
+
+def written(config: Config, file: Path, style: str) -> Path:
+    file.write_text(to_yaml(replace(config, data=replace(config.data, style=style))), encoding="utf-8")
+    return file
+
+
+def test_the_text_is_that_of_omegaconf(make_config: Callable[..., Config]) -> None:
+    for words in ((), ("lora.targets=all", "data.style=', in ink'"), ("finetune=full", "seed=3")):
+        config = make_config(*words)
+        assert to_yaml(config).partition(CHECKSUM_LINE)[0] == OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(pieces=st.lists(PIECES, max_size=8))
+def test_any_text_comes_back(
+    config: Config, tmp_path_factory: pytest.TempPathFactory, pieces: list[str]
+) -> None:
+    style = "".join(pieces)
+    read = from_yaml(written(config, tmp_path_factory.mktemp("any") / "config.yaml", style))
+    assert read.data.style == style
+    assert apply_overrides(read, ["seed=7"], ("seed",)).data.style == style
+    assert with_values(read, {"trainer.max_epochs": 9}).data.style == style
+
+
+def test_a_saved_interpolation_is_not_resolved(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a text, in a number, and in Hydra's own record of the choices."""
+    monkeypatch.setenv("CANARY", CANARY)
+    plain = OmegaConf.to_yaml(OmegaConf.structured(config))
+    file = tmp_path / "config.yaml"
+    for line in ("style: '${oc.env:CANARY}'", 'style: "${data.root}${oc.env:CANARY}"'):
+        file.write_text(
+            "\n".join(f"  {line}" if row.startswith("  style:") else row for row in plain.split("\n"))
+        )
+        assert CANARY not in repr(from_yaml(file)) and "${oc.env:CANARY}" in repr(from_yaml(file))
+    file.write_text(plain.replace(f"seed: {config.seed}", "seed: ${oc.env:CANARY}"))
+    with pytest.raises(UserError) as caught:
+        from_yaml(file)
+    assert CANARY not in str(caught.value) and "seed" in str(caught.value)
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "hydra.yaml").write_text(
+        "hydra: {runtime: {choices: {model: '${oc.env:CANARY}'}}}"
+    )
+    assert chosen_groups(RunDir(tmp_path)) == {"model": "${oc.env:CANARY}"}
