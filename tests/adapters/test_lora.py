@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ghibli.adapters import apply, lora
-from ghibli.config.schema import LoraConfig
+from ghibli.config.schema import TEXT_ENCODER_TARGETS, LoraConfig
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.models.safetensors import ADAPTER_FILE
@@ -26,7 +26,7 @@ SCALE = ALPHA / RANK
 def attach(base: BaseModel, seed: int = 0, **changes: object) -> BaseModel:
     options = {
         "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": TARGETS, "text_encoder": True,
-        "variant": "lora", "init": None,
+        "text_encoder_targets": "attention", "variant": "lora", "init": None,
     }  # fmt: skip
     lora.add_lora(base, LoraConfig(**(options | changes)), seed)
     return base
@@ -269,7 +269,7 @@ def test_the_files_keys_are_the_published_ones(base: BaseModel, tmp_path: Path) 
         assert metadata[f"{part}.lora_dropout"] == 0
         assert metadata[f"{part}.base_model_name_or_path"] is None  # no path of this machine
     assert metadata["unet.target_modules"] == sorted(TARGETS)  # a set's order would differ between runs
-    assert metadata["text_encoder.target_modules"] == sorted(lora.TEXT_ENCODER_TARGETS)
+    assert metadata["text_encoder.target_modules"] == sorted(TEXT_ENCODER_TARGETS["attention"])
 
 
 # Merging a file into a base
