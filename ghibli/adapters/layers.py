@@ -6,6 +6,7 @@ r"""The kinds of update that an adapter file holds for one layer, each as the ma
     LoHa   s (B1 A1) * (B2 A2), elementwise              Hyeon-Woo et al. 2022 (FedPara)
     LoKr   s C (x) (B A), a Kronecker product            Yeh et al. 2024; Edalati et al. 2022 (KronA)
     OFT    (R - 1) W, R orthogonal in blocks             Qiu et al. 2023; Cayley's (1 + Q) (1 - Q)^-1
+           or W (R^T - 1), which PEFT trains             R = (1 - Q) (1 + Q)^-1
     full   the difference itself
     DoRA   m V / |V| - W, with V = W + one of the above  Liu et al. 2024, section 4.1
 
@@ -224,6 +225,34 @@ class OFT(Update):
 
 
 @dataclass(frozen=True)
+class InputOFT(Update):
+    """W with its inputs turned by an orthogonal matrix in blocks, as PEFT's OFT layer has it."""
+
+    angles: torch.Tensor  # (blocks, n (n - 1) / 2): Q above its diagonal, by rows; blocks * n inputs
+
+    name: ClassVar = "OFT of the inputs"
+    file_names: ClassVar = {"angles": "oft_R.weight"}
+
+    @property
+    def dims(self) -> dict[str, Dims]:
+        return {"angles": ("blocks", "angles")}
+
+    @property
+    def rank(self) -> int:
+        return self.angles.shape[0]
+
+    def plain_delta(self, weight: torch.Tensor) -> torch.Tensor:
+        inputs = weight.shape[1] // self.rank
+        above = torch.zeros(self.rank, inputs, inputs).to(weight)
+        rows, columns = torch.triu_indices(inputs, inputs, 1)
+        above[:, rows, columns] = self.angles.to(weight)
+        skew, one = above - above.transpose(1, 2), torch.eye(inputs).to(weight)
+        rotation = torch.linalg.solve(one + skew, one - skew, left=False)
+        turned = torch.einsum("okn,kmn->okm", weight.reshape(-1, self.rank, inputs), rotation.transpose(1, 2))
+        return turned.reshape(weight.shape) - weight
+
+
+@dataclass(frozen=True)
 class Full(Update):
     """The difference itself, as LyCORIS's `full` and what was extracted from whole models have it."""
 
@@ -240,8 +269,8 @@ class Full(Update):
         return self.diff.to(weight).reshape(weight.shape)
 
 
-Layer = LoRA | LoHa | LoKr | OFT | Full
-KINDS: tuple[type[Layer], ...] = (LoRA, LoHa, LoKr, OFT, Full)
+Layer = LoRA | LoHa | LoKr | OFT | InputOFT | Full
+KINDS: tuple[type[Layer], ...] = (LoRA, LoHa, LoKr, OFT, InputOFT, Full)
 
 
 def same_update(one: Layer, other: Layer) -> bool:

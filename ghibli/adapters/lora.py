@@ -7,12 +7,14 @@ Hu et al. 2021, "LoRA", section 4.1. PEFT builds the layers; this module chooses
 """
 
 import json
+import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, get_peft_model_state_dict
+from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import save
 from torch import nn
 
@@ -25,19 +27,22 @@ from ghibli.runtime.files import write_atomically
 from ghibli.runtime.seeding import Stream, seed_global_rng
 
 ADAPTER_NAME = "default"  # of the trained adapter, in PEFT
+SCALED = re.compile(r"\.(lora_B\.weight|hada_w1_a|lokr_w1|lokr_w1_a)$")  # the factor that takes up the scale
 
 
 def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
     """Add fresh fp32 adapters to the UNet and, if asked, to the text encoder; B is zero, A follows the seed.
 
-    The variant is lora, dora (Liu et al. 2024: direction and magnitude of W' apart) or rslora
-    (Kalajdzievski 2023: B A is scaled by alpha / sqrt(rank)). The weights of options.init are copied in
-    later (adapters.start.start_from).
+    The variant is lora, dora (Liu et al. 2024: direction and magnitude of W' apart), rslora (Kalajdzievski
+    2023: B A is scaled by alpha / sqrt(rank)), loha, lokr or oft; the formulas are in adapters.layers. Every
+    one starts as the base. The weights of options.init are copied in later (adapters.start.start_from).
 
     Raises:
-        UserError: a target that names no linear or convolution layer.
+        UserError: a target that names no linear or convolution layer, or layers that oft cannot turn.
     """
     check_targets(base, options)
+    if options.variant == "oft":
+        check_blocks(base, options)
     with torch.random.fork_rng():
         seed_global_rng(Stream.ADAPTER_INIT, seed)
         for part, targets in targets_of(options).items():
@@ -49,8 +54,25 @@ def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
 
 
 def peft_config(options: LoraConfig, targets: list[str]) -> PeftConfig:
-    """Translate our settings into PEFT's for the layers whose names end in `targets`."""
-    return PeftConfig(
+    """Translate our settings into PEFT's for the layers whose names end in `targets`.
+
+    loha and lokr drop outputs of the update (rank_dropout) instead of inputs of A, oft whole blocks. Their
+    convolutions are decomposed over the kernel (Tucker), as `lora` does not.
+    """
+    lycoris = {
+        "r": options.rank, "alpha": options.alpha, "rank_dropout": options.dropout,
+        "target_modules": targets, "use_effective_conv2d": True,
+    }  # fmt: skip
+    if options.variant == "loha":
+        return LoHaConfig(**lycoris)
+    if options.variant == "lokr":
+        return LoKrConfig(**lycoris)
+    if options.variant == "oft":  # the exact Cayley transform: PEFT's default is a series cut off
+        return OFTConfig(
+            r=options.rank, oft_block_size=0, module_dropout=options.dropout, target_modules=targets,
+            use_cayley_neumann=False,
+        )  # fmt: skip
+    return PeftLoraConfig(
         r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, bias="none",
         init_lora_weights=True, target_modules=targets,
         use_dora=options.variant == "dora", use_rslora=options.variant == "rslora",
@@ -94,6 +116,28 @@ def check_targets(base: BaseModel, options: LoraConfig) -> None:
                 raise UserError(f"{key} is called {ending}; there are {known}")
 
 
+def check_blocks(base: BaseModel, options: LoraConfig) -> None:
+    """Raise a UserError unless oft can turn every layer's inputs in options.rank blocks of equal size.
+
+    PEFT would take the nearest number of blocks that fits, and its layer around a convolution with a kernel
+    computes something else than the weights it merges.
+    """
+    layers = named_layers(base)
+    for name in sorted(layers_to_train(base, options)):
+        layer, inputs = layers[name], layers[name].weight.shape[1]
+        if prod(layer.weight.shape[2:]) > 1:
+            raise UserError(
+                f"lora.variant=oft turns the inputs of linear layers; {name} is a convolution with a kernel: "
+                "leave it out of lora.targets"
+            )
+        if inputs % options.rank or inputs == options.rank:
+            fitting = [n for n in range(1, inputs) if inputs % n == 0]
+            raise UserError(
+                f"lora.rank={options.rank} with lora.variant=oft is the number of blocks that a layer's inputs "
+                f"are split into, and {name} has {inputs}: one of {', '.join(map(str, fitting))} fits it"
+            )
+
+
 def unfreeze_unet(base: BaseModel) -> None:
     """Make every UNet weight trainable, in fp32: full fine-tuning."""
     base.unet.requires_grad_(True)
@@ -110,16 +154,20 @@ def trainable(base: BaseModel) -> dict[str, nn.Parameter]:
 
 
 def scale_of(options: LoraConfig) -> float:
-    """Return what a run multiplies B A by."""
+    """Return what a run multiplies the product of a layer's factors by."""
+    if options.variant == "oft":
+        return 1.0
     return options.alpha / (options.rank**0.5 if options.variant == "rslora" else options.rank)
 
 
 def save_adapter(base: BaseModel, folder: Path) -> Path:
-    """Save the adapter as a diffusers safetensors file that `load_lora_weights(folder)` reads; return it.
+    """Save the adapter as a safetensors file that diffusers' `load_lora_weights(folder)` reads; return it.
 
-    Every layer has PEFT's key names, and B is multiplied by the scale, so that alpha is the rank: readers
-    that look at one key only, or know no metadata, load the whole at its own strength. Dropout is recorded
-    as 0, since some would leave it on. The same weights give the same bytes in any process.
+    Every layer has PEFT's key names, and one factor is multiplied by the scale, so that alpha is the rank:
+    readers that look at one key only, or know no metadata, load the whole at its own strength. Dropout is
+    recorded as 0, since some would leave it on. The same weights give the same bytes in any process.
+
+    diffusers has no loader for loha, lokr and oft: PEFT reads their tensors, and so does this project.
     """
     tensors: dict[str, torch.Tensor] = {}
     settings: dict[str, Any] = {}
@@ -127,9 +175,9 @@ def save_adapter(base: BaseModel, folder: Path) -> Path:
         config = getattr(module, "peft_config", {}).get(ADAPTER_NAME)
         if config is not None:
             state = get_peft_model_state_dict(module, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-            scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+            scale = scale_in(config)
             for key, value in state.items():
-                value = value.detach().cpu() * (scale if ".lora_B." in key else 1)
+                value = value.detach().cpu() * (scale if SCALED.search(key) else 1)
                 tensors[diffusers_key(part, key)] = value.contiguous()
             settings |= {f"{part}.{key}": value for key, value in published_settings(config).items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
@@ -151,9 +199,21 @@ def diffusers_key(part: str, key: str) -> str:
     return f"{part}.text_model.{key.removeprefix('text_model.')}{end}"
 
 
+def scale_in(config: PeftConfig) -> float:
+    """Return what PEFT multiplies the product of a layer's factors by; 1 for OFT, which has no factors."""
+    if isinstance(config, OFTConfig):
+        return 1.0
+    if isinstance(config, PeftLoraConfig):
+        return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    return config.alpha / config.r
+
+
 def published_settings(config: PeftConfig) -> dict[str, Any]:
-    """Return PEFT's settings as they belong into a file: B scaled already, no dropout, no path of a machine."""
-    return config.to_dict() | {
-        "lora_alpha": config.r, "use_rslora": False, "lora_dropout": 0.0, "base_model_name_or_path": None,
+    """Return PEFT's settings as they belong into a file: scaled already, no dropout, no path of a machine."""
+    settings = config.to_dict()
+    published = {
+        "lora_alpha": config.r, "alpha": config.r, "use_rslora": False, "lora_dropout": 0.0,
+        "rank_dropout": 0.0, "module_dropout": 0.0, "base_model_name_or_path": None,
         "target_modules": sorted(config.target_modules),  # a set: its order is random
     }  # fmt: skip
+    return settings | {key: value for key, value in published.items() if key in settings}
