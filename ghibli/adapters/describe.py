@@ -18,7 +18,7 @@ def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
         base: what it was read for.
         overrides: of train.py, which chose that base.
     """
-    count = len(adapter.layers)
+    what = f"{' and '.join(adapter.kinds)} of {len(adapter.layers)} layers"
     numbers = [
         f"{name} {', '.join(map(format_number, values))}"
         for name, values in (("rank", adapter.ranks), ("alpha", adapter.alphas))
@@ -31,7 +31,7 @@ def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
     }
     targets = [*adapter.targets, *(["text encoder"] if adapter.has_text_encoder else [])]
     return [
-        f"layout   {', '.join([f'{adapter.layout}, {" and ".join(adapter.kinds)} of {count} layers', *numbers])}",
+        f"layout   {', '.join([adapter.layout, what, *numbers])}",
         f"targets  {', '.join(targets)}",
         *(f"metadata {key}: {value[:200]}" for key, value in metadata.items()),
         f"train    {training_command(adapter, base, overrides)}",

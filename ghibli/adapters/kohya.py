@@ -58,8 +58,8 @@ def whole_difference(layer: Layer, adapter: Adapter, weight: torch.Tensor | None
     """
     if weight is None:
         raise UserError(
-            f"{adapter.file} is a DoRA, whose magnitudes ComfyUI and A1111 read wrongly in kohya's layout: use "
-            "the diffusers file, or ghibli export --merge"
+            f"{adapter.file} is a DoRA, whose magnitudes ComfyUI and A1111 read wrongly in kohya's layout: "
+            "use the diffusers file, or ghibli export --merge"
         )
     dtype = next(iter(layer.tensors.values())).dtype
     return Full(diff=layer.delta(weight.double()).to(dtype))

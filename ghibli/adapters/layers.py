@@ -1,4 +1,4 @@
-r"""The kinds of update that an adapter file holds for one layer, each as the matrix W' - W that it stands for.
+r"""The kinds of update that an adapter file holds for one layer, each as the matrix W' - W it stands for.
 
     kind   W' - W, with s = alpha / rank                 source
     LoRA   s B A                                         Hu et al. 2021, section 4.1
@@ -66,7 +66,7 @@ class Update:
         raise NotImplementedError
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W' - W, in the dtype and with the shape of the base's `weight`; float64 for the exact one."""
+        """Return W' - W, in the dtype and the shape of the base's `weight`; in float64 exactly."""
         change = self.plain_delta(weight)
         if self.magnitude is None:
             return change
@@ -197,7 +197,7 @@ class LoKr(Update):
 
 @dataclass(frozen=True)
 class OFT(Update):
-    """W turned by an orthogonal matrix in blocks of the outputs: no length or angle within a block changes."""
+    """W turned by an orthogonal matrix, in blocks of the outputs."""
 
     blocks: torch.Tensor  # (blocks, n, n): Q is its skew part; blocks * n outputs
     alpha: float = 0.0  # largest norm of Q over the number of outputs; 0 = any
@@ -245,7 +245,7 @@ KINDS: tuple[type[Layer], ...] = (LoRA, LoHa, LoKr, OFT, Full)
 
 
 def same_update(one: Layer, other: Layer) -> bool:
-    """Tell whether two updates have the same tensors, and the same alpha as far as a file's dtype holds it."""
+    """Tell whether two updates have the same tensors, and alphas equal as far as a dtype holds them."""
     if type(one) is not type(other) or one.tensors.keys() != other.tensors.keys():
         return False
     alphas = [getattr(each, "alpha", None) or 0.0 for each in (one, other)]
@@ -255,7 +255,7 @@ def same_update(one: Layer, other: Layer) -> bool:
 
 
 def tucker(core: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Multiply out a Tucker decomposition: core (p, q, k, k), up (out, p), down (q, in) -> (out, in, k, k)."""
+    """Multiply out a Tucker decomposition: (p, q, k, k), (out, p), (q, in) -> (out, in, k, k)."""
     return torch.einsum("pq...,op,qi->oi...", core, up, down)
 
 

@@ -41,11 +41,12 @@ def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
     with torch.random.fork_rng():
         seed_global_rng(Stream.ADAPTER_INIT, seed)
         for part, targets in targets_of(options).items():
-            base.adaptable[part].add_adapter(peft_config(options, targets), adapter_name=ADAPTER_NAME)
+            adapted: Any = base.adaptable[part]
+            adapted.add_adapter(peft_config(options, targets), adapter_name=ADAPTER_NAME)
     for parameter in trainable(base).values():
         parameter.data = parameter.data.float()
-    for part in base.adaptable.values():
-        part.train(part.training)  # PEFT's new layers are in training mode, with dropout on
+    for module in base.adaptable.values():
+        module.train(module.training)  # PEFT's new layers are in training mode, with dropout on
 
 
 def peft_config(options: LoraConfig, targets: list[str]) -> PeftConfig:
@@ -59,10 +60,8 @@ def peft_config(options: LoraConfig, targets: list[str]) -> PeftConfig:
 
 def targets_of(options: LoraConfig) -> dict[str, list[str]]:
     """Return the parts to adapt, the UNet first, each with the endings of its layers' names."""
-    targets = {
-        "unet": options.targets,
-        "text_encoder": options.text_encoder_targets if options.text_encoder else [],
-    }
+    of_text = options.text_encoder_targets if options.text_encoder else []
+    targets = {"unet": options.targets, "text_encoder": of_text}
     return {part: endings for part, endings in targets.items() if endings}
 
 
@@ -152,7 +151,7 @@ def diffusers_key(part: str, key: str) -> str:
 
 
 def published_settings(config: PeftConfig) -> dict[str, Any]:
-    """Return PEFT's settings as they belong into a file: B scaled already, no dropout, no path of a machine."""
+    """Return PEFT's settings as a file has them: B is scaled, no dropout, no path of a machine."""
     return config.to_dict() | {
         "lora_alpha": config.r, "use_rslora": False, "lora_dropout": 0.0, "base_model_name_or_path": None,
         "target_modules": sorted(config.target_modules),  # a set: its order is random

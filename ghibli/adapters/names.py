@@ -85,13 +85,12 @@ def layer_paths(base: BaseModel) -> dict[str, tuple[str, str]]:
     return found
 
 
-def named_layers(base: BaseModel) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Name every linear and convolution layer of UNet and text encoder; under adapters, the base's own."""
-    found = {}
-    for name, (part, path) in layer_paths(base).items():
-        layer = base.adaptable[part].get_submodule(path)
-        found[name] = getattr(layer, "base_layer", layer)
-    return found
+def named_layers(base: BaseModel) -> dict[str, Any]:
+    """Name every nn.Linear and nn.Conv2d of UNet and text encoder; under adapters, the base's own."""
+    layers = {
+        name: base.adaptable[part].get_submodule(path) for name, (part, path) in layer_paths(base).items()
+    }
+    return {name: getattr(layer, "base_layer", layer) for name, layer in layers.items()}
 
 
 def kohya_name(name: str) -> str:

@@ -33,9 +33,9 @@ SHARED |= {  # PEFT's magnitudes, of which convolutions have (1, out, 1, 1)
     f".lora_magnitude_vector{end}": "PEFT magnitude" for end in ("", ".weight", ".default", ".default.weight")
 }
 LORA_FACTORS = {
-    "down": ("lora_A", "lora_A.weight", "lora_A.default.weight", "lora.down.weight", "down.weight",
+    "down": ("lora_down.weight", "lora_A", "lora_A.weight", "lora_A.default.weight", "lora.down.weight", "down.weight",
              "lora_linear_layer.down.weight"),
-    "up": ("lora_B", "lora_B.weight", "lora_B.default.weight", "lora.up.weight", "up.weight",
+    "up": ("lora_up.weight", "lora_B", "lora_B.weight", "lora_B.default.weight", "lora.up.weight", "up.weight",
            "lora_linear_layer.up.weight"),
 }  # fmt: skip
 ENDINGS: dict[str, tuple[type[Layer] | None, str]] = {
@@ -163,10 +163,20 @@ def check_whole_layer(place: Found, what: str) -> type[Layer]:
                 f"{what}: `{place.keys[extra[0]]}` does not go with the other tensors of its layer"
             )
         there = place.keys[min(have)]
-        raise UserError(f"{what} is incomplete: `{there}` is there without its {kind.file_names[missing[0]]}")
+        lacks = beside(there, kind, missing[0])
+        raise UserError(f"{what} is incomplete: `{there}` is there without `{lacks}`")
     if kind is Full and "alpha" in place.keys:
         raise UserError(f"{what}: `{place.keys['alpha']}` would scale a full difference, which has no scale")
     return kind
+
+
+def beside(key: str, kind: type[Layer], missing: str) -> str:
+    """Return the key that a missing tensor would have, in the naming of a key that is there."""
+    ending = max((end for end in ENDINGS if key.endswith(end)), key=len)
+    naming = dict(zip(LORA_FACTORS["down"], LORA_FACTORS["up"], strict=True))
+    naming |= {up: down for down, up in naming.items()}
+    name = naming.get(ending[1:], kind.file_names[missing]) if kind is LoRA else kind.file_names[missing]
+    return f"{key.removesuffix(ending)}.{name}"
 
 
 def load_tensor(opened: Any, key: str, what: str) -> torch.Tensor:
@@ -206,7 +216,7 @@ def build(
     if "magnitude" in tensors:
         key = place.keys["magnitude"]
         options["magnitude"] = shaped_magnitude(tensors["magnitude"], key, weight, what)
-    layer = kind(**options) if kind is Full else kind(**options, alpha=0.0)
+    layer = kind(**(options if kind is Full else options | {"alpha": 0.0}))
     wrong = misfit(layer, weight)
     if wrong is not None:
         name, needed = wrong

@@ -71,11 +71,11 @@ def start_from(adapter: Adapter, trainable: dict[str, nn.Parameter], options: Lo
         layer_name, _, kind = name.replace("text_encoder.text_model.", "text_encoder.").partition(".lora_")
         layer = adapter.layers[layer_name]
         assert isinstance(layer, LoRA), "check_same_shape refuses other kinds"
-        ratio = layer.alpha / layer.rank / scale_of(options)
+        ratio = scale_of(options) / (layer.alpha / layer.rank)
         value = {"A": layer.down, "B": layer.up, "m": layer.magnitude}[kind[0]]
         if value is None:
             raise UserError(f"lora.init: the file has DoRA magnitudes, but none for {layer_name}")
-        value = value.float() * ratio if kind[0] == "B" else value
+        value = value.float() / ratio if kind[0] == "B" else value
         parameter.copy_(value.reshape(parameter.shape))
         filled.add(layer_name)
     if filled != set(adapter.layers):
