@@ -110,6 +110,7 @@ def add_adapter(base: BaseModel, adapter: Adapter, name: str) -> None:
             continue
         config = PeftConfig(r=1, lora_alpha=1, target_modules=list(own), init_lora_weights=False)
         inject_adapter_in_model(config, module, name, low_cpu_mem_usage=True)
+        vars(module).pop("peft_config", None)  # a record that nothing reads; PEFT warns of a second one
         for path, layer in own.items():
             put_factors(module.get_submodule(path), name, layer, f"{adapter.file}: {path}")
     lost = set(adapter.layers) ^ adapted_layers(base, name)

@@ -3,10 +3,10 @@
 import shlex
 from itertools import combinations
 
-from ghibli.adapters.files import Adapter, format_number, is_dora
+from ghibli.adapters.files import Adapter, format_number
 from ghibli.adapters.lora import ends_in
 from ghibli.adapters.names import named_layers, target_of
-from ghibli.adapters.start import why_not
+from ghibli.adapters.start import VARIANTS, why_not
 from ghibli.config.schema import TARGETS, TEXT_ENCODER_TARGETS
 from ghibli.models.base import BaseModel
 
@@ -18,7 +18,7 @@ def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
         base: what it was read for.
         overrides: of train.py, which chose that base.
     """
-    count = len(adapter.layers)
+    what = f"{' and '.join(adapter.kinds)} of {len(adapter.layers)} layers"
     numbers = [
         f"{name} {', '.join(map(format_number, values))}"
         for name, values in (("rank", adapter.ranks), ("alpha", adapter.alphas))
@@ -31,7 +31,7 @@ def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
     }
     targets = [*adapter.targets, *(["text encoder"] if adapter.has_text_encoder else [])]
     return [
-        f"layout   {', '.join([f'{adapter.layout}, {" and ".join(adapter.kinds)} of {count} layers', *numbers])}",
+        f"layout   {', '.join([adapter.layout, what, *numbers])}",
         f"targets  {', '.join(targets)}",
         *(f"metadata {key}: {value[:200]}" for key, value in metadata.items()),
         f"train    {training_command(adapter, base, overrides)}",
@@ -44,6 +44,7 @@ def training_command(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
     reason = why_not(adapter)
     if reason is not None:
         return f"not possible: {reason}"
+    variant = VARIANTS[adapter.kinds[0]][0]
     settings = [
         *overrides,
         f"lora.init={adapter.file}",
@@ -51,7 +52,7 @@ def training_command(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
         *([f"lora.alpha={format_number(adapter.alphas[0])}"] if len(adapter.alphas) == 1 else []),
         f"lora.targets={as_setting(endings(adapter, base, 'unet'), TARGETS)}",
         f"lora.text_encoder={str(adapter.has_text_encoder).lower()}",
-        *(["lora.variant=dora"] if is_dora(adapter) else []),
+        *([f"lora.variant={variant}"] if variant != "lora" else []),
     ]
     if adapter.has_text_encoder:
         found = as_setting(endings(adapter, base, "text_encoder"), TEXT_ENCODER_TARGETS)

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghibli.adapters.layers import Full, Layer, LoRA
+from ghibli.adapters.layers import UNSCALED, Layer, LoRA
 from ghibli.adapters.names import target_of
 from ghibli.adapters.read import read_layers
 from ghibli.config.paths import NO_PICKLE, PICKLES, convert_command
@@ -42,7 +42,7 @@ class Adapter:
     def alphas(self) -> list[float]:
         """Every alpha that scales a layer by alpha / rank."""
         scaled = [
-            each for each in self.layers.values() if not isinstance(each, Full) and each.rank is not None
+            each for each in self.layers.values() if not isinstance(each, UNSCALED) and each.rank is not None
         ]
         return sorted({layer.alpha for layer in scaled if layer.alpha is not None})
 

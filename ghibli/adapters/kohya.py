@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from ghibli.adapters.files import Adapter
-from ghibli.adapters.layers import Full, Layer
+from ghibli.adapters.layers import UNSCALED, Full, InputOFT, Layer
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.config.schema import Config
 from ghibli.models.base import BaseModel
@@ -35,13 +35,13 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
     state: dict[str, torch.Tensor] = {}
     for name, layer in adapter.layers.items():
         prefix = kohya_name(name)
-        if layer.per_output:
+        if layer.per_output or isinstance(layer, InputOFT):
             layer = whole_difference(
                 layer, adapter, None if base is None else named_layers(base)[name].weight
             )
         for field, tensor in layer.tensors.items():
             state[f"{prefix}.{layer.file_names[field]}"] = tensor.contiguous()
-        if not isinstance(layer, Full) and layer.alpha is not None:
+        if not isinstance(layer, UNSCALED) and layer.alpha is not None:
             dtype = next(iter(layer.tensors.values())).dtype
             state[f"{prefix}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
         if layer.magnitude is not None:
@@ -58,8 +58,8 @@ def whole_difference(layer: Layer, adapter: Adapter, weight: torch.Tensor | None
     """
     if weight is None:
         raise UserError(
-            f"{adapter.file} is a DoRA, whose magnitudes ComfyUI and A1111 read wrongly in kohya's layout: use "
-            "the diffusers file, or ghibli export --merge"
+            f"{adapter.file} is a DoRA, whose magnitudes ComfyUI and A1111 read wrongly in kohya's layout: "
+            "use the diffusers file, or ghibli export --merge"
         )
     dtype = next(iter(layer.tensors.values())).dtype
     return Full(diff=layer.delta(weight.double()).to(dtype))

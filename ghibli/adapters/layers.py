@@ -1,4 +1,4 @@
-r"""The kinds of update that an adapter file holds for one layer, each as the matrix W' - W that it stands for.
+r"""The kinds of update that an adapter file holds for one layer, each as the matrix W' - W it stands for.
 
     kind   W' - W, with s = alpha / rank                 source
     LoRA   s B A                                         Hu et al. 2021, section 4.1
@@ -67,7 +67,7 @@ class Update:
         raise NotImplementedError
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W' - W, in the dtype and with the shape of the base's `weight`; float64 for the exact one."""
+        """Return W' - W, in the dtype and the shape of the base's `weight`; in float64 exactly."""
         change = self.plain_delta(weight)
         if self.magnitude is None:
             return change
@@ -198,7 +198,7 @@ class LoKr(Update):
 
 @dataclass(frozen=True)
 class OFT(Update):
-    """W turned by an orthogonal matrix in blocks of the outputs: no length or angle within a block changes."""
+    """W turned by an orthogonal matrix, in blocks of the outputs."""
 
     blocks: torch.Tensor  # (blocks, n, n): Q is its skew part; blocks * n outputs
     alpha: float = 0.0  # largest norm of Q over the number of outputs; 0 = any
@@ -229,6 +229,7 @@ class InputOFT(Update):
     """W with its inputs turned by an orthogonal matrix in blocks, as PEFT's OFT layer has it."""
 
     angles: torch.Tensor  # (blocks, n (n - 1) / 2): Q above its diagonal, by rows; blocks * n inputs
+    terms: int | None = None  # of the series that PEFT takes for R by default; None = Cayley's transform
 
     name: ClassVar = "OFT of the inputs"
     file_names: ClassVar = {"angles": "oft_R.weight"}
@@ -247,8 +248,11 @@ class InputOFT(Update):
         rows, columns = torch.triu_indices(inputs, inputs, 1)
         above[:, rows, columns] = self.angles.to(weight)
         skew, one = above - above.transpose(1, 2), torch.eye(inputs).to(weight)
-        rotation = torch.linalg.solve(one + skew, one - skew, left=False)
-        turned = torch.einsum("okn,kmn->okm", weight.reshape(-1, self.rank, inputs), rotation.transpose(1, 2))
+        if self.terms is None:
+            rotation = torch.linalg.solve(one + skew, one - skew, left=False)
+        else:
+            rotation = cayley_series(skew, self.terms)
+        turned = torch.einsum("okn,kmn->okm", weight.reshape(-1, self.rank, inputs), rotation)
         return turned.reshape(weight.shape) - weight
 
 
@@ -271,10 +275,11 @@ class Full(Update):
 
 Layer = LoRA | LoHa | LoKr | OFT | InputOFT | Full
 KINDS: tuple[type[Layer], ...] = (LoRA, LoHa, LoKr, OFT, InputOFT, Full)
+UNSCALED = (InputOFT, Full)  # without an alpha
 
 
 def same_update(one: Layer, other: Layer) -> bool:
-    """Tell whether two updates have the same tensors, and the same alpha as far as a file's dtype holds it."""
+    """Tell whether two updates have the same tensors, and alphas equal as far as a dtype holds them."""
     if type(one) is not type(other) or one.tensors.keys() != other.tensors.keys():
         return False
     alphas = [getattr(each, "alpha", None) or 0.0 for each in (one, other)]
@@ -284,8 +289,19 @@ def same_update(one: Layer, other: Layer) -> bool:
 
 
 def tucker(core: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Multiply out a Tucker decomposition: core (p, q, k, k), up (out, p), down (q, in) -> (out, in, k, k)."""
+    """Multiply out a Tucker decomposition: (p, q, k, k), (out, p), (q, in) -> (out, in, k, k)."""
     return torch.einsum("pq...,op,qi->oi...", core, up, down)
+
+
+def cayley_series(skew: torch.Tensor, terms: int) -> torch.Tensor:
+    """Sum PEFT's series for the rotations of skew matrices (blocks, n, n), which turns the other way.
+
+    1 + 2 Q + 2 Q^2 + ... + Q^k with k = max(3, terms - 1); of fewer than three terms, the first ones.
+    """
+    one, last = torch.eye(skew.shape[-1]).to(skew), max(3, terms - 1)
+    factors = [2.0] * (terms - 1) if terms < 3 else [2.0] * (last - 1) + [1.0]
+    powers = [factor * torch.linalg.matrix_power(skew, k) for k, factor in enumerate(factors, start=1)]
+    return sum(powers, start=one.expand_as(skew))
 
 
 def misfit(layer: Layer, weight: torch.Tensor) -> tuple[str, str] | None:
@@ -306,6 +322,10 @@ def misfit(layer: Layer, weight: torch.Tensor) -> tuple[str, str] | None:
             if list(shape) == known:
                 continue
         return field, f"({', '.join(str(sizes.get(dim, dim)) for dim in dims)})"
+    if isinstance(layer, InputOFT):
+        blocks, angles = layer.angles.shape
+        if inside % blocks or inside // blocks * (inside // blocks - 1) != 2 * angles or kernel > 1:
+            return "angles", f"({blocks}, n (n - 1) / 2) with {blocks} n = {inside}"
     products = {
         ("a", "b"): ("out", out),
         ("c", "d * k"): ("in * k", inside * kernel),

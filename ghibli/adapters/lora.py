@@ -46,11 +46,12 @@ def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
     with torch.random.fork_rng():
         seed_global_rng(Stream.ADAPTER_INIT, seed)
         for part, targets in targets_of(options).items():
-            base.adaptable[part].add_adapter(peft_config(options, targets), adapter_name=ADAPTER_NAME)
+            adapted: Any = base.adaptable[part]
+            adapted.add_adapter(peft_config(options, targets), adapter_name=ADAPTER_NAME)
     for parameter in trainable(base).values():
         parameter.data = parameter.data.float()
-    for part in base.adaptable.values():
-        part.train(part.training)  # PEFT's new layers are in training mode, with dropout on
+    for module in base.adaptable.values():
+        module.train(module.training)  # PEFT's new layers are in training mode, with dropout on
 
 
 def peft_config(options: LoraConfig, targets: list[str]) -> PeftConfig:
@@ -81,10 +82,8 @@ def peft_config(options: LoraConfig, targets: list[str]) -> PeftConfig:
 
 def targets_of(options: LoraConfig) -> dict[str, list[str]]:
     """Return the parts to adapt, the UNet first, each with the endings of its layers' names."""
-    targets = {
-        "unet": options.targets,
-        "text_encoder": options.text_encoder_targets if options.text_encoder else [],
-    }
+    of_text = options.text_encoder_targets if options.text_encoder else []
+    targets = {"unet": options.targets, "text_encoder": of_text}
     return {part: endings for part, endings in targets.items() if endings}
 
 
@@ -133,8 +132,8 @@ def check_blocks(base: BaseModel, options: LoraConfig) -> None:
         if inputs % options.rank or inputs == options.rank:
             fitting = [n for n in range(1, inputs) if inputs % n == 0]
             raise UserError(
-                f"lora.rank={options.rank} with lora.variant=oft is the number of blocks that a layer's inputs "
-                f"are split into, and {name} has {inputs}: one of {', '.join(map(str, fitting))} fits it"
+                f"lora.rank={options.rank} is, for lora.variant=oft, the number of blocks of a layer's "
+                f"inputs, and {name} has {inputs}: it takes one of {', '.join(map(str, fitting))}"
             )
 
 
@@ -209,7 +208,7 @@ def scale_in(config: PeftConfig) -> float:
 
 
 def published_settings(config: PeftConfig) -> dict[str, Any]:
-    """Return PEFT's settings as they belong into a file: scaled already, no dropout, no path of a machine."""
+    """Return PEFT's settings as a file has them: scaled already, no dropout, no path of a machine."""
     settings = config.to_dict()
     published = {
         "lora_alpha": config.r, "alpha": config.r, "use_rslora": False, "lora_dropout": 0.0,

@@ -60,7 +60,6 @@ KINDS = (  # (pattern of a whole key, what it is)
      "an update of a normalisation, which is not supported"),
     (r".*(diff_b|bias)", "an update of a bias, which is not supported"),
     (r"oft_(unet|te)_.*", "of sd-scripts' own OFT, which is not supported (LyCORIS's is)"),
-    (r".*\.oft_R.*", "of PEFT's OFT, which is not supported (LyCORIS's is)"),
     (r".*\.(on_input|ia3_l.*)|lora_(unet|te)_\w+\.weight", "of IA3, which is not supported"),
     (r".*\.(a1|a2|b1|b2|bm1|bm2|c1|c2)\.weight", "of GLoRA, which is not supported"),
 )  # fmt: skip
@@ -85,13 +84,12 @@ def layer_paths(base: BaseModel) -> dict[str, tuple[str, str]]:
     return found
 
 
-def named_layers(base: BaseModel) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Name every linear and convolution layer of UNet and text encoder; under adapters, the base's own."""
-    found = {}
-    for name, (part, path) in layer_paths(base).items():
-        layer = base.adaptable[part].get_submodule(path)
-        found[name] = getattr(layer, "base_layer", layer)
-    return found
+def named_layers(base: BaseModel) -> dict[str, Any]:
+    """Name every nn.Linear and nn.Conv2d of UNet and text encoder; under adapters, the base's own."""
+    layers = {
+        name: base.adaptable[part].get_submodule(path) for name, (part, path) in layer_paths(base).items()
+    }
+    return {name: getattr(layer, "base_layer", layer) for name, layer in layers.items()}
 
 
 def kohya_name(name: str) -> str:

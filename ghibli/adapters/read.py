@@ -14,7 +14,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
-from ghibli.adapters.layers import KINDS, OFT, Full, Layer, LoHa, LoKr, LoRA, misfit
+from ghibli.adapters.layers import KINDS, OFT, UNSCALED, Full, InputOFT, Layer, LoHa, LoKr, LoRA, misfit
 from ghibli.adapters.names import DOTTED, FLAT, PEFT_PREFIX, explain, named_layers, names_in_files
 from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError, first_line
@@ -33,10 +33,10 @@ SHARED |= {  # PEFT's magnitudes, of which convolutions have (1, out, 1, 1)
     f".lora_magnitude_vector{end}": "PEFT magnitude" for end in ("", ".weight", ".default", ".default.weight")
 }
 LORA_FACTORS = {
-    "down": ("lora_A", "lora_A.weight", "lora_A.default.weight", "lora.down.weight", "down.weight",
-             "lora_linear_layer.down.weight"),
-    "up": ("lora_B", "lora_B.weight", "lora_B.default.weight", "lora.up.weight", "up.weight",
-           "lora_linear_layer.up.weight"),
+    "down": ("lora_down.weight", "lora_A", "lora_A.weight", "lora_A.default.weight", "lora.down.weight",
+             "down.weight", "lora_linear_layer.down.weight"),
+    "up": ("lora_up.weight", "lora_B", "lora_B.weight", "lora_B.default.weight", "lora.up.weight",
+           "up.weight", "lora_linear_layer.up.weight"),
 }  # fmt: skip
 ENDINGS: dict[str, tuple[type[Layer] | None, str]] = {
     **{f".{name}": (kind, name_of) for kind in KINDS for name_of, name in kind.file_names.items()},
@@ -52,6 +52,7 @@ WHOLE = {  # of every kind: sets of tensors that are a layer, without those that
         for right in ({"w2"}, {"w2_a", "w2_b"}, {"w2_a", "w2_b", "t2"})
     ],
     OFT: [{"blocks"}],
+    InputOFT: [{"angles"}],
     Full: [{"diff"}],
 }
 MAY_LACK = {"mid", "rescale"}
@@ -91,10 +92,12 @@ def read_layers(file: Path, base: BaseModel, what: str) -> tuple[str, dict[str, 
             kind = check_whole_layer(place, what)
             tensors = {each: load_tensor(opened, key, what) for each, key in place.keys.items()}
             layer = build(kind, place, tensors, known[name].weight, what)
-            if not isinstance(layer, Full):
+            if not isinstance(layer, UNSCALED):
                 where = f"{what}: `{place.keys.get('alpha')}`"
                 alpha = alpha_of(layer, tensors.get("alpha"), setting_of(settings, name, layer.rank), where)
                 layer = replace(layer, alpha=alpha)
+            if isinstance(layer, InputOFT):
+                layer = replace(layer, terms=terms_of(settings, name, f"{what}: `{place.keys['angles']}`"))
             layers[name] = layer
     return layout, layers, metadata
 
@@ -163,10 +166,20 @@ def check_whole_layer(place: Found, what: str) -> type[Layer]:
                 f"{what}: `{place.keys[extra[0]]}` does not go with the other tensors of its layer"
             )
         there = place.keys[min(have)]
-        raise UserError(f"{what} is incomplete: `{there}` is there without its {kind.file_names[missing[0]]}")
-    if kind is Full and "alpha" in place.keys:
-        raise UserError(f"{what}: `{place.keys['alpha']}` would scale a full difference, which has no scale")
+        lacks = beside(there, kind, missing[0])
+        raise UserError(f"{what} is incomplete: `{there}` is there without `{lacks}`")
+    if kind in UNSCALED and "alpha" in place.keys:
+        raise UserError(f"{what}: `{place.keys['alpha']}` would scale a {kind.name}, which has no scale")
     return kind
+
+
+def beside(key: str, kind: type[Layer], missing: str) -> str:
+    """Return the key that a missing tensor would have, in the naming of a key that is there."""
+    ending = max((end for end in ENDINGS if key.endswith(end)), key=len)
+    naming = dict(zip(LORA_FACTORS["down"], LORA_FACTORS["up"], strict=True))
+    naming |= {up: down for down, up in naming.items()}
+    name = naming.get(ending[1:], kind.file_names[missing]) if kind is LoRA else kind.file_names[missing]
+    return f"{key.removesuffix(ending)}.{name}"
 
 
 def load_tensor(opened: Any, key: str, what: str) -> torch.Tensor:
@@ -206,7 +219,7 @@ def build(
     if "magnitude" in tensors:
         key = place.keys["magnitude"]
         options["magnitude"] = shaped_magnitude(tensors["magnitude"], key, weight, what)
-    layer = kind(**options) if kind is Full else kind(**options, alpha=0.0)
+    layer = kind(**(options if kind in UNSCALED else options | {"alpha": 0.0}))
     wrong = misfit(layer, weight)
     if wrong is not None:
         name, needed = wrong
@@ -256,6 +269,20 @@ def alpha_of(
     if set_to is not None and abs(set_to - alpha) > 1e-3 * abs(alpha):
         raise UserError(f"{where} is {alpha:g}, but the file's settings say {set_to:g}")
     return alpha
+
+
+def terms_of(settings: dict[str, Any], name: str, where: str) -> int | None:
+    """Return how many terms of a series PEFT's settings take for OFT's rotations; None = the exact ones.
+
+    Raises:
+        UserError: constrained OFT, which PEFT changes once more before it is used.
+    """
+    part = name.partition(".")[0]
+    if settings.get(f"{part}.coft"):
+        raise UserError(f"{where} is of PEFT's constrained OFT (coft), which is not supported")
+    if not settings.get(f"{part}.use_cayley_neumann", True):
+        return None
+    return int(settings.get(f"{part}.num_cayley_neumann_terms", 5))
 
 
 def as_number(tensor: torch.Tensor, where: str) -> float:

@@ -144,6 +144,9 @@ def target_list(key: str, targets: Any, named: dict[str, list[str]]) -> list[str
     return targets
 
 
+VARIANTS = ("lora", "dora", "rslora", "loha", "lokr", "oft")  # lora.variant
+
+
 @dataclass
 class LoraConfig:
     """The adapter, after Hu et al. 2021: W' = W + (alpha / rank) B A."""
@@ -154,7 +157,7 @@ class LoraConfig:
     text_encoder: bool  # adapt the text encoder too
     text_encoder_targets: Any  # name suffixes of its layers; or names of TEXT_ENCODER_TARGETS
     targets: Any  # name suffixes of the UNet layers to adapt; or names of TARGETS, joined by a plus
-    variant: str  # lora, dora (Liu et al. 2024) or rslora (alpha / sqrt(rank); Kalajdzievski 2023)
+    variant: str  # one of VARIANTS; the formulas and papers are in adapters/layers.py
     init: (
         str | None
     )  # adapter file, folder or run to start from; None = B is 0, so training starts from the base
@@ -164,7 +167,7 @@ class LoraConfig:
         key, value = "lora.text_encoder_targets", self.text_encoder_targets
         self.text_encoder_targets = target_list(key, value, TEXT_ENCODER_TARGETS)
         require(len(self.text_encoder_targets) > 0, key, value, "at least one layer name")
-        require_choice("lora.variant", self.variant, ("lora", "dora", "rslora"))
+        require_choice("lora.variant", self.variant, VARIANTS)
         require(1 <= self.rank <= 1024, "lora.rank", self.rank, "a whole number from 1 to 1024")
         require(self.alpha > 0, "lora.alpha", self.alpha, "more than 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "from 0 to less than 1")
