@@ -35,7 +35,7 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
     state: dict[str, torch.Tensor] = {}
     for name, layer in adapter.layers.items():
         prefix = kohya_name(name)
-        if layer.per_output or isinstance(layer, InputOFT):
+        if only_as_a_whole(layer):
             layer = whole_difference(
                 layer, adapter, None if base is None else named_layers(base)[name].weight
             )
@@ -47,6 +47,11 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
         if layer.magnitude is not None:
             state[f"{prefix}.dora_scale"] = layer.magnitude.contiguous()
     return state
+
+
+def only_as_a_whole(layer: Layer) -> bool:
+    """Tell whether the programs that read kohya's layout read this update right only as its whole difference."""
+    return layer.per_output or isinstance(layer, InputOFT)
 
 
 @torch.no_grad()

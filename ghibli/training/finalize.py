@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.adapters import lora
-from ghibli.adapters.files import is_dora, read_adapter
-from ghibli.adapters.kohya import metadata_of, write_kohya
+from ghibli.adapters.files import read_adapter
+from ghibli.adapters.kohya import metadata_of, only_as_a_whole, write_kohya
 from ghibli.adapters.layers import same_update
 from ghibli.adapters.model_card import model_card
 from ghibli.config.schema import Config, describe
@@ -107,21 +107,25 @@ def save_weights(config: Config, run: RunDir, module: GhibliModule, facts: dict[
         return []
     file = lora.save_adapter(module.base, run.adapter)
     kohya = save_kohya(config, run, module, run.status.read() | facts | {"ended": None})
-    return [
-        f"adapter  {relative_path(file)}",
-        f"         {relative_path(kohya)} for ComfyUI and A1111",
-    ]
+    elsewhere = (
+        f"`ghibli export {relative_path(run.path)}` writes a file" if kohya is None else relative_path(kohya)
+    )
+    return [f"adapter  {relative_path(file)}", f"         {elsewhere} for ComfyUI and A1111"]
 
 
-def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[str, Any]) -> Path:
-    """Write the best adapter in kohya's layout, read it back and compare; a DoRA stays in diffusers' layout.
+def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[str, Any]) -> Path | None:
+    """Write the best adapter in kohya's layout, read it back and compare.
+
+    Returns:
+        The file; None for an adapter that needs as much space there as the layers of the base that it
+        changes, which is left to `ghibli export`.
 
     Raises:
         UserError: what was written is not what was trained.
     """
     adapter = read_adapter(run.adapter, module.base, "adapter")
-    if is_dora(adapter):
-        return adapter.file
+    if any(only_as_a_whole(layer) for layer in adapter.layers.values()):
+        return None
     file = run.adapter / "kohya.safetensors"
     write_kohya(adapter, file, metadata_of(adapter, config, facts, describe(config)))
     again = read_adapter(file, module.base, "adapter").layers
