@@ -50,7 +50,7 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
 
 
 def only_as_a_whole(layer: Layer) -> bool:
-    """Tell whether the programs that read kohya's layout read this update right only as its whole difference."""
+    """Tell whether the readers of kohya's layout only get this update right as its whole difference."""
     return layer.per_output or isinstance(layer, InputOFT)
 
 

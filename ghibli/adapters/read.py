@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,11 @@ logger = logging.getLogger(__name__)
 METADATA = "lora_adapter_metadata"  # where diffusers stores PEFT's settings in a file
 PEFT_CONFIG = "adapter_config.json"  # where PEFT stores them, beside the file
 SHARED = {
-    ".alpha": "alpha",
-    ".lora.alpha": "alpha",
-    ".lora_linear_layer.alpha": "alpha",
-    ".dora_scale": "magnitude",
-}
-SHARED |= {  # PEFT's magnitudes, of which convolutions have (1, out, 1, 1)
-    f".lora_magnitude_vector{end}": "PEFT magnitude" for end in ("", ".weight", ".default", ".default.weight")
+    "magnitude": (
+        "dora_scale",
+        *(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default.weight")),
+    ),
+    "alpha": ("alpha", "lora.alpha", "lora_linear_layer.alpha"),
 }
 LORA_FACTORS = {
     "down": ("lora_down.weight", "lora_A", "lora_A.weight", "lora_A.default.weight", "lora.down.weight",
@@ -41,7 +40,7 @@ LORA_FACTORS = {
 ENDINGS: dict[str, tuple[type[Layer] | None, str]] = {
     **{f".{name}": (kind, name_of) for kind in KINDS for name_of, name in kind.file_names.items()},
     **{f".{name}": (LoRA, factor) for factor, names in LORA_FACTORS.items() for name in names},
-    **{ending: (None, name_of) for ending, name_of in SHARED.items()},
+    **{f".{name}": (None, name_of) for name_of, names in SHARED.items() for name in names},
 }
 WHOLE = {  # of every kind: sets of tensors that are a layer, without those that may be missing
     LoRA: [{"down", "up"}],
@@ -91,6 +90,11 @@ def read_layers(file: Path, base: BaseModel, what: str) -> tuple[str, dict[str, 
         for name, place in found.items():
             kind = check_whole_layer(place, what)
             tensors = {each: load_tensor(opened, key, what) for each, key in place.keys.items()}
+            if settings.get(f"{name.partition('.')[0]}.use_dora") and "magnitude" not in tensors:
+                first = next(iter(place.keys.values()))
+                raise UserError(
+                    f"{what} is a DoRA by its settings, but `{first}` is there without magnitudes"
+                )
             layer = build(kind, place, tensors, known[name].weight, what)
             if not isinstance(layer, UNSCALED):
                 where = f"{what}: `{place.keys.get('alpha')}`"
@@ -116,7 +120,7 @@ def sort_keys(keys: Iterable[str], base: BaseModel, what: str) -> dict[str, Foun
             continue
         name, kind, field_name = match
         place = found.setdefault(name, Found())
-        twin = place.keys.setdefault(field_name.removeprefix("PEFT "), key)
+        twin = place.keys.setdefault(field_name, key)
         if twin != key:
             raise UserError(f"{what} holds the same tensor of {name} twice, as `{twin}` and `{key}`")
         if kind is not None:
@@ -165,7 +169,7 @@ def check_whole_layer(place: Found, what: str) -> type[Layer]:
             raise UserError(
                 f"{what}: `{place.keys[extra[0]]}` does not go with the other tensors of its layer"
             )
-        there = place.keys[min(have)]
+        there = next(iter(place.kinds.values()))
         lacks = beside(there, kind, missing[0])
         raise UserError(f"{what} is incomplete: `{there}` is there without `{lacks}`")
     if kind in UNSCALED and "alpha" in place.keys:
@@ -219,13 +223,16 @@ def build(
     if "magnitude" in tensors:
         key = place.keys["magnitude"]
         options["magnitude"] = shaped_magnitude(tensors["magnitude"], key, weight, what)
+    if kind is OFT and tensors["blocks"].ndim == 4:
+        raise UserError(f"{what}: `{place.keys['blocks']}` is of BOFT, which is not supported")
     layer = kind(**(options if kind in UNSCALED else options | {"alpha": 0.0}))
     wrong = misfit(layer, weight)
     if wrong is not None:
-        name, needed = wrong
+        shapes = [f"`{place.keys[name]}` of {tuple(tensors[name].shape)}" for name in wrong.fields]
+        reason = "it was made for another base" if len(shapes) == 1 else "one of them is of another layer"
         raise UserError(
-            f"{what}: `{place.keys[name]}` has the shape {tuple(tensors[name].shape)}; the base's layer, "
-            f"{tuple(weight.shape)}, needs {needed}: it was made for another base"
+            f"{what}: {' and '.join(shapes)} cannot be: a layer of the shape {tuple(weight.shape)} needs "
+            f"{wrong.needed}; {reason}"
         )
     return layer
 
@@ -300,31 +307,30 @@ def settings_of(metadata: dict[str, str], file: Path, layout: str, what: str) ->
     """Read PEFT's settings, as part.name: from the file, or from adapter_config.json beside it.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: they cannot be read, or an alpha that is no number.
     """
-    beside = file.with_name(PEFT_CONFIG)
+    beside, settings = file.with_name(PEFT_CONFIG), dict[str, Any]()
     try:
         if METADATA in metadata:
-            return dict(json.loads(metadata[METADATA]))
-        if layout != "PEFT":
-            return {}
-        if beside.is_file():
+            settings = dict(json.loads(metadata[METADATA]))
+        elif layout == "PEFT" and beside.is_file():
             content = dict(json.loads(beside.read_text(encoding="utf-8")))
-            return {f"{part}.{key}": value for part in DOTTED for key, value in content.items()}
+            settings = {f"{part}.{key}": value for part in DOTTED for key, value in content.items()}
+        elif layout == "PEFT":
+            logger.warning("%s has no %s beside it: alpha is taken to be the rank", what, PEFT_CONFIG)
+        for part in DOTTED:
+            patterns = dict(settings.get(f"{part}.alpha_pattern") or {})
+            for alpha in (settings.get(f"{part}.lora_alpha"), *patterns.values()):
+                if alpha is not None and not isfinite(float(alpha)):
+                    raise ValueError(f"alpha is {alpha}")
     except (ValueError, TypeError, OSError) as error:
-        raise UserError(
-            f"{what} cannot be read as a LoRA: its settings are damaged: {first_line(error)}"
-        ) from error
-    logger.warning("%s has no %s beside it: alpha is taken to be the rank", what, PEFT_CONFIG)
-    return {}
+        damage = f"its settings are damaged: {first_line(error)}"
+        raise UserError(f"{what} cannot be read as a LoRA: {damage}") from error
+    return settings
 
 
 def setting_of(settings: dict[str, Any], name: str, rank: int | None) -> float | None:
-    """Return what PEFT's settings make of a layer's alpha, in the scale alpha / rank; None if nothing.
-
-    Raises:
-        ValueError, TypeError: a setting that is no number.
-    """
+    """Return what PEFT's settings make of a layer's alpha, in the scale alpha / rank; None if nothing."""
     part, _, path = name.partition(".")
     patterns = settings.get(f"{part}.alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(patterns, path), settings.get(f"{part}.lora_alpha"))

@@ -283,8 +283,8 @@ def test_files_that_are_not_adapters_of_this_base(run: RunDir, base: BaseModel, 
     name = kohya_name("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     wide = {f"{name}.lora_down.weight": torch.zeros(4, 768), f"{name}.lora_up.weight": torch.zeros(1280, 4)}
     text = refused(wide)
-    assert f"`{name}.lora_up.weight` has the shape (1280, 4); the base's layer, (128, 64), needs" in text
-    assert "(128, 4): it was made for another base" in text
+    assert f"`{name}.lora_up.weight` of (1280, 4) cannot be: a layer of the shape (128, 64) needs" in text
+    assert "(128, rank); it was made for another base" in text
     with pytest.raises(UserError, match="no such file or run"):
         read_adapter(tmp_path / "nowhere", base, "adapter")
 
