@@ -1,16 +1,15 @@
 """The end of a run: best weights, adapter files, last grid, status, model card."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.adapters import lora
-from ghibli.adapters.files import is_dora, read_adapter
-from ghibli.adapters.kohya import metadata_of, write_kohya
+from ghibli.adapters.files import read_adapter
+from ghibli.adapters.kohya import metadata_of, only_as_a_whole, write_kohya
+from ghibli.adapters.layers import same_update
 from ghibli.adapters.model_card import model_card
 from ghibli.adapters.sidecar import write_sidecar
 from ghibli.config.schema import Config, describe
@@ -114,26 +113,32 @@ def save_weights(config: Config, run: RunDir, module: GhibliModule, facts: dict[
         return []
     file = lora.save_adapter(module.base, run.adapter)
     kohya = save_kohya(config, run, module, run.status.read() | facts | {"ended": None})
-    lines = [f"adapter  {relative_path(file)}"]
-    return lines + ([f"         {relative_path(kohya)} for ComfyUI and A1111"] if kohya else [])
+    elsewhere = (
+        f"`ghibli export {relative_path(run.path)}` writes a file" if kohya is None else relative_path(kohya)
+    )
+    return [f"adapter  {relative_path(file)}", f"         {elsewhere} for ComfyUI and A1111"]
 
 
 def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[str, Any]) -> Path | None:
-    """Write the best adapter in kohya's layout, read it back and compare; None for a DoRA, which has none.
+    """Write the best adapter in kohya's layout, read it back and compare.
+
+    Returns:
+        The file; None for an adapter that needs as much space there as the layers of the base that it
+        changes, which is left to `ghibli export`.
 
     Raises:
         UserError: what was written is not what was trained.
     """
     adapter = read_adapter(run.adapter, module.base, "adapter")
-    if is_dora(adapter):
+    if any(only_as_a_whole(layer) for layer in adapter.layers.values()):
         return None
     file = run.adapter / "kohya.safetensors"
     write_kohya(adapter, file, metadata_of(adapter, module.base, config, facts, describe(config)))
     write_sidecar(file, config, module.base)
     again = read_adapter(file, module.base, "adapter").layers
     for name, layer in adapter.layers.items():
-        same_alpha = math.isclose(again[name].alpha, layer.alpha, rel_tol=1e-3)  # in the file's dtype
-        if not same_alpha or not torch.equal(again[name].up, layer.up):
+        written = again.get(name)
+        if written is None or not same_update(written, layer):
             raise UserError(f"{file} was written wrongly: {name} differs; please report this")
     return file
 

@@ -49,6 +49,27 @@ def test_killed_and_resumed_equals_undisturbed(
     assert not different_parts(undisturbed, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("lora.variant=loha", "lora.targets=all", "lora.dropout=0.2"),
+        ("lora.variant=lokr", "lora.targets=all", "lora.dropout=0.2"),
+        ("lora.variant=oft", "lora.rank=4", "lora.dropout=0.2"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_kind_of_adapter_too(images: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    done = run_python(str(REPO / "train.py"), *overrides(images, whole), *words)
+    assert done.returncode == 0, done.stderr
+    killed = run_python(
+        str(REPO / "tests" / "helpers" / "killed.py"), "training_step", "17", *overrides(images, half), *words
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert run_python(str(REPO / "train.py"), f"resume={half}").returncode == 0
+    assert not different_parts(whole, half)
+
+
 @pytest.mark.parametrize(("where", "call"), [("save_checkpoint", 4), ("training_step", 17)])
 def test_averaged_weights_too(images: Path, tmp_path: Path, where: str, call: int) -> None:
     """A schedule-free optimiser has two sets of weights; both go on where they were."""

@@ -1,0 +1,182 @@
+"""lora.variant=loha, lokr, oft: what PEFT trains is saved, read, merged, exported and trained further."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import OFTConfig, inject_adapter_in_model
+from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.oft.layer import OFTLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ghibli.adapters import lora
+from ghibli.adapters.apply import load_adapters, merge
+from ghibli.adapters.describe import describe_adapter
+from ghibli.adapters.files import read_adapter
+from ghibli.adapters.kohya import to_kohya
+from ghibli.adapters.layers import InputOFT
+from ghibli.adapters.names import named_layers
+from ghibli.adapters.start import check_same_shape, start_from
+from ghibli.config.schema import LoraConfig
+from ghibli.models.base import BaseModel
+from ghibli.models.load import load
+from ghibli.runtime.errors import UserError
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+CASES = [("loha", ["to_q", "conv1", "proj_in"]), ("lokr", ["to_q", "conv1", "proj_in"]), ("oft", ATTENTION)]
+ALL = pytest.mark.parametrize(("variant", "targets"), CASES, ids=[variant for variant, _ in CASES])
+
+
+def options_of(variant: str, targets: list[str], **changes: object) -> LoraConfig:
+    options = {
+        "rank": 4, "alpha": 4.0 if variant == "oft" else 6.0, "dropout": 0.0, "targets": targets,
+        "text_encoder": True, "text_encoder_targets": "attention", "variant": variant, "init": None,
+    }  # fmt: skip
+    return LoraConfig(**(options | changes))
+
+
+def trained(variant: str, targets: list[str], **changes: object) -> BaseModel:
+    """A base with an adapter of this kind, its weights random, as after training."""
+    base = load("demo")
+    lora.add_lora(base, options_of(variant, targets, **changes), 0)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in lora.trainable(base).values():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return base
+
+
+@torch.no_grad()
+def noise_pred(base: BaseModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(6)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    embeds = base.encode_prompts(base.tokenize(["a girl standing in a greenhouse", ""]))
+    return base.unet(latents, torch.tensor([100, 800]), embeds).sample
+
+
+def peft_layers(base: BaseModel) -> dict[str, LycorisLayer | OFTLayer]:
+    return {
+        f"{part}.{name.removeprefix('text_model.')}": layer
+        for part, module in base.adaptable.items()
+        for name, layer in module.named_modules()
+        if isinstance(layer, LycorisLayer | OFTLayer)
+    }
+
+
+@ALL
+def test_it_starts_as_the_base_and_changes_it_then(variant: str, targets: list[str]) -> None:
+    base = load("demo")
+    before = noise_pred(base)
+    lora.add_lora(base, options_of(variant, targets), 0)
+    torch.testing.assert_close(noise_pred(base), before, rtol=0, atol=2e-6)
+    assert (noise_pred(trained(variant, targets)) - before).norm() > 0.03 * before.norm()
+
+
+@ALL
+def test_the_file_is_what_peft_merges(variant: str, targets: list[str], tmp_path: Path) -> None:
+    """Each layer's difference, read from the file, beside PEFT's own merged weight."""
+    live = trained(variant, targets)
+    adapter = read_adapter(lora.save_adapter(live, tmp_path), load("demo"), "adapter")
+    layers = peft_layers(live)
+    assert set(adapter.layers) == set(layers) == lora.layers_to_train(live, options_of(variant, targets))
+    plain = named_layers(load("demo"))
+    for name, layer in layers.items():
+        weight = plain[name].weight.detach()
+        ours = adapter.layers[name].delta(weight.double())
+        layer.merge()
+        theirs = layer.get_base_layer().weight.detach().double() - weight.double()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+        assert theirs.abs().max() > 1e-3
+
+
+@ALL
+def test_added_merged_and_through_kohyas_file_it_is_the_live_model(
+    variant: str, targets: list[str], tmp_path: Path
+) -> None:
+    live = trained(variant, targets)
+    wanted = noise_pred(live)
+    file = lora.save_adapter(live, tmp_path)
+    again = load("demo")
+    adapter = read_adapter(file, again, "adapter")
+    save_file(to_kohya(adapter, again), tmp_path / "kohya.safetensors")
+    load_adapters(again, [(adapter, 1.0)])
+    torch.testing.assert_close(noise_pred(again), wanted, rtol=0, atol=1e-5)
+    merged, from_kohya = load("demo"), load("demo")
+    merge(merged, tmp_path, 1.0)
+    torch.testing.assert_close(noise_pred(merged), wanted, rtol=0, atol=1e-5)
+    load_adapters(from_kohya, [(read_adapter(tmp_path / "kohya.safetensors", from_kohya, "file"), 1.0)])
+    torch.testing.assert_close(noise_pred(from_kohya), wanted, rtol=0, atol=1e-5)
+
+
+@ALL
+def test_trained_further_it_starts_where_the_file_ends(
+    variant: str, targets: list[str], tmp_path: Path
+) -> None:
+    """Written again, the file has the same bytes; with another alpha, it is the same model."""
+    live = trained(variant, targets)
+    file = lora.save_adapter(live, tmp_path / "first")
+    for alpha in (4.0, 10.0):
+        base = load("demo")
+        options = options_of(variant, targets, init=str(file), alpha=alpha)
+        adapter = read_adapter(file, base, "lora.init")
+        check_same_shape(adapter, options, base)
+        lora.add_lora(base, options, 1)
+        start_from(adapter, lora.trainable(base), options)
+        torch.testing.assert_close(noise_pred(base), noise_pred(live), rtol=0, atol=1e-5)
+        again = lora.save_adapter(base, tmp_path / f"again {alpha}")
+        if alpha == 4.0:  # then no factor is rescaled
+            assert load_file(again).keys() == load_file(file).keys()
+            assert all(torch.equal(load_file(again)[key], value) for key, value in load_file(file).items())
+
+
+@ALL
+def test_import_prints_settings_that_take_the_file(variant: str, targets: list[str], tmp_path: Path) -> None:
+    base = load("demo")
+    adapter = read_adapter(lora.save_adapter(trained(variant, targets), tmp_path), base, "file")
+    line = next(line for line in describe_adapter(adapter, base, []) if line.startswith("train "))
+    assert f"lora.variant={variant}" in line and "lora.rank=4" in line
+
+
+def test_another_variant_is_refused_by_the_key(tmp_path: Path) -> None:
+    base = load("demo")
+    adapter = read_adapter(lora.save_adapter(trained("loha", ATTENTION), tmp_path), base, "file")
+    with pytest.raises(UserError, match=r"lora\.variant of this run differ"):
+        check_same_shape(adapter, options_of("lokr", ATTENTION, init="FILE"), base)
+
+
+def test_oft_refuses_blocks_that_do_not_fit_and_kernels(base: BaseModel) -> None:
+    with pytest.raises(UserError, match=r"lora\.rank=7 is, .* it takes one of 1, 2, 4"):
+        lora.add_lora(base, options_of("oft", ATTENTION, rank=7), 0)
+    with pytest.raises(UserError, match=r"lora\.variant=oft .* is a convolution with a kernel"):
+        lora.add_lora(base, options_of("oft", ["to_q", "conv1"]), 0)
+
+
+def test_why_oft_refuses_kernels() -> None:
+    """PEFT's own layer, around a convolution with a kernel, is not the weights that it merges."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, bias=False))
+    options = OFTConfig(r=4, oft_block_size=0, target_modules=["0"], use_cayley_neumann=False)
+    inject_adapter_in_model(options, model)
+    model[0].oft_R["default"].weight.data.normal_(std=0.1)
+    image = torch.randn(1, 4, 8, 8)
+    before = model(image)
+    model[0].merge()
+    assert (model(image) - before).norm() > 0.1 * before.norm()
+
+
+@pytest.mark.parametrize("terms", [None, 1, 2, 3, 4, 5, 7])
+def test_rotations_of_pefts_oft_layer(terms: int | None) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(12, 5, bias=False))
+    weight = model[0].weight.detach().clone().double()
+    options = OFTConfig(
+        r=3, oft_block_size=0, target_modules=["0"], use_cayley_neumann=terms is not None,
+        num_cayley_neumann_terms=terms or 5,
+    )  # fmt: skip
+    inject_adapter_in_model(options, model)
+    angles = model[0].oft_R["default"].weight.data.normal_(std=0.3)
+    values = torch.randn(7, 12)
+    changed = weight + InputOFT(angles=angles, terms=terms).delta(weight)
+    torch.testing.assert_close(
+        model(values).detach().double(), values.double() @ changed.T, rtol=0, atol=1e-5
+    )
