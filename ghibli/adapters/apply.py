@@ -4,13 +4,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ghibli.adapters.files import Adapter, layer_name, read_adapter
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ghibli.adapters.files import Adapter, read_adapter
+from ghibli.adapters.layers import Layer, LoRA, to_factors
+from ghibli.adapters.names import layer_name, layer_paths, named_layers
 from ghibli.config.schema import ModelConfig
 from ghibli.models.base import BaseModel, resolve_path
-from ghibli.models.load import load, quiet
-from ghibli.models.pipeline import make_pipeline
+from ghibli.models.load import load
 from ghibli.models.safetensors import ADAPTER_FILE, check_whole
-from ghibli.runtime.errors import UserError, first_line
+from ghibli.runtime.errors import UserError
 
 
 def load_base(model: ModelConfig) -> BaseModel:
@@ -22,10 +29,10 @@ def load_base(model: ModelConfig) -> BaseModel:
 
 
 def merge(base: BaseModel, folder: Path, scale: float) -> None:
-    """Merge an adapter into the base's weights, in place: W + scale (alpha / rank) B A.
+    """Merge an adapter into the base's weights, in place: W + scale (W' - W).
 
     Args:
-        folder: holds pytorch_lora_weights.safetensors, in diffusers' or kohya's layout.
+        folder: holds pytorch_lora_weights.safetensors, in any layout.
 
     Raises:
         UserError: no such file, or an adapter that does not fit this base.
@@ -40,66 +47,124 @@ def merge(base: BaseModel, folder: Path, scale: float) -> None:
         adapter = read_adapter(file, base, "its file")
     except UserError as error:
         raise UserError(f"{what} does not fit the base: {error}") from error
-    pipeline = make_pipeline(base)
-    add_adapter(pipeline, base, adapter, "merged", what)
-    pipeline.fuse_lora(lora_scale=scale)
-    pipeline.unload_lora_weights()
+    add_to_weights(base, adapter, scale)
     freeze(base)
+
+
+@torch.no_grad()
+def add_to_weights(base: BaseModel, adapter: Adapter, scale: float) -> None:
+    """Add scale (W' - W) to every weight that an adapter changes, one layer at a time.
+
+    A plain LoRA's is computed in the weight's dtype, as PEFT merges it; any other in float64.
+
+    Raises:
+        UserError: an update that is not finite.
+    """
+    known = named_layers(base)
+    for name, layer in adapter.layers.items():
+        weight = known[name].weight
+        exact = weight if isinstance(layer, LoRA) and layer.is_plain else weight.double()
+        change = (layer.delta(exact) * scale).to(weight)
+        check_finite(change, f"{adapter.file}: {name}")
+        weight.add_(change)
 
 
 def load_adapters(base: BaseModel, adapters: Iterable[tuple[Adapter, float]]) -> None:
-    """Add adapters to the base with diffusers' own loader, each at its weight; W stays as it is.
+    """Add adapters to the base as PEFT's layers, each at its weight; W stays as it is.
 
-    Each layer adds the weighted sum of all adapters, so a weight of 0 is the base, bit for bit.
+    Each layer adds the weighted sum of all adapters, so a weight of 0 is the base, bit for bit. What is
+    no plain LoRA is added as its whole difference W' - W, of the untouched base: any kind can be scaled
+    and combined.
 
     Raises:
-        UserError: a file that diffusers cannot read.
+        UserError: an update that is not finite.
     """
-    pipeline, weights = make_pipeline(base), {}
+    weights = []
     for number, (adapter, weight) in enumerate(adapters):
-        add_adapter(pipeline, base, adapter, f"adapter_{number}", str(adapter.file))
-        weights[f"adapter_{number}"] = weight
+        add_adapter(base, adapter, adapter_name(number))
+        weights.append(weight)
     if weights:
-        pipeline.set_adapters(list(weights), list(weights.values()))
+        set_weights(base, weights)
     freeze(base)
 
 
-def add_adapter(pipeline: Any, base: BaseModel, adapter: Adapter, name: str, what: str) -> None:
-    """Load an adapter's file into the pipeline of a base under a name, and check that all of it arrived.
+def adapter_name(number: int) -> str:
+    """Name the adapters that load_adapters adds, in PEFT."""
+    return f"adapter_{number}"
+
+
+@torch.no_grad()
+def add_adapter(base: BaseModel, adapter: Adapter, name: str) -> None:
+    """Add the layers of an adapter under a name, at weight 1, and check that all of them arrived.
+
+    PEFT makes the layers; their matrices are put in here, since its own loaders match names by patterns
+    and only log what they leave out.
 
     Raises:
-        UserError: diffusers cannot read the file, or leaves some of it out.
+        UserError: an update that is not finite.
     """
-    try:
-        # Silenced: diffusers and PEFT only log the layers that they leave out. read_adapter has matched
-        # every tensor of the file with a layer of the base; that each layer arrived is checked below.
-        with quiet("diffusers", "transformers", "peft"):
-            pipeline.load_lora_weights(
-                adapter.file.parent, weight_name=adapter.file.name, adapter_name=name, use_safetensors=True
-            )
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{what} does not fit the base: {first_line(error)}") from error
-    lost = sorted(set(adapter.layers) - adapted_layers(base, name))
+    paths = layer_paths(base)
+    for part, module in base.adaptable.items():
+        own = {paths[each][1]: layer for each, layer in adapter.layers.items() if paths[each][0] == part}
+        if not own:
+            continue
+        config = PeftConfig(r=1, lora_alpha=1, target_modules=list(own), init_lora_weights=False)
+        inject_adapter_in_model(config, module, name, low_cpu_mem_usage=True)
+        vars(module).pop("peft_config", None)  # a record that nothing reads; PEFT warns of a second one
+        for path, layer in own.items():
+            put_factors(module.get_submodule(path), name, layer, f"{adapter.file}: {path}")
+    lost = set(adapter.layers) ^ adapted_layers(base, name)
     if lost:
-        raise UserError(
-            f"{what} does not fit the base: diffusers leaves out {len(lost)} of its {len(adapter.layers)} "
-            f"layers, such as {lost[0]}"
-        )
+        raise UserError(f"{adapter.file}: PEFT did not add its layer {min(lost)}; please report this")
+
+
+def put_factors(target: Any, name: str, layer: Layer, where: str) -> None:
+    """Put A and B of an update into a PEFT layer, at weight 1.
+
+    Args:
+        target: PEFT's layer around a linear or convolution layer of the base.
+        where: the layer, for messages.
+
+    Raises:
+        UserError: an update that is not finite.
+    """
+    down, up = to_factors(layer, target.get_base_layer().weight)
+    check_finite(down, where)
+    check_finite(up, where)
+    for factor, matrix in ((target.lora_A[name], down), (target.lora_B[name], up)):
+        factor.weight = nn.Parameter(matrix, requires_grad=False)
+        sizes = ("out_features", "in_features") if matrix.ndim == 2 else ("out_channels", "in_channels")
+        for attribute, size in zip(sizes, matrix.shape, strict=False):
+            setattr(factor, attribute, size)
+    target.r[name] = target.lora_alpha[name] = down.shape[0]
+    target.set_scale(name, 1.0)
 
 
 def adapted_layers(base: BaseModel, name: str) -> set[str]:
-    """Name the layers that the adapter `name` changes, as Adapter.layers does."""
+    """Name the layers that the adapter `name` changes at its own weight, as Adapter.layers does."""
     return {
         layer_name(part, path)
         for part, module in base.adaptable.items()
         for path, layer in module.named_modules()
-        if name in getattr(layer, "lora_A", ())
+        if isinstance(layer, LoraLayer) and name in layer.lora_A and layer.scaling[name] == 1
     }
 
 
 def set_weights(base: BaseModel, weights: list[float]) -> None:
     """Change the weights of the adapters that load_adapters added, in their order."""
-    make_pipeline(base).set_adapters([f"adapter_{number}" for number in range(len(weights))], weights)
+    names = [adapter_name(number) for number in range(len(weights))]
+    for module in base.adaptable.values():
+        for layer in module.modules():
+            if isinstance(layer, LoraLayer):
+                layer.set_adapter(names)
+                for name, weight in zip(names, weights, strict=True):
+                    layer.set_scale(name, weight)
+
+
+def check_finite(matrix: torch.Tensor, where: str) -> None:
+    """Raise a UserError for an update whose numbers are finite in the file, but not multiplied out."""
+    if not matrix.isfinite().all():
+        raise UserError(f"{where}: its update is not finite (NaN or infinity) once multiplied out")
 
 
 def freeze(base: BaseModel) -> None:

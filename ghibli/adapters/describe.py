@@ -1,36 +1,83 @@
 """What an adapter file is, and the commands that use it, as `ghibli import` prints them."""
 
+import shlex
+from itertools import combinations
+
 from ghibli.adapters.files import Adapter, format_number, is_dora
+from ghibli.adapters.lora import ends_in
+from ghibli.adapters.names import named_layers, target_of
+from ghibli.adapters.start import why_not
+from ghibli.config.schema import TARGETS, TEXT_ENCODER_TARGETS
+from ghibli.models.base import BaseModel
 
 
-def describe_adapter(adapter: Adapter) -> list[str]:
-    """Describe an adapter file in lines; the last two are commands that use it."""
-    ranks, alphas = (", ".join(map(format_number, values)) for values in (adapter.ranks, adapter.alphas))
-    kind = "DoRA" if is_dora(adapter) else "LoRA"
+def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) -> list[str]:
+    """Describe an adapter file in lines; the last two are commands that use it.
+
+    Args:
+        base: what it was read for.
+        overrides: of train.py, which chose that base.
+    """
+    what = f"{' and '.join(adapter.kinds)} of {len(adapter.layers)} layers"
+    numbers = [
+        f"{name} {', '.join(map(format_number, values))}"
+        for name, values in (("rank", adapter.ranks), ("alpha", adapter.alphas))
+        if values
+    ]
     metadata = {
         key: adapter.metadata[key]
         for key in ("modelspec.title", "modelspec.trigger_phrase", "ss_sd_model_name", "ss_training_comment")
         if adapter.metadata.get(key)
     }
+    targets = [*adapter.targets, *(["text encoder"] if adapter.has_text_encoder else [])]
     return [
-        f"layout   {adapter.layout}, {kind} of {len(adapter.layers)} layers, rank {ranks}, alpha {alphas}",
-        f"targets  {', '.join(adapter.targets)}{'; text encoder' if adapter.has_text_encoder else ''}",
+        f"layout   {', '.join([adapter.layout, what, *numbers])}",
+        f"targets  {', '.join(targets)}",
         *(f"metadata {key}: {value[:200]}" for key, value in metadata.items()),
-        f"train    {training_command(adapter)}",
-        f"generate ghibli generate {adapter.file} --prompt TEXT",
+        f"train    {training_command(adapter, base, overrides)}",
+        f"generate {shlex.join(['ghibli', 'generate', str(adapter.file), *overrides, '--prompt', 'TEXT'])}",
     ]
 
 
-def training_command(adapter: Adapter) -> str:
+def training_command(adapter: Adapter, base: BaseModel, overrides: list[str]) -> str:
     """Return the command that continues training from a file, or why there is none."""
-    if len(adapter.ranks) > 1 or len(adapter.alphas) > 1:
-        return "not possible: its layers differ in rank or alpha"
-    overrides = [
+    reason = why_not(adapter)
+    if reason is not None:
+        return f"not possible: {reason}"
+    settings = [
+        *overrides,
         f"lora.init={adapter.file}",
         f"lora.rank={adapter.ranks[0]}",
-        f"lora.alpha={format_number(adapter.alphas[0])}",
-        f"lora.targets=[{','.join(adapter.targets)}]",
+        *([f"lora.alpha={format_number(adapter.alphas[0])}"] if len(adapter.alphas) == 1 else []),
+        f"lora.targets={as_setting(endings(adapter, base, 'unet'), TARGETS)}",
         f"lora.text_encoder={str(adapter.has_text_encoder).lower()}",
         *(["lora.variant=dora"] if is_dora(adapter) else []),
     ]
-    return f"python train.py {' '.join(overrides)}"
+    if adapter.has_text_encoder:
+        found = as_setting(endings(adapter, base, "text_encoder"), TEXT_ENCODER_TARGETS)
+        settings.append(f"lora.text_encoder_targets={found}")
+    return shlex.join(["python", "train.py", *settings])
+
+
+def endings(adapter: Adapter, base: BaseModel, part: str) -> list[str]:
+    """Name the layers of a part that a file has, by endings where it has all of a kind, else one by one."""
+    names = [name for name in named_layers(base) if name.startswith(f"{part}.")]
+    own = [name for name in names if name in adapter.layers]
+    found: list[str] = []
+    for ending in sorted({target_of(name) for name in own}):
+        alike = [name for name in names if ends_in(name, [ending])]
+        if all(name in adapter.layers for name in alike):
+            found.append(ending)
+        else:
+            found += [name.partition(".")[2] for name in own if target_of(name) == ending]
+    return found
+
+
+def as_setting(found: list[str], named: dict[str, list[str]]) -> str:
+    """Format endings of layer names as a value of lora.targets: by a name such as attention+ff, or a list."""
+    groups = [name for name in named if name not in ("all", "none")]
+    for count in range(len(groups) + 1):
+        for some in combinations(groups, count):
+            if sorted(found) == sorted(each for name in some for each in named[name]):
+                return "+".join(some) or "none"
+    return f"[{','.join(found)}]"

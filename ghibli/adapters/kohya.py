@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ghibli.adapters.files import Adapter, is_dora, kohya_name
+from ghibli.adapters.files import Adapter
+from ghibli.adapters.layers import Full, Layer
+from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.adapters.sidecar import clean_name, title_of
 from ghibli.config.schema import Config
 from ghibli.models.base import BaseModel
@@ -18,29 +20,57 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically
 
 
-def to_kohya(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Convert an adapter to kohya's state dict: lora_down.weight, lora_up.weight and alpha of every layer.
+def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch.Tensor]:
+    """Convert an adapter to kohya's state dict, with LyCORIS's names for what is not a LoRA.
+
+    DoRA's magnitudes, one an input, are kept: ComfyUI, A1111 and LyCORIS agree on them. Of magnitudes one
+    an output, ComfyUI divides by the norm of W instead of W + B A, and A1111 takes them for those of the
+    inputs. Such a layer is written as its whole difference from the base, which all of them read.
+
+    Args:
+        base: what the adapter was trained on; only needed for DoRA.
 
     Raises:
-        UserError: a DoRA, whose magnitudes have no common form among the programs that read this layout.
+        UserError: DoRA with magnitudes one an output, and no base.
     """
-    if is_dora(adapter):
-        raise UserError(
-            f"{adapter.file} is a DoRA, for which kohya's layout has no common form: use the diffusers file, "
-            "or ghibli export --merge"
-        )
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name, layer in adapter.layers.items():
         prefix = kohya_name(name)
-        state[f"{prefix}.lora_down.weight"] = layer.down.contiguous()
-        state[f"{prefix}.lora_up.weight"] = layer.up.contiguous()
-        state[f"{prefix}.alpha"] = torch.tensor(layer.alpha, dtype=layer.down.dtype)
+        if layer.per_output:
+            layer = whole_difference(
+                layer, adapter, None if base is None else named_layers(base)[name].weight
+            )
+        for field, tensor in layer.tensors.items():
+            state[f"{prefix}.{layer.file_names[field]}"] = tensor.contiguous()
+        if not isinstance(layer, Full) and layer.alpha is not None:
+            dtype = next(iter(layer.tensors.values())).dtype
+            state[f"{prefix}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
+        if layer.magnitude is not None:
+            state[f"{prefix}.dora_scale"] = layer.magnitude.contiguous()
     return state
 
 
-def write_kohya(adapter: Adapter, file: Path, metadata: dict[str, str]) -> None:
-    """Write an adapter in kohya's layout; the same adapter gives the same bytes."""
-    content = with_sorted_metadata(save(to_kohya(adapter), metadata))
+@torch.no_grad()
+def whole_difference(layer: Layer, adapter: Adapter, weight: torch.Tensor | None) -> Full:
+    """Return the same update as a full difference from the base's weight.
+
+    Raises:
+        UserError: no weight.
+    """
+    if weight is None:
+        raise UserError(
+            f"{adapter.file} is a DoRA, whose magnitudes ComfyUI and A1111 read wrongly in kohya's layout: "
+            "use the diffusers file, or ghibli export --merge"
+        )
+    dtype = next(iter(layer.tensors.values())).dtype
+    return Full(diff=layer.delta(weight.double()).to(dtype))
+
+
+def write_kohya(
+    adapter: Adapter, file: Path, metadata: dict[str, str], base: BaseModel | None = None
+) -> None:
+    """Write an adapter in kohya's layout, as to_kohya; the same adapter gives the same bytes."""
+    content = with_sorted_metadata(save(to_kohya(adapter, base), metadata))
     write_atomically(file, lambda opened: opened.write(content))
 
 

@@ -6,16 +6,17 @@ r"""What is trained: LoRA adapters, all UNet weights or nothing; and the file of
 Hu et al. 2021, "LoRA", section 4.1. PEFT builds the layers; this module chooses and saves them.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict
+from safetensors.torch import save
 from torch import nn
 
-from ghibli.adapters.files import target_of
+from ghibli.adapters.names import named_layers, target_of
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import ADAPTER_FILE, with_sorted_metadata
@@ -23,7 +24,6 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically
 from ghibli.runtime.seeding import Stream, seed_global_rng
 
-TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ADAPTER_NAME = "default"  # of the trained adapter, in PEFT
 
 
@@ -32,23 +32,21 @@ def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
 
     The variant is lora, dora (Liu et al. 2024: direction and magnitude of W' apart) or rslora
     (Kalajdzievski 2023: B A is scaled by alpha / sqrt(rank)). The weights of options.init are copied in
-    later (adapters.files.start_from).
+    later (adapters.start.start_from).
 
     Raises:
-        UserError: a target that names no linear or convolution layer of the UNet.
+        UserError: a target that names no linear or convolution layer.
     """
-    check_targets(base.unet, options.targets)
+    check_targets(base, options)
     with torch.random.fork_rng():
         seed_global_rng(Stream.ADAPTER_INIT, seed)
-        base.unet.add_adapter(peft_config(options, options.targets), adapter_name=ADAPTER_NAME)
-        if options.text_encoder:
-            base.text_encoder.add_adapter(
-                peft_config(options, TEXT_ENCODER_TARGETS), adapter_name=ADAPTER_NAME
-            )
+        for part, targets in targets_of(options).items():
+            adapted: Any = base.adaptable[part]
+            adapted.add_adapter(peft_config(options, targets), adapter_name=ADAPTER_NAME)
     for parameter in trainable(base).values():
         parameter.data = parameter.data.float()
-    for part in base.adaptable.values():
-        part.train(part.training)  # PEFT's new layers are in training mode, with dropout on
+    for module in base.adaptable.values():
+        module.train(module.training)  # PEFT's new layers are in training mode, with dropout on
 
 
 def peft_config(options: LoraConfig, targets: list[str]) -> PeftConfig:
@@ -60,13 +58,39 @@ def peft_config(options: LoraConfig, targets: list[str]) -> PeftConfig:
     )  # fmt: skip
 
 
-def check_targets(unet: nn.Module, targets: list[str]) -> None:
-    """Raise a UserError for a target that matches no layer of the UNet."""
-    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            known = ", ".join(sorted({target_of(name) for name in layers}))
-            raise UserError(f"lora.targets: no UNet layer is called {target}; there are {known}")
+def targets_of(options: LoraConfig) -> dict[str, list[str]]:
+    """Return the parts to adapt, the UNet first, each with the endings of its layers' names."""
+    of_text = options.text_encoder_targets if options.text_encoder else []
+    targets = {"unet": options.targets, "text_encoder": of_text}
+    return {part: endings for part, endings in targets.items() if endings}
+
+
+def layers_to_train(base: BaseModel, options: LoraConfig) -> set[str]:
+    """Name the layers that add_lora adapts, as Adapter.layers does."""
+    return {
+        name
+        for part, endings in targets_of(options).items()
+        for name in named_layers(base)
+        if name.startswith(f"{part}.") and ends_in(name, endings)
+    }
+
+
+def ends_in(name: str, endings: list[str]) -> bool:
+    """Tell whether a layer's name ends in one of some names, as PEFT matches them."""
+    return any(name.endswith(f".{ending}") for ending in endings)
+
+
+def check_targets(base: BaseModel, options: LoraConfig) -> None:
+    """Raise a UserError for a target that matches no layer."""
+    for part, endings in targets_of(options).items():
+        layers = [name for name in named_layers(base) if name.startswith(f"{part}.")]
+        for ending in endings:
+            if not any(ends_in(name, [ending]) for name in layers):
+                known = ", ".join(sorted({target_of(name) for name in layers}))
+                key = (
+                    "lora.targets: no UNet layer" if part == "unet" else "lora.text_encoder_targets: no layer"
+                )
+                raise UserError(f"{key} is called {ending}; there are {known}")
 
 
 def unfreeze_unet(base: BaseModel) -> None:
@@ -84,29 +108,51 @@ def trainable(base: BaseModel) -> dict[str, nn.Parameter]:
     }
 
 
+def scale_of(options: LoraConfig) -> float:
+    """Return what a run multiplies B A by."""
+    return options.alpha / (options.rank**0.5 if options.variant == "rslora" else options.rank)
+
+
 def save_adapter(base: BaseModel, folder: Path) -> Path:
     """Save the adapter as a diffusers safetensors file that `load_lora_weights(folder)` reads; return it.
 
-    The file records rank and alpha, without which loaders assume alpha = rank. Dropout is recorded as 0,
-    since some loaders would leave it on. The same weights give the same bytes in any process.
+    Every layer has PEFT's key names, and B is multiplied by the scale, so that alpha is the rank: readers
+    that look at one key only, or know no metadata, load the whole at its own strength. Dropout is recorded
+    as 0, since some would leave it on. The same weights give the same bytes in any process.
     """
-    layers, metadata = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    settings: dict[str, Any] = {}
     for part, module in base.adaptable.items():
-        peft_config = getattr(module, "peft_config", None)
-        if peft_config:
+        config = getattr(module, "peft_config", {}).get(ADAPTER_NAME)
+        if config is not None:
             state = get_peft_model_state_dict(module, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-            state = convert_state_dict_to_diffusers(state)
-            if part == "text_encoder":  # the prefix of every published file; transformers dropped it in 5.6
-                state = {f"text_model.{key.removeprefix('text_model.')}": state[key] for key in state}
-            layers[f"{part}_lora_layers"] = {key: value.detach().cpu() for key, value in state.items()}
-            settings = peft_config[ADAPTER_NAME].to_dict()
-            settings |= {"lora_dropout": 0.0, "base_model_name_or_path": None}  # a path on this machine
-            settings["target_modules"] = sorted(settings["target_modules"])  # a set: its order is random
-            metadata[f"{part}_lora_adapter_metadata"] = settings
-    written = folder / "new"
-    StableDiffusionPipeline.save_lora_weights(written, **layers, **metadata)
-    content = with_sorted_metadata((written / ADAPTER_FILE).read_bytes())
-    (written / ADAPTER_FILE).unlink()
-    written.rmdir()
+            scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+            for key, value in state.items():
+                value = value.detach().cpu() * (scale if ".lora_B." in key else 1)
+                tensors[diffusers_key(part, key)] = value.contiguous()
+            settings |= {f"{part}.{key}": value for key, value in published_settings(config).items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+    content = with_sorted_metadata(save(tensors, metadata))
     write_atomically(folder / ADAPTER_FILE, lambda file: file.write(content))
     return folder / ADAPTER_FILE
+
+
+def diffusers_key(part: str, key: str) -> str:
+    """Name a tensor of PEFT as diffusers' loader wants it.
+
+    The text encoder has `text_model.`, as every published file has and transformers dropped in 5.6, and
+    `.weight` after its magnitudes, as transformers 5 wants it.
+    """
+    key = key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
+    if part != "text_encoder":
+        return f"{part}.{key}"
+    end = ".weight" if key.endswith("lora_magnitude_vector") else ""
+    return f"{part}.text_model.{key.removeprefix('text_model.')}{end}"
+
+
+def published_settings(config: PeftConfig) -> dict[str, Any]:
+    """Return PEFT's settings as a file has them: B is scaled, no dropout, no path of a machine."""
+    return config.to_dict() | {
+        "lora_alpha": config.r, "use_rslora": False, "lora_dropout": 0.0, "base_model_name_or_path": None,
+        "target_modules": sorted(config.target_modules),  # a set: its order is random
+    }  # fmt: skip

@@ -53,7 +53,7 @@ def push_command(
 
 @app.command("import")
 def import_command(
-    file: Annotated[Path, typer.Argument(help="an adapter from elsewhere, in diffusers' or kohya's layout")],
+    file: Annotated[Path, typer.Argument(help="an adapter file from elsewhere")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as for train.py, for the base")
     ] = None,
@@ -65,6 +65,6 @@ def import_command(
         from ghibli.runs.compose import compose_config
 
     config = compose_config(overrides or [])
-    adapter = files.read_adapter(file, apply.load_base(config.model), "import")
-    for line in describe_adapter(adapter):
+    base = apply.load_base(config.model)
+    for line in describe_adapter(files.read_adapter(file, base, "import"), base, overrides or []):
         console.print(line, markup=False)

@@ -23,7 +23,11 @@ LATER_KEYS = {  # added within this version -> what runs without the key did
     "model": {"config": None},
     "local": {"sd15_config": None, "caption": None},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64},
-    "lora": {"variant": "lora", "init": None},
+    "lora": {
+        "variant": "lora",
+        "init": None,
+        "text_encoder_targets": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    },
     "loss": {"function": "mse"},
     "optimizer": {"text_encoder_lr": None, "lora_plus": None},
     "compute": {"compile": False, "channels_last": False, "checkpoint_every": 0},
@@ -34,6 +38,12 @@ TARGETS = {  # lora.targets by name: suffixes of the names of UNet layers
     "conv": ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"],
 }
 TARGETS["all"] = [name for names in TARGETS.values() for name in names]
+TARGETS["none"] = []
+TEXT_ENCODER_TARGETS = {  # lora.text_encoder_targets by name, in the same way
+    "attention": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "mlp": ["fc1", "fc2"],
+    "all": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+}
 
 
 @dataclass
@@ -117,15 +127,20 @@ class DataConfig:
             require(value >= least, f"data.{name}", value, f"at least {least}")
 
 
-def target_list(targets: Any) -> list[str]:
-    """Return suffixes of layer names, given as such a list or as names of TARGETS, such as attention+ff."""
+def target_list(key: str, targets: Any, named: dict[str, list[str]]) -> list[str]:
+    """Return suffixes of layer names, given as such a list or by names such as attention+ff.
+
+    Args:
+        key: the setting, for messages.
+        named: TARGETS or TEXT_ENCODER_TARGETS.
+    """
     if isinstance(targets, str):
         names = targets.split("+")
         for name in names:
-            require_choice("lora.targets", name, tuple(TARGETS))
-        return [suffix for name in names for suffix in TARGETS[name]]
+            require_choice(key, name, tuple(named))
+        return [suffix for name in names for suffix in named[name]]
     is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    require(is_list, "lora.targets", targets, "a list of layer names, or attention, attention+ff, all")
+    require(is_list, key, targets, f"a list of layer names, or {', '.join(named)}, joined by a plus")
     return targets
 
 
@@ -136,7 +151,8 @@ class LoraConfig:
     rank: int  # rows of A, columns of B
     alpha: float  # strength: B A is scaled by alpha / rank
     dropout: float  # probability of dropping an input of A, in training only
-    text_encoder: bool  # adapt the text encoder's attention too
+    text_encoder: bool  # adapt the text encoder too
+    text_encoder_targets: Any  # name suffixes of its layers; or names of TEXT_ENCODER_TARGETS
     targets: Any  # name suffixes of the UNet layers to adapt; or names of TARGETS, joined by a plus
     variant: str  # lora, dora (Liu et al. 2024) or rslora (alpha / sqrt(rank); Kalajdzievski 2023)
     init: (
@@ -144,12 +160,16 @@ class LoraConfig:
     )  # adapter file, folder or run to start from; None = B is 0, so training starts from the base
 
     def __post_init__(self) -> None:
-        self.targets = target_list(self.targets)
+        self.targets = target_list("lora.targets", self.targets, TARGETS)
+        key, value = "lora.text_encoder_targets", self.text_encoder_targets
+        self.text_encoder_targets = target_list(key, value, TEXT_ENCODER_TARGETS)
+        require(len(self.text_encoder_targets) > 0, key, value, "at least one layer name")
         require_choice("lora.variant", self.variant, ("lora", "dora", "rslora"))
         require(1 <= self.rank <= 1024, "lora.rank", self.rank, "a whole number from 1 to 1024")
         require(self.alpha > 0, "lora.alpha", self.alpha, "more than 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "from 0 to less than 1")
-        require(len(self.targets) > 0, "lora.targets", self.targets, "at least one layer name")
+        wanted = "at least one layer name, or lora.text_encoder=true"
+        require(len(self.targets) > 0 or self.text_encoder, "lora.targets", self.targets, wanted)
 
 
 @dataclass

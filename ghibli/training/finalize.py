@@ -1,16 +1,15 @@
 """The end of a run: best weights, adapter files, last grid, status, model card."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.adapters import lora
 from ghibli.adapters.files import is_dora, read_adapter
 from ghibli.adapters.kohya import metadata_of, write_kohya
+from ghibli.adapters.layers import same_update
 from ghibli.adapters.model_card import model_card
 from ghibli.adapters.sidecar import write_sidecar
 from ghibli.config.schema import Config, describe
@@ -128,8 +127,8 @@ def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[st
     write_sidecar(file, config, module.base)
     again = read_adapter(file, module.base, "adapter").layers
     for name, layer in adapter.layers.items():
-        same_alpha = math.isclose(again[name].alpha, layer.alpha, rel_tol=1e-3)  # in the file's dtype
-        if not same_alpha or not torch.equal(again[name].up, layer.up):
+        written = again.get(name)
+        if written is None or not same_update(written, layer):
             raise UserError(f"{file} was written wrongly: {name} differs; please report this")
     return file
 

@@ -7,7 +7,8 @@ import lightning as L
 import torch
 
 from ghibli.adapters import lora
-from ghibli.adapters.files import Adapter, check_same_shape, read_adapter, start_from
+from ghibli.adapters.files import Adapter, read_adapter
+from ghibli.adapters.start import check_same_shape, start_from
 from ghibli.config.schema import Config
 from ghibli.diffusion.losses import loss_function, min_snr_weights, mse
 from ghibli.diffusion.process import add_noise, guided_noise, linear_betas, predict_branches, velocity
@@ -46,7 +47,7 @@ class GhibliModule(L.LightningModule):
         if config.finetune == "lora":
             if config.lora.init is not None:
                 self.start = read_adapter(config.lora.init, base, "lora.init")
-                check_same_shape(self.start, config.lora)
+                check_same_shape(self.start, config.lora, base)
             lora.add_lora(base, config.lora, config.seed)
         elif config.finetune == "full":
             lora.unfreeze_unet(base)
@@ -117,7 +118,7 @@ class GhibliModule(L.LightningModule):
         Nothing in the base itself depends on the mode.
         """
         if self.start is not None and self.trainer.global_step == 0:
-            start_from(self.start, self.trainable)
+            start_from(self.start, self.trainable, self.config.lora)
         self.unet.train()
         self.text_encoder.train()
         if self.known_prompts is not None:

@@ -13,8 +13,9 @@ from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
 
 OPTIONS = LoraConfig(
-    rank=4, alpha=8, dropout=0.1, targets=["to_q", "to_v"], text_encoder=True, variant="lora", init=None
-)
+    rank=4, alpha=8, dropout=0.1, targets=["to_q", "to_v"], text_encoder=True,
+    text_encoder_targets="attention", variant="lora", init=None,
+)  # fmt: skip
 
 
 @pytest.fixture

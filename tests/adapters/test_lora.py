@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ghibli.adapters import apply, lora
-from ghibli.config.schema import LoraConfig
+from ghibli.config.schema import TEXT_ENCODER_TARGETS, LoraConfig
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.models.safetensors import ADAPTER_FILE
@@ -26,7 +26,7 @@ SCALE = ALPHA / RANK
 def attach(base: BaseModel, seed: int = 0, **changes: object) -> BaseModel:
     options = {
         "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": TARGETS, "text_encoder": True,
-        "variant": "lora", "init": None,
+        "text_encoder_targets": "attention", "variant": "lora", "init": None,
     }  # fmt: skip
     lora.add_lora(base, LoraConfig(**(options | changes)), seed)
     return base
@@ -250,7 +250,7 @@ def test_the_file_gives_the_live_model_in_a_stock_pipeline(base: BaseModel, tmp_
     torch.testing.assert_close(found["adapter"], live, rtol=0, atol=1e-5)
     assert (found["adapter"] - found["base"]).norm() > 0.05 * plain.norm()
     assert torch.equal(found["in training mode"], found["adapter"]), "dropout stays off"
-    assert {part: found[part] for part in count} == {part: (n, [SCALE]) for part, n in count.items()}
+    assert {part: found[part] for part in count} == {part: (n, [1.0]) for part, n in count.items()}
 
 
 def test_the_files_keys_are_the_published_ones(base: BaseModel, tmp_path: Path) -> None:
@@ -265,11 +265,12 @@ def test_the_files_keys_are_the_published_ones(base: BaseModel, tmp_path: Path) 
     assert all(key.startswith("unet.") for key in keys - text)
     for part in ("unet", "text_encoder"):
         assert metadata[f"{part}.r"] == RANK
-        assert metadata[f"{part}.lora_alpha"] == ALPHA
+        assert metadata[f"{part}.lora_alpha"] == RANK  # the scale is multiplied into B
+        assert not metadata[f"{part}.use_rslora"]
         assert metadata[f"{part}.lora_dropout"] == 0
         assert metadata[f"{part}.base_model_name_or_path"] is None  # no path of this machine
     assert metadata["unet.target_modules"] == sorted(TARGETS)  # a set's order would differ between runs
-    assert metadata["text_encoder.target_modules"] == sorted(lora.TEXT_ENCODER_TARGETS)
+    assert metadata["text_encoder.target_modules"] == sorted(TEXT_ENCODER_TARGETS["attention"])
 
 
 # Merging a file into a base

@@ -4,6 +4,7 @@ import ast
 import gc
 import json
 import re
+import shlex
 import shutil
 import weakref
 from collections.abc import Callable
@@ -25,9 +26,12 @@ from typer.testing import CliRunner
 import train
 from ghibli.adapters import apply, describe, files, kohya
 from ghibli.adapters.apply import load_adapters, set_weights
-from ghibli.adapters.files import Layer, check_same_shape, kohya_name, named_layers, read_adapter
+from ghibli.adapters.files import read_adapter
+from ghibli.adapters.layers import LoRA
 from ghibli.adapters.model_card import model_card
+from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.adapters.sidecar import clean_name, write_sidecar
+from ghibli.adapters.start import check_same_shape
 from ghibli.adapters.trained import trained_base
 from ghibli.cli.main import app
 from ghibli.config.schema import ModelConfig
@@ -132,8 +136,8 @@ def test_the_runs_own_kohya_file(run: RunDir, base: BaseModel) -> None:
     ours = read_adapter(run.adapter / "kohya.safetensors", base, "x")
     theirs = read_adapter(run.adapter, base, "x")
     assert (ours.layout, theirs.layout) == ("kohya", "diffusers")
-    assert (ours.ranks, ours.alphas) == (theirs.ranks, theirs.alphas) == ([4], [6.0])
-    assert ours.metadata["ss_network_dim"] == "4" and ours.metadata["ss_network_alpha"] == "6"
+    assert (ours.ranks, ours.alphas) == (theirs.ranks, theirs.alphas) == ([4], [4.0])  # 6 / 4 is in B
+    assert ours.metadata["ss_network_dim"] == "4" and ours.metadata["ss_network_alpha"] == "4"
     assert ours.metadata["modelspec.trigger_phrase"] == "Studio Ghibli style"
     assert ours.metadata["ss_dataset_hash"] == run.status.read()["data_hash"]
     assert "modelspec.date" not in ours.metadata
@@ -175,7 +179,7 @@ def test_names_and_shapes_are_those_of_sd_scripts_at_real_size() -> None:
     whole = BaseModel(None, text_encoder, None, unet, {})
     endings = (".to_q", ".to_k", ".to_v", ".to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
     layers = {
-        name: Layer(torch.zeros(8, module.in_features), torch.zeros(module.out_features, 8), 16)
+        name: LoRA(torch.zeros(8, module.in_features), torch.zeros(module.out_features, 8), 16)
         for name, module in named_layers(whole).items()
         if name.endswith(endings)
     }
@@ -291,7 +295,9 @@ def test_our_own_files_are_replaced_until_they_are_edited(
     (folder / "notes.txt").write_text("mine")
     before = content_of(folder)
     export.export(run, finished_config(run), folder, merge=False)
-    assert content_of(folder) == before
+    after = content_of(folder)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"README.md", owned.RECORD} and after.keys() == before.keys()
     (folder / "merged" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"merged/notes.txt was not written by an export"):
         export.export(run, finished_config(run), folder, merge=True)
@@ -301,7 +307,7 @@ def test_our_own_files_are_replaced_until_they_are_edited(
         export.export(run, finished_config(run), folder, merge=False)
     (folder / owned.RECORD).unlink()  # as an older version left it
     export.export(run, finished_config(run), folder, merge=False)
-    assert card.read_bytes() == before["README.md"]
+    assert card.read_bytes() == after["README.md"]
 
 
 def test_a_refusal_leaves_nothing_behind(
@@ -371,7 +377,7 @@ def test_metadata_are_those_of_the_base(
     make_config: Callable, tmp_path: Path, width: int, prediction_type: str, expected: tuple[str, ...]
 ) -> None:
     base, config = base_of(width, prediction_type), make_config("data.style=', in ink'")
-    layers = {"unet.x": Layer(torch.zeros(4, 8), torch.zeros(8, 4), 2)}
+    layers = {"unet.x": LoRA(down=torch.zeros(4, 8), up=torch.zeros(8, 4), alpha=2)}
     adapter = files.Adapter(Path("x"), "diffusers", layers, {})
     found = kohya.metadata_of(adapter, base, config, {}, "lora.rank=4, <a>: b")
     write_sidecar(tmp_path / "it.safetensors", config, base)
@@ -384,7 +390,7 @@ def test_metadata_are_those_of_the_base(
 
 
 def test_layers_that_differ_are_dynamic(make_config: Callable) -> None:
-    layers = {f"unet.{n}": Layer(torch.zeros(n, 8), torch.zeros(8, n), n / 2) for n in (2, 4)}
+    layers = {f"unet.{n}": LoRA(down=torch.zeros(n, 8), up=torch.zeros(8, n), alpha=n / 2) for n in (2, 4)}
     adapter = files.Adapter(Path("x"), "diffusers", layers, {})
     found = kohya.metadata_of(adapter, base_of(768, "epsilon"), make_config(), {}, "x")
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("Dynamic", "Dynamic")
@@ -492,8 +498,10 @@ def test_import_says_what_it_is_and_what_to_type(run: RunDir) -> None:
     file = run.adapter / "kohya.safetensors"
     done = CliRunner().invoke(app, ["import", str(file), "model=demo", "data=demo"])
     assert done.exit_code == 0, done.output
-    assert "kohya, LoRA of 92 layers, rank 4, alpha 6" in done.output
-    assert f"lora.init={file} lora.rank=4 lora.alpha=6 lora.targets=[to_k,to_out.0,to_q,to_v]" in done.output
+    assert "kohya, LoRA of 92 layers, rank 4, alpha 4" in done.output
+    words = f"python train.py model=demo data=demo lora.init={file} lora.rank=4 lora.alpha=4"
+    assert f"{words} lora.targets=attention lora.text_encoder=true" in done.output
+    assert f"ghibli generate {file} model=demo data=demo --prompt TEXT" in done.output
 
 
 def test_the_printed_settings_take_the_file(run: RunDir, base: BaseModel, make_config: Callable) -> None:
@@ -502,15 +510,16 @@ def test_the_printed_settings_take_the_file(run: RunDir, base: BaseModel, make_c
     layer = next(iter(adapter.layers.values()))
     odd = {name: replace(each, alpha=3 * 7**0.5) for name, each in adapter.layers.items()}
     dora = {
-        name: replace(each, magnitude=torch.ones(each.up.shape[0])) for name, each in adapter.layers.items()
+        name: replace(each, magnitude=torch.ones(each.up.shape[0], 1))
+        for name, each in adapter.layers.items()
     }
     for layers in (adapter.layers, odd, dora):
         changed = replace(adapter, layers=layers)
-        words = describe.training_command(changed).split()[2:]
-        check_same_shape(changed, make_config(*words).lora)
+        words = shlex.split(describe.training_command(changed, base, []))[2:]
+        check_same_shape(changed, make_config(*words).lora, base)
     half = replace(layer, up=layer.up[:, :2], down=layer.down[:2])
     mixed = replace(adapter, layers={**adapter.layers, next(iter(adapter.layers)): half})
-    assert describe.training_command(mixed) == "not possible: its layers differ in rank or alpha"
+    assert describe.training_command(mixed, base, []) == "not possible: its layers differ in rank: 2, 4"
 
 
 def test_files_that_are_not_adapters_of_this_base(run: RunDir, base: BaseModel, tmp_path: Path) -> None:
@@ -531,7 +540,8 @@ def test_files_that_are_not_adapters_of_this_base(run: RunDir, base: BaseModel, 
     name = kohya_name("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     wide = {f"{name}.lora_down.weight": torch.zeros(4, 768), f"{name}.lora_up.weight": torch.zeros(1280, 4)}
     text = refused(wide)
-    assert "maps 768 values to 1280, the base's layer 64 to 128: it was made for another base" in text
+    assert f"`{name}.lora_up.weight` of (1280, 4) cannot be: a layer of the shape (128, 64) needs" in text
+    assert "(128, rank); it was made for another base" in text
     with pytest.raises(UserError, match="no such file or run"):
         read_adapter(tmp_path / "nowhere", base, "adapter")
 

@@ -155,8 +155,8 @@ def test_an_error_names_its_key(make_config: Callable[..., Config], words: list[
 def test_a_variant_is_saved_and_merged_as_it_was_trained(variant: str, tmp_path: Path) -> None:
     live = load("demo")
     options = LoraConfig(
-        rank=4, alpha=8.0, dropout=0.1, targets=TARGETS["attention"], text_encoder=True, variant=variant,
-        init=None,
+        rank=4, alpha=8.0, dropout=0.1, targets=TARGETS["attention"], text_encoder=True,
+        text_encoder_targets="attention", variant=variant, init=None,
     )  # fmt: skip
     lora.add_lora(live, options, seed=0)
     generator = torch.Generator().manual_seed(5)

@@ -1,0 +1,186 @@
+"""How adapter files name a layer of the base, and what an unknown name tells of the file.
+
+    diffusers, PEFT   unet.down_blocks.0.attentions.0.....attn1.to_q        with or without base_model.model.
+    diffusers, 2023   unet.down_blocks.0.attentions.0.....attn1.processor.to_q_lora
+    kohya, LyCORIS    lora_unet_down_blocks_0_attentions_0_..._attn1_to_q   or lycoris_...
+    ComfyUI           diffusion_model.input_blocks.1.1.....attn1.to_q      the original code's names
+    the text encoder  text_encoder., lora_te_, text_encoders.clip_l.transformer. and so on
+
+Here a layer is called `unet.` or `text_encoder.`, then as in the base, without `text_model.`, which some
+versions of transformers put in front.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+from ghibli.models.base import BaseModel
+
+KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+PEFT_PREFIX = "base_model.model."
+DOTTED = {  # what stands before a layer's name, in any of the layouts that keep its dots
+    "unet": ("unet.", "", f"{PEFT_PREFIX}unet.", PEFT_PREFIX, "diffusion_model.", "model.diffusion_model."),
+    "text_encoder": (
+        "text_encoder.", "", f"{PEFT_PREFIX}text_encoder.", PEFT_PREFIX, "text_encoders.clip_l.transformer.",
+        "text_encoders.clip_l.", "clip_l.transformer.", "cond_stage_model.transformer.",
+    ),
+}  # fmt: skip
+FLAT = {
+    "unet": ("lora_unet_", "lycoris_", "lycoris_unet_"),
+    "text_encoder": ("lora_te_", "lycoris_te_", "lycoris_"),
+}
+PROCESSORS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out"}  # diffusers before 0.18
+OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+RESNET = {  # diffusers' names within a residual block -> those of the original code
+    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}  # fmt: skip
+ORIGINAL = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+}  # fmt: skip
+FOREIGN = (  # (pattern of a key's start, what such a file belongs to)
+    (r"lora_te[12]_|text_encoder_2\.|text_encoders\.clip_[gh]\.|lora_unet_label_emb|.*add_embedding", "SDXL"),
+    (r".*(input|middle|output|down|mid|up)_blocks?[._].*transformer_blocks[._][1-9]", "SDXL"),
+    (r"(lora_)?transformer[._]|.*(double|single|joint)_blocks|.*t5xxl|lora_te3_", "Flux or SD 3"),
+    (r".*(down|up)_blocks.*motion_modules", "AnimateDiff"),
+    (r"lora_controlnet|control_model\.", "a ControlNet"),
+    (r"lora_prior_", "Stable Cascade"),
+)
+KINDS = (  # (pattern of a whole key, what it is)
+    (r"(unet|text_encoder):\d+:(up|down)",
+     "a numbered layer of cloneofsimo's lora of 2022, which only its own code can tell from the others"),
+    (r"emb_params|string_to_(param|token).*|bundle_emb.*|clip_[lg]|<.*>|\*|.*learned_embeds.*",
+     "a textual inversion: a word's embedding, not an update of a layer"),
+    (r"(model\.diffusion_model|first_stage_model|cond_stage_model|model_ema)\..*(weight|bias)",
+     "of a whole model, which is no adapter"),
+    (r".*(\.w_norm|\.b_norm|norm\d?\.(diff|diff_b|weight|bias))",
+     "an update of a normalisation, which is not supported"),
+    (r".*(diff_b|bias)", "an update of a bias, which is not supported"),
+    (r"oft_(unet|te)_.*", "of sd-scripts' own OFT, which is not supported (LyCORIS's is)"),
+    (r".*\.oft_R.*", "of PEFT's OFT, which is not supported (LyCORIS's is)"),
+    (r".*\.(on_input|ia3_l.*)|lora_(unet|te)_\w+\.weight", "of IA3, which is not supported"),
+    (r".*\.(a1|a2|b1|b2|bm1|bm2|c1|c2)\.weight", "of GLoRA, which is not supported"),
+)  # fmt: skip
+
+
+def layer_name(part: str, name: str) -> str:
+    """Name a layer as Adapter.layers does: `unet.` or `text_encoder.`, then its name in the base."""
+    return f"{part}.{name.removeprefix('text_model.')}"
+
+
+def layer_paths(base: BaseModel) -> dict[str, tuple[str, str]]:
+    """Name every linear and convolution layer of UNet and text encoder -> its part, and its path there.
+
+    A layer that has adapters counts once, by its own path.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for part, module in base.adaptable.items():
+        for path, layer in module.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in path:
+                own = path.removesuffix(".base_layer")
+                found[layer_name(part, own)] = part, own
+    return found
+
+
+def named_layers(base: BaseModel) -> dict[str, Any]:
+    """Name every nn.Linear and nn.Conv2d of UNet and text encoder; under adapters, the base's own."""
+    layers = {
+        name: base.adaptable[part].get_submodule(path) for name, (part, path) in layer_paths(base).items()
+    }
+    return {name: getattr(layer, "base_layer", layer) for name, layer in layers.items()}
+
+
+def kohya_name(name: str) -> str:
+    """Translate a layer's name: unet.mid_block.attentions.0... to lora_unet_mid_block_attentions_0_..."""
+    part, _, path = name.partition(".")
+    path = path if part == "unet" else f"text_model.{path}"
+    return KOHYA[part] + path.replace(".", "_")
+
+
+def target_of(name: str) -> str:
+    """Return the ending of a layer's name that tells its kind: to_q, to_out.0, ff.net.0.proj, conv1."""
+    parts = name.split(".")
+    if "ff" in parts:
+        return ".".join(parts[parts.index("ff") :])
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def names_in_files(base: BaseModel) -> dict[str, str]:
+    """Map every name that a file may give to a layer of this base to the layer's name here."""
+    found: dict[str, str] = {}
+    for name in named_layers(base):
+        part, _, path = name.partition(".")
+        aliases = unet_aliases(path, base.unet.config) if part == "unet" else text_aliases(path)
+        for alias in aliases:
+            for before in DOTTED[part]:
+                found[before + alias] = name
+            for before in FLAT[part]:
+                found[before + alias.replace(".", "_")] = name
+    return found
+
+
+def unet_aliases(path: str, config: Any) -> Iterator[str]:
+    """List the names of a layer of the UNet: diffusers', those of its old processors, the original code's."""
+    yield path
+    for new, old in PROCESSORS.items():
+        if path.endswith((f"attn1.{new}", f"attn2.{new}")):
+            yield f"{path.removesuffix(new)}processor.{old}_lora"
+    original = original_name(path, config)
+    if original is not None:
+        yield original
+
+
+def text_aliases(path: str) -> Iterator[str]:
+    """List the names of a layer of the text encoder: with and without text_model., and those of 2023."""
+    for before in ("text_model.", ""):
+        yield before + path
+        for new, old in OLD_ATTENTION.items():
+            if path.endswith(f"self_attn.{new}"):
+                yield f"{before}{path.removesuffix(new)}{old}_lora"
+
+
+def original_name(path: str, config: Any) -> str | None:
+    """Translate the name of a UNet's layer to that of the original code, whose blocks form one list.
+
+    Args:
+        config: of the UNet; one number of layers a block, as in every Stable Diffusion 1 and 2.
+    """
+    if path in ORIGINAL:
+        return ORIGINAL[path]
+    match = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.+)", path)
+    if match is None:
+        return None
+    side, kind, rest = match[1], match[3], RESNET.get(match[5], match[5])
+    i, j, each = int(match[2] or 0), int(match[4]), config.layers_per_block + 1
+    if side == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * j}.{rest}"
+    if kind == "downsamplers":
+        return f"input_blocks.{each * (i + 1)}.0.op"
+    if kind == "upsamplers":
+        has_attention = "CrossAttn" in config.up_block_types[i]
+        return f"output_blocks.{each * i + each - 1}.{2 if has_attention else 1}.conv"
+    place = f"input_blocks.{each * i + j + 1}" if side == "down" else f"output_blocks.{each * i + j}"
+    return f"{place}.{1 if kind == 'attentions' else 0}.{rest}"
+
+
+def explain(unknown: list[str], names: Collection[str], what: str) -> str:
+    """Say what a file is that has keys of no layer of the base, naming one of them: the first that tells.
+
+    Args:
+        names: all names of the base's layers, as names_in_files has them.
+        what: the file as users named it.
+    """
+    for pattern, family in FOREIGN:
+        key = next((key for key in unknown if re.match(pattern, key)), None)
+        if key is not None:
+            return f"{what} is an adapter for {family}; the base is Stable Diffusion 1 or 2, without `{key}`"
+    key = unknown[0]
+    for pattern, kind in KINDS:
+        if re.fullmatch(pattern, key):
+            return f"{what}: `{key}` is {kind}"
+    if any(key[:at] in names for at, letter in enumerate(key) if letter == "."):
+        return f"{what}: `{key}` is of a kind that is not supported"
+    return f"{what} is not a LoRA of this base: it has `{key}`, which the base lacks"
