@@ -1,5 +1,6 @@
 """W' - W of every kind of update, against LyCORIS's modules, PEFT's layers and the formulas in float64."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.layers import Layer, same_update, to_factors
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.models.base import BaseModel
+from ghibli.models.load import load
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"  # 64 inputs, 128 outputs
 CONV = "unet.down_blocks.1.resnets.0.conv1"
 CASES = [(kind, name) for kind in KINDS for name in (LINEAR, CONV) if "tucker" not in kind or name == CONV]
+
+
+@pytest.fixture(scope="module")
+def model() -> BaseModel:
+    """A base that no test changes."""
+    return load("demo")
 
 
 def read(base: BaseModel, state: dict[str, torch.Tensor], folder: Path) -> Adapter:
@@ -31,7 +39,7 @@ def layer_of(
     base: BaseModel, kind: str, name: str, folder: Path
 ) -> tuple[Layer, Any, dict[str, torch.Tensor]]:
     """Return a layer as read, the base's layer, and the layer's tensors by their endings."""
-    target = named_layers(base)[name]
+    target = deepcopy(named_layers(base)[name])
     layer = read(base, adapter_state(base, {name: kind}), folder).layers[name]
     return layer, target, layer_tensors(kind, target.weight.shape, 0)
 
@@ -65,8 +73,8 @@ def lycoris_output(kind: str, target: Any, tensors: dict[str, torch.Tensor], x: 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 @torch.no_grad()
-def test_every_kind_is_what_lycoris_computes(kind: str, name: str, base: BaseModel, tmp_path: Path) -> None:
-    layer, target, tensors = layer_of(base, kind, name, tmp_path)
+def test_every_kind_is_what_lycoris_computes(kind: str, name: str, model: BaseModel, tmp_path: Path) -> None:
+    layer, target, tensors = layer_of(model, kind, name, tmp_path)
     shape = (2, target.weight.shape[1], 6, 6) if target.weight.ndim == 4 else (3, target.weight.shape[1])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(9))
     theirs, untouched = lycoris_output(kind, target, tensors, x), target(x)
@@ -77,9 +85,9 @@ def test_every_kind_is_what_lycoris_computes(kind: str, name: str, base: BaseMod
 
 @pytest.mark.parametrize("name", [LINEAR, CONV])
 @torch.no_grad()
-def test_dora_is_pefts_layer(name: str, base: BaseModel, tmp_path: Path) -> None:
+def test_dora_is_pefts_layer(name: str, model: BaseModel, tmp_path: Path) -> None:
     """The norm over the inputs of each output, as in the paper: what PEFT merges is W'."""
-    layer, target, tensors = layer_of(base, "dora_out", name, tmp_path)
+    layer, target, tensors = layer_of(model, "dora_out", name, tmp_path)
     wanted = layer.delta(target.weight.double())
     holder = nn.Sequential(target)
     config = PeftConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"], use_dora=True)
@@ -93,10 +101,10 @@ def test_dora_is_pefts_layer(name: str, base: BaseModel, tmp_path: Path) -> None
     torch.testing.assert_close(theirs.get_base_layer().weight.double() - weight, wanted, rtol=0, atol=1e-5)
 
 
-def test_dora_is_its_formula(base: BaseModel, tmp_path: Path) -> None:
+def test_dora_is_its_formula(model: BaseModel, tmp_path: Path) -> None:
     """m V / |V|, V = W + s B A, written out in float64: |V| over a row for one magnitude an output."""
     for kind, axis in (("dora_out", 1), ("dora_in", 0)):
-        layer, target, tensors = layer_of(base, kind, LINEAR, tmp_path)
+        layer, target, tensors = layer_of(model, kind, LINEAR, tmp_path)
         weight, up, down, m = (
             each.detach().double()
             for each in (
@@ -111,8 +119,8 @@ def test_dora_is_its_formula(base: BaseModel, tmp_path: Path) -> None:
         torch.testing.assert_close(layer.delta(weight), wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_oft_keeps_lengths_and_angles(base: BaseModel, tmp_path: Path) -> None:
-    layer, target, _ = layer_of(base, "oft", LINEAR, tmp_path)
+def test_oft_keeps_lengths_and_angles(model: BaseModel, tmp_path: Path) -> None:
+    layer, target, _ = layer_of(model, "oft", LINEAR, tmp_path)
     before = target.weight.detach().double().reshape(-1, 4, target.weight.shape[1])
     after = before + layer.delta(target.weight.double()).detach().reshape(before.shape)
     gram = [each.transpose(1, 2) @ each for each in (before, after)]
@@ -121,8 +129,8 @@ def test_oft_keeps_lengths_and_angles(base: BaseModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_factors_are_the_difference(kind: str, name: str, base: BaseModel, tmp_path: Path) -> None:
-    layer, target, _ = layer_of(base, kind, name, tmp_path)
+def test_factors_are_the_difference(kind: str, name: str, model: BaseModel, tmp_path: Path) -> None:
+    layer, target, _ = layer_of(model, kind, name, tmp_path)
     down, up = to_factors(layer, target.weight)
     torch.testing.assert_close(
         (up.flatten(1) @ down.flatten(1)).reshape(target.weight.shape),
@@ -265,13 +273,14 @@ def norm_of_a1111(weight: torch.Tensor, change: torch.Tensor, m: torch.Tensor) -
 @pytest.mark.parametrize("kind", ["dora_in", "dora_out"])
 @pytest.mark.parametrize("name", [LINEAR, CONV])
 def test_dora_in_kohyas_layout_is_read_right_by_others(
-    program: Any, kind: str, name: str, base: BaseModel, tmp_path: Path
+    program: Any, kind: str, name: str, model: BaseModel, tmp_path: Path
 ) -> None:
-    adapter = read(base, adapter_state(base, {name: kind}), tmp_path)
-    weight, prefix = named_layers(base)[name].weight.detach().double(), kohya_name(name)
+    adapter = read(model, adapter_state(model, {name: kind}), tmp_path)
+    weight, prefix = named_layers(model)[name].weight.detach().double(), kohya_name(name)
     wanted = weight + adapter.layers[name].delta(weight)
     written = {
-        key.removeprefix(f"{prefix}."): value.double() for key, value in kohya.to_kohya(adapter, base).items()
+        key.removeprefix(f"{prefix}."): value.double()
+        for key, value in kohya.to_kohya(adapter, model).items()
     }
     if "diff" in written:
         found = weight + written["diff"]
