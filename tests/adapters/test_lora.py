@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from helpers.commands import run_python
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ghibli.adapters import apply, lora
+from ghibli.adapters.files import read_adapter
+from ghibli.config import schema
 from ghibli.config.schema import TEXT_ENCODER_TARGETS, LoraConfig
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
@@ -23,20 +27,25 @@ RANK, ALPHA = 4, 12.0  # neither alpha = rank nor the usual 2 x rank, so that a 
 SCALE = ALPHA / RANK
 
 
-def attach(base: BaseModel, seed: int = 0, **changes: object) -> BaseModel:
+def options_of(**changes: object) -> LoraConfig:
     options = {
         "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": TARGETS, "text_encoder": True,
         "text_encoder_targets": "attention", "variant": "lora", "init": None,
     }  # fmt: skip
-    lora.add_lora(base, LoraConfig(**(options | changes)), seed)
+    return LoraConfig(**(options | changes))
+
+
+def attach(base: BaseModel, seed: int = 0, **changes: object) -> BaseModel:
+    lora.add_lora(base, options_of(**changes), seed)
     return base
 
 
 def randomise(base: BaseModel) -> BaseModel:
     """Fill every A and B with random numbers, as after training."""
     generator = torch.Generator().manual_seed(5)
-    for parameter in lora.trainable(base).values():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    for name, parameter in lora.trainable(base).items():
+        change = 0.1 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter.data + change if "magnitude" in name else change
     return base
 
 
@@ -271,6 +280,62 @@ def test_the_files_keys_are_the_published_ones(base: BaseModel, tmp_path: Path) 
         assert metadata[f"{part}.base_model_name_or_path"] is None  # no path of this machine
     assert metadata["unet.target_modules"] == sorted(TARGETS)  # a set's order would differ between runs
     assert metadata["text_encoder.target_modules"] == sorted(TEXT_ENCODER_TARGETS["attention"])
+
+
+ALL = schema.TARGETS["all"]
+
+
+@pytest.mark.parametrize("with_settings", [True, False], ids=["", "no metadata, as before diffusers 0.34"])
+@pytest.mark.parametrize(
+    ("variant", "targets"), [("lora", ALL), ("dora", ALL), ("rslora", TARGETS), ("lora", ["proj_in", "to_q"])]
+)
+def test_diffusers_loads_all_of_it_at_its_strength(
+    variant: str, targets: list[str], with_settings: bool, base: BaseModel, tmp_path: Path
+) -> None:
+    """Whatever its first key is; DoRA's magnitudes of both parts; alpha is the rank."""
+    plain = noise_pred(base)
+    randomise(attach(base, variant=variant, targets=targets, text_encoder_targets="all"))
+    file = lora.save_adapter(base, tmp_path)
+    if not with_settings:
+        save_file(load_file(file), file)
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path)
+    theirs = load("demo")
+    theirs.unet, theirs.text_encoder = pipeline.unet.eval(), pipeline.text_encoder.eval()
+    live = noise_pred(base)
+    assert (live - plain).norm() > 0.05 * plain.norm()
+    torch.testing.assert_close(noise_pred(theirs), live, rtol=0, atol=1e-5 * live.abs().max().item())
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
+def test_our_reader_reads_it_as_it_was_trained(variant: str, base: BaseModel, tmp_path: Path) -> None:
+    randomise(attach(base, variant=variant, targets=ALL, text_encoder_targets="all"))
+    adapter = read_adapter(lora.save_adapter(base, tmp_path), base, "adapter")
+    fresh, live = load("demo"), noise_pred(base)
+    wanted = lora.layers_to_train(fresh, options_of(targets=ALL, text_encoder_targets="all"))
+    assert adapter.layers.keys() == wanted
+    apply.load_adapters(fresh, [(adapter, 1.0)])
+    torch.testing.assert_close(noise_pred(fresh), live, rtol=0, atol=1e-5 * live.abs().max().item())
+
+
+def test_a_file_of_an_earlier_version_reads_as_before(base: BaseModel, tmp_path: Path) -> None:
+    """B unscaled, alpha in the metadata alone, older names for attention, magnitudes without `.weight`."""
+    live = randomise(attach(base, variant="dora"))
+    names = {"lora_A": "lora.down", "lora_B": "lora.up"}
+    state, settings = {}, {}
+    for part, module in live.adaptable.items():
+        for key, value in get_peft_model_state_dict(module, adapter_name="default").items():
+            old = key.removeprefix("text_model.")
+            old = old.replace(".weight", "") if "magnitude" in old else old
+            for new, older in names.items() if part == "unet" else ():
+                old = old.replace(new, older)
+            state[f"{part}.{'' if part == 'unet' else 'text_model.'}{old}"] = value
+        settings |= {f"{part}.r": RANK, f"{part}.lora_alpha": ALPHA, f"{part}.use_dora": True}
+    assert any(key.endswith("lora.up.weight") for key in state)
+    save_file(state, tmp_path / ADAPTER_FILE, {"lora_adapter_metadata": json.dumps(settings)})
+    fresh, wanted = load("demo"), noise_pred(live)
+    apply.merge(fresh, tmp_path, 1.0)
+    torch.testing.assert_close(noise_pred(fresh), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
 # Merging a file into a base
