@@ -106,7 +106,9 @@ def test_captions_do_not_lead_out_of_the_folder(tmp_path: Path, secret: Path) ->
     assert found["0.png"] == "0.txt: it leads out of the folder: copy the file into it"
     assert set(found) - {*names} == {"0.png", "link.png", "sub/me.png", "nul\0.png", "n" * 300 + ".png"}
     photos = find_photos([root], "p", "")
-    assert [photo.path.name for photo in photos if photo.path.exists()] == [f"{n}.png" for n in range(5)]
+    assert [photo.path.name for photo in photos if os.path.exists(photo.path)] == [
+        f"{n}.png" for n in range(5)
+    ]
 
 
 def test_a_link_within_the_folder_and_a_linked_set_are_fine(tmp_path: Path) -> None:
@@ -168,8 +170,8 @@ def test_too_little_shared_memory_is_said_before_it_hangs(
     "text",
     [
         "DataLoader timed out after 120 seconds",
-        "DataLoader worker (pid 3) is killed by signal: Bus error. It is possible that dataloader's workers are "
-        "out of shared memory. Please try to raise your shared memory limit.",
+        "DataLoader worker (pid 3) is killed by signal: Bus error. It is possible that dataloader's workers "
+        "are out of shared memory. Please try to raise your shared memory limit.",
     ],
 )
 def test_loader_processes_that_hang_name_shared_memory(text: str) -> None:
