@@ -224,3 +224,13 @@ def test_the_sheet_shows_both() -> None:
         255,
     )
     assert tuple(page[562 + 26 + 128, 3 * 264]) == (255, 255, 255)  # two in the second row
+
+
+def test_a_strip_keeps_its_shape_or_is_refused() -> None:
+    for size in ((3000, 200), (200, 3000), (640, 64), (5000, 100), (333, 1000)):
+        for resolution in (64, 128, 512):
+            width, height = size_like(size, resolution)
+            assert width % 8 == height % 8 == 0 and min(width, height) >= 64
+            assert width / height == pytest.approx(size[0] / size[1], rel=0.08)
+    with pytest.raises(UserError, match="30000x10 px is too long a strip to redraw whole: crop it"):
+        size_like((30000, 10), 512)
