@@ -144,6 +144,11 @@ class GuidedImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
         """Tell whether both branches are needed: at any guidance but 1. The library's own: only above 1."""
         return self.guidance_scale != 1
 
+    def get_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> Any:
+        """Return the library's share of our own timesteps, and how many these are."""
+        set_timesteps(self.scheduler, num_inference_steps)
+        return super().get_timesteps(num_inference_steps, strength, device)
+
 
 def restyle_photo(
     model: LoadedModel,
@@ -168,7 +173,6 @@ def restyle_photo(
     base = model.at(options.scale)
     pipeline = make_pipeline(base, GuidedImg2ImgPipeline)
     pipeline.scheduler = make_scheduler(options.sampler, base)  # the constructor would set steps_offset to 1
-    set_timesteps(pipeline.scheduler, options.steps)
     pipeline.set_progress_bar_config(disable=True)
     small = photo.resize(size_like(photo.size, options.resolution), Image.Resampling.LANCZOS)
     # Silenced: advice on deprecated options, and that a long prompt is cut, which callers report
