@@ -406,7 +406,7 @@ def test_printed_names_pasted_into_bash_are_the_files(name: str) -> None:
     [
         ([], "no prompt: give --prompt TEXT or --prompts FILE"),
         (["-p", "a lake", "--scale", "nan"], "--scale nan is not a finite number"),
-        (["-p", "a lake", "--guidance", "nan"], "--guidance nan is out of range"),
+        (["-p", "a lake", "--guidance", "inf"], "--guidance inf is out of range"),
         (["-p", "a lake", "run:nan"], "run:nan: the weight must be a finite number, such as run:0.7"),
         (["-p", ""], "an empty prompt: give --prompt TEXT"),
         (
