@@ -17,7 +17,7 @@ from PIL import Image
 from ghibli.config.checks import require, require_finite
 from ghibli.config.registry import SAMPLERS
 from ghibli.data.folder import list_images, read_beside
-from ghibli.data.layouts import SUBFOLDERS
+from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS
 from ghibli.diffusion.samplers import Cell, check_finite, make_scheduler, set_timesteps
 from ghibli.images.grid import to_image
 from ghibli.images.read import IMAGE_ENDINGS, Unusable, read_image
@@ -91,7 +91,7 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
     Raises:
         UserError: no such file or folder, no photo, or one without a caption.
     """
-    found = [pair for path in paths for pair in with_captions(path.expanduser(), search=prompt is None)]
+    found = [pair for path in paths for pair in captioned(path.expanduser(), prompt)]
     if not found:
         raise UserError("no images there: name files, or a folder that holds some")
     bare = [path for path, caption in found if not (prompt or caption)]
@@ -100,6 +100,17 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
             f"{bare[0].name} has no caption: give --prompt TEXT, or run `ghibli caption {bare[0].parent}`"
         )
     return [Photo(path, f"{prompt or caption}{style}") for path, caption in found]
+
+
+def captioned(path: Path, prompt: str | None) -> list[tuple[Path, str | None]]:
+    """List as with_captions does; with a prompt for all, a table that cannot be read is no obstacle."""
+    try:
+        return with_captions(path, search=prompt is None)
+    except UserError as error:
+        if prompt is None or not path.is_dir():
+            raise
+        logger.warning(f"the captions there are not used: {error}")
+        return [(image.path, None) for image in sorted(LAYOUTS[IMAGE_FILES].list_images(path))]
 
 
 def with_captions(path: Path, *, search: bool) -> list[tuple[Path, str | None]]:

@@ -20,6 +20,16 @@ ROOT = Path(__file__).parents[2]  # the folder that holds ghibli/, conf/ and tra
 LONGEST_NAME = 255  # bytes of a file name on most file systems
 NUMBERED = re.compile(r"\d{3,18}", re.ASCII)  # the name of a file that is one of a series, without its ending
 CHECKSUM_PREFIX = b"sha256:"  # at the end of a file; the digest of 32 bytes follows
+TEMPORARY = re.compile(r"\.ghibli-\d+-[0-9a-f]{8}\.tmp")  # names of temporary_beside, and no others
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a free name in the folder of a file to write; a process that is killed may leave it behind.
+
+    It does not depend on the file's name, which may be as long as the file system allows.
+    """
+    unique = f"{os.getpid()}-{os.urandom(4).hex()}"  # machines that share a cache may reuse a pid
+    return path.with_name(f".ghibli-{unique}.tmp")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -54,10 +64,9 @@ def write_new(path: Path, write: Callable[[BinaryIO], Any]) -> Path:
 def _written(path: Path, write: Callable[[BinaryIO], Any]) -> Iterator[Path]:
     """Yield a temporary file beside `path` with what `write` wrote; it is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unique = f"{os.getpid()}-{os.urandom(4).hex()}"  # machines that share a cache may reuse a pid
-    temporary = path.with_name(f".{shortened(path.name, LONGEST_NAME - len(unique) - 6)}.{unique}.tmp")
+    temporary = temporary_beside(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

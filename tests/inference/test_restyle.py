@@ -60,6 +60,19 @@ def test_prompts_of_photos(photos: Path) -> None:
     assert find_photos([alone], None, ", drawn") == [Photo(alone, "a cat, drawn")]
 
 
+def test_a_prompt_for_all_needs_no_caption_table(photos: Path, capsys: pytest.CaptureFixture) -> None:
+    """A captions.txt of something else is named and left alone; without a prompt it is an error."""
+    (photos / "captions.txt").write_text("00:01 --> 00:02 Hello\n")
+    names = sorted(file.name for file in (photos / "images").iterdir())
+    with pytest.raises(UserError, match=r"captions.txt"):
+        find_photos([photos], None, "")
+    capsys.readouterr()
+    found = find_photos([photos], "a dog", ", drawn")
+    assert [(photo.path.name, photo.prompt) for photo in found] == [(n, "a dog, drawn") for n in names]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the captions there are not used: " in said and "captions.txt" in said
+
+
 def test_files_that_are_not_photos(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.doc").write_text("x")

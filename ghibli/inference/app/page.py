@@ -69,7 +69,7 @@ def page(session: AppSession) -> gr.Blocks:
         )
         loaded.then(session.on_runs_changed, runs, updated, show_progress="hidden", **HANDLER, **ONE_BY_ONE)
         blocks.unload(session.leave)
-    return blocks.queue(max_size=QUEUE_LIMIT, default_concurrency_limit=4)
+    return blocks.queue(max_size=QUEUE_LIMIT, default_concurrency_limit=4, api_open=False)
 
 
 def settings_column(session: AppSession) -> SettingsColumn:
