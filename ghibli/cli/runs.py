@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ghibli.cli.options import app
 from ghibli.config.registry import sampler_label
+from ghibli.config.schema import CONFIG_VERSION
 from ghibli.runs import compare
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
@@ -98,7 +99,19 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     gain, error = status.get("gain"), status.get("gain_se")
     gain_text = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
-    return str(run.path), run.status.state, status.get("settings", "?"), epochs, gain_text
+    settings = "status.json is damaged" if run.status.is_damaged else settings_of(run, status)
+    return str(run.path), run.status.state, settings, epochs, gain_text
+
+
+def settings_of(run: RunDir, status: dict[str, Any]) -> str:
+    """Return the summary of a run's settings, and with them who can still read it."""
+    text = str(status.get("settings", "?"))
+    version = status.get("config_version", CONFIG_VERSION)
+    return (
+        text
+        if version == CONFIG_VERSION
+        else f"{text} (made by {'an older' if version < CONFIG_VERSION else 'a newer'} version)"
+    )
 
 
 @app.command("compare")

@@ -1,7 +1,5 @@
 """The files of a run folder and their names; its lock."""
 
-import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +7,9 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ghibli.runs.status import RunStatus
+from ghibli.runs import lock
+from ghibli.runs.status import RunStatus, read_json
+from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import checksum_of, is_whole, write_atomically
 from ghibli.runtime.rank import is_first
@@ -79,7 +79,7 @@ class RunDir:
         found = self.usable_checkpoint()
         if found is None:
             raise UserError(
-                f"resume={self.path}: {self.last_checkpoint} is damaged or cut off; start the run anew"
+                f"{path_setting('resume', self.path)}: {self.last_checkpoint} is damaged or cut off; start the run anew"
             )
         return found
 
@@ -137,19 +137,19 @@ class RunDir:
         """Read evaluation.json; empty when it is missing, damaged or older than the weights."""
         try:
             content = self.load_evaluation()
-        except (OSError, ValueError):
+        except ValueError:
             return {}
-        return content if isinstance(content, dict) and not self.is_older(content) else {}
+        return content if not self.is_older(content) else {}
 
-    def load_evaluation(self) -> Any:
-        """Read evaluation.json, whatever it holds; entries of older versions get their present names.
+    def load_evaluation(self) -> dict[str, Any]:
+        """Read evaluation.json, whatever the object holds; entries of older versions get their present names.
 
         Raises:
-            OSError, ValueError: it cannot be read or is no JSON.
+            ValueError: it is missing or damaged.
         """
-        content = json.loads(self.evaluation.read_text(encoding="utf-8"))
+        content = read_json(self.evaluation)
         if not isinstance(content, dict):
-            return content
+            raise ValueError(f"{self.evaluation} is no JSON object")
         return {EVALUATION_NAMES.get(key, key): value for key, value in content.items()}
 
     def lock(self, key: str = "hydra.run.dir") -> BinaryIO:
@@ -161,22 +161,12 @@ class RunDir:
             key: the setting that chooses another folder.
 
         Raises:
-            UserError: another process is at work here.
+            UserError: another process is at work here, or the folder cannot be made or locked.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = open(self.path / ".lock", "ab")  # noqa: SIM115
         if not is_first():
-            return file
-        try:
-            fcntl.lockf(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # released when we die; data loader processes do not inherit it
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise UserError(
-                f"another process is at work in {self.path}: wait for its end, or choose another folder "
-                f"with {key}=DIR"
-            ) from None
+            self.path.mkdir(parents=True, exist_ok=True)
+            return open(self.path / ".lock", "ab")
+        file = lock.take(self.path / ".lock", key)
         for unfinished in self.unfinished():
             unfinished.unlink(missing_ok=True)
         return file

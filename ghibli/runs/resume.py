@@ -5,9 +5,8 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from ghibli.config.files import from_yaml, to_dataclass
+from ghibli.config.files import from_yaml, plain_yaml, to_dataclass
 from ghibli.config.keys import affects_result
 from ghibli.config.schema import Config
 from ghibli.config.trainer_flags import reject_unknown_flags
@@ -80,6 +79,8 @@ def refused_changes(stored: Config, config: Config) -> list[Difference]:
 def chosen_groups(run: RunDir) -> dict[str, str]:
     """Read the choice of each group that a run was started with; empty when Hydra's file is unreadable."""
     try:
-        return dict(OmegaConf.load(run.path / ".hydra" / "hydra.yaml").hydra.runtime.choices)
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException):
+        content = plain_yaml((run.path / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
+        choices = content["hydra"]["runtime"]["choices"]
+        return {str(group): choice for group, choice in choices.items() if isinstance(choice, str)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return {}
