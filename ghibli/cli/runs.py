@@ -12,6 +12,7 @@ from ghibli.config.schema import CONFIG_VERSION
 from ghibli.runs import compare
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
+from ghibli.runs.identity import age_of
 from ghibli.runtime.console import console, full_width
 from ghibli.runtime.errors import UserError
 
@@ -104,14 +105,9 @@ def row_of(run: RunDir) -> tuple[str, ...]:
 
 
 def settings_of(run: RunDir, status: dict[str, Any]) -> str:
-    """Return the summary of a run's settings, and with them who can still read it."""
-    text = str(status.get("settings", "?"))
-    version = status.get("config_version", CONFIG_VERSION)
-    return (
-        text
-        if version == CONFIG_VERSION
-        else f"{text} (made by {'an older' if version < CONFIG_VERSION else 'a newer'} version)"
-    )
+    """Return the summary of a run's settings, and whether another version of this code made it."""
+    text, version = str(status.get("settings", "?")), status.get("config_version", CONFIG_VERSION)
+    return text if version == CONFIG_VERSION else f"{text} (made by {age_of(version)} version)"
 
 
 @app.command("compare")

@@ -261,9 +261,8 @@ def missing_sentences(page: dict[str, Any], runs: LabelledRuns) -> list[str]:
     sentences = []
     unmeasured = [data for _, data in runs if data.evaluation is None]
     if len(unmeasured) == len(runs) == 1:
-        sentences.append(
-            f"no evaluation yet: `{command_line('ghibli', 'evaluate', runs[0][1].run.path)}` measures its images"
-        )
+        command = command_line("ghibli", "evaluate", runs[0][1].run.path)
+        sentences.append(f"no evaluation yet: `{command}` measures its images")
     elif unmeasured:
         count = f"{len(unmeasured)} of {len(runs)} runs"
         sentences.append(f"{count} have no evaluation yet (`ghibli evaluate RUN`)")

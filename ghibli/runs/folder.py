@@ -79,7 +79,8 @@ class RunDir:
         found = self.usable_checkpoint()
         if found is None:
             raise UserError(
-                f"{path_setting('resume', self.path)}: {self.last_checkpoint} is damaged or cut off; start the run anew"
+                f"{path_setting('resume', self.path)}: {self.last_checkpoint} is damaged or cut off; "
+                "start the run anew"
             )
         return found
 
@@ -150,7 +151,7 @@ class RunDir:
         content = read_json(self.evaluation)
         if not isinstance(content, dict):
             raise ValueError(f"{self.evaluation} is no JSON object")
-        return {EVALUATION_NAMES.get(key, key): value for key, value in content.items()}
+        return {EVALUATION_NAMES.get(str(key), str(key)): value for key, value in content.items()}
 
     def lock(self, key: str = "hydra.run.dir") -> BinaryIO:
         """Make this process the folder's only writer, until it ends or closes the result.

@@ -59,15 +59,15 @@ def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -
 def readable_help() -> Iterator[None]:
     """Let argparse read only help that is text, while Hydra builds its parser.
 
-    From Python 3.14 on argparse formats every help when it is added, and refuses the object by which Hydra 1.3
-    puts off building the help of --shell-completion. Private in argparse: `_get_help_string`.
+    From Python 3.14 on argparse formats every help when it is added, and refuses the object by which
+    Hydra 1.3 puts off building the help of --shell-completion. Private in argparse: `_get_help_string`.
     """
     original = argparse.HelpFormatter._get_help_string
 
     def as_text(formatter: argparse.HelpFormatter, action: argparse.Action) -> str | None:
         return original(formatter, action) if isinstance(action.help, str | None) else ""
 
-    argparse.HelpFormatter._get_help_string = as_text  # type: ignore[method-assign]
+    argparse.HelpFormatter._get_help_string = as_text  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from ghibli.config.schema import CONFIG_VERSION, Config
 from ghibli.runs.folder import RunDir, step_of
-from ghibli.runs.identity import code_hash, describe_commit, finished_objective, settings_hash
+from ghibli.runs.identity import age_of, code_hash, describe_commit, finished_objective, settings_hash
 from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
 from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.errors import UserError
@@ -124,8 +124,8 @@ def warn_of_changes(run: RunDir) -> None:
     if version != CONFIG_VERSION:
         logger.warning(
             f"this run has settings of version {version}, this code of version {CONFIG_VERSION}: it was made by "
-            f"{'an older' if version < CONFIG_VERSION else 'a newer'} version, and they were read unchanged; to "
-            f"repeat it exactly, check out its commit, {describe_commit(status)}"
+            f"{age_of(version)} version, and they were read unchanged; to repeat it exactly, check out its "
+            f"commit, {describe_commit(status)}"
         )
     if status.get("code_hash", code_hash()) != code_hash():
         logger.warning(

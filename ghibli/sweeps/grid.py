@@ -74,9 +74,8 @@ def plan_sweep(cfg: Any) -> None:
         name_anew(cfg)
     study = open_study(cfg, count)
     if is_dated:
-        logger.info(
-            f"to resume these trials: the same command with {quoted(path_setting('hydra.sweep.dir', study.folder))}"
-        )
+        again = quoted(path_setting("hydra.sweep.dir", study.folder))
+        logger.info(f"to resume these trials: the same command with {again}")
 
 
 def name_anew(cfg: Any) -> None:

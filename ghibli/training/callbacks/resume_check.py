@@ -175,8 +175,8 @@ def at_most(ended: str | None, rules: list[EarlyStopping]) -> str:
         return ""
     before = f"; it ended this run {ended}" if ended else ""
     return (
-        f", unless early stopping ends it after {rules[0].patience} without an improvement{before}; its count "
-        "starts anew"
+        f", unless early stopping ends it after {rules[0].patience} without an improvement{before}; "
+        "its count starts anew"
     )
 
 
