@@ -93,7 +93,7 @@ def check_job(cfg: Any) -> None:
             check_new_run(cfg)
         else:
             run = run_to_resume(cfg.resume)
-            check_paths(resumed_config(run, cfg.hydra.overrides))
+            check_places(resumed_config(run, cfg.hydra.overrides))
             run.lock().close()
 
 
@@ -118,6 +118,18 @@ def check_new_run(cfg: Any) -> None:
         with read_write(cfg.hydra.run):
             cfg.hydra.run.dir = str(run.path)
     run.lock().close()
+
+
+def check_places(config: Config) -> None:
+    """Check the paths of a run to resume.
+
+    Raises:
+        UserError: one does not exist; the message says how to name its new place.
+    """
+    try:
+        check_paths(config)
+    except UserError as error:
+        raise UserError(f"{error}; if it only moved, say where it is now beside resume=, KEY=DIR") from None
 
 
 def reject_chdir(cfg: Any) -> None:

@@ -123,9 +123,9 @@ def warn_of_changes(run: RunDir) -> None:
     version = status.get("config_version", 0)
     if version != CONFIG_VERSION:
         logger.warning(
-            f"this run has settings of version {version}, this code of version {CONFIG_VERSION}: it was made by "
-            f"{age_of(version)} version, and they were read unchanged; to repeat it exactly, check out its "
-            f"commit, {describe_commit(status)}"
+            f"this run has settings of version {version}, this code of version {CONFIG_VERSION}: it was made "
+            f"by {age_of(version)} version, and they were read unchanged; to repeat it exactly, check out "
+            f"its commit, {describe_commit(status)}"
         )
     if status.get("code_hash", code_hash()) != code_hash():
         logger.warning(
