@@ -85,8 +85,26 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = st.sampled_from(["state", "gain", "gain_se", "epoch", "findings", "starts", "versions", "reason", "started",
-                        "ended", "settings", "command", "best_epoch", "process", "grown", "config_version"])  # fmt: skip
+KEYS = st.sampled_from(
+    [
+        "state",
+        "gain",
+        "gain_se",
+        "epoch",
+        "findings",
+        "starts",
+        "versions",
+        "reason",
+        "started",
+        "ended",
+        "settings",
+        "command",
+        "best_epoch",
+        "process",
+        "grown",
+        "config_version",
+    ]
+)
 
 
 @given(st.dictionaries(KEYS, JSON, max_size=6))
@@ -127,6 +145,7 @@ def test_names_of_any_characters_survive_the_report(text: str) -> None:
 # Who runs
 
 
+ASK = "import sys; from ghibli.runs import lock; from pathlib import Path; print(lock.is_held(Path(sys.argv[1])))"
 HOLD = "import sys, time; from ghibli.runs.lock import take; from pathlib import Path\n"
 HOLD += "take(Path(sys.argv[1]), 'hydra.run.dir'); print('held', flush=True); time.sleep(60)"
 
@@ -149,8 +168,8 @@ def test_the_lock_tells_whether_a_run_runs(tmp_path: Path) -> None:
     assert run.status.state == "killed"
     with run.lock():
         assert run.status.state == "running"
-        asks = f"from ghibli.runs import lock; from pathlib import Path; print(lock.is_held(Path({str(tmp_path)!r}, '.lock')))"
-        done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True)
+        asks = [sys.executable, "-c", ASK, str(tmp_path / ".lock")]
+        done = subprocess.run(asks, capture_output=True, text=True, check=True)
         assert done.stdout == "True\n"  # asking in this process has not released it
     assert run.status.state == "killed"
 
