@@ -87,24 +87,10 @@ JSON = st.recursive(
 )
 KEYS = st.sampled_from(
     [
-        "state",
-        "gain",
-        "gain_se",
-        "epoch",
-        "findings",
-        "starts",
-        "versions",
-        "reason",
-        "started",
-        "ended",
-        "settings",
-        "command",
-        "best_epoch",
-        "process",
-        "grown",
-        "config_version",
+        "state", "gain", "gain_se", "epoch", "findings", "starts", "versions", "reason", "started", "ended",
+        "settings", "command", "best_epoch", "process", "grown", "config_version",
     ]
-)
+)  # fmt: skip
 
 
 @given(st.dictionaries(KEYS, JSON, max_size=6))
@@ -145,7 +131,8 @@ def test_names_of_any_characters_survive_the_report(text: str) -> None:
 # Who runs
 
 
-ASK = "import sys; from ghibli.runs import lock; from pathlib import Path; print(lock.is_held(Path(sys.argv[1])))"
+ASK = "import sys; from ghibli.runs import lock; from pathlib import Path\n"
+ASK += "print(lock.is_held(Path(sys.argv[1])))"
 HOLD = "import sys, time; from ghibli.runs.lock import take; from pathlib import Path\n"
 HOLD += "take(Path(sys.argv[1]), 'hydra.run.dir'); print('held', flush=True); time.sleep(60)"
 

@@ -23,34 +23,9 @@ ODD = "\t\n\x1b\x7f '\"$`\\!*?[](){}<>|&;#~=,:%@+^.-_aZ0\u00e9\u3000\u30b8\u202e
 LETTERS = st.one_of(st.sampled_from(ODD), st.characters(exclude_characters="/\0"))
 NAMES = st.text(LETTERS, min_size=1, max_size=30)
 SOME = [
-    "naïve",
-    "ジブリ",
-    "(1)",
-    "~",
-    "~root",
-    "a  b",
-    " a ",
-    "it's",
-    "$x",
-    "a\nb",
-    "latest",
-    "null",
-    "1e3",
-    "-m",
-]
-OTHERS = [
-    "lora.rank=8,loss.guidance=7.5",
-    "'a'",
-    '"a"',
-    "\\",
-    "a\\'",
-    "\udce9",
-    "#",
-    "a,b",
-    "[a]",
-    "true",
-    "a\\\\",
-]
+    "naïve", "ジブリ", "(1)", "~", "~root", "a  b", " a ", "it's", "$x", "a\nb", "latest", "null", "1e3",
+    "lora.rank=8,loss.guidance=7.5", "'a'", '"a"', "\\", "a\\'", "a\\\\", "\udce9", "#", "a,b", "[a]", "true",
+]  # fmt: skip
 STUB = "import os, sys; os.write(1, b'\\0'.join(map(os.fsencode, sys.argv[1:])))"
 
 
@@ -79,7 +54,6 @@ def value_in_hydra(override: str) -> object:
 
 @given(st.lists(NAMES, min_size=25, max_size=25))
 @example(SOME)
-@example(OTHERS)
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_a_resume_command_pasted_into_bash_names_the_folder(names: list[str]) -> None:
     """A batch of names in one bash; a stub echoes its arguments, which Hydra then parses."""
