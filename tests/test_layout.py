@@ -34,7 +34,7 @@ PRINTING = {  # beside the command line: progress callbacks, and what must reach
     "ghibli.demo.pretrain.training_loop", "ghibli.demo.pretrain.stages", "ghibli.demo.pretrain.tokenizer",
 }  # fmt: skip
 LATE_IMPORTS = {  # torch in low layers, wandb only when it logs, and the optional extras
-    "torch", "wandb", "optuna", "pyarrow", "kagglehub", "pillow_heif",
+    "torch", "wandb", "optuna", "sqlalchemy", "pyarrow", "kagglehub", "pillow_heif",
 }  # fmt: skip
 
 

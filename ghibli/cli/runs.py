@@ -8,9 +8,11 @@ from rich.table import Table
 
 from ghibli.cli.options import app
 from ghibli.config.registry import sampler_label
+from ghibli.config.schema import CONFIG_VERSION
 from ghibli.runs import compare
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
+from ghibli.runs.identity import age_of
 from ghibli.runtime.console import console, full_width
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.terminal import one_line
@@ -104,8 +106,14 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     gain, error = status.get("gain"), status.get("gain_se")
     gain_text = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
-    cells = run.path, run.status.state, status.get("settings", "?"), epochs, gain_text
-    return tuple(map(one_line, cells))
+    settings = "status.json is damaged" if run.status.is_damaged else settings_of(run, status)
+    return tuple(map(one_line, (run.path, run.status.state, settings, epochs, gain_text)))
+
+
+def settings_of(run: RunDir, status: dict[str, Any]) -> str:
+    """Return the summary of a run's settings, and whether another version of this code made it."""
+    text, version = str(status.get("settings", "?")), status.get("config_version", CONFIG_VERSION)
+    return text if version == CONFIG_VERSION else f"{text} (made by {age_of(version)} version)"
 
 
 @app.command("compare")

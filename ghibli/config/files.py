@@ -15,8 +15,10 @@ from omegaconf import OmegaConf
 
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.schema import LATER_KEYS, RENAMED_KEYS, Config
+from ghibli.config.typed_paths import path_key, plain_path
 from ghibli.runtime.errors import UserError
 
+LONGEST = 2**20  # characters of a config.yaml; ours have some thousand
 CHECKSUM_LINE = "# sha256 of the lines above: "
 
 
@@ -84,11 +86,31 @@ def with_later_keys(content: Any) -> Any:
     return added
 
 
+class PlainLoader(yaml.SafeLoader):
+    """A loader without aliases, of which a short file can make an endless one; we write none."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*NAME), which no run writes")
+        return super().compose_node(parent, index)
+
+
+def plain_yaml(text: str) -> Any:
+    """Parse the YAML of a run's file as data.
+
+    Raises:
+        yaml.YAMLError, RecursionError: no YAML, an alias, nested too deeply, or far too long.
+    """
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"it has more than {LONGEST} characters")
+    return yaml.load(text, PlainLoader)  # a SafeLoader
+
+
 def read_settings(path: Path) -> dict[str, Any] | None:
     """Read a run's config.yaml as nested dictionaries, unchecked; None when it is missing or damaged."""
     try:
-        content = rename_old_keys(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError):
+        content = rename_old_keys(plain_yaml(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -101,8 +123,8 @@ def from_yaml(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        config = to_dataclass(with_later_keys(rename_old_keys(yaml.safe_load(text))))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # a UserError is a ValueError
+        config = to_dataclass(with_later_keys(rename_old_keys(plain_yaml(text))))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # a UserError is a ValueError
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a run's configuration of this version: {reason}") from error
     settings, line, digest = text.partition(CHECKSUM_LINE)
@@ -123,10 +145,17 @@ def apply_overrides(config: Config, overrides: list[str], allowed: tuple[str, ..
     Raises:
         UserError: another key, or a value that is not accepted.
     """
+    settings = as_node(config)
     for override in overrides:
         key = override.partition("=")[0]
         if not any(key == name or key.startswith(f"{name}.") for name in allowed):
             raise UserError(f"{override}: only {', '.join(allowed)} can be changed after a run")
     with hydra_errors():
-        merged = OmegaConf.merge(as_node(config), OmegaConf.from_dotlist(overrides))
-        return to_dataclass(OmegaConf.to_container(merged, resolve=True))
+        for override in overrides:
+            found = path_key(override)
+            path = None if found is None else plain_path(found[2])
+            if found is None or path is None:
+                settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([override]))
+            else:
+                OmegaConf.update(settings, found[1], path)
+        return to_dataclass(OmegaConf.to_container(settings, resolve=True))

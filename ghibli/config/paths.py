@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ghibli.config.schema import Config
+from ghibli.runtime.commands import command_line, path_setting, quoted
 from ghibli.runtime.errors import UserError, require_folder
 
 BASE_FILES = (
@@ -34,7 +35,7 @@ def check_images(config: Config) -> None:
     elif not (Path(root) / "captions.txt").is_file() and not Path(root).is_relative_to(config.cache_dir):
         raise UserError(
             f"data.root={root}: data=demo would draw its own images there; "
-            f"for yours use data=ghibli data.root={root}"
+            f"for yours use data=ghibli {quoted(path_setting('data.root', root))}"
         )
 
 
@@ -95,4 +96,4 @@ def check_adapter(path: Path) -> None:
 
 def convert_command(files: list[Path]) -> str:
     """Advise the command that converts pickles to safetensors."""
-    return f"convert it once: python -m ghibli convert {' '.join(str(file) for file in files)}"
+    return f"convert it once: {command_line('python', '-m', 'ghibli', 'convert', *files)}"

@@ -202,6 +202,8 @@ def name_within(folder: Path, table_folder: Path, name: str) -> str:
 
     A name that leads elsewhere is returned as it leads there, such as `../a.png` or an absolute path.
     """
+    if "\\" in name and not os.path.lexists(folder / name):  # as Windows writes it
+        name = name.replace("\\", "/")
     if table_folder.is_relative_to(folder):  # beside the images, perhaps in a folder of its own
         name = posixpath.join(table_folder.relative_to(folder).as_posix(), name)
     if posixpath.isabs(name):

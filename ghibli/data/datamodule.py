@@ -1,6 +1,5 @@
 """GhibliDataModule: images -> held-out split -> latents in memory -> training examples and probe."""
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from ghibli.data.dataset import (
 )
 from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, repeated_folders, summarise
 from ghibli.data.latents import Moments, encode
-from ghibli.data.sources import draw_missing
+from ghibli.data.sources import draw_missing, image_set_hash
 from ghibli.data.split import first_by_content, split_apart
 from ghibli.data.validation_items import make_items
 from ghibli.images.duplicates import thumbnail
@@ -127,10 +126,7 @@ class GhibliDataModule(L.LightningDataModule):
             "unusable": folder.unusable,
         }
         write_json(self.run.split, split)
-        captions = sorted(
-            (p.content_hash, p.caption, p.repeats)[: 2 + (p.repeats > 1)] for p in folder.images
-        )
-        data_hash = hashlib.sha256(repr(captions).encode()).hexdigest()
+        data_hash = image_set_hash(folder.images)
         check_unchanged(self.run, "data_hash", data_hash, f"the image set data.root={self.config.data.root}")
 
     def _encode(self) -> None:

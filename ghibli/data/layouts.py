@@ -112,8 +112,8 @@ def tables_in(root: Path, table_name: str) -> list[Path]:
 def rows_in(root: Path, table_name: str, read_rows: RowReader) -> list[ListedImage]:
     """List the images that a caption table has words for, whether or not the files exist.
 
-    A table may spell a name with other bytes than the file's, as macOS does with accents, with spaces around
-    it or with Windows' backslashes.
+    A table may spell a name with other bytes than the file's, as macOS does with accents, or with spaces
+    around it.
     """
     folder = image_folder(root)
     captions: dict[str, str] = {}
@@ -123,8 +123,7 @@ def rows_in(root: Path, table_name: str, read_rows: RowReader) -> list[ListedIma
     spelling = {normalize("NFC", name): name for name in list_files(root)}
 
     def as_on_disk(name: str) -> str:
-        ways = (name, name.strip(), name.strip().replace("\\", "/"))
-        known = (spelling.get(normalize("NFC", way)) for way in ways)
+        known = (spelling.get(normalize("NFC", way)) for way in (name, name.strip()))
         return next((name for name in known if name), name.strip())
 
     named = {as_on_disk(name): caption for name, caption in captions.items()}

@@ -1,5 +1,6 @@
 """Images that are drawn when missing, and the real images that samples are measured against."""
 
+import hashlib
 import logging
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from ghibli.config.schema import Config, DrawConfig
 from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import first_by_content, split_apart
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, FINETUNE_SEEDS, PRETRAIN_SEEDS, damaged, write_folder
-from ghibli.images.duplicates import thumbnail
+from ghibli.images.duplicates import near_duplicates, thumbnail
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 
@@ -40,14 +41,68 @@ def draw_missing(root: str, draw: DrawConfig | None, cache_dir: str, seeds: rang
 LEAST = 3  # images; with fewer a kernel distance has no standard error
 
 
-def real_images(config: Config) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+def image_set_hash(images: list[CaptionedImage]) -> str:
+    """Return the sha256 of images and captions, hex, wherever they are; status.json has it as data_hash."""
+    captions = sorted(
+        (image.content_hash, image.caption, image.repeats)[: 2 + (image.repeats > 1)] for image in images
+    )
+    return hashlib.sha256(repr(captions).encode()).hexdigest()
+
+
+def require_unseen(
+    reference: list[CaptionedImage],
+    training: list[CaptionedImage],
+    thumbnails: dict[Path, np.ndarray],
+    key: str,
+) -> None:
+    """Check that no reference image is a training image; name those that nearly are.
+
+    The distance to images that were trained on rewards copying.
+
+    Args:
+        thumbnails: of all these images, by file; what duplicates.near_duplicates compares.
+        key: the setting that names the reference, as it was typed.
+
+    Raises:
+        UserError: some are.
+    """
+    seen = {image.content_hash: image for image in training}
+    same = [image for image in reference if image.content_hash in seen]
+    if same:
+        raise UserError(
+            f"{key}: {len(same)} of its {len(reference)} images are training images of this run "
+            f"({listed([image.path.name for image in same])}), and the distance to them would reward copies: "
+            "give a folder of other images, or null for the held-out ones"
+        )
+    rows = [np.stack([thumbnails[image.path] for image in side]) for side in (training, reference) if side]
+    near = near_duplicates(*rows) if len(rows) == 2 else []
+    if near:
+        names = [f"{reference[r].path.name} of {training[t].path.name}" for t, r, _ in near]
+        logger.warning(
+            f"{key}: {len(near)} of its images are near-duplicates of training images: {listed(names)}"
+        )
+
+
+def listed(names: list[str]) -> str:
+    """List the first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
+def real_images(
+    config: Config, noted_hash: str | None = None
+) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
     """Return (reference, training images), each in an order that depends on their content alone.
 
     The reference is the folder data.reference, or the held-out images without one: no training has seen
     either. Folders in the cache are drawn first.
 
+    Args:
+        noted_hash: of the image set that a run was trained on; None = not known.
+
     Raises:
-        UserError: no such folder, or too few images to compare with.
+        UserError: no such folder, too few images to compare with, other images than the run was trained on,
+            or a reference that holds training images.
     """
     data = config.data
     read = partial(read_folder, style=data.style, default_caption=data.caption, min_side=data.min_side)
@@ -59,13 +114,24 @@ def real_images(config: Config) -> tuple[list[CaptionedImage], list[CaptionedIma
             on_progress=on_progress,
             on_image=lambda path, image, _: thumbnails.update({path: thumbnail(image)}),
         )
+    if noted_hash not in (None, found_hash := image_set_hash(found.images)):
+        raise UserError(
+            f"data.root={data.root}: these are not the images that this run was trained on (data_hash "
+            f"{found_hash[:12]}, was {str(noted_hash)[:12]}): put them back"
+        )
     split = split_apart(found.images, thumbnails, data.val_fraction)
     training, held_out = split.train, split.held_out
     if data.reference is not None:
         if Path(data.reference).is_relative_to(config.cache_dir):  # any other folder is the user's
             draw_missing(data.reference, data.reference_draw, config.cache_dir, EVALUATION_SEEDS)
         with counted("checking the reference") as on_progress:
-            held_out = read(Path(data.reference), key="data.reference", on_progress=on_progress).images
+            held_out = read(
+                Path(data.reference),
+                key="data.reference",
+                on_progress=on_progress,
+                on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
+            ).images
+        require_unseen(held_out, training, thumbnails, f"data.reference={data.reference}")
     if len(held_out) < LEAST:
         where = "held out" if data.reference is None else f"in data.reference={data.reference}"
         raise UserError(

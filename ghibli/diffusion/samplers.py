@@ -72,6 +72,8 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
         if not leading_reaches_top(num_inference_steps, config.num_train_timesteps, offset):
             scheduler.register_to_config(timestep_spacing="trailing")
     scheduler.set_timesteps(num_inference_steps)
+    if scheduler.timesteps[-1] < 0:  # numpy's arange goes one too far for 61 steps, 103, ... of `trailing`
+        scheduler.timesteps = scheduler.timesteps[:-1]
 
 
 def leading_reaches_top(num_inference_steps: int, num_train_timesteps: int, offset: int) -> bool:

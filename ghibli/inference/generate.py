@@ -113,8 +113,13 @@ def truncation_warnings(prompts: Iterable[str], base: BaseModel) -> list[str]:
         ids = token_ids(prompt, base)
         if len(ids) > limit:
             lost = base.tokenizer.decode(ids[limit - 1 : -1]).strip()
-            warnings.append(f"`{prompt[:40]} ...` is too long: the text encoder never sees `{lost[:100]}`")
+            warnings.append(f"`{prompt[:40]} ...` is too long: the text encoder never sees `{ends_of(lost)}`")
     return warnings
+
+
+def ends_of(text: str, most: int = 100) -> str:
+    """Return a text, of a long one the first and the last words."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def token_ids(prompt: str, base: BaseModel) -> list[int]:

@@ -137,7 +137,5 @@ def split_weight(source: str) -> tuple[str, float]:
     if colon and path and not Path(source).expanduser().exists() and WEIGHT.fullmatch(number):
         name, weight = path, float(number)
         if not math.isfinite(weight):
-            raise UserError(
-                f"{source}: the weight after the colon must be a finite number, such as {path}:0.7"
-            )
+            raise UserError(f"{source}: the weight must be a finite number, such as {path}:0.7")
     return (str(finished_run(name).path) if name == "latest" else name), weight

@@ -2,7 +2,7 @@
 
 import re
 
-from ghibli.inference.generate import token_ids, truncation_warnings
+from ghibli.inference.generate import ends_of, token_ids, truncation_warnings
 from ghibli.models.base import BaseModel
 
 
@@ -38,6 +38,6 @@ def keep_style(prompt: str, style: str, base: BaseModel) -> tuple[str, str | Non
         kept, beyond = (middle, beyond) if fits("".join(pieces[:middle]) + style) else (kept, middle)
     shorter, lost = "".join(pieces[:kept]).rstrip(" ,;:"), "".join(pieces[kept:]).strip()
     return shorter + style, (
-        f"`{prompt[:40]} ...` is too long: the text encoder never sees `{lost[:100]}`, left out to keep "
+        f"`{prompt[:40]} ...` is too long: the text encoder never sees `{ends_of(lost)}`, left out to keep "
         f"`{style.strip(' ,')}`"
     )

@@ -17,7 +17,7 @@ from PIL import Image
 from ghibli.config.checks import require, require_finite
 from ghibli.config.registry import SAMPLERS
 from ghibli.data.folder import enter_and_list, list_images, read_beside, require_inside
-from ghibli.data.layouts import SUBFOLDERS, not_read
+from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS, not_read
 from ghibli.diffusion.samplers import Cell, check_finite, make_scheduler, set_timesteps
 from ghibli.images.grid import to_image
 from ghibli.images.read import (
@@ -99,7 +99,7 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
     Raises:
         UserError: no such file or folder, no photo, or one without a caption.
     """
-    found = [pair for path in paths for pair in with_captions(path.expanduser(), search=prompt is None)]
+    found = [pair for path in paths for pair in captioned(path.expanduser(), prompt)]
     if not found:
         raise UserError("no images there: name files, or a folder that holds some")
     bare = [path for path, caption in found if not (prompt or caption)]
@@ -108,6 +108,17 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
             f"{bare[0].name} has no caption: give --prompt TEXT, or run `ghibli caption {bare[0].parent}`"
         )
     return [Photo(path, f"{prompt or caption}{style}") for path, caption in found]
+
+
+def captioned(path: Path, prompt: str | None) -> list[tuple[Path, str | None]]:
+    """List as with_captions does; with a prompt for all, a table that cannot be read is no obstacle."""
+    try:
+        return with_captions(path, search=prompt is None)
+    except UserError as error:
+        if prompt is None or not path.is_dir():
+            raise
+        logger.warning(f"the captions there are not used: {error}")
+        return [(image.path, None) for image in sorted(LAYOUTS[IMAGE_FILES].list_images(path))]
 
 
 def with_captions(path: Path, *, search: bool) -> list[tuple[Path, str | None]]:
@@ -183,6 +194,11 @@ class GuidedImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
         """Tell whether both branches are needed: at any guidance but 1. The library's own: only above 1."""
         return self.guidance_scale != 1
 
+    def get_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> Any:
+        """Return the library's share of our own timesteps, and how many these are."""
+        set_timesteps(self.scheduler, num_inference_steps)
+        return super().get_timesteps(num_inference_steps, strength, device)
+
 
 def restyle_photo(
     model: LoadedModel,
@@ -207,7 +223,6 @@ def restyle_photo(
     base = model.at(options.scale)
     pipeline = make_pipeline(base, GuidedImg2ImgPipeline)
     pipeline.scheduler = make_scheduler(options.sampler, base)  # the constructor would set steps_offset to 1
-    set_timesteps(pipeline.scheduler, options.steps)
     pipeline.set_progress_bar_config(disable=True)
     small = photo.resize(size_like(photo.size, options.resolution), Image.Resampling.LANCZOS)
     # Silenced: advice on deprecated options, and that a long prompt is cut, which callers report

@@ -23,6 +23,7 @@ from ghibli.report.text import difference_points, gain_percent, noise_sentence, 
 from ghibli.runs.compose import check_overrides
 from ghibli.runs.resume import chosen_groups
 from ghibli.runs.settings import as_yaml, differences, relevant_settings
+from ghibli.runtime.commands import command_line
 from ghibli.sweeps.costs import COSTS, cost_rows
 from ghibli.sweeps.effects import Effect, effects, number_of, seed_noise
 from ghibli.sweeps.ranking import COLUMNS, visible_columns
@@ -260,7 +261,8 @@ def missing_sentences(page: dict[str, Any], runs: LabelledRuns) -> list[str]:
     sentences = []
     unmeasured = [data for _, data in runs if data.evaluation is None]
     if len(unmeasured) == len(runs) == 1:
-        sentences.append(f"no evaluation yet: `ghibli evaluate {runs[0][1].run.path}` measures its images")
+        command = command_line("ghibli", "evaluate", runs[0][1].run.path)
+        sentences.append(f"no evaluation yet: `{command}` measures its images")
     elif unmeasured:
         count = f"{len(unmeasured)} of {len(runs)} runs"
         sentences.append(f"{count} have no evaluation yet (`ghibli evaluate RUN`)")

@@ -28,7 +28,8 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
     if file.is_dir():
         raise UserError(f"--out {file}: that is a folder; name a file in it, such as {file / REPORT_FILE}")
     page = page_content(folders)
-    write_text(file, jinja_environment().get_template("page.html.jinja").render(page=page))
+    text = jinja_environment().get_template("page.html.jinja").render(page=page)
+    write_text(file, text.encode("utf-8", "backslashreplace").decode())  # of names that are no UTF-8
     return file
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,13 +16,14 @@ from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import relevant_settings
+from ghibli.runtime.commands import command_line
 from ghibli.runtime.files import read_rows
 from ghibli.sweeps.trials import Trial, best_probe
 
 CsvRow = dict[str, float]
 READ_ERRORS = (  # raised by damaged files
-    OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, yaml.YAMLError,
-    SafetensorError,
+    OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, IndexError,
+    csv.Error, yaml.YAMLError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError,
 )  # fmt: skip
 PROBE_COLUMNS = tuple(f"probe/{split}_gain{end}" for split in ("val", "train") for end in ("", "_se"))
 
@@ -68,7 +70,7 @@ class RunData:
         """The content of evaluation.json; None if it is missing, damaged, or older than the weights."""
         if not self.run.evaluation.exists():
             return None
-        command = f"`ghibli evaluate {self.run.path}`"
+        command = f"`{command_line('ghibli', 'evaluate', self.run.path)}`"
         try:
             content = check_evaluation(self.run.load_evaluation())
         except READ_ERRORS:

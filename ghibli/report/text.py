@@ -10,6 +10,7 @@ from ghibli.evaluation.diagnosis import NOTHING
 from ghibli.evaluation.gain import Gain
 from ghibli.report.run_data import RunData, gain_of
 from ghibli.report.svg import tag
+from ghibli.runtime.commands import resume_command
 from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, number_of
 
 MAX_UNFINISHED = 5  # unfinished runs that the verdict on several names
@@ -135,7 +136,7 @@ def format_time(time: object) -> str | None:
 def continue_advice(data: RunData) -> str:
     """Say how to continue an unfinished run."""
     if data.run.usable_checkpoint() is not None:
-        return f"`python train.py resume={data.run.path}` resumes it."
+        return f"`{resume_command(data.run.path)}` resumes it."
     command = data.trial.status.get("command")
     again = f" with `python {command}`" if command else ""
     return f"It left no intact checkpoint to resume from: start it again{again}."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
@@ -21,13 +22,14 @@ from ghibli.config.keys import affects_result, all_keys
 from ghibli.config.paths import check_base_path
 from ghibli.config.schema import Command, Config
 from ghibli.config.trainer_flags import check_trainer, reject_unknown_flags
+from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs.find import run_to_resume
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import ROOT
 
 NOT_OF_A_RUN = ("hydra", "experiment", "sweep")  # top-level keys that are not settings of a run
-LONGEST_NAME = 150  # characters of a trial's folder name; most file systems allow 255 bytes
+LONGEST_NAME = 150  # bytes of a trial's folder name; most file systems allow 255, and repeats add to it
 
 
 def register() -> None:
@@ -47,23 +49,23 @@ def register() -> None:
 
 
 def run_dir_for(resume: str | None) -> str:
-    """Return the folder that a command writes to: that of the run to resume, or a new one."""
+    """Return the folder that a command writes to: that of the run to resume, or one named after the time.
+
+    Where that is taken, launch.claimed finds another name.
+    """
     if resume is not None:
         return str(run_to_resume(resume).path)
-    fresh = Path("outputs/train") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    number = 2
-    while fresh.exists():
-        fresh = fresh.with_name(fresh.name.split("+")[0] + f"+{number}")
-        number += 1
-    return str(fresh)
+    return datetime.now().strftime("outputs/train/%Y-%m-%d_%H-%M-%S")
 
 
 def folder_name(overrides: str) -> str:
-    """Turn a trial's overrides into a folder name: without slashes, cut to LONGEST_NAME."""
+    """Turn a trial's overrides into a folder name: without slashes, cut to LONGEST_NAME bytes."""
     plain = overrides.replace("/", "_") or "defaults"
-    if len(plain) <= LONGEST_NAME:
+    content = os.fsencode(plain)
+    if len(content) <= LONGEST_NAME:
         return plain
-    return f"{plain[: LONGEST_NAME - 13]}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
+    begin = content[: LONGEST_NAME - 13].decode(errors="ignore")  # a letter that is cut is left out
+    return f"{begin}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
 
 
 def conf_folder() -> Path:
@@ -125,6 +127,7 @@ def check_overrides(overrides: list[str]) -> tuple[Config | None, RunDir | None,
     With any error, configuration and folder are None, and all errors that can be told apart are returned.
     """
     register()
+    overrides = with_typed_paths(overrides)
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         errors = errors_in(lambda: compose_cfg(overrides))
         if errors:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import resume_command
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, disk_trouble
 from ghibli.runtime.files import write_text
@@ -138,7 +139,7 @@ def why_ended(processes: list[subprocess.Popen], run: RunDir) -> str:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return (
             f"process {rank + 1} of {len(processes) + 1} {how} without a message, perhaps out of memory; "
-            f"what was saved is kept: python train.py resume={os.path.relpath(run.path)}"
+            f"what was saved is kept: {resume_command(run.path)}"
         )
 
 

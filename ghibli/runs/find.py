@@ -1,19 +1,34 @@
 """Find run folders: all of them, the one to resume, the finished ones."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import resume_command
 from ghibli.runtime.errors import UserError
 
 OUTPUTS = Path("outputs")
+NO_RUNS = ("checkpoints", "samples", "adapter", "adapter_last", "unet", "wandb", ".hydra", "cache")
 
 
 def all_runs(root: Path = OUTPUTS) -> list[RunDir]:
     """List the run folders below `root`, oldest first by the start time in their status.json."""
-    runs = [RunDir(path.parent) for path in root.glob("**/status.json")]
+    runs = [RunDir(folder) for folder in folders_with("status.json", root)]
     return sorted(runs, key=lambda run: (str(run.status.read().get("started", "")), str(run.path)))
+
+
+def folders_with(name: str, root: Path) -> Iterator[Path]:
+    """Yield the folders below `root` that hold a file of this name; links are followed, each folder once."""
+    seen: set[Path] = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        own = Path(folder).resolve()
+        inner[:] = [] if own in seen else sorted(below for below in inner if below not in NO_RUNS)
+        if own not in seen and (name in names or Path(folder, name).is_dir()):
+            yield Path(folder)
+        seen.add(own)
 
 
 def run_to_resume(name: str, root: Path = OUTPUTS) -> RunDir:
@@ -77,5 +92,5 @@ def finished_config(run: RunDir) -> Config:
     if not run.config.is_file():
         raise UserError(f"{run.path} holds no run: `ghibli list` shows them")
     if run.status.state != "finished":
-        raise UserError(f"{run.path} is {run.status.state}, not finished: python train.py resume={run.path}")
+        raise UserError(f"{run.path} is {run.status.state}, not finished: {resume_command(run.path)}")
     return from_yaml(run.config)

@@ -1,7 +1,5 @@
 """The files of a run folder and their names; its lock."""
 
-import fcntl
-import json
 import os
 import pickle
 import re
@@ -11,7 +9,9 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ghibli.runs.status import RunStatus
+from ghibli.runs import lock
+from ghibli.runs.status import RunStatus, read_json
+from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.files import TEMPORARY, checksum_of, is_whole, write_atomically
 from ghibli.runtime.rank import is_first
@@ -88,7 +88,8 @@ class RunDir:
         found = self.usable_checkpoint()
         if found is None:
             raise UserError(
-                f"resume={self.path}: {self.last_checkpoint} is damaged or cut off; start the run anew"
+                f"{path_setting('resume', self.path)}: {self.last_checkpoint} is damaged or cut off; "
+                "start the run anew"
             )
         return found
 
@@ -146,20 +147,20 @@ class RunDir:
         """Read evaluation.json; empty when it is missing, damaged or older than the weights."""
         try:
             content = self.load_evaluation()
-        except (OSError, ValueError):
+        except ValueError:
             return {}
-        return content if isinstance(content, dict) and not self.is_older(content) else {}
+        return content if not self.is_older(content) else {}
 
-    def load_evaluation(self) -> Any:
-        """Read evaluation.json, whatever it holds; entries of older versions get their present names.
+    def load_evaluation(self) -> dict[str, Any]:
+        """Read evaluation.json, whatever the object holds; entries of older versions get their present names.
 
         Raises:
-            OSError, ValueError: it cannot be read or is no JSON.
+            ValueError: it is missing or damaged.
         """
-        content = json.loads(self.evaluation.read_text(encoding="utf-8"))
+        content = read_json(self.evaluation)
         if not isinstance(content, dict):
-            return content
-        return {EVALUATION_NAMES.get(key, key): value for key, value in content.items()}
+            raise ValueError(f"{self.evaluation} is no JSON object")
+        return {EVALUATION_NAMES.get(str(key), str(key)): value for key, value in content.items()}
 
     def lock(self, key: str = "hydra.run.dir") -> BinaryIO:
         """Make this process the folder's only writer, until it ends or closes the result.
@@ -170,23 +171,14 @@ class RunDir:
             key: the setting that chooses another folder.
 
         Raises:
-            UserError: another process is at work here, or a link leads out of the folder.
+            UserError: another process is at work here, the folder cannot be made or locked, or a link leads
+                out of it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         self.refuse_links()
-        file = open(self.path / ".lock", "ab", opener=open_no_link)  # noqa: SIM115
         if not is_first():
-            return file
-        try:
-            fcntl.lockf(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # released when we die; data loader processes do not inherit it
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise UserError(
-                f"another process is at work in {self.path}: wait for its end, or choose another folder "
-                f"with {key}=DIR"
-            ) from None
+            self.path.mkdir(parents=True, exist_ok=True)
+            return open(self.path / ".lock", "ab", opener=lock.open_no_link)
+        file = lock.take(self.path / ".lock", key)
         for unfinished in self.unfinished():
             unfinished.unlink(missing_ok=True)
         return file
@@ -241,11 +233,6 @@ def is_unfinished(path: Path) -> bool:
     name = re.fullmatch(r"\.(?P<of>.+\.(ckpt|csv|json|yaml|png))\.\d+(-[0-9a-f]{8})?\.tmp", path.name)
     is_of_run = name is not None and name["of"] in (*FILES, *CHECKPOINTS)
     return (is_of_run or TEMPORARY.fullmatch(path.name) is not None) and not path.is_symlink()
-
-
-def open_no_link(path: str, flags: int) -> int:
-    """Open a file for `open`, but follow no link and wait for no reader of a pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def read_checkpoint(checkpoint: Path, **options: Any) -> dict[str, Any]:

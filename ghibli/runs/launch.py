@@ -1,10 +1,13 @@
 """The jobs that Hydra starts: the entry point, checks before a job begins, its folder and settings."""
 
+import argparse
 import functools
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,13 @@ from hydra import main as hydra_main
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, read_write
 
 from ghibli.config.files import from_yaml
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config
+from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs import distributed
 from ghibli.runs.compose import parse_overrides, register, reject_spaces_around_equals, to_config
 from ghibli.runs.find import run_to_resume
@@ -47,11 +51,32 @@ def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -
 
     def run() -> None:
         reject_spaces_around_equals(sys.argv[1:])
+        is_sweep = config_name == "sweep" or any(word in ("-m", "--multirun") for word in sys.argv[1:])
+        sys.argv[1:] = with_typed_paths(sys.argv[1:], is_sweep)
         decorate = hydra_main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
-        with hydra_errors():
+        with hydra_errors(), readable_help():
             decorate(guarded)()
 
     one_line_errors(run)
+
+
+@contextmanager
+def readable_help() -> Iterator[None]:
+    """Let argparse read only help that is text, while Hydra builds its parser.
+
+    From Python 3.14 on argparse formats every help when it is added, and refuses the object by which
+    Hydra 1.3 puts off building the help of --shell-completion. Private in argparse: `_get_help_string`.
+    """
+    original = argparse.HelpFormatter._get_help_string
+
+    def as_text(formatter: argparse.HelpFormatter, action: argparse.Action) -> str | None:
+        return original(formatter, action) if isinstance(action.help, str | None) else ""
+
+    argparse.HelpFormatter._get_help_string = as_text  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        argparse.HelpFormatter._get_help_string = original  # type: ignore[method-assign]
 
 
 class CheckRun(Callback):
@@ -68,11 +93,12 @@ def check_job(cfg: Any) -> None:
         UserError: a value that is not accepted, a path that does not exist, a folder that is taken.
     """
     with hydra_errors():
+        reject_chdir(cfg)
         if cfg.resume is None:
             check_new_run(cfg)
         else:
             run = run_to_resume(cfg.resume)
-            check_paths(resumed_here(run, cfg, cfg.hydra.overrides))
+            check_places(resumed_here(run, cfg, cfg.hydra.overrides))
             run.lock().close()
 
 
@@ -92,12 +118,48 @@ def check_new_run(cfg: Any) -> None:
         )
     run = RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir")))
     require_same_trial(config, run)
+    if not is_folder_given:
+        run = RunDir(claimed(run.path))
+        with read_write(cfg.hydra.run):
+            cfg.hydra.run.dir = str(run.path)
+    run.lock().close()
+
+
+def check_places(config: Config) -> None:
+    """Check the paths of a run to resume.
+
+    Raises:
+        UserError: one does not exist; the message says how to name its new place.
+    """
     try:
-        run.lock().close()
-    except OSError as error:
-        raise UserError(
-            f"cannot make the run folder {run.path} ({error.strerror}): choose another, hydra.run.dir=DIR"
-        ) from error
+        check_paths(config)
+    except UserError as error:
+        raise UserError(f"{error}; if it only moved, say where it is now beside resume=, KEY=DIR") from None
+
+
+def reject_chdir(cfg: Any) -> None:
+    """Raise a UserError for hydra.job.chdir=true: paths would mean other files once the job has begun."""
+    if cfg.hydra.job.chdir:
+        raise UserError("hydra.job.chdir=true: relative paths would then mean other files; drop it")
+
+
+def claimed(folder: Path) -> Path:
+    """Make a new folder that no other process has, under this name or with a number added; return it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    for number in itertools.count(2):
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            folder = folder.with_name(f"{folder.name.partition('+')[0]}+{number}")
+        except OSError as error:
+            raise UserError(
+                f"cannot make the run folder {folder} ({error.strerror}): choose another"
+            ) from error
+    raise AssertionError("count() does not end")
 
 
 def current_run() -> RunDir:

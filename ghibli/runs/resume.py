@@ -6,14 +6,20 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from ghibli.config.files import as_node, from_yaml, to_dataclass
+from ghibli.config.files import as_node, from_yaml, plain_yaml, to_dataclass
 from ghibli.config.keys import affects_result
 from ghibli.config.schema import Config
 from ghibli.config.trainer_flags import reject_unknown_flags
 from ghibli.runs.compose import parse_overrides
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import Difference, describe_differences, differences, flatten
+from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError
+
+PLACES = {  # key of a folder or file -> the hash in status.json of its content
+    "data.root": "data_hash", "model.path": "base_hash", "model.config": "base_hash",
+    "model.adapter": "base_hash", "lora.init": "init_hash",
+}  # fmt: skip
 
 
 def resumed_config(run: RunDir, overrides: Any) -> Config:
@@ -31,11 +37,12 @@ def resumed_config(run: RunDir, overrides: Any) -> Config:
     stored = from_yaml(run.config)
     values, refused = overrides_beside_resume(run, overrides.task)
     config = with_values(stored, values)
-    refused += refused_changes(stored, config)
+    refused += refused_changes(stored, config, proven_places(run))
     if refused:
+        what = describe_differences(refused, "in this run")
         raise UserError(
-            f"resume={run.path}: {describe_differences(refused, 'in this run')}; only trainer.max_epochs may "
-            "change, and only grow: start a new run for other settings"
+            f"{path_setting('resume', run.path)}: {what}; only trainer.max_epochs may change, and only grow: "
+            "start a new run for other settings"
         )
     return config
 
@@ -68,10 +75,22 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
     return changed
 
 
-def refused_changes(stored: Config, config: Config) -> list[Difference]:
-    """List the differences that a resumed run must not have: all that affect its result but more epochs."""
+def proven_places(run: RunDir) -> list[str]:
+    """List the keys that may name another place now, since status.json has the hash of what was there.
+
+    Before the first step that hash is compared with the content of the new place.
+    """
+    status = run.status.read()
+    return [key for key, proof in PLACES.items() if status.get(proof)]
+
+
+def refused_changes(stored: Config, config: Config, proven: list[str]) -> list[Difference]:
+    """List the differences that a resumed run must not have.
+
+    That is all that affects its result, but more epochs, and the places whose content a hash proves.
+    """
     grows = config.trainer["max_epochs"] > stored.trainer["max_epochs"]
-    allowed = ("trainer.max_epochs", "data.epochs") if grows else ()
+    allowed = [*proven, *(("trainer.max_epochs", "data.epochs") if grows else ())]
     found = differences(*(flatten(dataclasses.asdict(one)) for one in (stored, config)))
     return [change for change in found if change[0] not in allowed and affects_result(change[0])]
 
@@ -79,7 +98,8 @@ def refused_changes(stored: Config, config: Config) -> list[Difference]:
 def chosen_groups(run: RunDir) -> dict[str, str]:
     """Read the choice of each group that a run was started with; empty when Hydra's file is unreadable."""
     try:
-        content = yaml.safe_load((run.path / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
-        return dict(content["hydra"]["runtime"]["choices"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+        content = plain_yaml((run.path / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
+        choices = content["hydra"]["runtime"]["choices"]
+        return {str(group): choice for group, choice in choices.items() if isinstance(choice, str)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return {}

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from ghibli.config.files import CHECKSUM_LINE
 from ghibli.config.schema import CONFIG_VERSION, Config
 from ghibli.runs.folder import RunDir, step_of
-from ghibli.runs.identity import code_hash, describe_commit, finished_objective, settings_hash
+from ghibli.runs.identity import age_of, code_hash, describe_commit, finished_objective, settings_hash
 from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
+from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.rank import is_first
 
@@ -63,7 +64,7 @@ def require_same_trial(config: Config, run: RunDir) -> None:
     if not holds_results(run):
         refuse_foreign_files(run)
         return
-    advice = f"resume it with resume={run.path}, or choose another folder"
+    advice = f"resume it with {quoted(path_setting('resume', run.path))}, or choose another folder"
     if "settings_hash" not in status:
         raise UserError(
             f"{run.path} already holds a run, and its status.json does not say which one: {advice}"
@@ -159,8 +160,9 @@ def warn_of_changes(run: RunDir) -> None:
     version = status.get("config_version", 0)
     if version != CONFIG_VERSION:
         logger.warning(
-            f"this run has settings of version {version}, this code of version {CONFIG_VERSION}: "
-            "they were read unchanged"
+            f"this run has settings of version {version}, this code of version {CONFIG_VERSION}: it was made "
+            f"by {age_of(version)} version, and they were read unchanged; to repeat it exactly, check out "
+            f"its commit, {describe_commit(status)}"
         )
     if status.get("code_hash", code_hash()) != code_hash():
         logger.warning(

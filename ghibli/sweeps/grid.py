@@ -19,9 +19,11 @@ from ghibli.config.files import to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config, EvaluateConfig, SweepConfig
+from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs.compose import conf_folder, parse_overrides, register, to_config
 from ghibli.runs.folder import RunDir
-from ghibli.runs.launch import set_wandb_names
+from ghibli.runs.launch import claimed, reject_chdir, set_wandb_names
+from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.errors import UserError, one_line_errors
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ def plan_sweep(cfg: Any) -> None:
     Raises:
         UserError: a trial that would be refused, or another process works on this study.
     """
+    reject_chdir(cfg)
     if cfg.sweep.search is not None or cfg.sweep.halving:
         raise UserError("sweep.search and sweep.halving work only with `python sweep.py KEY=VALUE ...`")
     overrides = list(cfg.hydra.overrides.task)
@@ -65,10 +68,22 @@ def plan_sweep(cfg: Any) -> None:
         trials = grid_trials(cfg, overrides)
         check_trials(cfg.hydra.job.config_name, trials)
         count = len(trials)
-    study = open_study(cfg, count)
     chosen = any(word.startswith("hydra.sweep.dir=") for word in cfg.hydra.overrides.hydra)
-    if cfg.hydra.job.config_name == "train" and not chosen:  # then the folder is named after the time
-        logger.info(f"to resume these trials: the same command with hydra.sweep.dir={study.folder}")
+    is_dated = cfg.hydra.job.config_name == "train" and not chosen  # named after the time
+    if is_dated:
+        name_anew(cfg)
+    study = open_study(cfg, count)
+    if is_dated:
+        again = quoted(path_setting("hydra.sweep.dir", study.folder))
+        logger.info(f"to resume these trials: the same command with {again}")
+
+
+def name_anew(cfg: Any) -> None:
+    """Make the dated folder of a sweep, under another name if it is taken, for all its jobs."""
+    folder = str(claimed(Path(cfg.hydra.sweep.dir)))
+    with read_write(cfg.hydra):
+        cfg.hydra.sweep.dir = folder
+        cfg.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")
 
 
 def open_study(cfg: Any, trials: int | None) -> Study:
@@ -197,6 +212,7 @@ def parse_study_request(overrides: list[str]) -> StudyRequest | None:
         UserError: an unknown key or group, or a launcher, which these do not use.
     """
     overrides = [word for word in overrides if word not in ("-m", "--multirun")]  # sweep.py always is one
+    overrides = with_typed_paths(overrides, sweeps=True)
     if any(word.startswith("-") for word in overrides):
         return None  # --help and its like are Hydra's
     with hydra_on_conf():
@@ -206,6 +222,7 @@ def parse_study_request(overrides: list[str]) -> StudyRequest | None:
         cfg = compose_trial("sweep", fixed)
         if cfg.sweep.search is None and not cfg.sweep.halving and not cfg.sweep.report_only:
             return None
+        reject_chdir(cfg)
         reject_resume(overrides)
         if "BasicLauncher" not in cfg.hydra.launcher._target_ and not cfg.sweep.report_only:
             raise UserError(

@@ -4,6 +4,7 @@ import csv
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def optuna_search(request: StudyRequest, study: Study, train: Train) -> None:
     assert count is not None, "sweep.py searches only if sweep.search is set"
     optuna = import_optuna()
     table = optuna.create_study(
-        study_name="search", storage=f"sqlite:///{study.folder / 'optuna.db'}",
+        study_name="search", storage=database(study.folder),
         direction="maximize", load_if_exists=True,
     )  # fmt: skip
     restore_trials(table, request, train)
@@ -49,6 +50,13 @@ def optuna_search(request: StudyRequest, study: Study, train: Train) -> None:
             table.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         else:
             table.tell(trial.number, gain)
+
+
+def database(folder: Path) -> str:
+    """Return the URL of a study's database; every character of the folder's name means itself in it."""
+    from sqlalchemy.engine import URL  # comes with Optuna
+
+    return URL.create("sqlite", database=str(folder / "optuna.db")).render_as_string(hide_password=False)
 
 
 def corner_trials(request: StudyRequest) -> list[list[str]]:

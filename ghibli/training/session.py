@@ -20,7 +20,7 @@ from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.runs import distributed, identity
 from ghibli.runs.folder import RunDir, check_unchanged, step_of
-from ghibli.runtime.console import relative_path
+from ghibli.runtime.commands import command_line, resume_command
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now, provenance
@@ -99,6 +99,10 @@ class Session:
         if module.start is not None:
             check_unchanged(self.run, "init_hash", module.start.hash, "lora.init")
 
+    def take_checkpoint(self) -> Path | None:
+        """Return the checkpoint to go on from; previous.ckpt first takes the place of a damaged last.ckpt."""
+        return replace_damaged(self.checkpoint, self.run)
+
     def note_start(self, trainer: L.Trainer) -> None:
         """Note in status.json from which step, by which code and on which device this process trains."""
         if self.checkpoint is not None:
@@ -125,13 +129,13 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
     write_text(run.config, to_yaml(config))
     run.status.update(
         state="running", reason=None, started=run.status.read().get("started", now()),
-        settings=describe(config), command=" ".join(sys.argv), seed=config.seed,
+        settings=describe(config), command=command_line(*sys.argv), seed=config.seed,
         process=os.getpid(), threads=config.threads or torch.get_num_threads(), **provenance(),
         **identity.identity_fields(config, run),
     )  # fmt: skip
     try:
         with stop:
-            yield Session(config, run, stop, replace_damaged(checkpoint, run))
+            yield Session(config, run, stop, checkpoint)
             stop.obey()  # a signal in the last step or after it: no further trial may begin
     except StopRequested as request:
         if resumes and not stop.began:
@@ -147,8 +151,7 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
                 reason = str(explained) or type(error).__name__
                 run.status.update(state="failed", reason=reason, ended=now())
         if run.last_checkpoint.exists() and not isinstance(explained, UserError):
-            folder = relative_path(run.path)
-            logger.info(f"what was trained is kept; go on with: python train.py resume={folder}")
+            logger.info(f"what was trained is kept; go on with: {resume_command(run.path)}")
         if explained is error:
             raise
         raise explained from error
@@ -187,7 +190,7 @@ def note_interruption(run: RunDir, request: StopRequested) -> int:
         return 128 + request.signal_number
     run.status.update(state="interrupted", reason=str(request), ended=now())
     if run.last_checkpoint.exists():
-        logger.info(f"stopped; go on with: python train.py resume={relative_path(run.path)}")
+        logger.info(f"stopped; go on with: {resume_command(run.path)}")
     else:
         logger.info("stopped before the first checkpoint: start the same command again")
     return 128 + request.signal_number

@@ -13,10 +13,19 @@ from helpers.sd15_random import SCHEDULER
 from torch import nn
 
 from ghibli.config.schema import Config
-from ghibli.diffusion.samplers import Cell, cells_of, draw_cells, make_scheduler, sample
+from ghibli.diffusion.samplers import (
+    Cell,
+    NotFinite,
+    cells_of,
+    draw_cells,
+    make_scheduler,
+    sample,
+    set_timesteps,
+)
 from ghibli.images.grid import compose_grid, to_image
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
+from ghibli.runtime.errors import UserError
 
 PROMPTS = ["a panda on top of a red train", "a girl standing in a greenhouse, Studio Ghibli style"]
 SEEDS = [7, 11]
@@ -140,13 +149,13 @@ def ddpm_by_hand(timesteps: list[int], z: Iterator[torch.Tensor]) -> torch.Tenso
 
 
 def ddim_by_hand(timesteps: list[int], z: Iterator[torch.Tensor]) -> torch.Tensor:
-    """The reference study's step in float64; below 0 abar is abar_0, as SD 1.5's file says."""
-    abar, step = abar_of_sd15(), 1000 // len(timesteps)
+    """The reference study's step in float64; after the last step abar is abar_0, as SD 1.5's file says."""
+    abar = abar_of_sd15()
     x = next(z)
-    for t in timesteps:
+    for t, following in zip(timesteps, [*timesteps[1:], 0], strict=True):
         eps = fake_noise(x, torch.tensor([t]))
         latent = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
-        after = abar[max(t - step, 0)]
+        after = abar[following]
         x = after.sqrt() * latent + (1 - after).sqrt() * eps
     return x
 
@@ -154,22 +163,61 @@ def ddim_by_hand(timesteps: list[int], z: Iterator[torch.Tensor]) -> torch.Tenso
 BY_HAND = {"ddpm": ddpm_by_hand, "ddim": ddim_by_hand}
 
 
-def leading(steps: int) -> list[int]:
-    """SD 1.5's timesteps: every (1000 // steps)-th, shifted by 1 where there is room."""
-    shift = 1 if steps < 1000 else 0
-    return [k * (1000 // steps) + shift for k in reversed(range(steps))]
+LEADING = (4, 5, 6, 7, 10, 15, 20, 25, 30, 40, 50, 100, 125, 200, 250, 333, 500, 999)  # among others
+TRAILING = (1, 2, 3, 60, 300, 334, 400, 501, 600, 667, 900, 1000)
 
 
-@pytest.mark.parametrize("steps", [1, 5, 30, 600, 1000])
+def planned(steps: int) -> list[int]:
+    """SD 1.5's timesteps, every (1000 // steps)-th plus 1; where these end too low, downwards from 999."""
+    if steps in TRAILING:
+        return [round(1000 - k * (1000 / steps)) - 1 for k in range(steps)]
+    return [k * (1000 // steps) + 1 for k in reversed(range(steps))]
+
+
+@pytest.mark.parametrize("steps", LEADING + TRAILING)
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_timesteps_are_one_of_diffusers_spacings(demo: BaseModel, sampler: str, steps: int) -> None:
+    """Whichever it is, diffusers' own scheduler is the authority for the numbers."""
+    ours = make_scheduler(sampler, with_scheduler(demo, SCHEDULER))
+    set_timesteps(ours, steps)
+    spacing = "leading" if steps in LEADING else "trailing"
+    theirs = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler].from_config(
+        SCHEDULER, timestep_spacing=spacing
+    )
+    theirs.set_timesteps(steps)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+
+
+def test_every_number_of_steps_starts_near_the_top(demo: BaseModel) -> None:
+    """Nowhere is more missing than `leading` leaves by its design, two strides; often nothing is."""
+    scheduler = make_scheduler("ddim", with_scheduler(demo, SCHEDULER))
+    for steps in range(1, 1001):
+        scheduler.register_to_config(timestep_spacing="leading")
+        set_timesteps(scheduler, steps)
+        found = scheduler.timesteps
+        assert len(found) == steps and found.unique().numel() == steps
+        assert 999 >= found[0] > 999 - min(250, 2 * (1000 // steps)) and found[-1] >= 0
+    with pytest.raises(UserError, match=r"1001 steps: this base has 1000 timesteps"):
+        set_timesteps(scheduler, 1001)
+
+
+def test_a_bases_own_spacing_stays(demo: BaseModel) -> None:
+    own = with_scheduler(demo, SCHEDULER | {"timestep_spacing": "linspace"})
+    scheduler = make_scheduler("ddim", own)
+    set_timesteps(scheduler, 10)
+    assert scheduler.timesteps.tolist() == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 30, 400, 600, 1000])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_trajectory_is_the_written_step(fake: BaseModel, sampler: str, steps: int) -> None:
     """Every image of a batch ends where float64 arithmetic by the formula ends."""
     ours = sample(
         fake, PROMPTS, Cell(sampler, 1), num_inference_steps=steps, seeds=SEEDS, resolution=SIDE
     ).double()
-    assert fake.unet.timesteps == leading(steps)
+    assert fake.unet.timesteps == planned(steps)
     for latents, seed in zip(ours, SEEDS, strict=True):
-        expected = BY_HAND[sampler](leading(steps), noises(seed))[0]
+        expected = BY_HAND[sampler](planned(steps), noises(seed))[0]
         torch.testing.assert_close(latents, expected, rtol=0, atol=2e-4)
 
 
@@ -185,19 +233,19 @@ def test_all_1000_steps_of_ddpm_use_the_published_betas(fake: BaseModel) -> None
     torch.testing.assert_close(ours.double(), x, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("steps", [7, 30, 900])
+@pytest.mark.parametrize("steps", [7, 30, 334, 900])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_steps_in_float64_equal_the_formula_to_rounding(demo: BaseModel, sampler: str, steps: int) -> None:
     """The scheduler we make, with float64 numbers: no fp32 rounding hides a small difference."""
     scheduler = make_scheduler(sampler, with_scheduler(demo, SCHEDULER))
     scheduler.alphas_cumprod = abar_of_sd15()
     scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
-    scheduler.set_timesteps(steps)
+    set_timesteps(scheduler, steps)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
     for t in scheduler.timesteps:
         x = scheduler.step(fake_noise(x, t[None]), t, x, generator=generator).prev_sample
-    expected = BY_HAND[sampler](leading(steps), noises(5, torch.float64))
+    expected = BY_HAND[sampler](planned(steps), noises(5, torch.float64))
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-9)
 
 
@@ -245,6 +293,46 @@ def test_scheduler_follows_what_a_base_says_itself(demo: BaseModel, sampler: str
         if name in scheduler.config:
             assert scheduler.config[name] == value, name
     assert torch.equal(scheduler.betas, torch.linspace(0.001, 0.02, 1000))
+
+
+@pytest.mark.parametrize("guidance", [0, 0.5, 7.5])
+def test_guidance_is_the_formula_at_every_scale(demo: BaseModel, guidance: float) -> None:
+    """uncond + w (cond - uncond), in a loop around diffusers' DDIM; its pipeline has no guidance below 1."""
+    scheduler = DDIMScheduler.from_config(SCHEDULER)
+    scheduler.set_timesteps(10)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        cond, uncond = (demo.encode_prompts(demo.tokenize([text])) for text in (PROMPTS[0], ""))
+        for t in scheduler.timesteps:
+            a, b = (demo.unet(latents, t[None], embeds).sample for embeds in (uncond, cond))
+            latents = scheduler.step(a + guidance * (b - a), t, latents).prev_sample
+        expected = demo.decode(latents)
+    base = with_scheduler(demo, SCHEDULER)
+    cell = Cell("ddim", guidance)
+    ours = sample(base, PROMPTS[:1], cell, num_inference_steps=10, seeds=[7], resolution=SIDE)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["latents", "pixels"])
+def test_an_image_that_is_not_finite_is_refused(
+    fake: BaseModel, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Its prompt and seed are named, not those of its neighbour."""
+    if where == "latents":
+        plain = fake.unet.forward
+
+        def spoilt(x: torch.Tensor, *rest: object, **options: object) -> tuple:
+            x = x.clone()
+            x[-1, 0, 0, 0] = math.inf
+            return plain(x, *rest, **options)
+
+        monkeypatch.setattr(fake.unet, "forward", spoilt)
+    else:
+        nan = torch.tensor([1.0, math.nan]).view(2, 1, 1, 1)
+        monkeypatch.setattr(fake, "decode", lambda latents: latents * nan)
+    with pytest.raises(NotFinite) as caught:
+        sample(fake, PROMPTS, Cell("ddim", 1), num_inference_steps=2, seeds=SEEDS, resolution=SIDE)
+    assert str(caught.value).startswith(f"`{PROMPTS[1]}` with seed 11, DDIM  guidance 1: the image")
 
 
 # One image does not depend on another

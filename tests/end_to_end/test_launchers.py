@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def table(folder: Path) -> list[dict[str, str]]:
         adapter = folder / row["trial"] / "adapter" / "pytorch_lora_weights.safetensors"
         row["adapter"] = adapter.read_bytes().hex()
     return rows
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """Skips a test without this launcher, before the minutes of its fixtures."""
+    try:
+        missing = find_spec(f"hydra_plugins.hydra_{package}_launcher") is None
+    except ModuleNotFoundError:
+        missing = True
+    return pytest.mark.skipif(missing, reason=f"the launcher {package} is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -126,22 +136,25 @@ def test_a_search_killed_three_times_is_the_same_search(images: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("package", "launcher"),
     [
-        ("ray", RAY),
-        ("submitit", ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=15")),
-        ("joblib", ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")),
+        pytest.param("ray", RAY, marks=needs("ray")),
+        pytest.param(
+            "submitit",
+            ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=15"),
+            marks=needs("submitit"),
+        ),
+        pytest.param("joblib", ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), marks=needs("joblib")),
     ],
 )
 def test_other_launchers_give_the_same_table(
     package: str, launcher: tuple[str, ...], undisturbed: Path, images: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip(f"hydra_plugins.hydra_{package}_launcher")
     done = run_python(*words(tmp_path / package, images), *launcher, timeout=900, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     assert table(tmp_path / package) == table(undisturbed)
 
 
+@needs("ray")
 def test_ray_survives_a_worker_that_is_killed(undisturbed: Path, images: Path, tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     folder = tmp_path / "study"
     study = started(folder, images, *RAY)
     os.kill(half_done(study, folder).status.read()["process"], signal.SIGKILL)

@@ -326,3 +326,47 @@ def test_an_unfinished_run_is_refused_in_one_line(finished: RunDir, tmp_path: Pa
     (copy.adapter / "pytorch_lora_weights.safetensors").unlink()
     with pytest.raises(UserError, match="no pytorch_lora_weights"):
         trained_base(copy, finished_config(copy))
+
+
+def test_other_images_than_the_run_was_trained_on_are_refused(
+    finished: RunDir, images: Path, tmp_path: Path
+) -> None:
+    """Under the same path, as after a download that was repeated: one caption, then one image."""
+    copy, root = RunDir(Path(shutil.copytree(finished.path, tmp_path / "run"))), tmp_path / "images"
+    shutil.copytree(images, root)
+    config = finished_config(copy)
+    config.data.root = str(root)
+    assert sources.real_images(config, copy.status.read()["data_hash"])
+    captions = (root / "captions.txt").read_text(encoding="utf-8")
+    (root / "captions.txt").write_text(captions.replace("a ", "no ", 1), encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(UserError, match="data.root=.* not the images that this run was trained on"):
+            evaluate.evaluate(copy, config)
+        (root / "captions.txt").write_text(captions, encoding="utf-8")
+        next((root / "images").iterdir()).unlink()
+
+
+def test_training_images_are_no_reference(
+    finished: RunDir, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training folder itself, one renamed copy among others, and one saved again as a JPEG."""
+    config, said = finished_config(finished), []
+    _, training = sources.real_images(config)
+    monkeypatch.setattr(sources.logger, "warning", said.append)
+    config.data.reference = str(images)
+    with pytest.raises(UserError, match=rf"data.reference=.*: {len(training)} of its 24 images are training"):
+        sources.real_images(config)
+    mixed = tmp_path / "mixed"
+    write_folder(mixed, "drawn", 6, EVALUATION_SEEDS.start)
+    config.data.reference = str(mixed)
+    assert sources.real_images(config) and not said
+    first = sorted((mixed / "images").iterdir())[0]
+    Image.open(training[0].path).convert("RGB").save(first, format=Image.open(first).format, quality=60)
+    if Image.open(first).format == "PNG":
+        recoloured = Image.open(training[0].path).convert("RGB").point(lambda level: min(level + 1, 255))
+        recoloured.save(first)
+    assert sources.real_images(config)
+    assert len(said) == 1 and f"{first.name} of {training[0].path.name}" in said[0]
+    shutil.copy(training[0].path, first)
+    with pytest.raises(UserError, match=f"1 of its 6 images are training images of this run .{first.name}"):
+        sources.real_images(config)

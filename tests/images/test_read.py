@@ -230,3 +230,13 @@ def test_heic_without_its_extra_is_named_with_the_way_out(
     assert "not read: 1 .heic (pip install -e '.[heif]' reads them), 1 .mp4" in said
     with pytest.raises(UserError, match=r"c.HEIC is not an image: pip install -e '.\[heif\]' reads them"):
         find_photos([tmp_path / "c.HEIC"], "a cat", "")
+
+
+def test_every_layer_reads_the_same_colours(tmp_path: Path, colours: np.ndarray) -> None:
+    """The reduced decoding of the check, training and restyling see one image."""
+    image = Image.fromarray(np.broadcast_to(colours[:, 300:301], (64, 96, 3)).copy())
+    image.save(tmp_path / "a.jpg", quality=98, icc_profile=adobe_rgb())
+    whole, small = read_image(tmp_path / "a.jpg")[0], read_image(tmp_path / "a.jpg", at_least=8)[0]
+    assert small.size < whole.size
+    assert np.abs(np.asarray(whole)[5, 5].astype(int) - np.asarray(small)[2, 2]).max() <= 2
+    assert np.abs(np.asarray(whole)[5, 5].astype(int) - np.asarray(image)[5, 5]).max() > 3

@@ -1,19 +1,26 @@
 """Generating with trained models: which sources, which requests, and the files that are written."""
 
 import json
+import math
+import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from ghibli.adapters.files import named_layers
+from ghibli.cli import images
 from ghibli.cli.main import app
 from ghibli.images.grid import to_image
 from ghibli.inference import generate
@@ -62,6 +69,14 @@ def loaded(adapter: Path) -> LoadedModel:
         ({"seed": 10**20}, "--seed 100000000000000000000: must be from 0 to 4294967295"),
         ({"seed": -1}, "--seed -1: must be from 0 to 4294967295"),
         ({"steps": 1001}, "--steps 1001: must be from 1 to 1000"),
+        ({"seed": 2**32 - 2}, "--seed 4294967294: with 3 images, must be from 0 to 4294967293"),
+        ({"scale": math.nan}, "--scale nan is not a finite number"),
+        ({"scale": -math.inf}, "--scale -inf is not a finite number"),
+        ({"guidance": math.nan}, "--guidance nan is out of range: 0 (no prompt), 1 (off) or more"),
+        ({"guidance": math.inf}, "--guidance inf is out of range"),
+        ({"guidance": -0.5}, "--guidance -0.5 is out of range"),
+        ({"batch": 0}, "--batch 0 is out of range: at least 1"),
+        ({"negative": "caf\udce9"}, "the prompt `caf?` is not UTF-8"),
         ({"size": (100, 64)}, "--size 100: must be a multiple of 8 from 64 to 2048, such as 96"),
         ({"size": (64, 4096)}, "--size 4096: must be a multiple of 8 from 64 to 2048, such as 2048"),
         ({"size": (32, 64)}, "--size 32: must be a multiple of 8 from 64 to 2048, such as 64"),
@@ -76,7 +91,7 @@ def test_a_request_that_cannot_be_met_is_one_line(change: dict[str, object], wor
 def test_sizes_as_people_write_them() -> None:
     assert generate.parse_size("512") == (512, 512)
     assert generate.parse_size("640x384") == generate.parse_size("640X384") == (640, 384)
-    for text in ("", "x", "640x", "1x2x3", "-64", "64.5", "²"):
+    for text in ("", "x", "9" * 5000, "640x", "1x2x3", "-64", "64.5", "²"):
         with pytest.raises(UserError, match="must be a number of px, or WIDTHxHEIGHT"):
             generate.parse_size(text)
 
@@ -85,6 +100,9 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa train\r\n\r\n  ein Fluß \n".encode())
     assert generate.read_prompts(file) == ["a train", "ein Fluß"]
+    file.write_bytes("one\u2028line\x0band\x85more\rtwo".encode())
+    assert generate.read_prompts(file) == ["one\u2028line\x0band\x85more", "two"]
+    file.write_bytes("\ufeffa train\r\n\r\n  ein Fluß \n".encode())
     for damaged in (tmp_path / "nowhere.txt", tmp_path):
         with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
             generate.read_prompts(damaged)
@@ -221,6 +239,38 @@ def test_names_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert split_weight("latest:0.5") == ("outputs/a trained one", 0.5)
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("C:\\runs\\look:0.7", ("C:\\runs\\look", 0.7)),
+        ("C:\\runs\\look", ("C:\\runs\\look", 1.0)),
+        ("10:30:0.5", ("10:30", 0.5)),
+        ("run:+.5", ("run", 0.5)),
+        ("run:1e-1", ("run", 0.1)),
+        ("run:", ("run:", 1.0)),
+        (":0.5", (":0.5", 1.0)),
+        ("run:1_0", ("run:1_0", 1.0)),
+        ("run:\u0663", ("run:\u0663", 1.0)),
+    ],
+)
+def test_weights_as_people_write_them(source: str, expected: tuple[str, float]) -> None:
+    assert split_weight(source) == expected
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-inf", "Infinity", "1e999"])
+def test_a_weight_is_finite(weight: str) -> None:
+    with pytest.raises(UserError, match=rf"^run:{weight}: the weight .* finite number, such as run:0.7$"):
+        split_weight(f"run:{weight}")
+
+
+def test_an_adapter_that_is_named_twice(adapter: Path, tmp_path: Path) -> None:
+    """By one name or by two: they would add up unseen."""
+    (tmp_path / "link.safetensors").symlink_to(adapter)
+    for other in (adapter, tmp_path / "link.safetensors"):
+        with pytest.raises(UserError, match=r"named twice: name it once, with its weight, .*:1.2$"):
+            load_model([f"{adapter}:0.5", f"{other}:0.7"], ["model=demo"])
+
+
 @pytest.fixture
 def make_run(make_config: Callable, tmp_path: Path) -> Callable[..., str]:
     """Make a run folder with the state finished and nothing but its settings."""
@@ -273,10 +323,91 @@ def test_the_command(adapter: Path, tmp_path: Path) -> None:
         assert opened.size == (64, 64) and json.loads(opened.text["ghibli"])["guidance"] == 7.5
 
 
+QUICK = ("--steps", "1", "--size", "64", "model=demo")
+
+
+def test_a_second_call_leaves_the_images_of_the_first(tmp_path: Path) -> None:
+    """Numbers go on after the highest one; sheets and other files there stay too."""
+    (tmp_path / "beside_base.png").write_bytes(b"mine")
+    (tmp_path / "notes.png").write_bytes(b"mine")
+    for _ in range(2):
+        code, said = command("-p", "a lake", "-p", "a sea", "--base", "--to", str(tmp_path), *QUICK)
+        assert code == 0, said
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "000.png", "001.png", "002.png", "003.png",
+        "beside_base-2.png", "beside_base-3.png", "beside_base.png", "notes.png",
+    ]  # fmt: skip
+    assert (tmp_path / "beside_base.png").read_bytes() == b"mine"
+    with Image.open(tmp_path / "003.png") as opened:
+        assert json.loads(opened.text["ghibli"])["prompts"] == ["a sea"]
+
+
+def test_ctrl_c_keeps_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    plain, calls = generate.sample, []
+
+    def sample(*args: object, **options: object) -> torch.Tensor:
+        calls.append(options["seeds"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    monkeypatch.setattr(generate, "sample", sample)
+    prompts = [word for letter in "abcde" for word in ("-p", letter)]
+    result = CliRunner().invoke(app, ["generate", *prompts, "--batch", "2", "--to", str(tmp_path), *QUICK])
+    assert result.exit_code != 0
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["000.png", "001.png", "002.png", "003.png"]
+    assert "4 of 5 images are done and kept as " in result.output
+    with Image.open(tmp_path / "003.png") as opened:
+        note = json.loads(opened.text["ghibli"])
+    assert (note["prompts"], note["seed"]) == (["d"], 3)
+
+
+def test_the_target_is_checked_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ghibli.inference.load.load_base", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("x")
+    code, said = command("-p", "a lake", "--to", str(tmp_path / "file" / "out"), *QUICK)
+    assert code and said[-1].startswith(f"--to {tmp_path / 'file' / 'out'}: nothing can be written there")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
+    code, said = command("-p", "a lake", "--to", str(tmp_path / "out"), *QUICK)
+    assert code and "0 MB are free on that disk and about 0 MB are needed" in said[-1]
+    code, said = command("-p", "a lake", "-p", "a sea", "--seed", str(2**32 - 1), *QUICK)
+    assert code and "with 2 images, must be from 0 to 4294967294" in said[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_is_not_finite_is_not_written(adapter: Path, tmp_path: Path) -> None:
+    """An adapter at 1e38 overflows; its prompt and seed are named."""
+    code, said = command(
+        f"{adapter}:1e38", "-p", "a lake", "--seed", "5", "--to", str(tmp_path / "o"), *QUICK
+    )
+    assert code and said[-1].startswith("`a lake` with seed 5, DDIM  guidance 7.5: the image has values")
+    assert not (tmp_path / "o").exists()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=40)
+)
+def test_printed_names_pasted_into_bash_are_the_files(name: str) -> None:
+    assume(name not in (".", ".."))
+    files = [Path(name) / "000.png", Path(name) / "004.png"]
+    line = images.span(files)
+    assert line.isprintable()
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True).stdout
+    assert words.split(b"\0")[:-1] == [os.fsencode(files[0]), b"...", b"004.png"]
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         ([], "no prompt: give --prompt TEXT or --prompts FILE"),
+        (["-p", "a lake", "--scale", "nan"], "--scale nan is not a finite number"),
+        (["-p", "a lake", "--guidance", "inf"], "--guidance inf is out of range"),
+        (["-p", "a lake", "run:nan"], "run:nan: the weight must be a finite number, such as run:0.7"),
         (["-p", ""], "an empty prompt: give --prompt TEXT"),
         (
             ["-p", "a lake", "--size", "100"],

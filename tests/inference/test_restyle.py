@@ -1,6 +1,8 @@
 """Photos in the trained style: which are found, what is kept of them, what is written."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from ghibli.cli.main import app
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.images import grid
 from ghibli.inference import restyle
+from ghibli.inference.generate import truncation_warnings
 from ghibli.inference.load import LoadedModel, load_model
+from ghibli.inference.prompts import input_warnings, keep_style
 from ghibli.inference.restyle import Photo, RestyleOptions, find_photos, restyle_all, size_like
 from ghibli.models.base import DEMO
 from ghibli.runtime.errors import UserError
@@ -56,6 +60,19 @@ def test_prompts_of_photos(photos: Path) -> None:
     assert find_photos([alone], None, ", drawn") == [Photo(alone, "a cat, drawn")]
 
 
+def test_a_prompt_for_all_needs_no_caption_table(photos: Path, capsys: pytest.CaptureFixture) -> None:
+    """A captions.txt of something else is named and left alone; without a prompt it is an error."""
+    (photos / "captions.txt").write_text("00:01 --> 00:02 Hello\n")
+    names = sorted(file.name for file in (photos / "images").iterdir())
+    with pytest.raises(UserError, match=r"captions.txt"):
+        find_photos([photos], None, "")
+    capsys.readouterr()
+    found = find_photos([photos], "a dog", ", drawn")
+    assert [(photo.path.name, photo.prompt) for photo in found] == [(n, "a dog, drawn") for n in names]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the captions there are not used: " in said and "captions.txt" in said
+
+
 def test_files_that_are_not_photos(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.doc").write_text("x")
@@ -85,8 +102,8 @@ def test_shape_and_area_are_kept(size: tuple[int, int], expected: tuple[int, int
 def test_strength_of_no_step() -> None:
     with pytest.raises(UserError, match=r"--strength 0.2 of 4 steps is less than one: raise either"):
         RestyleOptions(0.2, "ddim", 1.0, 4, 0, "", 1.0, 64)
-    with pytest.raises(UserError, match="--steps 1000: must be from 1 to 999"):
-        RestyleOptions(1.0, "ddim", 1.0, 1000, 0, "", 1.0, 64)
+    with pytest.raises(UserError, match="--steps 1001: must be from 1 to 1000"):
+        RestyleOptions(1.0, "ddim", 1.0, 1001, 0, "", 1.0, 64)
     with pytest.raises(UserError, match="--sampler euler is unknown"):
         RestyleOptions(0.5, "euler", 1.0, 4, 0, "", 1.0, 64)
 
@@ -108,6 +125,112 @@ def test_it_is_the_librarys_own_image_to_image(base_alone: LoadedModel, photos: 
     ).images[0]  # fmt: skip
     ours = restyle.restyle_photo(base_alone, small, photo.prompt, OPTIONS)
     assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).max() <= 1
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
+def test_guidance_below_1_is_the_formula(base_alone: LoadedModel, photos: Path, guidance: float) -> None:
+    """The library's own pipeline takes every guidance up to 1 for 1; here it is a loop around its DDIM."""
+    with Image.open(find_photos([photos], "x", "")[0].path) as opened:
+        small = opened.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+    base, options = base_alone.base, RestyleOptions(0.5, "ddim", guidance, 10, 1, "", 1.0, 64)
+    scheduler = DDIMScheduler.from_config(
+        base.scheduler_config, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    scheduler.set_timesteps(10)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.from_numpy(np.asarray(small, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        posterior = base.vae.encode(pixels).latent_dist
+        latents = posterior.sample(generator) * base.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        latents = scheduler.add_noise(latents, noise, scheduler.timesteps[5:6])
+        cond, uncond = (base.encode_prompts(base.tokenize([text])) for text in ("a lake", ""))
+        for t in scheduler.timesteps[5:]:
+            a, b = (base.unet(latents, t[None], embeds).sample for embeds in (uncond, cond))
+            latents = scheduler.step(a + guidance * (b - a), t, latents).prev_sample
+        theirs = base.decode(latents)[0].permute(1, 2, 0).numpy() * 255
+    ours = restyle.restyle_photo(base_alone, small, "a lake", options)
+    assert np.abs(np.asarray(ours, float) - theirs).max() <= 1.5
+    plain = restyle.restyle_photo(base_alone, small, "a lake", replace(options, guidance=1.0))
+    assert np.abs(np.asarray(ours, float) - np.asarray(plain, float)).max() > 3
+
+
+@pytest.mark.parametrize("steps", [334, 400, 501, 1000])
+def test_strength_is_a_share_of_all_noise_levels(
+    base_alone: LoadedModel, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Half of the steps begin at half of the timesteps, for every number of steps."""
+    seen: list[int] = []
+
+    def unet(latents: torch.Tensor, t: torch.Tensor, **options: object) -> tuple[torch.Tensor]:
+        seen.append(int(t))
+        return (latents,)
+
+    monkeypatch.setattr(base_alone.base.unet, "forward", unet)
+    options = RestyleOptions(0.5, "ddim", 1.0, steps, 0, "", 1.0, 64)
+    restyle.restyle_photo(base_alone, Image.new("RGB", (64, 64), "grey"), "x", options)
+    assert len(seen) == steps // 2 and abs(seen[0] - 500) <= 3 and min(seen) >= 0
+
+
+def test_the_style_is_kept_of_a_long_caption(base_alone: LoadedModel) -> None:
+    """The caption loses its last words, which are named; a short one and a long style stay as they are."""
+    base, style = base_alone.base, ", Studio Ghibli style"
+    room = base.tokenizer.model_max_length
+    for caption in ("train " * 100 + "lake", "trainlake" * 100):
+        prompt, said = keep_style(caption + style, style, base)
+        assert prompt.endswith(style) and caption.startswith(prompt.removesuffix(style))
+        assert room - 2 <= len(base.tokenizer(prompt).input_ids) <= room
+        assert said and "lake" in said and "left out to keep `Studio Ghibli style`" in said
+        assert truncation_warnings([prompt], base) == []
+    assert keep_style("a lake" + style, style, base) == ("a lake" + style, None)
+    assert keep_style("train " * 100, "train " * 90, base) == ("train " * 100, None)
+
+
+def test_a_negative_prompt_that_is_not_used_is_named(base_alone: LoadedModel) -> None:
+    base = base_alone.base
+    assert input_warnings(["a lake"], "fog", 7.5, base) == []
+    assert input_warnings(["a lake"], "", 1, base) == []
+    (said,) = input_warnings(["a lake"], "fog", 1, base)
+    assert said.startswith("the negative prompt is not used: at guidance 1")
+    (said,) = input_warnings(["a lake"], "train " * 90 + "lake", 0.5, base)
+    assert said.startswith("negative prompt: `train") and said.endswith("lake`")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("strength", math.nan), ("guidance", math.nan), ("guidance", -1.0), ("scale", math.inf)],
+)
+def test_options_are_finite(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"^--{name} "):
+        replace(OPTIONS, **{name: value})
+
+
+def test_no_file_of_the_user_is_replaced(base_alone: LoadedModel, photos: Path) -> None:
+    """The next free name is taken, for an image and for the sheet; a long name and its temporary one fit."""
+    folder = photos / "images"
+    photo = sorted(folder.glob("*.png"))[0]
+    long = folder / f"{'ä' * 125}.jpeg"  # 255 bytes, and .png makes it 254
+    Image.open(photo).save(long)
+    mine = folder / f"{'ä' * 125}.png"
+    for file in (mine, folder / "before_after.png"):
+        file.write_bytes(b"mine")
+    words = [str(long), "--with", "model=demo", "--prompt", "x", "--steps", "2", "--to", str(folder)]
+    result = CliRunner().invoke(app, ["restyle", *words])
+    assert result.exit_code == 0, result.output
+    assert mine.read_bytes() == (folder / "before_after.png").read_bytes() == b"mine"
+    assert (folder / f"{'ä' * 124}-2.png").is_file() and (folder / "before_after-2.png").is_file()
+    assert "before_after-2.png" in result.output.replace("\n", "")
+
+
+def test_the_style_is_seen_by_the_command(photos: Path, tmp_path: Path) -> None:
+    """The PNG's prompt is what was drawn: within the encoder's length, with the style at its end."""
+    out = tmp_path / "out"
+    words = ["--with", "model=demo", "--with", "data=demo", "--prompt", "train " * 100, "--steps", "2"]
+    result = CliRunner().invoke(app, ["restyle", str(photos), *words, "--to", str(out), "--negative", "fog"])
+    assert result.exit_code == 0, result.output
+    with Image.open(next(iter(sorted(out.glob("[!b]*.png"))))) as opened:
+        note = json.loads(opened.text["ghibli"], parse_constant=pytest.fail)
+    assert note["prompt"].endswith("Studio Ghibli style") and note["prompt"].count("train") < 77
 
 
 def test_the_stronger_the_farther_from_the_photo(base_alone: LoadedModel, photos: Path) -> None:
@@ -224,3 +347,13 @@ def test_the_sheet_shows_both() -> None:
         255,
     )
     assert tuple(page[562 + 26 + 128, 3 * 264]) == (255, 255, 255)  # two in the second row
+
+
+def test_a_strip_keeps_its_shape_or_is_refused() -> None:
+    for size in ((3000, 200), (200, 3000), (640, 64), (5000, 100), (333, 1000)):
+        for resolution in (64, 128, 512):
+            width, height = size_like(size, resolution)
+            assert width % 8 == height % 8 == 0 and min(width, height) >= 64
+            assert width / height == pytest.approx(size[0] / size[1], rel=0.08)
+    with pytest.raises(UserError, match="30000x10 px is too long a strip to redraw whole: crop it"):
+        size_like((30000, 10), 512)

@@ -73,6 +73,12 @@ def test_a_healthy_run(check: Callable) -> None:
     assert said == pytest.approx([*rates, rates[-1]], rel=5e-3)  # step 0, 4, 8, 12 and the last, 15
 
 
+def test_the_base_is_counted_without_the_adapter(check: Callable, base: BaseModel) -> None:
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (base.unet, base.text_encoder)]
+    (text,) = [finding.text for finding in check("lora.rank=64") if finding.name == "base"]
+    assert f"UNet of {millions[0]:.1f} million weights, text encoder of {millions[1]:.1f} million" in text
+
+
 def test_the_command_prints_all_findings_and_fails_on_errors(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +249,15 @@ def test_a_copy_across_the_split_is_trained_on_and_named(tmp_path: Path, base: B
     text = lint(tmp_path, base, notes=True)["near-duplicates"]
     assert text.startswith("1 images that would be held out")
     assert f"{original}.png like copy.jpg" in text
+
+
+def test_other_files_are_a_warning(tmp_path: Path, base: BaseModel) -> None:
+    write_folder(tmp_path, "drawn", 8, FINETUNE_SEEDS.start)
+    (tmp_path / "images" / "a.mp4").write_text("x")
+    (tmp_path / "old").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "old" / "a.png")
+    said = lint(tmp_path, base)["not read"]
+    assert said.startswith("beside the 8 images there are 1 .mp4, 1 images in old/ (1), which are not read")
 
 
 # Memory and disk

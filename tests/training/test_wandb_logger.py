@@ -93,7 +93,8 @@ run = RunDir(Path(sys.argv[1]))
 logger = wandb_logger.make_logger(compose_config(["wandb.mode=auto"]), run, "name")
 logger.log_metrics({"loss": 1.0}, step=1)
 wandb_logger.log_grid([logger], Image.new("RGB", (8, 8)), "caption", 1)
-wandb_logger.log_gain_curve([logger], [{"epoch": 0} | {f"probe/val_gain{e}": 0.0 for e in ("", "_low", "_high")}], 1)
+row = {"epoch": 0} | {f"probe/val_gain{end}": 0.0 for end in ("", "_low", "_high")}
+wandb_logger.log_gain_curve([logger], [row], 1)
 wandb_logger.close()
 assert not [name for name in os.environ if name.startswith("WANDB_")], os.environ
 print(asked)
@@ -227,9 +228,9 @@ def test_auto_follows_the_environment(
 
 @pytest.mark.parametrize("project", ["a/b", "x" * 129, "what?", ""])
 def test_a_project_that_wandb_refuses_is_refused_at_once(project: str, make_config: Callable) -> None:
-    with pytest.raises(UserError, match=r"^wandb.project=.* is out of range: 1 to 128 characters"):
-        with hydra_errors():
-            make_config(f"wandb.project='{project}'")
+    wanted = r"^wandb.project=.* is out of range: 1 to 128 characters"
+    with pytest.raises(UserError, match=wanted), hydra_errors():
+        make_config(f"wandb.project='{project}'")
 
 
 def test_a_resumed_run_keeps_its_id_and_all_its_parts_are_named(

@@ -15,8 +15,10 @@ LARGEST_REQUEST = 2**18  # bytes of any other request
 ALL_FILES = 500 * 2**20  # bytes of uploads and images that the page keeps
 DROPPED = 2**28  # bytes of a refused request that are read all the same
 UPLOAD = "/gradio_api/upload"
-POSTS = (UPLOAD, "/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")  # what the page sends
-CLOSED = ("/gradio_api/deep_link", "/gradio_api/proxy=", "/gradio_api/run", "/gradio_api/dev")
+POSTS = (  # what the page sends; run/predict is for Cancel alone, as all other events are queued
+    UPLOAD, "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/reset",
+)  # fmt: skip
+CLOSED = ("/gradio_api/deep_link", "/gradio_api/proxy=", "/gradio_api/run-history", "/gradio_api/dev")
 
 
 class TooLarge(Exception):

@@ -24,6 +24,7 @@ STYLE = """
 .gradio-container {max-width: 1200px !important; margin: auto}
 .drawn img {width: 100% !important; height: 100% !important; object-fit: contain !important}
 """
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 HANDLER = {"api_visibility": "private"}  # options of every event: not part of the page's API
 ONE_BY_ONE = {"concurrency_limit": 1, "concurrency_id": "model"}  # of events that load or use a model
 PREVIEWS = {"concurrency_limit": 1, "concurrency_id": "photo"}  # of events that decode a photo
@@ -68,7 +69,7 @@ def page(session: AppSession) -> gr.Blocks:
         )
         loaded.then(session.on_runs_changed, runs, updated, show_progress="hidden", **HANDLER, **ONE_BY_ONE)
         blocks.unload(session.leave)
-    return blocks.queue(max_size=QUEUE_LIMIT, default_concurrency_limit=4)
+    return blocks.queue(max_size=QUEUE_LIMIT, default_concurrency_limit=4, api_open=False)
 
 
 def settings_column(session: AppSession) -> SettingsColumn:
@@ -156,8 +157,7 @@ def serve(overrides: list[str], host: str, port: int | None) -> tuple[gr.Blocks,
             _, address, _ = blocks.launch(
                 server_name=in_url(host), server_port=port, max_file_size=UPLOAD_LIMIT, share=False,
                 quiet=True, prevent_thread_lock=True, show_error=False, footer_links=[], css=STYLE,
-                ssr_mode=False, theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-                app_kwargs={"middleware": [guard]},
+                ssr_mode=False, theme=THEME, app_kwargs={"middleware": [guard]},
             )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port {port} on {host} cannot be used: {error}") from error

@@ -35,7 +35,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
 
 PROMPT_LIMIT = 4000  # characters
 DECODED = 300 * 10**6  # bytes of a decoded photo: 100 megapixels in RGB
-PHOTOS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # formats whose header tells the size
+PHOTOS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # formats whose header tells the size
 READING = threading.Lock()  # one photo is decoded at a time
 WIDTH = 1200  # px, of photos and sample grids on the page
 PROGRESS = gr.Progress()  # as a parameter's default it makes gradio pass a progress bar of its own

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from ghibli.adapters import lora
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import command_line, path_setting
+from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.provenance import processor_name
 from ghibli.runtime.resources import device_name
@@ -20,6 +22,7 @@ from ghibli.training.module import GhibliModule
 logger = logging.getLogger(__name__)
 
 HASHES = {"base_hash": "the base", "data_hash": "the image set"}  # also in status.json
+STOPPED_BY = {"probe/significant_best": "the held-out gain", "train/epoch_loss": "the training loss"}
 IMAGES = 2  # held-out images that are scored again
 ROUNDING = {32: 1e-3, 16: 0.1}  # bits -> relative difference of an image's loss on another machine
 
@@ -73,6 +76,21 @@ class ResumeCheck(Callback):
         elif any(stopping.stopped_epoch for stopping in stoppings(trainer)):
             trainer.should_stop = True  # it stopped early; another epoch would make it a different run
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        """Say that early stopping ended the run, why, and how to go on."""
+        ended = early_stop(trainer)
+        if ended is None or not trainer.is_global_zero:
+            return
+        more = 2 * trainer.max_epochs
+        go_on = command_line(
+            "python", "train.py", path_setting("resume", relative_path(self.run.path)),
+            f"trainer.max_epochs={more}",
+        )  # fmt: skip
+        logger.info(
+            f"early stopping ended the run {ended}; more epochs, counted anew: {go_on}; "
+            "a new run with early_stopping.patience=null never stops early"
+        )
+
     def compare(self, trainer: L.Trainer, pl_module: GhibliModule, stored: dict[str, Any]) -> None:
         self.compare_hashes(stored.get("hashes", {}))
         found = trained_weights_hash(pl_module)
@@ -119,12 +137,14 @@ class ResumeCheck(Callback):
         """Report what more epochs mean, and set the learning rate of the longer plan."""
         done, planned = trainer.fit_loop.epoch_progress.current.processed, trainer.max_epochs
         old, new = put_learning_rate(trainer)
+        ended = early_stop(trainer)
         for stopping in stoppings(trainer):
             stopping.wait_count = stopping.stopped_epoch = 0  # who asks for more epochs gets them
         rate = f"stays at {old:g}" if old == new else f"jumps from {old:g} to {new:g} at the next step"
         stretched = "" if old == new else ", as its schedule is stretched over all epochs"
         logger.info(
-            f"{done} of {before} epochs are done; now {planned} are planned, so {planned - done} are to do\n"
+            f"{done} of {before} epochs are done; now {planned} are planned, so {planned - done} are to do"
+            f"{at_most(ended, stoppings(trainer))}\n"
             f"the learning rate {rate}{stretched}"
         )
         if trainer.is_global_zero:
@@ -134,6 +154,30 @@ class ResumeCheck(Callback):
 
 def stoppings(trainer: L.Trainer) -> list[EarlyStopping]:
     return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]
+
+
+def early_stop(trainer: L.Trainer) -> str | None:
+    """Say after which epoch early stopping ended the training, and why; None if it did not."""
+    for stopping in stoppings(trainer):
+        if stopping.stopped_epoch:
+            epochs = "epoch" if stopping.patience == 1 else f"{stopping.patience} epochs"
+            what = STOPPED_BY.get(str(stopping.monitor), stopping.monitor)
+            return (
+                f"after epoch {stopping.stopped_epoch + 1}: {what} did not improve in the last {epochs} "
+                "(early_stopping.patience)"
+            )
+    return None
+
+
+def at_most(ended: str | None, rules: list[EarlyStopping]) -> str:
+    """Say that a stopping rule may end a resumed run before its last epoch, and that it did so before."""
+    if not rules:
+        return ""
+    before = f"; it ended this run {ended}" if ended else ""
+    return (
+        f", unless early stopping ends it after {rules[0].patience} without an improvement{before}; "
+        "its count starts anew"
+    )
 
 
 def numbers(means: torch.Tensor) -> str:

@@ -301,8 +301,47 @@ def test_no_epoch_more_after_an_early_stop(
     more = copy.deepcopy(config)
     more.trainer["max_epochs"] = 6
     train.run(more, run, resumes=True)
-    assert "2 of 5 epochs are done; now 6 are planned, so 4 are to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 5 epochs are done; now 6 are planned, so 4 are to do, unless early stopping ends it" in said
+    why = "after epoch {}: the held-out gain did not improve in the last epoch (early_stopping.patience)"
+    assert said.count(f"early stopping ended the run {why.format(2)}") == 2
+    assert f"early stopping ended the run {why.format(run.status.read()['epoch'])}" in said
+    assert f"{tmp_path.name} trainer.max_epochs=12; a new run with early_stopping.patience=null" in said
     assert run.status.read()["epoch"] > 2
+
+
+def test_images_and_base_that_only_moved(
+    run: RunDir, config: Config, command: Callable[..., str], images: Path, tmp_path: Path
+) -> None:
+    """The same content elsewhere is the same run, bit for bit; other content there is refused in one line."""
+    straight = RunDir(Path(shutil.copytree(run.path, tmp_path / "straight")))
+    train.run(config, straight, resumes=True)
+    moved, base = tmp_path / "moved (1)", tmp_path / "a base, elsewhere"
+    shutil.copytree(images, moved)
+    others = shutil.ignore_patterns("*.py", "scenes", "pretrain", "near", "clip", "__pycache__")
+    shutil.copytree(REPO / "ghibli" / "demo", base, ignore=others)
+    (moved / "captions.txt").write_text((moved / "captions.txt").read_text().replace("a ", "no ", 1))
+    places = (f"data.root={moved}", f"model.path={base}")
+    refused = command(f"resume={run.path}", *places)
+    assert "the image set" in refused and "is not the same as when the run was started" in refused
+    (moved / "captions.txt").write_bytes((images / "captions.txt").read_bytes())
+    assert run.status.state == "failed" and files.from_yaml(run.config).data.root == str(images)
+    command(f"resume={run.path}", *places)
+    assert run.status.state == "finished"
+    assert files.from_yaml(run.config).data.root == str(moved)
+    for name in ("probe.csv", "adapter/pytorch_lora_weights.safetensors"):
+        assert (run.path / name).read_bytes() == (straight.path / name).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_replaced_only_when_the_run_goes_on(run: RunDir, config: Config) -> None:
+    damaged = run.last_checkpoint.read_bytes()[:-1]
+    run.last_checkpoint.write_bytes(damaged)
+    previous = run.previous_checkpoint.read_bytes()
+    run.status.update(base_hash="of another base")
+    with pytest.raises(UserError, match="the base model.path=demo is not the same"):
+        train.run(config, run, resumes=True)
+    assert run.last_checkpoint.read_bytes() == damaged
+    assert run.previous_checkpoint.read_bytes() == previous
 
 
 def test_what_cannot_change_on_the_way(run: RunDir, command: Callable[..., str]) -> None:

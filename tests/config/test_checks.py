@@ -1,0 +1,57 @@
+"""No setting is NaN or infinite, wherever it stands."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ghibli.config.checks import not_finite, require, require_finite
+from ghibli.config.schema import Config
+from ghibli.runtime.errors import UserError
+
+
+def float_keys(section: type = Config, prefix: str = "") -> list[str]:
+    """Every key of the schema that takes a float, a list of them or nothing; and some of the trainer's."""
+    keys = []
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.type):
+            keys += float_keys(field.type, f"{prefix}{field.name}.")
+        elif "float" in str(field.type):
+            keys.append(prefix + field.name)
+    return keys
+
+
+KEYS = [
+    *float_keys(),
+    "trainer.gradient_clip_val",
+    "+trainer.limit_train_batches",
+    "+trainer.val_check_interval",
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_key_takes_what_is_not_finite(make_config: Callable[..., Config], key: str) -> None:
+    is_list = key in ("optimizer.betas", "sample.guidance", "evaluate.scales")
+    for value in ("nan", "inf", "-inf"):
+        with pytest.raises(UserError) as caught:
+            make_config(f"{key}=[0.9,{value}]" if is_list else f"{key}={value}")
+        assert key.lstrip("+").rpartition(".")[2] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_schema_has_the_keys_that_are_meant() -> None:
+    assert {"loss.guidance", "optimizer.lr", "model.adapter_scale", "evaluate.scales", "lora.alpha"} <= set(
+        KEYS
+    )
+
+
+def test_where_the_number_stands_is_named() -> None:
+    nan, inf = float("nan"), float("inf")
+    found: Any = {"a": [1.0, {"b": inf}], "c": "nan", "d": None}
+    assert list(not_finite(found)) == [(".a[1].b", inf)]
+    with pytest.raises(UserError, match=r"^loss.guidance=inf is not a finite number$"):
+        require_finite("loss", {"guidance": inf})
+    with pytest.raises(UserError, match=r"^--scale nan is not a finite number$"):
+        require_finite("--scale", nan)
+    with pytest.raises(UserError, match=r"^optimizer.betas=\[0.9, nan\] is out of range: two numbers$"):
+        require(True, "optimizer.betas", [0.9, nan], "two numbers")

@@ -1,0 +1,122 @@
+"""Printed commands, pasted into bash, name the folder that was meant, whatever its name."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from ghibli.config.files import apply_overrides
+from ghibli.config.schema import Config
+from ghibli.config.typed_paths import with_typed_paths
+from ghibli.runs.compose import compose_config
+from ghibli.runtime.commands import command_line, path_setting, quoted, resume_command
+from ghibli.runtime.errors import UserError
+
+ODD = "\t\n\x1b\x7f '\"$`\\!*?[](){}<>|&;#~=,:%@+^.-_aZ0\u00e9\u3000\u30b8\u202e\U0001f600\u2028\xa0"
+LETTERS = st.one_of(st.sampled_from(ODD), st.characters(exclude_characters="/\0"))
+NAMES = st.text(LETTERS, min_size=1, max_size=30)
+SOME = [
+    "naïve", "ジブリ", "(1)", "~", "~root", "a  b", " a ", "it's", "$x", "a\nb", "latest", "null", "1e3",
+    "lora.rank=8,loss.guidance=7.5", "'a'", '"a"', "\\", "a\\'", "a\\\\", "\udce9", "#", "a,b", "[a]", "true",
+]  # fmt: skip
+STUB = "import os, sys; os.write(1, b'\\0'.join(map(os.fsencode, sys.argv[1:])))"
+
+
+def can_be_a_name(name: str) -> bool:
+    """Whether a folder can have it on this file system, as a name that Hydra can take."""
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeEncodeError:  # half of a surrogate pair, which no file name has
+        return False
+    return length <= 255 and name not in (".", "..") and "${" not in name
+
+
+def pasted(command: str) -> list[str]:
+    """The arguments that a program gets when the command is pasted into bash."""
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=True, env={"PATH": os.defpath})
+    return [os.fsdecode(word) for word in done.stdout.split(b"\0")]
+
+
+def value_in_hydra(override: str) -> object:
+    """What a composed configuration holds after this override."""
+    (parsed,) = OverridesParser.create().parse_overrides([override])
+    cfg = OmegaConf.create({"path": None})
+    OmegaConf.update(cfg, "path", parsed.value())
+    return cfg.path
+
+
+@given(st.lists(NAMES, min_size=25, max_size=25))
+@example(SOME)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_resume_command_pasted_into_bash_names_the_folder(names: list[str]) -> None:
+    """A batch of names in one bash; a stub echoes its arguments, which Hydra then parses."""
+    folders = [Path(name) for name in names if can_be_a_name(name)]
+    commands = [resume_command(folder) for folder in folders]
+    assert all(command.isprintable() and " ".join(command.split()) == command for command in commands)
+    stub = "python() { printf '%s\\0' \"$@\"; }\n"
+    words = pasted(stub + "\n".join(commands))[:-1]
+    assert words[::2] == ["train.py"] * len(folders)
+    for typed, folder in zip(words[1::2], folders, strict=True):
+        for sweeps in (False,):
+            (override,) = with_typed_paths([typed], sweeps)
+            assert os.path.normpath(str(value_in_hydra(override))) == str(folder), (typed, override)
+            assert with_typed_paths([override], sweeps) == [override]
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_quoting_is_that_of_the_shell(word: str) -> None:
+    if word.isprintable() and "  " not in word and word == word.strip():
+        assert shlex.split(quoted(word)) == [word]
+    assert quoted(word).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("typed", "sweeps", "expected"),
+    [
+        ("data.root=~/x (1)", False, f"data.root='{Path.home()}/x (1)'"),
+        ("data.root=null", False, "data.root=null"),
+        ("model.path=OWNER/NAME", False, "model.path=OWNER/NAME"),
+        ("model.path=demo", False, "model.path=demo"),
+        ("data.root=1e3", False, "data.root='1e3'"),
+        ("+data.root=a b", False, "+data.root='a b'"),
+        ('data.root="a, b"', False, 'data.root="a, b"'),
+        ("data.root=/x/a,/x/b", True, "data.root=/x/a,/x/b"),
+        ("data.root=/x/a,/x/b", False, "data.root='/x/a,/x/b'"),
+        ("lora.rank=4,8", True, "lora.rank=4,8"),
+        ("hydra.run.dir=out/${now:%Y}", False, "hydra.run.dir=out/${now:%Y}"),
+    ],
+)
+def test_what_is_a_path_and_what_is_hydras(typed: str, sweeps: bool, expected: str) -> None:
+    assert with_typed_paths([typed], sweeps) == [expected]
+
+
+def test_a_folder_that_exists_is_meant_even_in_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    typed = path_setting("data.root", tmp_path / "a,b")
+    assert value_in_hydra(with_typed_paths([typed], sweeps=True)[0]) == str(tmp_path / "a,b")
+    (tmp_path / "${x}").mkdir()
+    with pytest.raises(UserError, match="rename that folder"):
+        with_typed_paths([path_setting("data.root", tmp_path / "${x}")])
+
+
+def test_paths_beside_other_commands_are_as_typed(make_config: object, tmp_path: Path) -> None:
+    """`ghibli evaluate RUN data.reference=...` and `ghibli check data.root=...`."""
+    odd = str(tmp_path / "a: b, (1) #x")
+    config: Config = make_config()  # type: ignore[operator]
+    assert apply_overrides(config, [f"data.reference={odd}"], ("data.reference",)).data.reference == odd
+    assert apply_overrides(config, ["data.reference=null"], ("data.reference",)).data.reference is None
+    assert compose_config([f"data.root={odd}", "data=ghibli", f"cache_dir={odd}"]).data.root == odd
+
+
+def test_a_command_is_one_line_for_bash() -> None:
+    words = ["train.py", "lora.targets=[to_q,to_k]", "a b", "\n", ""]
+    said = command_line(sys.executable, "-c", STUB, *words)
+    assert pasted(said) == words
