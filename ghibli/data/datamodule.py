@@ -131,28 +131,47 @@ class GhibliDataModule(L.LightningDataModule):
 
     def _encode(self) -> None:
         images = self.train_images + self.val_images
+        device = self.trainer.strategy.root_device
         home = next(self.base.vae.parameters()).device
-        self.base.vae.to(self.trainer.strategy.root_device)
-        moments = self._moments(images, mirrored=False)
+        self.base.vae.to(device)
+        moments = self._moments(images, device, mirrored=False)
         count = len(self.train_images)
         check_shapes(images, moments, self.image_shapes, self.base.vae_factor)
         self.moments = moments.of(range(count))
         self.mirrored = None
         if self.config.data.flip:
-            self.mirrored = self._moments(self.train_images, mirrored=True)
+            self.mirrored = self._moments(self.train_images, device, mirrored=True)
         self.base.vae.to(home)
         input_ids = self.base.tokenize([p.caption for p in images])
         self.input_ids = input_ids[: len(self.train_images)]
         self.all_input_ids = torch.cat([self.base.tokenize([""]), input_ids])  # of every caption in use
         rows = [images.index(image) for image in self.probe_images]
-        self.probe_batches = make_items(
-            self.probe_images, moments.of(rows), input_ids[rows],
+        self.probe_batches = self._items(self.probe_images, moments.of(rows), input_ids[rows])
+
+    def held_out_items(self, device: torch.device) -> list[dict[str, torch.Tensor]]:
+        """Return the probe's items of the held-out images alone, a batch an image, as training has them.
+
+        Nothing is written but the cache of latents.
+
+        Args:
+            device: where the VAE encodes the images; it stays there.
+        """
+        self.read()
+        self.base.vae.to(device)
+        moments = self._moments(self.val_images, device, mirrored=False)
+        return self._items(self.val_images, moments, self.base.tokenize([p.caption for p in self.val_images]))
+
+    def _items(
+        self, images: list[CaptionedImage], moments: Moments, input_ids: torch.Tensor
+    ) -> list[dict[str, torch.Tensor]]:
+        return make_items(
+            images, moments, input_ids,
             items_per_image=self.config.validation.items_per_image,
             num_train_timesteps=self.num_train_timesteps,
             scaling_factor=self.base.vae.config.scaling_factor,
         )  # fmt: skip
 
-    def _moments(self, images: list[CaptionedImage], mirrored: bool) -> Moments:
+    def _moments(self, images: list[CaptionedImage], device: torch.device, *, mirrored: bool) -> Moments:
         """Return the VAE moments of some images, from the cache where they are known."""
         resolution, resize = self.config.model.resolution, self.config.data.resize
         paths = {p.content_hash: p.path for p in images}
@@ -165,10 +184,9 @@ class GhibliDataModule(L.LightningDataModule):
                     on_progress=lambda done, _: on_progress(before + done, total),
                 ))  # fmt: skip
 
-        device = self.trainer.strategy.root_device.type
         key = {
             "resolution": resolution, "resize": resize, "mirrored": mirrored,
-            "vae": part_hash(self.base.vae), "device": device, "reading": READING,
+            "vae": part_hash(self.base.vae), "device": device.type, "reading": READING,
         }  # fmt: skip
         contents = [p.content_hash for p in images]
         return Moments(**cached_rows(Path(self.config.cache_dir) / "latents", key, contents, make))
@@ -236,6 +254,12 @@ class GhibliDataModule(L.LightningDataModule):
         mine = share_of_probe(len(self.probe_batches), self.trainer.global_rank, self.trainer.world_size)
         batches = [self.probe_batches[index] for index in mine]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # any sequence will do
+
+
+def data_hash(folder: ImageFolder) -> str:
+    """Hash the images of a folder with their captions and repeats, whatever their names: sha256, hex."""
+    captions = sorted((p.content_hash, p.caption, p.repeats)[: 2 + (p.repeats > 1)] for p in folder.images)
+    return hashlib.sha256(repr(captions).encode()).hexdigest()
 
 
 def check_shapes(

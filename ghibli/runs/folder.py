@@ -16,10 +16,13 @@ from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.files import TEMPORARY, checksum_of, is_whole, write_atomically
 from ghibli.runtime.rank import is_first
 
-FOLDERS = ("checkpoints", "samples", "adapter", "adapter_last", "unet", "export")  # that a run writes into
+FOLDERS = (  # that a run writes into
+    "checkpoints", "samples", "adapter", "adapter_last", "unet", "export", "slim",
+)  # fmt: skip
 FILES = (
     "config.yaml", "status.json", "no_result.txt", "split.json", "metrics.csv", "probe.csv", "distance.csv",
-    "evaluation.json", "evaluation.png", "evaluation_nearest.png", "report.html", ".lock",
+    "evaluation.json", "evaluation.png", "evaluation_nearest.png", "slim.json", "slim.csv", "report.html",
+    ".lock",
 )  # fmt: skip
 CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best.ckpt")
 BY_LIBRARIES = (".hydra", "wandb")  # folders that Hydra and W&B write into
@@ -123,6 +126,11 @@ class RunDir:
     @property
     def evaluation_nearest(self) -> Path:
         return self.path / "evaluation_nearest.png"
+
+    @property
+    def layer_map(self) -> Path:
+        """Which layers carry the gain, as `ghibli slim` measured it."""
+        return self.path / "slim.json"
 
     @property
     def has_weights(self) -> bool:
