@@ -1,0 +1,328 @@
+"""`ghibli slim`: which layers of a run's adapter carry its gain, and the smallest adapter that keeps it."""
+
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghibli.adapters import kohya
+from ghibli.adapters.files import Adapter, read_adapter
+from ghibli.adapters.layers import Layer, same_update
+from ghibli.adapters.model_card import model_card
+from ghibli.adapters.sidecar import clean_name, write_sidecar
+from ghibli.adapters.subset import Parts, parameters_of, split, write_subset
+from ghibli.adapters.trained import run_base
+from ghibli.config.schema import Config
+from ghibli.evaluation.gain import Gain, paired_gain
+from ghibli.evaluation.slimming import (
+    Component,
+    LostGain,
+    halves,
+    has_gain,
+    in_order_of_worth,
+    lost_gain,
+    most_trials,
+    smallest,
+)
+from ghibli.inference.bench import Bench, block_of, make_bench
+from ghibli.inference.layer_map import LayerMap, Row, check_own_files, write_map
+from ghibli.inference.owned import STAGING, check_ours, put_in_place
+from ghibli.models.base import BaseModel
+from ghibli.models.safetensors import ADAPTER_FILE
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import counted
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import write_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the probe's items of the held-out images cost, each (P, K)."""
+
+    base: torch.Tensor  # the untouched base, at guidance 1 as in every gain
+    full: torch.Tensor  # the run's whole adapter, at the training guidance
+    choose: list[int]  # rows that choose
+    check: list[int]  # rows that only check
+
+    def lost(self, losses: torch.Tensor, images: list[int]) -> LostGain:
+        """Return the gain lost on some images; `losses` are of those only."""
+        return lost_gain(losses, self.full[images], self.base[images])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The smallest adapter that was found, and what it loses on either half of the held-out images."""
+
+    layers: dict[str, Layer]
+    chosen: LostGain  # on the half that chose it
+    checked: LostGain  # on the other half
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        return self.checked.bound <= self.limit
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """What `ghibli slim` found and wrote."""
+
+    map: LayerMap
+    files: list[Path]
+    summary: str  # of the files; or why there are none
+    notes: list[str]
+
+
+def slim(run: RunDir, config: Config, limit: float, folder: Path) -> Slimmed:
+    """Measure what each layer carries, and write the smallest adapter that loses less than `limit`.
+
+    RUN/slim.json and slim.csv hold the map of the layers, whatever becomes of the adapter.
+
+    Args:
+        limit: share of the gain, 0 .. 1, that may be lost, with 95 % confidence.
+        folder: gets the adapter, for diffusers and in kohya's layout, and a model card.
+
+    Raises:
+        UserError: nothing to slim, a file of the user would be replaced, too few held-out images, another base
+            or other images than in training, or no gain that could be lost.
+    """
+    name = f"{clean_name(run.path.resolve().name)}_slim"
+    names = [ADAPTER_FILE, f"{name}_kohya.safetensors", f"{name}_kohya.json", "README.md"]
+    check_own_files(run)
+    check_ours(folder, names)
+    base = run_base(run, config)
+    adapter = read_adapter(run.adapter, base, "slim")
+    parts = split(adapter, base)
+    bench = make_bench(run, config, base, adapter)
+    losses, seconds = measure_whole(bench, adapter, run)
+    announce(adapter, parts, losses, seconds)
+    found = measure_layers(bench, adapter, losses)
+    found = LayerMap(run.weights, limit, len(losses.base), bench.items, *found)
+    write_map(run, found)
+    choice = choose(bench, adapter, parts, losses, limit)
+    found = found.after(choice.layers if choice.holds else {}, choice.chosen, choice.checked)
+    write_map(run, found)
+    reason = refusal(choice, adapter, config)
+    if reason is not None:
+        return Slimmed(found, [], f"{run.path}: {reason}", [])
+    files, notes = write_files(run, config, adapter, choice, base, folder, name)
+    return Slimmed(found, files, summary_of(choice, adapter, files[0]), notes)
+
+
+def measure_whole(bench: Bench, adapter: Adapter, run: RunDir) -> tuple[Losses, float]:
+    """Score the base and the whole adapter on all held-out images; return the seconds an image takes.
+
+    Raises:
+        UserError: on one half the adapter is not better than the base, beyond chance.
+    """
+    choose, check = bench.halves
+    every = range(len(bench.batches))
+    bench.put({})
+    base = bench.losses(every, guidance=1.0)
+    bench.put(adapter.layers)
+    start = time.monotonic()
+    full = bench.losses(every)
+    seconds = (time.monotonic() - start) / len(every)
+    for rows in (choose, check):
+        gain = paired_gain(full[rows], base[rows])
+        if not has_gain(gain, len(rows)):
+            raise UserError(
+                f"{run.path}: on {len(rows)} held-out images its adapter is {gain.signed_size} better than the "
+                "base, which chance may explain: there is no gain that a smaller one could keep; train longer, "
+                "or hold out more images (data.val_fraction, validation.max_images)"
+            )
+    return Losses(base, full, choose, check), seconds
+
+
+def announce(adapter: Adapter, parts: dict[str, Parts], losses: Losses, seconds: float) -> None:
+    """Say what is going to be scored, and about how long it takes."""
+    trials = most_trials(sum(len(each.shares) for each in parts.values()))
+    blocks = len(left_out(adapter.layers)) - len(adapter.layers)
+    images = len(losses.base) * len(left_out(adapter.layers))
+    images += len(losses.choose) * trials + len(losses.check)
+    logger.info(
+        f"{len(adapter.layers)} layers and {blocks} blocks, each left out in turn on {len(losses.base)} held-out "
+        f"images, then at most {trials} smaller adapters on half of them: about {duration(images * seconds)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as `40 s`, `12 min` or `3.5 h`."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def left_out(layers: Iterable[str]) -> dict[str, set[str]]:
+    """Return what is left out in turn, by name: every layer, and every block of more than one."""
+    blocks: dict[str, set[str]] = {}
+    for name in layers:
+        blocks.setdefault(block_of(name), set()).add(name)
+    several = {block: inside for block, inside in blocks.items() if len(inside) > 1}
+    return {name: {name} for name in layers} | several
+
+
+def measure_layers(bench: Bench, adapter: Adapter, losses: Losses) -> tuple[Gain, list[Row], list[Row]]:
+    """Return the gain, and the rows of the map: blocks and layers, in the model's order.
+
+    Also notes in the bench what the choosing half alone says of each layer.
+    """
+    every, wanted = range(len(losses.base)), left_out(adapter.layers)
+    scores: dict[str, torch.Tensor] = {}
+    with counted("leaving out layers") as on_progress:
+        for number, (name, inside) in enumerate(wanted.items()):
+            bench.put({other: layer for other, layer in adapter.layers.items() if other not in inside})
+            done = number * len(every)
+
+            def tell(image: int, _: int, done: int = done) -> None:
+                on_progress(done + image, len(wanted) * len(every))
+
+            scores[name] = bench.losses(every, tell)
+    bench.effects.update(
+        {name: losses.lost(scores[name][losses.choose], losses.choose) for name in adapter.layers}
+    )
+
+    def row(name: str, inside: set[str]) -> Row:
+        layers = [adapter.layers[each] for each in sorted(inside)]
+        one = layers[0] if len(layers) == 1 else None
+        score = scores[name if name in scores else next(iter(inside))]
+        return Row(
+            name=name, block=block_of(next(iter(inside))), kind=one.kind if one else "",
+            rank=one.rank if one else None, layers=len(layers), lost=losses.lost(score, list(every)),
+            parameters=sum(map(parameters_of, layers)),
+        )  # fmt: skip
+
+    blocks: dict[str, set[str]] = {}
+    for name in adapter.layers:
+        blocks.setdefault(block_of(name), set()).add(name)
+    gain = paired_gain(losses.full, losses.base)
+    return (
+        gain,
+        [row(block, inside) for block, inside in blocks.items()],
+        [row(name, {name}) for name in adapter.layers],
+    )
+
+
+def choose(
+    bench: Bench, adapter: Adapter, parts: dict[str, Parts], losses: Losses, limit: float
+) -> Choice:
+    """Choose the smallest adapter on one half of the images, and check it, once, on the other.
+
+    The choosing half demands the cautious bound, so that the check is likely to agree.
+    """
+    components = [
+        Component(name, each.parameters, share) for name, each in parts.items() for share in each.shares
+    ]
+    ordered = in_order_of_worth(components, bench.effects)
+    tried: dict[int, LostGain] = {}
+
+    def layers_of(count: int) -> dict[str, Layer]:
+        ranks = Counter(component.layer for component in ordered[:count])
+        return {name: parts[name].first(ranks[name]) for name in adapter.layers if ranks[name]}
+
+    trials = most_trials(len(ordered))
+    with counted("trying smaller adapters") as on_progress:
+
+        def holds(count: int) -> bool:
+            bench.put(layers_of(count))
+            number = len(tried)
+
+            def tell(image: int, images: int) -> None:
+                on_progress(number * images + image, max(trials, number + 1) * images)
+
+            tried[count] = losses.lost(bench.losses(losses.choose, tell), losses.choose)
+            return tried[count].cautious_bound <= limit
+
+        count = smallest(len(ordered), holds)
+        if count not in tried:  # all of it, which needs no trial but has a number
+            holds(count)
+    layers = layers_of(count)
+    bench.put(layers)
+    return Choice(layers, tried[count], losses.lost(bench.losses(losses.check), losses.check), limit)
+
+
+def refusal(choice: Choice, adapter: Adapter, config: Config) -> str | None:
+    """Say why no adapter is written: the check's bound is too high, or nothing can be left out."""
+    more = (
+        f"allow more, such as --lose {200 * choice.limit:.3g}%, or hold out more images "
+        f"(data.val_fraction={config.data.val_fraction:g} and validation.max_images="
+        f"{config.validation.max_images} in training)"
+    )
+    if sum(map(parameters_of, choice.layers.values())) >= sum(map(parameters_of, adapter.layers.values())):
+        return f"no smaller adapter loses less than {100 * choice.limit:.3g} %: nothing was written; {more}"
+    if choice.holds:
+        return None
+    return (
+        f"the adapter chosen on one half of the images loses {choice.checked} on the other half, with 95 % "
+        f"confidence less than {100 * choice.checked.bound:.2f} %, not {100 * choice.limit:.3g} %: no adapter "
+        f"was written; {more}"
+    )
+
+
+def summary_of(choice: Choice, adapter: Adapter, file: Path) -> str:
+    """Say how small the adapter is, and what it loses."""
+    before, after = adapter.file.stat().st_size, file.stat().st_size
+    return (
+        f"{len(choice.layers)} of {len(adapter.layers)} layers, {after / 2**20:.2f} of {before / 2**20:.2f} MiB "
+        f"({100 * after / before:.0f} %); it loses {choice.checked} of the gain, with 95 % confidence less than "
+        f"{100 * choice.checked.bound:.2f} %, on {choice.checked.images} held-out images that did not choose it"
+    )
+
+
+def write_files(
+    run: RunDir, config: Config, adapter: Adapter, choice: Choice, base: BaseModel, folder: Path, name: str
+) -> tuple[list[Path], list[str]]:
+    """Write the adapter in both layouts with a model card, all of it prepared in a hidden folder first."""
+    names = [ADAPTER_FILE, f"{name}_kohya.safetensors", f"{name}_kohya.json", "README.md"]
+    existed, staging = folder.exists(), folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        files, notes = prepare(run, config, adapter, choice, base, staging / f"{name}_kohya.safetensors")
+        lines = [f"`{file.name}`: {summary_of(choice, adapter, file)}" for file in files] + notes
+        card = model_card(run, config, name, lines, [file.name for file in files])
+        write_text(staging / "README.md", card)
+        put_in_place(staging, folder, names)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
+    return [folder / file.name for file in files], notes
+
+
+def prepare(
+    run: RunDir, config: Config, adapter: Adapter, choice: Choice, base: BaseModel, kohya_file: Path
+) -> tuple[list[Path], list[str]]:
+    """Write both files and read them back; return them, and why the second one is not written.
+
+    Raises:
+        UserError: a file does not hold what was scored.
+    """
+    file, layers = kohya_file.with_name(ADAPTER_FILE), choice.layers
+    write_subset(adapter, layers, base, file)
+    check_same(read_adapter(file, base, "slim"), layers)
+    written = Adapter(file, "diffusers", layers, {})
+    try:
+        metadata = kohya.metadata_of(written, base, config, run.status.read(), kohya_file.stem)
+        kohya.write_kohya(written, kohya_file, metadata, base)
+    except UserError as error:
+        return [file], [f"no kohya file: {error}".replace(str(file), "this")]
+    if not any(map(kohya.only_as_a_whole, layers.values())):
+        check_same(read_adapter(kohya_file, base, "slim"), layers)
+    write_sidecar(kohya_file, config, base)
+    return [file, kohya_file], []
+
+
+def check_same(read: Adapter, layers: dict[str, Layer]) -> None:
+    """Raise a UserError unless a file holds exactly some layers."""
+    for name in layers.keys() | read.layers.keys():
+        if name not in layers or name not in read.layers or not same_layer(read.layers[name], layers[name]):
+            raise UserError(f"{read.file} was written wrongly: {name} differs; please report this")
