@@ -1,4 +1,4 @@
-"""`ghibli export`, `import` and `push`."""
+"""`ghibli export`, `import`, `resize`, `merge`, `extract` and `push`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -122,13 +122,9 @@ def merge_command(
 
     size = factorize.Size(rank, keep) if (rank, keep) != (None, None) else None
     target = factorize.new_file(to, to)
-    names = [split_weight(word) for word in sources]
-    overrides = [
-        word
-        for word, (name, _) in zip(sources, names, strict=True)
-        if "=" in word and not Path(name).exists()
-    ]
-    named = [name for word, name in zip(sources, names, strict=True) if word not in overrides]
+    names = {word: split_weight(word) for word in sources}
+    overrides = [word for word, (name, _) in names.items() if "=" in word and not Path(name).exists()]
+    named = [found for word, found in names.items() if word not in overrides]
     found_files = [(files.find_file(name, "merge"), weight) for name, weight in named]
     base = apply.load_base(compose_config(overrides).model)
     adapters = [(files.read_adapter(file, base, "merge"), weight) for file, weight in found_files]
