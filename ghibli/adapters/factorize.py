@@ -213,11 +213,13 @@ def dtype_of(layer: Layer) -> torch.dtype:
 def metadata_after(adapters: list[Adapter], reworked: Reworked, title: str) -> dict[str, str]:
     """Keep the first file's metadata of training and model, with rank, alpha and title of the new file."""
     first = adapters[0].metadata if adapters else {}
+    is_plain = all(isinstance(layer, LoRA) for layer in reworked.layers.values())
     own = {key: text for key, text in first.items() if key.startswith(("ss_", "modelspec."))}
     ranks = sorted({layer.rank for layer in reworked.layers.values() if layer.rank is not None})
     size = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
     return own | {
-        "ss_network_module": "networks.lora", "ss_network_dim": size, "ss_network_alpha": size,
+        "ss_network_module": "networks.lora" if is_plain else "lycoris.kohya",
+        "ss_network_dim": size, "ss_network_alpha": size,
         "ss_output_name": title, "modelspec.title": title,
     }  # fmt: skip
 

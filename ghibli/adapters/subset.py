@@ -1,9 +1,9 @@
 """Part of an adapter: some of its layers, of some only the largest singular values; and its file."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -17,6 +17,8 @@ from ghibli.adapters.read import METADATA, sort_keys
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import with_sorted_metadata
 from ghibli.runtime.files import write_atomically
+
+L = TypeVar("L", bound=Layer)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,13 @@ def parameters_of(layer: Layer) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
+def at_rank(layer: L) -> L:
+    """Return a plain LoRA with alpha / rank multiplied into B, so that alpha is the rank; else the layer."""
+    if not isinstance(layer, LoRA) or not layer.is_plain or layer.alpha == layer.rank:
+        return layer
+    return replace(layer, up=layer.up * (layer.alpha / layer.rank), alpha=float(layer.rank))
+
+
 @torch.no_grad()
 def split(adapter: Adapter, base: BaseModel) -> dict[str, Parts]:
     """Split every layer into its singular values, on the CPU in float64.
@@ -67,7 +76,7 @@ def split(adapter: Adapter, base: BaseModel) -> dict[str, Parts]:
     """
     known, found = named_layers(base), {}
     for name, layer in adapter.layers.items():
-        weight = known[name].weight.detach().cpu()
+        layer, weight = at_rank(layer), known[name].weight.detach().cpu()
         if isinstance(layer, LoRA) and layer.is_plain:
             left, values, right = singular(update_of(layer, weight))
             found[name] = Parts(layer, weight, values, left, right)
@@ -116,13 +125,12 @@ def paths_in(part: str, layers: dict[str, Layer]) -> list[str]:
 
 
 def plain_tensors(layers: dict[str, LoRA]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a diffusers file, with alpha / rank multiplied into B."""
+    """Return the tensors of a diffusers file; alpha is the rank there."""
     tensors = {}
     for name, layer in layers.items():
         part, _, path = name.partition(".")
         tensors[diffusers_key(part, f"{path}.lora_A.weight")] = layer.down.contiguous()
-        up = layer.up if layer.alpha == layer.rank else layer.up * (layer.alpha / layer.rank)
-        tensors[diffusers_key(part, f"{path}.lora_B.weight")] = up.contiguous()
+        tensors[diffusers_key(part, f"{path}.lora_B.weight")] = at_rank(layer).up.contiguous()
     return tensors
 
 

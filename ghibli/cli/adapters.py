@@ -1,14 +1,19 @@
-"""`ghibli export`, `import` and `push`."""
+"""`ghibli export`, `import`, `resize`, `merge`, `extract` and `push`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from ghibli.cli.options import app
+from ghibli.config.checks import share
 from ghibli.runtime.console import console
-from ghibli.runtime.errors import stop_at_once
+from ghibli.runtime.errors import UserError, stop_at_once
 from ghibli.runtime.terminal import one_line
+
+if TYPE_CHECKING:
+    from ghibli.evaluation.layer_map import LayerMap
 
 
 @app.command("export")
@@ -124,13 +129,9 @@ def merge_command(
 
     size = factorize.Size(rank, keep) if (rank, keep) != (None, None) else None
     target = factorize.new_file(to, to)
-    names = [split_weight(word) for word in sources]
-    overrides = [
-        word
-        for word, (name, _) in zip(sources, names, strict=True)
-        if "=" in word and not Path(name).exists()
-    ]
-    named = [name for word, name in zip(sources, names, strict=True) if word not in overrides]
+    names = {word: split_weight(word) for word in sources}
+    overrides = [word for word, (name, _) in names.items() if "=" in word and not Path(name).exists()]
+    named = [found for word, found in names.items() if word not in overrides]
     found_files = [(files.find_file(name, "merge"), weight) for name, weight in named]
     base = apply.load_base(compose_config(overrides).model)
     adapters = [(files.read_adapter(file, base, "merge"), weight) for file, weight in found_files]
@@ -168,3 +169,70 @@ def extract_command(
     if left_out:
         what = f"{len(left_out)} weights that no LoRA holds (norms, biases, VAE), such as {left_out[0]}"
         console.print(f"left out {what}", markup=False)
+
+
+@app.command("slim")
+def slim_command(
+    run: Annotated[str, typer.Argument(help="a finished LoRA run, or latest")],
+    lose: Annotated[
+        str, typer.Option("--lose", help="share of the gain that may be lost: 1% or 0.01")
+    ] = "1%",
+    folder: Annotated[Path | None, typer.Option("--to", help="folder to fill; by default RUN/slim")] = None,
+) -> None:
+    """Measure which layers carry a run's gain, and write the smallest adapter that loses less than --lose."""
+    with stop_at_once():
+        from ghibli.runs.find import finished_config, finished_run
+        from ghibli.runs.here import cache_of_this_machine, on_this_machine
+
+    limit = share("--lose", lose)
+    found = finished_run(run)
+    config = finished_config(found)
+    if config.finetune != "lora":
+        what = "trained all weights" if config.finetune == "full" else "only measured the base"
+        raise UserError(f"{found.path} {what} (finetune={config.finetune}): there is no adapter to slim")
+    found.refuse_links()
+    with stop_at_once():
+        from ghibli.inference import slim
+
+    on_this = on_this_machine(config, cache_of_this_machine())
+    result = slim.slim(found, on_this, limit, folder or found.path / "slim")
+    console.print(layer_table(result.map))
+    console.print(f"map      {found.layer_map}, slim.csv: all {len(result.map.layers)} layers")
+    if not result.files:
+        raise UserError(result.summary)
+    console.print(f"slim     {result.summary}")
+    for file in result.files:
+        console.print(f"file     {file}")
+    for note in result.notes:
+        console.print(f"note     {note}", style="yellow")
+
+
+MOST_ROWS = 12  # layers in the terminal's table; slim.csv has all
+
+
+def layer_table(found: "LayerMap") -> Table:
+    """Build the table of the blocks, and of the layers that carry most, in 80 columns."""
+    gain = f"{found.gain.signed_size} over the base on {found.images} held-out images"
+    table = Table(title=f"Lost of the gain ({gain}) without:", box=None, pad_edge=False, title_justify="left")
+    table.add_column("block or layer", overflow="fold")
+    for name in ("lost", "rank", "kept"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found.blocks:
+        table.add_row(row.name, str(row.lost), "", "")
+    largest = sorted(found.layers, key=lambda row: -row.lost.value)[:MOST_ROWS]
+    for row in found.layers:
+        if row in largest:
+            table.add_row(f"  {short_name(row.name)}", str(row.lost), count(row.rank), count(row.kept_rank))
+    return table
+
+
+def short_name(layer: str) -> str:
+    """Return a layer's name without what all names of its kind repeat."""
+    for long, short in ((".transformer_blocks.0", ""), ("attentions.", "att."), ("_blocks.", ".")):
+        layer = layer.replace(long, short)
+    return layer
+
+
+def count(value: int | None) -> str:
+    """Format a rank that may be missing."""
+    return "-" if value is None else str(value)

@@ -51,3 +51,21 @@ def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         hint = did_you_mean(str(value), choices)
         raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}{hint}")
+
+
+def share(option: str, text: str) -> float:
+    """Read a share that was typed as a percentage or a fraction, `1%` or `0.01`; above 0 and below 1.
+
+    Raises:
+        UserError: it is neither, or out of range.
+    """
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        if "_" in number:  # a number to Python, and a slip of the finger to everyone else
+            raise ValueError
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        raise UserError(f"{option} {text} is not a share: give it as 1% or 0.01") from None
+    if not 0 < value < 1:
+        raise UserError(f"{option} {text} is out of range: above 0 and below 100% (1% is 0.01)")
+    return value

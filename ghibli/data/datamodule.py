@@ -256,12 +256,6 @@ class GhibliDataModule(L.LightningDataModule):
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # any sequence will do
 
 
-def data_hash(folder: ImageFolder) -> str:
-    """Hash the images of a folder with their captions and repeats, whatever their names: sha256, hex."""
-    captions = sorted((p.content_hash, p.caption, p.repeats)[: 2 + (p.repeats > 1)] for p in folder.images)
-    return hashlib.sha256(repr(captions).encode()).hexdigest()
-
-
 def check_shapes(
     images: Sequence[CaptionedImage], moments: Moments, shapes: Sequence[Size], factor: int
 ) -> None:

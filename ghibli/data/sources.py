@@ -89,6 +89,24 @@ def listed(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
+def require_same_images(images: list[CaptionedImage], noted_hash: object, root: str) -> None:
+    """Require, by content and captions, the images that a run was trained on.
+
+    Args:
+        images: all of them, held-out ones included.
+        noted_hash: data_hash of its status.json; None = not known.
+        root: data.root, for the message.
+
+    Raises:
+        UserError: they are others.
+    """
+    if noted_hash not in (None, found_hash := image_set_hash(images)):
+        raise UserError(
+            f"data.root={root}: these are not the images that this run was trained on (data_hash "
+            f"{found_hash[:12]}, was {str(noted_hash)[:12]}): put them back"
+        )
+
+
 def real_images(
     config: Config, noted_hash: str | None = None
 ) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
@@ -114,11 +132,7 @@ def real_images(
             on_progress=on_progress,
             on_image=lambda path, image, _: thumbnails.update({path: thumbnail(image)}),
         )
-    if noted_hash not in (None, found_hash := image_set_hash(found.images)):
-        raise UserError(
-            f"data.root={data.root}: these are not the images that this run was trained on (data_hash "
-            f"{found_hash[:12]}, was {str(noted_hash)[:12]}): put them back"
-        )
+    require_same_images(found.images, noted_hash, data.root)
     split = split_apart(found.images, thumbnails, data.val_fraction)
     training, held_out = split.train, split.held_out
     if data.reference is not None:

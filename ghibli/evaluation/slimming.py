@@ -6,7 +6,7 @@ second only checks the one chosen, so its bound does not suffer from the choice.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +111,7 @@ class Component:
     share: float  # of the layer's squared norm, 0 .. 1
 
 
-def in_order_of_worth(components: Sequence[Component], effects: dict[str, Estimate]) -> list[Component]:
+def in_order_of_worth(components: Sequence[Component], effects: Mapping[str, Estimate]) -> list[Component]:
     """Sort components by what a parameter of theirs is estimated to be worth, the most first.
 
     A component is worth its share of the layer's squared norm times the layer's sensitivity: the gain lost

@@ -4,10 +4,8 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,19 +17,18 @@ from ghibli.adapters.sidecar import clean_name, write_sidecar
 from ghibli.adapters.subset import Parts, parameters_of, split, write_subset
 from ghibli.adapters.trained import run_base
 from ghibli.config.schema import Config
-from ghibli.evaluation.gain import Gain, paired_gain
+from ghibli.evaluation.gain import paired_gain
+from ghibli.evaluation.layer_map import LayerMap, Row, block_of, blocks_of, check_own_files, write_map
 from ghibli.evaluation.slimming import (
     Component,
     LostGain,
-    halves,
     has_gain,
     in_order_of_worth,
     lost_gain,
     most_trials,
     smallest,
 )
-from ghibli.inference.bench import Bench, block_of, make_bench
-from ghibli.inference.layer_map import LayerMap, Row, check_own_files, write_map
+from ghibli.inference.bench import Bench, make_bench
 from ghibli.inference.owned import STAGING, check_ours, put_in_place
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import ADAPTER_FILE
@@ -91,8 +88,8 @@ def slim(run: RunDir, config: Config, limit: float, folder: Path) -> Slimmed:
         folder: gets the adapter, for diffusers and in kohya's layout, and a model card.
 
     Raises:
-        UserError: nothing to slim, a file of the user would be replaced, too few held-out images, another base
-            or other images than in training, or no gain that could be lost.
+        UserError: a file of the user would be replaced, too few held-out images, another base or other images
+            than in training, or no gain that could be lost.
     """
     name = f"{clean_name(run.path.resolve().name)}_slim"
     names = [ADAPTER_FILE, f"{name}_kohya.safetensors", f"{name}_kohya.json", "README.md"]
@@ -104,13 +101,14 @@ def slim(run: RunDir, config: Config, limit: float, folder: Path) -> Slimmed:
     bench = make_bench(run, config, base, adapter)
     losses, seconds = measure_whole(bench, adapter, run)
     announce(adapter, parts, losses, seconds)
-    found = measure_layers(bench, adapter, losses)
-    found = LayerMap(run.weights, limit, len(losses.base), bench.items, *found)
+    scores = score_without(bench, adapter)
+    found = layer_map(run, adapter, scores, losses, limit)
     write_map(run, found)
-    choice = choose(bench, adapter, parts, losses, limit)
-    found = found.after(choice.layers if choice.holds else {}, choice.chosen, choice.checked)
-    write_map(run, found)
+    effects = {name: losses.lost(scores[name][losses.choose], losses.choose) for name in adapter.layers}
+    choice = choose(bench, parts, effects, losses, limit)
     reason = refusal(choice, adapter, config)
+    found = found.after(choice.chosen, choice.checked, choice.layers if reason is None else None)
+    write_map(run, found)
     if reason is not None:
         return Slimmed(found, [], f"{run.path}: {reason}", [])
     files, notes = write_files(run, config, adapter, choice, base, folder, name)
@@ -135,9 +133,9 @@ def measure_whole(bench: Bench, adapter: Adapter, run: RunDir) -> tuple[Losses, 
         gain = paired_gain(full[rows], base[rows])
         if not has_gain(gain, len(rows)):
             raise UserError(
-                f"{run.path}: on {len(rows)} held-out images its adapter is {gain.signed_size} better than the "
-                "base, which chance may explain: there is no gain that a smaller one could keep; train longer, "
-                "or hold out more images (data.val_fraction, validation.max_images)"
+                f"{run.path}: on {len(rows)} held-out images its gain is {gain.signed_size}, which may be chance, "
+                "so there is none for a smaller adapter to keep: train longer, or hold out more images "
+                "(data.val_fraction, validation.max_images)"
             )
     return Losses(base, full, choose, check), seconds
 
@@ -145,12 +143,13 @@ def measure_whole(bench: Bench, adapter: Adapter, run: RunDir) -> tuple[Losses, 
 def announce(adapter: Adapter, parts: dict[str, Parts], losses: Losses, seconds: float) -> None:
     """Say what is going to be scored, and about how long it takes."""
     trials = most_trials(sum(len(each.shares) for each in parts.values()))
-    blocks = len(left_out(adapter.layers)) - len(adapter.layers)
-    images = len(losses.base) * len(left_out(adapter.layers))
+    blocks = len(left_out(adapter)) - len(adapter.layers)
+    images = len(losses.base) * len(left_out(adapter))
     images += len(losses.choose) * trials + len(losses.check)
     logger.info(
-        f"{len(adapter.layers)} layers and {blocks} blocks, each left out in turn on {len(losses.base)} held-out "
-        f"images, then at most {trials} smaller adapters on half of them: about {duration(images * seconds)}"
+        f"{len(adapter.layers)} layers and {blocks} blocks, each left out in turn on {len(losses.base)} "
+        f"held-out images, then up to {trials} smaller adapters on half of them: about "
+        f"{duration(images * seconds)}"
     )
 
 
@@ -161,72 +160,68 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def left_out(layers: Iterable[str]) -> dict[str, set[str]]:
+def left_out(adapter: Adapter) -> dict[str, list[str]]:
     """Return what is left out in turn, by name: every layer, and every block of more than one."""
-    blocks: dict[str, set[str]] = {}
-    for name in layers:
-        blocks.setdefault(block_of(name), set()).add(name)
-    several = {block: inside for block, inside in blocks.items() if len(inside) > 1}
-    return {name: {name} for name in layers} | several
+    blocks = {name: inside for name, inside in blocks_of(adapter.layers).items() if len(inside) > 1}
+    return {name: [name] for name in adapter.layers} | blocks
 
 
-def measure_layers(bench: Bench, adapter: Adapter, losses: Losses) -> tuple[Gain, list[Row], list[Row]]:
-    """Return the gain, and the rows of the map: blocks and layers, in the model's order.
-
-    Also notes in the bench what the choosing half alone says of each layer.
-    """
-    every, wanted = range(len(losses.base)), left_out(adapter.layers)
+def score_without(bench: Bench, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return the scores (P, K) of all held-out images without each layer and each block, by its name."""
+    every, wanted = range(len(bench.batches)), left_out(adapter)
     scores: dict[str, torch.Tensor] = {}
     with counted("leaving out layers") as on_progress:
-        for number, (name, inside) in enumerate(wanted.items()):
+
+        def tell(image: int, images: int) -> None:
+            on_progress(len(scores) * images + image, len(wanted) * images)
+
+        for name, inside in wanted.items():
             bench.put({other: layer for other, layer in adapter.layers.items() if other not in inside})
-            done = number * len(every)
-
-            def tell(image: int, _: int, done: int = done) -> None:
-                on_progress(done + image, len(wanted) * len(every))
-
             scores[name] = bench.losses(every, tell)
-    bench.effects.update(
-        {name: losses.lost(scores[name][losses.choose], losses.choose) for name in adapter.layers}
-    )
+    return scores
 
-    def row(name: str, inside: set[str]) -> Row:
-        layers = [adapter.layers[each] for each in sorted(inside)]
-        one = layers[0] if len(layers) == 1 else None
-        score = scores[name if name in scores else next(iter(inside))]
+
+def layer_map(
+    run: RunDir, adapter: Adapter, scores: dict[str, torch.Tensor], losses: Losses, limit: float
+) -> LayerMap:
+    """Return what each layer and each block carries, on all held-out images, in the model's order."""
+    every = list(range(len(losses.base)))
+
+    def row(name: str, inside: list[str]) -> Row:
+        layers = [adapter.layers[each] for each in inside]
+        score = scores[name] if name in scores else scores[inside[0]]
         return Row(
-            name=name, block=block_of(next(iter(inside))), kind=one.kind if one else "",
-            rank=one.rank if one else None, layers=len(layers), lost=losses.lost(score, list(every)),
-            parameters=sum(map(parameters_of, layers)),
+            name=name, block=block_of(inside[0]), kind=layers[0].kind if len(layers) == 1 else "",
+            layers=len(layers), rank=layers[0].rank if len(layers) == 1 else None,
+            parameters=sum(map(parameters_of, layers)), lost=losses.lost(score, every),
         )  # fmt: skip
 
-    blocks: dict[str, set[str]] = {}
-    for name in adapter.layers:
-        blocks.setdefault(block_of(name), set()).add(name)
-    gain = paired_gain(losses.full, losses.base)
-    return (
-        gain,
-        [row(block, inside) for block, inside in blocks.items()],
-        [row(name, {name}) for name in adapter.layers],
-    )
+    return LayerMap(
+        weights=run.weights, limit=limit, gain=paired_gain(losses.full, losses.base), images=len(every),
+        items=losses.base.shape[1], layers=[row(name, [name]) for name in adapter.layers],
+        blocks=[row(name, inside) for name, inside in blocks_of(adapter.layers).items()],
+    )  # fmt: skip
 
 
 def choose(
-    bench: Bench, adapter: Adapter, parts: dict[str, Parts], losses: Losses, limit: float
+    bench: Bench, parts: dict[str, Parts], effects: dict[str, LostGain], losses: Losses, limit: float
 ) -> Choice:
     """Choose the smallest adapter on one half of the images, and check it, once, on the other.
 
     The choosing half demands the cautious bound, so that the check is likely to agree.
+
+    Args:
+        effects: of every layer, the gain lost without it on the half that chooses.
     """
     components = [
         Component(name, each.parameters, share) for name, each in parts.items() for share in each.shares
     ]
-    ordered = in_order_of_worth(components, bench.effects)
+    ordered = in_order_of_worth(components, effects)
     tried: dict[int, LostGain] = {}
 
     def layers_of(count: int) -> dict[str, Layer]:
         ranks = Counter(component.layer for component in ordered[:count])
-        return {name: parts[name].first(ranks[name]) for name in adapter.layers if ranks[name]}
+        return {name: parts[name].first(ranks[name]) for name in parts if ranks[name]}
 
     trials = most_trials(len(ordered))
     with counted("trying smaller adapters") as on_progress:
@@ -261,9 +256,9 @@ def refusal(choice: Choice, adapter: Adapter, config: Config) -> str | None:
     if choice.holds:
         return None
     return (
-        f"the adapter chosen on one half of the images loses {choice.checked} on the other half, with 95 % "
-        f"confidence less than {100 * choice.checked.bound:.2f} %, not {100 * choice.limit:.3g} %: no adapter "
-        f"was written; {more}"
+        f"the adapter chosen on one half of the images loses {choice.checked} of the gain on the other, with "
+        f"95 % confidence less than {100 * choice.checked.bound:.2f} %, not {100 * choice.limit:.3g} %: no "
+        f"adapter was written; {more}"
     )
 
 
@@ -272,8 +267,9 @@ def summary_of(choice: Choice, adapter: Adapter, file: Path) -> str:
     before, after = adapter.file.stat().st_size, file.stat().st_size
     return (
         f"{len(choice.layers)} of {len(adapter.layers)} layers, {after / 2**20:.2f} of {before / 2**20:.2f} MiB "
-        f"({100 * after / before:.0f} %); it loses {choice.checked} of the gain, with 95 % confidence less than "
-        f"{100 * choice.checked.bound:.2f} %, on {choice.checked.images} held-out images that did not choose it"
+        f"({100 * after / before:.0f} %); on {choice.checked.images} held-out images that did not choose it, it "
+        f"loses {choice.checked} of the gain, with 95 % confidence less than "
+        f"{100 * choice.checked.bound:.2f} %"
     )
 
 
@@ -324,5 +320,13 @@ def prepare(
 def check_same(read: Adapter, layers: dict[str, Layer]) -> None:
     """Raise a UserError unless a file holds exactly some layers."""
     for name in layers.keys() | read.layers.keys():
-        if name not in layers or name not in read.layers or not same_layer(read.layers[name], layers[name]):
+        one, other = read.layers.get(name), layers.get(name)
+        if one is None or other is None or not same_update(one, other) or not same_magnitudes(one, other):
             raise UserError(f"{read.file} was written wrongly: {name} differs; please report this")
+
+
+def same_magnitudes(one: Layer, other: Layer) -> bool:
+    """Tell whether two layers have the same magnitudes, or none."""
+    if one.magnitude is None or other.magnitude is None:
+        return one.magnitude is other.magnitude
+    return torch.equal(one.magnitude, other.magnitude)

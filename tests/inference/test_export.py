@@ -258,6 +258,20 @@ def test_the_single_files_names_at_real_size() -> None:
     assert {key: tuple(weights[key].shape) for key in ORIGINAL} == ORIGINAL
 
 
+def test_a_dora_is_written_for_everyone(
+    make_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As whole differences; the run's closing lines and its card name no kohya file, for there is none."""
+    run = RunDir(tmp_path / "dora")
+    train.run(make_config(*QUICK, "lora.variant=dora"), run)
+    assert "ComfyUI" not in capsys.readouterr().out + (run.adapter / "README.md").read_text()
+    assert not (run.adapter / "kohya.safetensors").exists()
+    checks = export.export(run, finished_config(run), tmp_path / "out", merge=False)
+    assert [check.file.name for check in checks] == [ADAPTER_FILE, "dora_kohya.safetensors"]
+    assert all(check.from_live < 1e-5 for check in checks)
+    assert all(key.endswith(".diff") for key in load_file(tmp_path / "out" / "dora_kohya.safetensors"))
+
+
 # What is there already
 
 
