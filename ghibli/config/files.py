@@ -41,6 +41,27 @@ def to_yaml(config: Config) -> str:
     return f"{text}{CHECKSUM_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
+class TreeLoader(yaml.SafeLoader):
+    """Reads YAML without aliases: we write none, and ten lines of them can stand for a billion values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases, which no run writes")
+        return super().compose_node(parent, index)
+
+
+def load_tree(text: str) -> Any:
+    """Read YAML as plain values without aliases.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, has aliases, or is nested too deeply.
+    """
+    try:
+        return yaml.load(text, TreeLoader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+
+
 def rename_old_keys(content: Any) -> Any:
     """Rename the keys of a config.yaml of an older version to the current ones."""
     for (section, old), new in RENAMED_KEYS.items():
@@ -53,7 +74,7 @@ def rename_old_keys(content: Any) -> Any:
 def read_settings(path: Path) -> dict[str, Any] | None:
     """Read a run's config.yaml as nested dictionaries, unchecked; None when it is missing or damaged."""
     try:
-        content = rename_old_keys(yaml.safe_load(path.read_text(encoding="utf-8")))
+        content = rename_old_keys(load_tree(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return content if isinstance(content, dict) else None
@@ -68,7 +89,7 @@ def from_yaml(path: Path) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
         with hydra_errors():
-            content = OmegaConf.merge(LATER_KEYS, rename_old_keys(yaml.safe_load(text)))
+            content = OmegaConf.merge(LATER_KEYS, rename_old_keys(load_tree(text)))
         config = to_dataclass(content)
     except (OSError, ValueError, yaml.YAMLError) as error:  # a UserError is a ValueError
         reason = " ".join(str(error).split())

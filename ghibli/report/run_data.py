@@ -21,7 +21,7 @@ from ghibli.sweeps.trials import Trial, best_probe
 CsvRow = dict[str, float]
 READ_ERRORS = (  # raised by damaged files
     OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, yaml.YAMLError,
-    SafetensorError,
+    SafetensorError, RecursionError, OverflowError,
 )  # fmt: skip
 PROBE_COLUMNS = tuple(f"probe/{split}_gain{end}" for split in ("val", "train") for end in ("", "_se"))
 

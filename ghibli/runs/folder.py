@@ -146,7 +146,7 @@ class RunDir:
         """Read evaluation.json; empty when it is missing, damaged or older than the weights."""
         try:
             content = self.load_evaluation()
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) and not self.is_older(content) else {}
 

@@ -25,8 +25,8 @@ class RunStatus:
     def read(self) -> dict[str, Any]:
         """Return the content; empty when the file is missing or damaged."""
         try:
-            content = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(content, dict):
             return {}

@@ -108,8 +108,8 @@ def checksum_of(path: Path) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Write UTF-8 text atomically; half a surrogate pair, of a file name that is no UTF-8, as `\\udce9`."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -130,5 +130,5 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, every value as text; empty if there is no file."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from helpers.commands import REPO
 
 from ghibli.config.files import from_yaml, to_yaml
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, DrawConfig
 from ghibli.runs import launch, reuse
 from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runs.here import on_this_machine
@@ -122,13 +123,15 @@ def test_a_resumed_run_from_elsewhere_stays_in_its_folder(tmp_path: Path) -> Non
 
 
 def test_a_stored_run_caches_and_draws_in_this_machines_cache(make_config: Callable[..., Config]) -> None:
-    drawn = ("data.draw.count=24", "+data.draw.look=drawn", "data.draw={look: drawn, count: 24}")[2]
-    stored = make_config(drawn, "data.root=/scenes/../etc", "cache_dir=/", "data.reference=/x/../etc")
+    own = make_config()
+    places = {"root": "/scenes/../etc", "reference": "/x/../etc"}
+    draws = {"draw": DrawConfig("drawn", 24), "reference_draw": DrawConfig("drawn", 9)}
+    stored = replace(own, cache_dir="/", data=replace(own.data, **places, **draws))
     here = on_this_machine(stored, "mine")
     assert here.cache_dir == "mine" and here.data.root == "mine/scenes-drawn-24"
     assert here.data.reference.startswith("mine/scenes-reference-")
     assert on_this_machine(stored, "mine", keep_root=True).data.root == "/scenes/../etc"
-    own = make_config()  # images of the user: read where they are, never drawn
+    # images of the user are read where they are, never drawn
     assert on_this_machine(own, "mine").data.root == own.data.root
 
 

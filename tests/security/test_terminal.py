@@ -139,7 +139,9 @@ def piped(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
 
 
 PRINTS = (
-    "from ghibli.runtime.errors import one_line_errors; from ghibli.runtime.console import console; import sys\n"
+    "import sys\n"
+    "from ghibli.runtime.errors import one_line_errors\n"
+    "from ghibli.runtime.console import console\n"
     "def say():\n"
     "    for i in range(3000): console.print('x' * 99); print('y' * 99); print('z', file=sys.stderr)\n"
     "    sys.exit(7)\n"
