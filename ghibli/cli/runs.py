@@ -47,8 +47,9 @@ def evaluate_command(
     from ghibli.config.files import apply_overrides
     from ghibli.evaluation import evaluate as evaluate_module
     from ghibli.evaluation.evaluate import CHANGEABLE
+    from ghibli.runs.compose import cache_of_this_machine
     from ghibli.runs.find import finished_config
-    from ghibli.runs.here import cache_of_this_machine, on_this_machine
+    from ghibli.runs.here import on_this_machine
     from ghibli.training import wandb_logger  # torch takes seconds to load
 
     settings = [word for word in arguments if word not in folders]
