@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ghibli.adapters.files import Adapter
+from ghibli.adapters.files import Adapter, is_plain
 from ghibli.adapters.layers import UNSCALED, Full, InputOFT, Layer
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.adapters.sidecar import clean_name, title_of
@@ -93,7 +93,7 @@ def metadata_of(
     dated = {"modelspec.date": facts["ended"][:19]} if facts.get("ended") else {}
     found = {
         "ss_output_name": clean_name(name),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if is_plain(adapter) else "lycoris.kohya",
         "ss_network_dim": str(adapter.ranks[0]) if len(adapter.ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{adapter.alphas[0]:g}" if len(adapter.alphas) == 1 else "Dynamic",
         "ss_network_dropout": f"{config.lora.dropout:g}",

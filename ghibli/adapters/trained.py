@@ -1,13 +1,16 @@
 """The model that a run has trained, as a base ready to sample from."""
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from ghibli.adapters import apply
+from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config
 from ghibli.models.base import BaseModel, weights_hash
-from ghibli.models.load import load_part
+from ghibli.models.load import load, load_part
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
@@ -73,3 +76,24 @@ def for_sampling(base: BaseModel) -> BaseModel:
     """
     base.unet.to(memory_format=torch.channels_last)
     return base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def tuned_model(path: str, base: BaseModel, config: str | None) -> BaseModel:
+    """Load a fine-tuned model: a run's, a complete one as `model.path` takes it, or the folder of a UNet.
+
+    Args:
+        base: what it was trained from, whose other parts complete a UNet.
+        config: for a single file, as model.config.
+
+    Raises:
+        UserError: nothing usable there.
+    """
+    place = Path(path).expanduser()
+    if RunDir(place).config.is_file():
+        run = RunDir(place)
+        found = trained_base(run, from_yaml(run.config)).to(torch.device("cpu"))
+        found.unet.to(memory_format=torch.contiguous_format)
+        return found
+    if (place / "config.json").is_file():
+        return replace(base, unet=load_part(type(base.unet), place, path))
+    return load(path, config)

@@ -1,4 +1,4 @@
-"""`ghibli export`, `import` and `push`."""
+"""`ghibli export`, `import`, `resize`, `merge`, `extract` and `push`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +46,7 @@ def push_command(
 
     folder = finished_run(run).path / "export"
     for name, size in push.files_to_push(folder):
-        console.print(f"{size / 2**20:8.2f} MiB  {name}", markup=False)
+        console.print(one_line(f"{size / 2**20:8.2f} MiB  {name}"))
     if not really:
         console.print(f"nothing was sent; --really sends this to {hub_id}")
         return
@@ -70,3 +70,97 @@ def import_command(
     base = apply.load_base(config.model)
     for line in describe_adapter(files.read_adapter(file, base, "import"), base, overrides or []):
         console.print(one_line(line))  # titles and comments in the file are anyone's
+
+
+RankOption = Annotated[int | None, typer.Option("--rank", help="rank of every layer, at most")]
+KeepOption = Annotated[
+    float | None, typer.Option("--keep", help="share of each layer's squared norm to keep, such as 0.95")
+]
+ToOption = Annotated[Path | None, typer.Option("--to", help="file to write, in kohya's layout")]
+BaseArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as for train.py, for the base")
+]
+
+
+@app.command("resize")
+def resize_command(
+    file: Annotated[Path, typer.Argument(help="an adapter file, or a run folder")],
+    overrides: BaseArgument = None,
+    rank: RankOption = None,
+    keep: KeepOption = None,
+    to: ToOption = None,
+) -> None:
+    """Shrink an adapter to its largest singular values, and say how much of its update is kept."""
+    with stop_at_once():
+        from ghibli.adapters import apply, factorize, files, kohya
+        from ghibli.runs.compose import compose_config
+
+    size = factorize.Size(rank, keep)
+    source = files.find_file(file, "resize")
+    ending = f"rank{rank}" if keep is None else f"keep{keep:g}"
+    target = factorize.new_file(to, source.with_name(f"{source.stem}_{ending}.safetensors"))
+    base = apply.load_base(compose_config(overrides or []).model)
+    adapter = files.read_adapter(source, base, "resize")
+    found = factorize.resize(adapter, base, size)
+    new = files.Adapter(target, "kohya", found.layers, {})
+    kohya.write_kohya(new, target, factorize.metadata_after([adapter], found, target.stem))
+    console.print(one_line(f"{target}: {found.summary}"))
+
+
+@app.command("merge")
+def merge_command(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE[:WEIGHT]...", help="adapters or runs; then KEY=VALUE")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="file to write, in kohya's layout")],
+    rank: RankOption = None,
+    keep: KeepOption = None,
+) -> None:
+    """Add several adapters to one file: exactly, or with --rank or --keep at a smaller size."""
+    with stop_at_once():
+        from ghibli.adapters import apply, factorize, files, kohya
+        from ghibli.inference.load import split_weight
+        from ghibli.runs.compose import compose_config
+
+    size = factorize.Size(rank, keep) if (rank, keep) != (None, None) else None
+    target = factorize.new_file(to, to)
+    names = {word: split_weight(word) for word in sources}
+    overrides = [word for word, (name, _) in names.items() if "=" in word and not Path(name).exists()]
+    named = [found for word, found in names.items() if word not in overrides]
+    found_files = [(files.find_file(name, "merge"), weight) for name, weight in named]
+    base = apply.load_base(compose_config(overrides).model)
+    adapters = [(files.read_adapter(file, base, "merge"), weight) for file, weight in found_files]
+    found = factorize.combine(adapters, base, size)
+    new = files.Adapter(target, "kohya", found.layers, {})
+    metadata = factorize.metadata_after([adapter for adapter, _ in adapters], found, target.stem)
+    parts = ", ".join(f"{file.stem}:{weight:g}" for file, weight in found_files)
+    kohya.write_kohya(new, target, metadata | {"modelspec.merged_from": parts})
+    console.print(one_line(f"{target}: {found.summary}"))
+
+
+@app.command("extract")
+def extract_command(
+    tuned: Annotated[str, typer.Argument(help="the fine-tuned model: a run, folder, UNet folder or file")],
+    base_path: Annotated[str, typer.Argument(metavar="BASE", help="what it was trained from, as model.path")],
+    to: Annotated[Path, typer.Option("--to", help="file to write, in kohya's layout")],
+    rank: RankOption = None,
+    keep: KeepOption = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="for single files: a folder with configs, as model.config")
+    ] = None,
+) -> None:
+    """Extract an adapter from a fully fine-tuned model by the singular values of its difference."""
+    with stop_at_once():
+        from ghibli.adapters import factorize, files, kohya
+        from ghibli.adapters.trained import tuned_model
+        from ghibli.models.load import load
+
+    size, target = factorize.Size(rank, keep), factorize.new_file(to, to)
+    base = load(base_path, config)
+    found, left_out = factorize.extract(tuned_model(tuned, base, config), base, size)
+    new = files.Adapter(target, "kohya", found.layers, {})
+    kohya.write_kohya(new, target, factorize.metadata_after([], found, target.stem))
+    console.print(one_line(f"{target}: {found.summary}"))
+    if left_out:
+        what = f"{len(left_out)} weights that no LoRA holds (norms, biases, VAE), such as {left_out[0]}"
+        console.print(one_line(f"left out {what}"))

@@ -25,7 +25,7 @@ PANELS = {  # of --help, in the order of a project's life
     "Before training": ("check", "prepare", "caption", "convert", "demo"),
     "Runs": ("list", "compare", "evaluate", "report"),
     "Images": ("generate", "restyle", "app"),
-    "Adapters": ("export", "import", "push"),
+    "Adapters": ("export", "import", "resize", "merge", "extract", "push"),
 }
 
 

@@ -119,7 +119,7 @@ def write_adapters(
     write_atomically(diffusers_file, lambda file: file.write(adapter.file.read_bytes()))
     try:
         metadata = kohya.metadata_of(adapter, base, config, run.status.read(), kohya_file.stem)
-        kohya.write_kohya(adapter, kohya_file, metadata)
+        kohya.write_kohya(adapter, kohya_file, metadata, base)
     except UserError as error:
         return [diffusers_file], [f"no kohya file: {error}".replace(str(adapter.file), "this")]
     write_sidecar(kohya_file, config, base)

@@ -81,9 +81,8 @@ def put_in_place(staging: Path, folder: Path, names: list[str]) -> None:
         for path, digest in read_record(folder).items()
         if path.partition("/")[0] not in names and path not in names and (folder / path).is_file()
     }
-    write_json(
-        folder / RECORD, {"files": dict(sorted((kept | written).items()))}
-    )  # first: what follows may be interrupted
+    noted = dict(sorted((kept | written).items()))
+    write_json(folder / RECORD, {"files": noted})  # first: what follows may be interrupted
     for name in names:
         remove(folder / name)
         if (staging / name).exists():

@@ -38,4 +38,4 @@ def test_the_help_does_not_load_torch() -> None:
 def test_the_shell_can_complete_commands() -> None:
     environment = {"_GHIBLI_COMPLETE": "complete_bash", "COMP_WORDS": "ghibli ex", "COMP_CWORD": "1"}
     result = CliRunner().invoke(app, [], env=environment, prog_name="ghibli")
-    assert result.output.split() == ["export"]
+    assert result.output.split() == ["export", "extract"]

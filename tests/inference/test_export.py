@@ -258,6 +258,20 @@ def test_the_single_files_names_at_real_size() -> None:
     assert {key: tuple(weights[key].shape) for key in ORIGINAL} == ORIGINAL
 
 
+def test_a_dora_is_written_for_everyone(
+    make_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As whole differences; the run's closing lines and its card name no kohya file, for there is none."""
+    run = RunDir(tmp_path / "dora")
+    train.run(make_config(*QUICK, "lora.variant=dora"), run)
+    assert "ComfyUI" not in capsys.readouterr().out + (run.adapter / "README.md").read_text()
+    assert not (run.adapter / "kohya.safetensors").exists()
+    checks = export.export(run, finished_config(run), tmp_path / "out", merge=False)
+    assert [check.file.name for check in checks] == [ADAPTER_FILE, "dora_kohya.safetensors"]
+    assert all(check.from_live < 1e-5 for check in checks)
+    assert all(key.endswith(".diff") for key in load_file(tmp_path / "out" / "dora_kohya.safetensors"))
+
+
 # What is there already
 
 
@@ -295,7 +309,9 @@ def test_our_own_files_are_replaced_until_they_are_edited(
     (folder / "notes.txt").write_text("mine")
     before = content_of(folder)
     export.export(run, finished_config(run), folder, merge=False)
-    assert content_of(folder) == before
+    after = content_of(folder)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"README.md", owned.RECORD} and after.keys() == before.keys()
     (folder / "merged" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"merged/notes.txt was not written by an export"):
         export.export(run, finished_config(run), folder, merge=True)
@@ -305,7 +321,7 @@ def test_our_own_files_are_replaced_until_they_are_edited(
         export.export(run, finished_config(run), folder, merge=False)
     (folder / owned.RECORD).unlink()  # as an older version left it
     export.export(run, finished_config(run), folder, merge=False)
-    assert card.read_bytes() == before["README.md"]
+    assert card.read_bytes() == after["README.md"]
 
 
 def test_a_refusal_leaves_nothing_behind(
