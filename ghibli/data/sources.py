@@ -57,7 +57,7 @@ def real_images(config: Config) -> tuple[list[CaptionedImage], list[CaptionedIma
         found = read(
             Path(data.root_folder),
             on_progress=on_progress,
-            on_image=lambda path, image, _: thumbnails.update({path: thumbnail(image)}),
+            on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
         )
     split = split_apart(found.images, thumbnails, data.val_fraction)
     training, held_out = split.train, split.held_out
