@@ -112,7 +112,7 @@ def real_images(
         found = read(
             Path(data.root_folder),
             on_progress=on_progress,
-            on_image=lambda path, image, _: thumbnails.update({path: thumbnail(image)}),
+            on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
         )
     if noted_hash not in (None, found_hash := image_set_hash(found.images)):
         raise UserError(
