@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers.commands import run_python
 from helpers.report_material import make_run, page_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -226,3 +227,10 @@ def test_make_names_an_old_python_before_it_installs(tmp_path: Path) -> None:
     done = subprocess.run(["make", "train", f"PYTHON={old}"], cwd=folder, capture_output=True, text=True)
     assert done.returncode and not (folder / ".venv").exists()
     assert done.stderr.splitlines()[0].startswith(f"error: {old} is missing or older than Python 3.11")
+
+
+@pytest.mark.parametrize("words", [("train.py",), ("sweep.py", "sweep.search=2", "lora.rank=2,4")])
+def test_another_working_directory_is_refused_at_once(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = run_python(*words, "hydra.job.chdir=true", f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 2 and done.stderr.startswith("error: hydra.job.chdir=true: relative paths")
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
