@@ -3,16 +3,17 @@ PYTHON ?= python3
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN := .venv/bin
 
-.PHONY: help train test slow lint types format check coverage
+.PHONY: help train test slow extras lint types format check coverage lock
 .DEFAULT_GOAL := help
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml locks/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is missing or older than Python 3.11: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "installing into .venv (a few minutes, 6 to 7 GB) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[dev]" -c constraints.txt
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --require-hashes -r locks/dev.txt
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	@touch $@
 
 train: .venv/installed  ## install, then train a LoRA on the embedded demo
@@ -23,6 +24,9 @@ test: .venv/installed  ## install, then run the tests (no network, no GPU)
 
 slow: .venv/installed  ## run the slow tests, end-to-end ones included (12 GB of free memory)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
+
+extras: .venv/installed  ## install every optional package but those for clusters and GPUs
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --require-hashes -r locks/extras.txt
 
 lint: .venv/installed  ## check style and formatting with ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -38,3 +42,11 @@ check: lint types test  ## everything a pull request must pass
 coverage: .venv/installed  ## run the tests in one process and list uncovered lines
 	@HF_HUB_OFFLINE=1 $(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report --skip-covered --show-missing
+
+LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --quiet \
+	--custom-compile-command "make lock" pyproject.toml
+EXTRAS = dev app browser heif hub joblib lycoris prodigy schedulefree search
+
+lock:  ## pin every package with its hashes again, after a change of pyproject.toml or constraints.txt
+	@$(LOCK) -c constraints.txt $(EXTRAS:%=--extra %) -o locks/extras.txt
+	@$(LOCK) -c locks/extras.txt --extra dev -o locks/dev.txt

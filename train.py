@@ -28,33 +28,25 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
         The objective of sweeps: the best share by which the held-out loss is below the base's.
     """
     with run_dir.lock():
-        if resumes:
-            reuse.warn_of_changes(run_dir)
-        else:
-            objective, resumes = reuse.resume_or_restart(config, run_dir)
-            if objective is not None:
-                return objective
-        return train(config, run_dir, resumes)
+        objective, resumes = reuse.resume_or_restart(config, run_dir, resumes)
+        if objective is not None:
+            return objective
+        with stop_at_once():  # torch and Lightning take seconds to import
+            from ghibli.prepare import preflight
+            from ghibli.training import wandb_logger
+            from ghibli.training.finalize import finalize
+            from ghibli.training.session import build, training_session
 
-
-def train(config: Config, run_dir: RunDir, resumes: bool) -> float:
-    """Train in a folder that nobody else writes; return the objective."""
-    with stop_at_once():  # torch and Lightning take seconds to import
-        from ghibli.prepare import preflight
-        from ghibli.training import wandb_logger
-        from ghibli.training.finalize import finalize
-        from ghibli.training.session import build, training_session
-
-    with training_session(config, run_dir, resumes) as session:
-        training = build(config, run_dir, session.stop)
-        session.check_inputs(training.module)
-        logger = wandb_logger.attach(training.trainer, config, run_dir)
-        session.note_start(training.trainer)
-        if not resumes:
-            preflight.before_training(training.module, training.data, training.trainer, run_dir)
-        training.fit(session.take_checkpoint(), SCRIPT)
-        result = finalize(training, logger)
-        console.print(result.summary)
+        with training_session(config, run_dir, resumes) as session:
+            training = build(config, run_dir, session.stop)
+            session.check_inputs(training.module)
+            logger = wandb_logger.attach(training.trainer, config, run_dir)
+            session.note_start(training.trainer)
+            if not resumes:
+                preflight.before_training(training.module, training.data, training.trainer, run_dir)
+            training.fit(session.take_checkpoint(), SCRIPT)
+            result = finalize(training, logger)
+            console.print(result.summary)
     return result.objective
 
 

@@ -77,15 +77,21 @@ def require_same_code(run: RunDir, advice: str) -> None:
         )
 
 
-def resume_or_restart(config: Config, run: RunDir) -> tuple[float | None, bool]:
+def resume_or_restart(config: Config, run: RunDir, resumes: bool = False) -> tuple[float | None, bool]:
     """Decide what is left to do for a run: (stored objective, whether to resume); say so on the console.
 
     A finished run returns its objective, an unfinished one with an intact checkpoint is resumed, and what
     any other attempt left is deleted.
 
+    Args:
+        resumes: resume it in any case, with a warning of what has changed since its start.
+
     Raises:
         UserError: the folder holds another run.
     """
+    if resumes:
+        warn_of_changes(run)
+        return None, True
     require_same_trial(config, run)
     objective, folder = finished_objective(run), os.path.relpath(run.path)
     if objective is not None:

@@ -27,6 +27,7 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, write_atomically
 from ghibli.training.callbacks.checkpoints import WholeCheckpoints
 from ghibli.training.module import GhibliModule
+from ghibli.training.session import training_session
 
 QUICK = ("data.draw=null", "sample.every_n_epochs=0")
 Said = tuple[int, str, str]  # exit code, stdout, stderr
@@ -263,8 +264,11 @@ def test_nothing_is_resumed_from_an_untrained_adapter(tmp_path: Path, name: str)
 
 
 def test_a_resume_that_finds_no_checkpoint_stops(make_config: Callable[..., Config], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="last.ckpt is damaged or cut off; start the run anew"):
-        train.train(make_config(), RunDir(tmp_path), resumes=True)
+    with (
+        pytest.raises(UserError, match="last.ckpt is damaged or cut off; start the run anew"),
+        training_session(make_config(), RunDir(tmp_path), resumes=True),
+    ):
+        pass
     assert not list(tmp_path.iterdir())
 
 

@@ -223,8 +223,8 @@ def test_make_names_an_old_python_before_it_installs(tmp_path: Path) -> None:
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
     folder = tmp_path / "project"
-    folder.mkdir()
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    (folder / "locks").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "locks/dev.txt"):
         (folder / name).write_bytes((Path(__file__).parents[2] / name).read_bytes())
     done = subprocess.run(["make", "train", f"PYTHON={old}"], cwd=folder, capture_output=True, text=True)
     assert done.returncode and not (folder / ".venv").exists()
