@@ -56,7 +56,7 @@ def test_an_odd_status_is_shown_as_damaged(name: str, outputs: Path, capsys: pyt
     list_command()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and sum("finished" in line for line in lines) == 2
-    assert sum("unknown  damaged" in line for line in lines) == 1
+    assert sum(" damaged " in line for line in lines) == 1
     assert len(read_trials(outputs)) == 3
     assert "status.json is missing or damaged" in page_of(outputs).text
     with pytest.raises(UserError, match="is damaged: this run cannot be compared"):
