@@ -107,7 +107,7 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     gain, error = status.get("gain"), status.get("gain_se")
     gain_text = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
-    settings = "status.json is damaged" if run.status.is_damaged else settings_of(run, status)
+    settings = "damaged" if run.status.is_damaged else settings_of(run, status)
     return tuple(map(one_line, (run.path, run.status.state, settings, epochs, gain_text)))
 
 
