@@ -1,6 +1,7 @@
 """Adapters on a base: merged into its weights, or added beside them with weights that can be changed."""
 
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def load_adapters(base: BaseModel, adapters: Iterable[tuple[Adapter, float]]) ->
     and combined.
 
     Raises:
-        UserError: an update that is not finite.
+        UserError: an update or a weight that is not finite.
     """
     weights = []
     for number, (adapter, weight) in enumerate(adapters):
@@ -151,7 +152,14 @@ def adapted_layers(base: BaseModel, name: str) -> set[str]:
 
 
 def set_weights(base: BaseModel, weights: list[float]) -> None:
-    """Change the weights of the adapters that load_adapters added, in their order."""
+    """Change the weights of the adapters that load_adapters added, in their order.
+
+    Raises:
+        UserError: a weight that is not finite.
+    """
+    for weight in weights:
+        if not isfinite(weight):
+            raise UserError(f"an adapter cannot have the weight {weight}: give a finite number")
     names = [adapter_name(number) for number in range(len(weights))]
     for module in base.adaptable.values():
         for layer in module.modules():

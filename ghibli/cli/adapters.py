@@ -51,7 +51,7 @@ def push_command(
 
     folder = finished_run(run).path / "export"
     for name, size in push.files_to_push(folder):
-        console.print(f"{size / 2**20:8.2f} MiB  {name}", markup=False)
+        console.print(one_line(f"{size / 2**20:8.2f} MiB  {name}"))
     if not really:
         console.print(f"nothing was sent; --really sends this to {hub_id}")
         return
@@ -109,7 +109,7 @@ def resize_command(
     found = factorize.resize(adapter, base, size)
     new = files.Adapter(target, "kohya", found.layers, {})
     kohya.write_kohya(new, target, factorize.metadata_after([adapter], found, target.stem))
-    console.print(f"{target}: {found.summary}", markup=False)
+    console.print(one_line(f"{target}: {found.summary}"))
 
 
 @app.command("merge")
@@ -140,7 +140,7 @@ def merge_command(
     metadata = factorize.metadata_after([adapter for adapter, _ in adapters], found, target.stem)
     parts = ", ".join(f"{file.stem}:{weight:g}" for file, weight in found_files)
     kohya.write_kohya(new, target, metadata | {"modelspec.merged_from": parts})
-    console.print(f"{target}: {found.summary}", markup=False)
+    console.print(one_line(f"{target}: {found.summary}"))
 
 
 @app.command("extract")
@@ -165,10 +165,10 @@ def extract_command(
     found, left_out = factorize.extract(tuned_model(tuned, base, config), base, size)
     new = files.Adapter(target, "kohya", found.layers, {})
     kohya.write_kohya(new, target, factorize.metadata_after([], found, target.stem))
-    console.print(f"{target}: {found.summary}", markup=False)
+    console.print(one_line(f"{target}: {found.summary}"))
     if left_out:
         what = f"{len(left_out)} weights that no LoRA holds (norms, biases, VAE), such as {left_out[0]}"
-        console.print(f"left out {what}", markup=False)
+        console.print(one_line(f"left out {what}"))
 
 
 @app.command("slim")
@@ -197,14 +197,14 @@ def slim_command(
     on_this = on_this_machine(config, cache_of_this_machine())
     result = slim.slim(found, on_this, limit, folder or found.path / "slim")
     console.print(layer_table(result.map))
-    console.print(f"map      {found.layer_map}, slim.csv: all {len(result.map.layers)} layers")
+    console.print(one_line(f"map      {found.layer_map}, slim.csv: all {len(result.map.layers)} layers"))
     if not result.files:
         raise UserError(result.summary)
-    console.print(f"slim     {result.summary}")
+    console.print(one_line(f"slim     {result.summary}"))
     for file in result.files:
-        console.print(f"file     {file}")
+        console.print(one_line(f"file     {file}"))
     for note in result.notes:
-        console.print(f"note     {note}", style="yellow")
+        console.print(one_line(f"note     {note}"), style="yellow")
 
 
 MOST_ROWS = 12  # layers in the terminal's table; slim.csv has all

@@ -203,7 +203,7 @@ def load_sources(sources: list[str] | None) -> "LoadedModel":
     if not named and not overrides:
         try:
             named = [str(finished_run("latest").path)]
-            console.print(f"with     {named[0]}")
+            console.print(f"with     {quoted(named[0])}")
         except UserError:
             console.print("no finished run below outputs/ yet: generating with the base", style="yellow")
     return load_model(named, overrides)

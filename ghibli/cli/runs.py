@@ -47,8 +47,9 @@ def evaluate_command(
     from ghibli.config.files import apply_overrides
     from ghibli.evaluation import evaluate as evaluate_module
     from ghibli.evaluation.evaluate import CHANGEABLE
+    from ghibli.runs.compose import cache_of_this_machine
     from ghibli.runs.find import finished_config
-    from ghibli.runs.here import cache_of_this_machine, on_this_machine
+    from ghibli.runs.here import on_this_machine
     from ghibli.training import wandb_logger  # torch takes seconds to load
 
     settings = [word for word in arguments if word not in folders]
@@ -106,7 +107,7 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     gain, error = status.get("gain"), status.get("gain_se")
     gain_text = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
-    settings = "status.json is damaged" if run.status.is_damaged else settings_of(run, status)
+    settings = "damaged" if run.status.is_damaged else settings_of(run, status)
     return tuple(map(one_line, (run.path, run.status.state, settings, epochs, gain_text)))
 
 

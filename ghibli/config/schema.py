@@ -4,6 +4,7 @@ Values are in conf/*.yaml only; no field here has a default. Imports neither tor
 """
 
 from dataclasses import dataclass, field, fields
+from math import inf, isfinite
 from typing import Any
 
 from ghibli.config.checks import require, require_choice, require_finite
@@ -69,6 +70,8 @@ class ModelConfig:
     adapter_scale: float  # weight of that adapter
 
     def __post_init__(self) -> None:
+        scale = self.adapter_scale
+        require(isfinite(scale), "model.adapter_scale", scale, "a finite number")
         require(
             self.resolution >= 64 and self.resolution % 64 == 0,
             "model.resolution", self.resolution, "a multiple of 64 (the UNet halves the latents thrice)",
@@ -170,7 +173,7 @@ class LoraConfig:
         require(len(self.text_encoder_targets) > 0, key, value, "at least one layer name")
         require_choice("lora.variant", self.variant, VARIANTS)
         require(1 <= self.rank <= 1024, "lora.rank", self.rank, "a whole number from 1 to 1024")
-        require(self.alpha > 0, "lora.alpha", self.alpha, "more than 0")
+        require(0 < self.alpha < inf, "lora.alpha", self.alpha, "more than 0, and finite")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "from 0 to less than 1")
         wanted = "at least one layer name, or lora.text_encoder=true"
         require(len(self.targets) > 0 or self.text_encoder, "lora.targets", self.targets, wanted)

@@ -8,7 +8,6 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from ghibli.config.schema import Config
@@ -77,19 +76,16 @@ class GhibliDataModule(L.LightningDataModule):
         """
         if self.folder is not None:
             return self.folder
-        data = self.config.data
+        data, resolution = self.config.data, self.config.model.resolution
         thumbnails: dict[Path, np.ndarray] = {}
         sizes: dict[Path, Size] = {}
-
-        def note(path: Path, image: Image.Image, size: Size) -> None:
-            thumbnails[path] = thumbnail(image)
-            sizes[path] = size_for(size, self.config.model.resolution, data.resize)
 
         with counted("checking the images") as on_progress:
             folder = read_folder(
                 Path(data.root_folder), style=data.style, default_caption=data.caption,
                 min_side=data.min_side, on_progress=on_progress,
-                on_image=note,
+                on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
+                on_size=lambda path, size: sizes.update({path: size_for(size, resolution, data.resize)}),
             )  # fmt: skip
         split = split_apart(folder.images, thumbnails, data.val_fraction)
         self.train_images, self.held_out, self.moved = split.train, split.held_out, split.moved

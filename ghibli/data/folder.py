@@ -63,7 +63,8 @@ class ReadOptions:
     style: str
     default_caption: str | None
     min_side: int
-    on_image: Callable[[Path, Image.Image, Size], None]
+    on_image: Callable[[Path, Image.Image], None]
+    on_size: Callable[[Path, Size], None]
 
 
 def read_folder(
@@ -74,7 +75,8 @@ def read_folder(
     min_side: int,
     key: str = "data.root",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    on_image: Callable[[Path, Image.Image, Size], None] = lambda path, image, size: None,
+    on_image: Callable[[Path, Image.Image], None] = lambda path, image: None,
+    on_size: Callable[[Path, Size], None] = lambda path, size: None,
 ) -> ImageFolder:
     """Read every caption and check every image of a folder, in the order of their names, on all cores.
 
@@ -86,7 +88,8 @@ def read_folder(
         key: the setting that names the folder.
         on_progress: called with (images checked, images in all).
         on_image: called, in any thread and order, with each readable image, which may be downscaled to
-            `min_side`, and the size of the whole image, upright.
+            `min_side`.
+        on_size: called likewise with the size of the whole image, upright.
 
     Raises:
         UserError: no such folder, no images, or fewer than two of them usable.
@@ -94,7 +97,7 @@ def read_folder(
     require_folder(key, root)
     top, listed = enter_and_list(root.expanduser(), key)
     read_one = partial(
-        read_or_reason, top=top, options=ReadOptions(style, default_caption, min_side, on_image)
+        read_or_reason, top=top, options=ReadOptions(style, default_caption, min_side, on_image, on_size)
     )
     images: list[CaptionedImage] = []
     unusable: dict[str, str] = {}
@@ -138,7 +141,9 @@ def read_or_reason(listed: ListedImage, top: Path, options: ReadOptions) -> Capt
     try:
         require_inside(listed.path, top)
         caption = read_beside(listed.path, top) if listed.caption is None else listed.caption
-        options.on_image(listed.path, *check_image(listed.path, options.min_side))
+        image, size = check_image(listed.path, options.min_side)
+        options.on_image(listed.path, image)
+        options.on_size(listed.path, size)
         caption = caption or options.default_caption or words_of(listed.name)
         if not caption:
             raise Unusable(f"{NO_CAPTION} (data.caption=TEXT gives one)")

@@ -89,7 +89,7 @@ def listed(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
-def require_same_images(images: list[CaptionedImage], noted_hash: object, root: str) -> None:
+def require_same_images(images: list[CaptionedImage], noted_hash: object, root: str | None) -> None:
     """Require, by content and captions, the images that a run was trained on.
 
     Args:
@@ -130,7 +130,7 @@ def real_images(
         found = read(
             Path(data.root_folder),
             on_progress=on_progress,
-            on_image=lambda path, image, _: thumbnails.update({path: thumbnail(image)}),
+            on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
         )
     require_same_images(found.images, noted_hash, data.root)
     split = split_apart(found.images, thumbnails, data.val_fraction)

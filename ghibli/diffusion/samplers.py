@@ -76,6 +76,18 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
         scheduler.timesteps = scheduler.timesteps[:-1]
 
 
+def steps_key(base: BaseModel, num_inference_steps: int) -> int | str:
+    """Return what a cache key holds for the timesteps: their number, and `trailing` where we chose that.
+
+    Images that an older version drew and cached started lower there.
+    """
+    scheduler = make_scheduler("ddim", base)
+    was = scheduler.config.timestep_spacing
+    set_timesteps(scheduler, num_inference_steps)
+    spacing = scheduler.config.timestep_spacing
+    return num_inference_steps if spacing == was else f"{num_inference_steps} {spacing}"
+
+
 def leading_reaches_top(num_inference_steps: int, num_train_timesteps: int, offset: int) -> bool:
     """Tell whether the first timestep of `leading` is within two strides and a quarter of all from T - 1."""
     stride = num_train_timesteps // num_inference_steps

@@ -12,7 +12,7 @@ import torch
 
 from ghibli.config.schema import Config
 from ghibli.data.folder import CaptionedImage
-from ghibli.diffusion.samplers import Cell, sample
+from ghibli.diffusion.samplers import Cell, sample, steps_key
 from ghibli.evaluation.features import FeatureExtractor
 from ghibli.images.read import open_image
 from ghibli.images.resize import preprocess
@@ -157,7 +157,8 @@ class SampleCache:
 
                     return concatenated(self._sample_batches(job, on_step))
 
-                key = {"weights": hashes[id(job.base)], "cell": asdict(job.cell), "steps": steps}
+                key: dict[str, Any] = {"weights": hashes[id(job.base)], "cell": asdict(job.cell)}
+                key["steps"] = steps_key(job.base, steps)
                 key["prompts"] = self._prompts(job.count)
                 key["seed"] = self.config.sample.seed
                 results[job.name] = self._cached(job.name, key, measure)

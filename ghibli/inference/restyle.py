@@ -42,7 +42,7 @@ from ghibli.inference.prompts import input_warnings, keep_style
 from ghibli.models.base import BaseModel
 from ghibli.models.load import quiet
 from ghibli.models.pipeline import make_pipeline
-from ghibli.runtime.commands import quoted
+from ghibli.runtime.commands import command_line, quoted
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 
@@ -104,9 +104,8 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
         raise UserError("no images there: name files, or a folder that holds some")
     bare = [path for path, caption in found if not (prompt or caption)]
     if bare:
-        raise UserError(
-            f"{bare[0].name} has no caption: give --prompt TEXT, or run `ghibli caption {bare[0].parent}`"
-        )
+        command = command_line("ghibli", "caption", bare[0].parent)
+        raise UserError(f"{bare[0].name} has no caption: give --prompt TEXT, or run `{command}`")
     return [Photo(path, f"{prompt or caption}{style}") for path, caption in found]
 
 

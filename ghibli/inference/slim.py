@@ -133,8 +133,8 @@ def measure_whole(bench: Bench, adapter: Adapter, run: RunDir) -> tuple[Losses, 
         gain = paired_gain(full[rows], base[rows])
         if not has_gain(gain, len(rows)):
             raise UserError(
-                f"{run.path}: on {len(rows)} held-out images its gain is {gain.signed_size}, which may be chance, "
-                "so there is none for a smaller adapter to keep: train longer, or hold out more images "
+                f"{run.path}: on {len(rows)} held-out images its gain is {gain.signed_size}, perhaps by chance, so "
+                "there is none for a smaller adapter to keep: train longer, or hold out more images "
                 "(data.val_fraction, validation.max_images)"
             )
     return Losses(base, full, choose, check), seconds
@@ -266,9 +266,9 @@ def summary_of(choice: Choice, adapter: Adapter, file: Path) -> str:
     """Say how small the adapter is, and what it loses."""
     before, after = adapter.file.stat().st_size, file.stat().st_size
     return (
-        f"{len(choice.layers)} of {len(adapter.layers)} layers, {after / 2**20:.2f} of {before / 2**20:.2f} MiB "
-        f"({100 * after / before:.0f} %); on {choice.checked.images} held-out images that did not choose it, it "
-        f"loses {choice.checked} of the gain, with 95 % confidence less than "
+        f"{len(choice.layers)} of {len(adapter.layers)} layers, {after / 2**20:.2f} of {before / 2**20:.2f} "
+        f"MiB ({100 * after / before:.0f} %); on {choice.checked.images} held-out images that did not choose "
+        f"it, it loses {choice.checked} of the gain, with 95 % confidence less than "
         f"{100 * choice.checked.bound:.2f} %"
     )
 

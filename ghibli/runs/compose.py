@@ -80,6 +80,11 @@ def conf_folder() -> Path:
     raise UserError("no conf/train.yaml here: change to the project's folder first")
 
 
+def cache_of_this_machine() -> str:
+    """Return the cache_dir of conf/train.yaml, for commands that compose no settings."""
+    return str(OmegaConf.load(conf_folder() / "train.yaml").cache_dir)
+
+
 def parse_overrides(overrides: list[str]) -> list[Override]:
     """Parse overrides as Hydra does."""
     return OverridesParser.create().parse_overrides(list(overrides))

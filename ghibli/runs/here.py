@@ -3,15 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from ghibli.config.schema import Config
-from ghibli.runs.compose import conf_folder
-
-
-def cache_of_this_machine() -> str:
-    """Return the cache_dir of conf/train.yaml, which commands without Hydra use."""
-    return str(OmegaConf.load(conf_folder() / "train.yaml").cache_dir)
 
 
 def on_this_machine(config: Config, cache_dir: str, keep_root: bool = False) -> Config:

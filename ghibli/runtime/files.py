@@ -233,5 +233,5 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, every value as text; empty if there is no file."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

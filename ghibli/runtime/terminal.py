@@ -24,6 +24,7 @@ CONTROL = re.compile(
 )
 COLOURS_AND_BARS = re.compile(r"\x1b\[[0-9;]*[mAK]|\r")  # what libraries' own progress bars write
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESHUTDOWN, errno.ECONNRESET)
+FAILURES = (OSError, ValueError, RuntimeError)  # gone; closed; a signal arrived within a write
 
 
 def visible(text: str) -> str:
@@ -70,7 +71,7 @@ class Terminal:
         except UnicodeEncodeError:
             encoding = self.stream.encoding or "ascii"
             self.attempt("write", text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError, RuntimeError) as error:
+        except FAILURES as error:
             self.give_up(error)
         return len(text)
 
@@ -82,14 +83,14 @@ class Terminal:
         self.attempt("flush")
 
     def isatty(self) -> bool:
-        with suppress(OSError, ValueError):
+        with suppress(*FAILURES):
             return self.stream.isatty()
         return False
 
     def attempt(self, method: str, *arguments: str) -> None:
         try:
             getattr(self.stream, method)(*arguments)
-        except (OSError, ValueError, RuntimeError) as error:  # closed, or a signal arrived within a write
+        except FAILURES as error:
             self.give_up(error)
 
     def give_up(self, error: Exception) -> None:
@@ -116,7 +117,7 @@ def guard_terminal() -> None:
 
 def print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     """Print a traceback on stderr; its message may quote data, so control characters are made visible."""
-    print(visible("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)
+    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, where))))
 
 
 def flush_or_drop() -> None:

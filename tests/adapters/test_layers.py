@@ -18,6 +18,7 @@ from ghibli.adapters.layers import Layer, same_update, to_factors
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
+from ghibli.runtime.errors import UserError
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"  # 64 inputs, 128 outputs
 CONV = "unet.down_blocks.1.resnets.0.conv1"
@@ -179,6 +180,24 @@ def test_weight_0_is_the_base_bit_for_bit(base: BaseModel, every_kind: Adapter) 
     assert (predict(base) - before).abs().max() > 0.1 * before.abs().max()
     apply.set_weights(base, [0.0])
     assert torch.equal(predict(base), before)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_is_finite(weight: float, base: BaseModel, every_kind: Adapter) -> None:
+    with pytest.raises(UserError, match=f"an adapter cannot have the weight {weight}: give a finite number"):
+        apply.load_adapters(base, [(every_kind, weight)])
+
+
+def test_an_update_that_overflows_is_named(base: BaseModel, tmp_path: Path) -> None:
+    """Every number of the file is finite; what they multiply to is not."""
+    state = {key: 1e30 * value for key, value in adapter_state(base, {LINEAR: "loha"}).items()}
+    adapter = read(base, state, tmp_path)
+    for use in (
+        lambda: apply.load_adapters(base, [(adapter, 1.0)]),
+        lambda: apply.add_to_weights(base, adapter, 1.0),
+    ):
+        with pytest.raises(UserError, match="attn2.to_k: its update is not finite"):
+            use()
 
 
 def test_merged_is_what_is_added_beside(base: BaseModel, every_kind: Adapter) -> None:

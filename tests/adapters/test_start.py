@@ -139,9 +139,11 @@ def test_a_path_with_spaces_is_printed_quoted(model: BaseModel, tmp_path: Path) 
         (["lora.targets=none", "lora.text_encoder=false"], "lora.targets"),
         (["lora.text_encoder_targets=everything"], "lora.text_encoder_targets"),
         (["lora.text_encoder_targets=[]"], "lora.text_encoder_targets"),
+        (["lora.alpha=inf"], "lora.alpha"),
+        (["model.adapter_scale=nan"], "model.adapter_scale"),
     ],
 )
-def test_targets_that_are_none(words: list[str], message: str, make_config: Callable) -> None:
+def test_settings_that_no_adapter_can_have(words: list[str], message: str, make_config: Callable) -> None:
     with pytest.raises(UserError, match=message):
         make_config(*words)
 

@@ -21,6 +21,7 @@ from ghibli.diffusion.samplers import (
     make_scheduler,
     sample,
     set_timesteps,
+    steps_key,
 )
 from ghibli.images.grid import compose_grid, to_image
 from ghibli.models.base import DEMO, BaseModel
@@ -199,6 +200,13 @@ def test_every_number_of_steps_starts_near_the_top(demo: BaseModel) -> None:
         assert 999 >= found[0] > 999 - min(250, 2 * (1000 // steps)) and found[-1] >= 0
     with pytest.raises(UserError, match=r"1001 steps: this base has 1000 timesteps"):
         set_timesteps(scheduler, 1001)
+
+
+def test_a_cache_of_older_images_is_not_used_where_the_timesteps_changed(demo: BaseModel) -> None:
+    base = with_scheduler(demo, SCHEDULER)
+    assert [steps_key(base, steps) for steps in (30, 100, 400)] == [30, 100, "400 trailing"]
+    own = with_scheduler(demo, SCHEDULER | {"timestep_spacing": "trailing"})
+    assert steps_key(own, 400) == 400
 
 
 def test_a_bases_own_spacing_stays(demo: BaseModel) -> None:

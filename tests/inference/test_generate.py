@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from ghibli.adapters.files import named_layers
+from ghibli.adapters.names import named_layers
 from ghibli.cli import images
 from ghibli.cli.main import app
 from ghibli.images.grid import to_image

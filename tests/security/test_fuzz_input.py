@@ -48,7 +48,8 @@ def folder() -> Iterator[Path]:
 PIECES = st.sampled_from(
     [b"file_name,text\n", b"a.png", b"images/a.png", b"../outside.png", b"/etc/passwd", b",", b";", b"\t",
      b"|", b'"', b"\n", b"\r\n", b"\r", b"\xef\xbb\xbf", b"\xff", b"\0", b"{", b"}", b"[" * 50,
-     b'{"file_name": "', b'", "text": "', b'"}\n', b"\\ud800", b"\xe2\x80\xa8", b"caption", b"1e999", b"NaN", b"null"]
+     b'{"file_name": "', b'", "text": "', b'"}\n', b"\\ud800", b"\xe2\x80\xa8", b"caption", b"1e999",
+     b"NaN", b"null"]
 )  # fmt: skip
 CONTENT = st.one_of(
     st.lists(PIECES | st.binary(max_size=6), max_size=30).map(b"".join),

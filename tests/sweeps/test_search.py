@@ -219,3 +219,11 @@ def test_a_running_trial_is_reopened_with_its_values() -> None:
     assert (again.number, again.suggest_float("x", 0, 1)) == (trial.number, value)
     table.tell(again.number, 1.0)
     assert [one.state.name for one in table.trials] == ["COMPLETE"]
+
+
+@pytest.mark.parametrize("name", ["a?b", "a#b", "100%", "a%3Fb", "a&b=c", "plain"])
+def test_a_studys_database_is_in_its_folder(name: str, tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    (tmp_path / name).mkdir()
+    optuna.create_study(study_name="x", storage=search.database(tmp_path / name))
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.db")] == [Path(name, "optuna.db")]

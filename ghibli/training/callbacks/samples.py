@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from ghibli.config.schema import Config, describe
-from ghibli.diffusion.samplers import NotFinite, cells_of, draw_cells
+from ghibli.diffusion.samplers import NotFinite, cells_of, draw_cells, steps_key
 from ghibli.images.grid import compose_grid
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.cache import cached
@@ -40,7 +40,8 @@ class SampleGrid(Callback):
             "base": pl_module.base_hash, "device": device_name(trainer.strategy.root_device),
             "precision": str(trainer.precision),
             "cells": [asdict(cell) for cell in self.cells], "prompts": list(sample.prompts),
-            "steps": sample.num_inference_steps, "seed": sample.seed, "resolution": model.resolution,
+            "steps": steps_key(pl_module.base, sample.num_inference_steps),
+            "seed": sample.seed, "resolution": model.resolution,
             "kept": "images",  # what the file holds; older versions kept another name
         }  # fmt: skip
         label = "sampling the base"

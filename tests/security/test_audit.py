@@ -1,0 +1,70 @@
+"""Train, resume, evaluate, report: what they connect to and where they write, by Python's audit hook."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from helpers.commands import REPO, SMALL, run_python
+
+LOOPBACK = ("'127.0.0.1'", "('127.0.0.1'", "('::1'", "'localhost'", "'::1'")
+DEVICES = ("/dev/null", "/dev/shm", "/dev/tty", "/proc/self/clear_refs")
+
+
+def is_within(path: str, folders: tuple[Path, ...]) -> bool:
+    return any(Path(path).is_relative_to(folder) for folder in folders)
+
+
+@pytest.fixture
+def audited(tmp_path: Path, images: Path):
+    """Runs commands with a home, a temporary folder and a cache of their own; returns (said, events)."""
+    for name in ("home", "tmp", "work"):
+        (tmp_path / name).mkdir()
+
+    def run(*commands: list[str]) -> list[tuple[str, str]]:
+        log = tmp_path / "events.jsonl"
+        environment = os.environ | {
+            "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(REPO),
+            "PYTHONDONTWRITEBYTECODE": "1", "WANDB_MODE": "offline",
+        }  # fmt: skip
+        words = [json.dumps(command) for command in commands]
+        script = str(REPO / "tests" / "helpers" / "audited.py")
+        done = run_python(script, str(log), *words, cwd=tmp_path / "work", env=environment)
+        assert done.returncode == 0, done.stderr
+        return [tuple(json.loads(line)) for line in log.read_text().splitlines()]
+
+    return run
+
+
+def test_commands_stay_in_their_folders_and_connect_to_nobody(audited, tmp_path: Path, images: Path) -> None:
+    run, cache = tmp_path / "work" / "run", tmp_path / "cache"
+    small = [word for word in SMALL if not word.startswith(("cache_dir", "wandb", "trainer.max_epochs"))]
+    training = [
+        *small,
+        "trainer.max_epochs=1",
+        f"data.root={images}",
+        "data.draw=null",
+        "data.val_fraction=0.2",
+    ]
+    few = [
+        "evaluate.samples=3",
+        "evaluate.scan_samples=3",
+        "evaluate.scales=[]",
+        "sample.num_inference_steps=1",
+    ]
+    events = audited(
+        ["train.py", *training, "wandb.mode=disabled", f"cache_dir={cache}", f"hydra.run.dir={run}"],
+        ["train.py", f"resume={run}", "trainer.max_epochs=2", f"cache_dir={cache}"],
+        ["ghibli", "evaluate", str(run), f"cache_dir={cache}", "data.reference=null", *few],
+        ["ghibli", "report", str(run)],
+        ["ghibli", "list"],
+    )
+    connected = [target for event, target in events if event.startswith("socket.")]
+    assert [target for target in connected if not target.startswith(LOOPBACK)] == []
+    own = (run, cache, tmp_path / "tmp")
+    changed = {(event, path) for event, path in events if not event.startswith("socket.")}
+    outside = {(event, path) for event, path in changed if not is_within(path, own)}
+    assert {(e, p) for e, p in outside if not p.startswith(DEVICES)} == set()
+    for path in (run / "status.json", run / "evaluation.json", run / "report.html"):  # the hook sees writes
+        assert ("os.rename", str(path)) in changed
+    assert any(event == "open" and is_within(path, (cache,)) for event, path in changed)
