@@ -181,8 +181,9 @@ def slim_command(
 ) -> None:
     """Measure which layers carry a run's gain, and write the smallest adapter that loses less than --lose."""
     with stop_at_once():
+        from ghibli.runs.compose import cache_of_this_machine
         from ghibli.runs.find import finished_config, finished_run
-        from ghibli.runs.here import cache_of_this_machine, on_this_machine
+        from ghibli.runs.here import on_this_machine
 
     limit = share("--lose", lose)
     found = finished_run(run)
@@ -192,10 +193,10 @@ def slim_command(
         raise UserError(f"{found.path} {what} (finetune={config.finetune}): there is no adapter to slim")
     found.refuse_links()
     with stop_at_once():
-        from ghibli.inference import slim
+        from ghibli.inference import slim  # torch takes seconds to load
 
-    on_this = on_this_machine(config, cache_of_this_machine())
-    result = slim.slim(found, on_this, limit, folder or found.path / "slim")
+    here = on_this_machine(config, cache_of_this_machine())
+    result = slim.slim(found, here, limit, folder or found.path / "slim")
     console.print(layer_table(result.map))
     console.print(one_line(f"map      {found.layer_map}, slim.csv: all {len(result.map.layers)} layers"))
     if not result.files:

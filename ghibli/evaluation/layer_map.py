@@ -31,7 +31,7 @@ class Row:
     rank: int | None
     parameters: int
     lost: LostGain
-    kept_rank: int | None = None  # in the adapter that was written; 0 = left out; None = none was written
+    kept_rank: int | None = None  # in the adapter that was written, 1 for a kind without; 0 = left out
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LayerMap:
         """
         layers = self.layers
         if kept is not None:
-            ranks = {name: layer.rank for name, layer in kept.items()}
+            ranks = {name: layer.rank or 1 for name, layer in kept.items()}
             layers = [replace(row, kept_rank=ranks.get(row.name, 0)) for row in layers]
         return replace(self, chosen=chosen, checked=checked, layers=layers)
 

@@ -132,9 +132,10 @@ def measure_whole(bench: Bench, adapter: Adapter, run: RunDir) -> tuple[Losses, 
     for rows in (choose, check):
         gain = paired_gain(full[rows], base[rows])
         if not has_gain(gain, len(rows)):
+            images = f"{len(rows)} held-out images"
             raise UserError(
-                f"{run.path}: on {len(rows)} held-out images its gain is {gain.signed_size}, perhaps by chance, so "
-                "there is none for a smaller adapter to keep: train longer, or hold out more images "
+                f"{run.path}: on {images} its gain is {gain.signed_size}, perhaps by chance, so there is "
+                "none for a smaller adapter to keep: train longer, or hold out more images "
                 "(data.val_fraction, validation.max_images)"
             )
     return Losses(base, full, choose, check), seconds

@@ -136,8 +136,10 @@ def svg_points(points: list[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def bar_chart(title: str, gains: dict[str, Gain], x_label: str, caption: str = "") -> Figure | None:
-    """Draw a bar per range of timesteps with its gain and 95 % interval; None without finite values."""
+def bar_chart(
+    title: str, gains: dict[str, Gain], x_label: str, caption: str = "", y_label: str = "gain, %"
+) -> Figure | None:
+    """Draw a bar with its 95 % interval per name, such as a range of timesteps; None without any."""
     gains = {name: gain for name, gain in gains.items() if math.isfinite(gain.value)}
     if not gains:
         return None
@@ -146,7 +148,7 @@ def bar_chart(title: str, gains: dict[str, Gain], x_label: str, caption: str = "
         *padded_range([100 * end for pair in intervals for end in pair], zero=True), HEIGHT - BOTTOM, TOP
     )
     x = Axis(0, len(gains), LEFT, WIDTH - RIGHT)
-    shapes = [draw_axes(x, y, x_label, "gain, %", {k + 0.5: name for k, name in enumerate(gains)})]
+    shapes = [draw_axes(x, y, x_label, y_label, {k + 0.5: name for k, name in enumerate(gains)})]
     for k, ((name, gain), interval) in enumerate(zip(gains.items(), intervals, strict=True)):
         top, bottom = sorted((y(100 * gain.value), y(0)))
         tooltip = tag("title", typeset(f"{name}: {gain_percent(gain)}"))

@@ -17,6 +17,7 @@ from ghibli.report.figures import (
     timestep_chart,
 )
 from ghibli.report.images import EmbeddedImage, embed, embed_grids, embed_last_grid
+from ghibli.report.layers import layer_section
 from ghibli.report.provenance import provenance_facts, shared_facts
 from ghibli.report.run_data import RunData, gain_of, try_read
 from ghibli.report.text import difference_points, gain_percent, noise_sentence, run_verdict, study_verdict
@@ -49,6 +50,7 @@ def run_page(data: RunData) -> dict[str, Any]:
         "grids": embed_grids(data),
         "evaluation": try_read(lambda: evaluation_section([data])),
         "evaluation_images": evaluation_images(data),
+        "layers": try_read(lambda: layer_section(data)),
         "findings": merged_findings([(data.name, data)]),
         "provenance": list(provenance_facts(data).items()),
     }

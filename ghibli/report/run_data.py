@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain
+from ghibli.evaluation.layer_map import LayerMap, read_map
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import relevant_settings
 from ghibli.runtime.commands import command_line
@@ -81,6 +82,24 @@ class RunData:
         if self.run.is_older(content):
             self.problems.append(
                 f"evaluation.json is older than the run, which was trained further: {command} updates it"
+            )
+            return None
+        return content
+
+    @cached_property
+    def layer_map(self) -> LayerMap | None:
+        """The content of slim.json; None if it is missing, damaged, or older than the weights."""
+        if not self.run.layer_map.exists():
+            return None
+        command = f"`{command_line('ghibli', 'slim', self.run.path)}`"
+        try:
+            content = read_map(self.run.layer_map)
+        except READ_ERRORS:
+            self.problems.append(f"slim.json is damaged: {command} writes it again")
+            return None
+        if None not in (content.weights, self.run.weights) and content.weights != self.run.weights:
+            self.problems.append(
+                f"slim.json is older than the run, which was trained further: {command} updates it"
             )
             return None
         return content
