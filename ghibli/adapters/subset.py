@@ -62,9 +62,23 @@ def parameters_of(layer: Layer) -> int:
 
 def at_rank(layer: L) -> L:
     """Return a plain LoRA with alpha / rank multiplied into B, so that alpha is the rank; else the layer."""
-    if not isinstance(layer, LoRA) or not layer.is_plain or layer.alpha == layer.rank:
+    return at_alpha(layer, float(layer.rank)) if isinstance(layer, LoRA) else layer
+
+
+def at_alpha(layer: L, alpha: float) -> L:
+    """Return a plain LoRA with another alpha and the same product, B multiplied by what it lacks."""
+    if not isinstance(layer, LoRA) or not layer.is_plain or layer.alpha == alpha:
         return layer
-    return replace(layer, up=layer.up * (layer.alpha / layer.rank), alpha=float(layer.rank))
+    return replace(layer, up=layer.up * (layer.alpha / alpha), alpha=alpha)
+
+
+def at_one_alpha(layers: dict[str, Layer]) -> dict[str, Layer]:
+    """Return the same layers with alpha 1 in every plain LoRA, for kohya's layout.
+
+    diffusers 0.42 takes one alpha for all of the UNet's layers from a file in that layout, as it then looks
+    for the others under names that no layer has; rank and alpha of each layer are right everywhere else.
+    """
+    return {name: at_alpha(layer, 1.0) for name, layer in layers.items()}
 
 
 @torch.no_grad()

@@ -80,8 +80,5 @@ def sentences(found: LayerMap) -> list[str]:
         ]
     whole = sum(row.rank or 0 for row in found.layers)
     ranks = f", {sum(row.kept_rank or 0 for row in kept)} of {whole} ranks" if whole else ""
-    return [
-        measured,
-        f"The smallest adapter for a limit of {limit} % has {len(kept)} of {len(found.layers)} layers{ranks}: "
-        f"it loses {loses}.",
-    ]
+    size = f"{len(kept)} of {len(found.layers)} layers{ranks}"
+    return [measured, f"The smallest adapter for a limit of {limit} % has {size}. It loses {loses}."]

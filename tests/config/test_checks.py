@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ghibli.config.checks import not_finite, require, require_finite
+from ghibli.config.checks import not_finite, require, require_finite, share
 from ghibli.config.schema import Config
 from ghibli.runtime.errors import UserError
 
@@ -55,3 +55,19 @@ def test_where_the_number_stands_is_named() -> None:
         require_finite("--scale", nan)
     with pytest.raises(UserError, match=r"^optimizer.betas=\[0.9, nan\] is out of range: two numbers$"):
         require(True, "optimizer.betas", [0.9, nan], "two numbers")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1%", 0.01), ("0.01", 0.01), (" 2.5 %", 0.025), ("1e-3", 0.001), ("99.9%", 0.999)]
+)
+def test_a_share_is_a_percentage_or_a_fraction(text: str, value: float) -> None:
+    assert share("--lose", text) == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "%", "one", "1%%", "1_0%", "1,5%", "nan", "inf", "-1%", "0", "1", "100%", "5"]
+)
+def test_any_other_share_is_refused_by_name(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        share("--lose", text)
+    assert str(caught.value).startswith(f"--lose {text} is ") and "1%" in str(caught.value)
