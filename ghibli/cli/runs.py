@@ -103,8 +103,9 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     """Format a run as the cells of a row of `ghibli list`."""
     status = run.status.read()
     gain, error = status.get("gain"), status.get("gain_se")
-    is_number = isinstance(gain, int | float) and isinstance(error, int | float)
-    gain_text = "-" if not is_number else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
+    gain_text = "-"
+    if isinstance(gain, int | float) and isinstance(error, int | float):
+        gain_text = f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
     cells = run.path, run.status.state, status.get("settings", "?"), epochs, gain_text
     return tuple(map(one_line, cells))
