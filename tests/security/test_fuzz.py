@@ -149,7 +149,7 @@ def test_damaged_files_of_a_run(run: RunDir, other: RunDir, name: str, count: in
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["evaluation.json"])
+@pytest.mark.parametrize("name", ["evaluation.json", "status.json"])
 def test_values_of_other_types_in_a_run(run: RunDir, other: RunDir, name: str, count: int) -> None:
     """Well-formed JSON of the right keys, without a checksum, as a stranger can write it."""
     file = run.path / name
