@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from ghibli.models.base import BaseModel
+from ghibli.models.original import original_unet_layers
 
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 PEFT_PREFIX = "base_model.model."
@@ -33,14 +34,6 @@ FLAT = {
 }
 PROCESSORS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out"}  # diffusers before 0.18
 OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-RESNET = {  # diffusers' names within a residual block -> those of the original code
-    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}  # fmt: skip
-ORIGINAL = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
-}  # fmt: skip
 FOREIGN = (  # (pattern of a key's start, what such a file belongs to)
     (r"lora_te[12]_|text_encoder_2\.|text_encoders\.clip_[gh]\.|lora_unet_label_emb|.*add_embedding", "SDXL"),
     (r".*(input|middle|output|down|mid|up)_blocks?[._].*transformer_blocks[._][1-9]", "SDXL"),
@@ -110,9 +103,12 @@ def target_of(name: str) -> str:
 def names_in_files(base: BaseModel) -> dict[str, str]:
     """Map every name that a file may give to a layer of this base to the layer's name here."""
     found: dict[str, str] = {}
-    for name in named_layers(base):
+    names = named_layers(base)
+    paths = [name.removeprefix("unet.") for name in names if name.startswith("unet.")]
+    originals = original_unet_layers(base, paths)
+    for name in names:
         part, _, path = name.partition(".")
-        aliases = unet_aliases(path, base.unet.config) if part == "unet" else text_aliases(path)
+        aliases = unet_aliases(path, originals[path]) if part == "unet" else text_aliases(path)
         for alias in aliases:
             for before in DOTTED[part]:
                 found[before + alias] = name
@@ -121,15 +117,13 @@ def names_in_files(base: BaseModel) -> dict[str, str]:
     return found
 
 
-def unet_aliases(path: str, config: Any) -> Iterator[str]:
+def unet_aliases(path: str, original: str) -> Iterator[str]:
     """List the names of a layer of the UNet: diffusers', those of its old processors, the original code's."""
     yield path
     for new, old in PROCESSORS.items():
         if path.endswith((f"attn1.{new}", f"attn2.{new}")):
             yield f"{path.removesuffix(new)}processor.{old}_lora"
-    original = original_name(path, config)
-    if original is not None:
-        yield original
+    yield original
 
 
 def text_aliases(path: str) -> Iterator[str]:
@@ -139,30 +133,6 @@ def text_aliases(path: str) -> Iterator[str]:
         for new, old in OLD_ATTENTION.items():
             if path.endswith(f"self_attn.{new}"):
                 yield f"{before}{path.removesuffix(new)}{old}_lora"
-
-
-def original_name(path: str, config: Any) -> str | None:
-    """Translate the name of a UNet's layer to that of the original code, whose blocks form one list.
-
-    Args:
-        config: of the UNet; one number of layers a block, as in every Stable Diffusion 1 and 2.
-    """
-    if path in ORIGINAL:
-        return ORIGINAL[path]
-    match = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.+)", path)
-    if match is None:
-        return None
-    side, kind, rest = match[1], match[3], RESNET.get(match[5], match[5])
-    i, j, each = int(match[2] or 0), int(match[4]), config.layers_per_block + 1
-    if side == "mid":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * j}.{rest}"
-    if kind == "downsamplers":
-        return f"input_blocks.{each * (i + 1)}.0.op"
-    if kind == "upsamplers":
-        has_attention = "CrossAttn" in config.up_block_types[i]
-        return f"output_blocks.{each * i + each - 1}.{2 if has_attention else 1}.conv"
-    place = f"input_blocks.{each * i + j + 1}" if side == "down" else f"output_blocks.{each * i + j}"
-    return f"{place}.{1 if kind == 'attentions' else 0}.{rest}"
 
 
 def explain(unknown: list[str], names: Collection[str], what: str) -> str:

@@ -105,7 +105,9 @@ def row_of(run: RunDir) -> tuple[str, ...]:
     """Format a run as the cells of a row of `ghibli list`."""
     status = run.status.read()
     gain, error = status.get("gain"), status.get("gain_se")
-    gain_text = "-" if gain is None or error is None else f"{100 * gain:.1f} % +- {100 * error:.1f} %"
+    gain_text = "-"
+    if isinstance(gain, int | float) and isinstance(error, int | float):
+        gain_text = f"{100 * gain:.1f} % +- {100 * error:.1f} %"
     epochs = str(status.get("epoch", "-"))
     settings = "damaged" if run.status.is_damaged else settings_of(run, status)
     return tuple(map(one_line, (run.path, run.status.state, settings, epochs, gain_text)))

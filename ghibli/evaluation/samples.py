@@ -14,7 +14,7 @@ from ghibli.config.schema import Config
 from ghibli.data.folder import CaptionedImage
 from ghibli.diffusion.samplers import Cell, sample, steps_key
 from ghibli.evaluation.features import FeatureExtractor
-from ghibli.images.read import open_image
+from ghibli.images.read import READING, open_image
 from ghibli.images.resize import preprocess
 from ghibli.models.base import BaseModel, weights_hash
 from ghibli.runtime.cache import cached, file_of
@@ -109,6 +109,7 @@ class SampleCache:
         key = {
             "images": [(image.content_hash, image.caption) for image in images],
             "resize": self.config.data.square_resize,
+            "reading": READING,
         }
         return self._cached(label, key, lambda: concatenated(parts()))
 

@@ -5,10 +5,14 @@ sd-scripts read these names, and diffusers' `from_single_file` turns them back.
 """
 
 import re
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 
 from ghibli.models.base import BaseModel
+
+T = TypeVar("T")
 
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -41,6 +45,15 @@ def original_weights(base: BaseModel) -> dict[str, torch.Tensor]:
         | {f"first_stage_model.{key}": as_convolution(key, weight) for key, weight in vae.items()}
         | {f"{TEXT}{key}": weight for key, weight in (text | {"embeddings.position_ids": positions}).items()}
     )
+
+
+def original_unet_layers(base: BaseModel, paths: Iterable[str]) -> dict[str, str]:
+    """Map layers of the UNet, by their paths, to their original names."""
+    weights = {f"{path}.weight": path for path in paths}
+    return {
+        path: name.removesuffix(".weight")
+        for name, path in renamed_all(weights, unet_blocks(base), RESNET).items()
+    }
 
 
 def unet_blocks(base: BaseModel) -> dict[str, str]:
@@ -82,9 +95,7 @@ def vae_blocks(base: BaseModel) -> dict[str, str]:
     return blocks
 
 
-def renamed_all(
-    state: dict[str, torch.Tensor], blocks: dict[str, str], inner: dict[str, str]
-) -> dict[str, torch.Tensor]:
+def renamed_all(state: dict[str, T], blocks: dict[str, str], inner: dict[str, str]) -> dict[str, T]:
     """Rename every weight: its block and, in a resnet or the VAE's attention, the part within the block."""
     longest_first = sorted(blocks, key=len, reverse=True)
     renamed = {}

@@ -258,7 +258,7 @@ def read_checkpoint(checkpoint: Path, **options: Any) -> dict[str, Any]:
         content = torch.load(checkpoint, weights_only=True, map_location="cpu", **options)
     except FileNotFoundError:
         raise UserError(f"{checkpoint} is missing") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError,
+    except (OSError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError,
             AttributeError, OverflowError) as error:  # fmt: skip
         raise UserError(f"{checkpoint} is not a checkpoint of this program: {first_line(error)}") from error
     if not isinstance(content, dict):

@@ -15,9 +15,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ghibli.adapters.apply import load_adapters
 from ghibli.adapters.files import Adapter, read_adapter
-from ghibli.adapters.names import kohya_name, layer_paths, named_layers, names_in_files, original_name
+from ghibli.adapters.names import kohya_name, layer_paths, named_layers, names_in_files
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
+from ghibli.models.original import original_unet_layers
 
 TEXT = "text_encoder.encoder.layers.0.self_attn.q_proj"
 LAYERS = [
@@ -51,7 +52,7 @@ def test_original_names_are_those_that_diffusers_converts(size: str, model: Base
     layers = [name.removeprefix("unet.") for name in named_layers(base) if name.startswith("unet.")]
     assert len(layers) > 100
     for path in layers:
-        original = original_name(path, base.unet.config)
+        original = original_unet_layers(base, [path])[path]
         assert checkpoint[f"model.diffusion_model.{original}.weight"] is converted[f"{path}.weight"], path
 
 
@@ -86,11 +87,11 @@ def dotted(unet: str, text: str, down: str, up: str) -> Callable:
 def comfyui(part: str, path: str, ending: str, base: BaseModel) -> str:
     if part == "text_encoder":
         return f"text_encoders.clip_l.transformer.{path}.{ending}"
-    return f"diffusion_model.{original_name(path, base.unet.config)}.{ending}"
+    return f"diffusion_model.{original_unet_layers(base, [path])[path]}.{ending}"
 
 
 def original_kohya(part: str, path: str, ending: str, base: BaseModel) -> str:
-    own = original_name(path, base.unet.config) if part == "unet" else path
+    own = original_unet_layers(base, [path])[path] if part == "unet" else path
     return f"lora_{'unet' if part == 'unet' else 'te'}_{own.replace('.', '_')}.{ending}"
 
 

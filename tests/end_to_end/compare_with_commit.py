@@ -2,7 +2,7 @@
 
     python tests/end_to_end/compare_with_commit.py [COMMIT] [--images DIR] [--epochs N] [--only NAME]
 
-Compared are the adapter's bytes (or the UNet's), the loss column, probe.csv and the pixels of the grids.
+Compared are the trained weights' bytes, the loss column, probe.csv and the pixels of the grids.
 A refactor leaves all of it as it is. --images names a folder of real images; without it that run is left out.
 """
 
@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 REPO = Path(__file__).parents[2]
 sys.path.insert(0, str(REPO / "tests"))
@@ -38,9 +40,15 @@ def train(tree: Path, folder: Path, words: list[str]) -> Path:
 
 
 def weights_of(run: Path) -> dict[str, bytes]:
-    """Read every file of trained weights, by its name within the run."""
-    files = [*run.glob("adapter*/*.safetensors"), *run.glob("unet/*.safetensors")]
-    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+    """Read all trained weights of the last and the best epoch, by checkpoint and name.
+
+    From the checkpoints, since later commits multiply alpha / rank into the B of an adapter's file.
+    """
+    found = {}
+    for name in ("last", "best"):
+        state = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+        found |= {f"{name}.{key}": value.numpy().tobytes() for key, value in state.items()}
+    return found
 
 
 def differences(left: Path, right: Path) -> list[str]:
@@ -48,7 +56,7 @@ def differences(left: Path, right: Path) -> list[str]:
     found = []
     ours, theirs = weights_of(left), weights_of(right)
     if not ours or ours.keys() != theirs.keys():
-        found.append(f"files of weights: {sorted(ours)} and {sorted(theirs)}")
+        found.append(f"names of weights: {sorted(ours.keys() ^ theirs.keys())}")
     found += [name for name in ours if ours[name] != theirs.get(name)]
     losses = [[row["train/loss"] for row in rows_of(run / "metrics.csv")] for run in (left, right)]
     if not losses[0] or losses[0] != losses[1]:

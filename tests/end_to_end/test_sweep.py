@@ -19,8 +19,9 @@ import sweep
 import train
 from ghibli.config.hydra_errors import explain
 from ghibli.config.keys import affects_result, all_keys
-from ghibli.config.schema import Command
-from ghibli.runs import launch
+from ghibli.config.schema import Command, Config
+from ghibli.runs import launch, reuse
+from ghibli.runs.folder import RunDir
 from ghibli.sweeps import effects, grid, trials
 from ghibli.sweeps.trials import read_trials
 
@@ -90,11 +91,25 @@ def test_no_folder_is_named_after_what_changes_no_result() -> None:
     assert free <= set(hydra.job.config.override_dirname.exclude_keys)
 
 
+def without_training(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let every trial that would be trained end at once with 0; return the list that names them."""
+    decide, started = reuse.resume_or_restart, []
+
+    def decided(config: Config, run: RunDir, resumes: bool = False) -> tuple[float | None, bool]:
+        objective, resumes = decide(config, run, resumes)
+        if objective is None:
+            started.append(run.path.name)
+        return objective or 0.0, resumes
+
+    monkeypatch.setattr(reuse, "resume_or_restart", decided)
+    return started
+
+
 def test_a_refused_trial_is_not_ranked(
     folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its result comes from other code. With report_only, which trains nothing, it is ranked as it is."""
-    monkeypatch.setattr(train, "train", lambda *_: 0.0)
+    without_training(monkeypatch)
     copy = tmp_path / "study"
     shutil.copytree(folder, copy)
     first, second = trials.read_trials(copy)[:2]
@@ -222,8 +237,7 @@ def test_the_offline_dashboard_holds_the_whole_sweep(
 def test_the_same_study_again_trains_only_what_failed(
     folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started = []
-    monkeypatch.setattr(train, "train", lambda config, run, resumes: started.append(run.path.name) or 0.0)
+    started = without_training(monkeypatch)
     before = rows_of(folder)
     python_sweep(*words)
     assert len(started) == 2 and all("500" in name for name in started)

@@ -26,10 +26,7 @@ def install(log: int) -> None:
     def note(event: str, target: object) -> None:
         if isinstance(target, int):  # a descriptor, whose file was opened before
             return
-        if event.startswith("socket."):
-            text = repr(target)
-        else:
-            text = os.path.abspath(os.fsdecode(target))
+        text = repr(target) if event.startswith("socket.") else os.path.abspath(os.fsdecode(target))
         os.write(log, (json.dumps([event, text]) + "\n").encode())
 
     def hook(event: str, arguments: tuple) -> None:

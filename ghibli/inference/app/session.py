@@ -21,7 +21,7 @@ import gradio as gr
 from PIL import Image
 
 from ghibli.images.grid import to_image
-from ghibli.images.read import Unusable, read_image
+from ghibli.images.read import Unusable, open_file, read_image
 from ghibli.inference.generate import Count, ImageRequest, generate_images
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.prompts import input_warnings, keep_style
@@ -35,8 +35,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
 
 PROMPT_LIMIT = 4000  # characters
 DECODED = 300 * 10**6  # bytes of a decoded photo: 100 megapixels in RGB
-PHOTOS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # formats whose header tells the size
-READING = threading.Lock()  # one photo is decoded at a time
+DECODING = threading.Lock()  # one photo is decoded at a time
 WIDTH = 1200  # px, of photos and sample grids on the page
 PROGRESS = gr.Progress()  # as a parameter's default it makes gradio pass a progress bar of its own
 
@@ -298,7 +297,7 @@ def read_small(photo: Path) -> Image.Image:
     Raises:
         Unusable: not an image, damaged, or one that takes more memory than DECODED.
     """
-    with READING:
+    with DECODING:
         check_decoded_size(photo)
         image = read_image(photo, at_least=WIDTH)[0]
         image.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
@@ -313,7 +312,7 @@ def check_decoded_size(photo: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large size: that is what is checked here
-            with Image.open(photo, formats=PHOTOS) as file:
+            with open_file(photo) as file:
                 file.draft("RGB", (WIDTH, WIDTH))
                 width, height = file.size
                 size = width * height * max(3, len(file.getbands()))
