@@ -73,7 +73,8 @@ class Update:
             return change
         changed = weight + change
         axes = [axis for axis in range(weight.ndim) if axis != (0 if self.per_output else 1)]
-        norm = changed.norm(dim=axes, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        norm = torch.linalg.vector_norm(changed, dim=axes, keepdim=True)
+        norm = norm.clamp(min=torch.finfo(weight.dtype).tiny)
         return changed * (self.magnitude.to(weight) / norm) - weight
 
 
