@@ -41,7 +41,7 @@ def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
 
 def training_command(adapter: Adapter, base: BaseModel, overrides: list[str]) -> str:
     """Return the command that continues training from a file, or why there is none."""
-    reason = why_not(adapter)
+    reason = why_not(adapter, base)
     if reason is not None:
         return f"not possible: {reason}"
     variant = VARIANTS[adapter.kinds[0]][0]

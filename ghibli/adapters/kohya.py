@@ -3,6 +3,7 @@
 Key names and metadata are those that kohya's `networks.lora` writes for Stable Diffusion 1.5.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from ghibli.adapters.files import Adapter, is_plain
-from ghibli.adapters.layers import UNSCALED, Full, InputOFT, Layer
+from ghibli.adapters.layers import UNSCALED, Full, InputOFT, Layer, LoKr, tucker
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.adapters.sidecar import clean_name, title_of
 from ghibli.config.schema import Config
@@ -25,7 +26,8 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
 
     DoRA's magnitudes, one an input, are kept: ComfyUI, A1111 and LyCORIS agree on them. Of magnitudes one
     an output, ComfyUI divides by the norm of W instead of W + B A, and A1111 takes them for those of the
-    inputs. Such a layer is written as its whole difference from the base, which all of them read.
+    inputs. Such a layer is written as its whole difference from the base, which all of them read. LoKr's
+    decomposition over the kernel is multiplied out, since ComfyUI and LyCORIS fail on most of them.
 
     Args:
         base: what the adapter was trained on; only needed for DoRA.
@@ -39,6 +41,8 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
         prefix = kohya_name(name)
         if only_as_a_whole(layer):
             layer = whole_difference(layer, adapter, known[name].weight if known else None)
+        elif isinstance(layer, LoKr) and layer.t2 is not None:
+            layer = in_two_factors(layer)
         for field, tensor in layer.tensors.items():
             state[f"{prefix}.{layer.file_names[field]}"] = tensor.contiguous()
         if not isinstance(layer, UNSCALED) and layer.alpha is not None:
@@ -68,6 +72,14 @@ def whole_difference(layer: Layer, adapter: Adapter, weight: torch.Tensor | None
         )
     dtype = next(iter(layer.tensors.values())).dtype
     return Full(diff=layer.delta(weight.double()).to(dtype))
+
+
+@torch.no_grad()
+def in_two_factors(layer: LoKr) -> LoKr:
+    """Multiply the core of a Tucker decomposition into the inner factor: the same matrix of the same rank."""
+    assert layer.t2 is not None and layer.w2_a is not None and layer.w2_b is not None
+    wide = tucker(layer.t2.double(), torch.eye(len(layer.w2_a)).double(), layer.w2_b.double())
+    return replace(layer, w2_a=layer.w2_a.T, w2_b=wide.flatten(1).to(layer.w2_b.dtype), t2=None)
 
 
 def write_kohya(

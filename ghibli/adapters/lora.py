@@ -208,11 +208,20 @@ def scale_in(config: PeftConfig) -> float:
 
 
 def published_settings(config: PeftConfig) -> dict[str, Any]:
-    """Return PEFT's settings as a file has them: scaled already, no dropout, no path of a machine."""
-    settings = config.to_dict()
+    """Return PEFT's settings as a file has them: scaled already, no dropout, no path of a machine.
+
+    A setting that has PEFT's default is left out: it may be newer than the PEFT that reads the file, which
+    takes no setting that it does not know, and diffusers then refuses the file.
+    """
+    settings, defaults = config.to_dict(), type(config)().to_dict()
     published = {
         "lora_alpha": config.r, "alpha": config.r, "use_rslora": False, "lora_dropout": 0.0,
         "rank_dropout": 0.0, "module_dropout": 0.0, "base_model_name_or_path": None,
         "target_modules": sorted(config.target_modules),  # a set: its order is random
     }  # fmt: skip
-    return settings | {key: value for key, value in published.items() if key in settings}
+    always = {"peft_type", "r", "use_dora", *published}
+    settings |= published
+    return {
+        key: value for key, value in settings.items() if key in defaults
+        and (key in always or value != defaults[key])
+    }  # fmt: skip

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from ghibli.adapters.files import Adapter
-from ghibli.adapters.layers import Layer
+from ghibli.adapters.layers import Layer, LoHa, LoKr
 from ghibli.adapters.lora import layers_to_train, scale_of
 from ghibli.adapters.names import layer_name as name_of_layer
+from ghibli.adapters.names import named_layers
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError
@@ -23,7 +24,7 @@ PARAMETER = re.compile(
 FIELDS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude", "oft_R": "angles"}
 
 
-def why_not(adapter: Adapter) -> str | None:
+def why_not(adapter: Adapter, base: BaseModel) -> str | None:
     """Say why no settings of lora.* can train an adapter further; None if some can."""
     if any(layer.magnitude is not None and not layer.per_output for layer in adapter.layers.values()):
         return "its DoRA magnitudes are one an input; lora.variant=dora trains one an output"
@@ -37,7 +38,21 @@ def why_not(adapter: Adapter) -> str | None:
         return f"its layers differ in rank: {', '.join(map(str, adapter.ranks))}"
     if not adapter.ranks:
         return "its layers are whole matrices, without a rank"
+    known_layers = named_layers(base)
+    for name, layer in adapter.layers.items():
+        if known_layers[name].weight.shape[2:].numel() > 1 and has_flat_kernel(layer):
+            kind = layer.name
+            return (
+                f"lora.variant={kind.lower()} trains convolutions decomposed over the kernel, unlike {name}"
+            )
     return None
+
+
+def has_flat_kernel(layer: Layer) -> bool:
+    """Tell whether a convolution's LoHa or LoKr has two factors, not three, where PEFT's has a core."""
+    return (isinstance(layer, LoHa) and layer.t1 is None) or (
+        isinstance(layer, LoKr) and layer.w2_a is not None and layer.t2 is None
+    )
 
 
 def check_same_shape(adapter: Adapter, options: LoraConfig, base: BaseModel) -> None:
@@ -45,7 +60,7 @@ def check_same_shape(adapter: Adapter, options: LoraConfig, base: BaseModel) -> 
 
     alpha may differ: start_from rescales B.
     """
-    what, reason = f"lora.init={options.init}", why_not(adapter)
+    what, reason = f"lora.init={options.init}", why_not(adapter, base)
     if reason is not None:
         raise UserError(f"{what} cannot be trained further: {reason}")
     trained = layers_to_train(base, options)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import OFTConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.oft.layer import OFTLayer
 from safetensors.torch import load_file, save_file
@@ -180,3 +181,68 @@ def test_rotations_of_pefts_oft_layer(terms: int | None) -> None:
     torch.testing.assert_close(
         model(values).detach().double(), values.double() @ changed.T, rtol=0, atol=1e-5
     )
+
+
+def test_lokrs_convolutions_in_kohyas_file_have_two_factors_as_lycoris_reads_them(tmp_path: Path) -> None:
+    """LyCORIS's `lokr.py`, and ComfyUI's, in float64: kron(w1, w2_a w2_b) alpha / rank, without a core.
+
+    ComfyUI's torch.kron fails on most cores, and stable-diffusion.cpp reads none.
+    """
+    base = load("demo")
+    file = lora.save_adapter(trained("lokr", ["to_q", "conv1"]), tmp_path)
+    adapter = read_adapter(file, base, "adapter")
+    convolutions = [name for name, layer in adapter.layers.items() if getattr(layer, "t2", None) is not None]
+    assert convolutions, "PEFT trains a core"
+    state = to_kohya(adapter, base)
+    assert not [key for key in state if key.endswith("_t2")]
+    for name in convolutions:
+        weight = named_layers(base)[name].weight.detach().double()
+        own = {key.partition(".")[2]: value.double() for key, value in state.items() if key.startswith(
+            f"lora_{name.replace('.', '_')}.")}  # fmt: skip
+        scale = own["alpha"] / own["lokr_w2_b"].shape[0]
+        whole = torch.kron(own["lokr_w1"], own["lokr_w2_a"] @ own["lokr_w2_b"]) * scale
+        wanted = adapter.layers[name].delta(weight)
+        torch.testing.assert_close(
+            whole.reshape(weight.shape), wanted, rtol=0, atol=1e-6 * wanted.abs().max()
+        )
+    save_file(state, tmp_path / "kohya.safetensors")
+    again = read_adapter(tmp_path / "kohya.safetensors", base, "file")
+    assert all(torch.equal(value, to_kohya(again, base)[key]) for key, value in state.items())
+    line = next(line for line in describe_adapter(again, base, []) if line.startswith("train "))
+    assert "not possible: lora.variant=lokr trains convolutions decomposed over the kernel" in line
+
+
+def test_dora_of_convolutions_is_what_peft_merges(tmp_path: Path) -> None:
+    live = load("demo")
+    options = options_of("dora", ["to_q", "conv1", "proj_in"])
+    lora.add_lora(live, options, 0)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in lora.trainable(live).values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    plain = load("demo")
+    adapter = read_adapter(lora.save_adapter(live, tmp_path), plain, "adapter")
+    known = named_layers(plain)
+    for part, module in live.adaptable.items():
+        for path, layer in module.named_modules():
+            if isinstance(layer, LoraLayer):
+                name = f"{part}.{path.removeprefix('text_model.')}"
+                weight = known[name].weight.detach().double()
+                layer.merge()
+                theirs = layer.get_base_layer().weight.detach().double() - weight
+                torch.testing.assert_close(adapter.layers[name].delta(weight), theirs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "rslora", "loha", "lokr", "oft"])
+def test_the_settings_in_a_file_are_those_that_older_pefts_know(variant: str) -> None:
+    """diffusers 0.34 and later hand them to PEFT's class, which takes no unknown name: 0.35.2 with 0.17.1."""
+    known = {  # fields of LoraConfig, LoHaConfig and LoKrConfig in PEFT 0.14.0, and of OFTConfig in 0.17.1
+        "lora": "peft_type r lora_alpha lora_dropout target_modules use_rslora use_dora "
+        "base_model_name_or_path",
+        "lycoris": "peft_type r alpha rank_dropout module_dropout target_modules use_effective_conv2d "
+        "base_model_name_or_path",
+        "oft": "peft_type r oft_block_size module_dropout target_modules use_cayley_neumann "
+        "base_model_name_or_path",
+    }
+    kind = variant if variant == "oft" else "lycoris" if variant in ("loha", "lokr") else "lora"
+    published = lora.published_settings(lora.peft_config(options_of(variant, ["to_q"]), ["to_q"]))
+    assert set(published) == set(known[kind].split())
