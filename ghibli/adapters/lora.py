@@ -219,7 +219,14 @@ def published_settings(config: PeftConfig) -> dict[str, Any]:
         "rank_dropout": 0.0, "module_dropout": 0.0, "base_model_name_or_path": None,
         "target_modules": sorted(config.target_modules),  # a set: its order is random
     }  # fmt: skip
-    always = {"peft_type", "r", "use_dora", *published}
+    always = {
+        "peft_type",
+        "r",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        *published,
+    }  # diffusers asks for them
     settings |= published
     return {
         key: value for key, value in settings.items() if key in defaults

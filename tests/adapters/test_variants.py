@@ -236,10 +236,10 @@ def test_dora_of_convolutions_is_what_peft_merges(tmp_path: Path) -> None:
 def test_the_settings_in_a_file_are_those_that_older_pefts_know(variant: str) -> None:
     """diffusers 0.34 and later hand them to PEFT's class, which takes no unknown name: 0.35.2 with 0.17.1."""
     known = {  # fields of LoraConfig, LoHaConfig and LoKrConfig in PEFT 0.14.0, and of OFTConfig in 0.17.1
-        "lora": "peft_type r lora_alpha lora_dropout target_modules use_rslora use_dora "
-        "base_model_name_or_path",
+        "lora": "peft_type r lora_alpha lora_dropout target_modules use_rslora use_dora rank_pattern "
+        "alpha_pattern base_model_name_or_path",
         "lycoris": "peft_type r alpha rank_dropout module_dropout target_modules use_effective_conv2d "
-        "base_model_name_or_path",
+        "rank_pattern alpha_pattern base_model_name_or_path",
         "oft": "peft_type r oft_block_size module_dropout target_modules use_cayley_neumann "
         "base_model_name_or_path",
     }
