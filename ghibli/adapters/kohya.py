@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from ghibli.adapters.files import Adapter, is_plain
-from ghibli.adapters.layers import UNSCALED, Full, InputOFT, Layer, LoKr, tucker
+from ghibli.adapters.layers import UNSCALED, Full, InputOFT, Layer, LoKr, LoRA, at_alpha, tucker
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.adapters.sidecar import clean_name, title_of
 from ghibli.config.schema import Config
@@ -37,7 +37,7 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
     """
     state: dict[str, torch.Tensor] = {}
     known = {} if base is None else named_layers(base)
-    for name, layer in adapter.layers.items():
+    for name, layer in at_one_alpha(adapter.layers).items():
         prefix = kohya_name(name)
         if only_as_a_whole(layer):
             layer = whole_difference(layer, adapter, known[name].weight if known else None)
@@ -51,6 +51,16 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
         if layer.magnitude is not None:
             state[f"{prefix}.dora_scale"] = layer.magnitude.contiguous()
     return state
+
+
+def at_one_alpha(layers: dict[str, Layer]) -> dict[str, Layer]:
+    """Return the same layers, with alpha 1 in every plain LoRA if they have several alphas.
+
+    diffusers 0.42 takes one alpha for all of the UNet's layers from a file in this layout, as it looks for
+    the others under names that no layer has; rank and alpha of each layer are right everywhere else.
+    """
+    alphas = {layer.alpha for layer in layers.values() if isinstance(layer, LoRA) and layer.is_plain}
+    return {name: at_alpha(layer, 1.0) for name, layer in layers.items()} if len(alphas) > 1 else layers
 
 
 def only_as_a_whole(layer: Layer) -> bool:

@@ -13,10 +13,10 @@ r"""The kinds of update that an adapter file holds for one layer, each as the ma
 Names of tensors and what alpha means are those of LyCORIS, whose files are the most common.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isclose, prod
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -277,6 +277,7 @@ class Full(Update):
 Layer = LoRA | LoHa | LoKr | OFT | InputOFT | Full
 KINDS: tuple[type[Layer], ...] = (LoRA, LoHa, LoKr, OFT, InputOFT, Full)
 UNSCALED = (InputOFT, Full)  # without an alpha
+L = TypeVar("L", bound=Update)
 
 
 def same_update(one: Layer, other: Layer) -> bool:
@@ -287,6 +288,13 @@ def same_update(one: Layer, other: Layer) -> bool:
     return isclose(*alphas, rel_tol=1e-3) and all(
         torch.equal(tensor, other.tensors[field]) for field, tensor in one.tensors.items()
     )
+
+
+def at_alpha(layer: L, alpha: float) -> L:
+    """Return a plain LoRA with another alpha and the same product, B multiplied by what it lacks."""
+    if not isinstance(layer, LoRA) or not layer.is_plain or layer.alpha == alpha:
+        return layer
+    return replace(layer, up=layer.up * (layer.alpha / alpha), alpha=alpha)
 
 
 def tucker(core: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

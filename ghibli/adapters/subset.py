@@ -1,7 +1,7 @@
 """Part of an adapter: some of its layers, of some only the largest singular values; and its file."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 
 from ghibli.adapters.factorize import dtype_of, singular, to_lora, update_of
 from ghibli.adapters.files import Adapter, is_plain
-from ghibli.adapters.layers import Layer, LoRA
+from ghibli.adapters.layers import Layer, LoRA, at_alpha
 from ghibli.adapters.lora import diffusers_key
 from ghibli.adapters.names import named_layers
 from ghibli.adapters.read import METADATA, sort_keys
@@ -63,22 +63,6 @@ def parameters_of(layer: Layer) -> int:
 def at_rank(layer: L) -> L:
     """Return a plain LoRA with alpha / rank multiplied into B, so that alpha is the rank; else the layer."""
     return at_alpha(layer, float(layer.rank)) if isinstance(layer, LoRA) else layer
-
-
-def at_alpha(layer: L, alpha: float) -> L:
-    """Return a plain LoRA with another alpha and the same product, B multiplied by what it lacks."""
-    if not isinstance(layer, LoRA) or not layer.is_plain or layer.alpha == alpha:
-        return layer
-    return replace(layer, up=layer.up * (layer.alpha / alpha), alpha=alpha)
-
-
-def at_one_alpha(layers: dict[str, Layer]) -> dict[str, Layer]:
-    """Return the same layers with alpha 1 in every plain LoRA, for kohya's layout.
-
-    diffusers 0.42 takes one alpha for all of the UNet's layers from a file in that layout, as it then looks
-    for the others under names that no layer has; rank and alpha of each layer are right everywhere else.
-    """
-    return {name: at_alpha(layer, 1.0) for name, layer in layers.items()}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.layers import Layer, same_update
 from ghibli.adapters.model_card import model_card
 from ghibli.adapters.sidecar import clean_name, write_sidecar
-from ghibli.adapters.subset import Parts, at_one_alpha, parameters_of, split, write_subset
+from ghibli.adapters.subset import Parts, parameters_of, split, write_subset
 from ghibli.adapters.trained import run_base
 from ghibli.config.schema import Config
 from ghibli.evaluation.gain import paired_gain
@@ -306,7 +306,7 @@ def prepare(
     file, layers = kohya_file.with_name(ADAPTER_FILE), choice.layers
     write_subset(adapter, layers, base, file)
     check_same(read_adapter(file, base, "slim"), layers)
-    layers = at_one_alpha(layers)
+    layers = kohya.at_one_alpha(layers)
     written = Adapter(file, "diffusers", layers, {})
     try:
         metadata = kohya.metadata_of(written, base, config, run.status.read(), kohya_file.stem)

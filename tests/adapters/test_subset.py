@@ -12,7 +12,7 @@ from ghibli.adapters.apply import load_adapters
 from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.layers import Layer
 from ghibli.adapters.names import named_layers
-from ghibli.adapters.subset import at_one_alpha, parameters_of, split, write_subset
+from ghibli.adapters.subset import parameters_of, split, write_subset
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
@@ -69,7 +69,7 @@ def test_a_stock_pipeline_loads_every_rank_at_its_strength(
         write_subset(whole, layers, base, file)
         assert set(read_adapter(file, base, "it").layers) == set(layers)
     else:  # of the UNet: diffusers reads no text encoder without out_proj in this layout
-        kohya.write_kohya(Adapter(file, "kohya", at_one_alpha(layers), {}), file, {}, base)
+        kohya.write_kohya(Adapter(file, "kohya", layers, {}), file, {}, base)
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
     ids, times = base.tokenize(["a house by a lake", ""]), torch.tensor([250, 750])
     pipeline = StableDiffusionPipeline.from_pretrained(DEMO, safety_checker=None)
