@@ -1,7 +1,7 @@
 """Damaged and hostile files of runs and adapters: one line or nothing, never a traceback, and in bounds.
 
 Two kinds of input: valid files with random bytes changed, and texts built from the format's own pieces.
-The `slow` variants try 10,000 inputs each.
+The `fuzz` variants try 10,000 inputs each: `make test ARGS="-m fuzz"`.
 """
 
 import json
@@ -32,7 +32,7 @@ from ghibli.runtime.resources import resident_memory
 
 KEPT = REPO / "tests" / "end_to_end" / "runs_of_73ce106" / "finished"
 BOUND = 400e6  # bytes that reading damaged files of a few kB may add to the process
-COUNTS = [150, pytest.param(10_000, marks=pytest.mark.slow)]
+COUNTS = [150, pytest.param(10_000, marks=pytest.mark.fuzz)]
 SEEDS = st.integers(0, 2**32 - 1)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),

@@ -82,7 +82,7 @@ def test_a_table_of_anything_is_read_or_refused(folder: Path, table: str, conten
     table_of_anything(folder, table, content)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @MANY
 @given(table=TABLES, content=CONTENT)
 def test_ten_thousand_tables(folder: Path, table: str, content: bytes) -> None:
@@ -196,7 +196,7 @@ def test_any_image_file_is_decoded_or_refused(place: Path, content: bytes) -> No
         decode_anything(place, content)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @MANY
 @given(content=images())
 def test_ten_thousand_image_files(place: Path, content: bytes) -> None:
