@@ -90,10 +90,11 @@ def test_the_printed_settings_train_exactly_the_file(
 @pytest.mark.parametrize(
     ("kinds", "why"),
     [
-        (("loha",), "it holds LoHa layers"),
-        (("lora", "lokr"), "it holds LoKr layers"),
+        (("oft",), "it holds OFT layers"),
+        (("full",), "it holds full difference layers"),
+        (("lora", "lokr"), "its layers are of several kinds: "),
         (("dora_in",), "its DoRA magnitudes are one an input"),
-        (("lora", "dora_out"), "some of its layers have DoRA magnitudes"),
+        (("lora", "dora_out"), "its layers are of several kinds: "),
     ],
 )
 def test_what_cannot_be_trained_is_said_and_refused(

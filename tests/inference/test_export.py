@@ -264,7 +264,9 @@ def test_a_dora_is_written_for_everyone(
     """As whole differences; the run's closing lines and its card name no kohya file, for there is none."""
     run = RunDir(tmp_path / "dora")
     train.run(make_config(*QUICK, "lora.variant=dora"), run)
-    assert "ComfyUI" not in capsys.readouterr().out + (run.adapter / "README.md").read_text()
+    said, card = " ".join(capsys.readouterr().out.split()), (run.adapter / "README.md").read_text()
+    assert re.search(r"`ghibli export [^`]*dora` writes a file for ComfyUI and A1111", said)
+    assert "ComfyUI" not in card and "kohya.safetensors" not in said + card
     assert not (run.adapter / "kohya.safetensors").exists()
     checks = export.export(run, finished_config(run), tmp_path / "out", merge=False)
     assert [check.file.name for check in checks] == [ADAPTER_FILE, "dora_kohya.safetensors"]
@@ -495,7 +497,8 @@ def test_training_starts_from_another_adapter(run: RunDir, make_config: Callable
     later = RunDir(tmp_path / "later")
     train.run(make_config(*QUICK, "optimizer.lr=1e-30", f"lora.init={file}"), later)
     before, after = (load_file(r.adapter / ADAPTER_FILE) for r in (run, later))
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    for key, value in before.items():  # alpha / rank is divided out of B and multiplied in again
+        torch.testing.assert_close(after[key], value, rtol=3e-7, atol=0)
     assert later.status.read()["gain"] == pytest.approx(run.status.read()["gain"], abs=1e-6)
     assert later.status.read()["init_hash"] == read_adapter(file, load("demo"), "x").hash
 
