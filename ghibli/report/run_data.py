@@ -2,11 +2,11 @@
 
 import csv
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import yaml
@@ -24,7 +24,7 @@ from ghibli.sweeps.trials import Trial, best_probe
 CsvRow = dict[str, float]
 READ_ERRORS = (  # raised by damaged files
     OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, IndexError,
-    csv.Error, yaml.YAMLError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError,
+    csv.Error, yaml.YAMLError, SafetensorError, UnpicklingError, EOFError, RuntimeError,
 )  # fmt: skip
 PROBE_COLUMNS = tuple(f"probe/{split}_gain{end}" for split in ("val", "train") for end in ("", "_se"))
 

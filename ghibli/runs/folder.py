@@ -1,12 +1,12 @@
 """The files of a run folder and their names; its lock."""
 
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 from ghibli.runs import lock
@@ -258,7 +258,7 @@ def read_checkpoint(checkpoint: Path, **options: Any) -> dict[str, Any]:
         content = torch.load(checkpoint, weights_only=True, map_location="cpu", **options)
     except FileNotFoundError:
         raise UserError(f"{checkpoint} is missing") from None
-    except (OSError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError,
+    except (OSError, UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError,
             AttributeError, OverflowError) as error:  # fmt: skip
         raise UserError(f"{checkpoint} is not a checkpoint of this program: {first_line(error)}") from error
     if not isinstance(content, dict):

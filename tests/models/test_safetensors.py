@@ -46,6 +46,8 @@ def test_every_load_is_of_tensors_only(path: Path) -> None:
             if name in ("torch.load", "trainer.fit"):
                 assert options.get("weights_only") == "True", ast.unparse(node)
             assert options.get("allow_pickle", "False") == "False", ast.unparse(node)
+        if isinstance(node, ast.ImportFrom) and [name.name for name in node.names] == ["UnpicklingError"]:
+            continue  # to catch it
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {node.module} if isinstance(node, ast.ImportFrom) else {name.name for name in node.names}
             assert not names & UNSAFE_MODULES, ast.unparse(node)
