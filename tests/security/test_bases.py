@@ -194,7 +194,7 @@ def test_the_environment_reaches_no_card(
     monkeypatch.setenv("WANDB_API_KEY", "canary-77ab")
     lines = to_yaml(make_config("data.style=', in ink'")).partition(CHECKSUM_LINE)[0].splitlines()
     ask = "'${oc.env:WANDB_API_KEY}'"
-    texts = ("  style:", "  path:", "  project:", "  root:")
+    texts = ("  style:", "  path:", "  group:", "  root:")
     run = RunDir(tmp_path / "theirs")
     run.path.mkdir()
     changed = [f"{line.split(':')[0]}: {ask}" if line.startswith(texts) else line for line in lines]
