@@ -15,6 +15,7 @@ import train
 from ghibli.runs import launch
 from ghibli.runs.folder import RunDir
 from ghibli.sweeps import grid, search, trials
+from ghibli.training import session
 
 LINES = ("lora.rank=2,4,8", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "seed=3")
 
@@ -193,7 +194,7 @@ def test_halving_extends_the_best_third_and_is_exact(words: list[str], tmp_path:
     assert (folder / best / adapter).read_bytes() == (alone.run.path / adapter).read_bytes()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train", lambda *_: pytest.fail("it trains"))
+        patch.setattr(session, "training_session", lambda *_: pytest.fail("it trains"))
         python_sweep(*line)
 
 
