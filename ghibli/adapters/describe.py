@@ -1,14 +1,14 @@
 """What an adapter file is, and the commands that use it, as `ghibli import` prints them."""
 
-import shlex
 from itertools import combinations
 
 from ghibli.adapters.files import Adapter, format_number
 from ghibli.adapters.lora import ends_in
 from ghibli.adapters.names import named_layers, target_of
-from ghibli.adapters.start import VARIANTS, why_not
+from ghibli.adapters.start import VARIANTS_OF, why_not
 from ghibli.config.schema import TARGETS, TEXT_ENCODER_TARGETS
 from ghibli.models.base import BaseModel
+from ghibli.runtime.commands import command_line, path_setting
 
 
 def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) -> list[str]:
@@ -35,7 +35,7 @@ def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
         f"targets  {', '.join(targets)}",
         *(f"metadata {key}: {value[:200]}" for key, value in metadata.items()),
         f"train    {training_command(adapter, base, overrides)}",
-        f"generate {shlex.join(['ghibli', 'generate', str(adapter.file), *overrides, '--prompt', 'TEXT'])}",
+        f"generate {command_line('ghibli', 'generate', adapter.file, *overrides, '--prompt', 'TEXT')}",
     ]
 
 
@@ -44,10 +44,10 @@ def training_command(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
     reason = why_not(adapter, base)
     if reason is not None:
         return f"not possible: {reason}"
-    variant = VARIANTS[adapter.kinds[0]][0]
+    variant = VARIANTS_OF[adapter.kinds[0]][0]
     settings = [
         *overrides,
-        f"lora.init={adapter.file}",
+        path_setting("lora.init", adapter.file),
         f"lora.rank={adapter.ranks[0]}",
         *([f"lora.alpha={format_number(adapter.alphas[0])}"] if len(adapter.alphas) == 1 else []),
         f"lora.targets={as_setting(endings(adapter, base, 'unet'), TARGETS)}",
@@ -57,7 +57,7 @@ def training_command(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
     if adapter.has_text_encoder:
         found = as_setting(endings(adapter, base, "text_encoder"), TEXT_ENCODER_TARGETS)
         settings.append(f"lora.text_encoder_targets={found}")
-    return shlex.join(["python", "train.py", *settings])
+    return command_line("python", "train.py", *settings)
 
 
 def endings(adapter: Adapter, base: BaseModel, part: str) -> list[str]:

@@ -65,8 +65,10 @@ def resize(adapter: Adapter, base: BaseModel, size: Size) -> Reworked:
     A plain LoRA is split from its factors, any other kind from its difference W' - W.
     """
     known = named_layers(base)
-    updates = {name: (update_of(layer, known[name].weight), layer) for name, layer in adapter.layers.items()}
-    return shrink(((name, update, dtype_of(layer)) for name, (update, layer) in updates.items()), base, size)
+    updates = (
+        (name, update_of(layer, known[name].weight), layer.dtype) for name, layer in adapter.layers.items()
+    )
+    return shrink(updates, base, size)
 
 
 def combine(adapters: list[tuple[Adapter, float]], base: BaseModel, size: Size | None) -> Reworked:
@@ -186,8 +188,7 @@ def singular(update: Factors | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def update_of(layer: Layer, weight: torch.Tensor) -> Factors | torch.Tensor:
     """Return an update in float64: the two factors of a plain LoRA, else W' - W as a matrix (out, inputs)."""
     if isinstance(layer, LoRA) and layer.is_plain:
-        scale = layer.alpha / layer.rank
-        return layer.up.double().flatten(1) * scale, layer.down.double().flatten(1)
+        return layer.up.double().flatten(1) * layer.scale, layer.down.double().flatten(1)
     return layer.delta(weight.double()).flatten(1)
 
 
@@ -203,11 +204,6 @@ def to_lora(factors: Factors, weight: torch.Tensor, dtype: torch.dtype = torch.f
     return LoRA(
         down=down.reshape(rank, *weight.shape[1:]), up=up.reshape(len(up), rank, *ones), alpha=float(rank)
     )
-
-
-def dtype_of(layer: Layer) -> torch.dtype:
-    """Return the dtype of a layer's tensors."""
-    return next(iter(layer.tensors.values())).dtype
 
 
 def metadata_after(adapters: list[Adapter], reworked: Reworked, title: str) -> dict[str, str]:

@@ -46,8 +46,7 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
         for field, tensor in layer.tensors.items():
             state[f"{prefix}.{layer.file_names[field]}"] = tensor.contiguous()
         if not isinstance(layer, UNSCALED) and layer.alpha is not None:
-            dtype = next(iter(layer.tensors.values())).dtype
-            state[f"{prefix}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
+            state[f"{prefix}.alpha"] = torch.tensor(layer.alpha, dtype=layer.dtype)
         if layer.magnitude is not None:
             state[f"{prefix}.dora_scale"] = layer.magnitude.contiguous()
     return state
@@ -80,8 +79,7 @@ def whole_difference(layer: Layer, adapter: Adapter, weight: torch.Tensor | None
             f"{adapter.file} is a DoRA, whose magnitudes ComfyUI and A1111 read wrongly in kohya's layout: "
             "use the diffusers file, or ghibli export --merge"
         )
-    dtype = next(iter(layer.tensors.values())).dtype
-    return Full(diff=layer.delta(weight.double()).to(dtype))
+    return Full(diff=layer.delta(weight.double()).to(layer.dtype))
 
 
 @torch.no_grad()

@@ -38,6 +38,17 @@ class Update:
         return None
 
     @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by: alpha / rank, 1 where there is none of either."""
+        alpha = getattr(self, "alpha", None)
+        return 1.0 if alpha is None or self.rank is None else alpha / self.rank
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensors."""
+        return next(iter(self.tensors.values())).dtype
+
+    @property
     def kind(self) -> str:
         """What users call it: LoRA, LoCon, LoHa, ... and DoRA for any of them with magnitudes."""
         if self.magnitude is None:
@@ -112,7 +123,7 @@ class LoRA(Update):
         up, down = self.up.to(weight).flatten(1), self.down.to(weight).flatten(1)
         if self.mid is not None:
             down = tucker(self.mid.to(weight), torch.eye(up.shape[1]).to(weight), down)
-        return (up @ down.flatten(1) * (self.alpha / self.rank)).reshape(weight.shape)
+        return (up @ down.flatten(1) * self.scale).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,7 @@ class LoHa(Update):
             product = (w1_a @ w1_b.flatten(1)) * (w2_a @ w2_b.flatten(1))
         else:
             product = tucker(self.t1.to(weight), w1_a.T, w1_b) * tucker(self.t2.to(weight), w2_a.T, w2_b)
-        return (product * (self.alpha / self.rank)).reshape(weight.shape)
+        return (product * self.scale).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -193,8 +204,7 @@ class LoKr(Update):
             right = tucker(have["t2"], have["w2_a"].T, have["w2_b"])
         else:
             right = have["w2_a"] @ have["w2_b"].flatten(1)
-        scale = 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
-        return (torch.kron(left, right.flatten(1)) * scale).reshape(weight.shape)
+        return (torch.kron(left, right.flatten(1)) * self.scale).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -374,7 +384,7 @@ def to_factors(layer: Layer, weight: torch.Tensor) -> tuple[torch.Tensor, torch.
         A (rank, in) and B (out, rank) or, for a convolution, (rank, in, k, k) and (out, rank, 1, 1).
     """
     if isinstance(layer, LoRA) and layer.is_plain:
-        down, up = layer.down.to(weight).clone(), layer.up.to(weight) * (layer.alpha / layer.rank)
+        down, up = layer.down.to(weight).clone(), layer.up.to(weight) * layer.scale
     else:
         change = layer.delta(weight.double()).to(weight).flatten(1)
         rank = min(change.shape)

@@ -7,7 +7,6 @@ Hu et al. 2021, "LoRA", section 4.1. PEFT builds the layers; this module chooses
 """
 
 import json
-import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from ghibli.runtime.files import write_atomically
 from ghibli.runtime.seeding import Stream, seed_global_rng
 
 ADAPTER_NAME = "default"  # of the trained adapter, in PEFT
-SCALED = re.compile(r"\.(lora_B\.weight|hada_w1_a|lokr_w1|lokr_w1_a)$")  # the factor that takes up the scale
+SCALED = ("lora_B", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # the factor of each kind that takes up the scale
 
 
 def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
@@ -176,7 +175,7 @@ def save_adapter(base: BaseModel, folder: Path) -> Path:
             state = get_peft_model_state_dict(module, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
             scale = scale_in(config)
             for key, value in state.items():
-                value = value.detach().cpu() * (scale if SCALED.search(key) else 1)
+                value = value.detach().cpu() * (scale if not set(SCALED).isdisjoint(key.split(".")) else 1)
                 tensors[diffusers_key(part, key)] = value.contiguous()
             settings |= {f"{part}.{key}": value for key, value in published_settings(config).items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}

@@ -76,15 +76,6 @@ For exploring a style and for studying how adapters learn. {LICENCE}
 """
 
 
-def is_older_card(file: Path) -> bool:
-    """Tell whether a README.md is a model card as written before exports kept a record of their files."""
-    try:
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    except (OSError, ValueError):
-        return False
-    return text.startswith("---\nlicense: creativeml-openrail-m\n") and TAGS in text and INTENDED in text
-
-
 def public_name(path: str) -> str:
     """Return a hub id as it is, and of a path on this machine only the last name."""
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and path[0] not in ".~" and not Path(path).exists()

@@ -7,14 +7,14 @@ from torch import nn
 
 from ghibli.adapters.files import Adapter
 from ghibli.adapters.layers import Layer, LoHa, LoKr
-from ghibli.adapters.lora import layers_to_train, scale_of
+from ghibli.adapters.lora import SCALED, layers_to_train, scale_of
 from ghibli.adapters.names import layer_name as name_of_layer
 from ghibli.adapters.names import named_layers
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError
 
-VARIANTS = {  # kind of layer -> values of lora.variant that train it
+VARIANTS_OF = {  # kind of layer -> values of lora.variant that train it
     "LoRA": ("lora", "rslora"), "DoRA": ("dora",), "LoHa": ("loha",), "LoKr": ("lokr",),
     "OFT of the inputs": ("oft",),
 }  # fmt: skip
@@ -28,9 +28,9 @@ def why_not(adapter: Adapter, base: BaseModel) -> str | None:
     """Say why no settings of lora.* can train an adapter further; None if some can."""
     if any(layer.magnitude is not None and not layer.per_output for layer in adapter.layers.values()):
         return "its DoRA magnitudes are one an input; lora.variant=dora trains one an output"
-    others = [kind for kind in adapter.kinds if kind not in VARIANTS]
+    others = [kind for kind in adapter.kinds if kind not in VARIANTS_OF]
     if others:
-        known = ", ".join(name for names in VARIANTS.values() for name in names)
+        known = ", ".join(name for names in VARIANTS_OF.values() for name in names)
         return f"it holds {others[0]} layers, and lora.variant trains {known}"
     if len(adapter.kinds) > 1:
         return f"its layers are of several kinds: {', '.join(adapter.kinds)}"
@@ -74,7 +74,7 @@ def check_same_shape(adapter: Adapter, options: LoraConfig, base: BaseModel) -> 
         "lora.targets": (part(ours, "unet."), part(its, "unet.")),
         "lora.text_encoder": (options.text_encoder, adapter.has_text_encoder),
         "lora.text_encoder_targets": (part(ours, "text_encoder."), part(its, "text_encoder.")),
-        "lora.variant": (True, options.variant in VARIANTS[adapter.kinds[0]]),
+        "lora.variant": (True, options.variant in VARIANTS_OF[adapter.kinds[0]]),
     }
     differing = [key for key, (one, other) in wanted.items() if one != other]
     if "lora.text_encoder" in differing:
@@ -108,8 +108,8 @@ def start_from(adapter: Adapter, trainable: dict[str, nn.Parameter], options: Lo
                 f"lora.init: {factor} of {layer_name} is {tuple(value.shape)} in the file and "
                 f"{tuple(parameter.shape)} in this run: its matrices are split in another way"
             )
-        if factor in ("lora_B", "hada_w1_a", "lokr_w1", "lokr_w1_a"):
-            value = value.float() * (scale_of_layer(layer) / scale_of(options))
+        if factor in SCALED:
+            value = value.float() * (layer.scale / scale_of(options))
         parameter.copy_(value.reshape(parameter.shape))
         filled.add(layer_name)
     if filled != set(adapter.layers):
@@ -123,9 +123,3 @@ def parameter_of(name: str) -> tuple[str, str]:
     assert match is not None, f"{name} is no weight of an adapter"
     part, _, path = match[1].partition(".")
     return name_of_layer(part, path), match[2]
-
-
-def scale_of_layer(layer: Layer) -> float:
-    """Return what the product of a layer's factors is multiplied by."""
-    alpha = getattr(layer, "alpha", None)
-    return 1.0 if alpha is None or layer.rank is None else alpha / layer.rank

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file, save
 
-from ghibli.adapters.factorize import dtype_of, singular, to_lora, update_of
+from ghibli.adapters.factorize import singular, to_lora, update_of
 from ghibli.adapters.files import Adapter, is_plain
 from ghibli.adapters.layers import Layer, LoRA, at_alpha
 from ghibli.adapters.lora import diffusers_key
@@ -51,7 +51,7 @@ class Parts:
             return self.layer
         root = self.values[:count].sqrt()
         factors = self.left[:, :count] * root, root[:, None] * self.right[:count]
-        return to_lora(factors, self.weight, dtype_of(self.layer))
+        return to_lora(factors, self.weight, self.layer.dtype)
 
 
 def parameters_of(layer: Layer) -> int:

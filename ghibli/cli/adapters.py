@@ -13,6 +13,7 @@ from ghibli.runtime.errors import UserError, stop_at_once
 from ghibli.runtime.terminal import one_line
 
 if TYPE_CHECKING:
+    from ghibli.adapters.factorize import Reworked
     from ghibli.evaluation.layer_map import LayerMap
 
 
@@ -97,7 +98,7 @@ def resize_command(
 ) -> None:
     """Shrink an adapter to its largest singular values, and say how much of its update is kept."""
     with stop_at_once():
-        from ghibli.adapters import apply, factorize, files, kohya
+        from ghibli.adapters import apply, factorize, files
         from ghibli.runs.compose import compose_config
 
     size = factorize.Size(rank, keep)
@@ -107,8 +108,14 @@ def resize_command(
     base = apply.load_base(compose_config(overrides or []).model)
     adapter = files.read_adapter(source, base, "resize")
     found = factorize.resize(adapter, base, size)
-    new = files.Adapter(target, "kohya", found.layers, {})
-    kohya.write_kohya(new, target, factorize.metadata_after([adapter], found, target.stem))
+    write_reworked(found, target, factorize.metadata_after([adapter], found, target.stem))
+
+
+def write_reworked(found: "Reworked", target: Path, metadata: dict[str, str]) -> None:
+    """Write layers in kohya's layout and say how much of the update they keep."""
+    from ghibli.adapters import files, kohya
+
+    kohya.write_kohya(files.Adapter(target, "kohya", found.layers, {}), target, metadata)
     console.print(one_line(f"{target}: {found.summary}"))
 
 
@@ -123,7 +130,7 @@ def merge_command(
 ) -> None:
     """Add several adapters to one file: exactly, or with --rank or --keep at a smaller size."""
     with stop_at_once():
-        from ghibli.adapters import apply, factorize, files, kohya
+        from ghibli.adapters import apply, factorize, files
         from ghibli.inference.load import split_weight
         from ghibli.runs.compose import compose_config
 
@@ -136,11 +143,9 @@ def merge_command(
     base = apply.load_base(compose_config(overrides).model)
     adapters = [(files.read_adapter(file, base, "merge"), weight) for file, weight in found_files]
     found = factorize.combine(adapters, base, size)
-    new = files.Adapter(target, "kohya", found.layers, {})
     metadata = factorize.metadata_after([adapter for adapter, _ in adapters], found, target.stem)
     parts = ", ".join(f"{file.stem}:{weight:g}" for file, weight in found_files)
-    kohya.write_kohya(new, target, metadata | {"modelspec.merged_from": parts})
-    console.print(one_line(f"{target}: {found.summary}"))
+    write_reworked(found, target, metadata | {"modelspec.merged_from": parts})
 
 
 @app.command("extract")
@@ -156,16 +161,14 @@ def extract_command(
 ) -> None:
     """Extract an adapter from a fully fine-tuned model by the singular values of its difference."""
     with stop_at_once():
-        from ghibli.adapters import factorize, files, kohya
+        from ghibli.adapters import factorize
         from ghibli.adapters.trained import tuned_model
         from ghibli.models.load import load
 
     size, target = factorize.Size(rank, keep), factorize.new_file(to, to)
     base = load(base_path, config)
     found, left_out = factorize.extract(tuned_model(tuned, base, config), base, size)
-    new = files.Adapter(target, "kohya", found.layers, {})
-    kohya.write_kohya(new, target, factorize.metadata_after([], found, target.stem))
-    console.print(one_line(f"{target}: {found.summary}"))
+    write_reworked(found, target, factorize.metadata_after([], found, target.stem))
     if left_out:
         what = f"{len(left_out)} weights that no LoRA holds (norms, biases, VAE), such as {left_out[0]}"
         console.print(one_line(f"left out {what}"))

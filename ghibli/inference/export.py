@@ -1,7 +1,6 @@
 """Exporting a run for other tools; each file is loaded into a fresh base and checked against the run."""
 
 import logging
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ghibli.adapters.model_card import model_card
 from ghibli.adapters.sidecar import clean_name, write_sidecar
 from ghibli.adapters.trained import run_base, trained_base
 from ghibli.config.schema import Config, describe
-from ghibli.inference.owned import STAGING, check_ours, put_in_place
+from ghibli.inference.owned import check_ours, prepared
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.models.safetensors import ADAPTER_FILE
@@ -70,16 +69,8 @@ def export(run: RunDir, config: Config, folder: Path, *, merge: bool) -> list[Ch
     adapters = [ADAPTER_FILE, f"{name}_kohya.safetensors", f"{name}_kohya.json"]
     names = ["README.md", *GRIDS, *adapters, *([MERGED, checkpoint] if merge else [])]
     check_ours(folder, names)
-    existed, staging = folder.exists(), folder / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with prepared(folder, names) as staging:
         checks = prepare(run, config, staging, name, checkpoint if merge else None)
-        put_in_place(staging, folder, names)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed and not any(folder.iterdir()):
-            folder.rmdir()
     return [replace(check, file=folder / check.file.name) for check in checks]
 
 

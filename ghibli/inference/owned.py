@@ -9,9 +9,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ghibli.adapters.model_card import is_older_card
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_json
 
@@ -31,8 +31,6 @@ def check_ours(folder: Path, names: list[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose a folder with --to DIR")
     noted = read_record(folder)
-    if not noted and is_older_card(folder / "README.md"):
-        return  # exported before there was a record
     for name in names:
         for file in files_below(folder / name):
             if file.is_symlink() or noted.get(file.relative_to(folder).as_posix()) != sha256(file):
@@ -68,6 +66,25 @@ def sha256(file: Path) -> str:
         return ""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def prepared(folder: Path, names: list[str]) -> Iterator[Path]:
+    """Yield a hidden folder to prepare files in; afterwards they are put in place, after an error nothing is.
+
+    Args:
+        folder, names: as for check_ours, which has to be called first.
+    """
+    existed, staging = folder.exists(), folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        put_in_place(staging, folder, names)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def put_in_place(staging: Path, folder: Path, names: list[str]) -> None:

@@ -1,7 +1,6 @@
 """`ghibli slim`: which layers of a run's adapter carry its gain, and the smallest adapter that keeps it."""
 
 import logging
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ from ghibli.evaluation.slimming import (
     most_trials,
     smallest,
 )
-from ghibli.inference.bench import Bench, make_bench
-from ghibli.inference.owned import STAGING, check_ours, put_in_place
+from ghibli.inference.layer_scorer import LayerScorer, make_scorer
+from ghibli.inference.owned import check_ours, prepared
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
@@ -98,14 +97,14 @@ def slim(run: RunDir, config: Config, limit: float, folder: Path) -> Slimmed:
     base = run_base(run, config)
     adapter = read_adapter(run.adapter, base, "slim")
     parts = split(adapter, base)
-    bench = make_bench(run, config, base, adapter)
-    losses, seconds = measure_whole(bench, adapter, run)
+    scorer = make_scorer(run, config, base, adapter)
+    losses, seconds = measure_whole(scorer, adapter, run)
     announce(adapter, parts, losses, seconds)
-    scores = score_without(bench, adapter)
+    scores = score_without(scorer, adapter)
     found = layer_map(run, adapter, scores, losses, limit)
     write_map(run, found)
     effects = {name: losses.lost(scores[name][losses.choose], losses.choose) for name in adapter.layers}
-    choice = choose(bench, parts, effects, losses, limit)
+    choice = choose(scorer, parts, effects, losses, limit)
     reason = refusal(choice, adapter, config)
     found = found.after(choice.chosen, choice.checked, choice.layers if reason is None else None)
     write_map(run, found)
@@ -115,19 +114,19 @@ def slim(run: RunDir, config: Config, limit: float, folder: Path) -> Slimmed:
     return Slimmed(found, files, summary_of(choice, adapter, files[0]), notes)
 
 
-def measure_whole(bench: Bench, adapter: Adapter, run: RunDir) -> tuple[Losses, float]:
+def measure_whole(scorer: LayerScorer, adapter: Adapter, run: RunDir) -> tuple[Losses, float]:
     """Score the base and the whole adapter on all held-out images; return the seconds an image takes.
 
     Raises:
         UserError: on one half the adapter is not better than the base, beyond chance.
     """
-    choose, check = bench.halves
-    every = range(len(bench.batches))
-    bench.put({})
-    base = bench.losses(every, guidance=1.0)
-    bench.put(adapter.layers)
+    choose, check = scorer.halves
+    every = range(len(scorer.batches))
+    scorer.put({})
+    base = scorer.losses(every, guidance=1.0)
+    scorer.put(adapter.layers)
     start = time.monotonic()
-    full = bench.losses(every)
+    full = scorer.losses(every)
     seconds = (time.monotonic() - start) / len(every)
     for rows in (choose, check):
         gain = paired_gain(full[rows], base[rows])
@@ -167,9 +166,9 @@ def left_out(adapter: Adapter) -> dict[str, list[str]]:
     return {name: [name] for name in adapter.layers} | blocks
 
 
-def score_without(bench: Bench, adapter: Adapter) -> dict[str, torch.Tensor]:
+def score_without(scorer: LayerScorer, adapter: Adapter) -> dict[str, torch.Tensor]:
     """Return the scores (P, K) of all held-out images without each layer and each block, by its name."""
-    every, wanted = range(len(bench.batches)), left_out(adapter)
+    every, wanted = range(len(scorer.batches)), left_out(adapter)
     scores: dict[str, torch.Tensor] = {}
     with counted("leaving out layers") as on_progress:
 
@@ -177,8 +176,8 @@ def score_without(bench: Bench, adapter: Adapter) -> dict[str, torch.Tensor]:
             on_progress(len(scores) * images + image, len(wanted) * images)
 
         for name, inside in wanted.items():
-            bench.put({other: layer for other, layer in adapter.layers.items() if other not in inside})
-            scores[name] = bench.losses(every, tell)
+            scorer.put({other: layer for other, layer in adapter.layers.items() if other not in inside})
+            scores[name] = scorer.losses(every, tell)
     return scores
 
 
@@ -205,7 +204,7 @@ def layer_map(
 
 
 def choose(
-    bench: Bench, parts: dict[str, Parts], effects: dict[str, LostGain], losses: Losses, limit: float
+    scorer: LayerScorer, parts: dict[str, Parts], effects: dict[str, LostGain], losses: Losses, limit: float
 ) -> Choice:
     """Choose the smallest adapter on one half of the images, and check it, once, on the other.
 
@@ -228,21 +227,21 @@ def choose(
     with counted("trying smaller adapters") as on_progress:
 
         def holds(count: int) -> bool:
-            bench.put(layers_of(count))
+            scorer.put(layers_of(count))
             number = len(tried)
 
             def tell(image: int, images: int) -> None:
                 on_progress(number * images + image, max(trials, number + 1) * images)
 
-            tried[count] = losses.lost(bench.losses(losses.choose, tell), losses.choose)
+            tried[count] = losses.lost(scorer.losses(losses.choose, tell), losses.choose)
             return tried[count].cautious_bound <= limit
 
         count = smallest(len(ordered), holds)
         if count not in tried:  # all of it, which needs no trial but has a number
             holds(count)
     layers = layers_of(count)
-    bench.put(layers)
-    return Choice(layers, tried[count], losses.lost(bench.losses(losses.check), losses.check), limit)
+    scorer.put(layers)
+    return Choice(layers, tried[count], losses.lost(scorer.losses(losses.check), losses.check), limit)
 
 
 def refusal(choice: Choice, adapter: Adapter, config: Config) -> str | None:
@@ -279,19 +278,11 @@ def write_files(
 ) -> tuple[list[Path], list[str]]:
     """Write the adapter in both layouts with a model card, all of it prepared in a hidden folder first."""
     names = [ADAPTER_FILE, f"{name}_kohya.safetensors", f"{name}_kohya.json", "README.md"]
-    existed, staging = folder.exists(), folder / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with prepared(folder, names) as staging:
         files, notes = prepare(run, config, adapter, choice, base, staging / f"{name}_kohya.safetensors")
         lines = [f"`{file.name}`: {summary_of(choice, adapter, file)}" for file in files] + notes
         card = model_card(run, config, name, lines, [file.name for file in files])
         write_text(staging / "README.md", card)
-        put_in_place(staging, folder, names)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed and not any(folder.iterdir()):
-            folder.rmdir()
     return [folder / file.name for file in files], notes
 
 

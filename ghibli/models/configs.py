@@ -97,7 +97,7 @@ def check_values(content: dict[str, Any], where: str) -> None:
         for number in numbers:
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
             if key in LIMITS and number is not None and not is_number:
-                raise UserError(f"{where}: {key}={str(number)[:40]} is no number")
+                raise UserError(f"{where}: {key}={str(number)[:40]} is not a number")
             if is_number and not (least <= number <= largest and abs(number) < math.inf):
                 bounds = f" from {least:g} to {largest:g}" if key in LIMITS else ""
                 raise UserError(f"{where}: {key}={number:.4g} must be a number{bounds}")

@@ -1,10 +1,18 @@
 """lora.variant=loha, lokr, oft: what PEFT trains is saved, read, merged, exported and trained further."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import OFTConfig, inject_adapter_in_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    OFTConfig,
+    PeftConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.oft.layer import OFTLayer
@@ -246,3 +254,41 @@ def test_the_settings_in_a_file_are_those_that_older_pefts_know(variant: str) ->
     kind = variant if variant == "oft" else "lycoris" if variant in ("loha", "lokr") else "lora"
     published = lora.published_settings(lora.peft_config(options_of(variant, ["to_q"]), ["to_q"]))
     assert set(published) == set(known[kind].split())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        LoHaConfig(r=4, alpha=10, target_modules=["to_q"]),
+        LoKrConfig(r=2, alpha=10, target_modules=["to_q"]),
+        LoKrConfig(r=64, alpha=10, target_modules=["to_q"]),  # both matrices whole: PEFT scales these too
+    ],
+    ids=["loha", "lokr", "whole lokr"],
+)
+def test_files_that_peft_wrote_have_pefts_strength(options: PeftConfig, tmp_path: Path) -> None:
+    """Its alpha is in adapter_config.json, under another name than that of a LoRA."""
+    live = load("demo")
+    inject_adapter_in_model(options, live.unet)
+    generator = torch.Generator().manual_seed(2)
+    for layer in peft_layers(live).values():
+        for parameter in layer.parameters():
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    state = get_peft_model_state_dict(live.unet, adapter_name="default")
+    tensors = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    options.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path / "adapter_model.safetensors", load("demo"), "file")
+    assert adapter.layers.keys() == peft_layers(live).keys()
+    for name, layer in peft_layers(live).items():
+        theirs = layer.get_delta_weight("default").detach().double()
+        weight = layer.get_base_layer().weight.detach().double()
+        torch.testing.assert_close(adapter.layers[name].delta(weight), theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("terms", ["five", 10**9, 0, None])
+def test_an_absurd_series_is_refused(terms: object, tmp_path: Path) -> None:
+    file = lora.save_adapter(trained("oft", ATTENTION), tmp_path)
+    settings = {"unet.use_cayley_neumann": True, "unet.num_cayley_neumann_terms": terms}
+    save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(UserError, match=r"oft_R.*num_cayley_neumann_terms=.* must be from 1 to 50"):
+        read_adapter(file, load("demo"), "file")

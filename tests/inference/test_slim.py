@@ -78,20 +78,20 @@ def score(run: RunDir, adapter: Adapter | None, root: Path | None = None) -> tup
 
 
 def test_the_gain_is_that_of_the_training(trained: RunDir) -> None:
-    """The bench scores the whole adapter as the probe did in training."""
+    """The scorer scores the whole adapter as the probe did in training."""
     config = finished_config(trained)
-    bench = slim_bench(trained, config)
-    losses, _ = slim.measure_whole(bench[0], bench[1], trained)
+    scorer = slim_scorer(trained, config)
+    losses, _ = slim.measure_whole(scorer[0], scorer[1], trained)
     gain = slim.paired_gain(losses.full, losses.base)
     status = trained.status.read()
     assert gain.value == pytest.approx(status["gain"], rel=1e-3)
     assert gain.standard_error == pytest.approx(status["gain_se"], rel=1e-3)
 
 
-def slim_bench(run: RunDir, config: Config) -> tuple[slim.Bench, Adapter]:
+def slim_scorer(run: RunDir, config: Config) -> tuple[slim.LayerScorer, Adapter]:
     base = load_base(config.model)
     adapter = read_adapter(run.adapter, base, "it")
-    return slim.make_bench(run, config, base, adapter), adapter
+    return slim.make_scorer(run, config, base, adapter), adapter
 
 
 def test_planted_zero_layers_are_found(slimmed: tuple[RunDir, slim.Slimmed]) -> None:

@@ -24,7 +24,7 @@ NAME = adapter_name(0)
 
 
 @dataclass
-class Bench:
+class LayerScorer:
     """Scores any choice of an adapter's layers as the run's probe does, on its held-out images."""
 
     module: GhibliModule  # without an adapter of its own
@@ -75,7 +75,7 @@ class Bench:
         return losses
 
 
-def make_bench(run: RunDir, config: Config, base: BaseModel, adapter: Adapter) -> Bench:
+def make_scorer(run: RunDir, config: Config, base: BaseModel, adapter: Adapter) -> LayerScorer:
     """Read the held-out images of a run, and put its adapter beside its base.
 
     Args:
@@ -106,7 +106,7 @@ def make_bench(run: RunDir, config: Config, base: BaseModel, adapter: Adapter) -
         if name in adapter.layers
     }
     on_device = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in batches]
-    return Bench(module, config.loss.guidance, on_device, parts, targets, dict(adapter.layers))
+    return LayerScorer(module, config.loss.guidance, on_device, parts, targets, dict(adapter.layers))
 
 
 def check_images(run: RunDir, data: GhibliDataModule) -> None:
