@@ -145,4 +145,4 @@ def test_the_adapter_loads_in_a_stock_pipeline(sd15: Path, undisturbed: Path, tm
     script.write_text(STOCK)
     done = timed("stock pipeline", str(script), str(sd15), str((undisturbed / ADAPTER).parent))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == ["128 {2.0} True", "48 {2.0} True"]
+    assert done.stdout.split("\n")[:2] == ["128 {1.0} True", "48 {1.0} True"]  # alpha / rank is in B
