@@ -73,6 +73,7 @@ def test_damaged_files_are_noticed_or_harmless(
     assert found["outcome"] != BROKEN
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_of_a_finished_run_is_named(half_done: Corrupter) -> None:
     found = half_done.damage("run/checkpoints/best.ckpt", random.Random(0), half_done.finished)
     assert found["outcome"] == REFUSED

@@ -29,7 +29,7 @@ from ghibli.inference.app import page, session  # noqa: E402  (needs gradio)
 from ghibli.inference.app.page import serve  # noqa: E402
 from ghibli.inference.app.session import AppSession  # noqa: E402
 
-QUICK = ("trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4")
+QUICK = ("model.resolution=128", "trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4")
 RUN = "outputs/train/run"
 STEPS = 2
 PATIENCE = 120  # seconds
@@ -84,6 +84,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Behind the page
 
 
+@pytest.mark.slow
 def test_only_what_was_trained_is_offered(app_session: AppSession, outside: Path) -> None:
     other = RunDir(outside / "outputs/train/other")
     other.adapter.mkdir(parents=True)
@@ -312,6 +313,7 @@ def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
     assert shown(tab, "restyled-trained").shape == (side, side, 3)
 
 
+@pytest.mark.slow
 def test_two_people_at_once_and_a_closed_tab(browser: Any, address: str, stopped: list[str]) -> None:
     """Each gets their own image; the request of a visitor who left is stopped."""
     first = opened(browser, address).current_window_handle
@@ -356,6 +358,7 @@ def test_cancel(tab: Any, stopped: list[str]) -> None:
     assert shown(tab, "trained").shape[2] == 3
 
 
+@pytest.mark.slow
 def test_it_fits_a_phone(tab: Any) -> None:
     size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
     tab.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

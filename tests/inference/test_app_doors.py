@@ -280,14 +280,8 @@ def test_behind_a_proxy_on_ipv6(folder: Path) -> None:
         page.close()
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_its_folder_is_gone_after_a_signal(folder: Path, number: signal.Signals) -> None:
     environment = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(REPO), "HTTP_PROXY": ""}
     words = [sys.executable, "-u", "-m", "ghibli", "app", "model=demo", "data=demo"]

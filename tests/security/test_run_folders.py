@@ -3,15 +3,13 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import REPO
+from helpers.commands import REPO, run_python
 
 from ghibli.config.files import from_yaml, to_yaml
 from ghibli.config.schema import Config, DrawConfig
@@ -93,6 +91,7 @@ def test_a_checkpoint_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_from_elsewhere_stays_in_its_folder(tmp_path: Path) -> None:
     """All at once: paths in last.ckpt, a cache and images to be drawn in folders of the user."""
     run, home = RunDir(tmp_path / "outputs" / "half"), tmp_path / "home"
@@ -110,8 +109,7 @@ def test_a_resumed_run_from_elsewhere_stays_in_its_folder(tmp_path: Path) -> Non
     config.data.reference = str(home / "reference")
     run.config.write_text(to_yaml(config))
     before = tree(home)
-    command = [sys.executable, str(REPO / "train.py"), "resume=outputs/half"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = run_python(str(REPO / "train.py"), "resume=outputs/half", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert tree(home) == before
     assert run.status.state == "finished"
@@ -211,6 +209,7 @@ def test_a_folder_with_files_of_another_program_is_refused(
 # A terminal that closes
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_as_sigterm_does(tmp_path: Path) -> None:
     """Shell and kernel both send SIGHUP: the second one does not stop at once; SIGTERM still does."""
     before = signal.getsignal(signal.SIGHUP)

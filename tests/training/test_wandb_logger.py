@@ -110,6 +110,7 @@ def lone_listener() -> socket.socket:
     return listener
 
 
+@pytest.mark.slow
 def test_an_offline_run_asks_nothing_of_the_network_and_needs_no_home_folder(tmp_path: Path) -> None:
     """By audit hook for Python, and with a proxy for W&B's service, which is another program."""
     listener = lone_listener()
