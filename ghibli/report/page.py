@@ -34,8 +34,14 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
 
 
 def page_content(folders: list[Path]) -> dict[str, Any]:
-    """Gather the content of the page: that of one run, or of several."""
+    """Gather the content of the page: that of one run, or of several.
+
+    Raises:
+        UserError: a link leads out of a run folder.
+    """
     runs = list({run.path.resolve(): run for folder in folders for run in runs_in(folder)}.values())
+    for run in runs:
+        run.refuse_links()  # the page is for showing around, and embeds images of the run
     if len(runs) == 1 and is_run(folders[0]):
         return run_page(read_run(runs[0], with_scores=False))
     study = folders[0] if len(folders) == 1 else None

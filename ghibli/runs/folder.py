@@ -2,7 +2,9 @@
 
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
@@ -13,7 +15,7 @@ from ghibli.runs import lock
 from ghibli.runs.status import RunStatus, read_json
 from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError, first_line
-from ghibli.runtime.files import TEMPORARY, checksum_of, is_whole, write_atomically
+from ghibli.runtime.files import TEMPORARY, checksum_of, is_whole, require_plain, write_atomically
 from ghibli.runtime.rank import is_first
 
 FOLDERS = (  # that a run writes into
@@ -255,6 +257,7 @@ def read_checkpoint(checkpoint: Path, **options: Any) -> dict[str, Any]:
     import torch  # takes seconds to import, and only a resume needs it
 
     try:
+        require_stored(checkpoint)
         content = torch.load(checkpoint, weights_only=True, map_location="cpu", **options)
     except FileNotFoundError:
         raise UserError(f"{checkpoint} is missing") from None
@@ -264,6 +267,18 @@ def read_checkpoint(checkpoint: Path, **options: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{checkpoint} is not a checkpoint of this program")
     return content
+
+
+def require_stored(checkpoint: Path) -> None:
+    """Check that a checkpoint takes no more memory than its file: torch compresses none, but reads one.
+
+    Raises:
+        OSError, ValueError: it is no plain file, or it is compressed.
+    """
+    require_plain(checkpoint)
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(checkpoint) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed")
 
 
 def step_of(checkpoint: Path) -> int:

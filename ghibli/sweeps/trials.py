@@ -9,8 +9,9 @@ from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain, Probe, best_epoch
 from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runs.settings import relevant_settings
-from ghibli.runtime.files import is_whole
+from ghibli.runtime.files import is_whole, read_plain
 
+LONGEST_REASON = 2**16  # bytes of a no_result.txt
 REPEAT = "+seed="  # in the folder name of a trial that repeats another one with a new seed
 
 
@@ -43,11 +44,19 @@ class Trial:
     def verdict(self) -> str:
         """The names of the doctor's findings, or why there is no result."""
         if self.run.no_result.exists():
-            return f"failed: {self.run.no_result.read_text()}"
+            return f"failed: {self.why_no_result}"
         if self.run.status.state != "finished":
             reason = self.status.get("reason")
             return f"{self.run.status.state}: {reason}" if reason else self.run.status.state
         return ", ".join(finding["name"] for finding in self.status.get("findings", []))
+
+    @property
+    def why_no_result(self) -> str:
+        """The text of no_result.txt."""
+        try:
+            return read_plain(self.run.no_result, LONGEST_REASON).decode(errors="replace")
+        except OSError as error:
+            return f"{self.run.no_result.name} cannot be read: {error.strerror}"
 
     @property
     def repeats(self) -> bool:

@@ -1,6 +1,5 @@
 """`ghibli app`, as people use it: in a browser, two at once, with files that are not photos."""
 
-import json
 import re
 import time
 import urllib.error
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.browsers import new_browser
+from helpers.page_requests import call, index_of
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -126,30 +126,6 @@ def test_a_port_that_is_taken(address: str) -> None:
 
 
 # Over the wire
-
-
-def call(address: str, index: int, data: list[Any]) -> dict[str, Any]:
-    """Send what a browser would; return the last event."""
-    body = json.dumps({"data": data, "fn_index": index, "session_hash": "forged"}).encode()
-    url = f"{address}gradio_api/queue/join"
-    urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"}))
-    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=forged") as events:
-        for line in events:
-            if line.startswith(b"data: "):
-                event = json.loads(line[6:])
-                if event["msg"] == "process_completed":
-                    return event
-    raise AssertionError("no answer")
-
-
-def index_of(address: str, name: str) -> int:
-    """Return the index by which the page calls the click handler of a button."""
-    with urllib.request.urlopen(f"{address}config") as answer:
-        config = json.load(answer)
-    ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
-    return next(
-        call["id"] for call in config["dependencies"] if [ids[name], "click"] in map(list, call["targets"])
-    )
 
 
 def test_no_file_of_this_machine_is_shown(address: str, outside: Path) -> None:

@@ -153,12 +153,14 @@ class AppSession:
         """Load the base of some runs with their adapters on it; the last one is kept.
 
         Raises:
-            UserError: not the name of a run, or runs that cannot be combined.
+            UserError: no longer a run, a link out of a run folder, or runs that cannot be combined.
         """
         known = self.runs()
         unknown = next((name for name in names if name not in known), None)
         if unknown is not None:
             raise UserError(f"{unknown[:80]} is no longer a finished run: reload the page")
+        for name in names:
+            known[name].refuse_links()  # its sample grids are shown to everyone who can reach the page
         if self._model is None or self._model[0] != names:
             self._model = None  # frees the memory for the next one
             self._model = (names, load_model(names, [] if names else self._overrides))
