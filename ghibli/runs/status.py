@@ -78,7 +78,7 @@ class RunStatus:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of a run; None when it is missing, damaged, nested too deeply, too large or no file."""
+    """Read a JSON file of a run; None when it is missing, damaged, too deep, too large or no plain file."""
     try:
         return json.loads(read_plain(path, LARGEST).decode())
     except (OSError, ValueError, RecursionError):

@@ -139,8 +139,8 @@ def test_a_stored_run_caches_and_draws_in_this_machines_cache(make_config: Calla
 @pytest.mark.parametrize(
     "name",
     [
-        "samples", "checkpoints", "adapter", "adapter_last", "unet", "export", ".hydra", "wandb", ".lock",
-        "metrics.csv", "status.json", "checkpoints/last.ckpt", "adapter/new", "wandb/debug.log",
+        "samples", "checkpoints", "adapter", "adapter_last", "unet", "export", ".hydra", "wandb", ".wandb",
+        ".lock", "metrics.csv", "status.json", "checkpoints/last.ckpt", "adapter/new", "wandb/debug.log",
     ],
 )  # fmt: skip
 def test_a_link_out_of_a_run_folder_is_refused(tmp_path: Path, name: str) -> None:

@@ -13,6 +13,7 @@ from unittest.mock import MagicMock
 
 import psutil
 import pytest
+import wandb
 from helpers.commands import run_python
 from helpers.wandb_files import environment, offline_records
 from PIL import Image
@@ -76,6 +77,7 @@ OFFLINE_RUN = """
 import os, socket, sys
 from pathlib import Path
 
+import wandb
 from PIL import Image
 
 asked = []
@@ -125,6 +127,29 @@ def test_an_offline_run_asks_nothing_of_the_network_and_needs_no_home_folder(tmp
     names = {path.name for path in run.rglob("*")}
     assert not names & {"requirements.txt", "wandb-metadata.json", "conda-environment.yaml", "diff.patch"}
     assert "github.com" not in json.dumps(offline_records(run))
+
+
+def test_settings_in_a_run_folder_choose_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's run would have the user's key sent to its own server."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for place in ("wandb/settings", "wandb/config/settings", ".wandb/settings", ".config/wandb/settings"):
+        (tmp_path / "run" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / place).write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+    ours = wandb.Settings().base_url
+    wandb_logger.set_variables(RunDir(tmp_path / "run"))
+    try:
+        found = wandb.Settings()
+        found.update_from_system_settings()
+        assert found.base_url == ours
+        assert Path(found.settings_system).is_relative_to(tmp_path / "run" / "wandb")
+        Path(found.settings_system).parent.mkdir()
+        Path(found.settings_system).write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+        found.update_from_system_settings()
+        assert found.base_url == "http://127.0.0.1:9", "the attack is a real one"
+    finally:
+        wandb_logger.close()
 
 
 @pytest.fixture
