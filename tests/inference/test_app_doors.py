@@ -247,6 +247,21 @@ def test_messages_name_no_folder_of_this_machine(tmp_path: Path, monkeypatch: py
     assert told == "outputs/a and . and ~/base"
 
 
+def test_a_run_from_elsewhere_does_not_keep_the_page_shut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its status may lack a gain; a link out of it is refused when it is chosen, as its grids are shown."""
+    run = tmp_path / "outputs" / "theirs"
+    (run / "adapter").mkdir(parents=True)
+    (run / "status.json").write_text('{"state": "finished", "gain": null}')
+    (run / "samples").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    app_session = session.AppSession([])
+    assert app_session.run_choices() == [("outputs/theirs, 0.0 % better than the base", "outputs/theirs")]
+    with pytest.raises(UserError, match="samples is a link to"):
+        app_session.model_of(["outputs/theirs"])
+
+
 # The whole
 
 

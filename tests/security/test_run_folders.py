@@ -133,6 +133,12 @@ def test_a_stored_run_caches_and_draws_in_this_machines_cache(make_config: Calla
     assert on_this_machine(own, "mine").data.root == own.data.root
 
 
+@pytest.mark.parametrize("word", ["data.workers=100000", "threads=100000", "trainer.devices=100000"])
+def test_settings_start_no_crowd_of_processes(make_config: Callable[..., Config], word: str) -> None:
+    with pytest.raises(UserError, match=f"{word.partition('=')[0]}.*at most"):
+        make_config(word)
+
+
 # Links
 
 

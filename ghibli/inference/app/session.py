@@ -146,7 +146,7 @@ class AppSession:
 
     def run_choices(self) -> list[tuple[str, str]]:
         """Return (label, path) of the runs, for a dropdown."""
-        gains = {name: run.status.read().get("gain", 0.0) for name, run in self.runs().items()}
+        gains = {name: run.status.read().get("gain") or 0.0 for name, run in self.runs().items()}
         return [(f"{name}, {100 * gain:.1f} % better than the base", name) for name, gain in gains.items()]
 
     def model_of(self, names: list[str]) -> LoadedModel:
