@@ -2,9 +2,7 @@
 
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
@@ -15,7 +13,7 @@ from ghibli.runs import lock
 from ghibli.runs.status import RunStatus, read_json
 from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError, first_line
-from ghibli.runtime.files import TEMPORARY, checksum_of, is_whole, require_plain, write_atomically
+from ghibli.runtime.files import TEMPORARY, checksum_of, is_whole, require_stored, write_atomically
 from ghibli.runtime.rank import is_first
 
 FOLDERS = (  # that a run writes into
@@ -267,18 +265,6 @@ def read_checkpoint(checkpoint: Path, **options: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{checkpoint} is not a checkpoint of this program")
     return content
-
-
-def require_stored(checkpoint: Path) -> None:
-    """Check that a checkpoint takes no more memory than its file: torch compresses none, but reads one.
-
-    Raises:
-        OSError, ValueError: it is no plain file, or it is compressed.
-    """
-    require_plain(checkpoint)
-    with suppress(zipfile.BadZipFile), zipfile.ZipFile(checkpoint) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise ValueError("it is compressed")
 
 
 def step_of(checkpoint: Path) -> int:

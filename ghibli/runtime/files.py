@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -209,6 +210,18 @@ def read_plain(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", str(path))
     return content
+
+
+def require_stored(file: Path) -> None:
+    """Check that what torch saved takes no more memory than its file: torch compresses none, but reads one.
+
+    Raises:
+        OSError, ValueError: it is no plain file, or it is compressed.
+    """
+    require_plain(file)
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed")
 
 
 def is_whole(path: Path) -> bool:

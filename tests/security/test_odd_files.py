@@ -23,11 +23,13 @@ from ghibli.cli.runs import row_of
 from ghibli.config.files import from_yaml, read_settings
 from ghibli.images.read import Unusable, read_image
 from ghibli.models.configs import check_config
+from ghibli.models.convert import to_safetensors
 from ghibli.models.safetensors import check_whole
 from ghibli.report.images import embed_grids
 from ghibli.report.page import page_content
 from ghibli.report.run_data import read_run
 from ghibli.runs import compare
+from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir, read_checkpoint, step_of
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_with_checksum
@@ -152,6 +154,30 @@ def test_a_report_embeds_no_image_from_outside(run: RunDir, tmp_path: Path) -> N
     (run.samples / "epoch_009.png").symlink_to(tmp_path / "private.png")
     with pytest.raises(UserError, match="epoch_009.png is a link to .*private.png"):
         page_content([run.path])
+
+
+def test_links_in_a_run_folder_are_not_searched_for_runs(tmp_path: Path) -> None:
+    """A link to / would be a walk through all of this disk."""
+    for name in ("outputs/theirs", "outputs/study/trial", "mine/run"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "status.json").write_text("{}")
+    (tmp_path / "outputs" / "theirs" / "root").symlink_to(tmp_path)
+    found = [run.path for run in all_runs(tmp_path / "outputs")]
+    assert found == [tmp_path / "outputs" / name for name in ("study/trial", "theirs")]
+
+
+def test_weights_to_convert_are_not_larger_than_their_file(tmp_path: Path) -> None:
+    """One number can be told to be a terabyte of them, and a gigabyte of zeros compressed."""
+    torch.save({"a": torch.zeros(1).expand(10**5), "b": torch.ones(2)}, tmp_path / "a.bin")
+    with pytest.raises(UserError, match="a.bin holds tensors far larger than itself"):
+        to_safetensors(tmp_path / "a.bin")
+    torch.save({"a": torch.zeros(2**20)}, tmp_path / "b.bin")
+    with zipfile.ZipFile(tmp_path / "b.bin") as stored, zipfile.ZipFile(tmp_path / "c.bin", "w", 8) as packed:
+        for part in stored.infolist():
+            packed.writestr(part.filename, stored.read(part))
+    with pytest.raises(UserError, match="c.bin is damaged.*it is compressed"):
+        to_safetensors(tmp_path / "c.bin")
+    assert to_safetensors(tmp_path / "b.bin").is_file()
 
 
 def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
