@@ -17,6 +17,7 @@ import wandb
 from helpers.commands import run_python
 from helpers.wandb_files import environment, offline_records
 from PIL import Image
+from wandb.sdk.wandb_setup import _WandbSetup
 
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.evaluation.gain import Gain
@@ -79,6 +80,7 @@ from pathlib import Path
 
 import wandb
 from PIL import Image
+from wandb.sdk.wandb_setup import _WandbSetup
 
 asked = []
 def note(event, words):
@@ -140,14 +142,11 @@ def test_settings_in_a_run_folder_choose_no_server(tmp_path: Path, monkeypatch: 
     ours = wandb.Settings().base_url
     wandb_logger.set_variables(RunDir(tmp_path / "run"))
     try:
-        found = wandb.Settings()
-        found.update_from_system_settings()
-        assert found.base_url == ours
-        assert Path(found.settings_system).is_relative_to(tmp_path / "run" / "wandb")
-        Path(found.settings_system).parent.mkdir()
-        Path(found.settings_system).write_text("[default]\nbase_url = http://127.0.0.1:9\n")
-        found.update_from_system_settings()
-        assert found.base_url == "http://127.0.0.1:9", "the attack is a real one"
+        assert _WandbSetup(os.getpid()).settings.base_url == ours
+        place = Path(os.environ["WANDB_CONFIG_DIR"])
+        place.mkdir()
+        (place / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+        assert _WandbSetup(os.getpid()).settings.base_url == "http://127.0.0.1:9", "the attack is a real one"
     finally:
         wandb_logger.close()
 
