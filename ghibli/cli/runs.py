@@ -1,5 +1,6 @@
 """`ghibli list`, `evaluate`, `compare` and `report`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,9 +54,11 @@ def evaluate_command(
     from ghibli.training import wandb_logger  # torch takes seconds to load
 
     settings = [word for word in arguments if word not in folders]
-    cache = cache_of_this_machine()
-    stored = [on_this_machine(finished_config(run), cache) for run in runs]
-    configs = [apply_overrides(config, settings, CHANGEABLE) for config in stored]
+    configs = []
+    for stored in [finished_config(run) for run in runs]:
+        usual = replace(stored, cache_dir=cache_of_this_machine())
+        cache = apply_overrides(usual, settings, CHANGEABLE).cache_dir
+        configs.append(apply_overrides(on_this_machine(stored, cache), settings, CHANGEABLE))
     for run in runs:
         run.refuse_links()
     for run, config in zip(runs, configs, strict=True):

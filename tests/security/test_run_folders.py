@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import REPO, run_python
+from typer.testing import CliRunner
 
+from ghibli.cli.main import app
 from ghibli.config.files import from_yaml, to_yaml
 from ghibli.config.schema import Config, DrawConfig
+from ghibli.evaluation import evaluate
 from ghibli.runs import launch, reuse
 from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runs.here import on_this_machine
@@ -131,6 +134,25 @@ def test_a_stored_run_caches_and_draws_in_this_machines_cache(make_config: Calla
     assert on_this_machine(stored, "mine", keep_root=True).data.root == "/scenes/../etc"
     # images of the user are read where they are, never drawn
     assert on_this_machine(own, "mine").data.root == own.data.root
+
+
+@pytest.mark.parametrize(("words", "cache"), [([], "outputs/cache"), (["cache_dir=mine"], "mine")])
+def test_evaluate_draws_in_the_cache_of_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], cache: str
+) -> None:
+    shutil.copytree(KEPT / "finished", tmp_path / "theirs")
+    config = from_yaml(tmp_path / "theirs" / "config.yaml")
+    config.data = replace(config.data, root="/etc/scenes", draw=DrawConfig("drawn", 24))
+    (tmp_path / "theirs" / "config.yaml").write_text(to_yaml(replace(config, cache_dir="/etc")))
+    seen: list[Config] = []
+
+    def noted(run: RunDir, config: Config) -> None:
+        seen.append(config)
+        raise UserError("seen")
+
+    monkeypatch.setattr(evaluate, "evaluate", noted)
+    CliRunner().invoke(app, ["evaluate", str(tmp_path / "theirs"), *words])
+    assert (seen[0].cache_dir, seen[0].data.root) == (cache, f"{cache}/scenes-drawn-24")
 
 
 @pytest.mark.parametrize("word", ["data.workers=100000", "threads=100000", "trainer.devices=100000"])
