@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
 
 PROMPT_LIMIT = 4000  # characters
 DECODED = 300 * 10**6  # bytes of a decoded photo: 100 megapixels in RGB
-DECODING = threading.Lock()  # one photo is decoded at a time
+DECODER = ThreadPoolExecutor(1, "photo")  # one photo at a time; each thread would keep memory of its own
 WIDTH = 1200  # px, of photos and sample grids on the page
 PROGRESS = gr.Progress()  # as a parameter's default it makes gradio pass a progress bar of its own
 
@@ -299,11 +300,15 @@ def read_small(photo: Path) -> Image.Image:
     Raises:
         Unusable: not an image, damaged, or one that takes more memory than DECODED.
     """
-    with DECODING:
-        check_decoded_size(photo)
-        image = read_image(photo, at_least=WIDTH)[0]
-        image.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
-        return image
+    return DECODER.submit(decode_small, photo).result()
+
+
+def decode_small(photo: Path) -> Image.Image:
+    """Do what read_small does, in this thread."""
+    check_decoded_size(photo)
+    image = read_image(photo, at_least=WIDTH)[0]
+    image.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+    return image
 
 
 def check_decoded_size(photo: Path) -> None:
