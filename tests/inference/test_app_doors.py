@@ -182,6 +182,7 @@ def test_routes_that_the_page_does_not_use_are_closed() -> None:
         ("POST", "/gradio_api/call/draw"),
         ("GET", "/gradio_api/proxy=https://example.com"),
         ("GET", "/gradio_api/deep_link"),
+        ("GET", "/monitoring/"),
         ("DELETE", "/"),
     ):
         assert ask(method=method, path=path)[0] == 403, path
