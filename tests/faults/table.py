@@ -87,7 +87,7 @@ def machine_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def fuzz_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    sound = "no traceback, no file outside, memory within its bound"
+    sound = "read, or refused in one line; no file outside"
     rows = []
     for one in found["tests"]:
         end = f"{sound} ({one['seconds']} s)" if one["passed"] else "**failed**"
