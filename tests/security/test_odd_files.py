@@ -93,10 +93,10 @@ def read_everywhere(run: RunDir, other: RunDir) -> None:
     data = read_run(run, with_scores=True)
     _ = data.probe, data.metrics, data.distances, data.evaluation, data.layer_map, data.gain, data.findings
     _ = data.trial.verdict, embed_grids(data)
-    sides = compare.read_side(str(run.path)), compare.read_side(str(other.path))
-    for read in (lambda: from_yaml(run.config), lambda: compare.compare(*sides)):
-        with suppress(UserError):
-            read()
+    with suppress(UserError):
+        from_yaml(run.config)
+    with suppress(UserError):
+        compare.compare(*(compare.read_side(str(side.path)) for side in (run, other)))
 
 
 @pytest.mark.parametrize("make", [pipe, huge])
