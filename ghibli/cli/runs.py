@@ -16,6 +16,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.identity import age_of
 from ghibli.runtime.console import console, full_width
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
 
 
@@ -41,7 +42,7 @@ def evaluate_command(
     ],
 ) -> None:
     """Sample finished runs and their base in every cell and measure the distance to real images."""
-    folders = [word for word in arguments if "=" not in word or Path(word).is_dir()]  # trial names contain =
+    folders = [word for word in arguments if "=" not in word or exists(word)]  # trial names contain =
     runs = [RunDir(Path(folder)) for folder in folders]
     if not runs:
         raise UserError("which run? ghibli evaluate RUN... (`ghibli list` shows them)")

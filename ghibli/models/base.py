@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ghibli.runtime.files import ROOT
+from ghibli.runtime.home import expanded
 
 TOKENIZER_LOCK = Lock()  # a fast tokenizer raises when two threads use it at once
 DEMO = ROOT / "ghibli" / "demo"  # the embedded demo base, a diffusers folder
@@ -77,7 +78,7 @@ class BaseModel:
 
 def resolve_path(path: str) -> Path:
     """Resolve a path as typed: `demo` and what is below it lie in this package, `~` is the home folder."""
-    return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else Path(path).expanduser()
+    return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else expanded(path)
 
 
 def weights_hash(base: BaseModel) -> str:

@@ -21,6 +21,7 @@ from ghibli.images.read import FORMATS, image_endings, is_image_name, open_file
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.load import is_here
 from ghibli.runtime.errors import UserError, disk_trouble, first_line
+from ghibli.runtime.home import expanded
 from ghibli.runtime.resources import free_disk
 
 KAGGLE_SET = "shubham1921/real-to-ghibli-image-dataset-5k-paired-images"
@@ -52,7 +53,7 @@ def fetch(data: str, into: Path, on_progress: Progress) -> Path:
     Raises:
         UserError: no such thing, a damaged file, a full disk, no network or no account.
     """
-    path = Path(data).expanduser()
+    path = expanded(data)
     if data == "kaggle":
         return enter(download_kaggle())
     if path.is_dir():

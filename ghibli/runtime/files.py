@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import expanded
 
 ROOT = Path(__file__).parents[2]  # the folder that holds ghibli/, conf/ and train.py
 LARGEST_TABLE = 2**26  # bytes of a CSV file of a run; ours have some kilobytes
@@ -142,7 +143,7 @@ def require_target(folder: Path, flag: str, needed: int) -> None:
     Raises:
         UserError: it cannot be made or written, or its disk is too full.
     """
-    existing = folder.expanduser().absolute()
+    existing = expanded(folder).absolute()
     while not os.path.lexists(existing):
         existing = existing.parent
     try:
