@@ -25,7 +25,7 @@ def to_safetensors(file: Path) -> Path:
         raise UserError(f"{file}: only {', '.join(PICKLES)} files are converted")
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists already: move it away first")
     try:
         with warnings.catch_warnings():
