@@ -41,6 +41,6 @@ def test_an_odd_trial_does_not_hide_the_others(tmp_path: Path) -> None:
     assert len(trials) == 3 and [trial.gain for trial in trials] == [None] * 3
     assert varied(trials) == ["lora.alpha", "lora.rank"]
     assert sorted(trial.verdict for trial in trials) == [
-        "failed: \\xff", "failed: no_result.txt cannot be read (Is a directory)", "failed: text",
+        "failed: \\xff", "failed: no_result.txt cannot be read: not a plain file", "failed: text",
     ]  # fmt: skip
     assert len(ranking_csv(trials).splitlines()) == 4
