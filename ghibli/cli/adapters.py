@@ -29,7 +29,8 @@ def export_command(
     """Write a run's adapter for diffusers, ComfyUI and A1111, with a model card, and verify every file."""
     with stop_at_once():
         from ghibli.inference import export
-        from ghibli.runs.find import finished_config, finished_run
+        from ghibli.runs.find import finished_run
+        from ghibli.runs.settings import finished_config
 
     found = finished_run(run)
     found.refuse_links()
@@ -186,8 +187,9 @@ def slim_command(
     """Measure which layers carry a run's gain, and write the smallest adapter that loses less than --lose."""
     with stop_at_once():
         from ghibli.runs.compose import cache_of_this_machine
-        from ghibli.runs.find import finished_config, finished_run
+        from ghibli.runs.find import finished_run
         from ghibli.runs.here import on_this_machine
+        from ghibli.runs.settings import finished_config
 
     limit = share("--lose", lose)
     found = finished_run(run)

@@ -6,8 +6,6 @@ from typing import Annotated
 import typer
 
 from ghibli.cli.options import app
-from ghibli.demo.scenes import canvas
-from ghibli.demo.scenes.scene import write_folder
 from ghibli.runtime.commands import command_line, path_setting, quoted
 from ghibli.runtime.console import console, counted
 from ghibli.runtime.errors import UserError, stop_at_once
@@ -27,6 +25,9 @@ def draw_command(
     size: Annotated[int, typer.Option(help="side in px", min=32, max=1024)] = 128,
 ) -> None:
     """Draw images with captions into a folder that `data.root=` can read."""
+    from ghibli.demo.scenes import canvas
+    from ghibli.demo.scenes.scene import write_folder
+
     if look not in canvas.LOOKS:
         raise UserError(f"--look {look} is unknown: choose one of {', '.join(canvas.LOOKS)}")
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):

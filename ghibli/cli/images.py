@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
-from ghibli.config.paths import check_base_path
 from ghibli.runtime.commands import quoted
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
@@ -186,6 +185,7 @@ def app_command(
 
 def require_settings(words: list[str]) -> None:
     """Raise a UserError for a word that is not a setting of train.py, or names a base that is not there."""
+    from ghibli.config.paths import check_base_path
     from ghibli.runs.compose import compose_config
 
     for word in words:

@@ -9,11 +9,9 @@ from rich.table import Table
 
 from ghibli.cli.options import app
 from ghibli.config.registry import sampler_label
-from ghibli.config.schema import CONFIG_VERSION
-from ghibli.runs import compare
+from ghibli.config.schema import CONFIG_VERSION, age_of
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
-from ghibli.runs.identity import age_of
 from ghibli.runtime.console import console, full_width
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists
@@ -50,8 +48,8 @@ def evaluate_command(
     from ghibli.evaluation import evaluate as evaluate_module
     from ghibli.evaluation.evaluate import CHANGEABLE
     from ghibli.runs.compose import cache_of_this_machine
-    from ghibli.runs.find import finished_config
     from ghibli.runs.here import on_this_machine
+    from ghibli.runs.settings import finished_config
     from ghibli.training import wandb_logger  # torch takes seconds to load
 
     settings = [word for word in arguments if word not in folders]
@@ -129,6 +127,8 @@ def compare_command(
     other: Annotated[str, typer.Argument(help="another one")],
 ) -> None:
     """Show how two runs differ, and whether that explains their results."""
+    from ghibli.runs import compare
+
     sides = [compare.read_side(folder) for folder in (one, other)]
     differing, results, verdict = compare.compare(*sides)
     for name, rows in (("differs", differing), ("result", results)):

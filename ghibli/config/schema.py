@@ -427,3 +427,8 @@ def describe(config: Config) -> str:
     if config.finetune != "none":
         parts += [f"training guidance {config.loss.guidance:g}", f"lr {config.optimizer.lr:g}"]
     return ", ".join(parts)
+
+
+def age_of(version: int) -> str:
+    """Return `an older` or `a newer`, for settings of another version than this code's."""
+    return "an older" if version < CONFIG_VERSION else "a newer"

@@ -14,8 +14,9 @@ from ghibli.config.schema import Config
 from ghibli.diffusion.process import usual_guidance
 from ghibli.models.base import BaseModel
 from ghibli.runs.compose import compose_config
-from ghibli.runs.find import finished_config, finished_run
+from ghibli.runs.find import finished_run
 from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists, expanded
 

@@ -1,13 +1,10 @@
-"""Find run folders: all of them, the one to resume, the finished ones."""
+"""Find run folders: all of them, the one to resume, the finished ones. Reads no settings, and so no Hydra."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ghibli.config.files import from_yaml
-from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.commands import resume_command
 from ghibli.runtime.errors import UserError
 
 OUTPUTS = Path("outputs")
@@ -88,16 +85,3 @@ def finished_run(name: str) -> RunDir:
 def runs_with_weights() -> list[RunDir]:
     """List the finished runs below outputs/ that trained something, oldest first."""
     return [run for run in all_runs() if run.status.state == "finished" and run.has_weights]
-
-
-def finished_config(run: RunDir) -> Config:
-    """Read the settings of a finished run.
-
-    Raises:
-        UserError: no such folder, no run in it, or one that has not finished.
-    """
-    if not run.config.is_file():
-        raise UserError(f"{run.path} holds no run: `ghibli list` shows them")
-    if run.status.state != "finished":
-        raise UserError(f"{run.path} is {run.status.state}, not finished: {resume_command(run.path)}")
-    return from_yaml(run.config)

@@ -58,11 +58,6 @@ def finished_objective(run: RunDir) -> float | None:
     return status["objective"] if is_trusted else None
 
 
-def age_of(version: int) -> str:
-    """Return `an older` or `a newer`, for settings of another version than this code's."""
-    return "an older" if version < CONFIG_VERSION else "a newer"
-
-
 def describe_commit(status: dict[str, Any]) -> str:
     """Describe the commit that a run was started from: `07578e1 with changes`."""
     commit = str(status.get("git_commit") or "unknown")[:7]

@@ -5,9 +5,9 @@ import os
 from dataclasses import asdict
 
 from ghibli.config.files import CHECKSUM_LINE, LONGEST
-from ghibli.config.schema import CONFIG_VERSION, Config
+from ghibli.config.schema import CONFIG_VERSION, Config, age_of
 from ghibli.runs.folder import RunDir, step_of
-from ghibli.runs.identity import age_of, code_hash, describe_commit, finished_objective, settings_hash
+from ghibli.runs.identity import code_hash, describe_commit, finished_objective, settings_hash
 from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
 from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.errors import UserError

@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ghibli.config.files import read_settings
+from ghibli.config.files import from_yaml, read_settings
 from ghibli.config.keys import affects_result
+from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import resume_command
+from ghibli.runtime.errors import UserError
 
 DEFAULTS_OF_OTHER_KEYS = ("data.epochs", "data.accumulate", "model.lr")  # the keys set from them do count
 Difference = tuple[str, Any, Any]  # full key, the first value, the second
@@ -37,6 +40,19 @@ def relevant_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def stored_settings(run: RunDir) -> dict[str, Any]:
     """Read the relevant settings of a run's config.yaml; empty when the file cannot be read."""
     return relevant_settings(read_settings(run.config) or {})
+
+
+def finished_config(run: RunDir) -> Config:
+    """Read the settings of a finished run.
+
+    Raises:
+        UserError: no such folder, no run in it, or one that has not finished.
+    """
+    if not run.config.is_file():
+        raise UserError(f"{run.path} holds no run: `ghibli list` shows them")
+    if run.status.state != "finished":
+        raise UserError(f"{run.path} is {run.status.state}, not finished: {resume_command(run.path)}")
+    return from_yaml(run.config)
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> Iterator[Difference]:

@@ -22,7 +22,7 @@ from ghibli.diffusion.samplers import Cell, cells_of, draw_cells
 from ghibli.evaluation.features import ReferenceSet, distance_names
 from ghibli.images.grid import compose_grid
 from ghibli.models.base import BaseModel
-from ghibli.runs.find import finished_config
+from ghibli.runs.settings import finished_config
 from ghibli.runtime.console import counted, full_width
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, write_atomically, write_text

@@ -22,8 +22,8 @@ from ghibli.diffusion.samplers import Cell, sample
 from ghibli.evaluation import diagnosis, evaluate, samples
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
 from ghibli.models.base import BaseModel, weights_hash
-from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import checksum_of, write_with_checksum
 from ghibli.training import wandb_logger

@@ -43,8 +43,8 @@ from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.models.original import original_weights
 from ghibli.models.safetensors import ADAPTER_FILE
-from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
 
 QUICK = ("trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4", "lora.alpha=6")

@@ -25,8 +25,8 @@ from ghibli.evaluation.layer_map import read_map
 from ghibli.evaluation.slimming import halves, lost_gain
 from ghibli.inference import slim
 from ghibli.models.safetensors import ADAPTER_FILE
-from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
 from ghibli.training.module import GhibliModule
 

@@ -15,8 +15,8 @@ from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
 from ghibli.diffusion.samplers import Cell
 from ghibli.evaluation import samples
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
-from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
 from ghibli.runtime.files import read_rows
 
 NAME = "evaluate/kernel_distance"
