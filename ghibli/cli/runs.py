@@ -1,16 +1,18 @@
-"""`ghibli list`, `evaluate`, `compare` and `report`."""
+"""`ghibli list`, `watch`, `rm`, `evaluate`, `compare` and `report`."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.live import Live
 from rich.table import Table
 
 from ghibli.cli.options import app
 from ghibli.config.registry import sampler_label
-from ghibli.config.schema import CONFIG_VERSION, age_of
-from ghibli.runs.find import all_runs
+from ghibli.runs import listing, monitor, removal
+from ghibli.runs.find import OUTPUTS, finished_run, folders_with, run_named
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.console import console, full_width
 from ghibli.runtime.errors import UserError
@@ -19,29 +21,79 @@ from ghibli.runtime.terminal import one_line
 
 
 @app.command("list")
-def list_command() -> None:
-    """Show every run below outputs/ with its state, settings and gain."""
-    runs = all_runs()
-    if not runs:
+def list_command(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORD]...", help="only rows in which every word occurs")
+    ] = None,
+    sort: Annotated[str, typer.Option(help=" or ".join(listing.SORTS))] = listing.SORTS[0],
+    last: Annotated[int | None, typer.Option(help="only the last so many", min=1)] = None,
+) -> None:
+    """Show the runs below outputs/ with their state, settings and gain over their base."""
+    every = listing.listed(map(RunDir, folders_with("status.json", OUTPUTS)))
+    if not every:
         console.print("no runs below outputs/ yet: python train.py makes one")
         return
-    table = Table(box=None, pad_edge=False)
-    for name in ("run", "state", "settings", "epochs", "gain over the base"):
-        table.add_column(name, no_wrap=name == "run", overflow="fold")
-    for run in runs:
-        table.add_row(*row_of(run))
-    console.print(table)
+    rows = listing.chosen(every, words or [], sort, last)
+    if not rows:
+        wanted = " and ".join(words or [])
+        console.print(f"none of the {len(every)} runs below outputs/ has {wanted} in its row")
+        return
+    groups = listing.by_base(rows)
+    for base, own in groups.items():
+        if len(groups) > 1:
+            name = f"of base {base[:7]}" if base else "of an unknown base"
+            console.print(f"{name}: its gains compare with each other only", style="bold")
+        for line in listing.lines(own, console.width if console.is_terminal else None):
+            console.print(line)
+
+
+@app.command("watch")
+def watch_command(
+    folder: Annotated[
+        str, typer.Argument(metavar="[RUN_OR_STUDY]", help="by default the newest run")
+    ] = "latest",
+    every: Annotated[float, typer.Option(help="seconds between two looks at the files", min=0.2)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="print it once and stop")] = False,
+) -> None:
+    """Watch a run or a study from another terminal: gain, loss, doctor, time left; it reads files only."""
+    path = run_named(folder).path
+
+    def shown() -> str:
+        return "\n".join(monitor.picture(path, console.width, monitor.utc_now()))
+
+    if once or not console.is_terminal:
+        console.print(shown())
+        return
+    with Live(console.render_str(shown()), console=console, auto_refresh=False) as live:
+        while not monitor.is_over(path):
+            time.sleep(every)
+            live.update(console.render_str(shown()), refresh=True)
+
+
+@app.command("rm")
+def rm_command(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders, or latest")],
+    really: Annotated[bool, typer.Option("--really", help="delete; without it, only list")] = False,
+) -> None:
+    """Delete runs: what a run wrote and nothing else; without --really only say what would go."""
+    for run in [run_named(name) for name in names]:
+        plan = removal.plan_removal(run)
+        if really:
+            removal.remove(plan)
+        console.print(one_line(plan.summary(done=really)))
+    if not really:
+        console.print("nothing was deleted; --really deletes this")
 
 
 @app.command("evaluate")
 def evaluate_command(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="RUN... [KEY=VALUE...]", help="run folders, settings")
+        list[str], typer.Argument(metavar="RUN... [KEY=VALUE...]", help="run folders or latest, settings")
     ],
 ) -> None:
     """Sample finished runs and their base in every cell and measure the distance to real images."""
     folders = [word for word in arguments if "=" not in word or exists(word)]  # trial names contain =
-    runs = [RunDir(Path(folder)) for folder in folders]
+    runs = [finished_run(folder) for folder in folders]
     if not runs:
         raise UserError("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
     from ghibli.config.files import apply_overrides
@@ -103,32 +155,15 @@ def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def row_of(run: RunDir) -> tuple[str, ...]:
-    """Format a run as the cells of a row of `ghibli list`."""
-    status = run.status.read()
-    gain, error = status.get("gain"), status.get("gain_se")
-    gain_text = "-"
-    if isinstance(gain, int | float) and isinstance(error, int | float):
-        gain_text = f"{100 * gain:.1f} % +- {100 * error:.1f} %"
-    epochs = str(status.get("epoch", "-"))
-    settings = "damaged" if run.status.is_damaged else settings_of(run, status)
-    return tuple(map(one_line, (run.path, run.status.state, settings, epochs, gain_text)))
-
-
-def settings_of(run: RunDir, status: dict[str, Any]) -> str:
-    """Return the summary of a run's settings, and whether another version of this code made it."""
-    text, version = str(status.get("settings", "?")), status.get("config_version", CONFIG_VERSION)
-    return text if version == CONFIG_VERSION else f"{text} (made by {age_of(version)} version)"
-
-
 @app.command("compare")
 def compare_command(
-    one: Annotated[str, typer.Argument(help="a run folder")],
+    one: Annotated[str, typer.Argument(help="a run folder, or latest")],
     other: Annotated[str, typer.Argument(help="another one")],
 ) -> None:
     """Show how two runs differ, and whether that explains their results."""
     from ghibli.runs import compare
 
+    one, other = (str(run_named(name).path) for name in (one, other))
     sides = [compare.read_side(folder) for folder in (one, other)]
     differing, results, verdict = compare.compare(*sides)
     for name, rows in (("differs", differing), ("result", results)):
@@ -142,7 +177,9 @@ def compare_command(
 
 @app.command("report")
 def report_command(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_STUDY...", help="run or study folders")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN_OR_STUDY...", help="run or study folders, or latest")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="file to write; default: report.html in the first folder")
     ] = None,
@@ -150,5 +187,6 @@ def report_command(
     """Write one HTML page about runs or a study: verdict, curves, images, tables; it needs no network."""
     from ghibli.report import page  # torch takes seconds to load
 
+    folders = [run_named(str(folder)).path if str(folder) == "latest" else folder for folder in folders]
     file = page.write(folders, out)
     console.print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): one page, for any browser")

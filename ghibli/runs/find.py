@@ -68,6 +68,20 @@ def has_checkpoint(run: RunDir) -> bool:
     return run.last_checkpoint.exists() or run.previous_checkpoint.exists()
 
 
+def run_named(name: str, root: Path = OUTPUTS) -> RunDir:
+    """Return the run folder `name`; for `latest`, the newest run, whatever its state.
+
+    Raises:
+        UserError: `latest`, and there is none.
+    """
+    if name != "latest":
+        return RunDir(Path(name))
+    runs = all_runs(root)
+    if not runs:
+        raise UserError(f"latest: no run below {root}/ yet: python train.py makes one")
+    return runs[-1]
+
+
 def finished_run(name: str) -> RunDir:
     """Return the run folder `name`; for `latest`, the newest finished run that trained something.
 

@@ -67,7 +67,10 @@ class RunStatus:
     @property
     def state(self) -> str:
         """running, finished, interrupted or failed; killed if it says running and no process is at work."""
-        status = self.read()
+        return self.state_of(self.read())
+
+    def state_of(self, status: dict[str, Any]) -> str:
+        """Return `state`, given the content that was read."""
         state = status.get("state", "unknown")
         return "killed" if state == "running" and not self.is_at_work(status) else state
 

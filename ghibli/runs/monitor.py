@@ -1,0 +1,228 @@
+"""What `ghibli watch` shows: a run or a study in some lines of text, read from its files and nothing else.
+
+Every file may be missing, half way through an epoch, or damaged: what cannot be read is left out.
+"""
+
+import csv
+import math
+import os
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ghibli.runs.find import folders_with
+from ghibli.runs.folder import RunDir
+from ghibli.runs.listing import ListedRun, lines, listed
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import read_rows
+from ghibli.runtime.terminal import one_line
+
+HEIGHT = 9  # rows of the gain's chart
+LABEL = 9  # columns before it
+BARS = "▁▂▃▄▅▆▇█"
+EPOCHS = re.compile(r"^trainer:\n(?:[ \t].*\n)*?[ \t]+max_epochs: (\d+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The gain after an epoch and its 95 % interval, in percent."""
+
+    epoch: int
+    value: float
+    low: float
+    high: float
+
+
+def picture(folder: Path, width: int, now: datetime) -> list[str]:
+    """Describe a run, or a study with its ranking so far, in lines of at most `width` columns.
+
+    Raises:
+        UserError: the folder holds neither.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")
+    run = RunDir(folder)
+    if run.status.path.exists():
+        return run_lines(run, width, now)
+    trials = listed(RunDir(found) for found in folders_with("status.json", folder))
+    if not trials:
+        raise UserError(f"{folder} holds no run yet (`ghibli list` shows the runs)")
+    return study_lines(folder, trials, width, now)
+
+
+def is_over(folder: Path) -> bool:
+    """Return whether nothing will change any more: no run in the folder is being trained."""
+    return all(RunDir(found).status.state != "running" for found in folders_with("status.json", folder))
+
+
+def run_lines(run: RunDir, width: int, now: datetime) -> list[str]:
+    """Describe one run."""
+    status = run.status.read()
+    gains = read_gains(run)
+    shown = [
+        one_line(run.path),
+        f"{run.status.state_of(status)}   {one_line(status.get('settings', ''))}",
+        *progress(run, status, now),
+        "",
+        *chart(gains, width),
+        *losses(run, width),
+    ]
+    for finding in status.get("findings") or []:
+        shown.append(one_line(f"doctor   {finding['name']}: {finding['text']}"))
+    grid = newest_grid(run)
+    if grid is not None:
+        shown.append(one_line(f"grid     {grid}"))
+    if status.get("reason"):
+        shown.append(one_line(f"reason   {status['reason']}"))
+    return [cut(line, width) for line in shown]
+
+
+def study_lines(folder: Path, trials: list[ListedRun], width: int, now: datetime) -> list[str]:
+    """Describe a study: how many trials are in which state, the ranking so far, the trial at work."""
+    states = [trial.state for trial in trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
+    ranked = sorted(
+        (trial for trial in trials if trial.gain is not None), key=lambda trial: -(trial.gain or 0.0)
+    )
+    shown = [cut(one_line(folder), width), cut(counts, width), ""]
+    if ranked:
+        shown += [cut(line, width) for line in lines(ranked, width)]
+    for trial in trials:
+        if trial.state == "running":
+            shown += ["", *run_lines(trial.run, width, now)]
+    return shown
+
+
+def read_gains(run: RunDir) -> list[Gain]:
+    """Read the gain of each epoch from probe.csv, the untouched model's first."""
+    found = []
+    for row in readable_rows(run.probe):
+        try:
+            names = ("probe/val_gain", "probe/val_gain_low", "probe/val_gain_high")
+            values = [100 * float(row[name]) for name in names]
+            found.append(Gain(int(row["epoch"]), *values))
+        except (KeyError, TypeError, ValueError):
+            continue
+    return [gain for gain in found if all(map(math.isfinite, (gain.value, gain.low, gain.high)))]
+
+
+def readable_rows(file: Path) -> list[dict[str, str]]:
+    """Read a CSV file; empty when it cannot be read."""
+    try:
+        return read_rows(file)
+    except (OSError, ValueError, csv.Error):
+        return []
+
+
+def chart(gains: list[Gain], width: int) -> list[str]:
+    """Draw the gain by epoch as text: `o` the value, `|` its 95 % interval, `-` the base's 0."""
+    if len(gains) < 2:
+        return ["gain     after the first epoch"]
+    low = min(0.0, *(gain.low for gain in gains))
+    high = max(0.0, *(gain.high for gain in gains))
+    step = (high - low) / (HEIGHT - 1) or 1.0
+
+    def row_of(value: float) -> int:
+        return HEIGHT - 1 - round((value - low) / step)
+
+    columns = max(min(width - LABEL - 1, 3 * len(gains)), 1)
+    shown = gains[-columns:]
+    spacing = max(columns // len(shown), 1)
+    cells = [[" "] * (spacing * len(shown)) for _ in range(HEIGHT)]
+    cells[row_of(0.0)] = ["-"] * (spacing * len(shown))
+    for at, gain in enumerate(shown):
+        for row in range(row_of(gain.high), row_of(gain.low) + 1):
+            cells[row][at * spacing] = "|"
+        cells[row_of(gain.value)][at * spacing] = "o"
+    best, last = max(gains[1:], key=lambda gain: gain.value), gains[-1]
+    head = (
+        f"gain     {last.value:.1f} % ({last.low:.1f} to {last.high:.1f}) after epoch {last.epoch}; "
+        f"best {best.value:.1f} %, epoch {best.epoch}"
+    )
+    labels = {0: f"{high:.1f} %", HEIGHT - 1: f"{low:.1f} %", row_of(0.0): "0 %"}
+    return [
+        head,
+        *(f"{labels.get(at, ''):>{LABEL - 1}} {''.join(row)}".rstrip() for at, row in enumerate(cells)),
+    ]
+
+
+def losses(run: RunDir, width: int) -> list[str]:
+    """Draw the training loss, as a share of the base's, as a line of bars, and give its last value."""
+    values = []
+    for row in readable_rows(run.metrics):
+        try:
+            values.append(float(row["train/loss"]))
+        except (KeyError, TypeError, ValueError):
+            continue
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return []
+    room = max(width - LABEL - 10, 8)
+    size = math.ceil(len(values) / room)
+    means = [sum(part) / len(part) for part in (values[at : at + size] for at in range(0, len(values), size))]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    bars = "".join(BARS[min(int((value - low) / span * len(BARS)), len(BARS) - 1)] for value in means)
+    return [f"loss     {bars} {values[-1]:.4f}"]
+
+
+def progress(run: RunDir, status: dict[str, Any], now: datetime) -> list[str]:
+    """Say which step and epoch the last checkpoint has, and how long the rest takes at that pace."""
+    step, epoch, total = status.get("step"), status.get("epoch"), planned_epochs(run)
+    if step is None or epoch is None:
+        return ["epoch    the first one is not over" if status.get("state") == "running" else "epoch    -"]
+    text = f"epoch    {epoch}{f' of at most {total}' if total else ''}, step {step}"
+    left = seconds_left(run, status, total, now)
+    return [text if left is None else f"{text}, {in_words(left)} left at this pace"]
+
+
+def planned_epochs(run: RunDir) -> int | None:
+    """Read trainer.max_epochs from config.yaml, without the seconds that parsing all of it takes."""
+    try:
+        found = EPOCHS.search(run.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return int(found[1]) if found else None
+
+
+def seconds_left(run: RunDir, status: dict[str, Any], total: int | None, now: datetime) -> float | None:
+    """Estimate the seconds to the last planned epoch from the steps since this start; None if not running."""
+    starts, step, epoch = status.get("starts") or [], status["step"], status["epoch"]
+    if run.status.state_of(status) != "running" or not total or not starts or not epoch:
+        return None
+    try:
+        at, updated = (datetime.fromisoformat(text) for text in (starts[-1]["at"], status["updated"]))
+        done = step - (starts[-1].get("step") or 0)
+        pace = (updated - at).total_seconds() / done
+        passed = (now - updated).total_seconds()
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return max(pace * (step / epoch * total - step) - passed, 0.0)
+
+
+def in_words(seconds: float) -> str:
+    """Format a duration: `40 s`, `12 min` or `3 h 20 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def newest_grid(run: RunDir) -> Path | None:
+    """Return the newest image grid, relative to the current folder."""
+    try:
+        grids = sorted(run.samples.glob("*.png"), key=lambda path: path.stat().st_mtime_ns)
+    except OSError:
+        return None
+    return Path(os.path.relpath(grids[-1])) if grids else None
+
+
+def cut(line: str, width: int) -> str:
+    """Cut a line to a width."""
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def utc_now() -> datetime:
+    """Return the time, in the zone of the times in status.json."""
+    return datetime.now(UTC)

@@ -1,0 +1,71 @@
+"""Delete a run: the files that a run writes, and no others."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ghibli.runs.folder import BY_LIBRARIES, FILES, FOLDERS, RunDir
+from ghibli.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What would be deleted of one run."""
+
+    run: RunDir
+    files: list[Path]  # files and links; a link itself goes, never what it names
+    folders: list[Path]  # the deepest first
+    others: list[Path]  # in the run's folder, made by nobody here: they stay
+    size: int  # bytes
+
+    def summary(self, done: bool) -> str:
+        """Say in one line what goes, or went, and what stays."""
+        verb = "deleted" if done else "would delete"
+        text = f"{verb} {self.run.path}: {len(self.files)} files, {self.size / 1e6:.1f} MB"
+        if self.others:
+            names = ", ".join(path.name for path in self.others[:3])
+            text += f"; what no run writes stays: {names}{' ...' if len(self.others) > 3 else ''}"
+        return text
+
+
+def plan_removal(run: RunDir) -> Removal:
+    """List what deleting a run deletes.
+
+    Raises:
+        UserError: no such folder, no run in it, or a process trains there.
+    """
+    if not run.path.is_dir():
+        raise UserError(f"{run.path}: no such folder (`ghibli list` shows the runs)")
+    if not run.status.path.is_file():
+        raise UserError(f"{run.path} is no run: it has no status.json (`ghibli list` shows the runs)")
+    if run.status.state == "running":
+        raise UserError(f"{run.path} is running: stop it first")
+    own = {*FILES, *FOLDERS, *BY_LIBRARIES}
+    files, folders = [], []
+    others = sorted(path for path in run.path.iterdir() if path.name not in own)
+    for path in sorted(path for path in run.path.iterdir() if path.name in own):
+        if path.is_symlink() or not path.is_dir():
+            files.append(path)
+            continue
+        for folder, inner, names in os.walk(path, topdown=False):
+            links = [name for name in inner if Path(folder, name).is_symlink()]
+            files += [Path(folder, name) for name in (*names, *links)]
+            folders.append(Path(folder))
+    files.sort(key=lambda path: path == run.status.path)  # last: until then the rest can be deleted again
+    return Removal(run, files, folders, others, sum(path.lstat().st_size for path in files))
+
+
+def remove(plan: Removal) -> None:
+    """Delete what was listed, and the run's folder if nothing else is left in it.
+
+    Raises:
+        UserError: a process trains there.
+    """
+    with plan.run.lock():
+        for path in plan.files:
+            path.unlink(missing_ok=True)
+        for folder in plan.folders:
+            folder.rmdir()
+        (plan.run.path / ".lock").unlink(missing_ok=True)  # taking the lock has made it
+    if not any(plan.run.path.iterdir()):
+        plan.run.path.rmdir()

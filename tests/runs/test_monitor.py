@@ -1,0 +1,107 @@
+"""`ghibli watch`: the chart shows the numbers of probe.csv; a half-written or damaged folder is shown too."""
+
+import math
+import random
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from ghibli.runs import monitor
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import write_rows
+
+START = datetime(2026, 1, 2, 3, 0, tzinfo=UTC)
+COLUMNS = ("step", "epoch", "probe/val_gain", "probe/val_gain_low", "probe/val_gain_high")
+CONFIG = "data:\n  epochs: 6\ntrainer:\n  precision: auto\n  max_epochs: 6\n  devices: 1\n"
+
+
+def write_gains(run: RunDir, gains: list[tuple[float, float, float]]) -> None:
+    rows = [dict(zip(COLUMNS, (10 * at, at, *gain), strict=True)) for at, gain in enumerate(gains)]
+    write_rows(run.probe, COLUMNS, rows)
+
+
+def make_run(folder: Path, **changes: object) -> RunDir:
+    """Make a run that was at step 20, epoch 2 of 6, four minutes after its start."""
+    run = RunDir(folder)
+    content: dict[str, object] = {
+        "state": "running", "settings": "LoRA rank 8", "step": 20, "epoch": 2, "gain": 0.2, "gain_se": 0.01,
+        "updated": (START + timedelta(minutes=4)).isoformat(),
+        "starts": [{"at": START.isoformat(), "step": None}],
+    }  # fmt: skip
+    run.status.update(**(content | changes))
+    run.config.write_text(CONFIG)
+    return run
+
+
+def test_the_chart_is_true_to_half_a_row() -> None:
+    numbers = random.Random(0)
+    values = [0.0, *(numbers.uniform(-30, 60) for _ in range(11))]
+    gains = [monitor.Gain(at, value, value - 4, value + 7) for at, value in enumerate(values)]
+    head, *rows = monitor.chart(gains, 80)
+    low, high = min(values) - 4, max(values) + 7
+    half = (high - low) / (monitor.HEIGHT - 1) / 2
+    for at, gain in enumerate(gains):
+        column = [row[monitor.LABEL + 3 * at :][:1] for row in rows]
+        marked = [row for row, mark in enumerate(column) if mark in ("o", "|")]
+        places = ((column.index("o"), gain.value), (marked[0], gain.high), (marked[-1], gain.low))
+        for row, value in places:
+            assert abs(high - 2 * half * row - value) <= half + 1e-9
+    assert f"best {max(values):.1f} %" in head
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize("epochs", [2, 12, 500])
+def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int, epochs: int) -> None:
+    run = make_run(tmp_path / ("long" * 30), findings=[{"name": "overfitting", "text": "word " * 40}])
+    write_gains(run, [(0.0, 0.0, 0.0), *((0.01 * at, 0.0, 0.02 * at) for at in range(1, epochs))])
+    write_rows(
+        run.metrics, ("step", "train/loss"), [{"step": at, "train/loss": 1 / at} for at in range(1, 999)]
+    )
+    lines = monitor.picture(run.path, width, START)
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith("doctor   overfitting: word") for line in lines)
+
+
+def test_the_time_left_is_the_pace_times_the_steps(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    now = START + timedelta(minutes=5)  # 20 steps took 4 minutes; 40 more take 8, one of which is over
+    with run.lock():
+        lines = monitor.picture(run.path, 80, now)
+    assert "epoch    2 of at most 6, step 20, 7 min left at this pace" in lines
+    run.status.update(starts=[{"at": START.isoformat(), "step": 10}])  # resumed: 10 steps took 4 minutes
+    with run.lock():
+        assert any("15 min left" in line for line in monitor.picture(run.path, 80, now))
+    assert not any("min left" in line for line in monitor.picture(run.path, 80, now))  # it was killed
+
+
+def test_a_study_is_ranked_and_counted(tmp_path: Path) -> None:
+    for number, gain in enumerate((0.1, 0.3, None, 0.2)):
+        state = "failed" if gain is None else "finished"
+        make_run(tmp_path / f"trial{number}", state=state, gain=gain, gain_se=gain and 0.01)
+    lines = monitor.picture(tmp_path, 80, START)
+    assert lines[1] == "1 failed, 3 finished"
+    assert [line.split()[0][-6:] for line in lines[4:]] == ["trial1", "trial3", "trial0"]
+
+
+def test_what_is_missing_or_damaged_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    run.probe.write_text("step,epoch,probe/val_gain\n0,0,\nx\n")
+    run.metrics.write_bytes(b"step,train/loss\n1,nan\n\xff\x00")
+    run.config.write_bytes(b"\xff")
+    lines = monitor.picture(run.path, 80, START)
+    assert "gain     after the first epoch" in lines and not any("nan" in line for line in lines)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, run.probe, run.metrics])  # it only reads
+    run.status.path.write_text("{")
+    assert monitor.picture(run.path, 80, START)[1].startswith("unknown")
+    run.status.path.unlink()
+    with pytest.raises(UserError, match="holds no run yet"):
+        monitor.picture(run.path, 80, START)
+
+
+def test_nothing_not_finite_is_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    write_gains(run, [(0.0, 0.0, 0.0), (math.nan, 0.0, math.inf), (0.1, 0.05, 0.15)])
+    assert [gain.epoch for gain in monitor.read_gains(run)] == [0, 2]

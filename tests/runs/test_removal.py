@@ -1,0 +1,61 @@
+"""`ghibli rm`: what a run wrote goes, and nothing else."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ghibli.runs.folder import RunDir
+from ghibli.runs.removal import plan_removal, remove
+from ghibli.runtime.errors import UserError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A finished run with files in folders of its own and of Hydra."""
+    run = RunDir(tmp_path / "outputs" / "run")
+    run.status.update(state="finished")
+    for name in ("checkpoints/last.ckpt", "samples/a.png", ".hydra/hydra.yaml", "wandb/run/a/b.txt", ".lock"):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_bytes(b"12345")
+    return run
+
+
+def test_nothing_is_deleted_before_it_is_asked_for(run: RunDir) -> None:
+    plan = plan_removal(run)
+    assert plan.summary(done=False).startswith(f"would delete {run.path}: 6 files")
+    assert len(plan.files) == 6 and all(file.exists() for file in plan.files)
+
+
+def test_a_run_goes_as_a_whole(run: RunDir) -> None:
+    remove(plan_removal(run))
+    assert not run.path.exists() and run.path.parent.is_dir()
+
+
+def test_a_file_that_no_run_writes_stays(run: RunDir) -> None:
+    note = run.path / "my notes.txt"
+    note.write_text("mine")
+    plan = plan_removal(run)
+    remove(plan)
+    assert "what no run writes stays: my notes.txt" in plan.summary(done=True)
+    assert list(run.path.iterdir()) == [note] and note.read_text() == "mine"
+
+
+def test_what_a_link_leads_to_stays(run: RunDir, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.png").write_bytes(b"1")
+    (run.path / "samples" / "link").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="is a link to"):
+        remove(plan_removal(run))
+    assert (elsewhere / "mine.png").exists()
+
+
+def test_what_is_no_run_or_runs_is_refused(run: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run: it has no status\.json"):
+        plan_removal(RunDir(tmp_path))
+    with pytest.raises(UserError, match="no such folder"):
+        plan_removal(RunDir(tmp_path / "none"))
+    run.status.update(state="running", process=os.getpid())
+    with run.lock(), pytest.raises(UserError, match="is running: stop it first"):
+        plan_removal(run)
