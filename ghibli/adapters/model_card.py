@@ -158,9 +158,10 @@ def gain_sentence(status: dict[str, Any]) -> str:
     value, error = status.get("gain"), status.get("gain_se")
     if value is None or error is None or not is_number(value, error):
         return "Its gain on held-out images was not measured."
+    side = "below" if value >= 0 else "ABOVE"
     return (
-        f"On held-out images its denoising loss is {100 * value:.1f} % +- {100 * error:.1f} % (standard "
-        "error) below the base's at the same noise and timesteps, after epoch "
+        f"On held-out images its denoising loss is {100 * abs(value):.1f} % +- {100 * error:.1f} % (standard "
+        f"error) {side} the base's at the same noise and timesteps, after epoch "
         f"{plain(status.get('best_epoch'))}."
     )
 

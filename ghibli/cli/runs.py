@@ -19,6 +19,13 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
 
+FEWEST = 100  # samples of a cell below which precision and recall say nothing
+LEGEND = (
+    "cell: sampler and guidance. Distances to real images: lower is better, and the floor is what other real "
+    "images have.\nbelow base: by how much, +- one standard error. captions: how well an image fits its "
+    f"prompt, higher is better.\nprecision and recall: shown from {FEWEST} samples on. See docs/evaluation.md"
+)
+
 
 @app.command("list")
 def list_command(
@@ -115,6 +122,7 @@ def evaluate_command(
     for run, config in zip(runs, configs, strict=True):
         result = evaluate_module.evaluate(run, config)
         console.print(evaluation_table(run, result))
+        console.print(LEGEND)
         for finding in result["findings"]:
             console.print(f"{finding['name']}: {finding['text']}", style="yellow")
         console.print(f"numbers {run.evaluation}, images {run.evaluation_images}\n")
@@ -133,13 +141,17 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
     for model, rows in result["models"].items():
         for row in rows:
             cell = f"{sampler_label(row['sampler'])} {row['guidance']:g}"
-            table.add_row(model, cell, *evaluation_cells(row))
-    table.add_row("real", f"floor of {result['floor_images']}", *evaluation_cells(result["real"]))
+            table.add_row(model, cell, *evaluation_cells(row, result["samples"]))
+    floor = evaluation_cells(result["real"], result["samples"])
+    table.add_row("real", f"floor of {result['floor_images']}", *floor)
     return full_width(table)
 
 
-def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Format kernel distance, paired difference, Frechet distance, caption fit, precision and recall."""
+def evaluation_cells(row: dict[str, Any], samples: int) -> tuple[str, ...]:
+    """Format kernel distance, paired difference, Frechet distance, caption fit, precision and recall.
+
+    Precision and recall of few samples say nothing and are left out.
+    """
 
     def with_error(pair: list[float] | None, digits: int) -> str:
         return "-" if pair is None else f"{pair[0]:.{digits}f} +- {pair[1]:.{digits}f}"
@@ -150,8 +162,8 @@ def evaluation_cells(row: dict[str, Any]) -> tuple[str, ...]:
         with_error(difference and [-difference[0], difference[1]], 2),
         f"{row['frechet']:.1f}",
         with_error(row["caption_fit"], 1),
-        f"{100 * row['precision']:.0f} %",
-        f"{100 * row['recall']:.0f} %",
+        f"{100 * row['precision']:.0f} %" if samples >= FEWEST else "-",
+        f"{100 * row['recall']:.0f} %" if samples >= FEWEST else "-",
     )
 
 

@@ -23,7 +23,15 @@ from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config
 from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs import distributed
-from ghibli.runs.compose import parse_overrides, register, reject_spaces_around_equals, to_config
+from ghibli.runs.compose import (
+    check_overrides,
+    checks_of,
+    errors_in,
+    parse_overrides,
+    register,
+    reject_spaces_around_equals,
+    to_config,
+)
 from ghibli.runs.find import run_to_resume
 from ghibli.runs.folder import RunDir
 from ghibli.runs.here import on_this_machine
@@ -54,10 +62,43 @@ def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -
         is_sweep = config_name == "sweep" or any(word in ("-m", "--multirun") for word in sys.argv[1:])
         sys.argv[1:] = with_typed_paths(sys.argv[1:], is_sweep)
         decorate = hydra_main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
-        with hydra_errors(), readable_help():
+        words = list(sys.argv[1:])
+        with further_errors(lambda: errors_in_words(words, is_sweep)), hydra_errors(), readable_help():
             decorate(guarded)()
 
     one_line_errors(run)
+
+
+@contextmanager
+def further_errors(find: Callable[[], list[str]]) -> Iterator[None]:
+    """Add to an error in the settings what else is wrong with them, in the same line.
+
+    Args:
+        find: lists all errors, this one included.
+    """
+    try:
+        yield
+    except UserError as error:
+        others = [other for other in dict.fromkeys(find()) if other not in str(error)]
+        if not others:
+            raise
+        raise UserError("; and: ".join([str(error), *others])) from error
+
+
+def errors_in_words(words: list[str], is_sweep: bool) -> list[str]:
+    """List all errors in the words of a command that starts one new run; none for any other command.
+
+    A sweep's error names its trial, and a run to resume has settings of its own.
+    """
+    is_other = is_sweep or any(word.startswith(("-", "resume=", "hydra")) for word in words)
+    return [] if is_other or len(words) < 2 else check_overrides(words)[2]
+
+
+def errors_in_cfg(cfg: Any) -> list[str]:
+    """List all errors in the values of a composed config; none for a run to resume."""
+    if cfg.resume is not None:
+        return []
+    return [error for check in checks_of(cfg) for error in errors_in(check)]
 
 
 @contextmanager
@@ -83,7 +124,11 @@ class CheckRun(Callback):
     """Check a single run before Hydra makes its folder, so that an error leaves nothing behind."""
 
     def on_run_start(self, config: Any, **_: Any) -> None:
-        one_line_errors(lambda: check_job(config))
+        def check() -> None:
+            with further_errors(lambda: errors_in_cfg(config)):
+                check_job(config)
+
+        one_line_errors(check)
 
 
 def check_job(cfg: Any) -> None:
@@ -98,6 +143,9 @@ def check_job(cfg: Any) -> None:
             check_new_run(cfg)
         else:
             run = run_to_resume(cfg.resume)
+            if cfg.resume == "latest":
+                done = run.status.read().get("epoch") or 0
+                logger.info(f"latest   {run.path}: {run.status.state}, {done} epochs done")
             check_places(resumed_here(run, cfg, cfg.hydra.overrides))
             run.lock().close()
 

@@ -9,7 +9,7 @@ from ghibli.config.schema import CONFIG_VERSION, Config, age_of
 from ghibli.runs.folder import RunDir, step_of
 from ghibli.runs.identity import code_hash, describe_commit, finished_objective, settings_hash
 from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
-from ghibli.runtime.commands import path_setting, quoted
+from ghibli.runtime.commands import command_line, path_setting, quoted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_plain
 from ghibli.runtime.rank import is_first
@@ -122,6 +122,12 @@ def resume_or_restart(config: Config, run: RunDir, resumes: bool = False) -> tup
         UserError: the folder holds another run.
     """
     if resumes:
+        if has_ended(config, run):
+            more = f"trainer.max_epochs={2 * config.trainer['max_epochs']}"
+            folder = os.path.relpath(run.path)
+            again = command_line("python", "train.py", path_setting("resume", folder), more)
+            logger.info(f"{folder} is finished, and nothing was done; to train on: {again}")
+            return finished_objective(run), True
         warn_of_changes(run)
         return None, True
     require_same_trial(config, run)
@@ -140,6 +146,13 @@ def resume_or_restart(config: Config, run: RunDir, resumes: bool = False) -> tup
     if run.status.path.exists():
         delete_results(run)
     return None, False
+
+
+def has_ended(config: Config, run: RunDir) -> bool:
+    """Return whether a run is finished, has its weights, and is to be resumed without a change."""
+    is_same = relevant_settings(asdict(config)) == stored_settings(run)
+    is_whole = run.has_weights or config.finetune == "none"
+    return finished_objective(run) is not None and is_same and is_whole
 
 
 def delete_results(run: RunDir) -> None:

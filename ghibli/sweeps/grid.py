@@ -79,9 +79,23 @@ def plan_sweep(cfg: Any) -> None:
     if is_dated:
         name_anew(cfg)
     study = open_study(cfg, count)
+    if count is not None:
+        logger.info(announcement(cfg, overrides, count))
     if is_dated:
         again = quoted(path_setting("hydra.sweep.dir", study.folder))
         logger.info(f"to resume these trials: the same command with {again}")
+
+
+def announcement(cfg: Any, overrides: list[str], count: int) -> str:
+    """Say how many trials begin, where their values come from, and how to choose others."""
+    given = default_grid(cfg, overrides)
+    if not given:
+        return f"{count} trials, one after the other; after the first one the time left is known"
+    grid = cfg.hydra.runtime.choices.grid
+    return (
+        f"{count} trials of grid={grid}, over {', '.join(given)}; after the first one the time left is "
+        "known. For others sweep something yourself, such as lora.rank=4,8"
+    )
 
 
 def name_anew(cfg: Any) -> None:

@@ -80,7 +80,7 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
         lines.append(wandb_logger.how_to_look(run, logger))
     names = [finding.name for finding in training.callbacks.doctor.findings]
     lines.append(f"doctor   {', '.join(names) or 'nothing to report'}")
-    lines.append(f"next     {next_command(config)}")
+    lines += closing_lines(config, run.path, gain, training.callbacks.records.probe_rows[0]["probe/val_gain"])
     return Result(gain, best_epoch, lines)
 
 
@@ -149,10 +149,28 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return max(trained or rows, key=lambda row: row["probe/val_gain"])
 
 
-def next_command(config: Config) -> str:
-    """Say what to try after this run."""
+def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> list[str]:
+    """Say what a gain below 0 means, and what to do with this run.
+
+    Args:
+        start: the gain before the first step, a share.
+    """
+    name = relative_path(folder)
     if config.finetune == "none":
-        return "python train.py"
-    if config.loss.guidance == 1:
-        return "python train.py loss.guidance=7.5   (the reference study's other training), then: ghibli list"
-    return "ghibli list"
+        return ["next     python train.py"]
+    commands = [command_line("ghibli", "report", name)]
+    if gain.value >= 0 or config.loss.guidance != 1:
+        commands.append(command_line("ghibli", "generate", name, "--prompt", "a red train"))
+    else:
+        commands.append("lower optimizer.lr, or give it more images or epochs")
+    lines = [
+        f"next     {command}" if at == 0 else f"         {command}" for at, command in enumerate(commands)
+    ]
+    if gain.value < 0 and config.loss.guidance != 1:
+        lines.append(
+            f"below 0  guided training gives up predicting the noise: it started at {100 * start:.0f} %, not "
+            "at 0 (docs/loss-anomaly.md); judge its images"
+        )
+    elif gain.value < 0:
+        lines.append("below 0  the trained model predicts the noise of held-out images worse than the base")
+    return lines

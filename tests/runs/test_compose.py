@@ -294,6 +294,9 @@ ERRORS = {
     "trainer.precision=bf16-true": "trainer.precision=bf16-true would hold the LoRA weights in 16 bits",
     "trainer.precision=16": "trainer.precision=16 is unknown: choose one of auto, auto-16, 32-true,",
     "seed=-1": "seed=-1 is out of range",
+    # two at once
+    "lora.rnk=3 optimizer.lrr=3": "targets, variant, init); and: unknown key optimizer.lrr; did you mean lr?",
+    "lora.rank=0 optimizer.lr=-3": "a whole number from 1 to 1024; and: optimizer.lr=-3 is out of range",
     # syntax
     "lora.rank=[": "cannot parse `lora.rank=[`: expected KEY=VALUE without spaces around =",
     "lora.rank": "cannot parse `lora.rank`: expected KEY=VALUE",

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,19 @@ def test_a_sweep_twice(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert objectives[2:] == objectives[:2]
     kept = [json.loads((folder / "status.json").read_text())["objective"] for folder in trials]
     assert sorted(kept) == sorted(objectives[:2])
+
+
+def test_a_finished_run_to_resume_says_so_at_once(
+    finished: RunDir, done: tuple[Path, float], config: Config, capsys: pytest.CaptureFixture
+) -> None:
+    """Without loading anything; with more epochs, or without its weights, there is something to do."""
+    before = content_of(finished.path)
+    assert train.run(config, finished, resumes=True) == done[1]
+    said = capsys.readouterr().out
+    assert "is finished, and nothing was done; to train on: python train.py resume=" in said
+    assert f"trainer.max_epochs={2 * config.trainer['max_epochs']}" in said and "loading" not in said
+    assert content_of(finished.path) == before
+    more = replace(config, trainer=config.trainer | {"max_epochs": 9})
+    assert reuse.resume_or_restart(more, finished, resumes=True) == (None, True)
+    shutil.rmtree(finished.adapter)
+    assert reuse.resume_or_restart(config, finished, resumes=True) == (None, True)
