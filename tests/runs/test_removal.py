@@ -51,6 +51,14 @@ def test_what_a_link_leads_to_stays(run: RunDir, tmp_path: Path) -> None:
     assert (elsewhere / "mine.png").exists()
 
 
+def test_a_link_goes_and_what_it_names_beside_it_stays(run: RunDir) -> None:
+    (run.path / "mine").mkdir()
+    (run.path / "mine" / "kept.txt").write_text("mine")
+    (run.path / "unet").symlink_to("mine")
+    remove(plan_removal(run))
+    assert [path.name for path in run.path.rglob("*")] == ["mine", "kept.txt"]
+
+
 def test_what_is_no_run_or_runs_is_refused(run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run: it has no status\.json"):
         plan_removal(RunDir(tmp_path))
