@@ -124,7 +124,8 @@ def test_the_command_prints_the_table_of_a_folder_with_an_equals_sign(
     row = result["models"]["run"][1]
     kernel, below = ("{:.2f} +- {:.2f}".format(*pair) for pair in (row["kernel"], below_base(row)))
     (line,) = (line for line in lines if line.startswith("run") and "DDIM 7.5" in line)
-    assert kernel in line and below in line and line.rstrip().endswith(f"{100 * row['recall']:.0f} %")
+    assert kernel in line and below in line and line.split()[-2:] == ["-", "-"]  # few samples
+    assert runs.evaluation_cells(row, 100)[-1] == f"{100 * row['recall']:.0f} %"
     assert lines[-1].split()[:4] == ["real", "floor", "of", "6"]
 
 
