@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from helpers.commands import run_python
 
-from ghibli.cli.runs import row_of
 from ghibli.config.typed_paths import at_home
 from ghibli.data.folder import read_folder
 from ghibli.runs.folder import RunDir
+from ghibli.runs.listing import listed
 from ghibli.runs.reuse import warn_of_changes
 
 
@@ -51,7 +51,7 @@ def test_runs_of_other_versions_say_so_and_the_way_out(
 ) -> None:
     run = RunDir(tmp_path / "before")
     run.status.update(state="finished", settings="x", config_version=version, git_commit="0123456789")
-    assert f"x (made by {age} version)" in row_of(run)
+    assert listed([run])[0].settings == f"x (made by {age} version)"
     warn_of_changes(run)
     said = " ".join(capsys.readouterr().out.split())
     assert f"it was made by {age} version" in said and "check out its commit, 0123456" in said
