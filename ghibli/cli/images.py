@@ -9,13 +9,13 @@ import typer
 
 from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
 from ghibli.config.paths import check_base_path
+from ghibli.inference.request import ImageRequest, RestyleOptions, parse_size, read_prompts
 from ghibli.runtime.commands import quoted
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
 from ghibli.runtime.files import require_target
 
 if TYPE_CHECKING:  # torch takes seconds to load
-    from ghibli.inference.generate import ImageRequest
     from ghibli.inference.load import LoadedModel
 
 
@@ -41,15 +41,12 @@ def generate_command(
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/generated"),
 ) -> None:
     """Generate images from prompts with a run, adapter files or the base, as PNG files with all settings."""
-    with stop_at_once():
-        from ghibli.inference import generate
-
-    lines = [*(prompt or []), *(generate.read_prompts(prompts) if prompts else [])]
+    lines = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not lines:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
-    request = generate.ImageRequest(  # what is left to the model is filled in when that is loaded
+    request = ImageRequest(  # what is left to the model is filled in when that is loaded
         lines, sampler, 1.0 if guidance is None else guidance, steps, seed,
-        generate.parse_size(size or "512"), negative, batch, scale,
+        parse_size(size or "512"), negative, batch, scale,
     )  # fmt: skip
     require_target(folder, "--to", len(lines) * 3 * request.size[0] * request.size[1])
     model = load_sources(sources)
@@ -64,7 +61,7 @@ def generate_command(
 
 
 def write_generated(
-    model: "LoadedModel", request: "ImageRequest", folder: Path, *, base: bool, interpolate: bool
+    model: "LoadedModel", request: ImageRequest, folder: Path, *, base: bool, interpolate: bool
 ) -> None:
     """Generate the images and sheets, write each batch as it is done, and print their paths."""
     with stop_at_once():
@@ -126,13 +123,13 @@ def restyle_command(
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/restyled"),
 ) -> None:
     """Redraw photos in the trained style: a PNG file for each, and a sheet of before and after."""
+    options = RestyleOptions(  # what is left to the model is filled in when that is loaded
+        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512
+    )
     with stop_at_once():
         from ghibli.images import grid
         from ghibli.inference import generate, restyle
 
-    options = restyle.RestyleOptions(  # what is left to the model is filled in when that is loaded
-        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512
-    )
     found = restyle.find_photos(photos, prompt, "")
     require_target(folder, "--to", len(found) * 3 * options.resolution**2)
     restyle.output_files([photo.path for photo in found], folder)

@@ -19,6 +19,10 @@ from ghibli.config.typed_paths import path_key, plain_path
 from ghibli.runtime.errors import UserError
 
 LONGEST = 2**20  # characters of a config.yaml; ours have some thousand
+CHANGED_BY_EVALUATE = (  # settings of an evaluation that may differ from those of the run
+    "evaluate", "sample.samplers", "sample.guidance", "sample.num_inference_steps", "sample.seed",
+    "data.reference", "model.clip", "cache_dir",
+)  # fmt: skip
 CHECKSUM_LINE = "# sha256 of the lines above: "
 
 

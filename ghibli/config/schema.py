@@ -8,7 +8,7 @@ from math import inf, isfinite
 from typing import Any
 
 from ghibli.config.checks import require, require_choice, require_finite
-from ghibli.config.registry import LOSSES, OPTIMIZERS, SAMPLERS
+from ghibli.config.registry import LOSSES, OPTIMIZERS, check_steps, sampler_name
 from ghibli.config.trainer_flags import check_trainer
 from ghibli.runtime.errors import UserError
 
@@ -23,7 +23,7 @@ LATER_KEYS = {  # added within this version -> what runs without the key did
     "data": {"grid_epochs": ""},
     "model": {"config": None},
     "local": {"sd15_config": None, "caption": None},
-    "evaluate": {"every_n_epochs": 0, "epoch_samples": 64},
+    "evaluate": {"every_n_epochs": 0, "epoch_samples": 64, "sampler_steps": {}},
     "lora": {
         "variant": "lora",
         "init": None,
@@ -301,16 +301,13 @@ class SampleConfig:
     def __post_init__(self) -> None:
         every = self.every_n_epochs
         require(every >= 0, "sample.every_n_epochs", every, "0 (none) or more")
-        for sampler in self.samplers:
-            SAMPLERS.require(sampler)
+        self.samplers = [sampler_name(sampler, "sample.samplers") for sampler in self.samplers]
         for name in ("prompts", "samplers", "guidance"):
             require(len(getattr(self, name)) > 0, f"sample.{name}", "[]", "at least one entry")
         for scale in self.guidance:
             require(scale >= 1, "sample.guidance", scale, "1 (off) or more")
-        require(
-            1 <= self.num_inference_steps <= 1000,
-            "sample.num_inference_steps", self.num_inference_steps, "from 1 to 1000",
-        )  # fmt: skip
+        for sampler in self.samplers:
+            check_steps(sampler, self.num_inference_steps, "sample.num_inference_steps")
 
 
 @dataclass
@@ -322,6 +319,7 @@ class EvaluateConfig:
     every_n_epochs: int  # how often to measure the distance during training; 0 = never
     epoch_samples: int  # images for that
     scales: list[float]  # values of guidance_scale in the guidance scan
+    sampler_steps: dict[str, int]  # denoising steps of some samplers; the others have those of `sample`
     batch_size: int  # images sampled in one batch
     features: str  # style or inception
     inception: str | None  # file with the FID network's weights
@@ -335,6 +333,10 @@ class EvaluateConfig:
             require(value >= least, f"evaluate.{name}", value, f"at least {least}")
         for scale in self.scales:
             require(scale >= 1, "evaluate.scales", scale, "1 (off) or more")
+        key = "evaluate.sampler_steps"
+        self.sampler_steps = {sampler_name(name, key): steps for name, steps in self.sampler_steps.items()}
+        for sampler, steps in self.sampler_steps.items():
+            check_steps(sampler, steps, f"{key}.{sampler}")
         require_choice("evaluate.features", self.features, ("style", "inception"))
 
 
@@ -386,6 +388,10 @@ class Config:
         if not self.model.path:
             raise UserError("model.path is not set: give a base model, model.path=DIR, or use model=demo")
         check_trainer(self.trainer)
+        unused = set(self.evaluate.sampler_steps) - {*self.sample.samplers, "ddim"}  # DDIM makes the scan
+        if unused:
+            names = ", ".join(sorted(unused))
+            raise UserError(f"evaluate.sampler_steps names {names}, which sample.samplers does not")
         for section in fields(self):  # what no section refuses by its range
             require_finite(section.name, getattr(self, section.name))
 

@@ -57,9 +57,10 @@ def make_scheduler(sampler: str, base: BaseModel) -> SchedulerMixin:
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     """Choose the scheduler's timesteps, so that denoising starts near T - 1, where there is only noise.
 
-    `leading`, the spacing of SD 1.5's own settings, counts upwards in strides of T // num_inference_steps.
-    What that division leaves is missing at the top: 400 steps would start at t = 799. There, `trailing` is
-    used instead, which counts down from T - 1 (Lin et al. 2024, table 2).
+    `leading`, the spacing of DDPM and DDIM where the base names none, counts upwards in equal strides. What
+    their division leaves is missing at the top: 400 steps would start at t = 799. There, `trailing` is used
+    instead, which counts down from T - 1 (Lin et al. 2024, table 2). The other samplers have `linspace`, from
+    T - 1 to 0, as A1111 and ComfyUI do.
 
     Raises:
         UserError: more steps than timesteps.
@@ -67,13 +68,14 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     config = scheduler.config
     if num_inference_steps > config.num_train_timesteps:
         raise UserError(f"{num_inference_steps} steps: this base has {config.num_train_timesteps} timesteps")
-    if config.get("timestep_spacing") == "leading":
-        offset = config.get("steps_offset", 0)
-        if not leading_reaches_top(num_inference_steps, config.num_train_timesteps, offset):
-            scheduler.register_to_config(timestep_spacing="trailing")
     scheduler.set_timesteps(num_inference_steps)
+    if config.get("timestep_spacing") == "leading" and not reaches_top(scheduler, num_inference_steps):
+        scheduler.register_to_config(timestep_spacing="trailing")
+        scheduler.set_timesteps(num_inference_steps)
     if scheduler.timesteps[-1] < 0:  # numpy's arange goes one too far for 61 steps, 103, ... of `trailing`
         scheduler.timesteps = scheduler.timesteps[:-1]
+        if hasattr(scheduler, "sigmas") and len(scheduler.sigmas) == num_inference_steps + 2:
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
 
 
 def steps_key(base: BaseModel, num_inference_steps: int) -> int | str:
@@ -88,11 +90,11 @@ def steps_key(base: BaseModel, num_inference_steps: int) -> int | str:
     return num_inference_steps if spacing == was else f"{num_inference_steps} {spacing}"
 
 
-def leading_reaches_top(num_inference_steps: int, num_train_timesteps: int, offset: int) -> bool:
-    """Tell whether the first timestep of `leading` is within two strides and a quarter of all from T - 1."""
-    stride = num_train_timesteps // num_inference_steps
-    missing = num_train_timesteps - 1 - (stride * (num_inference_steps - 1) + offset)
-    return 0 <= missing < min(2 * stride, num_train_timesteps / 4)
+def reaches_top(scheduler: SchedulerMixin, num_inference_steps: int) -> bool:
+    """Tell whether the first timestep is within two strides and a quarter of all from T - 1."""
+    total = scheduler.config.num_train_timesteps
+    missing = total - 1 - float(scheduler.timesteps[0])
+    return 0 <= missing < min(2 * (total // num_inference_steps), total / 4)
 
 
 @torch.inference_mode()
@@ -131,7 +133,7 @@ def sample(
     sides = height // base.vae_factor, width // base.vae_factor
     shape = (len(prompts), base.unet.config.in_channels, *sides)
     noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
-    latents = noise * scheduler.init_noise_sigma  # 1 for DDPM and DDIM
+    latents = noise * scheduler.init_noise_sigma  # 1, or the highest sigma of those that count in sigma
     prompt_embeds = base.encode_prompts(base.tokenize(prompts).to(device))
     negative_prompt_embeds = None
     if cell.guidance != 1:

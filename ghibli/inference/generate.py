@@ -1,109 +1,28 @@
 """`ghibli generate`: PNG files from prompts, reproducible from the settings stored in each."""
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ghibli.config.checks import require, require_finite
-from ghibli.config.registry import SAMPLERS, sampler_label
+from ghibli.config.registry import sampler_label
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.images.grid import compose_grid, to_image
 from ghibli.inference.load import LoadedModel
+from ghibli.inference.request import ImageRequest
 from ghibli.models.base import TOKENIZER_LOCK, BaseModel
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import next_number, write_new
 
-LARGEST = 2048  # px, either side
 Count = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # as console.counted
 SCALES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]  # of the adapters, for --interpolate
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_cpu")
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """What to generate and how; image i starts from the noise of seed + i, independent of the others."""
-
-    prompts: list[str]
-    sampler: str  # a name in SAMPLERS
-    guidance: float  # 1 = off
-    steps: int
-    seed: int
-    size: tuple[int, int]  # width and height in px
-    negative: str = ""
-    batch: int = 4  # images generated together
-    scale: float = 1.0  # factor on the weights of all adapters
-
-    def __post_init__(self) -> None:
-        SAMPLERS.require(self.sampler, "--sampler")
-        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise UserError("an empty prompt: give --prompt TEXT")
-        for text in (*self.prompts, self.negative):
-            check_text(text)
-        if not 1 <= self.steps <= 1000:
-            raise UserError(f"--steps {self.steps}: must be from 1 to 1000")
-        check_seed(self.seed, len(self.prompts))
-        check_guidance(self.guidance)
-        require_finite("--scale", float(self.scale))
-        require(self.batch >= 1, "--batch", self.batch, "at least 1")
-        for side in self.size:
-            if side % 8 or not 64 <= side <= LARGEST:
-                near = min(max(64, round(side / 8) * 8), LARGEST)
-                raise UserError(
-                    f"--size {side}: must be a multiple of 8 from 64 to {LARGEST}, such as {near}"
-                )
-
-
-def check_seed(seed: int, images: int = 1) -> None:
-    """Raise a UserError unless torch accepts the seeds of all images: seed, seed + 1, ..."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
-    if seed + images > 2**32:
-        raise UserError(f"--seed {seed}: with {images} images, must be from 0 to {2**32 - images}")
-
-
-def check_guidance(guidance: float) -> None:
-    """Raise a UserError for a guidance scale that is negative or not finite."""
-    require(guidance >= 0, "--guidance", float(guidance), "0 (no prompt), 1 (off) or more")
-
-
-def check_text(text: str) -> None:
-    """Raise a UserError for a prompt with bytes that are not UTF-8, which Python reads as lone surrogates."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        shown = text.encode("utf-8", "replace").decode()
-        raise UserError(f"the prompt `{shown[:60]}` is not UTF-8: type it in a UTF-8 terminal or file")
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Parse `512` or `640x384` to (width, height) in px.
-
-    Raises:
-        UserError: neither.
-    """
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(re.fullmatch(r"[0-9]{1,9}", side) for side in sides):
-        raise UserError(f"--size {text[:40]}: must be a number of px, or WIDTHxHEIGHT")
-    return int(sides[0]), int(sides[-1])
-
-
-def read_prompts(file: Path) -> list[str]:
-    """Read the prompts of a text file, one per line; empty lines are skipped.
-
-    Raises:
-        UserError: no such file, or not UTF-8.
-    """
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # which makes every end of a line a newline
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file} cannot be read as UTF-8 text: {error}") from error
-    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def truncation_warnings(prompts: Iterable[str], base: BaseModel) -> list[str]:

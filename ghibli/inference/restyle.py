@@ -14,8 +14,6 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
-from ghibli.config.checks import require, require_finite
-from ghibli.config.registry import SAMPLERS
 from ghibli.data.folder import enter_and_list, list_images, read_beside, require_inside
 from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS, not_read
 from ghibli.diffusion.samplers import Cell, check_finite, make_scheduler, set_timesteps
@@ -28,17 +26,10 @@ from ghibli.images.read import (
     is_image_name,
     read_image,
 )
-from ghibli.inference.generate import (
-    check_guidance,
-    check_seed,
-    check_text,
-    enough_memory,
-    model_metadata,
-    note,
-    write_png,
-)
+from ghibli.inference.generate import enough_memory, model_metadata, note, write_png
 from ghibli.inference.load import LoadedModel
 from ghibli.inference.prompts import input_warnings, keep_style
+from ghibli.inference.request import RestyleOptions
 from ghibli.models.base import BaseModel
 from ghibli.models.load import quiet
 from ghibli.models.pipeline import make_pipeline
@@ -51,34 +42,6 @@ logger = logging.getLogger(__name__)
 SHORTEST, LONGEST = 64, 8192  # px of a side of the result
 SHEET_PAIRS = 12  # photos on the sheet
 SHEET = "before_after.png"
-
-
-@dataclass(frozen=True)
-class RestyleOptions:
-    """How photos are redrawn."""
-
-    strength: float  # share of the denoising steps that are run: 0 = the photo, 1 = all new
-    sampler: str  # ddim or ddpm
-    guidance: float  # 1 = off
-    steps: int  # of a complete denoising, of which `strength` is the share that is run
-    seed: int
-    negative: str
-    scale: float  # factor on the weights of all adapters
-    resolution: int  # px; the result has about the area of a square of this side
-
-    def __post_init__(self) -> None:
-        SAMPLERS.require(self.sampler, "--sampler")
-        if not 1 <= self.steps <= 1000:
-            raise UserError(f"--steps {self.steps}: must be from 1 to 1000")
-        check_seed(self.seed)
-        check_guidance(self.guidance)
-        check_text(self.negative)
-        require_finite("--scale", float(self.scale))
-        require(0 < self.strength <= 1, "--strength", float(self.strength), "more than 0 and at most 1")
-        if int(self.steps * self.strength) < 1:
-            raise UserError(
-                f"--strength {self.strength:g} of {self.steps} steps is less than one: raise either"
-            )
 
 
 @dataclass(frozen=True)

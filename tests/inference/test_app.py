@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 import train
 from ghibli.cli.main import app as command_line
 from ghibli.images.grid import to_image
-from ghibli.inference.generate import Count, ImageRequest, generate_images
+from ghibli.inference.generate import Count, generate_images
 from ghibli.inference.load import LoadedModel, load_model
+from ghibli.inference.request import ImageRequest
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 

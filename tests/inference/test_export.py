@@ -37,8 +37,9 @@ from ghibli.cli.main import app
 from ghibli.config.schema import ModelConfig
 from ghibli.inference import export, owned
 from ghibli.inference.export import check_prediction, predict, probe_inputs
-from ghibli.inference.generate import ImageRequest, generate_images
+from ghibli.inference.generate import generate_images
 from ghibli.inference.load import load_model
+from ghibli.inference.request import ImageRequest
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.models.original import original_weights

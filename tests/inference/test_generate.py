@@ -24,8 +24,9 @@ from ghibli.cli import images
 from ghibli.cli.main import app
 from ghibli.images.grid import to_image
 from ghibli.inference import generate
-from ghibli.inference.generate import ImageRequest, generate_images, write_images
+from ghibli.inference.generate import generate_images, write_images
 from ghibli.inference.load import LoadedModel, load_model, split_weight
+from ghibli.inference.request import ImageRequest, parse_size, read_prompts
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
@@ -62,13 +63,14 @@ def loaded(adapter: Path) -> LoadedModel:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"sampler": "euler"}, "--sampler euler is unknown: choose one of"),
+        ({"sampler": "eulr"}, "--sampler eulr is unknown: choose one of ddpm, ddim, euler"),
         ({"prompts": ["a train", "  "]}, "an empty prompt: give --prompt TEXT"),
         ({"prompts": []}, "an empty prompt"),
-        ({"steps": 0}, "--steps 0: must be from 1 to 1000"),
+        ({"steps": 0}, "--steps 0 is out of range: from 1 to 1000"),
         ({"seed": 10**20}, "--seed 100000000000000000000: must be from 0 to 4294967295"),
         ({"seed": -1}, "--seed -1: must be from 0 to 4294967295"),
-        ({"steps": 1001}, "--steps 1001: must be from 1 to 1000"),
+        ({"steps": 1001}, "--steps 1001 is out of range: from 1 to 1000"),
+        ({"sampler": "LCM", "steps": 51}, "--steps 51 is out of range: from 1 to 50 with lcm"),
         ({"seed": 2**32 - 2}, "--seed 4294967294: with 3 images, must be from 0 to 4294967293"),
         ({"scale": math.nan}, "--scale nan is not a finite number"),
         ({"scale": -math.inf}, "--scale -inf is not a finite number"),
@@ -89,26 +91,26 @@ def test_a_request_that_cannot_be_met_is_one_line(change: dict[str, object], wor
 
 
 def test_sizes_as_people_write_them() -> None:
-    assert generate.parse_size("512") == (512, 512)
-    assert generate.parse_size("640x384") == generate.parse_size("640X384") == (640, 384)
+    assert parse_size("512") == (512, 512)
+    assert parse_size("640x384") == parse_size("640X384") == (640, 384)
     for text in ("", "x", "9" * 5000, "640x", "1x2x3", "-64", "64.5", "²"):
         with pytest.raises(UserError, match="must be a number of px, or WIDTHxHEIGHT"):
-            generate.parse_size(text)
+            parse_size(text)
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa train\r\n\r\n  ein Fluß \n".encode())
-    assert generate.read_prompts(file) == ["a train", "ein Fluß"]
+    assert read_prompts(file) == ["a train", "ein Fluß"]
     file.write_bytes("one\u2028line\x0band\x85more\rtwo".encode())
-    assert generate.read_prompts(file) == ["one\u2028line\x0band\x85more", "two"]
+    assert read_prompts(file) == ["one\u2028line\x0band\x85more", "two"]
     file.write_bytes("\ufeffa train\r\n\r\n  ein Fluß \n".encode())
     for damaged in (tmp_path / "nowhere.txt", tmp_path):
         with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
-            generate.read_prompts(damaged)
+            read_prompts(damaged)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
-        generate.read_prompts(file)
+        read_prompts(file)
 
 
 def test_words_that_the_text_encoder_never_sees_are_named(base: BaseModel) -> None:

@@ -19,7 +19,8 @@ from ghibli.inference import restyle
 from ghibli.inference.generate import truncation_warnings
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.prompts import input_warnings, keep_style
-from ghibli.inference.restyle import Photo, RestyleOptions, find_photos, restyle_all, size_like
+from ghibli.inference.request import RestyleOptions
+from ghibli.inference.restyle import Photo, find_photos, restyle_all, size_like
 from ghibli.models.base import DEMO
 from ghibli.runtime.errors import UserError
 
@@ -102,10 +103,10 @@ def test_shape_and_area_are_kept(size: tuple[int, int], expected: tuple[int, int
 def test_strength_of_no_step() -> None:
     with pytest.raises(UserError, match=r"--strength 0.2 of 4 steps is less than one: raise either"):
         RestyleOptions(0.2, "ddim", 1.0, 4, 0, "", 1.0, 64)
-    with pytest.raises(UserError, match="--steps 1001: must be from 1 to 1000"):
+    with pytest.raises(UserError, match="--steps 1001 is out of range: from 1 to 1000"):
         RestyleOptions(1.0, "ddim", 1.0, 1001, 0, "", 1.0, 64)
-    with pytest.raises(UserError, match="--sampler euler is unknown"):
-        RestyleOptions(0.5, "euler", 1.0, 4, 0, "", 1.0, 64)
+    with pytest.raises(UserError, match="--sampler eulr is unknown"):
+        RestyleOptions(0.5, "eulr", 1.0, 4, 0, "", 1.0, 64)
 
 
 # The images

@@ -87,7 +87,8 @@ def settings_column(session: AppSession) -> SettingsColumn:
     )  # fmt: skip
     prompt_box = gr.Textbox(prompt, label="Prompt", lines=2, max_length=PROMPT_LIMIT, elem_id="prompt")
     negative = gr.Textbox("", label="Negative prompt", max_length=PROMPT_LIMIT)
-    sampler = gr.Radio(list(SAMPLERS), value="ddim", label="Sampler")
+    labels = [(entry.label, name) for name, entry in SAMPLERS.items()]
+    sampler = gr.Dropdown(labels, value="ddim", label="Sampler", elem_id="sampler")
     guidance = gr.Slider(1, 30, value=7.5, step=0.5, label="Guidance", info="1 = off")
     steps = gr.Slider(1, 100, value=30, step=1, label="Steps", elem_id="steps")
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")

@@ -22,10 +22,11 @@ from PIL import Image
 
 from ghibli.images.grid import to_image
 from ghibli.images.read import Unusable, open_file, read_image
-from ghibli.inference.generate import Count, ImageRequest, generate_images
+from ghibli.inference.generate import Count, generate_images
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.prompts import input_warnings, keep_style
-from ghibli.inference.restyle import RestyleOptions, restyle_photo
+from ghibli.inference.request import ImageRequest, RestyleOptions
+from ghibli.inference.restyle import restyle_photo
 from ghibli.inference.safety import SafetyChecker, has_checker
 from ghibli.runs.find import runs_with_weights
 from ghibli.runs.folder import RunDir

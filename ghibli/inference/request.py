@@ -1,0 +1,116 @@
+"""What `generate` and `restyle` are asked for, checked; imports no torch, so that a typo is told at once."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ghibli.config.checks import require, require_finite
+from ghibli.config.registry import check_steps, sampler_name
+from ghibli.runtime.errors import UserError
+
+LARGEST = 2048  # px, either side
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """What to generate and how; image i starts from the noise of seed + i, independent of the others."""
+
+    prompts: list[str]
+    sampler: str  # as sampler_name takes it; afterwards a name in SAMPLERS
+    guidance: float  # 1 = off
+    steps: int
+    seed: int
+    size: tuple[int, int]  # width and height in px
+    negative: str = ""
+    batch: int = 4  # images generated together
+    scale: float = 1.0  # factor on the weights of all adapters
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", sampler_name(self.sampler, "--sampler"))
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise UserError("an empty prompt: give --prompt TEXT")
+        for text in (*self.prompts, self.negative):
+            check_text(text)
+        check_steps(self.sampler, self.steps, "--steps")
+        check_seed(self.seed, len(self.prompts))
+        check_guidance(self.guidance)
+        require_finite("--scale", float(self.scale))
+        require(self.batch >= 1, "--batch", self.batch, "at least 1")
+        for side in self.size:
+            if side % 8 or not 64 <= side <= LARGEST:
+                near = min(max(64, round(side / 8) * 8), LARGEST)
+                raise UserError(
+                    f"--size {side}: must be a multiple of 8 from 64 to {LARGEST}, such as {near}"
+                )
+
+
+@dataclass(frozen=True)
+class RestyleOptions:
+    """How photos are redrawn."""
+
+    strength: float  # share of the denoising steps that are run: 0 = the photo, 1 = all new
+    sampler: str  # as sampler_name takes it; afterwards a name in SAMPLERS
+    guidance: float  # 1 = off
+    steps: int  # of a complete denoising, of which `strength` is the share that is run
+    seed: int
+    negative: str
+    scale: float  # factor on the weights of all adapters
+    resolution: int  # px; the result has about the area of a square of this side
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", sampler_name(self.sampler, "--sampler"))
+        check_steps(self.sampler, self.steps, "--steps")
+        check_seed(self.seed)
+        check_guidance(self.guidance)
+        check_text(self.negative)
+        require_finite("--scale", float(self.scale))
+        require(0 < self.strength <= 1, "--strength", float(self.strength), "more than 0 and at most 1")
+        if int(self.steps * self.strength) < 1:
+            raise UserError(
+                f"--strength {self.strength:g} of {self.steps} steps is less than one: raise either"
+            )
+
+
+def check_seed(seed: int, images: int = 1) -> None:
+    """Raise a UserError unless torch accepts the seeds of all images: seed, seed + 1, ..."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
+    if seed + images > 2**32:
+        raise UserError(f"--seed {seed}: with {images} images, must be from 0 to {2**32 - images}")
+
+
+def check_guidance(guidance: float) -> None:
+    """Raise a UserError for a guidance scale that is negative or not finite."""
+    require(guidance >= 0, "--guidance", float(guidance), "0 (no prompt), 1 (off) or more")
+
+
+def check_text(text: str) -> None:
+    """Raise a UserError for a prompt with bytes that are not UTF-8, which Python reads as lone surrogates."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        shown = text.encode("utf-8", "replace").decode()
+        raise UserError(f"the prompt `{shown[:60]}` is not UTF-8: type it in a UTF-8 terminal or file")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse `512` or `640x384` to (width, height) in px.
+
+    Raises:
+        UserError: neither.
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(re.fullmatch(r"[0-9]{1,9}", side) for side in sides):
+        raise UserError(f"--size {text[:40]}: must be a number of px, or WIDTHxHEIGHT")
+    return int(sides[0]), int(sides[-1])
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Read the prompts of a text file, one per line; empty lines are skipped.
+
+    Raises:
+        UserError: no such file, or not UTF-8.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # which makes every end of a line a newline
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {file} cannot be read as UTF-8 text: {error}") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
