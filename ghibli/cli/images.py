@@ -9,7 +9,15 @@ import typer
 
 from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
 from ghibli.config.paths import check_base_path
-from ghibli.inference.request import ImageRequest, RestyleOptions, parse_size, read_prompts
+from ghibli.inference.request import (
+    ImageRequest,
+    RestyleOptions,
+    check_text,
+    parse_size,
+    read_prompts,
+    unused_negative,
+)
+from ghibli.models.prompt_syntax import escaped
 from ghibli.runtime.commands import quoted
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
@@ -67,9 +75,9 @@ def write_generated(
     with stop_at_once():
         import torch
 
-        from ghibli.inference import generate, prompts
+        from ghibli.inference import generate
 
-    print_warnings(prompts.input_warnings(request.prompts, request.negative, request.guidance, model.base))
+    print_warnings(unused_negative(request.negative, request.guidance))
     images: list[torch.Tensor] = []
     files: list[Path] = []
     try:
@@ -123,6 +131,7 @@ def restyle_command(
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/restyled"),
 ) -> None:
     """Redraw photos in the trained style: a PNG file for each, and a sheet of before and after."""
+    check_text(prompt or "")
     options = RestyleOptions(  # what is left to the model is filled in when that is loaded
         strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512
     )
@@ -138,10 +147,9 @@ def restyle_command(
         options, guidance=model.guidance if guidance is None else guidance,
         resolution=model.config.model.resolution,
     )  # fmt: skip
-    found, said = restyle.prompts_with_style(
-        found, model.config.data.style, negative, options.guidance, model.base
-    )
-    print_warnings(said)
+    style = escaped(model.config.data.style)
+    found = [dataclasses.replace(photo, prompt=photo.prompt + style) for photo in found]
+    print_warnings(unused_negative(negative, options.guidance))
     written, pairs = restyle.restyle_all(model, found, options, folder)
     sheet = generate.write_png(folder / restyle.SHEET, grid.before_after_sheet(pairs))
     console.print(

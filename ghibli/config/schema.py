@@ -21,7 +21,7 @@ RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who
 LATER_KEYS = {  # added within this version -> what runs without the key did
     "threads": None,
     "data": {"grid_epochs": ""},
-    "model": {"config": None},
+    "model": {"config": None, "clip_skip": 1},
     "local": {"sd15_config": None, "caption": None},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64, "sampler_steps": {}},
     "lora": {
@@ -68,8 +68,12 @@ class ModelConfig:
     clip: str | None = field(metadata=NO_EFFECT)  # folder or hub id of the model for the CLIP score
     adapter: str | None  # folder of an adapter to merge into the base first; None = none
     adapter_scale: float  # weight of that adapter
+    clip_skip: int  # the text encoder's last layer that is used, counted from its end: 1 = all
 
     def __post_init__(self) -> None:
+        require(
+            self.clip_skip >= 1, "model.clip_skip", self.clip_skip, "1 (all layers), 2 (all but one), ..."
+        )
         scale = self.adapter_scale
         require(isfinite(scale), "model.adapter_scale", scale, "a finite number")
         require(

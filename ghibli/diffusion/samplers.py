@@ -12,8 +12,11 @@ from ghibli.config.registry import SAMPLERS, sampler_label
 from ghibli.config.schema import SampleConfig
 from ghibli.diffusion.process import GUIDED_SCALE, predict_noise
 from ghibli.models.base import BaseModel
+from ghibli.models.prompt_embeds import same_length
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.registry import load_object
+
+PromptEncoder = Callable[[BaseModel, list[str]], torch.Tensor]  # (base, texts) -> embeds (B, 77 k, D)
 
 # What the base's scheduler_config.json leaves out means SD 1.5's value; diffusers' own defaults differ.
 SD15 = {
@@ -69,7 +72,7 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     if num_inference_steps > config.num_train_timesteps:
         raise UserError(f"{num_inference_steps} steps: this base has {config.num_train_timesteps} timesteps")
     scheduler.set_timesteps(num_inference_steps)
-    if config.get("timestep_spacing") == "leading" and not reaches_top(scheduler, num_inference_steps):
+    if not reaches_top(scheduler, num_inference_steps):  # `linspace` neither, with its one step at 0
         scheduler.register_to_config(timestep_spacing="trailing")
         scheduler.set_timesteps(num_inference_steps)
     if scheduler.timesteps[-1] < 0:  # numpy's arange goes one too far for 61 steps, 103, ... of `trailing`
@@ -107,6 +110,7 @@ def sample(
     seeds: list[int],
     resolution: int | tuple[int, int],
     negative_prompt: str = "",
+    encode: PromptEncoder = BaseModel.encode_captions,
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Return an image for each prompt, (B, 3, height, width), float32 in 0 .. 1, on the CPU.
@@ -119,6 +123,7 @@ def sample(
         seeds: one for each prompt.
         resolution: px, a square's side or (width, height); multiples of the VAE's factor.
         negative_prompt: of the unconditional branch; unused at guidance 1.
+        encode: as training does by default; prompt_embeds.encode_weighted reads weights and cuts nothing.
         on_step: called after every denoising step.
 
     Raises:
@@ -134,12 +139,10 @@ def sample(
     shape = (len(prompts), base.unet.config.in_channels, *sides)
     noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
     latents = noise * scheduler.init_noise_sigma  # 1, or the highest sigma of those that count in sigma
-    prompt_embeds = base.encode_prompts(base.tokenize(prompts).to(device))
-    negative_prompt_embeds = None
+    prompt_embeds, negative_prompt_embeds = encode(base, prompts), None
     if cell.guidance != 1:
-        negative_prompt_embeds = base.encode_prompts(
-            base.tokenize([negative_prompt] * len(prompts)).to(device)
-        )
+        negative_prompt_embeds = encode(base, [negative_prompt] * len(prompts))
+        prompt_embeds, negative_prompt_embeds = same_length(prompt_embeds, negative_prompt_embeds)
     for t in scheduler.timesteps:
         noise_pred = predict_noise(
             lambda *inputs: base.unet(*inputs, return_dict=False)[0],

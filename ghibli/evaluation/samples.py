@@ -16,7 +16,7 @@ from ghibli.diffusion.samplers import Cell, sample, steps_key
 from ghibli.evaluation.features import FeatureExtractor
 from ghibli.images.read import READING, open_image
 from ghibli.images.resize import preprocess
-from ghibli.models.base import BaseModel, weights_hash
+from ghibli.models.base import BaseModel, results_key, weights_hash
 from ghibli.runtime.cache import cached, file_of
 from ghibli.runtime.console import counted
 
@@ -144,7 +144,8 @@ class SampleCache:
 
     def _sample_each(self, jobs: list[Job]) -> dict[tuple[str, Cell, int], Measurements]:
         work = [self._passes(job) * self.steps_of(job.cell) for job in jobs]
-        hashes = {id(base): weights_hash(base) for base in {id(job.base): job.base for job in jobs}.values()}
+        bases = {id(job.base): job.base for job in jobs}
+        hashes = {known: results_key(weights_hash(base), base) for known, base in bases.items()}
         results = {}
         with counted("sampling") as on_progress:
             for index, job in enumerate(jobs):

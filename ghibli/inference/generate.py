@@ -1,7 +1,7 @@
 """`ghibli generate`: PNG files from prompts, reproducible from the settings stored in each."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from ghibli.diffusion.samplers import Cell, sample
 from ghibli.images.grid import compose_grid, to_image
 from ghibli.inference.load import LoadedModel
 from ghibli.inference.request import ImageRequest
-from ghibli.models.base import TOKENIZER_LOCK, BaseModel
+from ghibli.models.prompt_embeds import encode_weighted
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import next_number, write_new
@@ -23,28 +23,6 @@ from ghibli.runtime.files import next_number, write_new
 Count = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # as console.counted
 SCALES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]  # of the adapters, for --interpolate
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_cpu")
-
-
-def truncation_warnings(prompts: Iterable[str], base: BaseModel) -> list[str]:
-    """Name, for each prompt that is too long for the text encoder, the words that it does not see."""
-    limit, warnings = base.tokenizer.model_max_length, []
-    for prompt in prompts:
-        ids = token_ids(prompt, base)
-        if len(ids) > limit:
-            lost = base.tokenizer.decode(ids[limit - 1 : -1]).strip()
-            warnings.append(f"`{prompt[:40]} ...` is too long: the text encoder never sees `{ends_of(lost)}`")
-    return warnings
-
-
-def ends_of(text: str, most: int = 100) -> str:
-    """Return a text, of a long one the first and the last words."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
-
-
-def token_ids(prompt: str, base: BaseModel) -> list[int]:
-    """Tokenize a prompt without cutting it, with the tokens for start and end."""
-    with TOKENIZER_LOCK:
-        return base.tokenizer(prompt, verbose=False).input_ids
 
 
 def generate_images(
@@ -84,7 +62,8 @@ def generate_batches(
             yield sample(
                 base, batch, cell, num_inference_steps=request.steps,
                 seeds=[request.seed + start + i for i in range(len(batch))],
-                resolution=request.size, negative_prompt=request.negative, on_step=on_step,
+                resolution=request.size, negative_prompt=request.negative, encode=encode_weighted,
+                on_step=on_step,
             )  # fmt: skip
 
 
@@ -133,17 +112,20 @@ def model_metadata(model: LoadedModel) -> dict[str, object]:
     """Describe base and adapters for an image's metadata."""
     base = model.config.model
     merged = {} if base.adapter is None else {"merged": base.adapter, "merged_scale": base.adapter_scale}
-    return {"base": base.path, **merged, "adapters": model.names, "weights": model.weights}
+    skipped = {"clip_skip": base.clip_skip} if base.clip_skip > 1 else {}
+    return {"base": base.path, **merged, **skipped, "adapters": model.names, "weights": model.weights}
 
 
 def a1111_parameters(request: ImageRequest, model: LoadedModel) -> str:
     """Format the settings of one image as A1111 stores them in its images and reads them back."""
     negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
     width, height = request.size
+    skip = model.config.model.clip_skip
+    skipped = f", Clip skip: {skip}" if skip > 1 else ""
     return (
         f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {sampler_label(request.sampler)}, "
         f"CFG scale: {request.guidance:g}, Seed: {request.seed}, Size: {width}x{height}, "
-        f"Model: {model.config.model.path}"
+        f"Model: {model.config.model.path}{skipped}"
     )
 
 

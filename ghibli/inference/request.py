@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ghibli.config.checks import require, require_finite
 from ghibli.config.registry import check_steps, sampler_name
+from ghibli.models.prompt_syntax import parse_prompt
 from ghibli.runtime.errors import UserError
 
 LARGEST = 2048  # px, either side
@@ -85,10 +86,21 @@ def check_guidance(guidance: float) -> None:
 
 
 def check_text(text: str) -> None:
-    """Raise a UserError for a prompt with bytes that are not UTF-8, which Python reads as lone surrogates."""
+    """Raise a UserError for a prompt with brackets that do not fit together, or that is not UTF-8.
+
+    Python reads bytes that are not UTF-8 as lone surrogates.
+    """
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         shown = text.encode("utf-8", "replace").decode()
         raise UserError(f"the prompt `{shown[:60]}` is not UTF-8: type it in a UTF-8 terminal or file")
+    parse_prompt(text)
+
+
+def unused_negative(negative: str, guidance: float) -> list[str]:
+    """Say that a negative prompt is not used where guidance is off; empty where it is."""
+    if guidance != 1 or not negative.strip():
+        return []
+    return ["the negative prompt is not used: at guidance 1 there is nothing to steer away from"]
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ denoised.
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from ghibli.images.read import (
 )
 from ghibli.inference.generate import enough_memory, model_metadata, note, write_png
 from ghibli.inference.load import LoadedModel
-from ghibli.inference.prompts import input_warnings, keep_style
 from ghibli.inference.request import RestyleOptions
-from ghibli.models.base import BaseModel
 from ghibli.models.load import quiet
 from ghibli.models.pipeline import make_pipeline
+from ghibli.models.prompt_embeds import encode_weighted, same_length
+from ghibli.models.prompt_syntax import escaped
 from ghibli.runtime.commands import command_line, quoted
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
@@ -56,8 +56,8 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
     """Collect the photos of files and folders, with their prompts.
 
     Args:
-        prompt: for all photos; None = the caption that is stored with each.
-        style: appended to every prompt.
+        prompt: for all photos, with weights; None = the caption that is stored with each, word for word.
+        style: appended to every prompt, word for word.
 
     Raises:
         UserError: no such file or folder, no photo, or one without a caption.
@@ -69,7 +69,7 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
     if bare:
         command = command_line("ghibli", "caption", bare[0].parent)
         raise UserError(f"{bare[0].name} has no caption: give --prompt TEXT, or run `{command}`")
-    return [Photo(path, f"{prompt or caption}{style}") for path, caption in found]
+    return [Photo(path, (prompt or escaped(caption or "")) + escaped(style)) for path, caption in found]
 
 
 def captioned(path: Path, prompt: str | None) -> list[tuple[Path, str | None]]:
@@ -187,12 +187,14 @@ def restyle_photo(
     pipeline.scheduler = make_scheduler(options.sampler, base)  # the constructor would set steps_offset to 1
     pipeline.set_progress_bar_config(disable=True)
     small = photo.resize(size_like(photo.size, options.resolution), Image.Resampling.LANCZOS)
-    # Silenced: advice on deprecated options, and that a long prompt is cut, which callers report
-    # themselves (input_warnings).
+    # Silenced: advice on deprecated options.
     with enough_memory(), quiet("diffusers"), torch.inference_mode():
+        embeds, negative = encode_weighted(base, [prompt]), None
+        if options.guidance != 1:
+            embeds, negative = same_length(embeds, encode_weighted(base, [options.negative]))
         latents = pipeline(
-            prompt, image=small, strength=options.strength, guidance_scale=options.guidance,
-            negative_prompt=options.negative or None, num_inference_steps=options.steps,
+            image=small, strength=options.strength, guidance_scale=options.guidance, prompt_embeds=embeds,
+            negative_prompt_embeds=negative, num_inference_steps=options.steps,
             generator=torch.Generator().manual_seed(options.seed), callback_on_step_end=after_step,
             output_type="latent",
         ).images  # fmt: skip
@@ -200,20 +202,6 @@ def restyle_photo(
     cell = Cell(options.sampler, options.guidance)
     check_finite((latents[0], pixels[0]), prompt, options.seed, cell)
     return to_image(pixels[0])
-
-
-def prompts_with_style(
-    photos: list[Photo], style: str, negative: str, guidance: float, base: BaseModel
-) -> tuple[list[Photo], list[str]]:
-    """Append the style to the photos' prompts, each cut so that the text encoder sees the style.
-
-    Returns:
-        The photos, and a sentence for each input that is not used.
-    """
-    known = {photo.prompt: keep_style(photo.prompt + style, style, base) for photo in photos}
-    said = [warning for _, warning in known.values() if warning is not None]
-    said += input_warnings([prompt for prompt, _ in known.values()], negative, guidance, base)
-    return [replace(photo, prompt=known[photo.prompt][0]) for photo in photos], said
 
 
 def restyle_all(

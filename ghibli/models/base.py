@@ -25,6 +25,7 @@ class BaseModel:
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     scheduler_config: dict[str, Any]  # the contents of the base's scheduler_config.json
+    clip_skip: int = 1  # the text encoder's last layer that is used, counted from its end
 
     @property
     def vae_factor(self) -> int:
@@ -58,8 +59,21 @@ class BaseModel:
             ).input_ids
 
     def encode_prompts(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Encode input_ids (B, 77) as prompt_embeds (B, 77, D), the text encoder's last hidden state."""
-        return self.text_encoder(input_ids, return_dict=True).last_hidden_state
+        """Encode input_ids (B, 77) as prompt_embeds (B, 77, D), the text encoder's last hidden state.
+
+        With clip_skip 2, 3, ... it is the output of the last layer but one, but two, ..., with the final
+        layer norm applied: what kohya's scripts, A1111 and ComfyUI (which counts -1, -2, ...) do.
+        """
+        if self.clip_skip == 1:
+            return self.text_encoder(input_ids, return_dict=True).last_hidden_state
+        states = self.text_encoder(input_ids, output_hidden_states=True, return_dict=True).hidden_states
+        model = getattr(self.text_encoder, "text_model", self.text_encoder)  # transformers before 5.6
+        return model.final_layer_norm(states[-self.clip_skip])
+
+    def encode_captions(self, captions: list[str]) -> torch.Tensor:
+        """Encode captions word for word as training does, cut to 77 tokens: prompt_embeds (B, 77, D)."""
+        device = next(self.text_encoder.parameters()).device
+        return self.encode_prompts(self.tokenize(captions).to(device))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode scaled latents (B, 4, h, w) to images (B, 3, 8h, 8w), float32 in 0 .. 1, one at a time."""
@@ -78,6 +92,11 @@ class BaseModel:
 def resolve_path(path: str) -> Path:
     """Resolve a path as typed: `demo` and what is below it lie in this package, `~` is the home folder."""
     return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else Path(path).expanduser()
+
+
+def results_key(weights: str, base: BaseModel) -> str:
+    """Return what decides on a base's results, for cache keys: its weights_hash, and clip_skip if not 1."""
+    return weights if base.clip_skip == 1 else f"{weights} clip_skip {base.clip_skip}"
 
 
 def weights_hash(base: BaseModel) -> str:

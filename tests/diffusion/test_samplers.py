@@ -384,7 +384,10 @@ def test_names_of_a1111_and_comfyui(name: str, ours: str) -> None:
 
 
 def test_a_setting_takes_other_programs_names_and_stores_ours(make_config: Callable[..., Config]) -> None:
-    words = ("sample.samplers=['DPM++ 2M Karras',euler_ancestral]", "evaluate.sampler_steps={Euler a: 9}")
+    words = (
+        "sample.samplers=['DPM++ 2M Karras',euler_ancestral]",
+        "evaluate.sampler_steps={euler_ancestral: 9}",
+    )
     config = make_config(*words)
     assert config.sample.samplers == ["dpmpp_2m_karras", "euler_a"]
     assert config.evaluate.sampler_steps == {"euler_a": 9}

@@ -406,6 +406,11 @@ def test_metadata_are_those_of_the_base(
     assert found["ss_output_name"] == "lora.rank_4_a_b"
     assert found["modelspec.title"].startswith("in ink: LoRA rank")
     assert sidecar["activation text"] == found["modelspec.trigger_phrase"] == "in ink"
+    assert "ss_clip_skip" not in found and sidecar["notes"] == ""
+    config = make_config("model.clip_skip=2")
+    assert kohya.metadata_of(adapter, base, config, {}, "it")["ss_clip_skip"] == "2"
+    write_sidecar(tmp_path / "two.safetensors", config, base)
+    assert json.loads((tmp_path / "two.json").read_text())["notes"] == "clip skip 2"
 
 
 def test_layers_that_differ_are_dynamic(make_config: Callable) -> None:

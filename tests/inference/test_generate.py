@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ghibli.adapters.names import named_layers
@@ -78,6 +78,11 @@ def loaded(adapter: Path) -> LoadedModel:
         ({"guidance": math.inf}, "--guidance inf is out of range"),
         ({"guidance": -0.5}, "--guidance -0.5 is out of range"),
         ({"batch": 0}, "--batch 0 is out of range: at least 1"),
+        ({"prompts": ["a lake", "(a lake:1.3"]}, "the prompt `(a lake:1.3` has a ( without its partner"),
+        (
+            {"negative": "fog]"},
+            "the prompt `fog]` has a ] without its partner: weights are",
+        ),
         ({"negative": "caf\udce9"}, "the prompt `caf?` is not UTF-8"),
         ({"size": (100, 64)}, "--size 100: must be a multiple of 8 from 64 to 2048, such as 96"),
         ({"size": (64, 4096)}, "--size 4096: must be a multiple of 8 from 64 to 2048, such as 2048"),
@@ -111,13 +116,6 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
         read_prompts(file)
-
-
-def test_words_that_the_text_encoder_never_sees_are_named(base: BaseModel) -> None:
-    room = base.tokenizer.model_max_length - 2  # without start and end
-    assert generate.truncation_warnings([" ".join(["train"] * room)], base) == []
-    said = generate.truncation_warnings(["a lake", " ".join(["train"] * room + ["lake"])], base)
-    assert len(said) == 1 and said[0].endswith("the text encoder never sees `lake`")
 
 
 # The images
@@ -156,6 +154,43 @@ def test_size_and_negative_prompt(loaded: LoadedModel) -> None:
     assert torch.equal(
         generate_images(loaded, unguided), generate_images(loaded, replace(unguided, negative=""))
     )
+
+
+def test_clip_skip_is_used_named_and_stored(
+    base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """An adapter that was trained at another one than the base is drawn at is named."""
+    file = write_adapter(tmp_path / "look.safetensors", base)
+    save_file(load_file(file), file, {"ss_clip_skip": "2"})
+    words = "look.safetensors was trained at clip skip 2, and this draws at 1: model.clip_skip=2 changes that"
+    first = load_model([str(file)], ["model=demo"])
+    assert words in " ".join(capsys.readouterr().out.split())
+    second = load_model([str(file)], ["model=demo", "model.clip_skip=2"])
+    assert "clip skip" not in capsys.readouterr().out
+    request = replace(REQUEST, prompts=["a red train"])
+    images = [generate_images(model, request) for model in (first, second)]
+    assert (images[0] - images[1]).abs().max() > 0.02
+    for model, images_of, expected in ((first, images[0], False), (second, images[1], True)):
+        with Image.open(write_images(images_of, request, model, tmp_path / str(expected))[0]) as opened:
+            assert opened.text["parameters"].endswith("Clip skip: 2") is expected
+            assert json.loads(opened.text["ghibli"]).get("clip_skip") == (2 if expected else None)
+
+
+def test_weights_and_words_beyond_75_tokens_are_drawn(loaded: LoadedModel) -> None:
+    """And neither depends on the batch: the short prompt's image stays the same beside a long one."""
+    plain = replace(REQUEST, prompts=["a red train"], guidance=3.0)
+    long = "a red train " + "by a lake " * 40
+    found = {
+        prompt: generate_images(loaded, replace(plain, prompts=[prompt]))[0]
+        for prompt in ("a red train", "a (red:1.6) train", long, long + "and a (blue:1.2) house")
+    }
+    drawn = list(found.values())
+    assert all((a - b).abs().max() > 0.02 for i, a in enumerate(drawn) for b in drawn[:i])
+    together = generate_images(loaded, replace(plain, prompts=["a red train", long, "a lake"], batch=3))
+    assert (together[0] - found["a red train"]).abs().max() < 1e-4
+    beyond = replace(plain, negative="fog, " * 60)
+    negative = generate_images(loaded, replace(beyond, negative=beyond.negative + "blue house"))
+    assert (generate_images(loaded, beyond) - negative).abs().max() > 1e-3
 
 
 def test_an_image_carries_what_makes_it_again(loaded: LoadedModel, adapter: Path, tmp_path: Path) -> None:

@@ -16,10 +16,8 @@ from ghibli.cli.main import app
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.images import grid
 from ghibli.inference import restyle
-from ghibli.inference.generate import truncation_warnings
 from ghibli.inference.load import LoadedModel, load_model
-from ghibli.inference.prompts import input_warnings, keep_style
-from ghibli.inference.request import RestyleOptions
+from ghibli.inference.request import RestyleOptions, unused_negative
 from ghibli.inference.restyle import Photo, find_photos, restyle_all, size_like
 from ghibli.models.base import DEMO
 from ghibli.runtime.errors import UserError
@@ -173,28 +171,21 @@ def test_strength_is_a_share_of_all_noise_levels(
     assert len(seen) == steps // 2 and abs(seen[0] - 500) <= 3 and min(seen) >= 0
 
 
-def test_the_style_is_kept_of_a_long_caption(base_alone: LoadedModel) -> None:
-    """The caption loses its last words, which are named; a short one and a long style stay as they are."""
-    base, style = base_alone.base, ", Studio Ghibli style"
-    room = base.tokenizer.model_max_length
-    for caption in ("train " * 100 + "lake", "trainlake" * 100):
-        prompt, said = keep_style(caption + style, style, base)
-        assert prompt.endswith(style) and caption.startswith(prompt.removesuffix(style))
-        assert room - 2 <= len(base.tokenizer(prompt).input_ids) <= room
-        assert said and "lake" in said and "left out to keep `Studio Ghibli style`" in said
-        assert truncation_warnings([prompt], base) == []
-    assert keep_style("a lake" + style, style, base) == ("a lake" + style, None)
-    assert keep_style("train " * 100, "train " * 90, base) == ("train " * 100, None)
-
-
-def test_a_negative_prompt_that_is_not_used_is_named(base_alone: LoadedModel) -> None:
-    base = base_alone.base
-    assert input_warnings(["a lake"], "fog", 7.5, base) == []
-    assert input_warnings(["a lake"], "", 1, base) == []
-    (said,) = input_warnings(["a lake"], "fog", 1, base)
+def test_a_negative_prompt_that_is_not_used_is_named() -> None:
+    assert unused_negative("fog", 7.5) == unused_negative(" ", 1) == []
+    (said,) = unused_negative("fog", 1)
     assert said.startswith("the negative prompt is not used: at guidance 1")
-    (said,) = input_warnings(["a lake"], "train " * 90 + "lake", 0.5, base)
-    assert said.startswith("negative prompt: `train") and said.endswith("lake`")
+
+
+def test_a_stored_caption_is_no_prompt_with_weights(photos: Path) -> None:
+    """What was typed is; the style is a caption's end."""
+    (photos / "captions.txt").write_text(
+        "".join(f"{path.name}|a dog (a pug:1.3\n" for path in (photos / "images").iterdir())
+    )
+    found = find_photos([photos], None, ", drawn (1984)")
+    assert {photo.prompt for photo in found} == {r"a dog \(a pug:1.3, drawn \(1984\)"}
+    found = find_photos([photos], "a (dog:1.3)", ", drawn")
+    assert {photo.prompt for photo in found} == {"a (dog:1.3), drawn"}
 
 
 @pytest.mark.parametrize(
@@ -223,15 +214,22 @@ def test_no_file_of_the_user_is_replaced(base_alone: LoadedModel, photos: Path) 
     assert "before_after-2.png" in result.output.replace("\n", "")
 
 
-def test_the_style_is_seen_by_the_command(photos: Path, tmp_path: Path) -> None:
-    """The PNG's prompt is what was drawn: within the encoder's length, with the style at its end."""
-    out = tmp_path / "out"
-    words = ["--with", "model=demo", "--with", "data=demo", "--prompt", "train " * 100, "--steps", "2"]
-    result = CliRunner().invoke(app, ["restyle", str(photos), *words, "--to", str(out), "--negative", "fog"])
-    assert result.exit_code == 0, result.output
-    with Image.open(next(iter(sorted(out.glob("[!b]*.png"))))) as opened:
-        note = json.loads(opened.text["ghibli"], parse_constant=pytest.fail)
-    assert note["prompt"].endswith("Studio Ghibli style") and note["prompt"].count("train") < 77
+def test_long_prompts_and_their_style_are_drawn(photos: Path, tmp_path: Path) -> None:
+    """Nothing is cut: another word beyond the 75th token makes another image, and nothing is said."""
+    seen = {}
+    for word in ("", "lake "):
+        out = tmp_path / f"out {word}"
+        prompt = "train " * 100 + word
+        words = ["--with", "model=demo", "--with", "data=demo", "--prompt", prompt, "--steps", "2"]
+        result = CliRunner().invoke(
+            app, ["restyle", str(photos), *words, "--to", str(out), "--negative", "fog"]
+        )
+        assert result.exit_code == 0 and "too long" not in result.output, result.output
+        with Image.open(next(iter(sorted(out.glob("[!b]*.png"))))) as opened:
+            note = json.loads(opened.text["ghibli"], parse_constant=pytest.fail)
+            seen[word] = np.asarray(opened, int)
+        assert note["prompt"] == prompt + ", Studio Ghibli style"
+    assert np.abs(seen[""] - seen["lake "]).max() > 3
 
 
 def test_the_stronger_the_farther_from_the_photo(base_alone: LoadedModel, photos: Path) -> None:
@@ -319,23 +317,6 @@ def test_the_command(photos: Path, tmp_path: Path) -> None:
     assert "restyled 2 of 2 into" in " ".join(result.output.split())
     with Image.open(tmp_path / "out" / "before_after.png") as sheet:
         assert sheet.size == (2 * 264 + 8, 26 + 2 * 264 + 8)
-
-
-def test_words_that_the_text_encoder_never_sees_are_named(photos: Path, tmp_path: Path) -> None:
-    """The pipeline only logs that it cuts a prompt. Two photos with one prompt give one warning."""
-    words = [
-        "--with",
-        "model=demo",
-        "--prompt",
-        "train " * 500,
-        "--steps",
-        "2",
-        "--to",
-        str(tmp_path / "out"),
-    ]
-    result = CliRunner().invoke(app, ["restyle", str(photos), *words])
-    assert result.exit_code == 0, result.output
-    assert " ".join(result.output.split()).count("is too long: the text encoder never sees `train") == 1
 
 
 def test_the_sheet_shows_both() -> None:

@@ -24,10 +24,10 @@ from ghibli.images.grid import to_image
 from ghibli.images.read import Unusable, open_file, read_image
 from ghibli.inference.generate import Count, generate_images
 from ghibli.inference.load import LoadedModel, load_model
-from ghibli.inference.prompts import input_warnings, keep_style
-from ghibli.inference.request import ImageRequest, RestyleOptions
+from ghibli.inference.request import ImageRequest, RestyleOptions, unused_negative
 from ghibli.inference.restyle import restyle_photo
 from ghibli.inference.safety import SafetyChecker, has_checker
+from ghibli.models.prompt_syntax import escaped
 from ghibli.runs.find import runs_with_weights
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
@@ -235,7 +235,7 @@ class AppSession:
             base = generate_images(model, replace(asked, scale=0.0), "base", count)
             trained = generate_images(model, asked, "trained", count) if settings.runs else base
             images, notes = checked([to_image(base[0]), to_image(trained[0])], model, settings.safe)
-            notes += input_warnings(asked.prompts, asked.negative, asked.guidance, model.base)
+            notes += unused_negative(asked.negative, asked.guidance)
         return [*images, status_line(notes, start)]
 
     @errors_on_page
@@ -262,13 +262,11 @@ class AppSession:
         with self.turn(request.session_hash, progress) as count:
             model = self.model_of(runs)
             options = settings.restyle_options(strength, model.config.model.resolution)
-            style = model.config.data.style
-            prompt, cut = keep_style(settings.prompt + style, style, model.base)
+            prompt = settings.prompt + escaped(model.config.data.style)
             afters = [restyle_counted(model, before, prompt, replace(options, scale=0.0), count("base"))]
             trained = restyle_counted(model, before, prompt, options, count("trained")) if runs else afters[0]
             afters, notes = checked([*afters, trained], model, settings.safe)
-            notes += [cut] if cut is not None else []
-            notes += input_warnings([prompt], options.negative, options.guidance, model.base)
+            notes += unused_negative(options.negative, options.guidance)
         return [before, *afters, status_line(notes, start)]
 
 
