@@ -42,6 +42,10 @@ def generate_command(
     negative: Negative = "",
     batch: Annotated[int, typer.Option(help="images generated together", min=1)] = 4,
     scale: Scale = 1.0,
+    hires: Annotated[
+        float, typer.Option(help="second pass at so many times the size, such as 2", show_default="off")
+    ] = 1.0,
+    hires_strength: Annotated[float, typer.Option(help="share of the steps of the second pass")] = 0.5,
     base: Annotated[bool, typer.Option("--base", help="also write a sheet with the base above")] = False,
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="also write a sheet of adapter scales")
@@ -55,8 +59,9 @@ def generate_command(
     request = ImageRequest(  # what is left to the model is filled in when that is loaded
         lines, sampler, 1.0 if guidance is None else guidance, steps, seed,
         parse_size(size or "512"), negative, batch, scale,
+        hires, hires_strength,
     )  # fmt: skip
-    require_target(folder, "--to", len(lines) * 3 * request.size[0] * request.size[1])
+    require_target(folder, "--to", len(lines) * 3 * request.final_size[0] * request.final_size[1])
     model = load_sources(sources)
     if interpolate and not model.weights:
         raise UserError("--interpolate varies the scale of an adapter, and no adapter is loaded")

@@ -13,8 +13,11 @@ from PIL.PngImagePlugin import PngInfo
 from ghibli.config.registry import sampler_label
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.images.grid import compose_grid, to_image
+from ghibli.inference.fit import require_memory
+from ghibli.inference.img2img import redraw
 from ghibli.inference.load import LoadedModel
 from ghibli.inference.request import ImageRequest
+from ghibli.models.base import BaseModel
 from ghibli.models.prompt_embeds import encode_weighted
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
@@ -51,6 +54,10 @@ def generate_batches(
     cell, done = Cell(request.sampler, request.guidance), 0
     with count(label) as on_progress, enough_memory():
         total = -(-len(request.prompts) // request.batch) * request.steps
+        if request.hires > 1:
+            total += len(request.prompts) * int(request.steps * request.hires_strength)
+        require_memory(base, request.size, min(request.batch, len(request.prompts)), request.guidance)
+        require_memory(base, request.final_size, 1, request.guidance)
 
         def on_step() -> None:
             nonlocal done
@@ -59,12 +66,29 @@ def generate_batches(
 
         for start in range(0, len(request.prompts), request.batch):
             batch = request.prompts[start : start + request.batch]
-            yield sample(
+            images = sample(
                 base, batch, cell, num_inference_steps=request.steps,
                 seeds=[request.seed + start + i for i in range(len(batch))],
                 resolution=request.size, negative_prompt=request.negative, encode=encode_weighted,
                 on_step=on_step,
             )  # fmt: skip
+            yield images if request.hires == 1 else enlarged(base, images, request, start, on_step)
+
+
+def enlarged(
+    base: BaseModel, images: torch.Tensor, request: ImageRequest, start: int, on_step: Callable[[], None]
+) -> torch.Tensor:
+    """Redraw images (B, 3, h, w) at request.final_size, each with its own prompt and seed.
+
+    Args:
+        start: number of the first of them among the request's prompts.
+    """
+    larger = []
+    for number, image in enumerate(images, start=start):
+        options = replace(request.hires_options, seed=request.seed + number)
+        prompt = request.prompts[number]
+        larger.append(redraw(base, to_image(image), prompt, request.final_size, options, on_step))
+    return torch.stack(larger)
 
 
 @contextmanager
@@ -120,12 +144,16 @@ def a1111_parameters(request: ImageRequest, model: LoadedModel) -> str:
     """Format the settings of one image as A1111 stores them in its images and reads them back."""
     negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
     width, height = request.size
+    hires = ""
+    if request.hires > 1:
+        hires = f", Denoising strength: {request.hires_strength:g}, Hires upscale: {request.hires:g}"
+        hires += ", Hires upscaler: Lanczos"
     skip = model.config.model.clip_skip
     skipped = f", Clip skip: {skip}" if skip > 1 else ""
     return (
         f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {sampler_label(request.sampler)}, "
         f"CFG scale: {request.guidance:g}, Seed: {request.seed}, Size: {width}x{height}, "
-        f"Model: {model.config.model.path}{skipped}"
+        f"Model: {model.config.model.path}{hires}{skipped}"
     )
 
 

@@ -10,6 +10,7 @@ from ghibli.models.prompt_syntax import parse_prompt
 from ghibli.runtime.errors import UserError
 
 LARGEST = 2048  # px, either side
+LARGEST_FINAL = 4096  # px, either side after the second pass
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,21 @@ class ImageRequest:
     negative: str = ""
     batch: int = 4  # images generated together
     scale: float = 1.0  # factor on the weights of all adapters
+    hires: float = 1.0  # factor on both sides, for a second pass by image-to-image; 1 = none
+    hires_strength: float = 0.5  # share of the denoising steps that the second pass runs
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Width and height of the files in px, multiples of 8."""
+        return round(self.size[0] * self.hires / 8) * 8, round(self.size[1] * self.hires / 8) * 8
+
+    @property
+    def hires_options(self) -> "RestyleOptions":
+        """How the second pass redraws an image of the first one."""
+        return RestyleOptions(
+            self.hires_strength, self.sampler, self.guidance, self.steps, self.seed, self.negative,
+            self.scale, min(self.final_size),
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", sampler_name(self.sampler, "--sampler"))
@@ -37,12 +53,20 @@ class ImageRequest:
         check_guidance(self.guidance)
         require_finite("--scale", float(self.scale))
         require(self.batch >= 1, "--batch", self.batch, "at least 1")
+        require(1 <= self.hires <= 4, "--hires", float(self.hires), "from 1 (off) to 4")
         for side in self.size:
             if side % 8 or not 64 <= side <= LARGEST:
                 near = min(max(64, round(side / 8) * 8), LARGEST)
                 raise UserError(
                     f"--size {side}: must be a multiple of 8 from 64 to {LARGEST}, such as {near}"
                 )
+        if max(self.final_size) > LARGEST_FINAL:
+            raise UserError(
+                f"--hires {self.hires:g} of {self.size[0]}x{self.size[1]} px: a side of more than "
+                f"{LARGEST_FINAL} px; use a smaller --size or --hires"
+            )
+        if self.hires > 1:
+            check_share("--hires-strength", self.hires_strength, self.steps)
 
 
 @dataclass(frozen=True)
@@ -65,11 +89,14 @@ class RestyleOptions:
         check_guidance(self.guidance)
         check_text(self.negative)
         require_finite("--scale", float(self.scale))
-        require(0 < self.strength <= 1, "--strength", float(self.strength), "more than 0 and at most 1")
-        if int(self.steps * self.strength) < 1:
-            raise UserError(
-                f"--strength {self.strength:g} of {self.steps} steps is less than one: raise either"
-            )
+        check_share("--strength", self.strength, self.steps)
+
+
+def check_share(option: str, strength: float, steps: int) -> None:
+    """Raise a UserError unless a strength is a share of the steps that is at least one."""
+    require(0 < strength <= 1, option, float(strength), "more than 0 and at most 1")
+    if int(steps * strength) < 1:
+        raise UserError(f"{option} {strength:g} of {steps} steps is less than one: raise either")
 
 
 def check_seed(seed: int, images: int = 1) -> None:

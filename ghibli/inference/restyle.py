@@ -1,22 +1,14 @@
-"""`ghibli restyle`: photos redrawn in the trained style, with diffusers' image-to-image pipeline.
-
-Meng et al. 2022, "SDEdit": noise of an intermediate timestep is added to the photo's latents, which are then
-denoised.
-"""
+"""`ghibli restyle`: photos redrawn in the trained style."""
 
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from ghibli.data.folder import enter_and_list, list_images, read_beside, require_inside
 from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS, not_read
-from ghibli.diffusion.samplers import Cell, check_finite, make_scheduler, set_timesteps
 from ghibli.images.grid import to_image
 from ghibli.images.read import (
     HEIF_ADVICE,
@@ -27,11 +19,9 @@ from ghibli.images.read import (
     read_image,
 )
 from ghibli.inference.generate import enough_memory, model_metadata, note, write_png
+from ghibli.inference.img2img import redraw
 from ghibli.inference.load import LoadedModel
 from ghibli.inference.request import RestyleOptions
-from ghibli.models.load import quiet
-from ghibli.models.pipeline import make_pipeline
-from ghibli.models.prompt_embeds import encode_weighted, same_length
 from ghibli.models.prompt_syntax import escaped
 from ghibli.runtime.commands import command_line, quoted
 from ghibli.runtime.console import counted
@@ -148,20 +138,6 @@ def size_like(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     return round(size[0] * factor / 8) * 8, round(size[1] * factor / 8) * 8
 
 
-class GuidedImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
-    """The library's pipeline with our guidance: uncond + w (cond - uncond) for every w, below 1 too."""
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Tell whether both branches are needed: at any guidance but 1. The library's own: only above 1."""
-        return self.guidance_scale != 1
-
-    def get_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> Any:
-        """Return the library's share of our own timesteps, and how many these are."""
-        set_timesteps(self.scheduler, num_inference_steps)
-        return super().get_timesteps(num_inference_steps, strength, device)
-
-
 def restyle_photo(
     model: LoadedModel,
     photo: Image.Image,
@@ -178,30 +154,10 @@ def restyle_photo(
         UserError: out of memory, or an image that is not finite.
     """
 
-    def after_step(*args: Any) -> dict[str, Any]:
-        on_step()
-        return {}
-
     base = model.at(options.scale)
-    pipeline = make_pipeline(base, GuidedImg2ImgPipeline)
-    pipeline.scheduler = make_scheduler(options.sampler, base)  # the constructor would set steps_offset to 1
-    pipeline.set_progress_bar_config(disable=True)
-    small = photo.resize(size_like(photo.size, options.resolution), Image.Resampling.LANCZOS)
-    # Silenced: advice on deprecated options.
-    with enough_memory(), quiet("diffusers"), torch.inference_mode():
-        embeds, negative = encode_weighted(base, [prompt]), None
-        if options.guidance != 1:
-            embeds, negative = same_length(embeds, encode_weighted(base, [options.negative]))
-        latents = pipeline(
-            image=small, strength=options.strength, guidance_scale=options.guidance, prompt_embeds=embeds,
-            negative_prompt_embeds=negative, num_inference_steps=options.steps,
-            generator=torch.Generator().manual_seed(options.seed), callback_on_step_end=after_step,
-            output_type="latent",
-        ).images  # fmt: skip
-        pixels = base.decode(latents).cpu()
-    cell = Cell(options.sampler, options.guidance)
-    check_finite((latents[0], pixels[0]), prompt, options.seed, cell)
-    return to_image(pixels[0])
+    size = size_like(photo.size, options.resolution)
+    with enough_memory():
+        return to_image(redraw(base, photo, prompt, size, options, on_step))
 
 
 def restyle_all(

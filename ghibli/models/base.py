@@ -1,6 +1,8 @@
 """The base model: the parts of Stable Diffusion 1.5 in one object, and hashes of their weights."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -12,6 +14,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ghibli.runtime.files import ROOT
 
+WHOLE = 1024 * 1024  # px of the largest image that the VAE takes in one piece
+TILE = 512  # px, side of a tile of a larger one
 TOKENIZER_LOCK = Lock()  # a fast tokenizer raises when two threads use it at once
 DEMO = ROOT / "ghibli" / "demo"  # the embedded demo base, a diffusers folder
 
@@ -76,11 +80,38 @@ class BaseModel:
         return self.encode_prompts(self.tokenize(captions).to(device))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode scaled latents (B, 4, h, w) to images (B, 3, 8h, 8w), float32 in 0 .. 1, one at a time."""
-        images = [
-            self.vae.decode(one[None].float() / self.vae.config.scaling_factor).sample for one in latents
-        ]
+        """Decode scaled latents (B, 4, h, w) to images (B, 3, 8h, 8w), float32 in 0 .. 1, one at a time.
+
+        Large ones are decoded in tiles.
+        """
+        sides = latents.shape[-1] * self.vae_factor, latents.shape[-2] * self.vae_factor
+        with self.tiles(sides):
+            images = [
+                self.vae.decode(one[None].float() / self.vae.config.scaling_factor).sample for one in latents
+            ]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    @contextmanager
+    def tiles(self, size: tuple[int, int]) -> Iterator[None]:
+        """Let the VAE encode and decode an image of this size in tiles of TILE px if it is above WHOLE.
+
+        Tiles overlap by a quarter and are blended (diffusers' tiled_decode): memory no longer grows with
+        the size, and colours may differ a little, since the VAE normalises over each tile.
+
+        Args:
+            size: width and height in px.
+        """
+        if size[0] * size[1] <= WHOLE:
+            yield
+            return
+        vae = self.vae
+        before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
+        vae.use_tiling, vae.tile_sample_min_size = True, TILE
+        vae.tile_latent_min_size = TILE // self.vae_factor
+        try:
+            yield
+        finally:
+            vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
     def to(self, device: torch.device) -> "BaseModel":
         """Move text encoder, VAE and UNet to a device; return self."""
