@@ -133,18 +133,24 @@ def restyle_command(
     seed: Seed = 0,
     negative: Negative = "",
     scale: Scale = 1.0,
+    way: Annotated[
+        str, typer.Option(help="img2img: from random noise; inversion: from the photo's own noise")
+    ] = "img2img",
+    mask: Annotated[
+        Path | None, typer.Option(help="image, white where to redraw; or a folder of them, named as photos")
+    ] = None,
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/restyled"),
 ) -> None:
     """Redraw photos in the trained style: a PNG file for each, and a sheet of before and after."""
     check_text(prompt or "")
     options = RestyleOptions(  # what is left to the model is filled in when that is loaded
-        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512
+        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way
     )
     with stop_at_once():
         from ghibli.images import grid
         from ghibli.inference import generate, restyle
 
-    found = restyle.find_photos(photos, prompt, "")
+    found = restyle.with_masks(restyle.find_photos(photos, prompt, ""), mask)
     require_target(folder, "--to", len(found) * 3 * options.resolution**2)
     restyle.output_files([photo.path for photo in found], folder)
     model = load_sources(sources)

@@ -143,18 +143,33 @@ def sample(
     if cell.guidance != 1:
         negative_prompt_embeds = encode(base, [negative_prompt] * len(prompts))
         prompt_embeds, negative_prompt_embeds = same_length(prompt_embeds, negative_prompt_embeds)
+    predict = predictor(base, prompt_embeds, negative_prompt_embeds, cell.guidance)
     for t in scheduler.timesteps:
-        noise_pred = predict_noise(
-            lambda *inputs: base.unet(*inputs, return_dict=False)[0],
-            scheduler.scale_model_input(latents, t), t.to(device).expand(len(prompts)),
-            prompt_embeds, negative_prompt_embeds, cell.guidance,
-        )  # fmt: skip
-        latents = scheduler.step(noise_pred.float(), t, latents, **step_options).prev_sample
+        noise_pred = predict(scheduler.scale_model_input(latents, t), t)
+        latents = scheduler.step(noise_pred, t, latents, **step_options).prev_sample
         on_step()
     images = base.decode(latents).cpu()
     for i, prompt in enumerate(prompts):
         check_finite((latents[i], images[i]), prompt, seeds[i], cell)
     return images
+
+
+def predictor(
+    base: BaseModel,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
+    guidance_scale: float,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return (latents (B, C, H, W), timestep ()) -> guided prediction like latents, float32."""
+
+    def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return predict_noise(
+            lambda *inputs: base.unet(*inputs, return_dict=False)[0],
+            latents, t.to(latents.device).expand(len(latents)),
+            prompt_embeds, negative_prompt_embeds, guidance_scale,
+        ).float()  # fmt: skip
+
+    return predict
 
 
 class NotFinite(UserError):

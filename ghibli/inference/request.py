@@ -10,6 +10,7 @@ from ghibli.models.prompt_syntax import parse_prompt
 from ghibli.runtime.errors import UserError
 
 LARGEST = 2048  # px, either side
+WAYS = ("img2img", "inversion")  # of restyle: from random noise, or from the photo's own
 LARGEST_FINAL = 4096  # px, either side after the second pass
 
 
@@ -81,6 +82,7 @@ class RestyleOptions:
     negative: str
     scale: float  # factor on the weights of all adapters
     resolution: int  # px; the result has about the area of a square of this side
+    way: str = "img2img"  # one of WAYS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", sampler_name(self.sampler, "--sampler"))
@@ -90,6 +92,10 @@ class RestyleOptions:
         check_text(self.negative)
         require_finite("--scale", float(self.scale))
         check_share("--strength", self.strength, self.steps)
+        if self.way not in WAYS:
+            raise UserError(f"--way {self.way} is unknown: choose one of {', '.join(WAYS)}")
+        if self.way == "inversion" and self.sampler != "ddim":
+            raise UserError(f"--way inversion walks DDIM backwards: use --sampler ddim, not {self.sampler}")
 
 
 def check_share(option: str, strength: float, steps: int) -> None:

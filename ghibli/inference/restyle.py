@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -19,7 +19,8 @@ from ghibli.images.read import (
     read_image,
 )
 from ghibli.inference.generate import enough_memory, model_metadata, note, write_png
-from ghibli.inference.img2img import redraw
+from ghibli.inference.img2img import kept_outside, redraw
+from ghibli.inference.inversion import denoise_inverted, invert, photo_latents
 from ghibli.inference.load import LoadedModel
 from ghibli.inference.request import RestyleOptions
 from ghibli.models.prompt_syntax import escaped
@@ -40,6 +41,7 @@ class Photo:
 
     path: Path
     prompt: str
+    mask: Path | None = None  # white where the photo is redrawn; None = everywhere
 
 
 def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[Photo]:
@@ -60,6 +62,35 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
         command = command_line("ghibli", "caption", bare[0].parent)
         raise UserError(f"{bare[0].name} has no caption: give --prompt TEXT, or run `{command}`")
     return [Photo(path, (prompt or escaped(caption or "")) + escaped(style)) for path, caption in found]
+
+
+def with_masks(photos: list[Photo], mask: Path | None) -> list[Photo]:
+    """Give every photo its mask: the file itself, or the one of the photo's name in a folder.
+
+    Raises:
+        UserError: no such file, none of a photo's name, or a mask of another shape than its photo.
+    """
+    if mask is None:
+        return photos
+    found = []
+    for photo in photos:
+        file = mask
+        if mask.is_dir():
+            names = sorted(p for p in mask.iterdir() if p.stem == photo.path.stem and is_image_name(p))
+            if not names:
+                raise UserError(f"--mask {mask}: no image called {photo.path.stem} there, as {photo.path}")
+            file = names[0]
+        try:
+            size, wanted = read_image(file)[0].size, read_image(photo.path)[0].size
+        except (Unusable, OSError) as reason:
+            raise UserError(f"--mask {mask} with {photo.path.name}: {reason}") from reason
+        if size != wanted:
+            raise UserError(
+                f"--mask {file} has {size[0]}x{size[1]} px and {photo.path.name} {wanted[0]}x{wanted[1]}: "
+                "a mask has its photo's size"
+            )
+        found.append(replace(photo, mask=file))
+    return found
 
 
 def captioned(path: Path, prompt: str | None) -> list[tuple[Path, str | None]]:
@@ -144,20 +175,29 @@ def restyle_photo(
     prompt: str,
     options: RestyleOptions,
     on_step: Callable[[], None] = lambda: None,
+    mask: Image.Image | None = None,
 ) -> Image.Image:
     """Redraw one photo at about options.resolution squared px, in the photo's shape.
 
     Args:
         on_step: called after every denoising step.
+        mask: in grey, of the photo's shape, white where it is redrawn; None = everywhere.
 
     Raises:
         UserError: out of memory, or an image that is not finite.
     """
 
-    base = model.at(options.scale)
     size = size_like(photo.size, options.resolution)
     with enough_memory():
-        return to_image(redraw(base, photo, prompt, size, options, on_step))
+        if options.way == "img2img":
+            return to_image(redraw(model.at(options.scale), photo, prompt, size, options, on_step, mask))
+        base = model.at(0.0)
+        latents = photo_latents(base, photo, size, options)
+        noisy = invert(base, latents, prompt, options, on_step)
+        pixels = denoise_inverted(model.at(options.scale), noisy, prompt, options, on_step)
+    if mask is not None:
+        pixels = kept_outside(photo.resize(size, Image.Resampling.LANCZOS), pixels, mask)
+    return to_image(pixels)
 
 
 def restyle_all(
@@ -203,8 +243,10 @@ def restyle_file(
     except (Unusable, UserError, OSError) as reason:
         logger.warning(f"{photo.path.name} is skipped: {reason}")
         return None
-    after = restyle_photo(model, before, photo.prompt, options)
+    mask = None if photo.mask is None else read_image(photo.mask)[0]
+    after = restyle_photo(model, before, photo.prompt, options, mask=mask)
     settings = asdict(options) | {"prompt": photo.prompt, "photo": readable(photo.path.name)}
+    settings |= {} if photo.mask is None else {"mask": readable(photo.mask.name)}
     write_png(file, after, note(settings | model_metadata(model)))
     return before.resize(after.size, Image.Resampling.LANCZOS), after
 

@@ -126,9 +126,7 @@ def test_a_size_that_does_not_fit_is_one_line(demo: LoadedModel, monkeypatch: py
     monkeypatch.setattr(generate, "sample", lambda *args, **options: pytest.fail("it was drawn"))
     with pytest.raises(UserError, match=r"^not enough memory: 2 images of 1024x1024 px take about .* 0.1 GB"):
         generate_images(demo, replace(REQUEST, size=(1024, 1024)))
-    with pytest.raises(
-        UserError, match=r"^not enough memory: 2048x1024 px take .*--hires\)$"
-    ):
+    with pytest.raises(UserError, match=r"^not enough memory: 2048x1024 px take .*--hires\)$"):
         generate_images(demo, replace(REQUEST, size=(1024, 512), hires=2.0, prompts=["x"]))
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
 from ghibli.cli.main import app
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.images import grid
+from ghibli.images.grid import to_image
 from ghibli.inference import restyle
+from ghibli.inference.img2img import to_latents
+from ghibli.inference.inversion import invert, walked
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.request import RestyleOptions, unused_negative
 from ghibli.inference.restyle import Photo, find_photos, restyle_all, size_like
@@ -230,6 +233,102 @@ def test_long_prompts_and_their_style_are_drawn(photos: Path, tmp_path: Path) ->
             seen[word] = np.asarray(opened, int)
         assert note["prompt"] == prompt + ", Studio Ghibli style"
     assert np.abs(seen[""] - seen["lake "]).max() > 3
+
+
+# Other ways, and masks
+
+
+def grey(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), float)
+
+
+@pytest.mark.parametrize("steps", [10, 30, 334])
+def test_inversion_is_diffusers_ddim_backwards(base_alone: LoadedModel, steps: int) -> None:
+    """Its scheduler steps T // steps, so the comparison is at numbers that leave the strides equal."""
+    base, strength = base_alone.base, 0.3 if steps < 100 else 0.01
+    options = RestyleOptions(strength, "ddim", 1.0, steps, 0, "", 1.0, 64, "inversion")
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.5
+    scheduler = DDIMInverseScheduler.from_config(
+        base.scheduler_config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        timestep_spacing="leading",
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    expected = start
+    with torch.inference_mode():
+        embeds = base.encode_captions(["a lake"])
+        count = int(steps * strength)
+        for t in scheduler.timesteps[:count]:
+            expected = scheduler.step(base.unet(expected, t[None], embeds).sample, t, expected).prev_sample
+    calls: list[int] = []
+    found = invert(base, start, "a lake", options, lambda: calls.append(1))
+    assert len(calls) == count
+    if steps == 334:  # `trailing` there: other timesteps, and each step ends where the next one starts
+        assert walked(base, options)[-1] < 4
+        return
+    assert walked(base, options).flip(0).tolist() == scheduler.timesteps[:count].tolist()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_photo_comes_back_from_its_own_noise(base_alone: LoadedModel, photos: Path) -> None:
+    """With the base that inverted it and no guidance; image-to-image is much farther away."""
+    photo = find_photos([photos], None, "")[0]
+    with Image.open(photo.path) as opened:
+        small = opened.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+    options = RestyleOptions(0.5, "ddim", 1.0, 50, 1, "", 1.0, 64, "inversion")
+    with torch.inference_mode():
+        coded = to_image(base_alone.base.decode(to_latents(base_alone.base, small))[0])
+    back = restyle.restyle_photo(base_alone, small, photo.prompt, options)
+    other = restyle.restyle_photo(base_alone, small, photo.prompt, replace(options, way="img2img"))
+    near, far = (np.abs(grey(image) - grey(coded)).mean() for image in (back, other))
+    assert near < 5 and near < far / 2
+
+
+def test_outside_a_mask_the_photo_stays(base_alone: LoadedModel, photos: Path) -> None:
+    """And inside it is redrawn; a black mask leaves the photo, a white one is image-to-image."""
+    photo = find_photos([photos], None, "")[0]
+    with Image.open(photo.path) as opened:
+        small = opened.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+    half = Image.fromarray(np.repeat([[0] * 32 + [255] * 32], 64, 0).astype(np.uint8))
+    for way in ("img2img", "inversion"):
+        options = replace(OPTIONS, way=way, strength=0.75)
+        drawn = grey(restyle.restyle_photo(base_alone, small, photo.prompt, options, mask=half))
+        change = np.abs(drawn - grey(small)).mean((0, 2))
+        assert change[:28].max() <= 1 < 5 < change[36:].mean()
+        black = restyle.restyle_photo(base_alone, small, "x", options, mask=Image.new("L", (64, 64)))
+        assert np.abs(grey(black) - grey(small)).max() <= 1
+    options = replace(OPTIONS, strength=0.75)
+    whole = restyle.restyle_photo(base_alone, small, "x", options, mask=Image.new("L", (64, 64), 255))
+    plain = restyle.restyle_photo(base_alone, small, "x", options)
+    assert np.abs(grey(whole) - grey(plain)).max() <= 1
+
+
+def test_masks_belong_to_their_photos(photos: Path, tmp_path: Path) -> None:
+    found = find_photos([photos], "x", "")
+    size = Image.open(found[0].path).size
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for photo in found:
+        Image.new("L", size, 255).save(folder / f"{photo.path.stem}.png")
+    masked = restyle.with_masks(found, folder)
+    assert [photo.mask and photo.mask.stem for photo in masked] == [photo.path.stem for photo in found]
+    assert restyle.with_masks(found, None) == found
+    Image.new("L", (10, 20)).save(folder / f"{found[1].path.stem}.png")
+    with pytest.raises(UserError, match=rf"^--mask .* has 10x20 px and .* {size[0]}x{size[1]}: a mask has"):
+        restyle.with_masks(found, folder)
+    (folder / f"{found[0].path.stem}.png").unlink()
+    with pytest.raises(UserError, match=r"^--mask .*: no image called .* there"):
+        restyle.with_masks(found, folder)
+    with pytest.raises(UserError, match=r"^--mask "):
+        restyle.with_masks(found, tmp_path / "nowhere.png")
+
+
+def test_a_way_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"^--way twirl is unknown: choose one of img2img, inversion$"):
+        replace(OPTIONS, way="twirl")
+    with pytest.raises(
+        UserError, match=r"^--way inversion walks DDIM backwards: use --sampler ddim, not ddpm"
+    ):
+        replace(OPTIONS, way="inversion", sampler="ddpm")
 
 
 def test_the_stronger_the_farther_from_the_photo(base_alone: LoadedModel, photos: Path) -> None:
