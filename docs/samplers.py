@@ -1,4 +1,4 @@
-"""Make the table and figure of docs/samplers.md: `python docs/samplers.py`, ten minutes on one core.
+"""Make the table and figure of docs/samplers.md: `python docs/samplers.py`, some minutes on one core.
 
 The images of each sampler and number of steps are measured once and kept in outputs/samplers/.
 """
@@ -25,10 +25,10 @@ from ghibli.runtime.console import counted
 from ghibli.runtime.files import write_json
 
 FOLDER, WORK = Path(__file__).parent / "samplers", Path("outputs/samplers")
-IMAGES, REAL, BATCH = 24, 150, 24  # images of a cell, real images, images sampled together
+IMAGES, REAL, BATCH = 10, 150, 10  # images of a cell, real images, images sampled together
 STEPS = (5, 10, 15, 20, 30)
 GUIDANCE, SIDE, STYLE = 7.5, 128, ", Studio Ghibli style"
-EXACT = ("euler", 100)  # stands for the solution of the ODE that the deterministic samplers approximate
+EXACT = ("euler", 60)  # stands for the solution of the ODE that the deterministic samplers approximate
 SEED = EVALUATION_SEEDS.start  # of the first scene that is drawn
 
 

@@ -10,9 +10,12 @@ import typer
 from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
 from ghibli.config.paths import check_base_path
 from ghibli.inference.request import (
+    Axis,
     ImageRequest,
     RestyleOptions,
     check_text,
+    grid_requests,
+    parse_axis,
     parse_size,
     read_prompts,
     unused_negative,
@@ -50,6 +53,9 @@ def generate_command(
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="also write a sheet of adapter scales")
     ] = False,
+    grid: Annotated[
+        list[str] | None, typer.Option(help="SETTING=VALUE,VALUE: also write a sheet; twice for two settings")
+    ] = None,
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/generated"),
 ) -> None:
     """Generate images from prompts with a run, adapter files or the base, as PNG files with all settings."""
@@ -61,6 +67,9 @@ def generate_command(
         parse_size(size or "512"), negative, batch, scale,
         hires, hires_strength,
     )  # fmt: skip
+    axes = [parse_axis(text) for text in grid or []]
+    if axes:
+        grid_requests(request, axes)
     require_target(folder, "--to", len(lines) * 3 * request.final_size[0] * request.final_size[1])
     model = load_sources(sources)
     if interpolate and not model.weights:
@@ -70,11 +79,17 @@ def generate_command(
         request, guidance=model.guidance if guidance is None else guidance,
         size=request.size if size else (side, side),
     )  # fmt: skip
-    write_generated(model, request, folder, base=base, interpolate=interpolate)
+    write_generated(model, request, folder, base=base, interpolate=interpolate, axes=axes)
 
 
 def write_generated(
-    model: "LoadedModel", request: ImageRequest, folder: Path, *, base: bool, interpolate: bool
+    model: "LoadedModel",
+    request: ImageRequest,
+    folder: Path,
+    *,
+    base: bool,
+    interpolate: bool,
+    axes: list[Axis],
 ) -> None:
     """Generate the images and sheets, write each batch as it is done, and print their paths."""
     with stop_at_once():
@@ -98,6 +113,9 @@ def write_generated(
     if base:
         sheet = generate.base_comparison_sheet(model, request, torch.cat(images))
         console.print(f"sheet    {quoted(str(generate.write_png(folder / 'beside_base.png', sheet)))}")
+    if axes:
+        sheet = generate.settings_grid(model, request, axes)
+        console.print(f"sheet    {quoted(str(generate.write_png(folder / 'settings.png', sheet)))}")
     if interpolate:
         sheet = generate.adapter_scale_sheet(model, request)
         console.print(f"sheet    {quoted(str(generate.write_png(folder / 'adapter_scales.png', sheet)))}")

@@ -23,7 +23,7 @@ LATER_KEYS = {  # added within this version -> what runs without the key did
     "data": {"grid_epochs": ""},
     "model": {"config": None, "clip_skip": 1},
     "local": {"sd15_config": None, "caption": None},
-    "evaluate": {"every_n_epochs": 0, "epoch_samples": 64, "sampler_steps": {}},
+    "evaluate": {"every_n_epochs": 0, "epoch_samples": 64, "sampler_steps": None},
     "lora": {
         "variant": "lora",
         "init": None,
@@ -323,7 +323,7 @@ class EvaluateConfig:
     every_n_epochs: int  # how often to measure the distance during training; 0 = never
     epoch_samples: int  # images for that
     scales: list[float]  # values of guidance_scale in the guidance scan
-    sampler_steps: dict[str, int]  # denoising steps of some samplers; the others have those of `sample`
+    sampler_steps: Any  # denoising steps by sampler, None = none; the others have those of `sample`
     batch_size: int  # images sampled in one batch
     features: str  # style or inception
     inception: str | None  # file with the FID network's weights
@@ -338,9 +338,13 @@ class EvaluateConfig:
         for scale in self.scales:
             require(scale >= 1, "evaluate.scales", scale, "1 (off) or more")
         key = "evaluate.sampler_steps"
-        self.sampler_steps = {sampler_name(name, key): steps for name, steps in self.sampler_steps.items()}
-        for sampler, steps in self.sampler_steps.items():
-            check_steps(sampler, steps, f"{key}.{sampler}")
+        given = self.sampler_steps
+        if given is not None:
+            whole = isinstance(given, dict) and all(type(steps) is int for steps in given.values())
+            require(whole, key, given, "a number of steps by sampler, such as {euler: 20}, or null")
+            self.sampler_steps = {sampler_name(str(name), key): steps for name, steps in given.items()}
+            for sampler, steps in self.sampler_steps.items():
+                check_steps(sampler, steps, f"{key}.{sampler}")
         require_choice("evaluate.features", self.features, ("style", "inception"))
 
 
@@ -392,7 +396,10 @@ class Config:
         if not self.model.path:
             raise UserError("model.path is not set: give a base model, model.path=DIR, or use model=demo")
         check_trainer(self.trainer)
-        unused = set(self.evaluate.sampler_steps) - {*self.sample.samplers, "ddim"}  # DDIM makes the scan
+        unused = set(self.evaluate.sampler_steps or {}) - {
+            *self.sample.samplers,
+            "ddim",
+        }  # DDIM makes the scan
         if unused:
             names = ", ".join(sorted(unused))
             raise UserError(f"evaluate.sampler_steps names {names}, which sample.samplers does not")

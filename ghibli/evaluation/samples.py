@@ -190,7 +190,7 @@ class SampleCache:
 
     def steps_of(self, cell: Cell) -> int:
         """Return the denoising steps of a cell's images."""
-        steps = self.config.evaluate.sampler_steps
+        steps = self.config.evaluate.sampler_steps or {}
         return steps.get(cell.sampler, self.config.sample.num_inference_steps)
 
     def _passes(self, job: Job) -> int:

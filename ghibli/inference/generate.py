@@ -16,7 +16,7 @@ from ghibli.images.grid import compose_grid, to_image
 from ghibli.inference.fit import require_memory
 from ghibli.inference.img2img import redraw
 from ghibli.inference.load import LoadedModel
-from ghibli.inference.request import ImageRequest
+from ghibli.inference.request import Axis, ImageRequest, grid_requests
 from ghibli.models.base import BaseModel
 from ghibli.models.prompt_embeds import encode_weighted
 from ghibli.runtime.console import counted
@@ -168,6 +168,28 @@ def base_comparison_sheet(model: LoadedModel, request: ImageRequest, images: tor
     rows = [("base", base[:, None]), ("adapter", images[:, None])]
     cell = Cell(request.sampler, request.guidance)
     return compose_grid(rows, request.prompts, [cell.label], f"seed {request.seed}")
+
+
+def settings_grid(
+    model: LoadedModel, request: ImageRequest, axes: list[Axis], count: Count = counted
+) -> Image.Image:
+    """Compose a sheet with a column for each value of the first axis and a row for each of the second.
+
+    Raises:
+        UserError: as grid_requests and generate_images.
+    """
+    requests, number = grid_requests(request, axes), 0
+    total, rows = len(requests) * len(requests[0]), []
+    for across in requests:
+        images = []
+        for cell in across:
+            number += 1
+            images.append(generate_images(model, cell, f"image {number} of {total}", count))
+        label = f"{axes[1].name} {getattr(across[0], axes[1].name)}" if len(axes) > 1 else ""
+        rows.append((label, torch.stack(images, dim=1)))
+    labels = [f"{axes[0].name} {getattr(cell, axes[0].name)}" for cell in requests[0]]
+    title = f"seed {request.seed}, {sampler_label(request.sampler)} guidance {request.guidance:g}"
+    return compose_grid(rows, request.prompts, labels, title)
 
 
 def adapter_scale_sheet(model: LoadedModel, request: ImageRequest) -> Image.Image:

@@ -1,8 +1,10 @@
 """What `generate` and `restyle` are asked for, checked; imports no torch, so that a typo is told at once."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ghibli.config.checks import require, require_finite
 from ghibli.config.registry import check_steps, sampler_name
@@ -68,6 +70,57 @@ class ImageRequest:
             )
         if self.hires > 1:
             check_share("--hires-strength", self.hires_strength, self.steps)
+
+
+AXES: dict[str, Callable[[str], Any]] = {  # settings that a grid can vary -> how a value is read
+    "sampler": str, "guidance": float, "steps": int, "seed": int, "scale": float, "hires_strength": float,
+}  # fmt: skip
+MOST_IN_GRID = 100  # images of one prompt
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting that a grid varies, and its values in their order."""
+
+    name: str  # of AXES
+    values: list[Any]
+
+
+def parse_axis(text: str, option: str = "--grid") -> Axis:
+    """Read `guidance=3,5,7.5`.
+
+    Raises:
+        UserError: an unknown setting, or values that are none.
+    """
+    name, _, listed = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if name not in AXES:
+        raise UserError(f"{option} {text[:60]}: choose one of {', '.join(AXES)}, as in guidance=3,5,7.5")
+    words = [word.strip() for word in listed.split(",") if word.strip()]
+    try:
+        values = [AXES[name](word) for word in words]
+    except ValueError:
+        values = []
+    if not values:
+        raise UserError(f"{option} {text[:60]}: give values of {name}, separated by commas")
+    return Axis(name, list(dict.fromkeys(values)))
+
+
+def grid_requests(request: ImageRequest, axes: list[Axis]) -> list[list[ImageRequest]]:
+    """Return the request of every cell, [row][column]; the first axis goes to the right, the second down.
+
+    Raises:
+        UserError: more than two axes or one twice, too many images, or a value that no request may have.
+    """
+    if not 1 <= len(axes) <= 2 or len({axis.name for axis in axes}) < len(axes):
+        raise UserError(
+            "--grid: give one setting or two different ones, such as guidance=3,7 and steps=10,20"
+        )
+    right, down = axes[0], (axes[1] if len(axes) > 1 else None)
+    if len(right.values) * (len(down.values) if down else 1) > MOST_IN_GRID:
+        raise UserError(f"--grid: at most {MOST_IN_GRID} images of a prompt")
+    rows = [request] if down is None else [replace(request, **{down.name: value}) for value in down.values]
+    return [[replace(row, **{right.name: value}) for value in right.values] for row in rows]
 
 
 @dataclass(frozen=True)

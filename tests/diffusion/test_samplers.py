@@ -395,6 +395,8 @@ def test_a_setting_takes_other_programs_names_and_stores_ours(make_config: Calla
         make_config("evaluate.sampler_steps={lcm: 4}")
     with pytest.raises(UserError, match=r"^evaluate.sampler_steps.ddim=0 is out of range: from 1 to 1000$"):
         make_config("evaluate.sampler_steps={ddim: 0}")
+    with pytest.raises(UserError, match=r"^evaluate.sampler_steps=7 is out of range: a number of steps by"):
+        make_config("evaluate.sampler_steps=7")
     with pytest.raises(UserError, match=r"^sample.num_inference_steps=60 is .*: from 1 to 50 with lcm$"):
         make_config("sample.samplers=[lcm]", "sample.num_inference_steps=60")
 
