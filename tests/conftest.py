@@ -1,6 +1,7 @@
 """Fixtures: the demo base, the real configuration shrunk, and train.py in a process of its own."""
 
 import atexit
+import gc
 import os
 import shutil
 import subprocess
@@ -33,6 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((at for at, name in enumerate(folders) if name in item.path.parts), len(folders))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what the libraries hold from garbage collection: each load of a base would search it all."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

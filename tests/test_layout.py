@@ -141,6 +141,27 @@ def test_imports_stand_at_the_top(module: str) -> None:
     assert {name.split(".")[0] for name in late} <= LATE_IMPORTS, late
 
 
+SILENCERS = ("quiet(", "filterwarnings(", "simplefilter(", "setLevel(", "captureWarnings(", "set_verbosity")
+
+
+def test_whatever_silences_a_library_says_why() -> None:
+    """A library often tells only its logger, or a warning, that it drops a part of its input."""
+    for path in [*FILES.values(), ROOT / "train.py", ROOT / "sweep.py"]:
+        tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
+        why = {
+            line
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef) and "ilence" in (ast.get_docstring(function) or "")
+            for line in range(function.lineno, (function.end_lineno or 0) + 1)
+        }
+        for number, line in enumerate(lines, start=1):
+            is_call = any(word in line for word in SILENCERS) and "def quiet(" not in line
+            if is_call and number not in why and "logger.setLevel(logging.INFO)" not in line:
+                assert any(
+                    "  # " in near or near.strip().startswith("#") for near in lines[number - 3 : number]
+                ), f"{path.relative_to(ROOT)}:{number} does not say why nothing is lost: {line.strip()}"
+
+
 def test_the_demo_has_no_code_path_of_its_own() -> None:
     """Only where its folder is gets decided by name, and in one module."""
     names_of_commands = {"ghibli.cli.data", "ghibli.cli.options"}

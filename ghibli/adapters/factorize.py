@@ -17,6 +17,7 @@ from ghibli.adapters.layers import Full, Layer, LoRA
 from ghibli.adapters.names import named_layers
 from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import expanded
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # B (out, r) and A (r, inputs), float64
 
@@ -226,7 +227,7 @@ def new_file(to: Path | None, default: Path) -> Path:
     Raises:
         UserError: it exists, or does not end in .safetensors.
     """
-    target = default if to is None else to.expanduser()
+    target = default if to is None else expanded(to)
     if target.suffix != ".safetensors":
         raise UserError(f"--to {target}: the name must end in .safetensors")
     if target.exists() or target.is_symlink():

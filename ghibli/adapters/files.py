@@ -13,6 +13,7 @@ from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import ADAPTER_FILE, check_whole
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import expanded
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def find_file(path: str | Path, what: str) -> Path:
     Raises:
         UserError: nothing there, several files, a pickle, or a file that is cut off.
     """
-    place = Path(path).expanduser()
+    place = expanded(path)
     if RunDir(place).config.is_file():
         place = RunDir(place).adapter
     if place.is_dir():

@@ -17,6 +17,7 @@ from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, describe
 from ghibli.diffusion.process import usual_guidance
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.home import expanded
 
 LICENCE = """The style and the training images are Studio Ghibli's. Do not pass off generated images as
 theirs, and ask a lawyer before any commercial use. Stable Diffusion 1.5 and everything derived from it are
@@ -81,7 +82,7 @@ For exploring a style and for studying how adapters learn. {LICENCE}
 def public_name(path: str) -> str:
     """Return a hub id as it is, and of a path on this machine only the last name."""
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and path[0] not in ".~" and not Path(path).exists()
-    return path if is_hub_id else Path(path).expanduser().resolve().name
+    return path if is_hub_id else expanded(path).resolve().name
 
 
 def plain(value: object) -> str:

@@ -19,12 +19,14 @@ from ghibli.adapters.layers import KINDS, OFT, UNSCALED, Full, InputOFT, Layer, 
 from ghibli.adapters.names import DOTTED, FLAT, PEFT_PREFIX, explain, named_layers, names_in_files
 from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError, first_line
+from ghibli.runtime.files import read_plain
 
 logger = logging.getLogger(__name__)
 
 METADATA = "lora_adapter_metadata"  # where diffusers stores PEFT's settings in a file
 ALPHAS = ("lora_alpha", "alpha")  # PEFT's name of alpha for LoRA, and for LoHa and LoKr
 MOST_TERMS = 50  # of OFT's series; PEFT's default is 5
+LARGEST_SETTINGS = 2**24  # bytes of that file
 PEFT_CONFIG = "adapter_config.json"  # where PEFT stores them, beside the file
 SHARED = {
     "magnitude": (
@@ -321,7 +323,7 @@ def settings_of(metadata: dict[str, str], file: Path, layout: str, what: str) ->
         if METADATA in metadata:
             settings = dict(json.loads(metadata[METADATA]))
         elif layout == "PEFT" and beside.is_file():
-            content = dict(json.loads(beside.read_text(encoding="utf-8")))
+            content = dict(json.loads(read_plain(beside, LARGEST_SETTINGS).decode()))
             settings = {f"{part}.{key}": value for part in DOTTED for key, value in content.items()}
         elif layout == "PEFT":
             logger.warning("%s has no %s beside it: alpha is taken to be the rank", what, PEFT_CONFIG)
@@ -330,7 +332,7 @@ def settings_of(metadata: dict[str, str], file: Path, layout: str, what: str) ->
             for alpha in (*(settings.get(f"{part}.{key}") for key in ALPHAS), *patterns.values()):
                 if alpha is not None and not isfinite(float(alpha)):
                     raise ValueError(f"alpha is {alpha}")
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         damage = f"its settings are damaged: {first_line(error)}"
         raise UserError(f"{what} cannot be read as a LoRA: {damage}") from error
     return settings

@@ -1,6 +1,7 @@
 """Training further from an adapter file, lora.init: which settings take it, and copying its weights."""
 
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from ghibli.adapters.names import layer_name as name_of_layer
 from ghibli.adapters.names import named_layers
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
+from ghibli.runtime.commands import command_line
 from ghibli.runtime.errors import UserError
 
 VARIANTS_OF = {  # kind of layer -> values of lora.variant that train it
@@ -80,9 +82,10 @@ def check_same_shape(adapter: Adapter, options: LoraConfig, base: BaseModel) -> 
     if "lora.text_encoder" in differing:
         differing.remove("lora.text_encoder_targets")
     if differing:
+        command = command_line("ghibli", "import", Path(str(options.init)))
         raise UserError(
             f"{what}: {', '.join(differing)} of this run differ from those of the file; "
-            f"`ghibli import {options.init}` prints the settings to continue training from it"
+            f"`{command}` prints the settings to continue training from it"
         )
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from ghibli.models.base import BaseModel, weights_hash
 from ghibli.models.load import load, load_part
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def tuned_model(path: str, base: BaseModel, config: str | None) -> BaseModel:
     Raises:
         UserError: nothing usable there.
     """
-    place = Path(path).expanduser()
+    place = expanded(path)
     if RunDir(place).config.is_file():
         run = RunDir(place)
         found = trained_base(run, from_yaml(run.config)).to(torch.device("cpu"))

@@ -10,6 +10,7 @@ from ghibli.cli.options import app
 from ghibli.config.checks import share
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def merge_command(
     size = factorize.Size(rank, keep) if (rank, keep) != (None, None) else None
     target = factorize.new_file(to, to)
     names = {word: split_weight(word) for word in sources}
-    overrides = [word for word, (name, _) in names.items() if "=" in word and not Path(name).exists()]
+    overrides = [word for word, (name, _) in names.items() if "=" in word and not exists(name)]
     named = [found for word, found in names.items() if word not in overrides]
     found_files = [(files.find_file(name, "merge"), weight) for name, weight in named]
     base = apply.load_base(compose_config(overrides).model)

@@ -8,6 +8,7 @@ import typer
 from ghibli.cli.options import app
 from ghibli.demo.scenes import canvas
 from ghibli.demo.scenes.scene import write_folder
+from ghibli.runtime.commands import command_line, path_setting, quoted
 from ghibli.runtime.console import console, counted
 from ghibli.runtime.errors import UserError, stop_at_once
 
@@ -28,11 +29,12 @@ def draw_command(
     """Draw images with captions into a folder that `data.root=` can read."""
     if look not in canvas.LOOKS:
         raise UserError(f"--look {look} is unknown: choose one of {', '.join(canvas.LOOKS)}")
-    if (folder / "captions.txt").exists():
-        raise UserError(f"{folder} already contains captions.txt: choose another folder")
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise UserError(f"{folder} is not an empty folder: choose another folder")
     with counted("drawing") as on_progress:
         write_folder(folder, look, count, seed, size=size, on_progress=on_progress)
-    console.print(f"{count} {look} images in {folder}: train.py data=ghibli data.root={folder}")
+    command = command_line("python", "train.py", "data=ghibli", path_setting("data.root", folder))
+    console.print(f"{count} {look} images in {quoted(str(folder))}: {command}")
 
 
 @app.command("check")

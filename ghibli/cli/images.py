@@ -25,6 +25,7 @@ from ghibli.runtime.commands import quoted
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
 from ghibli.runtime.files import require_target
+from ghibli.runtime.home import exists
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from ghibli.inference.load import LoadedModel
@@ -232,7 +233,7 @@ def load_sources(sources: list[str] | None) -> "LoadedModel":
     from ghibli.inference.load import load_model
     from ghibli.runs.find import finished_run
 
-    overrides = [w for w in sources or [] if re.match(r"[a-z_.]+=", w) and not Path(w).exists()]
+    overrides = [w for w in sources or [] if re.match(r"[a-z_.]+=", w) and not exists(w)]
     named = [word for word in sources or [] if word not in overrides]
     if not named and not overrides:
         try:

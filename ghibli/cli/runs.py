@@ -1,5 +1,6 @@
 """`ghibli list`, `evaluate`, `compare` and `report`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.identity import age_of
 from ghibli.runtime.console import console, full_width
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
 
 
@@ -40,7 +42,7 @@ def evaluate_command(
     ],
 ) -> None:
     """Sample finished runs and their base in every cell and measure the distance to real images."""
-    folders = [word for word in arguments if "=" not in word or Path(word).is_dir()]  # trial names contain =
+    folders = [word for word in arguments if "=" not in word or exists(word)]  # trial names contain =
     runs = [RunDir(Path(folder)) for folder in folders]
     if not runs:
         raise UserError("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
@@ -50,9 +52,11 @@ def evaluate_command(
     from ghibli.runs.here import on_this_machine
 
     settings = [word for word in arguments if word not in folders]
-    cache = cache_of_this_machine()
-    stored = [on_this_machine(finished_config(run), cache) for run in runs]
-    configs = [apply_overrides(config, settings, CHANGED_BY_EVALUATE) for config in stored]
+    configs = []
+    for stored in [finished_config(run) for run in runs]:
+        usual = replace(stored, cache_dir=cache_of_this_machine())
+        cache = apply_overrides(usual, settings, CHANGED_BY_EVALUATE).cache_dir
+        configs.append(apply_overrides(on_this_machine(stored, cache), settings, CHANGED_BY_EVALUATE))
     from ghibli.evaluation import evaluate as evaluate_module  # torch takes seconds to load
     from ghibli.training import wandb_logger
 

@@ -17,8 +17,9 @@ from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.schema import LATER_KEYS, RENAMED_KEYS, Config
 from ghibli.config.typed_paths import path_key, plain_path
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import read_plain
 
-LONGEST = 2**20  # characters of a config.yaml; ours have some thousand
+LONGEST = 2**20  # bytes of a config.yaml; ours have some thousand
 CHANGED_BY_EVALUATE = (  # settings of an evaluation that may differ from those of the run
     "evaluate", "sample.samplers", "sample.guidance", "sample.num_inference_steps", "sample.seed",
     "data.reference", "model.clip", "cache_dir",
@@ -103,17 +104,15 @@ def plain_yaml(text: str) -> Any:
     """Parse the YAML of a run's file as data.
 
     Raises:
-        yaml.YAMLError, RecursionError: no YAML, an alias, nested too deeply, or far too long.
+        yaml.YAMLError, RecursionError: no YAML, an alias, or nested too deeply.
     """
-    if len(text) > LONGEST:
-        raise yaml.YAMLError(f"it has more than {LONGEST} characters")
     return yaml.load(text, PlainLoader)  # a SafeLoader
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
     """Read a run's config.yaml as nested dictionaries, unchecked; None when it is missing or damaged."""
     try:
-        content = rename_old_keys(plain_yaml(path.read_text(encoding="utf-8")))
+        content = rename_old_keys(plain_yaml(read_plain(path, LONGEST).decode()))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
@@ -126,7 +125,7 @@ def from_yaml(path: Path) -> Config:
         UserError: the file is damaged, was edited, or was written by an incompatible version.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path, LONGEST).decode()
         config = to_dataclass(with_later_keys(rename_old_keys(plain_yaml(text))))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # a UserError is a ValueError
         reason = " ".join(str(error).split())

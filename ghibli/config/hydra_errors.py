@@ -23,6 +23,8 @@ def hydra_errors() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
     except ValueError as error:
+        if str(error).startswith("Only one of --run"):
+            raise UserError(str(error)) from error
         if not str(error).startswith("Config group override"):
             raise
         groups = "model, data, grid and experiment take a name, such as model=sd15"

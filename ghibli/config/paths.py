@@ -5,6 +5,7 @@ from pathlib import Path
 from ghibli.config.schema import Config
 from ghibli.runtime.commands import command_line, path_setting, quoted
 from ghibli.runtime.errors import UserError, require_folder
+from ghibli.runtime.home import expanded
 
 BASE_FILES = (
     "tokenizer/*.json", "text_encoder/config.json", "text_encoder/*.safetensors", "vae/config.json",
@@ -46,7 +47,7 @@ def check_base_path(model_path: str) -> None:
         UserError: as check_base.
     """
     if "/" in model_path:
-        check_base(Path(model_path).expanduser(), model_path)
+        check_base(expanded(model_path), model_path)
 
 
 def check_base(path: Path, model_path: str) -> None:
@@ -85,7 +86,7 @@ def check_base_folder(folder: Path, model_path: str) -> None:
 
 def check_adapter(path: Path) -> None:
     """Raise a UserError for an adapter stored as a pickle only; a missing one is found when it is merged."""
-    path, given = path.expanduser(), path
+    path, given = expanded(path), path
     candidates = [path] if path.suffix in PICKLES else sorted(path.glob("*"))
     pickles = [file for file in candidates if file.suffix in PICKLES]
     if pickles and not any(path.glob("*.safetensors")):

@@ -9,10 +9,11 @@ from typing import Any
 
 from ghibli.config.checks import require, require_choice, require_finite
 from ghibli.config.registry import LOSSES, OPTIMIZERS, check_steps, sampler_name
-from ghibli.config.trainer_flags import check_trainer
+from ghibli.config.trainer_flags import MOST_PROCESSES, check_trainer
 from ghibli.runtime.errors import UserError
 
 NO_EFFECT = {"affects_result": False}  # metadata of a field or section that cannot change a run's result
+MOST_THREADS = 1024
 CONFIG_VERSION = 2  # raise it when a key is renamed, removed or changes its meaning
 RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who types the old name
     ("validation", "items_per_picture"): "items_per_image",
@@ -133,6 +134,7 @@ class DataConfig:
         for name, least in least_of.items():
             value = getattr(self, name)
             require(value >= least, f"data.{name}", value, f"at least {least}")
+        require(self.workers <= MOST_PROCESSES, "data.workers", self.workers, f"at most {MOST_PROCESSES}")
 
 
 def target_list(key: str, targets: Any, named: dict[str, list[str]]) -> list[str]:
@@ -390,7 +392,9 @@ class Config:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
         require_choice("finetune", self.finetune, ("lora", "full", "none"))
-        require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null")
+        threads = self.threads
+        require(threads is None or threads >= 1, "threads", threads, "at least 1, or null")
+        require(threads is None or threads <= MOST_THREADS, "threads", threads, f"at most {MOST_THREADS}")
         if not self.data.root:
             raise UserError("data.root is not set: give an image folder, data.root=DIR, or use data=demo")
         if not self.model.path:

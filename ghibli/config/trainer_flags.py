@@ -55,6 +55,7 @@ REFUSED_STRATEGIES = {  # part of a strategy's name -> why
     "fsdp": "it shards weights too large for one device, and checkpoints here hold unsharded ones",
     "deepspeed": "it writes checkpoints in its own format, which resume and export cannot read",
 }
+MOST_PROCESSES = 256  # that settings, perhaps those of a stranger's run, may start on one machine
 PRECISIONS = ("auto", "auto-16", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -79,6 +80,9 @@ def check_trainer(trainer: dict[str, Any]) -> None:
     for flag in ("max_epochs", "accumulate_grad_batches", "log_every_n_steps"):
         value = trainer[flag]
         require(isinstance(value, int) and value >= 1, f"trainer.{flag}", value, "a whole number from 1")
+    devices = trainer.get("devices")
+    ok = not str(devices).isdecimal() or int(str(devices)) <= MOST_PROCESSES
+    require(ok, "trainer.devices", devices, f"at most {MOST_PROCESSES}, on one machine")
     clip = trainer["gradient_clip_val"]
     ok = clip is None or (isinstance(clip, int | float) and clip > 0)
     require(ok, "trainer.gradient_clip_val", clip, "more than 0, or null for no clipping")

@@ -5,9 +5,9 @@ stays Hydra's: null, a value in quotes, an interpolation, and in a sweep several
 """
 
 import re
-from pathlib import Path
 
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import exists, expanded
 
 PATH_KEYS = (
     "resume", "cache_dir", "data.root", "data.reference", "model.path", "model.config", "model.adapter",
@@ -40,6 +40,8 @@ def with_typed_paths(overrides: list[str], sweeps: bool = False) -> list[str]:
 def for_hydra(override: str, sweeps: bool) -> str:
     """Quote the path of one override, if it has one."""
     found = path_key(override)
+    if found is not None and not found[2]:
+        raise UserError(f"{override}: expected a path; leave it out for the default")
     if found is None or (path := plain_path(found[2], sweeps)) is None:
         return override
     if "${" in path:
@@ -51,7 +53,7 @@ def plain_path(typed: str, sweeps: bool = False) -> str | None:
     """Return a typed value as the path that it names, `~` expanded; None if it is not a plain path."""
     if typed.lower() in ("", "null"):
         return None
-    path = expanded(typed)
+    path = at_its_home(typed)
     if not exists(path):
         is_quoted = len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\""
         if is_quoted or "${" in typed or (sweeps and SEVERAL.search(typed)):
@@ -59,20 +61,15 @@ def plain_path(typed: str, sweeps: bool = False) -> str | None:
     return path
 
 
-def expanded(path: str) -> str:
-    """Return a path with ~ or ~user at its beginning expanded; unchanged where there is no such user."""
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:
-        return path
+def at_its_home(path: str) -> str:
+    """Expand ~ or ~user at the beginning of a path, and leave all else as it is typed."""
+    return str(expanded(path)) if path.startswith("~") else path
 
 
-def exists(path: str) -> bool:
-    """Return whether there is such a file or folder; False for what can be none."""
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):
-        return False
+def at_home(word: str) -> str:
+    """Expand `~/` in a word of a command where bash leaves it alone: `--to=~/x`, and in quotes."""
+    option, path = re.fullmatch(r"(--[a-z-]+=)?(.*)", word, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return option + at_its_home(path) if path.startswith("~/") else word
 
 
 def quoted(path: str) -> str:

@@ -119,7 +119,11 @@ def csv_rows(table: Path, text: str) -> Iterator[tuple[int, str, str]]:
 
     Columns are separated by whatever separates them in the header: comma, semicolon or tab.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(text), strict=True)
+    first_line, delimiter = header_of(text)
+    spaced = f"{delimiter} " in first_line
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced, strict=True
+    )
     header: list[str] | None = None
     first = 1  # line in which the row begins
     try:
@@ -130,7 +134,7 @@ def csv_rows(table: Path, text: str) -> Iterator[tuple[int, str, str]]:
             if header is None:
                 header = [cell.strip().lower() for cell in cells]
                 continue
-            refuse_misread(cells, header, where)
+            refuse_misread(cells, header, where, spaced)
             row = without_repeats(list(zip(header, cells, strict=False)), where)
             yield number, *name_and_caption(row, where)
     except csv.Error as error:
@@ -140,25 +144,36 @@ def csv_rows(table: Path, text: str) -> Iterator[tuple[int, str, str]]:
         ) from None
 
 
-def delimiter_of(text: str) -> str:
-    """Return the separator with which the first line that is not empty names a file_name column."""
+def header_of(text: str) -> tuple[str, str]:
+    """Return the first line that is not empty, and the separator with which it names a file_name column."""
     line = next((line for line in text.split("\n") if line.strip()), "")
     for delimiter in DELIMITERS:
         if FILE_NAME in [cell.strip(' "').lower() for cell in line.split(delimiter)]:
-            return delimiter
-    return DELIMITERS[0]
+            return line, delimiter
+    return line, DELIMITERS[0]
 
 
-def refuse_misread(cells: list[str], header: list[str], where: str) -> None:
+def refuse_misread(cells: list[str], header: list[str], where: str, spaced: bool) -> None:
     """Refuse a row whose caption was cut at a separator, or that swallowed the next rows.
 
+    Args:
+        spaced: the header has spaces after its separators, so they mean nothing in rows.
+
     Raises:
-        UserError: more cells with text than columns, or a cell with a line that begins like a row.
+        UserError: more cells with text than columns, a cell that reads like the rest of a caption, or a cell
+            with a line that begins like a row.
     """
     if any(cell.strip() for cell in cells[len(header) :]):
         raise UserError(
             f"{where} has {len(cells)} cells, and there are {len(header)} columns: put a caption that holds "
             f"the separator in double quotes, found `{' | '.join(cells)[:60]}`"
+        )
+    first = min((header.index(key) for key in CAPTION_KEYS if key in header), default=len(header))
+    rest = next((cell for cell in cells[first + 1 :] if re.match(r" \S", cell)), None)
+    if rest is not None and not spaced:
+        raise UserError(
+            f"{where}: is `{rest.strip()[:40]}` the rest of the caption? put a caption that holds the "
+            "separator in double quotes, and leave no space before other cells"
         )
     endings = "|".join(re.escape(ending) for ending in sorted(image_endings()))
     for cell in cells:

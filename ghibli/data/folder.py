@@ -22,13 +22,14 @@ from ghibli.data.layouts import (
     repeats_of,
     supported_layouts,
     tables,
+    texts_beside,
     words_of,
 )
-from ghibli.images.read import Size, Unusable, check_image, without_warnings
+from ghibli.images.read import Size, Unusable, check_image, say_once, without_warnings
 from ghibli.runtime.errors import UserError, require_folder
+from ghibli.runtime.home import expanded
 
 NO_CAPTION = "it has no caption"
-CAPTION_ENDINGS = (".txt", ".caption")  # of the file beside an image; the first one that exists counts
 LONGEST_CAPTION = 2**20  # bytes of such a file
 MOST_THREADS = 8  # that read images at once
 
@@ -95,7 +96,7 @@ def read_folder(
         UserError: no such folder, no images, or fewer than two of them usable.
     """
     require_folder(key, root)
-    top, listed = enter_and_list(root.expanduser(), key)
+    top, listed = enter_and_list(expanded(root), key)
     read_one = partial(
         read_or_reason, top=top, options=ReadOptions(style, default_caption, min_side, on_image, on_size)
     )
@@ -185,10 +186,19 @@ def enter_and_list(root: Path, key: str = "data.root") -> tuple[Path, list[Liste
     listed: dict[Path, ListedImage] = {}
     try:
         root = enter(root)
-        for _, layout in LAYOUTS.items():
+        for name, layout in LAYOUTS.items():
+            unused: list[str] = []
             for image in layout.list_images(root) if layout.recognise(root) else []:
-                if image.path not in listed or listed[image.path].caption is None:
+                first = listed.setdefault(image.path, image)
+                if first.caption is None:
                     listed[image.path] = image
+                elif image.caption not in (None, first.caption):
+                    unused.append(image.name)
+            if unused:
+                say_once(
+                    f"{root}: {len(unused)} captions of {name} are not used, as another table has others for "
+                    f"{', '.join(unused[:3])}{' and others' if len(unused) > 3 else ''} (docs/data.md)"
+                )
     except OSError as error:
         raise UserError(f"{key}={root} cannot be read: {error}") from error
     return root, sorted(listed.values(), key=lambda image: image.name)
@@ -226,8 +236,7 @@ def repeated_folders(names: list[str]) -> str:
 
 def caption_file(path: Path) -> Path | None:
     """Return the file with the caption beside an image, None without one."""
-    files = (path.with_suffix(ending) for ending in CAPTION_ENDINGS if path.name not in ("", ".", ".."))
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in texts_beside(path) if file.is_file()), None)
 
 
 def read_beside(path: Path, top: Path | None = None) -> str | None:

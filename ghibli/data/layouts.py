@@ -22,9 +22,10 @@ PHOTOGRAPHS = "trainA"  # of the Kaggle set, which are not trained on and not mi
 REPEATED = re.compile(r"([1-9][0-9]{0,5})_(.*)", re.DOTALL)  # kohya's `10_name/`: 10 times in an epoch
 IMAGE_FILES = "image files"  # the layout that every folder has
 COMPANIONS = {  # endings of what lies beside images and is none
-    ".txt", ".caption", ".csv", ".jsonl", ".json", ".md", ".parquet", ".toml", ".yaml", ".yml", ".npz",
-    ".html", ".ini", ".db", ".log", ".py", ".sh",
+    ".md", ".toml", ".yaml", ".yml", ".npz", ".html", ".ini", ".db", ".log", ".py", ".sh",
 }  # fmt: skip
+CAPTION_ENDINGS = (".txt", ".caption")  # of the file beside an image; the first one that exists counts
+NO_SET = ("checksums.txt", "README.txt", "LICENSE.txt")  # names of texts that hold no captions
 MOST_ENTRIES = 100_000  # looked at for what is not read
 
 
@@ -97,6 +98,12 @@ def list_files(root: Path) -> list[str]:
     return [path.relative_to(top).as_posix() for path in found if not path.name.startswith(".")]
 
 
+def texts_beside(image: Path) -> list[Path]:
+    """Return the files that may hold an image's caption, whether or not they exist; the first one counts."""
+    is_name = image.name not in ("", ".", "..")
+    return [image.with_suffix(ending) for ending in CAPTION_ENDINGS] if is_name else []
+
+
 def files_in(root: Path) -> list[ListedImage]:
     """List the image files of a set, without captions."""
     folder = image_folder(root)
@@ -157,14 +164,18 @@ def not_read(root: Path, listed: Iterable[ListedImage]) -> str:
     Args:
         listed: the images that are read.
     """
-    entered, known = {root, *image_folders(root)}, {image.path for image in listed}
+    images = list(listed)
+    entered, known = {root, *image_folders(root)}, {image.path for image in images}
+    known |= {file for image in images for file in texts_beside(image.path)}
+    known |= {path for name, _ in tables() for path in tables_in(root, name)}
+    known |= {folder / name for folder in entered for name in NO_SET}
     endings: Counter[str] = Counter()
     folders: Counter[str] = Counter()
     for path in files_below(root):
         if is_image_name(path):
             if path not in known:
                 folders[f"{path.parent.relative_to(root).as_posix()}/".removeprefix("./")] += 1
-        elif path.parent in entered and path.suffix.lower() not in COMPANIONS:
+        elif path.parent in entered and path not in known and path.suffix.lower() not in COMPANIONS:
             endings[path.suffix.lower()] += 1
     parts = [described(ending, count) for ending, count in sorted(endings.items())]
     if folders:
@@ -177,6 +188,7 @@ def not_read(root: Path, listed: Iterable[ListedImage]) -> str:
 def described(ending: str, count: int) -> str:
     """Return the number of files of one ending that are not read, in words."""
     advice = f" ({HEIF_ADVICE})" if ending in HEIF_ENDINGS else ""
+    advice = " (beside no image of that name)" if ending in CAPTION_ENDINGS else advice
     return f"{count} {ending or 'without an ending'}{advice}"
 
 

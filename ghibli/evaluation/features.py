@@ -23,6 +23,7 @@ from ghibli.models.base import BaseModel, part_hash, resolve_path, weights_hash
 from ghibli.models.hub import CLIP_FILES, hub_answers
 from ghibli.models.load import load_part
 from ghibli.runtime.errors import UserError, first_line
+from ghibli.runtime.home import expanded
 
 BATCH = 16  # images that pass a feature network together
 
@@ -77,7 +78,7 @@ def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
     Raises:
         UserError: the file is missing or holds other weights, or it cannot be downloaded.
     """
-    file = Path(weights).expanduser() if weights else downloaded_inception()
+    file = expanded(weights) if weights else downloaded_inception()
     if not file.is_file():
         raise UserError(f"evaluate.inception={weights}: no such file")
     try:

@@ -11,8 +11,9 @@ from ghibli.adapters.layers import Layer
 from ghibli.evaluation.gain import Gain
 from ghibli.evaluation.slimming import LostGain
 from ghibli.runs.folder import RunDir
+from ghibli.runs.status import LARGEST
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.files import write_json, write_rows
+from ghibli.runtime.files import read_plain, write_json, write_rows
 
 MADE_BY = "ghibli slim"
 COLUMNS = (
@@ -117,7 +118,7 @@ def read_map(file: Path) -> LayerMap:
     Raises:
         OSError, ValueError, KeyError, TypeError: it is missing, damaged, or of something else.
     """
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(read_plain(file, LARGEST).decode())
     if content["made_by"] != MADE_BY:
         raise ValueError("not written by ghibli slim")
     return LayerMap(

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import require_plain
 
 Size = tuple[int, int]  # width, height in px
 
@@ -76,7 +77,13 @@ def is_image_name(path: PurePath) -> bool:
 
 
 def open_file(file: Path | BinaryIO) -> Image.Image:
-    """Open an image file without decoding it: `Image.open` for the formats that are read here."""
+    """Open an image file without decoding it: `Image.open` for the formats that are read here.
+
+    Raises:
+        OSError: it is missing, no plain file, or no image.
+    """
+    if isinstance(file, Path):
+        require_plain(file)
     return Image.open(file, formats=formats())
 
 

@@ -1,6 +1,5 @@
 """A run's base with its adapter beside it, layer by layer, and the probe's items to score it on."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +16,7 @@ from ghibli.data.sources import require_same_images
 from ghibli.evaluation.slimming import LEAST, halves
 from ghibli.models.base import BaseModel
 from ghibli.runs.folder import RunDir
+from ghibli.runs.status import read_json
 from ghibli.runtime.errors import UserError
 from ghibli.training.module import GhibliModule
 
@@ -117,7 +117,7 @@ def check_images(run: RunDir, data: GhibliDataModule) -> None:
     """
     require_same_images(data.read().images, run.status.read().get("data_hash"), data.config.data.root)
     try:
-        trained = set(json.loads(run.split.read_text(encoding="utf-8"))["train"].values())
+        trained = set(read_json(run.split)["train"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{run.path}: its split.json is missing or damaged, and it alone tells which images were held out"

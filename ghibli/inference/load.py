@@ -18,6 +18,7 @@ from ghibli.runs.compose import compose_config
 from ghibli.runs.find import finished_config, finished_run
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import exists, expanded
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def split_weight(source: str) -> tuple[str, float]:
     """
     path, colon, number = source.rpartition(":")
     name, weight = source, 1.0
-    if colon and path and not Path(source).expanduser().exists() and WEIGHT.fullmatch(number):
+    if colon and path and not exists(expanded(source)) and WEIGHT.fullmatch(number):
         name, weight = path, float(number)
         if not math.isfinite(weight):
             raise UserError(f"{source}: the weight must be a finite number, such as {path}:0.7")

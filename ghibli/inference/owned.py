@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.files import write_json
+from ghibli.runtime.files import read_plain, write_json
 
+LARGEST = 2**24  # bytes of a record
 RECORD = ".ghibli-export.json"  # {"files": {path below the folder: sha256}}
 STAGING = ".ghibli-export.part"  # where an export is prepared
 
@@ -43,7 +44,7 @@ def check_ours(folder: Path, names: list[str]) -> None:
 def read_record(folder: Path) -> dict[str, str]:
     """Read which files earlier exports wrote; empty when there is no record or a damaged one."""
     try:
-        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        content = json.loads(read_plain(folder / RECORD, LARGEST).decode())
     except (OSError, ValueError, RecursionError):
         return {}
     files = content.get("files") if isinstance(content, dict) else None

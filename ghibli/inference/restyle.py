@@ -27,6 +27,7 @@ from ghibli.models.prompt_syntax import escaped
 from ghibli.runtime.commands import command_line, quoted
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
     Raises:
         UserError: no such file or folder, no photo, or one without a caption.
     """
-    found = [pair for path in paths for pair in captioned(path.expanduser(), prompt)]
+    found = [pair for path in paths for pair in captioned(expanded(path), prompt)]
     if not found:
         raise UserError("no images there: name files, or a folder that holds some")
     bare = [path for path, caption in found if not (prompt or caption)]

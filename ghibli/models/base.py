@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ghibli.runtime.files import ROOT
+from ghibli.runtime.home import expanded
 
 WHOLE = 1024 * 1024  # px of the largest image that the VAE takes in one piece
 TILE = 512  # px, side of a tile of a larger one
@@ -122,7 +123,7 @@ class BaseModel:
 
 def resolve_path(path: str) -> Path:
     """Resolve a path as typed: `demo` and what is below it lie in this package, `~` is the home folder."""
-    return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else Path(path).expanduser()
+    return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else expanded(path)
 
 
 def results_key(weights: str, base: BaseModel) -> str:

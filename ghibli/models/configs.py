@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ghibli.runtime.errors import UserError, first_line
+from ghibli.runtime.files import read_plain
 
 LARGEST_FILE = 2**20  # bytes of a config.json
 LONGEST_LIST = 100  # entries, but for trained_betas
@@ -65,12 +66,8 @@ def check_config(file: Path, what: str) -> None:
             "away, and name an adapter with model.adapter=DIR"
         )
     try:
-        if file.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{where} has over {LARGEST_FILE // 2**20} MiB: it is no config.json")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # a UserError is a ValueError
-        if isinstance(error, UserError):
-            raise
+        content = json.loads(read_plain(file, LARGEST_FILE).decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{what}: {file.parent.name}/ cannot be loaded: {file.name}: {first_line(error)}"
         ) from error

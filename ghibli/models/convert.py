@@ -8,8 +8,9 @@ from safetensors.torch import save
 
 from ghibli.config.paths import PICKLES
 from ghibli.runtime.errors import UserError, first_line
-from ghibli.runtime.files import write_atomically
+from ghibli.runtime.files import require_stored, write_atomically
 
+SHARED = 4  # times that the weights of an honest file may be used in it
 RENAMED = {"pytorch_model": "model"}  # transformers' file names for the same weights, pickled and not
 
 
@@ -24,11 +25,12 @@ def to_safetensors(file: Path) -> Path:
         raise UserError(f"{file}: only {', '.join(PICKLES)} files are converted")
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists already: move it away first")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol
+            require_stored(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for anything but a pickle of tensors
         raise UserError(
@@ -41,6 +43,10 @@ def to_safetensors(file: Path) -> Path:
     tensors = {name: value for name, value in named if isinstance(value, torch.Tensor)}
     if not tensors:
         raise UserError(f"{file} holds no named weights")
+    if sum(tensor.nbytes for tensor in tensors.values()) > SHARED * file.stat().st_size:
+        raise UserError(
+            f"{file} holds tensors far larger than itself: get the .safetensors of the same model"
+        )
     try:
         content = save(  # clones, because safetensors refuses tensors that share memory
             {name: t.detach().contiguous().clone() for name, t in tensors.items()}, {"format": "pt"}

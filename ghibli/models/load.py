@@ -19,7 +19,7 @@ from ghibli.config.paths import NO_PICKLE, PICKLES, check_base, convert_command
 from ghibli.models.base import BaseModel, resolve_path
 from ghibli.models.configs import check_config
 from ghibli.models.hub import HUB_FILES, hub_answers
-from ghibli.models.safetensors import check_float, check_whole
+from ghibli.models.safetensors import check_float, check_whole, count_weights
 from ghibli.runtime.errors import UserError, first_line
 
 CONFIG_FILES = (
@@ -107,6 +107,8 @@ def load_part(part_class: Any, folder: Path, what: str, **options: Any) -> Any:
         check_whole(file, what)
         check_float(file, what)
     try:
+        if issubclass(part_class, transformers.PreTrainedModel):
+            check_size(part_class, folder, files)
         # Silenced: the libraries' report on keys, which is asked for instead and checked below.
         with quiet("transformers", "diffusers"):
             part, report = part_class.from_pretrained(
@@ -127,6 +129,23 @@ def load_part(part_class: Any, folder: Path, what: str, **options: Any) -> Any:
             f"{enumerated(unused)}; is this the config.json of another model?"
         )
     return part
+
+
+def check_size(part_class: Any, folder: Path, files: list[Path]) -> None:
+    """Check that a network has not far more weights than its files, before it takes the memory for them.
+
+    transformers makes all that config.json asks for, and compares it with the files afterwards.
+
+    Raises:
+        ValueError: it has.
+    """
+    with torch.device("meta"):
+        wanted = part_class(part_class.config_class.from_pretrained(folder)).num_parameters()
+    stored = sum(count_weights(file) for file in files)
+    if wanted > 2 * stored:
+        raise ValueError(
+            f"config.json asks for {wanted} weights and the file has {stored}: is it another model's?"
+        )
 
 
 def enumerated(names: list[str]) -> str:

@@ -1,12 +1,14 @@
 """safetensors files: integrity checks, and metadata in a reproducible order."""
 
 import json
+from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from ghibli.config.paths import NO_PICKLE, convert_command
 from ghibli.runtime.errors import UserError, first_line
+from ghibli.runtime.files import require_plain
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -19,6 +21,10 @@ def check_whole(file: Path, what: str) -> None:
     Args:
         what: the setting that names it, for messages, such as model.path=DIR.
     """
+    try:
+        require_plain(file)
+    except OSError as error:
+        raise UserError(f"{what}: {file} cannot be read: {error.strerror}") from error
     with open(file, "rb") as opened:
         start = opened.read(19)
     if start == b"version https://git":
@@ -51,6 +57,12 @@ def check_float(file: Path, what: str) -> None:
                 raise UserError(
                     f"{what}: {file} stores {name} as {stored.get_dtype()}: a quantized model cannot be used"
                 )
+
+
+def count_weights(file: Path) -> int:
+    """Count the numbers in a file, as its header tells."""
+    with safe_open(file, framework="pt") as opened:
+        return sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
 
 
 def with_sorted_metadata(content: bytes) -> bytes:

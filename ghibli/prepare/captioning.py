@@ -20,6 +20,7 @@ from ghibli.models.load import quiet
 from ghibli.models.safetensors import check_whole
 from ghibli.runtime.errors import UserError, first_line, require_folder
 from ghibli.runtime.files import write_atomically
+from ghibli.runtime.home import expanded
 
 Captioner = Callable[[list[Image.Image]], list[str]]  # RGB images -> a caption each
 
@@ -142,7 +143,7 @@ def caption_folder(
         UserError: no such folder, no images in it, or a caption file that cannot be read.
     """
     require_folder("folder", root)
-    root, listed = enter_and_list(root.expanduser(), "folder")
+    root, listed = enter_and_list(expanded(root), "folder")
     if not listed:
         raise UserError(f"folder={root}: no images found; supported layouts: {supported_layouts()}")
     skipped: dict[str, str] = {}

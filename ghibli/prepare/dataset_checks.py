@@ -79,7 +79,7 @@ def files_not_read(folder: ImageFolder) -> Finding | None:
     return Finding(
         "not read",
         f"beside the {len(folder.images) + len(folder.unusable)} images there are {folder.not_read}, which "
-        "are not read: convert them, or move them to the other images",
+        "are not read: convert images or move them to the others, and name captions as docs/data.md shows",
     )
 
 

@@ -21,6 +21,7 @@ from ghibli.images.read import FORMATS, image_endings, is_image_name, open_file
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.load import is_here
 from ghibli.runtime.errors import UserError, disk_trouble, first_line
+from ghibli.runtime.home import expanded
 from ghibli.runtime.resources import free_disk
 
 KAGGLE_SET = "shubham1921/real-to-ghibli-image-dataset-5k-paired-images"
@@ -52,7 +53,7 @@ def fetch(data: str, into: Path, on_progress: Progress) -> Path:
     Raises:
         UserError: no such thing, a damaged file, a full disk, no network or no account.
     """
-    path = Path(data).expanduser()
+    path = expanded(data)
     if data == "kaggle":
         return enter(download_kaggle())
     if path.is_dir():
@@ -62,7 +63,7 @@ def fetch(data: str, into: Path, on_progress: Progress) -> Path:
         if path.suffix.lower() == ".parquet":
             return unpack_parquet([path], target, on_progress)
         folder = enter(unpack_zip(path, target, on_progress))
-        return unpack_shards(folder, into, f"{path.stem}-images", on_progress)
+        return unpack_shards(folder, into, f"{path.stem}-images", on_progress, path)
     if data.count("/") == 1 and not data.startswith((".", "/", "~")):
         return unpack_shards(download_dataset(data), into, data.replace("/", "--"), on_progress)
     raise UserError(f"--data {data}: no such folder or file, and not a hub dataset (OWNER/NAME) or kaggle")
@@ -76,14 +77,20 @@ def versioned_name(stem: str, files: list[Path]) -> str:
     return f"{stem}-{version.hexdigest()[:8]}"
 
 
-def unpack_shards(folder: Path, into: Path, name: str, on_progress: Progress) -> Path:
-    """Return the folder; where all its images are in parquet shards, unpack those below `into`."""
+def unpack_shards(
+    folder: Path, into: Path, name: str, on_progress: Progress, archive: Path | None = None
+) -> Path:
+    """Return the folder; where all its images are in parquet shards, unpack those below `into`.
+
+    Args:
+        archive: the zip file that the shards came out of, by whose size their growth is bounded.
+    """
     shards = sorted(folder.rglob("*.parquet"))
     if not shards or list_images(folder):
         return folder
     training = [shard for shard in shards if shard.name.startswith("train")]
     shards = training or shards
-    return unpack_parquet(shards, into / versioned_name(name, shards), on_progress)
+    return unpack_parquet(shards, into / versioned_name(name, shards), on_progress, archive)
 
 
 @contextmanager
@@ -231,8 +238,13 @@ def check_free_disk_for_base(hub_id: str) -> None:
     check_free_disk(needed, cache, f"--base {hub_id}", "HF_HOME=FOLDER on another disk")
 
 
-def unpack_parquet(shards: list[Path], target: Path, on_progress: Progress) -> Path:
+def unpack_parquet(
+    shards: list[Path], target: Path, on_progress: Progress, archive: Path | None = None
+) -> Path:
     """Write the images and captions of parquet shards as images/ and captions.txt below `target`.
+
+    Args:
+        archive: as for unpack_shards.
 
     Raises:
         UserError: pyarrow is not installed, a file is damaged, or there is no image column.
@@ -245,7 +257,8 @@ def unpack_parquet(shards: list[Path], target: Path, on_progress: Progress) -> P
         raise UserError("parquet files need pyarrow: pip install -e '.[hub]'") from error
     with refuse_damage(f"--data: {shards[0].parent}: a parquet file is damaged"):
         files = [parquet.ParquetFile(shard) for shard in shards]
-        growth = Growth(f"--data {shards[0]}", sum(shard.stat().st_size for shard in shards))
+        came_as = shards if archive is None else [archive]
+        growth = Growth(f"--data {came_as[0]}", sum(file.stat().st_size for file in came_as))
         groups = [file.metadata.row_group(n) for file in files for n in range(file.metadata.num_row_groups)]
         growth.check(sum(group.total_byte_size for group in groups))
         check_free_disk(sum(shard.stat().st_size for shard in shards), target.parent, growth.what)
@@ -269,11 +282,12 @@ def unpacked_rows(
         column, text = image_and_text_columns(file.schema_arrow, shard)
         for batch in file.iter_batches(batch_size=ROWS, columns=[column, *([text] if text else [])]):
             for row in batch.to_pylist():
-                growth.add(len((row[column] or {}).get("bytes") or b""))
+                caption = caption_of(row.get(text), f"--data {shard} row {number + 1}")
+                growth.add(len((row[column] or {}).get("bytes") or b""), len(caption))
                 name = write_image_bytes(row[column] or {}, folder, number)
                 number += 1
                 on_progress(number, total)
-                yield f"{name}|{caption_of(row.get(text), f'--data {shard} row {number}')}\n"
+                yield f"{name}|{caption}\n"
 
 
 def caption_of(cell: Any, where: str) -> str:

@@ -13,13 +13,15 @@ from ghibli.images.read import open_image
 from ghibli.models.base import DEMO, resolve_path, weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight
+from ghibli.runtime.commands import command_line
 from ghibli.runtime.console import counted, relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically, write_json, write_text
 
 SHEET_IMAGES = 8  # on the contact sheet
-LOCAL = """# @package _global_
-# Written by `ghibli prepare`: defaults of `python train.py` on this machine; model= and data= override them.
+MARK = "# Written by `ghibli prepare`"
+LOCAL = f"""# @package _global_
+{MARK}: defaults of `python train.py` on this machine; model= and data= override them.
 defaults:
   - override /model: sd15
   - override /data: ghibli
@@ -48,8 +50,9 @@ def prepare(
         What `ghibli check` finds; if there is an error among it, default.yaml is left as it was.
 
     Raises:
-        UserError: base or images are not available.
+        UserError: base or images are not available, or default.yaml was written by hand.
     """
+    refuse_own_defaults(local / "default.yaml")
     with counted("unpacking the images") as on_progress:
         root = download.fetch(data, into, on_progress)
     folder = read_images(root, caption)
@@ -72,6 +75,18 @@ def prepare(
     return findings
 
 
+def refuse_own_defaults(file: Path) -> None:
+    """Check that the defaults of this machine are not the user's own text, which would be replaced.
+
+    Raises:
+        UserError: they are.
+    """
+    if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(
+            f"{file} was not written by `ghibli prepare` and would be replaced: move it away first"
+        )
+
+
 def read_images(root: Path, caption: str | None) -> ImageFolder:
     """Read the images as train.py will.
 
@@ -86,7 +101,8 @@ def read_images(root: Path, caption: str | None) -> ImageFolder:
     except UserError as error:
         if caption is None and list_images(root) and NO_CAPTION in str(error):
             raise UserError(
-                f"{root} has images without captions: `ghibli caption {root}` writes captions, or --caption "
+                f"{root} has images without captions: `{command_line('ghibli', 'caption', root)}` writes "
+                "captions, or --caption "
                 "TEXT gives all of them the same"
             ) from None
         raise

@@ -1,5 +1,7 @@
 """Write a report: one self-contained HTML page about a run, a study, or several runs."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 
 REPORT_FILE = "report.html"
+MARK = '<meta name="generator" content="ghibli report">'  # near the top of a page of ours
+OLDER = "<title>[^<]* report</title>"  # what pages of before have near theirs
+NEAR = 2**12  # bytes
 
 
 def write(folders: list[Path], out: Path | None = None) -> Path:
@@ -22,20 +27,46 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
         out: the file; None writes report.html into the first folder.
 
     Raises:
-        UserError: a folder is neither run nor study, or `out` is a folder.
+        UserError: a folder is neither run nor study, or `out` is a folder or a file that is no report.
     """
     file = out if out is not None else folders[0] / REPORT_FILE
     if file.is_dir():
         raise UserError(f"--out {file}: that is a folder; name a file in it, such as {file / REPORT_FILE}")
+    refuse_foreign(file)
     page = page_content(folders)
-    text = jinja_environment().get_template("page.html.jinja").render(page=page)
+    text = jinja_environment().get_template("page.html.jinja").render(page=page, mark=MARK)
     write_text(file, text.encode("utf-8", "backslashreplace").decode())  # of names that are no UTF-8
     return file
 
 
+def refuse_foreign(file: Path) -> None:
+    """Check that a page replaces nothing but a page of ours.
+
+    Raises:
+        UserError: the file is something else.
+    """
+    if not os.path.lexists(file):
+        return
+    try:
+        with open(file, encoding="utf-8", errors="replace") as opened:
+            begin = opened.read(NEAR)
+    except OSError:
+        begin = ""
+    if MARK not in begin and not (begin.startswith("<!doctype html>") and re.search(OLDER, begin)):
+        raise UserError(
+            f"{file} is there already and is no report: move it away, or name another with --out FILE"
+        )
+
+
 def page_content(folders: list[Path]) -> dict[str, Any]:
-    """Gather the content of the page: that of one run, or of several."""
+    """Gather the content of the page: that of one run, or of several.
+
+    Raises:
+        UserError: a link leads out of a run folder.
+    """
     runs = list({run.path.resolve(): run for folder in folders for run in runs_in(folder)}.values())
+    for run in runs:
+        run.refuse_links()  # the page is for showing around, and embeds images of the run
     if len(runs) == 1 and is_run(folders[0]):
         return run_page(read_run(runs[0], with_scores=False))
     study = folders[0] if len(folders) == 1 else None

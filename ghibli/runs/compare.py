@@ -1,6 +1,8 @@
 """Compare two runs: settings, code, versions, machine, images, base, and results. Imports no torch."""
 
 import csv
+import filecmp
+import io
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -12,6 +14,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import DEFAULTS_OF_OTHER_KEYS, as_yaml, differences, flatten
 from ghibli.runs.status import PLACE
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import LARGEST_TABLE, read_plain
 
 WEIGHTS = ("adapter/pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors")
 HASHES = {"base_hash": "base", "data_hash": "images"}
@@ -139,21 +142,29 @@ def first_difference(first: RunDir, second: RunDir) -> str | None:
             if a != b:
                 return f"{left.name} differs at step {(a or b).get('step', '?')}"
     for name in WEIGHTS:
-        if bytes_or_none(first.path / name) != bytes_or_none(second.path / name):
+        if not same_content(first.path / name, second.path / name):
             return f"{name} differs"
     return None
 
 
 def rows_without_times(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file without the columns of measured times; no rows when there is no file."""
+    """Read a CSV file without the columns of measured times; no rows when there is no file.
+
+    Raises:
+        UserError: it is no plain file, or too large to be a run's.
+    """
     if not path.exists():
         return []
-    with open(path, newline="", errors="replace") as file:  # a damaged byte is a difference as well
-        return [
-            {k: v for k, v in row.items() if not str(k).startswith("time/")} for row in csv.DictReader(file)
-        ]
+    try:
+        text = read_plain(path, LARGEST_TABLE).decode(errors="replace")  # a damaged byte is a difference too
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    return [{k: v for k, v in row.items() if not str(k).startswith("time/")} for row in rows]
 
 
-def bytes_or_none(path: Path) -> bytes | None:
-    """Read a file; None when there is none."""
-    return path.read_bytes() if path.exists() else None
+def same_content(left: Path, right: Path) -> bool:
+    """Return whether two plain files have the same bytes, or both are missing."""
+    if not (left.exists() and right.exists()):
+        return left.exists() == right.exists()
+    return filecmp.cmp(left, right, shallow=False)

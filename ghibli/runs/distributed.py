@@ -156,7 +156,7 @@ def following(run: RunDir) -> Iterator[None]:
     """Run as a further process: print nothing, ignore signals, and end when the first process does."""
     guard_terminal()
     console.quiet = True
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # the first process has the same libraries, and shows what they say
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     first = int(os.environ[JOINS].split(" ", 1)[0]) if JOINS in os.environ else os.getppid()

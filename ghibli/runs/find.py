@@ -21,12 +21,19 @@ def all_runs(root: Path = OUTPUTS) -> list[RunDir]:
 
 
 def folders_with(name: str, root: Path) -> Iterator[Path]:
-    """Yield the folders below `root` that hold a file of this name; links are followed, each folder once."""
+    """Yield the folders below `root` that hold a file of this name; links are followed, each folder once.
+
+    Not those in a run folder: whoever made it may have linked to all of this disk.
+    """
     seen: set[Path] = set()
     for folder, inner, names in os.walk(root, followlinks=True):
         own = Path(folder).resolve()
-        inner[:] = [] if own in seen else sorted(below for below in inner if below not in NO_RUNS)
-        if own not in seen and (name in names or Path(folder, name).is_dir()):
+        found = own not in seen and (name in names or Path(folder, name).is_dir())
+        below = [
+            each for each in inner if each not in NO_RUNS and not (found and Path(folder, each).is_symlink())
+        ]
+        inner[:] = [] if own in seen else sorted(below)
+        if found:
             yield Path(folder)
         seen.add(own)
 

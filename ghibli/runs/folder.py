@@ -13,7 +13,7 @@ from ghibli.runs import lock
 from ghibli.runs.status import RunStatus, read_json
 from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError, first_line
-from ghibli.runtime.files import TEMPORARY, checksum_of, is_whole, write_atomically
+from ghibli.runtime.files import TEMPORARY, checksum_of, is_whole, require_stored, write_atomically
 from ghibli.runtime.rank import is_first
 
 FOLDERS = (  # that a run writes into
@@ -25,7 +25,7 @@ FILES = (
     ".lock",
 )  # fmt: skip
 CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best.ckpt")
-BY_LIBRARIES = (".hydra", "wandb")  # folders that Hydra and W&B write into
+BY_LIBRARIES = (".hydra", "wandb", ".wandb")  # folders that Hydra and W&B write into
 EVALUATION_NAMES = {"reference_pictures": "reference_images", "floor_pictures": "floor_images"}
 
 
@@ -255,6 +255,7 @@ def read_checkpoint(checkpoint: Path, **options: Any) -> dict[str, Any]:
     import torch  # takes seconds to import, and only a resume needs it
 
     try:
+        require_stored(checkpoint)
         content = torch.load(checkpoint, weights_only=True, map_location="cpu", **options)
     except FileNotFoundError:
         raise UserError(f"{checkpoint} is missing") from None

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import stat
 import struct
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def is_held(path: Path) -> bool | None:
         ours = held.get((found.st_dev, found.st_ino))
         if ours is not None and not ours.closed:
             return True
-        if not sys.platform.startswith("linux"):
+        if not (sys.platform.startswith("linux") and stat.S_ISREG(found.st_mode)):
             return None
         with open(path, "rb") as file:
             asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from ghibli.config.files import as_node, from_yaml, plain_yaml, to_dataclass
+from ghibli.config.files import LONGEST, as_node, from_yaml, plain_yaml, to_dataclass
 from ghibli.config.keys import affects_result
 from ghibli.config.schema import Config
 from ghibli.config.trainer_flags import reject_unknown_flags
@@ -15,6 +15,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import Difference, describe_differences, differences, flatten
 from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import read_plain
 
 PLACES = {  # key of a folder or file -> the hash in status.json of its content
     "data.root": "data_hash", "model.path": "base_hash", "model.config": "base_hash",
@@ -98,7 +99,7 @@ def refused_changes(stored: Config, config: Config, proven: list[str]) -> list[D
 def chosen_groups(run: RunDir) -> dict[str, str]:
     """Read the choice of each group that a run was started with; empty when Hydra's file is unreadable."""
     try:
-        content = plain_yaml((run.path / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
+        content = plain_yaml(read_plain(run.path / ".hydra" / "hydra.yaml", LONGEST).decode())
         choices = content["hydra"]["runtime"]["choices"]
         return {str(group): choice for group, choice in choices.items() if isinstance(choice, str)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):

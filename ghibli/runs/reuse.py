@@ -4,13 +4,14 @@ import logging
 import os
 from dataclasses import asdict
 
-from ghibli.config.files import CHECKSUM_LINE
+from ghibli.config.files import CHECKSUM_LINE, LONGEST
 from ghibli.config.schema import CONFIG_VERSION, Config
 from ghibli.runs.folder import RunDir, step_of
 from ghibli.runs.identity import age_of, code_hash, describe_commit, finished_objective, settings_hash
 from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
 from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import read_plain
 from ghibli.runtime.rank import is_first
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def is_of_a_run(run: RunDir) -> bool:
     if "settings_hash" in run.status.read():
         return True
     try:
-        return CHECKSUM_LINE in run.config.read_text(encoding="utf-8")
+        return CHECKSUM_LINE in read_plain(run.config, LONGEST).decode()
     except (OSError, ValueError):
         return False
 

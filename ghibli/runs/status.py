@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ghibli.runs import lock
-from ghibli.runtime.files import write_json
+from ghibli.runtime.files import read_plain, write_json
 from ghibli.runtime.provenance import now
 
 PLACE = (  # the entries that name code and machine; every start of a run notes them
@@ -78,11 +78,9 @@ class RunStatus:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of a run; None when it is missing, damaged, nested too deeply or far too large."""
+    """Read a JSON file of a run; None when it is missing, damaged, too deep, too large or no plain file."""
     try:
-        if path.stat().st_size > LARGEST:
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_plain(path, LARGEST).decode())
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -10,8 +10,12 @@ MEANT_OTHERWISE = ("", "latest", "null")  # values of a path key that name no fo
 
 
 def command_line(*words: str | Path) -> str:
-    """Return the command made of these words, to be pasted into bash: each is quoted if it must be."""
-    return " ".join(map(quoted, map(str, words)))
+    """Return the command made of these words, to be pasted into bash: each is quoted if it must be.
+
+    A path that begins with a dash gets ./ before it, lest it be an option.
+    """
+    plain = (f"./{word}" if isinstance(word, Path) and str(word)[0] == "-" else str(word) for word in words)
+    return " ".join(map(quoted, plain))
 
 
 def quoted(word: str) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ghibli.runtime.home import expanded
 from ghibli.runtime.terminal import guard_terminal, one_line
 
 
@@ -31,7 +32,7 @@ def require_folder(key: str, folder: str | Path) -> None:
     Raises:
         UserError: it does not, or is a file; the message names the setting `key`.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     if not path.is_dir():
         reason = "that is a file, not a folder" if path.exists() else "no such folder"
         raise UserError(f"{key}={folder}: {reason}")
@@ -42,6 +43,9 @@ def disk_trouble(error: Exception) -> str | None:
     if not isinstance(error, OSError):  # safetensors raises its own type
         return "the disk is full: free some space" if "No space left on device" in str(error) else None
     elsewhere = "choose another folder with hydra.run.dir=DIR (for the cache: cache_dir=DIR)"
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # found in reading as well
+        reason = "too long for a file name" if error.errno == errno.ENAMETOOLONG else "a circle of links"
+        return f"{error.filename}: that is {reason}"
     reasons = {
         errno.ENOSPC: "the disk is full: free some space",
         errno.EDQUOT: "the disk quota is used up: free some space",

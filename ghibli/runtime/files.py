@@ -1,6 +1,7 @@
 """Atomic writes, with or without a checksum: a reader sees a complete file or none; names that are free."""
 
 import csv
+import errno
 import hashlib
 import io
 import itertools
@@ -8,15 +9,19 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import expanded
 
 ROOT = Path(__file__).parents[2]  # the folder that holds ghibli/, conf/ and train.py
+LARGEST_TABLE = 2**26  # bytes of a CSV file of a run; ours have some kilobytes
 LONGEST_NAME = 255  # bytes of a file name on most file systems
 NUMBERED = re.compile(r"\d{3,18}", re.ASCII)  # the name of a file that is one of a series, without its ending
 CHECKSUM_PREFIX = b"sha256:"  # at the end of a file; the digest of 32 bytes follows
@@ -138,7 +143,7 @@ def require_target(folder: Path, flag: str, needed: int) -> None:
     Raises:
         UserError: it cannot be made or written, or its disk is too full.
     """
-    existing = folder.expanduser().absolute()
+    existing = expanded(folder).absolute()
     while not os.path.lexists(existing):
         existing = existing.parent
     try:
@@ -179,10 +184,52 @@ def write_with_checksum(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     write_atomically(path, write_and_append)
 
 
+def require_plain(path: Path) -> int:
+    """Return the size of a plain file in bytes; a link to one counts.
+
+    Whoever opens a pipe waits, and a device may never end; a folder from elsewhere can hold both, or links to
+    them.
+
+    Raises:
+        OSError: it is missing, or something else than a plain file.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return found.st_size
+
+
+def read_plain(path: Path, most: int) -> bytes:
+    """Return the content of a plain file of at most so many bytes, which may be a stranger's.
+
+    Raises:
+        OSError: as require_plain, or it is larger.
+    """
+    require_plain(path)
+    with open(path, "rb") as file:
+        content = file.read(most + 1)  # a file below /proc has a size of 0
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", str(path))
+    return content
+
+
+def require_stored(file: Path) -> None:
+    """Check that what torch saved takes no more memory than its file: torch compresses none, but reads one.
+
+    Raises:
+        OSError, ValueError: it is no plain file, or it is compressed.
+    """
+    require_plain(file)
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed")
+
+
 def is_whole(path: Path) -> bool:
     """Return whether a file of `write_with_checksum` is complete and unchanged."""
     length = len(CHECKSUM_PREFIX) + 32
     try:
+        require_plain(path)
         with open(path, "rb") as file:
             left = file.seek(0, os.SEEK_END) - length
             file.seek(0)
@@ -202,6 +249,7 @@ def checksum_of(path: Path) -> str | None:
     The rest of the file is not read.
     """
     try:
+        require_plain(path)
         with open(path, "rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - len(CHECKSUM_PREFIX) - 32, 0))
             end = file.read()
@@ -230,8 +278,12 @@ def write_rows(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]])
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file, every value as text; empty if there is no file."""
+    """Return the rows of a CSV file, every value as text; empty if there is no file.
+
+    Raises:
+        OSError, ValueError, csv.Error: it is no plain file, too large, not UTF-8, or no CSV.
+    """
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    text = read_plain(path, LARGEST_TABLE).decode()
+    return list(csv.DictReader(io.StringIO(text, newline="")))

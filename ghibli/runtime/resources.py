@@ -7,6 +7,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from ghibli.runtime.home import expanded
+
 CGROUP = Path("/sys/fs/cgroup")  # memory limits of the container this process runs in
 
 
@@ -79,7 +81,7 @@ def reclaimable() -> int:
 
 def free_disk(folder: Path) -> int:
     """Return the free bytes on the disk of a folder, which need not exist yet."""
-    existing = folder.expanduser().absolute()
+    existing = expanded(folder).absolute()
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free

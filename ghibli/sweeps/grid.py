@@ -23,10 +23,16 @@ from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs.compose import conf_folder, parse_overrides, register, to_config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.launch import claimed, reject_chdir, set_wandb_names
+from ghibli.runs.reuse import is_of_a_run
 from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.errors import UserError, one_line_errors
 
 logger = logging.getLogger(__name__)
+
+STUDY_FILES = (  # that sweep.py and Hydra write beside the trials
+    "study.csv", "effects.csv", "study.png", "best_and_worst.png", "cells.md", "models.png", "report.html",
+    "optuna.db", "multirun.yaml",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,15 +99,32 @@ def open_study(cfg: Any, trials: int | None) -> Study:
         trials: how many there will be; None where that is decided while the study runs.
 
     Raises:
-        UserError: another process works on this study.
+        UserError: another process works on this study, or the folder holds files that are not a study's.
     """
     folder = Path(cfg.hydra.sweep.dir)
+    refuse_foreign_study(folder)
     settings = to_dataclass(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
     evaluate = to_dataclass(OmegaConf.to_container(cfg.evaluate, resolve=True), EvaluateConfig)
     studies.append(Study(folder, settings, evaluate, trials, RunDir(folder).lock(key="hydra.sweep.dir")))
     for note in failure_notes(folder):
         note.unlink()
     return studies[-1]
+
+
+def refuse_foreign_study(folder: Path) -> None:
+    """Check that a study would replace no file that another program or the user made.
+
+    Raises:
+        UserError: the folder has a file that a study writes, and neither a study's lock nor a run.
+    """
+    if (folder / ".lock").exists() or any(is_of_a_run(RunDir(path)) for path in folder.glob("*/")):
+        return
+    foreign = next((folder / name for name in STUDY_FILES if (folder / name).exists()), None)
+    if foreign is not None:
+        raise UserError(
+            f"{foreign} is there already and belongs to no study: move it away, or choose another folder "
+            "with hydra.sweep.dir=DIR"
+        )
 
 
 def failure_notes(folder: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """Studies that choose their trials while they run: Optuna's search, and successive halving."""
 
-import csv
 import logging
 import math
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.reuse import require_same_trial_except_epochs
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import read_rows
 from ghibli.sweeps.grid import Study, StudyRequest, settings_and_folder
 
 logger = logging.getLogger(__name__)
@@ -252,8 +252,7 @@ def planned_epochs(run: RunDir) -> int:
 def best_gain_until(run: RunDir, epochs: int) -> float:
     """Return the highest held-out gain after the epochs 1 .. `epochs`; NaN if there is none."""
     try:
-        with open(run.probe, newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(run.probe)
     except OSError:
         return math.nan
     gains = [float(row["probe/val_gain"]) for row in rows if 0 < int(row["epoch"]) <= epochs]

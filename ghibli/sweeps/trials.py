@@ -9,8 +9,10 @@ from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain, Probe, best_epoch
 from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runs.settings import relevant_settings
-from ghibli.runtime.files import is_whole
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import is_whole, read_plain
 
+LONGEST_REASON = 2**16  # bytes of a no_result.txt
 REPEAT = "+seed="  # in the folder name of a trial that repeats another one with a new seed
 
 
@@ -43,11 +45,19 @@ class Trial:
     def verdict(self) -> str:
         """The names of the doctor's findings, or why there is no result."""
         if self.run.no_result.exists():
-            return f"failed: {self.run.no_result.read_text()}"
+            return f"failed: {self.why_no_result}"
         if self.run.status.state != "finished":
             reason = self.status.get("reason")
             return f"{self.run.status.state}: {reason}" if reason else self.run.status.state
         return ", ".join(finding["name"] for finding in self.status.get("findings", []))
+
+    @property
+    def why_no_result(self) -> str:
+        """The text of no_result.txt."""
+        try:
+            return read_plain(self.run.no_result, LONGEST_REASON).decode(errors="backslashreplace")
+        except OSError as error:
+            return f"{self.run.no_result.name} cannot be read: {error.strerror}"
 
     @property
     def repeats(self) -> bool:
@@ -75,7 +85,10 @@ class Trial:
         started, ended = self.status.get("started"), self.status.get("ended")
         if started is None or ended is None or len(self.status.get("starts", [])) > 1:
             return None
-        return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds() / 60
+        try:
+            return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds() / 60
+        except (TypeError, ValueError):  # no times, or one of them without a zone
+            return None
 
 
 def read_trials(folder: Path) -> list[Trial]:
@@ -101,8 +114,10 @@ def best_probe(run: RunDir) -> Probe | None:
     """Read the best epoch's scores from best.ckpt; None if that is missing, damaged or holds no epoch."""
     if not is_whole(run.best_checkpoint):
         return None
-    stored = read_checkpoint(run.best_checkpoint)["probe"]
-    history = [Probe(**probe) for probe in stored]
+    try:
+        history = [Probe(**probe) for probe in read_checkpoint(run.best_checkpoint)["probe"]]
+    except (UserError, KeyError, TypeError):  # of another program
+        return None
     return history[best_epoch(history)] if len(history) > 1 else None
 
 
@@ -117,7 +132,12 @@ def alpha_follows(trials: list[Trial]) -> bool:
     """Return True if lora.alpha is the same multiple of lora.rank in all trials."""
     pairs: list[tuple[Any, Any]]
     pairs = [(trial.settings.get("lora.alpha"), trial.settings.get("lora.rank")) for trial in trials]
-    return None not in sum(pairs, ()) and len({round(alpha / rank, 9) for alpha, rank in pairs}) == 1
+    are_numbers = all(isinstance(value, int | float) for pair in pairs for value in pair)
+    return (
+        are_numbers
+        and all(rank for _, rank in pairs)
+        and len({round(alpha / rank, 9) for alpha, rank in pairs}) == 1
+    )
 
 
 def setting_values(key: str, trials: list[Trial]) -> list[Any]:

@@ -17,6 +17,7 @@ from ghibli.diffusion.samplers import NotFinite
 from ghibli.evaluation.gain import Gain
 from ghibli.runs import identity
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import command_line
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
@@ -113,9 +114,8 @@ def save_weights(config: Config, run: RunDir, module: GhibliModule, facts: dict[
         return []
     file = lora.save_adapter(module.base, run.adapter)
     kohya = save_kohya(config, run, module, run.status.read() | facts | {"ended": None})
-    elsewhere = (
-        f"`ghibli export {relative_path(run.path)}` writes a file" if kohya is None else relative_path(kohya)
-    )
+    export = command_line("ghibli", "export", Path(relative_path(run.path)))
+    elsewhere = f"`{export}` writes a file" if kohya is None else relative_path(kohya)
     return [f"adapter  {relative_path(file)}", f"         {elsewhere} for ComfyUI and A1111"]
 
 

@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 START_SECONDS = 10  # then an unreachable server, or a service that does not start, is given up
 STOP_SECONDS = 30  # then what is not uploaded yet is left for `wandb sync`
 FOLDERS = {  # variables of W&B -> folder below wandb/ of the run; a value of the user's own is kept
-    "WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data", "WANDB_CONFIG_DIR": "config",
-    "WANDB_ARTIFACT_DIR": "artifacts",
+    "WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data", "WANDB_ARTIFACT_DIR": "artifacts",
 }  # fmt: skip
+SETTINGS = "WANDB_CONFIG_DIR"  # the folder in which W&B looks for a file `settings`
 TELEMETRY = "WANDB_ERROR_REPORTING"  # reports to W&B's own developers
 variables: list[str] = []  # of the environment, set for the W&B run that is open
 
@@ -140,12 +140,13 @@ def logged_in(run: RunDir) -> bool:
 def set_variables(run: RunDir) -> None:
     """Point what W&B writes in the home folder to the run's, and switch its telemetry off, until `close`.
 
-    Settings that the user keeps in the home folder are still read.
+    Settings that the user keeps in the home folder are still read. Any in the run folder are not, since they
+    name the server that gets the user's key: W&B looks in a folder that nobody can have made before.
     """
     folder = run.path.resolve() / "wandb"
     wanted = {name: str(folder / below) for name, below in FOLDERS.items()} | {TELEMETRY: "false"}
-    if (Path("~/.config/wandb/settings")).expanduser().is_file():
-        del wanted["WANDB_CONFIG_DIR"]
+    if not (Path("~/.config/wandb/settings")).expanduser().is_file():
+        wanted[SETTINGS] = str(folder / f"config-{os.urandom(8).hex()}")
     for name, value in wanted.items():
         if name not in os.environ:
             os.environ[name] = value

@@ -160,6 +160,7 @@ def typed(*words: object) -> str:
     return done.output
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path: Path, base: BaseModel) -> None:
     """Each file is read back as what was computed, and no file is replaced."""
     one, other, demo = (

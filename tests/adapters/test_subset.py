@@ -54,6 +54,7 @@ def test_a_part_is_the_nearest_matrix_of_its_rank(tmp_path: Path, base: BaseMode
         torch.testing.assert_close(parts.first(6).delta(weight).flatten(1), exact, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "layout"), [("lora", "diffusers"), ("dora", "diffusers"), ("lora", "kohya")]
 )

@@ -117,6 +117,7 @@ def test_added_merged_and_through_kohyas_file_it_is_the_live_model(
     torch.testing.assert_close(noise_pred(from_kohya), wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @ALL
 def test_trained_further_it_starts_where_the_file_ends(
     variant: str, targets: list[str], tmp_path: Path

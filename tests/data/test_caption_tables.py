@@ -32,6 +32,9 @@ def captions(
     [
         ("metadata.csv", "file_name,text\na.png,ok\nb.png,a girl, on a hill\n", "line 3 has 3 cells"),
         ("metadata.csv", "text,file_name\na girl, on a hill,a.png\n", "line 2 has 3 cells"),
+        ("metadata.csv", "file_name,text,tags\na.png,a girl, on a hill\n", "line 2: is `on a hill` the rest"),
+        ("metadata.csv", "text,tags,file_name\na girl, on a hill,a.png\n", "line 2: is `on a hill` the rest"),
+        ("metadata.csv", "file_name,text,caption\na.png,a girl, on a hill\n", "the rest of the caption?"),
         ("metadata.csv", 'file_name,text\na.png,"open\nb.png,closed"\n', "line 2: a double quote is opened"),
         ("metadata.csv", 'file_name,text\na.png,x\nb.png,"open\n', "line 3 cannot be read: unexpected end"),
         ("metadata.csv", 'file_name,text\na.png,"a" b\n', "line 2 cannot be read"),
@@ -64,6 +67,8 @@ BOM = b"\xef\xbb\xbf"
         ("metadata.csv", b"file_name;text\na.png;a girl, on a hill\nb.png;plain\n"),
         ("metadata.csv", b"file_name\ttext\na.png\ta girl, on a hill\nb.png\tplain\n"),
         ("metadata.csv", b' File_Name , Text\n\na.png,"a girl, on a hill",,\nb.png , plain\n'),
+        ("metadata.csv", b'file_name, text, w\na.png, "a girl, on a hill", 3\nb.png, plain, 4\n'),
+        ("metadata.csv", b'file_name,text,w,h\na.png,"a girl, on a hill",3,\nb.png,plain, ,4\n'),
         ("metadata.csv", b'file_name,text,caption\na.png,,"a girl, on a hill"\nb.png,plain,other\n'),
         ("metadata.csv", b'file_name,text\na.png,"a girl,\n on a hill"\nb.png,plain\n'),
         ("metadata.csv", b'width,text,file_name\n3,"a girl, on a hill",a.png\n4,plain,./b.png\n'),
@@ -83,6 +88,13 @@ def test_a_row_that_replaces_another_is_named(tmp_path: Path, capsys: pytest.Cap
     assert found == {"a.png": "three", "b.png": "two"}
     said = " ".join(capsys.readouterr().out.split())
     assert "captions.txt: 1 rows replace the caption of an earlier row: a.png (line 3)" in said
+
+
+def test_captions_of_a_second_table_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,other\nb.png,two\n")
+    assert captions(tmp_path, "captions.txt", "a.png|one\nb.png|two\n") == {"a.png": "one", "b.png": "two"}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 captions of metadata.csv are not used, as another table has others for a.png" in said
 
 
 def test_windows_paths_are_found(tmp_path: Path) -> None:

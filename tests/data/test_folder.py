@@ -1,7 +1,9 @@
 """Image folders as people have them: every layout, odd images, broken files, each with its reason."""
 
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from helpers.image_folders import RED, captions_of, read, write_image
 from PIL import Image
 
-from ghibli.data.folder import ImageFolder, summarise
+from ghibli.data.folder import ImageFolder, read_folder, summarise
 from ghibli.images.read import open_image, read_image
 from ghibli.images.resize import preprocess
 from ghibli.runtime.errors import UserError
@@ -309,6 +311,17 @@ print(peak() - before)
 
 
 @pytest.mark.slow
+def test_images_are_read_on_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits until another one is being read too."""
+    for place in range(4):
+        write_image(tmp_path / f"{place}.png")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    both = threading.Barrier(2, timeout=20)
+    options = {"style": "", "default_caption": "x", "min_side": 8}
+    found = read_folder(tmp_path, **options, on_image=lambda *_: both.wait())
+    assert len(found.images) == 4
+
+
 def test_sixty_megapixels_are_used_in_bounded_memory(tmp_path: Path) -> None:
     size = (10000, 6000)
     Image.new("RGB", size, RED).save(tmp_path / "a.jpg")

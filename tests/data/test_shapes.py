@@ -54,6 +54,7 @@ UNEQUAL = (409, 280)  # px: the JPEG decoder's half has another nearest shape
 ODD = [UNEQUAL, (280, 409), (613, 502), (1037, 847)]
 
 
+@pytest.mark.slow
 def test_batches_and_cached_latents_have_the_planned_shapes(
     tmp_path: Path, make_config: Callable, base: BaseModel
 ) -> None:

@@ -51,6 +51,7 @@ def test_an_unknown_word_falls_back_to_pieces(tokenizer):
     assert tokenizer.decode(ids).strip() == "zebra"
 
 
+@pytest.mark.slow
 def test_the_pipeline_loads_and_draws_without_our_code(tmp_path):
     code = (
         f"import sys; from diffusers import StableDiffusionPipeline as P;"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import table
+from faults import fuzz, table
 from faults.compare import different_parts
 from faults.corrupt import BROKEN, HARMLESS, REFUSED, RIGHTED, SETTINGS, Corrupter, in_process
 from faults.kill import Killed, Killer
@@ -73,6 +73,7 @@ def test_damaged_files_are_noticed_or_harmless(
     assert found["outcome"] != BROKEN
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_of_a_finished_run_is_named(half_done: Corrupter) -> None:
     found = half_done.damage("run/checkpoints/best.ckpt", random.Random(0), half_done.finished)
     assert found["outcome"] == REFUSED
@@ -163,11 +164,24 @@ def test_the_table_has_a_row_for_each_fault() -> None:
     kill = {"twice": 1, "where": {"in epoch 1": 3}, "kills": 3, "runs": 2, "equal": 2} | made
     corrupt = {"files": {"a": {HARMLESS: 2}, "b": {}}, "sound": 2, "damages": 2} | made
     machine = {"faults": [{"fault": "A full disk.", "outcome": "survived", "detail": "error: x|y"}]} | made
-    assert table.table({"kill": kill, "corrupt": corrupt, "machine": machine}).splitlines()[2:] == [
+    tests = [
+        fuzz.outcome("a/b.py::test_damaged_runs[x.json-10000]", "12.61s call a\n1 passed in 14.0s"),
+        fuzz.outcome("a/b.py::test_tables", "1.0s call a\n1 failed in 14.0s"),
+    ]
+    found = {
+        "kill": kill,
+        "corrupt": corrupt,
+        "machine": machine,
+        "fuzz": {"tests": tests, "inputs": 9} | made,
+    }
+    assert table.table(found).splitlines()[2:] == [
         "| SIGKILL at a random moment between a run's command and its end, 1 of the runs once more after "
         "they had been resumed (3 in epoch 1) | 3 times in 2 runs | **2 of 2 bit-equal** "
         "| abc1234, 2026-01-01 |",
         "| random damage to `a` | 2 | 2 harmless | abc1234, 2026-01-01 |",
         "| random damage to any file, in all | 2 | **2 of 2 detected or harmless** | abc1234, 2026-01-01 |",
         "| A full disk. | 1 | survived: error: x/y | abc1234, 2026-01-01 |",
+        "| random input: damaged runs, x.json | 9 | read, or refused in one line; no file outside (13 s) "
+        "| abc1234, 2026-01-01 |",
+        "| random input: tables | 9 | **failed** | abc1234, 2026-01-01 |",
     ]

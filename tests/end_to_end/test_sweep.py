@@ -52,6 +52,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_failing_trials_stop_no_other_and_are_reported(folder: Path) -> None:
     rows = rows_of(folder)
     assert [row["verdict"].split(":")[0] for row in rows[2:]] == ["failed", "failed"]
@@ -125,6 +126,7 @@ def test_a_refused_trial_is_not_ranked(
     assert [row["trial"] for row in rows_of(copy)] == [first.run.path.name, second.run.path.name]
 
 
+@pytest.mark.slow
 def test_repeats_have_their_own_name_and_the_report_survives_a_failing_one(
     folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

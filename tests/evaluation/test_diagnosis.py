@@ -77,13 +77,17 @@ def test_an_adapter_without_effect(findings: Callable) -> None:
     assert set(found) == {"no effect"}
 
 
+@pytest.mark.slow
 def test_learning_rate_too_high(findings: Callable) -> None:
-    found = findings("trainer.max_epochs=1", "optimizer.lr=0.027", "validation.items_per_image=8")
+    found = findings(
+        "model.resolution=128", "trainer.max_epochs=1", "optimizer.lr=0.027", "validation.items_per_image=8"
+    )
     assert set(found) == {"learning rate too high"}
     advice = "start again with a third of the learning rate, optimizer.lr=0.009"
     assert advice in found["learning rate too high"]
 
 
+@pytest.mark.slow
 def test_collapse(findings: Callable) -> None:
     """At a rate so high that no processor's rounding keeps the loss below the bound."""
     found = findings("trainer.max_epochs=1", "optimizer.lr=0.1")
@@ -185,6 +189,7 @@ def test_scores_that_are_not_finite_end_the_run_and_name_the_image(
     assert (status["state"], status["findings"][0]["name"]) == ("failed", "not finite")
 
 
+@pytest.mark.slow
 def test_a_base_with_scores_that_are_not_finite_is_refused(
     findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

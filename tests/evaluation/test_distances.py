@@ -57,6 +57,7 @@ def share_covered(estimates: list[Estimate], truth: float) -> float:
     return sum(e.low <= truth <= e.high for e in estimates) / len(estimates)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_large_sample_value() -> None:
     """95 % intervals of 200 small samples, against the value of a large one."""
     x, y = normal_rows(6000, 8, 0.25), normal_rows(6000, 9)

@@ -54,6 +54,7 @@ def result(finished: RunDir) -> dict:
     return evaluate.evaluate(finished, finished_config(finished))
 
 
+@pytest.mark.slow
 def test_the_table_has_every_cell_and_the_guided_run_its_own_scale(finished: RunDir, result: dict) -> None:
     cells = {name: [(r["sampler"], r["guidance"]) for r in rows] for name, rows in result["models"].items()}
     assert cells["base"] == [("ddim", 1), ("ddim", 7.5)]
@@ -69,7 +70,7 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, re
     reference_images, training = sources.real_images(config)
     assert len(reference_images) == 16 and len(training) < 24
     prompts = [p.caption for p in reference_images][:6]
-    options = {"num_inference_steps": 2, "resolution": 128}
+    options = {"num_inference_steps": 2, "resolution": 64}
     batches = [list(range(4)), [4, 5]]
     drawn = [sample(base, [prompts[i] for i in b], Cell("ddim", 7.5), seeds=b, **options) for b in batches]
     extractor = FeatureExtractor(config, base)
@@ -99,13 +100,14 @@ def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: 
 def test_the_image_has_the_runs_own_column(finished: RunDir, result: dict) -> None:
     """Three columns of 256 px tiles; in the third one the base's tile is white, the run's is not."""
     image = Image.open(finished.evaluation_images).convert("RGB")
-    assert image.width == 120 + 3 * (256 + 6) + 6
-    left = 120 + 2 * (256 + 6)
-    tiles = [image.crop((left, top, left + 256, top + 256)) for top in (130, 130 + 256 + 6)]
+    assert image.width == 120 + 3 * (128 + 6) + 6
+    left = 120 + 2 * (128 + 6)
+    tiles = [image.crop((left, top, left + 128, top + 128)) for top in (130, 130 + 128 + 6)]
     assert tiles[0].getextrema() == ((255, 255),) * 3
     assert min(low for low, _ in tiles[1].getextrema()) < 200
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_of_a_folder_with_an_equals_sign(
     finished: RunDir, result: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -251,7 +253,7 @@ def test_the_start_noise_has_the_seed_of_the_grids(finished: RunDir) -> None:
     measured = samples.SampleCache(config, FeatureExtractor(config, base), ["a", "b"]).measure_model(
         base, cell, 2
     )
-    drawn = sample(base, ["a", "b"], cell, seeds=[40, 41], num_inference_steps=2, resolution=128)
+    drawn = sample(base, ["a", "b"], cell, seeds=[40, 41], num_inference_steps=2, resolution=64)
     assert torch.equal(measured["kept"], (drawn * 255).round().to(torch.uint8))
 
 

@@ -1,4 +1,4 @@
-"""`python tests/faults kill|corrupt|machine|table ...`; see docs/reliability.md."""
+"""`python tests/faults kill|corrupt|machine|fuzz|table ...`; see docs/reliability.md."""
 
 import sys
 from pathlib import Path

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from . import corrupt, kill, machine, table
+from . import corrupt, fuzz, kill, machine, table
 
 
 def main() -> int:
     """Returns 1 when a fault was not survived."""
     parser = argparse.ArgumentParser(prog="python tests/faults", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, count in (("kill", 50), ("corrupt", 200), ("machine", None)):
+    for verb, count in (("kill", 50), ("corrupt", 200), ("machine", None), ("fuzz", None)):
         one = verbs.add_parser(verb)
         one.add_argument("--scratch", type=Path, help="a folder for the runs; default: a temporary one")
         one.add_argument("--no-record", action="store_true", help=f"do not write {table.RECORD}")
@@ -35,6 +35,9 @@ def main() -> int:
         elif words.verb == "corrupt":
             result = corrupt.corrupt_files(words.count, words.seed, scratch)
             sound = not result["broken"]
+        elif words.verb == "fuzz":
+            result = fuzz.fuzz_all()
+            sound = all(one["passed"] for one in result["tests"])
         else:
             result = machine.all_faults(scratch)
             sound = all(one["outcome"] != machine.FAILED for one in result["faults"])

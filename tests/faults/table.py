@@ -50,7 +50,8 @@ def write() -> None:
 def table(content: dict[str, Any]) -> str:
     """The record as Markdown."""
     lines = ["| what was done | how often | what happened | commit, date |", "|---|---|---|---|"]
-    for verb, rows in (("kill", kill_rows), ("corrupt", corrupt_rows), ("machine", machine_rows)):
+    of_verb = {"kill": kill_rows, "corrupt": corrupt_rows, "machine": machine_rows, "fuzz": fuzz_rows}
+    for verb, rows in of_verb.items():
         if verb in content:
             made = f"{content[verb]['commit']}, {content[verb]['date']}"
             lines += [f"| {what} | {often} | {end} | {made} |" for what, often, end in rows(content[verb])]
@@ -83,3 +84,12 @@ def machine_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (one["fault"], "1", f"{one['outcome']}: {one['detail'].replace('|', '/')}") for one in found["faults"]
     ]
+
+
+def fuzz_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    sound = "read, or refused in one line; no file outside"
+    rows = []
+    for one in found["tests"]:
+        end = f"{sound} ({one['seconds']} s)" if one["passed"] else "**failed**"
+        rows.append((f"random input: {one['what']}", f"{found['inputs']:,}", end))
+    return rows

@@ -1,8 +1,13 @@
 """The shrunk settings, and train.py, sweep.py as a user starts them."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,17 +15,55 @@ import pytest
 REPO = Path(__file__).parents[2]
 CACHE = tempfile.mkdtemp(prefix="ghibli-tests-")  # scores of the base, shared by the runs of this process
 SMALL = (
-    "model=demo", "data=demo", "data.batch_size=2", "data.accumulate=2", "trainer.max_epochs=2",
-    "sample.num_inference_steps=2", "sample.every_n_epochs=1", "checkpoint.every_n_steps=2",
-    "trainer.log_every_n_steps=1", "validation.items_per_image=2", "wandb.mode=disabled",
-    f"cache_dir={CACHE}",
+    "model=demo", "data=demo", "model.resolution=64", "data.batch_size=2", "data.accumulate=2",
+    "trainer.max_epochs=2", "sample.num_inference_steps=2", "sample.every_n_epochs=1",
+    "checkpoint.every_n_steps=2", "trainer.log_every_n_steps=1", "validation.items_per_image=2",
+    "wandb.mode=disabled", f"cache_dir={CACHE}",
 )  # fmt: skip
 
 
 def run_python(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs this Python with the words from the repository's root and returns what it printed."""
+    """Runs this Python with the words from the repository's root and returns what it printed.
+
+    A script of ours in the usual environment starts as a fork of a Python that has imported torch.
+    """
+    if words[0].endswith(".py") and options.keys() <= {"cwd", "timeout"}:
+        return run_warm(words, **options)
     defaults = {"cwd": REPO, "capture_output": True, "text": True, "timeout": 300}
     return subprocess.run([sys.executable, *words], **(defaults | options))
+
+
+def run_warm(
+    words: tuple[str, ...], cwd: Path = REPO, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script with its arguments in a fork of `warm_python`, as subprocess.run would."""
+    python = warm_python()
+    overdue = threading.Event()
+
+    def stop(pid: int) -> None:
+        overdue.set()
+        os.kill(pid, signal.SIGKILL)
+
+    with tempfile.TemporaryDirectory() as folder:
+        streams = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
+        python.stdin.write(json.dumps({"words": words, "cwd": str(cwd)} | streams) + "\n")
+        python.stdin.flush()
+        timer = threading.Timer(timeout, stop, [int(python.stdout.readline())])
+        timer.start()
+        code = int(python.stdout.readline())
+        timer.cancel()
+        printed = {name: Path(place).read_text() for name, place in streams.items()}
+    if overdue.is_set():
+        raise subprocess.TimeoutExpired(words, timeout, printed["stdout"], printed["stderr"])
+    return subprocess.CompletedProcess([sys.executable, *words], code, **printed)
+
+
+@cache
+def warm_python() -> subprocess.Popen[str]:
+    """Starts tests/helpers/warm_python.py once; it ends with this process, whose pipe it reads."""
+    pipe = subprocess.PIPE
+    script = str(REPO / "tests" / "helpers" / "warm_python.py")
+    return subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True)
 
 
 def python_sweep(*words: str) -> None:

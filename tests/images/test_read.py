@@ -207,6 +207,30 @@ def test_other_files_are_counted_by_ending(tmp_path: Path) -> None:
     assert folder.not_read == ("1 without an ending, 1 .cr3, 1 .jxl, 2 .mp4, 3 images in old/ (1), sub/ (2)")
 
 
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("captions.csv", "1 .csv"),  # kept for a table: their words would be unheard
+        ("metadata.json", "1 .json"),
+        ("meta_cap.json", "1 .json"),
+        ("train.parquet", "1 .parquet"),
+        ("caption.txt", "1 .txt (beside no image of that name)"),
+        ("a.png.txt", "1 .txt (beside no image of that name)"),
+        ("b.TXT", "1 .txt (beside no image of that name)"),
+        ("a.txt", ""),
+        ("b.caption", ""),
+        ("README.md", ""),
+        ("checksums.txt", ""),
+    ],
+)
+def test_texts_that_are_not_read_are_named(tmp_path: Path, name: str, named: str) -> None:
+    for image in ("a.png", "b.png"):
+        write_image(tmp_path / image)
+    (tmp_path / "captions.txt").write_text("a.png|one\n")
+    (tmp_path / name).write_text("two")
+    assert read(tmp_path, caption="x").not_read == named
+
+
 def test_a_folder_of_nothing_that_is_read_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "a.jxl").write_text("x")
     (tmp_path / "deep" / "er").mkdir(parents=True)

@@ -1,6 +1,5 @@
 """`ghibli app`, as people use it: in a browser, two at once, with files that are not photos."""
 
-import json
 import math
 import re
 import shlex
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.browsers import new_browser
+from helpers.page_requests import call, index_of
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
@@ -35,7 +35,7 @@ from ghibli.inference.app import page, session  # noqa: E402  (needs gradio)
 from ghibli.inference.app.page import serve  # noqa: E402
 from ghibli.inference.app.session import AppSession  # noqa: E402
 
-QUICK = ("trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4")
+QUICK = ("model.resolution=128", "trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4")
 RUN = "outputs/train/run"
 STEPS = 2
 PATIENCE = 120  # seconds
@@ -90,6 +90,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Behind the page
 
 
+@pytest.mark.slow
 def test_only_what_was_trained_is_offered(app_session: AppSession, outside: Path) -> None:
     other = RunDir(outside / "outputs/train/other")
     other.adapter.mkdir(parents=True)
@@ -184,30 +185,6 @@ def test_a_port_that_is_taken(address: str) -> None:
 
 
 # Over the wire
-
-
-def call(address: str, index: int, data: list[Any]) -> dict[str, Any]:
-    """Send what a browser would; return the last event."""
-    body = json.dumps({"data": data, "fn_index": index, "session_hash": "forged"}).encode()
-    url = f"{address}gradio_api/queue/join"
-    urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"}))
-    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=forged") as events:
-        for line in events:
-            if line.startswith(b"data: "):
-                event = json.loads(line[6:])
-                if event["msg"] == "process_completed":
-                    return event
-    raise AssertionError("no answer")
-
-
-def index_of(address: str, name: str) -> int:
-    """Return the index by which the page calls the click handler of a button."""
-    with urllib.request.urlopen(f"{address}config") as answer:
-        config = json.load(answer)
-    ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
-    return next(
-        call["id"] for call in config["dependencies"] if [ids[name], "click"] in map(list, call["targets"])
-    )
 
 
 def test_no_file_of_this_machine_is_shown(address: str, outside: Path) -> None:
@@ -372,6 +349,7 @@ def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
     assert shown(tab, "restyled-trained").shape == (side, side, 3)
 
 
+@pytest.mark.slow
 def test_two_people_at_once_and_a_closed_tab(browser: Any, address: str, stopped: list[str]) -> None:
     """Each gets their own image; the request of a visitor who left is stopped."""
     first = opened(browser, address).current_window_handle
@@ -442,6 +420,7 @@ def test_a_prompt_that_cannot_be_read_is_told_below_the_images(tab: Any) -> None
     )
 
 
+@pytest.mark.slow
 def test_it_fits_a_phone(tab: Any) -> None:
     size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
     tab.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

@@ -7,6 +7,9 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +183,7 @@ def test_routes_that_the_page_does_not_use_are_closed() -> None:
         ("POST", "/gradio_api/call/draw"),
         ("GET", "/gradio_api/proxy=https://example.com"),
         ("GET", "/gradio_api/deep_link"),
+        ("GET", "/monitoring/"),
         ("DELETE", "/"),
     ):
         assert ask(method=method, path=path)[0] == 403, path
@@ -240,11 +244,45 @@ def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
     assert session.read_small(bomb).size == (10, 10)
 
 
+def test_one_photo_is_decoded_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes up to a gigabyte, and every thread that decoded one keeps the freed memory for itself."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    inside, most, threads, decode = [], [], set(), session.read_image
+
+    def counted(*words: Any, **options: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        threads.add(threading.get_ident())
+        time.sleep(0.02)
+        inside.pop()
+        return decode(*words, **options)
+
+    monkeypatch.setattr(session, "read_image", counted)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(session.read_small, [tmp_path / "a.png"] * 8))) == 8
+    assert most == [1] * 8 and len(threads) == 1
+
+
 def test_messages_name_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     told = session.without_places(f"{tmp_path}/outputs/a and {tmp_path} and /home/somebody/base")
     assert told == "outputs/a and . and ~/base"
+
+
+def test_a_run_from_elsewhere_does_not_keep_the_page_shut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its status may lack a gain; a link out of it is refused when it is chosen, as its grids are shown."""
+    run = tmp_path / "outputs" / "theirs"
+    (run / "adapter").mkdir(parents=True)
+    (run / "status.json").write_text('{"state": "finished", "gain": null}')
+    (run / "samples").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    app_session = session.AppSession([])
+    assert app_session.run_choices() == [("outputs/theirs, 0.0 % better than the base", "outputs/theirs")]
+    with pytest.raises(UserError, match="samples is a link to"):
+        app_session.model_of(["outputs/theirs"])
 
 
 # The whole
@@ -280,14 +318,8 @@ def test_behind_a_proxy_on_ipv6(folder: Path) -> None:
         page.close()
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_its_folder_is_gone_after_a_signal(folder: Path, number: signal.Signals) -> None:
     environment = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(REPO), "HTTP_PROXY": ""}
     words = [sys.executable, "-u", "-m", "ghibli", "app", "model=demo", "data=demo"]

@@ -146,6 +146,7 @@ def test_the_runs_own_kohya_file(run: RunDir, base: BaseModel) -> None:
         assert torch.equal(layer.up, ours.layers[name].up) and torch.equal(layer.down, ours.layers[name].down)
 
 
+@pytest.mark.slow
 def test_a_run_ends_well_with_an_alpha_that_no_float_is(make_config: Callable, tmp_path: Path) -> None:
     """The kohya file stores alpha as float32; rslora's is alpha times the root of the rank."""
     run = RunDir(tmp_path / "run")
@@ -259,6 +260,7 @@ def test_the_single_files_names_at_real_size() -> None:
     assert {key: tuple(weights[key].shape) for key in ORIGINAL} == ORIGINAL
 
 
+@pytest.mark.slow
 def test_a_dora_is_written_for_everyone(
     make_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -329,6 +331,7 @@ def test_our_own_files_are_replaced_until_they_are_edited(
     assert content_of(folder) == kept
 
 
+@pytest.mark.slow
 def test_a_refusal_leaves_nothing_behind(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,6 +502,7 @@ def test_two_adapters_add_up_and_weight_0_is_the_base(run: RunDir) -> None:
 # From elsewhere
 
 
+@pytest.mark.slow
 def test_training_starts_from_another_adapter(run: RunDir, make_config: Callable, tmp_path: Path) -> None:
     """The gain is still that over the base, and from a kohya file it starts where the other run ended."""
     file = run.adapter / "kohya.safetensors"
@@ -571,6 +575,7 @@ def test_files_that_are_not_adapters_of_this_base(run: RunDir, base: BaseModel, 
         read_adapter(tmp_path / "nowhere", base, "adapter")
 
 
+@pytest.mark.slow
 def test_one_model_at_a_time(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of Stable Diffusion 1.5 takes 4 GB: the earlier ones are gone when the next is loaded."""
     load, seen = apply.load_base, []

@@ -77,6 +77,7 @@ def score(run: RunDir, adapter: Adapter | None, root: Path | None = None) -> tup
     return torch.stack(rows), [image.content_hash for image in data.val_images]
 
 
+@pytest.mark.slow
 def test_the_gain_is_that_of_the_training(trained: RunDir) -> None:
     """The scorer scores the whole adapter as the probe did in training."""
     config = finished_config(trained)
@@ -94,6 +95,7 @@ def slim_scorer(run: RunDir, config: Config) -> tuple[slim.LayerScorer, Adapter]
     return slim.make_scorer(run, config, base, adapter), adapter
 
 
+@pytest.mark.slow
 def test_planted_zero_layers_are_found(slimmed: tuple[RunDir, slim.Slimmed]) -> None:
     run, result = slimmed
     found = {row.name: row for row in result.map.layers}
@@ -106,6 +108,7 @@ def test_planted_zero_layers_are_found(slimmed: tuple[RunDir, slim.Slimmed]) -> 
     assert content and not any(key.startswith(PLANTED) for key in content)
 
 
+@pytest.mark.slow
 def test_a_layer_is_left_out_as_from_merged_weights(slimmed: tuple[RunDir, slim.Slimmed]) -> None:
     run, result = slimmed
     adapter = read_adapter(run.adapter, load_base(finished_config(run).model), "it")
@@ -121,6 +124,7 @@ def test_a_layer_is_left_out_as_from_merged_weights(slimmed: tuple[RunDir, slim.
         assert row.lost.standard_error == pytest.approx(expected.standard_error, rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [ADAPTER_FILE, "run_slim_kohya.safetensors"])
 def test_the_file_loses_what_is_said_on_the_half_that_checks(
     slimmed: tuple[RunDir, slim.Slimmed], name: str
@@ -139,6 +143,7 @@ def test_the_file_loses_what_is_said_on_the_half_that_checks(
     assert file.stat().st_size < whole and file in result.files
 
 
+@pytest.mark.slow
 def test_the_map_is_in_json_csv_and_report(slimmed: tuple[RunDir, slim.Slimmed]) -> None:
     run, result = slimmed
     assert read_map(run.layer_map) == result.map
@@ -158,6 +163,7 @@ def test_the_map_is_in_json_csv_and_report(slimmed: tuple[RunDir, slim.Slimmed])
     assert json.loads(run.layer_map.read_text())["made_by"] == "ghibli slim"
 
 
+@pytest.mark.slow
 def test_an_old_or_damaged_map_is_named_on_the_page(
     slimmed: tuple[RunDir, slim.Slimmed], tmp_path: Path
 ) -> None:
@@ -171,6 +177,7 @@ def test_an_old_or_damaged_map_is_named_on_the_page(
         assert "slim.json is damaged" in page_of(run.path).text
 
 
+@pytest.mark.slow
 def test_a_second_time_replaces_its_own_files_only(
     slimmed: tuple[RunDir, slim.Slimmed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +197,7 @@ def test_a_second_time_replaces_its_own_files_only(
         slim.slim(run, config, 0.2, run.path / "slim")
 
 
+@pytest.mark.slow
 def test_no_adapter_without_a_bound_that_holds(
     slimmed: tuple[RunDir, slim.Slimmed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

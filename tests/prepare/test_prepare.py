@@ -1,6 +1,7 @@
 """`ghibli prepare`: base and images from any source, checked and saved; every error is one line."""
 
 import json
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -262,3 +263,24 @@ def test_nothing_is_saved_with_errors(local: Path, set_of_ten: Path, monkeypatch
     assert result.exit_code == 2
     assert "error: memory: too little" in result.output and "nothing was saved" in result.output
     assert not (local / "default.yaml").exists()
+
+
+def test_defaults_written_by_hand_are_kept(local: Path, set_of_ten: Path) -> None:
+    """conf/train.yaml asks for them there."""
+    local.mkdir()
+    own = "# @package _global_\nlocal:\n  sd15: /models/mine\n"
+    (local / "default.yaml").write_text(own)
+    result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])
+    assert "default.yaml was not written by `ghibli prepare`" in str(result.exception)
+    assert [path.name for path in local.iterdir()] == ["default.yaml"]
+    assert (local / "default.yaml").read_text() == own
+    (local / "default.yaml").write_text(prepare.LOCAL + "  sd15: demo\n")
+    prepare.refuse_own_defaults(local / "default.yaml")
+
+
+def test_the_caption_command_can_be_pasted(tmp_path: Path, set_of_ten: Path) -> None:
+    odd = tmp_path / "it's (1)"
+    shutil.copytree(set_of_ten / "images", odd)
+    with pytest.raises(UserError) as caught:
+        prepare.read_images(odd, None)
+    assert shlex.split(str(caught.value).split("`")[1]) == ["ghibli", "caption", str(odd)]

@@ -12,6 +12,8 @@ from PIL import Image
 
 from ghibli.report import page, svg, text
 from ghibli.report.svg import Axis
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
@@ -107,3 +109,28 @@ def test_a_browser_renders_it(browser: Any, tmp_path: Path, width: int, look: st
         paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert paper == papers[look]
         assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("content", ["mine", "<!doctype html>\n<title>mine</title>", ""])
+def test_no_file_but_a_report_is_replaced(tmp_path: Path, content: str) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    file = tmp_path / "notes.html"
+    file.write_text(content)
+    for where in (file, run.path / "report.html"):
+        where.write_text(content)
+        with pytest.raises(UserError, match="is there already and is no report: move it away"):
+            page.write([run.path], where if where == file else None)
+        assert where.read_text() == content
+    (tmp_path / "link.html").symlink_to(file)
+    with pytest.raises(UserError, match="is no report"):
+        page.write([run.path], tmp_path / "link.html")
+
+
+def test_a_report_is_replaced_by_the_next(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    first = page.write([run.path], tmp_path / "a.html").read_text()
+    assert page.write([run.path], tmp_path / "a.html").read_text().count(page.MARK) == 1
+    (tmp_path / "a.html").write_text(first.replace(page.MARK, ""))  # as earlier versions wrote it
+    page.write([run.path], tmp_path / "a.html")
+    assert page.MARK in (tmp_path / "a.html").read_text()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.commands import run_python
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,11 @@ from omegaconf import OmegaConf
 
 from ghibli.config.files import apply_overrides
 from ghibli.config.schema import Config
-from ghibli.config.typed_paths import with_typed_paths
+from ghibli.config.typed_paths import PATH_KEYS, with_typed_paths
 from ghibli.runs.compose import compose_config
 from ghibli.runtime.commands import command_line, path_setting, quoted, resume_command
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import exists, expanded
 
 ODD = "\t\n\x1b\x7f '\"$`\\!*?[](){}<>|&;#~=,:%@+^.-_aZ0\u00e9\u3000\u30b8\u202e\U0001f600\u2028\xa0"
 LETTERS = st.one_of(st.sampled_from(ODD), st.characters(exclude_characters="/\0"))
@@ -120,3 +122,51 @@ def test_a_command_is_one_line_for_bash() -> None:
     words = ["train.py", "lora.targets=[to_q,to_k]", "a b", "\n", ""]
     said = command_line(sys.executable, "-c", STUB, *words)
     assert pasted(said) == words
+
+
+def test_a_path_that_begins_with_a_dash_is_no_option() -> None:
+    assert (
+        command_line("ghibli", "import", Path("-x.safetensors"), "-x") == "ghibli import ./-x.safetensors -x"
+    )
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_no_path_at_all_is_refused(key: str) -> None:
+    """`hydra.run.dir=` would be the current folder."""
+    with pytest.raises(UserError, match=f"^{key}=: expected a path; leave it out for the default$"):
+        with_typed_paths([f"{key}="])
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train.py", f"hydra.run.dir={LONG}"),
+        ("train.py", "data=ghibli", f"data.root={LONG}/x"),
+        ("-m", "ghibli", "compare", LONG, "x"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(words: tuple[str, ...]) -> None:
+    done = run_python(*words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ") and LONG in done.stderr
+
+
+def test_flags_of_hydra_that_exclude_each_other_are_one_line() -> None:
+    done = run_python("train.py", "-m", "--cfg", "job")
+    assert done.stderr.startswith("error: Only one of --run, --multirun, --cfg")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_home_that_is_none_is_left_as_typed(tmp_path: Path) -> None:
+    (override,) = with_typed_paths(["data.root=~nobody-here/x"])
+    assert value_in_hydra(override) == "~nobody-here/x"
+    done = run_python("train.py", "data=ghibli", "data.root=~nobody-here/x", f"hydra.run.dir={tmp_path}/a")
+    assert done.stderr == "error: data.root=~nobody-here/x: no such folder\n"
+
+
+def test_a_long_text_is_no_path() -> None:
+    assert not exists("data.caption=" + LONG) and not exists("a\0b")
+    assert expanded("~nobody-here/x") == Path("~nobody-here/x")

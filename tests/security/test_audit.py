@@ -1,4 +1,4 @@
-"""Train, resume, evaluate, report: what they connect to and where they write, by Python's audit hook."""
+"""Train, resume, evaluate, report, app: what they connect to and where they write, by Python's audit hook."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def audited(tmp_path: Path, images: Path):
 
 @pytest.mark.slow
 def test_commands_stay_in_their_folders_and_connect_to_nobody(audited, tmp_path: Path, images: Path) -> None:
-    run, cache = tmp_path / "work" / "run", tmp_path / "cache"
+    run, cache = tmp_path / "work" / "outputs" / "run", tmp_path / "cache"
     small = [word for word in SMALL if not word.startswith(("cache_dir", "wandb", "trainer.max_epochs"))]
     training = [
         *small,
@@ -61,15 +61,20 @@ def test_commands_stay_in_their_folders_and_connect_to_nobody(audited, tmp_path:
         ["ghibli", "evaluate", str(run), f"cache_dir={cache}", "data.reference=null", *few],
         ["ghibli", "report", str(run)],
         ["ghibli", "list"],
+        ["ghibli", "app", "outputs/run"],
     )
     connected = [target for event, target in events if event.startswith("socket.")]
     assert [target for target in connected if not target.startswith(LOOPBACK)] == []
     home = tmp_path / "home"
     own = (run, cache, tmp_path / "tmp", home / ".cache" / "matplotlib", home / ".config" / "matplotlib")
     made = {("os.mkdir", str(home / name)) for name in (".cache", ".config")}  # for Matplotlib's fonts
+    made.add(("os.mkdir", str(run.parent)))
     changed = {(event, path) for event, path in events if not event.startswith("socket.")}
     outside = {(event, path) for event, path in changed if not is_within(path, own)}
     assert {(e, p) for e, p in outside if not p.startswith((*DEVICES, *INDUCTOR))} - made == set()
     for path in (run / "status.json", run / "evaluation.json", run / "report.html"):  # the hook sees writes
         assert ("os.rename", str(path)) in changed
     assert any(event == "open" and is_within(path, (cache,)) for event, path in changed)
+    pages = {path for _, path in changed if path.startswith(f"{tmp_path / 'tmp'}/ghibli-page-")}
+    assert any(path.endswith(".png") for path in pages)
+    assert not list((tmp_path / "tmp").glob("ghibli-page-*"))

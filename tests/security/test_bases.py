@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPTextModel
 
 from ghibli.adapters.model_card import model_card
 from ghibli.config.files import CHECKSUM_LINE, from_yaml, read_settings, to_yaml
@@ -135,6 +135,14 @@ def test_absurd_settings_are_named(folder: Path, file: str, changes: dict[str, o
 def test_configs_that_are_none(folder: Path, content: str) -> None:
     (folder / "vae" / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     assert "vae/" in refused(lambda: load(str(folder)))
+
+
+def test_a_text_encoder_of_gigabytes_is_not_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would make what config.json asks for, 16 GB, and compare it with the file afterwards."""
+    edit_json(folder / "text_encoder" / "config.json", vocab_size=1_000_000, hidden_size=4096)
+    monkeypatch.setattr(CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("it is made"))
+    text = refused(lambda: load(str(folder)))
+    assert "text_encoder/ cannot be loaded: config.json asks for 4" in text
 
 
 def test_weights_that_are_not_finite_or_no_floats(folder: Path) -> None:

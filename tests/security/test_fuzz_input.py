@@ -269,6 +269,39 @@ def test_a_parquet_file_that_grows_beyond_all_measure(
     assert "grows to more than" in fetched(file, tmp_path / "data")
 
 
+def test_captions_in_parquet_that_grow_beyond_all_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One caption of 64 KiB in a dictionary, and hundreds of rows that name it."""
+    rows = [{"image": {"bytes": SEEDS[0], "path": None}, "text": "x" * 2**16} for _ in range(400)]
+    file = parquet_of(tmp_path / "a.parquet", rows, compression="zstd")
+    assert file.stat().st_size < 2**16
+    monkeypatch.setattr(download, "LEAST_TOTAL", 2**22)
+    assert "grows to more than" in fetched(file, tmp_path / "data")
+
+
+def test_a_parquet_file_in_a_zip_grows_by_the_zips_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the two may grow a hundredfold, both together too and no more."""
+    content = SEEDS[0] + bytes(2**16)
+    rows = [{"image": {"bytes": content, "path": None}, "text": "x"} for _ in range(400)]
+    shard = parquet_of(tmp_path / "a.parquet", rows, compression="none", use_dictionary=True)
+    packed = tmp_path / "b.zip"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(shard, "a.parquet")
+    grown = len(content) * len(rows)
+    monkeypatch.setattr(download, "LEAST_TOTAL", 0)
+    monkeypatch.setattr(download, "MOST_GROWTH", grown // shard.stat().st_size + 1)
+    assert packed.stat().st_size * download.MOST_GROWTH < grown
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="b.zip grows to more than"):
+        download.fetch(str(packed), tmp_path / "data", no_progress)
+    assert [path.name[:2] for path in (tmp_path / "data").iterdir()] == ["b-"]
+    monkeypatch.setattr(download, "LEAST_TOTAL", 2**28)
+    assert download.fetch(str(packed), tmp_path / "data", no_progress).is_dir()
+
+
 def test_captions_in_parquet_that_are_not_text(tmp_path: Path) -> None:
     rows = [{"image": {"bytes": SEEDS[0], "path": None}, "text": {"a": 1}}]
     file = parquet_of(tmp_path / "a.parquet", rows)

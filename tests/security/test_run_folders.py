@@ -3,18 +3,19 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import REPO
+from helpers.commands import REPO, run_python
+from typer.testing import CliRunner
 
+from ghibli.cli.main import app
 from ghibli.config.files import from_yaml, to_yaml
 from ghibli.config.schema import Config, DrawConfig
+from ghibli.evaluation import evaluate
 from ghibli.runs import launch, reuse
 from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runs.here import on_this_machine
@@ -93,6 +94,7 @@ def test_a_checkpoint_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_from_elsewhere_stays_in_its_folder(tmp_path: Path) -> None:
     """All at once: paths in last.ckpt, a cache and images to be drawn in folders of the user."""
     run, home = RunDir(tmp_path / "outputs" / "half"), tmp_path / "home"
@@ -110,8 +112,7 @@ def test_a_resumed_run_from_elsewhere_stays_in_its_folder(tmp_path: Path) -> Non
     config.data.reference = str(home / "reference")
     run.config.write_text(to_yaml(config))
     before = tree(home)
-    command = [sys.executable, str(REPO / "train.py"), "resume=outputs/half"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = run_python(str(REPO / "train.py"), "resume=outputs/half", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert tree(home) == before
     assert run.status.state == "finished"
@@ -135,14 +136,39 @@ def test_a_stored_run_caches_and_draws_in_this_machines_cache(make_config: Calla
     assert on_this_machine(own, "mine").data.root == own.data.root
 
 
+@pytest.mark.parametrize(("words", "cache"), [([], "outputs/cache"), (["cache_dir=mine"], "mine")])
+def test_evaluate_draws_in_the_cache_of_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], cache: str
+) -> None:
+    shutil.copytree(KEPT / "finished", tmp_path / "theirs")
+    config = from_yaml(tmp_path / "theirs" / "config.yaml")
+    config.data = replace(config.data, root="/etc/scenes", draw=DrawConfig("drawn", 24))
+    (tmp_path / "theirs" / "config.yaml").write_text(to_yaml(replace(config, cache_dir="/etc")))
+    seen: list[Config] = []
+
+    def noted(run: RunDir, config: Config) -> None:
+        seen.append(config)
+        raise UserError("seen")
+
+    monkeypatch.setattr(evaluate, "evaluate", noted)
+    CliRunner().invoke(app, ["evaluate", str(tmp_path / "theirs"), *words])
+    assert (seen[0].cache_dir, seen[0].data.root) == (cache, f"{cache}/scenes-drawn-24")
+
+
+@pytest.mark.parametrize("word", ["data.workers=100000", "threads=100000", "trainer.devices=100000"])
+def test_settings_start_no_crowd_of_processes(make_config: Callable[..., Config], word: str) -> None:
+    with pytest.raises(UserError, match=f"{word.partition('=')[0]}.*at most"):
+        make_config(word)
+
+
 # Links
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "samples", "checkpoints", "adapter", "adapter_last", "unet", "export", ".hydra", "wandb", ".lock",
-        "metrics.csv", "status.json", "checkpoints/last.ckpt", "adapter/new", "wandb/debug.log",
+        "samples", "checkpoints", "adapter", "adapter_last", "unet", "export", ".hydra", "wandb", ".wandb",
+        ".lock", "metrics.csv", "status.json", "checkpoints/last.ckpt", "adapter/new", "wandb/debug.log",
     ],
 )  # fmt: skip
 def test_a_link_out_of_a_run_folder_is_refused(tmp_path: Path, name: str) -> None:
@@ -211,6 +237,7 @@ def test_a_folder_with_files_of_another_program_is_refused(
 # A terminal that closes
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_as_sigterm_does(tmp_path: Path) -> None:
     """Shell and kernel both send SIGHUP: the second one does not stop at once; SIGTERM still does."""
     before = signal.getsignal(signal.SIGHUP)

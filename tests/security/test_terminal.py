@@ -195,6 +195,7 @@ def images_with_hostile_names(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_training_whose_reader_leaves_goes_on(tmp_path: Path) -> None:
     images = images_with_hostile_names(tmp_path / "images")
     words = " ".join([*SHORT, f"data.root={images}", f"hydra.run.dir={tmp_path / 'run'}"])
@@ -203,6 +204,7 @@ def test_a_training_whose_reader_leaves_goes_on(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_training_whose_terminal_closes_goes_on_under_nohup(tmp_path: Path) -> None:
     """Writing to it fails with EIO, which is no trouble of a disk; a bar was being drawn on it."""
     images = images_with_hostile_names(tmp_path / "images")

@@ -42,6 +42,7 @@ def replace_training(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None
     return asked
 
 
+@pytest.mark.slow
 def test_a_killed_search_continues_as_if_it_had_not_been_killed(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -61,6 +62,7 @@ def test_a_killed_search_continues_as_if_it_had_not_been_killed(
     assert len(table.trials) == 12 and {t.state.name for t in table.trials} == {"COMPLETE"}
 
 
+@pytest.mark.slow
 def test_a_failed_trial_does_not_stop_the_search_and_is_retried(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

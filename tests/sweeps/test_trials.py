@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ghibli.runs.folder import RunDir
-from ghibli.sweeps.trials import Trial
+from ghibli.runtime.files import write_with_checksum
+from ghibli.sweeps.ranking import ranking_csv
+from ghibli.sweeps.trials import Trial, read_trials, varied
 
 
 def test_a_resumed_trial_has_no_minutes(tmp_path: Path) -> None:
@@ -12,3 +14,33 @@ def test_a_resumed_trial_has_no_minutes(tmp_path: Path) -> None:
     once = Trial(RunDir(tmp_path), {}, times | {"starts": [{}]}, None)
     assert once.minutes == 60
     assert replace(once, status=times | {"starts": [{}, {}]}).minutes is None
+
+
+def test_times_that_are_none_give_no_minutes(tmp_path: Path) -> None:
+    good = "2026-01-01T00:00:00+00:00"
+    for started, ended in (("x", good), (good, "2026-01-01T01:00:00"), ("", ""), (good, "9" * 99)):
+        assert Trial(RunDir(tmp_path), {}, {"started": started, "ended": ended}, None).minutes is None
+
+
+def test_an_odd_trial_does_not_hide_the_others(tmp_path: Path) -> None:
+    """Values of other types in its config.yaml, a note that is no text, a checkpoint of another program."""
+    odd = {
+        "lora: {alpha: x, rank: 4}": "text",
+        "lora: {alpha: 8, rank: 0}": None,
+        "lora: {alpha: [1]}": b"\xff",
+    }
+    for number, (config, note) in enumerate(odd.items()):
+        run = RunDir(tmp_path / str(number))
+        run.status.update(state="finished", started="x", ended="y")
+        run.config.write_text(config)
+        write_with_checksum(run.best_checkpoint, lambda file: file.write(b"mine"))
+        if note is not None:
+            run.no_result.write_bytes(note if isinstance(note, bytes) else note.encode())
+    (tmp_path / "1" / "no_result.txt").mkdir()
+    trials = read_trials(tmp_path)
+    assert len(trials) == 3 and [trial.gain for trial in trials] == [None] * 3
+    assert varied(trials) == ["lora.alpha", "lora.rank"]
+    assert sorted(trial.verdict for trial in trials) == [
+        "failed: \\xff", "failed: no_result.txt cannot be read (Is a directory)", "failed: text",
+    ]  # fmt: skip
+    assert len(ranking_csv(trials).splitlines()) == 4

@@ -131,6 +131,7 @@ def test_the_base_is_scored_once_and_read_by_the_next_run(probe_of: Callable, im
     assert [gain.value for gain in first.gain_by_timestep] == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_training_loss_is_compared_with_the_base_at_its_own_schedule_and_guidance(
     probe_of: Callable, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

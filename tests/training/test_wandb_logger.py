@@ -13,9 +13,11 @@ from unittest.mock import MagicMock
 
 import psutil
 import pytest
+import wandb
 from helpers.commands import run_python
 from helpers.wandb_files import environment, offline_records
 from PIL import Image
+from wandb.sdk.wandb_setup import _WandbSetup
 
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.evaluation.gain import Gain
@@ -76,7 +78,9 @@ OFFLINE_RUN = """
 import os, socket, sys
 from pathlib import Path
 
+import wandb
 from PIL import Image
+from wandb.sdk.wandb_setup import _WandbSetup
 
 asked = []
 def note(event, words):
@@ -110,6 +114,7 @@ def lone_listener() -> socket.socket:
     return listener
 
 
+@pytest.mark.slow
 def test_an_offline_run_asks_nothing_of_the_network_and_needs_no_home_folder(tmp_path: Path) -> None:
     """By audit hook for Python, and with a proxy for W&B's service, which is another program."""
     listener = lone_listener()
@@ -124,6 +129,26 @@ def test_an_offline_run_asks_nothing_of_the_network_and_needs_no_home_folder(tmp
     names = {path.name for path in run.rglob("*")}
     assert not names & {"requirements.txt", "wandb-metadata.json", "conda-environment.yaml", "diff.patch"}
     assert "github.com" not in json.dumps(offline_records(run))
+
+
+def test_settings_in_a_run_folder_choose_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's run would have the user's key sent to its own server."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for place in ("wandb/settings", "wandb/config/settings", ".wandb/settings", ".config/wandb/settings"):
+        (tmp_path / "run" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / place).write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+    ours = wandb.Settings().base_url
+    wandb_logger.set_variables(RunDir(tmp_path / "run"))
+    try:
+        assert _WandbSetup(os.getpid()).settings.base_url == ours
+        place = Path(os.environ["WANDB_CONFIG_DIR"])
+        place.mkdir()
+        (place / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+        assert _WandbSetup(os.getpid()).settings.base_url == "http://127.0.0.1:9", "the attack is a real one"
+    finally:
+        wandb_logger.close()
 
 
 @pytest.fixture

@@ -18,7 +18,10 @@ UPLOAD = "/gradio_api/upload"
 POSTS = (  # what the page sends; run/predict is for Cancel alone, as all other events are queued
     UPLOAD, "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/reset",
 )  # fmt: skip
-CLOSED = ("/gradio_api/deep_link", "/gradio_api/proxy=", "/gradio_api/run-history", "/gradio_api/dev")
+CLOSED = (
+    "/gradio_api/deep_link", "/gradio_api/proxy=", "/gradio_api/run-history", "/gradio_api/dev",
+    "/monitoring",
+)  # fmt: skip
 
 
 class TooLarge(Exception):

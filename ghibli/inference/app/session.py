@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
 PROMPT_LIMIT = 4000  # characters
 LABEL = 44  # letters of a run's name in the list
 DECODED = 300 * 10**6  # bytes of a decoded photo: 100 megapixels in RGB
-DECODING = threading.Lock()  # one photo is decoded at a time
+DECODER = ThreadPoolExecutor(1, "photo")  # one photo at a time; each thread would keep memory of its own
 WIDTH = 1200  # px, of photos and sample grids on the page
 FRAMES = {"draw": 2, "restyle": 3, "grid": 1}  # images that a handler returns
 PROGRESS = gr.Progress()  # as a parameter's default it makes gradio pass a progress bar of its own
@@ -205,12 +206,14 @@ class AppSession:
         """Load the base of some runs with their adapters on it; the last one is kept.
 
         Raises:
-            UserError: not the name of a run, or runs that cannot be combined.
+            UserError: no longer a run, a link out of a run folder, or runs that cannot be combined.
         """
         known = self.runs()
         unknown = next((name for name in names if name not in known), None)
         if unknown is not None:
             raise UserError(f"{unknown[:80]} is no longer a finished run: reload the page")
+        for name in names:
+            known[name].refuse_links()  # its sample grids are shown to everyone who can reach the page
         if self._model is None or self._model[0] != names:
             self._model = None  # frees the memory for the next one
             self._model = (names, load_model(names, [] if names else self._overrides))
@@ -452,11 +455,15 @@ def read_small(photo: Path) -> Image.Image:
     Raises:
         Unusable: not an image, damaged, or one that takes more memory than DECODED.
     """
-    with DECODING:
-        check_decoded_size(photo)
-        image = read_image(photo, at_least=WIDTH)[0]
-        image.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
-        return image
+    return DECODER.submit(decode_small, photo).result()
+
+
+def decode_small(photo: Path) -> Image.Image:
+    """Do what read_small does, in this thread."""
+    check_decoded_size(photo)
+    image = read_image(photo, at_least=WIDTH)[0]
+    image.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+    return image
 
 
 def check_decoded_size(photo: Path) -> None:

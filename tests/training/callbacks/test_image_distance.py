@@ -45,6 +45,7 @@ def measured(make: Callable, tmp_path_factory: pytest.TempPathFactory) -> RunDir
     return run
 
 
+@pytest.mark.slow
 def test_the_points_are_the_base_and_the_trained_model_measured_alone(measured: RunDir) -> None:
     config = finished_config(measured)
     images, _ = sources.real_images(config)

@@ -263,6 +263,7 @@ def test_grown_at_a_constant_rate_equals_planned_so(command: Callable[..., str],
     assert "epochs were raised on resume" in command(constant, f"hydra.run.dir={grown}")  # so another run
 
 
+@pytest.mark.slow
 def test_a_stretched_schedule_says_its_jump_and_takes_it(run: RunDir, command: Callable[..., str]) -> None:
     """Stopped in the second of 2 epochs; with 4 planned the rate is that of 4 epochs from there on."""
     before = rows_of(run.metrics)
@@ -310,6 +311,7 @@ def test_no_epoch_more_after_an_early_stop(
     assert run.status.read()["epoch"] > 2
 
 
+@pytest.mark.slow
 def test_images_and_base_that_only_moved(
     run: RunDir, config: Config, command: Callable[..., str], images: Path, tmp_path: Path
 ) -> None:
