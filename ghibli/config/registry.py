@@ -72,7 +72,7 @@ SAMPLERS.register(  # the same paper's SDE (section 4) in single steps: two of t
     "dpmpp_sde",
     SamplerEntry(
         label="DPM++ SDE", scheduler="diffusers:DPMSolverSinglestepScheduler", is_stochastic=True,
-        settings={**DPM, "algorithm_type": "sde-dpmsolver++"}, most_steps=999,
+        settings={**DPM, "algorithm_type": "sde-dpmsolver++", "lower_order_final": True}, most_steps=999,
     ),
 )  # fmt: skip
 SAMPLERS.register(  # Zhao et al. 2023, with B(h) = e^h - 1
