@@ -14,6 +14,7 @@ from torch import nn
 from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.layers import Layer, LoRA, to_factors
 from ghibli.adapters.names import layer_name, layer_paths, named_layers
+from ghibli.config.checks import require
 from ghibli.config.schema import ModelConfig
 from ghibli.models.base import BaseModel, resolve_path
 from ghibli.models.load import load
@@ -22,8 +23,15 @@ from ghibli.runtime.errors import UserError
 
 
 def load_base(model: ModelConfig) -> BaseModel:
-    """Load the base that a run starts from: model.path, with model.adapter merged into it."""
+    """Load the base that a run starts from: model.path, with model.adapter merged into it, and clip_skip.
+
+    Raises:
+        UserError: as load and merge, or the text encoder has too few layers.
+    """
     base = load(model.path, model.config)
+    layers = base.text_encoder.config.num_hidden_layers
+    require(model.clip_skip <= layers, "model.clip_skip", model.clip_skip, f"from 1 to {layers}, its layers")
+    base.clip_skip = model.clip_skip
     if model.adapter is not None:
         merge(base, resolve_path(model.adapter), model.adapter_scale)
     return base

@@ -26,7 +26,13 @@ def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
     ]
     metadata = {
         key: adapter.metadata[key]
-        for key in ("modelspec.title", "modelspec.trigger_phrase", "ss_sd_model_name", "ss_training_comment")
+        for key in (
+            "modelspec.title",
+            "modelspec.trigger_phrase",
+            "ss_sd_model_name",
+            "ss_training_comment",
+            "ss_clip_skip",
+        )
         if adapter.metadata.get(key)
     }
     targets = [*adapter.targets, *(["text encoder"] if adapter.has_text_encoder else [])]

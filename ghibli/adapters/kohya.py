@@ -110,6 +110,7 @@ def metadata_of(
     is_v2, is_v = base.family == "sd2", base.prediction_type == "v_prediction"
     v2_architecture = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
     size, words = config.model.resolution, config.data.style.strip(" ,")
+    skipped = {"ss_clip_skip": str(config.model.clip_skip)} if config.model.clip_skip > 1 else {}
     dated = {"modelspec.date": facts["ended"][:19]} if facts.get("ended") else {}
     found = {
         "ss_output_name": clean_name(name),
@@ -137,6 +138,7 @@ def metadata_of(
         "modelspec.prediction_type": "v" if is_v else "epsilon",
         "modelspec.trigger_phrase": words,
         **dated,
+        **skipped,
         # worded as in every file so far: the same training gives the same bytes
         "modelspec.license": "CreativeML OpenRAIL-M as its base; the style and pictures are Studio Ghibli's",
     }

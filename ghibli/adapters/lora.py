@@ -7,6 +7,7 @@ Hu et al. 2021, "LoRA", section 4.1. PEFT builds the layers; this module chooses
 """
 
 import json
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically
 from ghibli.runtime.seeding import Stream, seed_global_rng
 
+ENCODER_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 ADAPTER_NAME = "default"  # of the trained adapter, in PEFT
 SCALED = ("lora_B", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # the factor of each kind that takes up the scale
 
@@ -44,7 +46,7 @@ def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
         check_blocks(base, options)
     with torch.random.fork_rng():
         seed_global_rng(Stream.ADAPTER_INIT, seed)
-        for part, targets in targets_of(options).items():
+        for part, targets in targets_of(options, base).items():
             adapted: Any = base.adaptable[part]
             adapted.add_adapter(peft_config(options, targets), adapter_name=ADAPTER_NAME)
     for parameter in trainable(base).values():
@@ -79,18 +81,35 @@ def peft_config(options: LoraConfig, targets: list[str]) -> PeftConfig:
     )  # fmt: skip
 
 
-def targets_of(options: LoraConfig) -> dict[str, list[str]]:
-    """Return the parts to adapt, the UNet first, each with the endings of its layers' names."""
+def endings_of(options: LoraConfig) -> dict[str, list[str]]:
+    """Return the parts to adapt, the UNet first, each with the endings of its layers' names as configured."""
     of_text = options.text_encoder_targets if options.text_encoder else []
     targets = {"unet": options.targets, "text_encoder": of_text}
     return {part: endings for part, endings in targets.items() if endings}
+
+
+def targets_of(options: LoraConfig, base: BaseModel) -> dict[str, list[str]]:
+    """Return the parts to adapt as endings_of does, without the text encoder's layers that clip_skip skips.
+
+    Where it skips some, the text encoder's other layers are named in full.
+    """
+    targets = endings_of(options)
+    if base.clip_skip > 1 and "text_encoder" in targets:
+        used = base.text_encoder.config.num_hidden_layers + 1 - base.clip_skip
+        names = [name.removeprefix("text_encoder.") for name in named_layers(base)]
+        wanted = [name for name in names if ends_in(f".{name}", targets["text_encoder"])]
+        numbers = {name: ENCODER_LAYER.search(name) for name in wanted}
+        targets["text_encoder"] = [
+            name for name, number in numbers.items() if number is None or int(number[1]) < used
+        ]
+    return targets
 
 
 def layers_to_train(base: BaseModel, options: LoraConfig) -> set[str]:
     """Name the layers that add_lora adapts, as Adapter.layers does."""
     return {
         name
-        for part, endings in targets_of(options).items()
+        for part, endings in targets_of(options, base).items()
         for name in named_layers(base)
         if name.startswith(f"{part}.") and ends_in(name, endings)
     }
@@ -103,7 +122,7 @@ def ends_in(name: str, endings: list[str]) -> bool:
 
 def check_targets(base: BaseModel, options: LoraConfig) -> None:
     """Raise a UserError for a target that matches no layer."""
-    for part, endings in targets_of(options).items():
+    for part, endings in endings_of(options).items():
         layers = [name for name in named_layers(base) if name.startswith(f"{part}.")]
         for ending in endings:
             if not any(ends_in(name, [ending]) for name in layers):
@@ -179,6 +198,8 @@ def save_adapter(base: BaseModel, folder: Path) -> Path:
                 tensors[diffusers_key(part, key)] = value.contiguous()
             settings |= {f"{part}.{key}": value for key, value in published_settings(config).items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+    if base.clip_skip > 1:
+        metadata["ss_clip_skip"] = str(base.clip_skip)
     content = with_sorted_metadata(save(tensors, metadata))
     write_atomically(folder / ADAPTER_FILE, lambda file: file.write(content))
     return folder / ADAPTER_FILE

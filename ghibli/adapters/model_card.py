@@ -40,6 +40,8 @@ def model_card(run: RunDir, config: Config, name: str, lines: list[str], files: 
     of_hub = f"base_model: {yaml_text(base)}\n" if "/" in base else ""
     trigger = f"instance_prompt: {yaml_text(words)}\n" if words else ""
     ending = f" End prompts with {code(f', {words}')}." if words else ""
+    skip = config.model.clip_skip
+    ending += f" Trained at clip skip {skip}: set that when drawing." if skip > 1 else ""
     adapter = config.model.adapter
     on_top = "" if adapter is None else f", with {plain(public_name(adapter))} merged into it first"
     return f"""---
@@ -123,11 +125,13 @@ def usage_section(config: Config, files: list[str]) -> str:
     """Explain how to use the files in diffusers, and in other programs those that are there for them."""
     parts = []
     base, prompt = public_name(config.model.path), quoted(f"a house by a lake{config.data.style}")
+    # diffusers counts the layers that are left out, everyone else the one that is used
+    skip = f", clip_skip={config.model.clip_skip - 1}" if config.model.clip_skip > 1 else ""
     if config.finetune == "lora":
         place = base if "/" in base else f"FOLDER OF {base}"
         parts.append(f"""    pipeline = diffusers.StableDiffusionPipeline.from_pretrained({quoted(place)})
     pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")
-    pipeline({prompt}, guidance_scale={usual_guidance(config.loss.guidance):g})""")
+    pipeline({prompt}, guidance_scale={usual_guidance(config.loss.guidance):g}{skip})""")
     kohya = next((Path(name).stem for name in files if name.endswith("kohya.safetensors")), None)
     if kohya is not None:
         parts.append(

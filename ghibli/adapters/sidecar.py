@@ -35,6 +35,6 @@ def write_sidecar(adapter_file: Path, config: Config, base: BaseModel) -> None:
         "sd version": "SD2" if base.family == "sd2" else "SD1",
         "activation text": config.data.style.strip(" ,").encode("utf-8", "replace").decode(),
         "preferred weight": 1.0,
-        "notes": "",
+        "notes": f"clip skip {config.model.clip_skip}" if config.model.clip_skip > 1 else "",
     }
     write_json(target, content)

@@ -8,6 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
+from ghibli.config.paths import check_base_path
+from ghibli.inference.request import (
+    Axis,
+    ImageRequest,
+    RestyleOptions,
+    check_text,
+    grid_requests,
+    parse_axis,
+    parse_size,
+    read_prompts,
+    unused_negative,
+)
+from ghibli.models.prompt_syntax import escaped
 from ghibli.runtime.commands import quoted
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
@@ -15,7 +28,6 @@ from ghibli.runtime.files import require_target
 from ghibli.runtime.home import exists
 
 if TYPE_CHECKING:  # torch takes seconds to load
-    from ghibli.inference.generate import ImageRequest
     from ghibli.inference.load import LoadedModel
 
 
@@ -34,24 +46,32 @@ def generate_command(
     negative: Negative = "",
     batch: Annotated[int, typer.Option(help="images generated together", min=1)] = 4,
     scale: Scale = 1.0,
+    hires: Annotated[
+        float, typer.Option(help="second pass at so many times the size, such as 2", show_default="off")
+    ] = 1.0,
+    hires_strength: Annotated[float, typer.Option(help="share of the steps of the second pass")] = 0.5,
     base: Annotated[bool, typer.Option("--base", help="also write a sheet with the base above")] = False,
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="also write a sheet of adapter scales")
     ] = False,
+    grid: Annotated[
+        list[str] | None, typer.Option(help="SETTING=VALUE,VALUE: also write a sheet; twice for two settings")
+    ] = None,
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/generated"),
 ) -> None:
     """Generate images from prompts with a run, adapter files or the base, as PNG files with all settings."""
-    with stop_at_once():
-        from ghibli.inference import generate
-
-    lines = [*(prompt or []), *(generate.read_prompts(prompts) if prompts else [])]
+    lines = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not lines:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
-    request = generate.ImageRequest(  # what is left to the model is filled in when that is loaded
+    request = ImageRequest(  # what is left to the model is filled in when that is loaded
         lines, sampler, 1.0 if guidance is None else guidance, steps, seed,
-        generate.parse_size(size or "512"), negative, batch, scale,
+        parse_size(size or "512"), negative, batch, scale,
+        hires, hires_strength,
     )  # fmt: skip
-    require_target(folder, "--to", len(lines) * 3 * request.size[0] * request.size[1])
+    axes = [parse_axis(text) for text in grid or []]
+    if axes:
+        grid_requests(request, axes)
+    require_target(folder, "--to", len(lines) * 3 * request.final_size[0] * request.final_size[1])
     model = load_sources(sources)
     if interpolate and not model.weights:
         raise UserError("--interpolate varies the scale of an adapter, and no adapter is loaded")
@@ -60,19 +80,25 @@ def generate_command(
         request, guidance=model.guidance if guidance is None else guidance,
         size=request.size if size else (side, side),
     )  # fmt: skip
-    write_generated(model, request, folder, base=base, interpolate=interpolate)
+    write_generated(model, request, folder, base=base, interpolate=interpolate, axes=axes)
 
 
 def write_generated(
-    model: "LoadedModel", request: "ImageRequest", folder: Path, *, base: bool, interpolate: bool
+    model: "LoadedModel",
+    request: ImageRequest,
+    folder: Path,
+    *,
+    base: bool,
+    interpolate: bool,
+    axes: list[Axis],
 ) -> None:
     """Generate the images and sheets, write each batch as it is done, and print their paths."""
     with stop_at_once():
         import torch
 
-        from ghibli.inference import generate, prompts
+        from ghibli.inference import generate
 
-    print_warnings(prompts.input_warnings(request.prompts, request.negative, request.guidance, model.base))
+    print_warnings(unused_negative(request.negative, request.guidance))
     images: list[torch.Tensor] = []
     files: list[Path] = []
     try:
@@ -88,6 +114,9 @@ def write_generated(
     if base:
         sheet = generate.base_comparison_sheet(model, request, torch.cat(images))
         console.print(f"sheet    {quoted(str(generate.write_png(folder / 'beside_base.png', sheet)))}")
+    if axes:
+        sheet = generate.settings_grid(model, request, axes)
+        console.print(f"sheet    {quoted(str(generate.write_png(folder / 'settings.png', sheet)))}")
     if interpolate:
         sheet = generate.adapter_scale_sheet(model, request)
         console.print(f"sheet    {quoted(str(generate.write_png(folder / 'adapter_scales.png', sheet)))}")
@@ -123,17 +152,24 @@ def restyle_command(
     seed: Seed = 0,
     negative: Negative = "",
     scale: Scale = 1.0,
+    way: Annotated[
+        str, typer.Option(help="img2img: from random noise; inversion: from the photo's own noise")
+    ] = "img2img",
+    mask: Annotated[
+        Path | None, typer.Option(help="image, white where to redraw; or a folder of them, named as photos")
+    ] = None,
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/restyled"),
 ) -> None:
     """Redraw photos in the trained style: a PNG file for each, and a sheet of before and after."""
+    check_text(prompt or "")
+    options = RestyleOptions(  # what is left to the model is filled in when that is loaded
+        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way
+    )
     with stop_at_once():
         from ghibli.images import grid
         from ghibli.inference import generate, restyle
 
-    options = restyle.RestyleOptions(  # what is left to the model is filled in when that is loaded
-        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512
-    )
-    found = restyle.find_photos(photos, prompt, "")
+    found = restyle.with_masks(restyle.find_photos(photos, prompt, ""), mask)
     require_target(folder, "--to", len(found) * 3 * options.resolution**2)
     restyle.output_files([photo.path for photo in found], folder)
     model = load_sources(sources)
@@ -141,10 +177,9 @@ def restyle_command(
         options, guidance=model.guidance if guidance is None else guidance,
         resolution=model.config.model.resolution,
     )  # fmt: skip
-    found, said = restyle.prompts_with_style(
-        found, model.config.data.style, negative, options.guidance, model.base
-    )
-    print_warnings(said)
+    style = escaped(model.config.data.style)
+    found = [dataclasses.replace(photo, prompt=photo.prompt + style) for photo in found]
+    print_warnings(unused_negative(negative, options.guidance))
     written, pairs = restyle.restyle_all(model, found, options, folder)
     sheet = generate.write_png(folder / restyle.SHEET, grid.before_after_sheet(pairs))
     console.print(

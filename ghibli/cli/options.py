@@ -14,7 +14,7 @@ Sources = Annotated[
         help="by default the newest finished run, or the base if there is none",
     ),
 ]
-Sampler = Annotated[str, typer.Option(help=" or ".join(SAMPLERS))]
+Sampler = Annotated[str, typer.Option(help=f"{', '.join(SAMPLERS)}; names of A1111 and ComfyUI too")]
 Guidance = Annotated[float | None, typer.Option(help="1 = off; by default what suits the training", min=0)]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
 Seed = Annotated[int, typer.Option(help="image i starts from the noise of seed + i")]

@@ -103,20 +103,20 @@ def evaluate_command(
     runs = [finished_run(folder) for folder in folders]
     if not runs:
         raise UserError("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
-    from ghibli.config.files import apply_overrides
-    from ghibli.evaluation import evaluate as evaluate_module
-    from ghibli.evaluation.evaluate import CHANGEABLE
+    from ghibli.config.files import CHANGED_BY_EVALUATE, apply_overrides
     from ghibli.runs.compose import cache_of_this_machine
     from ghibli.runs.here import on_this_machine
     from ghibli.runs.settings import finished_config
-    from ghibli.training import wandb_logger  # torch takes seconds to load
 
     settings = [word for word in arguments if word not in folders]
     configs = []
     for stored in [finished_config(run) for run in runs]:
         usual = replace(stored, cache_dir=cache_of_this_machine())
-        cache = apply_overrides(usual, settings, CHANGEABLE).cache_dir
-        configs.append(apply_overrides(on_this_machine(stored, cache), settings, CHANGEABLE))
+        cache = apply_overrides(usual, settings, CHANGED_BY_EVALUATE).cache_dir
+        configs.append(apply_overrides(on_this_machine(stored, cache), settings, CHANGED_BY_EVALUATE))
+    from ghibli.evaluation import evaluate as evaluate_module  # torch takes seconds to load
+    from ghibli.training import wandb_logger
+
     for run in runs:
         run.refuse_links()
     for run, config in zip(runs, configs, strict=True):
@@ -131,10 +131,11 @@ def evaluate_command(
 
 def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
     """Build the table of the reference study for one run: a row per model and cell."""
+    from ghibli.evaluation.evaluate import steps_text
     from ghibli.evaluation.features import distance_names
 
     kernel, frechet = distance_names(result["features"])
-    counts = f"{result['samples']} samples, {result['reference_images']} real images"
+    counts = f"{result['samples']} samples, {steps_text(result)}, {result['reference_images']} real images"
     table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
     for name in ("model", "cell", kernel, "below base", frechet, "captions", "precision", "recall"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")

@@ -20,6 +20,10 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_plain
 
 LONGEST = 2**20  # bytes of a config.yaml; ours have some thousand
+CHANGED_BY_EVALUATE = (  # settings of an evaluation that may differ from those of the run
+    "evaluate", "sample.samplers", "sample.guidance", "sample.num_inference_steps", "sample.seed",
+    "data.reference", "model.clip", "cache_dir",
+)  # fmt: skip
 CHECKSUM_LINE = "# sha256 of the lines above: "
 
 

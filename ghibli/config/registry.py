@@ -6,10 +6,12 @@ before the configuration is composed.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ghibli.config.checks import require
 from ghibli.runtime.registry import Registry
 
 Shape = tuple[int, ...]
@@ -19,15 +21,17 @@ Shape = tuple[int, ...]
 class SamplerEntry:
     """A diffusers scheduler, and how its steps are called."""
 
-    label: str  # heading of its columns
+    label: str  # heading of its columns, and its name in A1111
     scheduler: str  # path of the scheduler class
     settings: Mapping[str, Any] = field(default_factory=dict)  # win over the base's scheduler_config.json
     step_options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of scheduler.step
     is_stochastic: bool = False  # step() draws noise: it gets the generators of the images
+    other_names: tuple[str, ...] = ()  # in other programs, where neither name nor label is theirs
+    most_steps: int = 1000  # denoising steps
 
 
 SAMPLERS: Registry[SamplerEntry] = Registry("sample.samplers")
-# Neither clips: latents are not limited to -1 .. 1.
+# None clips: latents are not limited to -1 .. 1.
 SAMPLERS.register(  # ancestral sampling (Ho et al. 2020, algorithm 2), variance beta tilde
     "ddpm",
     SamplerEntry(
@@ -42,11 +46,87 @@ SAMPLERS.register(  # eta = 0 (Song et al. 2021, equation 12)
         settings={"clip_sample": False}, step_options={"eta": 0.0},
     ),
 )  # fmt: skip
+SAMPLERS.register(  # Karras et al. 2022, algorithm 1 without the second order: the ODE in sigma
+    "euler", SamplerEntry("Euler", "diffusers:EulerDiscreteScheduler")
+)
+SAMPLERS.register(  # Euler's step to a lower noise level, and fresh noise back up (k-diffusion)
+    "euler_a",
+    SamplerEntry(
+        label="Euler a", scheduler="diffusers:EulerAncestralDiscreteScheduler", is_stochastic=True,
+        other_names=("euler_ancestral",),
+    ),
+)  # fmt: skip
+DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "thresholding": False}
+SAMPLERS.register(  # Lu et al. 2022, "DPM-Solver++", algorithm 2
+    "dpmpp_2m",
+    SamplerEntry("DPM++ 2M", "diffusers:DPMSolverMultistepScheduler", settings=DPM, most_steps=999),
+)
+SAMPLERS.register(  # the same with the noise levels of Karras et al. 2022, equation 5
+    "dpmpp_2m_karras",
+    SamplerEntry(
+        label="DPM++ 2M Karras", scheduler="diffusers:DPMSolverMultistepScheduler",
+        settings={**DPM, "use_karras_sigmas": True},
+    ),
+)  # fmt: skip
+SAMPLERS.register(  # the same paper's SDE (section 4) in single steps: two of these make one of A1111
+    "dpmpp_sde",
+    SamplerEntry(
+        label="DPM++ SDE", scheduler="diffusers:DPMSolverSinglestepScheduler", is_stochastic=True,
+        settings={**DPM, "algorithm_type": "sde-dpmsolver++", "lower_order_final": True}, most_steps=999,
+    ),
+)  # fmt: skip
+SAMPLERS.register(  # Zhao et al. 2023, with B(h) = e^h - 1
+    "unipc",
+    SamplerEntry(
+        label="UniPC", scheduler="diffusers:UniPCMultistepScheduler", other_names=("uni_pc_bh2",),
+        settings={"solver_order": 2, "solver_type": "bh2", "thresholding": False}, most_steps=999,
+    ),
+)  # fmt: skip
+SAMPLERS.register(  # Luo et al. 2023, for models or adapters that were distilled to few steps
+    "lcm",
+    SamplerEntry(
+        label="LCM", scheduler="diffusers:LCMScheduler", is_stochastic=True,
+        settings={"clip_sample": False, "thresholding": False}, most_steps=50,
+    ),
+)  # fmt: skip
 
 
 def sampler_label(name: str) -> str:
     """Return the heading of a sampler's columns; of one that is no longer registered, its name."""
     return SAMPLERS[name].label if name in SAMPLERS else name.upper()
+
+
+def sampler_name(text: str, key: str) -> str:
+    """Return our name of a sampler that was named as here, in A1111 or in ComfyUI, such as `DPM++ 2M Karras`.
+
+    Args:
+        key: the setting or option that the user typed.
+
+    Raises:
+        UserError: no such sampler.
+    """
+    for name, entry in SAMPLERS.items():
+        if letters_of(text) in map(letters_of, (name, entry.label, *entry.other_names)):
+            return name
+    SAMPLERS.require(text, key)
+    return text
+
+
+def letters_of(name: str) -> str:
+    """Return a sampler's name without what programs spell differently: case, spaces, `_`, `++` for `pp`."""
+    return re.sub(r"[\s_-]", "", name.lower().replace("++", "pp"))
+
+
+def check_steps(sampler: str, steps: int, key: str) -> None:
+    """Raise a UserError unless a sampler can denoise in this many steps.
+
+    Args:
+        sampler: a name in SAMPLERS.
+        key: the setting or option that the user typed.
+    """
+    most = SAMPLERS[sampler].most_steps
+    which = f" with {sampler}" if most != SamplerEntry.most_steps else ""
+    require(1 <= steps <= most, key, steps, f"from 1 to {most}{which}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from math import inf, isfinite
 from typing import Any
 
 from ghibli.config.checks import require, require_choice, require_finite
-from ghibli.config.registry import LOSSES, OPTIMIZERS, SAMPLERS
+from ghibli.config.registry import LOSSES, OPTIMIZERS, check_steps, sampler_name
 from ghibli.config.trainer_flags import MOST_PROCESSES, check_trainer
 from ghibli.runtime.errors import UserError
 
@@ -22,9 +22,9 @@ RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who
 LATER_KEYS = {  # added within this version -> what runs without the key did
     "threads": None,
     "data": {"grid_epochs": ""},
-    "model": {"config": None},
+    "model": {"config": None, "clip_skip": 1},
     "local": {"sd15_config": None, "caption": None},
-    "evaluate": {"every_n_epochs": 0, "epoch_samples": 64},
+    "evaluate": {"every_n_epochs": 0, "epoch_samples": 64, "sampler_steps": None},
     "lora": {
         "variant": "lora",
         "init": None,
@@ -69,8 +69,12 @@ class ModelConfig:
     clip: str | None = field(metadata=NO_EFFECT)  # folder or hub id of the model for the CLIP score
     adapter: str | None  # folder of an adapter to merge into the base first; None = none
     adapter_scale: float  # weight of that adapter
+    clip_skip: int  # the text encoder's last layer that is used, counted from its end: 1 = all
 
     def __post_init__(self) -> None:
+        require(
+            self.clip_skip >= 1, "model.clip_skip", self.clip_skip, "1 (all layers), 2 (all but one), ..."
+        )
         scale = self.adapter_scale
         require(isfinite(scale), "model.adapter_scale", scale, "a finite number")
         require(
@@ -303,16 +307,13 @@ class SampleConfig:
     def __post_init__(self) -> None:
         every = self.every_n_epochs
         require(every >= 0, "sample.every_n_epochs", every, "0 (none) or more")
-        for sampler in self.samplers:
-            SAMPLERS.require(sampler)
+        self.samplers = [sampler_name(sampler, "sample.samplers") for sampler in self.samplers]
         for name in ("prompts", "samplers", "guidance"):
             require(len(getattr(self, name)) > 0, f"sample.{name}", "[]", "at least one entry")
         for scale in self.guidance:
             require(scale >= 1, "sample.guidance", scale, "1 (off) or more")
-        require(
-            1 <= self.num_inference_steps <= 1000,
-            "sample.num_inference_steps", self.num_inference_steps, "from 1 to 1000",
-        )  # fmt: skip
+        for sampler in self.samplers:
+            check_steps(sampler, self.num_inference_steps, "sample.num_inference_steps")
 
 
 @dataclass
@@ -324,6 +325,7 @@ class EvaluateConfig:
     every_n_epochs: int  # how often to measure the distance during training; 0 = never
     epoch_samples: int  # images for that
     scales: list[float]  # values of guidance_scale in the guidance scan
+    sampler_steps: Any  # denoising steps by sampler, None = none; the others have those of `sample`
     batch_size: int  # images sampled in one batch
     features: str  # style or inception
     inception: str | None  # file with the FID network's weights
@@ -337,6 +339,14 @@ class EvaluateConfig:
             require(value >= least, f"evaluate.{name}", value, f"at least {least}")
         for scale in self.scales:
             require(scale >= 1, "evaluate.scales", scale, "1 (off) or more")
+        key = "evaluate.sampler_steps"
+        given = self.sampler_steps
+        if given is not None:
+            whole = isinstance(given, dict) and all(type(steps) is int for steps in given.values())
+            require(whole, key, given, "a number of steps by sampler, such as {euler: 20}, or null")
+            self.sampler_steps = {sampler_name(str(name), key): steps for name, steps in given.items()}
+            for sampler, steps in self.sampler_steps.items():
+                check_steps(sampler, steps, f"{key}.{sampler}")
         require_choice("evaluate.features", self.features, ("style", "inception"))
 
 
@@ -390,6 +400,13 @@ class Config:
         if not self.model.path:
             raise UserError("model.path is not set: give a base model, model.path=DIR, or use model=demo")
         check_trainer(self.trainer)
+        unused = set(self.evaluate.sampler_steps or {}) - {
+            *self.sample.samplers,
+            "ddim",
+        }  # DDIM makes the scan
+        if unused:
+            names = ", ".join(sorted(unused))
+            raise UserError(f"evaluate.sampler_steps names {names}, which sample.samplers does not")
         for section in fields(self):  # what no section refuses by its range
             require_finite(section.name, getattr(self, section.name))
 

@@ -12,8 +12,11 @@ from ghibli.config.registry import SAMPLERS, sampler_label
 from ghibli.config.schema import SampleConfig
 from ghibli.diffusion.process import GUIDED_SCALE, predict_noise
 from ghibli.models.base import BaseModel
+from ghibli.models.prompt_embeds import same_length
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.registry import load_object
+
+PromptEncoder = Callable[[BaseModel, list[str]], torch.Tensor]  # (base, texts) -> embeds (B, 77 k, D)
 
 # What the base's scheduler_config.json leaves out means SD 1.5's value; diffusers' own defaults differ.
 SD15 = {
@@ -57,9 +60,10 @@ def make_scheduler(sampler: str, base: BaseModel) -> SchedulerMixin:
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     """Choose the scheduler's timesteps, so that denoising starts near T - 1, where there is only noise.
 
-    `leading`, the spacing of SD 1.5's own settings, counts upwards in strides of T // num_inference_steps.
-    What that division leaves is missing at the top: 400 steps would start at t = 799. There, `trailing` is
-    used instead, which counts down from T - 1 (Lin et al. 2024, table 2).
+    `leading`, the spacing of DDPM and DDIM where the base names none, counts upwards in equal strides. What
+    their division leaves is missing at the top: 400 steps would start at t = 799. There, `trailing` is used
+    instead, which counts down from T - 1 (Lin et al. 2024, table 2). The other samplers have `linspace`, from
+    T - 1 to 0, as A1111 and ComfyUI do.
 
     Raises:
         UserError: more steps than timesteps.
@@ -67,13 +71,14 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     config = scheduler.config
     if num_inference_steps > config.num_train_timesteps:
         raise UserError(f"{num_inference_steps} steps: this base has {config.num_train_timesteps} timesteps")
-    if config.get("timestep_spacing") == "leading":
-        offset = config.get("steps_offset", 0)
-        if not leading_reaches_top(num_inference_steps, config.num_train_timesteps, offset):
-            scheduler.register_to_config(timestep_spacing="trailing")
     scheduler.set_timesteps(num_inference_steps)
+    if not reaches_top(scheduler, num_inference_steps):  # `linspace` neither, with its one step at 0
+        scheduler.register_to_config(timestep_spacing="trailing")
+        scheduler.set_timesteps(num_inference_steps)
     if scheduler.timesteps[-1] < 0:  # numpy's arange goes one too far for 61 steps, 103, ... of `trailing`
         scheduler.timesteps = scheduler.timesteps[:-1]
+        if hasattr(scheduler, "sigmas") and len(scheduler.sigmas) == num_inference_steps + 2:
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
 
 
 def steps_key(base: BaseModel, num_inference_steps: int) -> int | str:
@@ -88,11 +93,11 @@ def steps_key(base: BaseModel, num_inference_steps: int) -> int | str:
     return num_inference_steps if spacing == was else f"{num_inference_steps} {spacing}"
 
 
-def leading_reaches_top(num_inference_steps: int, num_train_timesteps: int, offset: int) -> bool:
-    """Tell whether the first timestep of `leading` is within two strides and a quarter of all from T - 1."""
-    stride = num_train_timesteps // num_inference_steps
-    missing = num_train_timesteps - 1 - (stride * (num_inference_steps - 1) + offset)
-    return 0 <= missing < min(2 * stride, num_train_timesteps / 4)
+def reaches_top(scheduler: SchedulerMixin, num_inference_steps: int) -> bool:
+    """Tell whether the first timestep is within two strides and a quarter of all from T - 1."""
+    total = scheduler.config.num_train_timesteps
+    missing = total - 1 - float(scheduler.timesteps[0])
+    return 0 <= missing < min(2 * (total // num_inference_steps), total / 4)
 
 
 @torch.inference_mode()
@@ -105,6 +110,7 @@ def sample(
     seeds: list[int],
     resolution: int | tuple[int, int],
     negative_prompt: str = "",
+    encode: PromptEncoder = BaseModel.encode_captions,
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Return an image for each prompt, (B, 3, height, width), float32 in 0 .. 1, on the CPU.
@@ -117,6 +123,7 @@ def sample(
         seeds: one for each prompt.
         resolution: px, a square's side or (width, height); multiples of the VAE's factor.
         negative_prompt: of the unconditional branch; unused at guidance 1.
+        encode: as training does by default; prompt_embeds.encode_weighted reads weights and cuts nothing.
         on_step: called after every denoising step.
 
     Raises:
@@ -131,25 +138,38 @@ def sample(
     sides = height // base.vae_factor, width // base.vae_factor
     shape = (len(prompts), base.unet.config.in_channels, *sides)
     noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
-    latents = noise * scheduler.init_noise_sigma  # 1 for DDPM and DDIM
-    prompt_embeds = base.encode_prompts(base.tokenize(prompts).to(device))
-    negative_prompt_embeds = None
+    latents = noise * scheduler.init_noise_sigma  # 1, or the highest sigma of those that count in sigma
+    prompt_embeds, negative_prompt_embeds = encode(base, prompts), None
     if cell.guidance != 1:
-        negative_prompt_embeds = base.encode_prompts(
-            base.tokenize([negative_prompt] * len(prompts)).to(device)
-        )
+        negative_prompt_embeds = encode(base, [negative_prompt] * len(prompts))
+        prompt_embeds, negative_prompt_embeds = same_length(prompt_embeds, negative_prompt_embeds)
+    predict = predictor(base, prompt_embeds, negative_prompt_embeds, cell.guidance)
     for t in scheduler.timesteps:
-        noise_pred = predict_noise(
-            lambda *inputs: base.unet(*inputs, return_dict=False)[0],
-            scheduler.scale_model_input(latents, t), t.to(device).expand(len(prompts)),
-            prompt_embeds, negative_prompt_embeds, cell.guidance,
-        )  # fmt: skip
-        latents = scheduler.step(noise_pred.float(), t, latents, **step_options).prev_sample
+        noise_pred = predict(scheduler.scale_model_input(latents, t), t)
+        latents = scheduler.step(noise_pred, t, latents, **step_options).prev_sample
         on_step()
     images = base.decode(latents).cpu()
     for i, prompt in enumerate(prompts):
         check_finite((latents[i], images[i]), prompt, seeds[i], cell)
     return images
+
+
+def predictor(
+    base: BaseModel,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
+    guidance_scale: float,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return (latents (B, C, H, W), timestep ()) -> guided prediction like latents, float32."""
+
+    def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return predict_noise(
+            lambda *inputs: base.unet(*inputs, return_dict=False)[0],
+            latents, t.to(latents.device).expand(len(latents)),
+            prompt_embeds, negative_prompt_embeds, guidance_scale,
+        ).float()  # fmt: skip
+
+    return predict
 
 
 class NotFinite(UserError):

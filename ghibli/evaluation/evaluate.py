@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ghibli.adapters.trained import starting_base, trained_base
+from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, EvaluateConfig
 from ghibli.data.folder import CaptionedImage
 from ghibli.data.sources import LEAST, real_images
@@ -26,10 +27,6 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically, write_json
 
 NEAREST_SAMPLES = 6  # shown beside their nearest training image
-CHANGEABLE = (  # settings that may differ from those of the run
-    "evaluate", "sample.samplers", "sample.guidance", "sample.num_inference_steps", "sample.seed",
-    "data.reference", "model.clip", "cache_dir",
-)  # fmt: skip
 REFERENCE = "measuring the reference"  # label of the progress bar and of the cached file
 Sampled = dict[tuple[str, Cell, int], Measurements]  # by model, cell and number of samples
 
@@ -54,7 +51,7 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
     """Sample and measure a run and its base; write evaluation.json and images into the run folder.
 
     Args:
-        config: the run's own, except for the keys in CHANGEABLE.
+        config: the run's own, except for the keys in files.CHANGED_BY_EVALUATE.
 
     Returns:
         The content of evaluation.json.
@@ -136,6 +133,7 @@ def scores(
         "samples": options.samples,
         "scan_samples": options.scan_samples,
         "num_inference_steps": config.sample.num_inference_steps,
+        "sampler_steps": options.sampler_steps,
         "training_guidance": config.loss.guidance,
         "cache_dir": config.cache_dir,
         "reference_file": cache.files[REFERENCE],
@@ -152,6 +150,13 @@ def scores(
             for name in models
         },
     }
+
+
+def steps_text(result: dict[str, Any]) -> str:
+    """Say in how many steps the samples of an evaluation.json were drawn: `30 steps (DPM++ 2M: 15)`."""
+    others = result.get("sampler_steps") or {}
+    own = ", ".join(f"{sampler_label(name)}: {steps}" for name, steps in others.items())
+    return f"{result.get('num_inference_steps')} steps" + (f" ({own})" if own else "")
 
 
 def cell_scores(

@@ -16,7 +16,7 @@ from ghibli.diffusion.samplers import Cell, sample, steps_key
 from ghibli.evaluation.features import FeatureExtractor
 from ghibli.images.read import READING, open_image
 from ghibli.images.resize import preprocess
-from ghibli.models.base import BaseModel, weights_hash
+from ghibli.models.base import BaseModel, results_key, weights_hash
 from ghibli.runtime.cache import cached, file_of
 from ghibli.runtime.console import counted
 
@@ -143,9 +143,9 @@ class SampleCache:
         }
 
     def _sample_each(self, jobs: list[Job]) -> dict[tuple[str, Cell, int], Measurements]:
-        steps = self.config.sample.num_inference_steps
-        work = [self._passes(job) * steps for job in jobs]
-        hashes = {id(base): weights_hash(base) for base in {id(job.base): job.base for job in jobs}.values()}
+        work = [self._passes(job) * self.steps_of(job.cell) for job in jobs]
+        bases = {id(job.base): job.base for job in jobs}
+        hashes = {known: results_key(weights_hash(base), base) for known, base in bases.items()}
         results = {}
         with counted("sampling") as on_progress:
             for index, job in enumerate(jobs):
@@ -159,7 +159,7 @@ class SampleCache:
                     return concatenated(self._sample_batches(job, on_step))
 
                 key: dict[str, Any] = {"weights": hashes[id(job.base)], "cell": asdict(job.cell)}
-                key["steps"] = steps_key(job.base, steps)
+                key["steps"] = steps_key(job.base, self.steps_of(job.cell))
                 key["prompts"] = self._prompts(job.count)
                 key["seed"] = self.config.sample.seed
                 results[job.name] = self._cached(job.name, key, measure)
@@ -169,7 +169,7 @@ class SampleCache:
     def measure_model(self, base: BaseModel, cell: Cell, count: int) -> Measurements:
         """Sample and measure a model as it is now, without the cache."""
         job = Job("", base, cell, count)
-        passes, done = self._passes(job) * self.config.sample.num_inference_steps, [0]
+        passes, done = self._passes(job) * self.steps_of(cell), [0]
         with counted(f"drawing {count} images to measure") as on_progress:
 
             def on_step() -> None:
@@ -184,9 +184,14 @@ class SampleCache:
         return sample(
             base, [prompts[index] for index in indices], cell,
             seeds=[self.config.sample.seed + index for index in indices],
-            num_inference_steps=self.config.sample.num_inference_steps,
+            num_inference_steps=self.steps_of(cell),
             resolution=self.config.model.resolution,
         )  # fmt: skip
+
+    def steps_of(self, cell: Cell) -> int:
+        """Return the denoising steps of a cell's images."""
+        steps = self.config.evaluate.sampler_steps or {}
+        return steps.get(cell.sampler, self.config.sample.num_inference_steps)
 
     def _passes(self, job: Job) -> int:
         batches = -(-job.count // self.config.evaluate.batch_size)
@@ -203,7 +208,7 @@ class SampleCache:
             images = sample(
                 job.base, part, job.cell,
                 seeds=[self.config.sample.seed + start + i for i in range(len(part))],
-                num_inference_steps=self.config.sample.num_inference_steps,
+                num_inference_steps=self.steps_of(job.cell),
                 resolution=self.config.model.resolution, on_step=on_step,
             )  # fmt: skip
             return self._measure_batch(images, part)

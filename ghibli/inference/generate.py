@@ -1,131 +1,31 @@
 """`ghibli generate`: PNG files from prompts, reproducible from the settings stored in each."""
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ghibli.config.checks import require, require_finite
-from ghibli.config.registry import SAMPLERS, sampler_label
+from ghibli.config.registry import sampler_label
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.images.grid import compose_grid, to_image
+from ghibli.inference.fit import require_memory
+from ghibli.inference.img2img import redraw
 from ghibli.inference.load import LoadedModel
-from ghibli.models.base import TOKENIZER_LOCK, BaseModel
+from ghibli.inference.request import Axis, ImageRequest, grid_requests
+from ghibli.models.base import BaseModel
+from ghibli.models.prompt_embeds import encode_weighted
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import next_number, write_new
 
-LARGEST = 2048  # px, either side
 Count = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # as console.counted
 SCALES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]  # of the adapters, for --interpolate
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_cpu")
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """What to generate and how; image i starts from the noise of seed + i, independent of the others."""
-
-    prompts: list[str]
-    sampler: str  # a name in SAMPLERS
-    guidance: float  # 1 = off
-    steps: int
-    seed: int
-    size: tuple[int, int]  # width and height in px
-    negative: str = ""
-    batch: int = 4  # images generated together
-    scale: float = 1.0  # factor on the weights of all adapters
-
-    def __post_init__(self) -> None:
-        SAMPLERS.require(self.sampler, "--sampler")
-        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise UserError("an empty prompt: give --prompt TEXT")
-        for text in (*self.prompts, self.negative):
-            check_text(text)
-        if not 1 <= self.steps <= 1000:
-            raise UserError(f"--steps {self.steps}: must be from 1 to 1000")
-        check_seed(self.seed, len(self.prompts))
-        check_guidance(self.guidance)
-        require_finite("--scale", float(self.scale))
-        require(self.batch >= 1, "--batch", self.batch, "at least 1")
-        for side in self.size:
-            if side % 8 or not 64 <= side <= LARGEST:
-                near = min(max(64, round(side / 8) * 8), LARGEST)
-                raise UserError(
-                    f"--size {side}: must be a multiple of 8 from 64 to {LARGEST}, such as {near}"
-                )
-
-
-def check_seed(seed: int, images: int = 1) -> None:
-    """Raise a UserError unless torch accepts the seeds of all images: seed, seed + 1, ..."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
-    if seed + images > 2**32:
-        raise UserError(f"--seed {seed}: with {images} images, must be from 0 to {2**32 - images}")
-
-
-def check_guidance(guidance: float) -> None:
-    """Raise a UserError for a guidance scale that is negative or not finite."""
-    require(guidance >= 0, "--guidance", float(guidance), "0 (no prompt), 1 (off) or more")
-
-
-def check_text(text: str) -> None:
-    """Raise a UserError for a prompt with bytes that are not UTF-8, which Python reads as lone surrogates."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        shown = text.encode("utf-8", "replace").decode()
-        raise UserError(f"the prompt `{shown[:60]}` is not UTF-8: type it in a UTF-8 terminal or file")
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Parse `512` or `640x384` to (width, height) in px.
-
-    Raises:
-        UserError: neither.
-    """
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(re.fullmatch(r"[0-9]{1,9}", side) for side in sides):
-        raise UserError(f"--size {text[:40]}: must be a number of px, or WIDTHxHEIGHT")
-    return int(sides[0]), int(sides[-1])
-
-
-def read_prompts(file: Path) -> list[str]:
-    """Read the prompts of a text file, one per line; empty lines are skipped.
-
-    Raises:
-        UserError: no such file, or not UTF-8.
-    """
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # which makes every end of a line a newline
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file} cannot be read as UTF-8 text: {error}") from error
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def truncation_warnings(prompts: Iterable[str], base: BaseModel) -> list[str]:
-    """Name, for each prompt that is too long for the text encoder, the words that it does not see."""
-    limit, warnings = base.tokenizer.model_max_length, []
-    for prompt in prompts:
-        ids = token_ids(prompt, base)
-        if len(ids) > limit:
-            lost = base.tokenizer.decode(ids[limit - 1 : -1]).strip()
-            warnings.append(f"`{prompt[:40]} ...` is too long: the text encoder never sees `{ends_of(lost)}`")
-    return warnings
-
-
-def ends_of(text: str, most: int = 100) -> str:
-    """Return a text, of a long one the first and the last words."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
-
-
-def token_ids(prompt: str, base: BaseModel) -> list[int]:
-    """Tokenize a prompt without cutting it, with the tokens for start and end."""
-    with TOKENIZER_LOCK:
-        return base.tokenizer(prompt, verbose=False).input_ids
 
 
 def generate_images(
@@ -154,6 +54,10 @@ def generate_batches(
     cell, done = Cell(request.sampler, request.guidance), 0
     with count(label) as on_progress, enough_memory():
         total = -(-len(request.prompts) // request.batch) * request.steps
+        if request.hires > 1:
+            total += len(request.prompts) * int(request.steps * request.hires_strength)
+        require_memory(base, request.size, min(request.batch, len(request.prompts)), request.guidance)
+        require_memory(base, request.final_size, 1, request.guidance)
 
         def on_step() -> None:
             nonlocal done
@@ -162,11 +66,29 @@ def generate_batches(
 
         for start in range(0, len(request.prompts), request.batch):
             batch = request.prompts[start : start + request.batch]
-            yield sample(
+            images = sample(
                 base, batch, cell, num_inference_steps=request.steps,
                 seeds=[request.seed + start + i for i in range(len(batch))],
-                resolution=request.size, negative_prompt=request.negative, on_step=on_step,
+                resolution=request.size, negative_prompt=request.negative, encode=encode_weighted,
+                on_step=on_step,
             )  # fmt: skip
+            yield images if request.hires == 1 else enlarged(base, images, request, start, on_step)
+
+
+def enlarged(
+    base: BaseModel, images: torch.Tensor, request: ImageRequest, start: int, on_step: Callable[[], None]
+) -> torch.Tensor:
+    """Redraw images (B, 3, h, w) at request.final_size, each with its own prompt and seed.
+
+    Args:
+        start: number of the first of them among the request's prompts.
+    """
+    larger = []
+    for number, image in enumerate(images, start=start):
+        options = replace(request.hires_options, seed=request.seed + number)
+        prompt = request.prompts[number]
+        larger.append(redraw(base, to_image(image), prompt, request.final_size, options, on_step))
+    return torch.stack(larger)
 
 
 @contextmanager
@@ -214,17 +136,24 @@ def model_metadata(model: LoadedModel) -> dict[str, object]:
     """Describe base and adapters for an image's metadata."""
     base = model.config.model
     merged = {} if base.adapter is None else {"merged": base.adapter, "merged_scale": base.adapter_scale}
-    return {"base": base.path, **merged, "adapters": model.names, "weights": model.weights}
+    skipped = {"clip_skip": base.clip_skip} if base.clip_skip > 1 else {}
+    return {"base": base.path, **merged, **skipped, "adapters": model.names, "weights": model.weights}
 
 
 def a1111_parameters(request: ImageRequest, model: LoadedModel) -> str:
     """Format the settings of one image as A1111 stores them in its images and reads them back."""
     negative = f"Negative prompt: {request.negative}\n" if request.negative else ""
     width, height = request.size
+    hires = ""
+    if request.hires > 1:
+        hires = f", Denoising strength: {request.hires_strength:g}, Hires upscale: {request.hires:g}"
+        hires += ", Hires upscaler: Lanczos"
+    skip = model.config.model.clip_skip
+    skipped = f", Clip skip: {skip}" if skip > 1 else ""
     return (
         f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {sampler_label(request.sampler)}, "
         f"CFG scale: {request.guidance:g}, Seed: {request.seed}, Size: {width}x{height}, "
-        f"Model: {model.config.model.path}"
+        f"Model: {model.config.model.path}{hires}{skipped}"
     )
 
 
@@ -239,6 +168,28 @@ def base_comparison_sheet(model: LoadedModel, request: ImageRequest, images: tor
     rows = [("base", base[:, None]), ("adapter", images[:, None])]
     cell = Cell(request.sampler, request.guidance)
     return compose_grid(rows, request.prompts, [cell.label], f"seed {request.seed}")
+
+
+def settings_grid(
+    model: LoadedModel, request: ImageRequest, axes: list[Axis], count: Count = counted
+) -> Image.Image:
+    """Compose a sheet with a column for each value of the first axis and a row for each of the second.
+
+    Raises:
+        UserError: as grid_requests and generate_images.
+    """
+    requests, number = grid_requests(request, axes), 0
+    total, rows = len(requests) * len(requests[0]), []
+    for across in requests:
+        images = []
+        for cell in across:
+            number += 1
+            images.append(generate_images(model, cell, f"image {number} of {total}", count))
+        label = f"{axes[1].name} {getattr(across[0], axes[1].name)}" if len(axes) > 1 else ""
+        rows.append((label, torch.stack(images, dim=1)))
+    labels = [f"{axes[0].name} {getattr(cell, axes[0].name)}" for cell in requests[0]]
+    title = f"seed {request.seed}, {sampler_label(request.sampler)} guidance {request.guidance:g}"
+    return compose_grid(rows, request.prompts, labels, title)
 
 
 def adapter_scale_sheet(model: LoadedModel, request: ImageRequest) -> Image.Image:

@@ -1,5 +1,6 @@
 """Loading what a user names to generate with: a run, adapter files or, without any, the base."""
 
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists, expanded
+
+logger = logging.getLogger(__name__)
 
 WEIGHT = re.compile(
     r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE
@@ -85,6 +88,13 @@ def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
     files = [adapter.file for adapter, _ in adapters]
     reject_duplicates([(*source, file) for source, file in zip(named, files, strict=True)])
     load_adapters(base, adapters)
+    for adapter, _ in adapters:
+        wanted = adapter.metadata.get("ss_clip_skip", "None")
+        if wanted.isdecimal() and int(wanted) != base.clip_skip:
+            logger.warning(
+                f"{adapter.file.name} was trained at clip skip {wanted}, and this draws at {base.clip_skip}: "
+                f"model.clip_skip={wanted} changes that for an adapter file"
+            )
     return LoadedModel(base, config, [weight for _, weight in adapters], [name for name, _ in named])
 
 

@@ -1,24 +1,14 @@
-"""`ghibli restyle`: photos redrawn in the trained style, with diffusers' image-to-image pipeline.
-
-Meng et al. 2022, "SDEdit": noise of an intermediate timestep is added to the photo's latents, which are then
-denoised.
-"""
+"""`ghibli restyle`: photos redrawn in the trained style."""
 
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
-from ghibli.config.checks import require, require_finite
-from ghibli.config.registry import SAMPLERS
 from ghibli.data.folder import enter_and_list, list_images, read_beside, require_inside
 from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS, not_read
-from ghibli.diffusion.samplers import Cell, check_finite, make_scheduler, set_timesteps
 from ghibli.images.grid import to_image
 from ghibli.images.read import (
     HEIF_ADVICE,
@@ -28,20 +18,12 @@ from ghibli.images.read import (
     is_image_name,
     read_image,
 )
-from ghibli.inference.generate import (
-    check_guidance,
-    check_seed,
-    check_text,
-    enough_memory,
-    model_metadata,
-    note,
-    write_png,
-)
+from ghibli.inference.generate import enough_memory, model_metadata, note, write_png
+from ghibli.inference.img2img import kept_outside, redraw
+from ghibli.inference.inversion import denoise_inverted, invert, photo_latents
 from ghibli.inference.load import LoadedModel
-from ghibli.inference.prompts import input_warnings, keep_style
-from ghibli.models.base import BaseModel
-from ghibli.models.load import quiet
-from ghibli.models.pipeline import make_pipeline
+from ghibli.inference.request import RestyleOptions
+from ghibli.models.prompt_syntax import escaped
 from ghibli.runtime.commands import command_line, quoted
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
@@ -55,47 +37,20 @@ SHEET = "before_after.png"
 
 
 @dataclass(frozen=True)
-class RestyleOptions:
-    """How photos are redrawn."""
-
-    strength: float  # share of the denoising steps that are run: 0 = the photo, 1 = all new
-    sampler: str  # ddim or ddpm
-    guidance: float  # 1 = off
-    steps: int  # of a complete denoising, of which `strength` is the share that is run
-    seed: int
-    negative: str
-    scale: float  # factor on the weights of all adapters
-    resolution: int  # px; the result has about the area of a square of this side
-
-    def __post_init__(self) -> None:
-        SAMPLERS.require(self.sampler, "--sampler")
-        if not 1 <= self.steps <= 1000:
-            raise UserError(f"--steps {self.steps}: must be from 1 to 1000")
-        check_seed(self.seed)
-        check_guidance(self.guidance)
-        check_text(self.negative)
-        require_finite("--scale", float(self.scale))
-        require(0 < self.strength <= 1, "--strength", float(self.strength), "more than 0 and at most 1")
-        if int(self.steps * self.strength) < 1:
-            raise UserError(
-                f"--strength {self.strength:g} of {self.steps} steps is less than one: raise either"
-            )
-
-
-@dataclass(frozen=True)
 class Photo:
     """A photo and what it shows."""
 
     path: Path
     prompt: str
+    mask: Path | None = None  # white where the photo is redrawn; None = everywhere
 
 
 def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[Photo]:
     """Collect the photos of files and folders, with their prompts.
 
     Args:
-        prompt: for all photos; None = the caption that is stored with each.
-        style: appended to every prompt.
+        prompt: for all photos, with weights; None = the caption that is stored with each, word for word.
+        style: appended to every prompt, word for word.
 
     Raises:
         UserError: no such file or folder, no photo, or one without a caption.
@@ -107,7 +62,36 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
     if bare:
         command = command_line("ghibli", "caption", bare[0].parent)
         raise UserError(f"{bare[0].name} has no caption: give --prompt TEXT, or run `{command}`")
-    return [Photo(path, f"{prompt or caption}{style}") for path, caption in found]
+    return [Photo(path, (prompt or escaped(caption or "")) + escaped(style)) for path, caption in found]
+
+
+def with_masks(photos: list[Photo], mask: Path | None) -> list[Photo]:
+    """Give every photo its mask: the file itself, or the one of the photo's name in a folder.
+
+    Raises:
+        UserError: no such file, none of a photo's name, or a mask of another shape than its photo.
+    """
+    if mask is None:
+        return photos
+    found = []
+    for photo in photos:
+        file = mask
+        if mask.is_dir():
+            names = sorted(p for p in mask.iterdir() if p.stem == photo.path.stem and is_image_name(p))
+            if not names:
+                raise UserError(f"--mask {mask}: no image called {photo.path.stem} there, as {photo.path}")
+            file = names[0]
+        try:
+            size, wanted = read_image(file)[0].size, read_image(photo.path)[0].size
+        except (Unusable, OSError) as reason:
+            raise UserError(f"--mask {mask} with {photo.path.name}: {reason}") from reason
+        if size != wanted:
+            raise UserError(
+                f"--mask {file} has {size[0]}x{size[1]} px and {photo.path.name} {wanted[0]}x{wanted[1]}: "
+                "a mask has its photo's size"
+            )
+        found.append(replace(photo, mask=file))
+    return found
 
 
 def captioned(path: Path, prompt: str | None) -> list[tuple[Path, str | None]]:
@@ -186,72 +170,35 @@ def size_like(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     return round(size[0] * factor / 8) * 8, round(size[1] * factor / 8) * 8
 
 
-class GuidedImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
-    """The library's pipeline with our guidance: uncond + w (cond - uncond) for every w, below 1 too."""
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Tell whether both branches are needed: at any guidance but 1. The library's own: only above 1."""
-        return self.guidance_scale != 1
-
-    def get_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> Any:
-        """Return the library's share of our own timesteps, and how many these are."""
-        set_timesteps(self.scheduler, num_inference_steps)
-        return super().get_timesteps(num_inference_steps, strength, device)
-
-
 def restyle_photo(
     model: LoadedModel,
     photo: Image.Image,
     prompt: str,
     options: RestyleOptions,
     on_step: Callable[[], None] = lambda: None,
+    mask: Image.Image | None = None,
 ) -> Image.Image:
     """Redraw one photo at about options.resolution squared px, in the photo's shape.
 
     Args:
         on_step: called after every denoising step.
+        mask: in grey, of the photo's shape, white where it is redrawn; None = everywhere.
 
     Raises:
         UserError: out of memory, or an image that is not finite.
     """
 
-    def after_step(*args: Any) -> dict[str, Any]:
-        on_step()
-        return {}
-
-    base = model.at(options.scale)
-    pipeline = make_pipeline(base, GuidedImg2ImgPipeline)
-    pipeline.scheduler = make_scheduler(options.sampler, base)  # the constructor would set steps_offset to 1
-    pipeline.set_progress_bar_config(disable=True)
-    small = photo.resize(size_like(photo.size, options.resolution), Image.Resampling.LANCZOS)
-    # Silenced: advice on deprecated options, and that a long prompt is cut, which callers report
-    # themselves (input_warnings).
-    with enough_memory(), quiet("diffusers"), torch.inference_mode():
-        latents = pipeline(
-            prompt, image=small, strength=options.strength, guidance_scale=options.guidance,
-            negative_prompt=options.negative or None, num_inference_steps=options.steps,
-            generator=torch.Generator().manual_seed(options.seed), callback_on_step_end=after_step,
-            output_type="latent",
-        ).images  # fmt: skip
-        pixels = base.decode(latents).cpu()
-    cell = Cell(options.sampler, options.guidance)
-    check_finite((latents[0], pixels[0]), prompt, options.seed, cell)
-    return to_image(pixels[0])
-
-
-def prompts_with_style(
-    photos: list[Photo], style: str, negative: str, guidance: float, base: BaseModel
-) -> tuple[list[Photo], list[str]]:
-    """Append the style to the photos' prompts, each cut so that the text encoder sees the style.
-
-    Returns:
-        The photos, and a sentence for each input that is not used.
-    """
-    known = {photo.prompt: keep_style(photo.prompt + style, style, base) for photo in photos}
-    said = [warning for _, warning in known.values() if warning is not None]
-    said += input_warnings([prompt for prompt, _ in known.values()], negative, guidance, base)
-    return [replace(photo, prompt=known[photo.prompt][0]) for photo in photos], said
+    size = size_like(photo.size, options.resolution)
+    with enough_memory():
+        if options.way == "img2img":
+            return to_image(redraw(model.at(options.scale), photo, prompt, size, options, on_step, mask))
+        base = model.at(0.0)
+        latents = photo_latents(base, photo, size, options)
+        noisy = invert(base, latents, prompt, options, on_step)
+        pixels = denoise_inverted(model.at(options.scale), noisy, prompt, options, on_step)
+    if mask is not None:
+        pixels = kept_outside(photo.resize(size, Image.Resampling.LANCZOS), pixels, mask)
+    return to_image(pixels)
 
 
 def restyle_all(
@@ -297,8 +244,10 @@ def restyle_file(
     except (Unusable, UserError, OSError) as reason:
         logger.warning(f"{photo.path.name} is skipped: {reason}")
         return None
-    after = restyle_photo(model, before, photo.prompt, options)
+    mask = None if photo.mask is None else read_image(photo.mask)[0]
+    after = restyle_photo(model, before, photo.prompt, options, mask=mask)
     settings = asdict(options) | {"prompt": photo.prompt, "photo": readable(photo.path.name)}
+    settings |= {} if photo.mask is None else {"mask": readable(photo.mask.name)}
     write_png(file, after, note(settings | model_metadata(model)))
     return before.resize(after.size, Image.Resampling.LANCZOS), after
 

@@ -1,6 +1,8 @@
 """The base model: the parts of Stable Diffusion 1.5 in one object, and hashes of their weights."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -13,6 +15,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ghibli.runtime.files import ROOT
 from ghibli.runtime.home import expanded
 
+WHOLE = 1024 * 1024  # px of the largest image that the VAE takes in one piece
+TILE = 512  # px, side of a tile of a larger one
 TOKENIZER_LOCK = Lock()  # a fast tokenizer raises when two threads use it at once
 DEMO = ROOT / "ghibli" / "demo"  # the embedded demo base, a diffusers folder
 
@@ -26,6 +30,7 @@ class BaseModel:
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     scheduler_config: dict[str, Any]  # the contents of the base's scheduler_config.json
+    clip_skip: int = 1  # the text encoder's last layer that is used, counted from its end
 
     @property
     def vae_factor(self) -> int:
@@ -59,15 +64,55 @@ class BaseModel:
             ).input_ids
 
     def encode_prompts(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Encode input_ids (B, 77) as prompt_embeds (B, 77, D), the text encoder's last hidden state."""
-        return self.text_encoder(input_ids, return_dict=True).last_hidden_state
+        """Encode input_ids (B, 77) as prompt_embeds (B, 77, D), the text encoder's last hidden state.
+
+        With clip_skip 2, 3, ... it is the output of the last layer but one, but two, ..., with the final
+        layer norm applied: what kohya's scripts, A1111 and ComfyUI (which counts -1, -2, ...) do.
+        """
+        if self.clip_skip == 1:
+            return self.text_encoder(input_ids, return_dict=True).last_hidden_state
+        states = self.text_encoder(input_ids, output_hidden_states=True, return_dict=True).hidden_states
+        model = getattr(self.text_encoder, "text_model", self.text_encoder)  # transformers before 5.6
+        return model.final_layer_norm(states[-self.clip_skip])
+
+    def encode_captions(self, captions: list[str]) -> torch.Tensor:
+        """Encode captions word for word as training does, cut to 77 tokens: prompt_embeds (B, 77, D)."""
+        device = next(self.text_encoder.parameters()).device
+        return self.encode_prompts(self.tokenize(captions).to(device))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode scaled latents (B, 4, h, w) to images (B, 3, 8h, 8w), float32 in 0 .. 1, one at a time."""
-        images = [
-            self.vae.decode(one[None].float() / self.vae.config.scaling_factor).sample for one in latents
-        ]
+        """Decode scaled latents (B, 4, h, w) to images (B, 3, 8h, 8w), float32 in 0 .. 1, one at a time.
+
+        Large ones are decoded in tiles.
+        """
+        sides = latents.shape[-1] * self.vae_factor, latents.shape[-2] * self.vae_factor
+        with self.tiles(sides):
+            images = [
+                self.vae.decode(one[None].float() / self.vae.config.scaling_factor).sample for one in latents
+            ]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    @contextmanager
+    def tiles(self, size: tuple[int, int]) -> Iterator[None]:
+        """Let the VAE encode and decode an image of this size in tiles of TILE px if it is above WHOLE.
+
+        Tiles overlap by a quarter and are blended (diffusers' tiled_decode): memory no longer grows with
+        the size, and colours may differ a little, since the VAE normalises over each tile.
+
+        Args:
+            size: width and height in px.
+        """
+        if size[0] * size[1] <= WHOLE:
+            yield
+            return
+        vae = self.vae
+        before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
+        vae.use_tiling, vae.tile_sample_min_size = True, TILE
+        vae.tile_latent_min_size = TILE // self.vae_factor
+        try:
+            yield
+        finally:
+            vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
     def to(self, device: torch.device) -> "BaseModel":
         """Move text encoder, VAE and UNet to a device; return self."""
@@ -79,6 +124,11 @@ class BaseModel:
 def resolve_path(path: str) -> Path:
     """Resolve a path as typed: `demo` and what is below it lie in this package, `~` is the home folder."""
     return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else expanded(path)
+
+
+def results_key(weights: str, base: BaseModel) -> str:
+    """Return what decides on a base's results, for cache keys: its weights_hash, and clip_skip if not 1."""
+    return weights if base.clip_skip == 1 else f"{weights} clip_skip {base.clip_skip}"
 
 
 def weights_hash(base: BaseModel) -> str:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from ghibli.diffusion.samplers import Cell
+from ghibli.evaluation.evaluate import steps_text
 from ghibli.evaluation.features import distance_names
 from ghibli.report.charts import COLOUR_COUNT, ChartAxes, Figure, Series, line_chart
 from ghibli.report.run_data import RunData, try_read
@@ -90,10 +91,10 @@ def evaluation_section(runs: list[RunData]) -> dict[str, Any] | None:
 
 def sample_counts(results: list[EvaluationResult]) -> str:
     """Say how much was sampled and measured, and whether that is the same for all runs."""
-    keys = ("samples", "reference_images", "num_inference_steps", "features")
-    found = dict.fromkeys(tuple(result.get(key) for key in keys) for result in results)
-    (samples, images, steps, features), *others = found
-    text = f"{samples} samples per cell, {images} real images, {steps} steps, {features} features."
+    keys = ("samples", "reference_images", "features")
+    found = dict.fromkeys((*(result.get(key) for key in keys), steps_text(result)) for result in results)
+    (samples, images, features, steps), *others = found
+    text = f"{samples} samples per cell, {images} real images, {steps}, {features} features."
     floor = results[0].get("floor_images")
     text += f" The floor is that of {floor} training images." if floor else ""
     return text + (" Not all runs were measured this way, so they compare badly." if others else "")

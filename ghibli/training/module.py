@@ -13,7 +13,7 @@ from ghibli.config.schema import Config
 from ghibli.diffusion.losses import loss_function, min_snr_weights, mse
 from ghibli.diffusion.process import add_noise, guided_noise, linear_betas, predict_branches, velocity
 from ghibli.diffusion.samplers import make_scheduler
-from ghibli.models.base import BaseModel, weights_hash
+from ghibli.models.base import BaseModel, results_key, weights_hash
 from ghibli.models.performance import PromptEmbeds, arrange, compiled, is_frozen, prompts_fit, shrink_frozen
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
@@ -38,6 +38,7 @@ class GhibliModule(L.LightningModule):
         super().__init__()
         self.config, self.base = config, base
         self.base_hash = weights_hash(base)
+        self.results_key = results_key(self.base_hash, base)
         self.unet, self.text_encoder = base.unet, base.text_encoder
         own = make_scheduler("ddpm", base).alphas_cumprod
         self.register_buffer("base_alphas_cumprod", own, persistent=False)
@@ -55,7 +56,7 @@ class GhibliModule(L.LightningModule):
         arrange(base, config.compute)
         self._predict_compiled = compiled(self.predict, config.compute)
         self.known_prompts: PromptEmbeds | None = None  # when the text encoder is not trained
-        self.probe = PairedProbe(config, self.base_hash)
+        self.probe = PairedProbe(config, self.results_key)
         self.loss_listeners: list[LossListener] = []
 
     @property

@@ -37,7 +37,7 @@ class PairedProbe:
 
     Args:
         config: the run's configuration.
-        base_hash: of the untouched base, under which its scores are cached.
+        base_hash: results_key of the untouched base, under which its scores are cached.
 
     P held-out and Q training images have K items each; scores are (P + Q, 2, K): at the training
     guidance, and of the conditional branch alone.

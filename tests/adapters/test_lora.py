@@ -40,6 +40,21 @@ def attach(base: BaseModel, seed: int = 0, **changes: object) -> BaseModel:
     return base
 
 
+def test_layers_that_clip_skip_skips_are_not_trained(base: BaseModel, tmp_path: Path) -> None:
+    """They would get no gradient. The file names the clip skip, and all others are trained as without it."""
+    base.clip_skip = 2
+    attach(base)
+    text = {name.split("encoder.layers.")[1][0] for name in lora.trainable(base) if "encoder.layers." in name}
+    assert text == {"0", "1"} and base.text_encoder.config.num_hidden_layers == 3
+    assert sum(".lora_A." in name for name in lora.trainable(base) if name.startswith("text")) == 2 * 4
+    base.unet(
+        torch.randn(1, 4, 8, 8), torch.tensor([5]), base.encode_captions(["a lake"])
+    ).sample.sum().backward()
+    assert all(parameter.grad is not None for parameter in lora.trainable(base).values())
+    with safe_open(lora.save_adapter(base, tmp_path), "pt") as file:
+        assert file.metadata()["ss_clip_skip"] == "2"
+
+
 def randomise(base: BaseModel) -> BaseModel:
     """Fill every A and B with random numbers, as after training."""
     generator = torch.Generator().manual_seed(5)

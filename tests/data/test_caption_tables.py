@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ghibli.data.folder import list_images
 from ghibli.data.layouts import LAYOUTS
-from ghibli.inference.generate import read_prompts
+from ghibli.inference.request import read_prompts
 from ghibli.runtime.errors import UserError
 
 

@@ -8,10 +8,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from helpers.sd15_random import SCHEDULER
 from torch import nn
 
+from ghibli.config.registry import SAMPLERS, letters_of, sampler_name
 from ghibli.config.schema import Config
 from ghibli.diffusion.samplers import (
     Cell,
@@ -54,18 +65,32 @@ def with_scheduler(base: BaseModel, config: dict) -> BaseModel:
 # The pipeline
 
 
+PIPELINES = {  # sampler -> the scheduler that diffusers' documentation gives for it, and its settings
+    "ddpm": (DDPMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpmpp_sde": (DPMSolverSinglestepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+}
+
+
 @pytest.mark.parametrize("guidance", [1, 7.5])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", PIPELINES)
 def test_sample_is_the_stable_diffusion_pipeline(
     demo: BaseModel, pipeline: StableDiffusionPipeline, sampler: str, guidance: float
 ) -> None:
-    scheduler = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]
-    pipeline.scheduler = scheduler.from_config(demo.scheduler_config)
+    scheduler, settings = PIPELINES[sampler]
+    pipeline.scheduler = scheduler.from_config(demo.scheduler_config, **settings)
     expected = pipeline(
-        PROMPTS, height=SIDE, width=SIDE, num_inference_steps=6, guidance_scale=guidance,
+        PROMPTS, height=SIDE, width=SIDE, num_inference_steps=10, guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], output_type="pt",
     ).images  # fmt: skip
-    ours = sample(demo, PROMPTS, Cell(sampler, guidance), num_inference_steps=6, seeds=SEEDS, resolution=SIDE)
+    cell = Cell(sampler, guidance)
+    ours = sample(demo, PROMPTS, cell, num_inference_steps=10, seeds=SEEDS, resolution=SIDE)
     assert ours.shape == (2, 3, SIDE, SIDE)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
@@ -343,11 +368,111 @@ def test_an_image_that_is_not_finite_is_refused(
     assert str(caught.value).startswith(f"`{PROMPTS[1]}` with seed 11, DDIM  guidance 1: the image")
 
 
+# Names, steps and noise levels
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("DDIM", "ddim"), ("Euler", "euler"), ("Euler a", "euler_a"), ("DPM++ 2M", "dpmpp_2m"),
+        ("DPM++ 2M Karras", "dpmpp_2m_karras"), ("DPM++ SDE", "dpmpp_sde"), ("UniPC", "unipc"),
+        ("LCM", "lcm"), ("euler_ancestral", "euler_a"), ("uni_pc", "unipc"), ("dpmpp_sde", "dpmpp_sde"),
+    ],
+)  # fmt: skip
+def test_names_of_a1111_and_comfyui(name: str, ours: str) -> None:
+    assert sampler_name(name, "--sampler") == ours
+
+
+def test_a_setting_takes_other_programs_names_and_stores_ours(make_config: Callable[..., Config]) -> None:
+    words = (
+        "sample.samplers=['DPM++ 2M Karras',euler_ancestral]",
+        "evaluate.sampler_steps={euler_ancestral: 9}",
+    )
+    config = make_config(*words)
+    assert config.sample.samplers == ["dpmpp_2m_karras", "euler_a"]
+    assert config.evaluate.sampler_steps == {"euler_a": 9}
+    with pytest.raises(UserError, match=r"^evaluate.sampler_steps names lcm, which sample.samplers does not"):
+        make_config("evaluate.sampler_steps={lcm: 4}")
+    with pytest.raises(UserError, match=r"^evaluate.sampler_steps.ddim=0 is out of range: from 1 to 1000$"):
+        make_config("evaluate.sampler_steps={ddim: 0}")
+    with pytest.raises(UserError, match=r"^evaluate.sampler_steps=7 is out of range: a number of steps by"):
+        make_config("evaluate.sampler_steps=7")
+    with pytest.raises(UserError, match=r"^sample.num_inference_steps=60 is .*: from 1 to 50 with lcm$"):
+        make_config("sample.samplers=[lcm]", "sample.num_inference_steps=60")
+
+
+def test_every_sampler_has_a_name_of_its_own() -> None:
+    names = [{letters_of(name) for name in (own, e.label, *e.other_names)} for own, e in SAMPLERS.items()]
+    assert sum(map(len, names)) == len(set().union(*names))
+    for other in ("DPM++ 2M SDE Karras", "DPM++ 2S a", "heun", ""):
+        with pytest.raises(UserError, match=r"^--sampler .*is unknown: choose one of ddpm, ddim, euler"):
+            sampler_name(other, "--sampler")
+
+
+@pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("ddpm", "ddim", "lcm")])
+def test_noise_levels_fall_from_the_top_to_nought(demo: BaseModel, sampler: str, spacing: str | None) -> None:
+    """For every number of steps that is accepted: as many levels, each lower than the one before."""
+    own = {} if spacing is None else {"timestep_spacing": spacing}
+    base, abar = with_scheduler(demo, SCHEDULER | own), abar_of_sd15()
+    levels = ((1 - abar) / abar).sqrt()
+    for steps in (1, 2, 3, 5, 7, 20, 30, 61, 103, 333, 400, 501, 998, SAMPLERS[sampler].most_steps):
+        scheduler = make_scheduler(sampler, base)
+        set_timesteps(scheduler, steps)
+        sigmas = scheduler.sigmas.double()
+        assert len(scheduler.timesteps) == steps and len(sigmas) == steps + 1, steps
+        assert sigmas[-1] == 0 and (sigmas.diff() < 0).all(), steps
+        assert levels[-251] < sigmas[0] <= levels[-1] * 1.001, steps
+
+
+def test_euler_and_karras_have_the_noise_levels_of_other_programs(demo: BaseModel) -> None:
+    """k-diffusion's get_sigmas and get_sigmas_karras, which A1111 and ComfyUI use, written out."""
+    abar = abar_of_sd15()
+    levels = ((1 - abar) / abar).sqrt()
+    low, high = levels[0] ** (1 / 7), levels[-1] ** (1 / 7)
+    rising = torch.linspace(0, 1, 20, dtype=torch.float64)
+    at = 999 * (1 - rising)
+    between = (1 - at % 1) * levels[at.floor().long()] + (at % 1) * levels[at.ceil().long()]
+    for sampler, expected in (("euler", between), ("dpmpp_2m_karras", (high + rising * (low - high)) ** 7)):
+        scheduler = make_scheduler(sampler, with_scheduler(demo, SCHEDULER))
+        set_timesteps(scheduler, 20)
+        torch.testing.assert_close(scheduler.sigmas[:-1].double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_base_that_predicts_velocity(demo: BaseModel, sampler: str) -> None:
+    """The v that belongs to a base's eps gives the image that the eps gives."""
+    options = {"num_inference_steps": 5, "seeds": [1], "resolution": SIDE}
+    unet, abar = demo.unet, abar_of_sd15().numpy()
+    scheduler = make_scheduler(sampler, demo)
+    set_timesteps(scheduler, 5)
+
+    class Velocity(nn.Module):
+        config = unet.config
+        calls = 0
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor, **other: object) -> tuple:
+            if hasattr(scheduler, "sigmas"):
+                a = 1 / (1 + scheduler.sigmas[self.calls] ** 2)
+            else:
+                a = torch.tensor(abar[int(t[0])]).float()
+            Velocity.calls += 1
+            return ((unet(x, t, embeds).sample - (1 - a).sqrt() * x) / a.sqrt(),)
+
+    velocity = Velocity()
+    velocity.register_parameter("device", nn.Parameter(torch.zeros(1)))
+    config = demo.scheduler_config | {"prediction_type": "v_prediction"}
+    other = replace(demo, unet=velocity, scheduler_config=config)
+    expected = sample(demo, ["a lake"], Cell(sampler, 1), **options)
+    drawn = sample(other, ["a lake"], Cell(sampler, 1), **options)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
+
+
 # One image does not depend on another
 
 
 @pytest.mark.parametrize("guidance", [1, 7.5])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_neighbours(demo: BaseModel, sampler: str, guidance: float) -> None:
     options = {"num_inference_steps": 4, "resolution": SIDE}
     cell = Cell(sampler, guidance)
@@ -360,7 +485,7 @@ def test_an_image_does_not_depend_on_its_neighbours(demo: BaseModel, sampler: st
     torch.testing.assert_close(together, swapped.flip(0), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_same_seed_twice_is_bit_equal(demo: BaseModel, sampler: str) -> None:
     def draw() -> torch.Tensor:
         return sample(demo, PROMPTS, Cell(sampler, 7.5), num_inference_steps=3, seeds=SEEDS, resolution=SIDE)

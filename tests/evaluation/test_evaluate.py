@@ -13,7 +13,7 @@ from rich.console import Console
 import train
 from ghibli.adapters.trained import starting_base, trained_base
 from ghibli.cli import runs
-from ghibli.config.files import apply_overrides
+from ghibli.config.files import CHANGED_BY_EVALUATE, apply_overrides
 from ghibli.config.schema import Config
 from ghibli.data import sources
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
@@ -170,7 +170,7 @@ def test_a_killed_evaluation_resumes_with_the_same_result(
     finished: RunDir, result: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Killed in the third cell, then the first cell's file is damaged: only the second is not redrawn."""
-    config = apply_overrides(finished_config(finished), [f"cache_dir={tmp_path}"], evaluate.CHANGEABLE)
+    config = apply_overrides(finished_config(finished), [f"cache_dir={tmp_path}"], CHANGED_BY_EVALUATE)
     calls, real, copy = [], samplers.sample, RunDir(tmp_path / "run")
     shutil.copytree(finished.path, copy.path)
 
@@ -249,7 +249,7 @@ def test_copies_are_searched_among_all_training_images(
 
 
 def test_the_start_noise_has_the_seed_of_the_grids(finished: RunDir) -> None:
-    config = apply_overrides(finished_config(finished), ["sample.seed=40"], evaluate.CHANGEABLE)
+    config = apply_overrides(finished_config(finished), ["sample.seed=40"], CHANGED_BY_EVALUATE)
     base, cell = starting_base(config), Cell("ddim", 1)
     measured = samples.SampleCache(config, FeatureExtractor(config, base), ["a", "b"]).measure_model(
         base, cell, 2
@@ -309,12 +309,12 @@ def test_held_out_images_are_the_reference_without_a_folder(finished: RunDir) ->
 def test_wrong_settings_are_one_line(finished: RunDir, word: str, message: str | None) -> None:
     config = finished_config(finished)
     if message is None:
-        config = apply_overrides(config, [word, "evaluate.features=inception"], evaluate.CHANGEABLE)
+        config = apply_overrides(config, [word, "evaluate.features=inception"], CHANGED_BY_EVALUATE)
         with pytest.raises(UserError, match=r"evaluate\.inception=gone\.pth: no such file"):
             FeatureExtractor(config, starting_base(config))
         return
     with pytest.raises(UserError, match=message):
-        apply_overrides(config, [word], evaluate.CHANGEABLE)
+        apply_overrides(config, [word], CHANGED_BY_EVALUATE)
 
 
 def test_an_unfinished_run_is_refused_in_one_line(finished: RunDir, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`ghibli app`, as people use it: in a browser, two at once, with files that are not photos."""
 
+import math
 import re
+import shlex
 import time
 import urllib.error
 import urllib.request
@@ -14,17 +16,21 @@ import pytest
 from helpers.browsers import new_browser
 from helpers.page_requests import call, index_of
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 import train
 from ghibli.cli.main import app as command_line
 from ghibli.images.grid import to_image
-from ghibli.inference.generate import Count, ImageRequest, generate_images
+from ghibli.inference.generate import Count, generate_images
 from ghibli.inference.load import LoadedModel, load_model
+from ghibli.inference.request import ImageRequest
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
 gradio = pytest.importorskip("gradio")
+from gradio import processing_utils  # noqa: E402
+
 from ghibli.inference.app import page, session  # noqa: E402  (needs gradio)
 from ghibli.inference.app.page import serve  # noqa: E402
 from ghibli.inference.app.session import AppSession  # noqa: E402
@@ -95,7 +101,7 @@ def test_only_what_was_trained_is_offered(app_session: AppSession, outside: Path
     assert list(app_session.runs()) == [RUN]
     other.status.path.unlink()
     ((label, value),) = app_session.run_choices()
-    assert value == RUN and re.fullmatch(rf"{RUN}, -?[\d.]+ % better than the base", label)
+    assert value == RUN and re.fullmatch(r"run, [\d.]+ % (better|worse) than the base", label)
     for strange in ("/etc", "../run", f"{RUN}/"):
         with pytest.raises(UserError, match="is no longer a finished run: reload the page"):
             app_session.model_of([strange])
@@ -118,6 +124,59 @@ def test_a_stop_ends_what_is_drawn_and_nothing_else(app_session: AppSession) -> 
     assert not app_session._lock.locked() and not app_session._stops
 
 
+@pytest.mark.parametrize(
+    ("name", "gain", "label"),
+    [
+        ("2026-11-28_21-40-07", 0.281, "2026-11-28 21:40, 28.1 % better than the base"),
+        ("run", -1.28, "run, 128.0 % worse than the base"),
+        ("run", None, "run"),
+        ("run", math.nan, "run"),
+        ("lora.rank=16,optimizer.lr=0.001,loss.guidance=7.5,seed=3", 0.0,
+         "lora.rank=16,optimiz ... .guidance=7.5,seed=3, 0.0 % better than the base"),
+    ],
+)  # fmt: skip
+def test_a_run_has_a_short_name_and_its_gain_in_words(name: str, gain: Any, label: str) -> None:
+    assert session.run_label(RunDir(Path("outputs/train") / name), gain) == label
+    assert session.with_numbers(["a", "b", "a"]) == ["a", "b", "a (2)"]
+
+
+def test_what_the_visitor_chose_stays_when_the_run_changes(app_session: AppSession) -> None:
+    """The guidance that suits the new run replaces the one that suited the old, and no other."""
+    usual = load_model([RUN], []).guidance
+    first = app_session.on_runs_changed([RUN], 7.5, 7.5)
+    assert first[0]["value"] == first[1] == usual
+    assert "value" not in app_session.on_runs_changed([], 3.0, usual)[0]
+    assert app_session.on_runs_changed([], usual, usual)[0]["value"] == 7.5
+
+
+def test_settings_come_back_from_a_png(app_session: AppSession, tmp_path: Path) -> None:
+    """From the page's own image and from generate's; what is no such file is named."""
+    page_now = [[], "x", "", "ddim", 7.5, 30, 0, 1, False]
+    values = [[RUN], "a (lake:1.2)", "fog", "euler_a", 3.0, STEPS, 9, 0.5, False]
+    request = gradio.Request(session_hash="somebody")
+    _, trained, _, command = app_session.draw(request, lambda *a, **k: None, *values)
+    file = tmp_path / "page.png"
+    file.write_bytes(processing_utils.encode_pil_to_bytes(trained))
+    assert app_session.settings_of(str(file), *page_now) == values
+    assert app_session.settings_of(None, *page_now) == page_now
+    words = shlex.split(command)
+    assert words[:3] == ["ghibli", "generate", RUN]
+    result = CliRunner().invoke(command_line, [*words[1:], "--to", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "out/000.png") as opened:
+        assert np.abs(np.asarray(opened, float) - np.asarray(trained, float)).max() <= 1
+    assert app_session.settings_of(str(tmp_path / "out/000.png"), *page_now) == values
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    for stored in ('{"prompts": [5]}', '{"sampler": 5}', '{"steps": "many"}', "[]", "{"):
+        info = PngInfo()
+        info.add_text("ghibli", stored)
+        Image.new("RGB", (8, 8)).save(tmp_path / "forged.png", pnginfo=info)
+        with pytest.raises(gradio.Error):
+            app_session.settings_of(str(tmp_path / "forged.png"), *page_now)
+    with pytest.raises(gradio.Error, match="that file holds no settings"):
+        app_session.settings_of(str(tmp_path / "other.png"), *page_now)
+
+
 def test_a_port_that_is_taken(address: str) -> None:
     port = address.rstrip("/").rpartition(":")[2]
     result = CliRunner().invoke(command_line, ["app", "model=demo", "data=demo", "--port", port])
@@ -136,7 +195,7 @@ def test_no_file_of_this_machine_is_shown(address: str, outside: Path) -> None:
         assert refused.value.code in (403, 404)
     grid = next((outside / RUN / "samples").glob("*.png"))
     photo = {"path": str(grid), "meta": {"_type": "gradio.FileData"}}
-    settings = ["a lake", "", "ddim", 1, 2, 0, 1, False, 0.5]
+    settings = ["a lake", "", "ddim", 1, 2, 0, 1, False, 0.5, "img2img"]
     event = call(address, index_of(address, "restyle"), [[], photo, *settings])
     assert not event["success"] and "data" not in event["output"]
 
@@ -257,13 +316,14 @@ def test_a_photo_is_restyled(tab: Any, tmp_path: Path) -> None:
     Image.fromarray(blocks).resize((120, 60)).save(photo)
     fill(tab, "#steps input[type=number]", 8)
     open_tab(tab, "Restyle a photo")
-    one(tab, "input[type=file]").send_keys(str(photo))
+    one(tab, "#upload input[type=file]").send_keys(str(photo))
     assert shown(tab, "photo").shape == (60, 120, 3)
     click(tab, "#restyle")
-    assert "describe what is on the photo" in said(tab)
+    assert "describe what is on the photo" in words(tab, "restyled")
+    assert "Error" not in tab.find_element("css selector", "body").text  # the frames stay as they are
     fill(tab, "#what textarea", "a lake")
     click(tab, "#restyle")
-    words(tab, "restyled")
+    wait(lambda: re.search(r"\d\.\d s$", words(tab, "restyled")))
     wide = load_model([RUN], []).config.model.resolution / 2**0.5
     base, trained = shown(tab, "restyled-base"), shown(tab, "restyled-trained")
     assert base.shape == trained.shape == (round(wide / 8) * 8, round(2 * wide / 8) * 8, 3)
@@ -276,11 +336,11 @@ def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
     text.write_text("no image")
     Image.new("L", (10_000, 10_000), 200).save(large)
     open_tab(tab, "Restyle a photo")
-    one(tab, "input[type=file]").send_keys(str(text))
+    one(tab, "#upload input[type=file]").send_keys(str(text))
     assert "it is not an image, despite its name" in said(tab)
     opened(tab, tab.current_url)
     open_tab(tab, "Restyle a photo")
-    one(tab, "input[type=file]").send_keys(str(large))
+    one(tab, "#upload input[type=file]").send_keys(str(large))
     assert shown(tab, "photo").shape == (1200, 1200, 3)
     fill(tab, "#what textarea", "a lake")
     click(tab, "#restyle")
@@ -334,6 +394,32 @@ def test_cancel(tab: Any, stopped: list[str]) -> None:
     assert shown(tab, "trained").shape[2] == 3
 
 
+def test_a_grid_over_two_settings(tab: Any) -> None:
+    open_tab(tab, "X/Y grid")
+    fill(tab, "#x-values textarea, #x-values input", "1, 3")
+    fill(tab, "#y-values textarea, #y-values input", "1, 2")
+    click(tab, "#draw-grid")
+    wait(lambda: re.search(r"\d\.\d s$", words(tab, "grid-drawn")))
+    side = load_model([RUN], []).config.model.resolution
+    height, width = shown(tab, "grid").shape[:2]
+    assert min(height, width) > 2 * side
+    command = wait(lambda: one(tab, "#grid-command textarea").get_attribute("value"))
+    assert command.endswith("--grid 'guidance=1, 3' --grid 'steps=1, 2'")
+
+
+def test_a_prompt_that_cannot_be_read_is_told_below_the_images(tab: Any) -> None:
+    """The message stays, and a second try works."""
+    fill(tab, "#prompt textarea", "a (lake")
+    click(tab, "#draw")
+    assert "has a ( without its partner" in words(tab, "drawn")
+    fill(tab, "#prompt textarea", "a (lake:1.2)")
+    click(tab, "#draw")
+    wait(lambda: re.search(r"\d\.\d s$", words(tab, "drawn")))
+    assert "--prompt 'a (lake:1.2)'" in wait(
+        lambda: one(tab, "#draw-command textarea").get_attribute("value")
+    )
+
+
 @pytest.mark.slow
 def test_it_fits_a_phone(tab: Any) -> None:
     size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
@@ -342,5 +428,7 @@ def test_it_fits_a_phone(tab: Any) -> None:
     wide, room = tab.execute_script(
         "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]"
     )
+    height = "return document.querySelector(arguments[0]).getBoundingClientRect().top"
+    draw, runs = (tab.execute_script(height, name) for name in ("#draw", "#runs"))
     tab.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert wide <= room
+    assert wide <= room and draw < min(runs, 600)  # the button is on the first screen

@@ -37,8 +37,9 @@ from ghibli.cli.main import app
 from ghibli.config.schema import ModelConfig
 from ghibli.inference import export, owned
 from ghibli.inference.export import check_prediction, predict, probe_inputs
-from ghibli.inference.generate import ImageRequest, generate_images
+from ghibli.inference.generate import generate_images
 from ghibli.inference.load import load_model
+from ghibli.inference.request import ImageRequest
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.models.original import original_weights
@@ -408,6 +409,11 @@ def test_metadata_are_those_of_the_base(
     assert found["ss_output_name"] == "lora.rank_4_a_b"
     assert found["modelspec.title"].startswith("in ink: LoRA rank")
     assert sidecar["activation text"] == found["modelspec.trigger_phrase"] == "in ink"
+    assert "ss_clip_skip" not in found and sidecar["notes"] == ""
+    config = make_config("model.clip_skip=2")
+    assert kohya.metadata_of(adapter, base, config, {}, "it")["ss_clip_skip"] == "2"
+    write_sidecar(tmp_path / "two.safetensors", config, base)
+    assert json.loads((tmp_path / "two.json").read_text())["notes"] == "clip skip 2"
 
 
 def test_layers_that_differ_are_dynamic(make_config: Callable) -> None:

@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
 from ghibli.cli.main import app
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.images import grid
+from ghibli.images.grid import to_image
 from ghibli.inference import restyle
-from ghibli.inference.generate import truncation_warnings
+from ghibli.inference.img2img import to_latents
+from ghibli.inference.inversion import invert, walked
 from ghibli.inference.load import LoadedModel, load_model
-from ghibli.inference.prompts import input_warnings, keep_style
-from ghibli.inference.restyle import Photo, RestyleOptions, find_photos, restyle_all, size_like
+from ghibli.inference.request import RestyleOptions, unused_negative
+from ghibli.inference.restyle import Photo, find_photos, restyle_all, size_like
 from ghibli.models.base import DEMO
 from ghibli.runtime.errors import UserError
 
@@ -102,10 +104,10 @@ def test_shape_and_area_are_kept(size: tuple[int, int], expected: tuple[int, int
 def test_strength_of_no_step() -> None:
     with pytest.raises(UserError, match=r"--strength 0.2 of 4 steps is less than one: raise either"):
         RestyleOptions(0.2, "ddim", 1.0, 4, 0, "", 1.0, 64)
-    with pytest.raises(UserError, match="--steps 1001: must be from 1 to 1000"):
+    with pytest.raises(UserError, match="--steps 1001 is out of range: from 1 to 1000"):
         RestyleOptions(1.0, "ddim", 1.0, 1001, 0, "", 1.0, 64)
-    with pytest.raises(UserError, match="--sampler euler is unknown"):
-        RestyleOptions(0.5, "euler", 1.0, 4, 0, "", 1.0, 64)
+    with pytest.raises(UserError, match="--sampler eulr is unknown"):
+        RestyleOptions(0.5, "eulr", 1.0, 4, 0, "", 1.0, 64)
 
 
 # The images
@@ -172,28 +174,21 @@ def test_strength_is_a_share_of_all_noise_levels(
     assert len(seen) == steps // 2 and abs(seen[0] - 500) <= 3 and min(seen) >= 0
 
 
-def test_the_style_is_kept_of_a_long_caption(base_alone: LoadedModel) -> None:
-    """The caption loses its last words, which are named; a short one and a long style stay as they are."""
-    base, style = base_alone.base, ", Studio Ghibli style"
-    room = base.tokenizer.model_max_length
-    for caption in ("train " * 100 + "lake", "trainlake" * 100):
-        prompt, said = keep_style(caption + style, style, base)
-        assert prompt.endswith(style) and caption.startswith(prompt.removesuffix(style))
-        assert room - 2 <= len(base.tokenizer(prompt).input_ids) <= room
-        assert said and "lake" in said and "left out to keep `Studio Ghibli style`" in said
-        assert truncation_warnings([prompt], base) == []
-    assert keep_style("a lake" + style, style, base) == ("a lake" + style, None)
-    assert keep_style("train " * 100, "train " * 90, base) == ("train " * 100, None)
-
-
-def test_a_negative_prompt_that_is_not_used_is_named(base_alone: LoadedModel) -> None:
-    base = base_alone.base
-    assert input_warnings(["a lake"], "fog", 7.5, base) == []
-    assert input_warnings(["a lake"], "", 1, base) == []
-    (said,) = input_warnings(["a lake"], "fog", 1, base)
+def test_a_negative_prompt_that_is_not_used_is_named() -> None:
+    assert unused_negative("fog", 7.5) == unused_negative(" ", 1) == []
+    (said,) = unused_negative("fog", 1)
     assert said.startswith("the negative prompt is not used: at guidance 1")
-    (said,) = input_warnings(["a lake"], "train " * 90 + "lake", 0.5, base)
-    assert said.startswith("negative prompt: `train") and said.endswith("lake`")
+
+
+def test_a_stored_caption_is_no_prompt_with_weights(photos: Path) -> None:
+    """What was typed is; the style is a caption's end."""
+    (photos / "captions.txt").write_text(
+        "".join(f"{path.name}|a dog (a pug:1.3\n" for path in (photos / "images").iterdir())
+    )
+    found = find_photos([photos], None, ", drawn (1984)")
+    assert {photo.prompt for photo in found} == {r"a dog \(a pug:1.3, drawn \(1984\)"}
+    found = find_photos([photos], "a (dog:1.3)", ", drawn")
+    assert {photo.prompt for photo in found} == {"a (dog:1.3), drawn"}
 
 
 @pytest.mark.parametrize(
@@ -222,15 +217,118 @@ def test_no_file_of_the_user_is_replaced(base_alone: LoadedModel, photos: Path) 
     assert "before_after-2.png" in result.output.replace("\n", "")
 
 
-def test_the_style_is_seen_by_the_command(photos: Path, tmp_path: Path) -> None:
-    """The PNG's prompt is what was drawn: within the encoder's length, with the style at its end."""
-    out = tmp_path / "out"
-    words = ["--with", "model=demo", "--with", "data=demo", "--prompt", "train " * 100, "--steps", "2"]
-    result = CliRunner().invoke(app, ["restyle", str(photos), *words, "--to", str(out), "--negative", "fog"])
-    assert result.exit_code == 0, result.output
-    with Image.open(next(iter(sorted(out.glob("[!b]*.png"))))) as opened:
-        note = json.loads(opened.text["ghibli"], parse_constant=pytest.fail)
-    assert note["prompt"].endswith("Studio Ghibli style") and note["prompt"].count("train") < 77
+def test_long_prompts_and_their_style_are_drawn(photos: Path, tmp_path: Path) -> None:
+    """Nothing is cut: another word beyond the 75th token makes another image, and nothing is said."""
+    seen = {}
+    for word in ("", "lake "):
+        out = tmp_path / f"out {word}"
+        prompt = "train " * 100 + word
+        words = ["--with", "model=demo", "--with", "data=demo", "--prompt", prompt, "--steps", "2"]
+        result = CliRunner().invoke(
+            app, ["restyle", str(photos), *words, "--to", str(out), "--negative", "fog"]
+        )
+        assert result.exit_code == 0 and "too long" not in result.output, result.output
+        with Image.open(next(iter(sorted(out.glob("[!b]*.png"))))) as opened:
+            note = json.loads(opened.text["ghibli"], parse_constant=pytest.fail)
+            seen[word] = np.asarray(opened, int)
+        assert note["prompt"] == prompt + ", Studio Ghibli style"
+    assert np.abs(seen[""] - seen["lake "]).max() > 3
+
+
+# Other ways, and masks
+
+
+def grey(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), float)
+
+
+@pytest.mark.parametrize("steps", [10, 30, 334])
+def test_inversion_is_diffusers_ddim_backwards(base_alone: LoadedModel, steps: int) -> None:
+    """Its scheduler steps T // steps, so the comparison is at numbers that leave the strides equal."""
+    base, strength = base_alone.base, 0.3 if steps < 100 else 0.01
+    options = RestyleOptions(strength, "ddim", 1.0, steps, 0, "", 1.0, 64, "inversion")
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.5
+    scheduler = DDIMInverseScheduler.from_config(
+        base.scheduler_config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        timestep_spacing="leading",
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    expected = start
+    with torch.inference_mode():
+        embeds = base.encode_captions(["a lake"])
+        count = int(steps * strength)
+        for t in scheduler.timesteps[:count]:
+            expected = scheduler.step(base.unet(expected, t[None], embeds).sample, t, expected).prev_sample
+    calls: list[int] = []
+    found = invert(base, start, "a lake", options, lambda: calls.append(1))
+    assert len(calls) == count
+    if steps == 334:  # `trailing` there: other timesteps, and each step ends where the next one starts
+        assert walked(base, options)[-1] < 4
+        return
+    assert walked(base, options).flip(0).tolist() == scheduler.timesteps[:count].tolist()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_photo_comes_back_from_its_own_noise(base_alone: LoadedModel, photos: Path) -> None:
+    """With the base that inverted it and no guidance; image-to-image is much farther away."""
+    photo = find_photos([photos], None, "")[0]
+    with Image.open(photo.path) as opened:
+        small = opened.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+    options = RestyleOptions(0.5, "ddim", 1.0, 50, 1, "", 1.0, 64, "inversion")
+    with torch.inference_mode():
+        coded = to_image(base_alone.base.decode(to_latents(base_alone.base, small))[0])
+    back = restyle.restyle_photo(base_alone, small, photo.prompt, options)
+    other = restyle.restyle_photo(base_alone, small, photo.prompt, replace(options, way="img2img"))
+    near, far = (np.abs(grey(image) - grey(coded)).mean() for image in (back, other))
+    assert near < 5 and near < far / 2
+
+
+def test_outside_a_mask_the_photo_stays(base_alone: LoadedModel, photos: Path) -> None:
+    """And inside it is redrawn; a black mask leaves the photo, a white one is image-to-image."""
+    photo = find_photos([photos], None, "")[0]
+    with Image.open(photo.path) as opened:
+        small = opened.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+    half = Image.fromarray(np.repeat([[0] * 32 + [255] * 32], 64, 0).astype(np.uint8))
+    for way in ("img2img", "inversion"):
+        options = replace(OPTIONS, way=way, strength=0.75)
+        drawn = grey(restyle.restyle_photo(base_alone, small, photo.prompt, options, mask=half))
+        change = np.abs(drawn - grey(small)).mean((0, 2))
+        assert change[:28].max() <= 1 < 5 < change[36:].mean()
+        black = restyle.restyle_photo(base_alone, small, "x", options, mask=Image.new("L", (64, 64)))
+        assert np.abs(grey(black) - grey(small)).max() <= 1
+    options = replace(OPTIONS, strength=0.75)
+    whole = restyle.restyle_photo(base_alone, small, "x", options, mask=Image.new("L", (64, 64), 255))
+    plain = restyle.restyle_photo(base_alone, small, "x", options)
+    assert np.abs(grey(whole) - grey(plain)).max() <= 1
+
+
+def test_masks_belong_to_their_photos(photos: Path, tmp_path: Path) -> None:
+    found = find_photos([photos], "x", "")
+    size = Image.open(found[0].path).size
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for photo in found:
+        Image.new("L", size, 255).save(folder / f"{photo.path.stem}.png")
+    masked = restyle.with_masks(found, folder)
+    assert [photo.mask and photo.mask.stem for photo in masked] == [photo.path.stem for photo in found]
+    assert restyle.with_masks(found, None) == found
+    Image.new("L", (10, 20)).save(folder / f"{found[1].path.stem}.png")
+    with pytest.raises(UserError, match=rf"^--mask .* has 10x20 px and .* {size[0]}x{size[1]}: a mask has"):
+        restyle.with_masks(found, folder)
+    (folder / f"{found[0].path.stem}.png").unlink()
+    with pytest.raises(UserError, match=r"^--mask .*: no image called .* there"):
+        restyle.with_masks(found, folder)
+    with pytest.raises(UserError, match=r"^--mask "):
+        restyle.with_masks(found, tmp_path / "nowhere.png")
+
+
+def test_a_way_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"^--way twirl is unknown: choose one of img2img, inversion$"):
+        replace(OPTIONS, way="twirl")
+    with pytest.raises(
+        UserError, match=r"^--way inversion walks DDIM backwards: use --sampler ddim, not ddpm"
+    ):
+        replace(OPTIONS, way="inversion", sampler="ddpm")
 
 
 def test_the_stronger_the_farther_from_the_photo(base_alone: LoadedModel, photos: Path) -> None:
@@ -318,23 +416,6 @@ def test_the_command(photos: Path, tmp_path: Path) -> None:
     assert "restyled 2 of 2 into" in " ".join(result.output.split())
     with Image.open(tmp_path / "out" / "before_after.png") as sheet:
         assert sheet.size == (2 * 264 + 8, 26 + 2 * 264 + 8)
-
-
-def test_words_that_the_text_encoder_never_sees_are_named(photos: Path, tmp_path: Path) -> None:
-    """The pipeline only logs that it cuts a prompt. Two photos with one prompt give one warning."""
-    words = [
-        "--with",
-        "model=demo",
-        "--prompt",
-        "train " * 500,
-        "--steps",
-        "2",
-        "--to",
-        str(tmp_path / "out"),
-    ]
-    result = CliRunner().invoke(app, ["restyle", str(photos), *words])
-    assert result.exit_code == 0, result.output
-    assert " ".join(result.output.split()).count("is too long: the text encoder never sees `train") == 1
 
 
 def test_the_sheet_shows_both() -> None:

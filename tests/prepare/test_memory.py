@@ -8,6 +8,7 @@ import torch
 
 from ghibli.config.registry import OPTIMIZERS
 from ghibli.config.schema import Config
+from ghibli.models import cost
 from ghibli.models.base import BaseModel
 from ghibli.prepare import memory
 from ghibli.training.module import GhibliModule
@@ -16,16 +17,16 @@ TESTED_TORCH = ("2.14.",)  # whose TorchDispatchMode was looked at
 
 
 def test_the_private_dispatch_mode_is_that_of_a_known_torch() -> None:
-    """A newer torch may have moved it: look at memory.Live, then add the version."""
+    """A newer torch may have moved it: look at cost.Live, then add the version."""
     assert version("torch").startswith(TESTED_TORCH)
-    with memory.Live() as live:
+    with cost.Live() as live:
         kept = torch.zeros(10) + 1
     assert (live.now, kept.nbytes) == (40, 40)
 
 
 def test_nested_results_are_searched_for_tensors() -> None:
     one, two, three = torch.zeros(3, 1)
-    found = memory.tensors_in((one, [two, None, 4], {"a": (three,), "b": "text"}))
+    found = cost.tensors_in((one, [two, None, 4], {"a": (three,), "b": "text"}))
     assert [id(tensor) for tensor in found] == [id(one), id(two), id(three)]
 
 

@@ -12,6 +12,7 @@ from ghibli.inference.app.address import find_address, in_url, is_wildcard, with
 from ghibli.inference.app.guard import Guard
 from ghibli.inference.app.private_folder import make_private_folder
 from ghibli.inference.app.session import PROMPT_LIMIT, AppSession
+from ghibli.inference.request import AXES, WAYS
 from ghibli.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,9 @@ UPLOAD_CLEANUP = (600, 3600)  # seconds: between two checks for old uploads, age
 ABOUT = "Base and trained model start from the same noise, so the difference is what was learned."
 STYLE = """
 .gradio-container {max-width: 1200px !important; margin: auto}
+#grids img {object-fit: contain !important; height: auto !important; max-height: none !important}
+#grids .grid-wrap {max-height: none !important; height: auto !important}
+@media (max-width: 700px) {#settings {order: 2} #work {order: 1}}
 .drawn img {width: 100% !important; height: 100% !important; object-fit: contain !important}
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
@@ -35,15 +39,10 @@ class SettingsColumn:
     """The components that both tabs share."""
 
     runs: gr.Dropdown
-    prompt: gr.Textbox
     others: list[Any]  # from the negative prompt to the safety checker, in the order of session.Settings
     guidance: gr.Slider  # one of the others
     safe: gr.Checkbox  # one of the others
-
-    @property
-    def inputs(self) -> list[Any]:
-        """All components, in the order of session.Settings."""
-        return [self.runs, self.prompt, *self.others]
+    prompt: str  # what the prompt is at first
 
 
 def page(session: AppSession) -> gr.Blocks:
@@ -51,23 +50,27 @@ def page(session: AppSession) -> gr.Blocks:
     with gr.Blocks(title="Ghibli LoRA Lab", delete_cache=UPLOAD_CLEANUP) as blocks:
         gr.Markdown(f"# Ghibli LoRA Lab\n{ABOUT}")
         with gr.Row():
-            with gr.Column(scale=2, min_width=240):
-                settings = settings_column(session)
-                cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
-            with gr.Column(scale=3, min_width=240), gr.Tabs():
-                drawn = draw_tab(session, settings)
-                restyled = restyle_tab(session, settings)
-                with gr.Tab("Sample grids"):
-                    gallery = gr.Gallery(
-                        label="sample grids of the runs", columns=1, format="png", height=700
-                    )
-        runs, updated = settings.runs, [settings.guidance, settings.safe, gallery]
-        runs.change(session.on_runs_changed, runs, updated, show_progress="hidden", **HANDLER, **ONE_BY_ONE)
-        cancel.click(session.stop, cancels=[drawn, restyled], queue=False, **HANDLER)
+            with gr.Column(scale=2, min_width=240, elem_id="settings"):
+                settings, suggested = settings_column(session), gr.State(None)
+            with gr.Column(scale=3, min_width=240, elem_id="work"):
+                cancel = gr.Button("Cancel", size="sm", elem_id="cancel")
+                with gr.Tabs():
+                    drawn, prompt = draw_tab(session, settings)
+                    restyled = restyle_tab(session, settings)
+                    varied = grid_tab(session, settings, prompt)
+                    with gr.Tab("Sample grids"):
+                        gallery = gr.Gallery(
+                            label="sample grids of the runs", columns=1, format="png", height="auto",
+                            object_fit="contain", elem_id="grids",
+                        )  # fmt: skip
+        runs, now = settings.runs, [settings.runs, settings.guidance, suggested]
+        updated = [settings.guidance, suggested, settings.safe, gallery]
+        runs.change(session.on_runs_changed, now, updated, show_progress="hidden", **HANDLER, **ONE_BY_ONE)
+        cancel.click(session.stop, cancels=[drawn, restyled, varied], queue=False, **HANDLER)
         loaded = blocks.load(
             lambda: gr.update(choices=session.run_choices()), None, runs, show_progress="hidden", **HANDLER
         )
-        loaded.then(session.on_runs_changed, runs, updated, show_progress="hidden", **HANDLER, **ONE_BY_ONE)
+        loaded.then(session.on_runs_changed, now, updated, show_progress="hidden", **HANDLER, **ONE_BY_ONE)
         blocks.unload(session.leave)
     return blocks.queue(max_size=QUEUE_LIMIT, default_concurrency_limit=4, api_open=False)
 
@@ -85,46 +88,102 @@ def settings_column(session: AppSession) -> SettingsColumn:
         choices, value=newest, multiselect=True, label="Runs", elem_id="runs",
         info="none: the base alone; several with the same base: their adapters add up",
     )  # fmt: skip
-    prompt_box = gr.Textbox(prompt, label="Prompt", lines=2, max_length=PROMPT_LIMIT, elem_id="prompt")
     negative = gr.Textbox("", label="Negative prompt", max_length=PROMPT_LIMIT)
-    sampler = gr.Radio(list(SAMPLERS), value="ddim", label="Sampler")
+    labels = [(entry.label, name) for name, entry in SAMPLERS.items()]
+    sampler = gr.Dropdown(labels, value="ddim", label="Sampler", elem_id="sampler")
     guidance = gr.Slider(1, 30, value=7.5, step=0.5, label="Guidance", info="1 = off")
     steps = gr.Slider(1, 100, value=30, step=1, label="Steps", elem_id="steps")
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
     scale = gr.Slider(0, 1.5, value=1, step=0.05, label="Adapter scale", info="0 = the base")
     safe = gr.Checkbox(False, label="Safety checker", interactive=False)
     others = [negative, sampler, guidance, steps, seed, scale, safe]
-    return SettingsColumn(runs, prompt_box, others, guidance, safe)
+    return SettingsColumn(runs, others, guidance, safe, prompt)
 
 
-def draw_tab(session: AppSession, settings: SettingsColumn) -> Any:
-    """Build the tab that generates with base and adapter side by side; return its event."""
+def draw_tab(session: AppSession, settings: SettingsColumn) -> tuple[Any, gr.Textbox]:
+    """Build the tab that generates with base and adapter; return its event and prompt."""
     with gr.Tab("Draw"):
+        prompt = gr.Textbox(
+            settings.prompt, label="Prompt", lines=2, max_length=PROMPT_LIMIT, elem_id="prompt",
+            info="(word:1.3) weighs a word more, (word:0.7) less",
+        )  # fmt: skip
         start = gr.Button("Draw", variant="primary", elem_id="draw")
         with gr.Row():
             images = [image_frame("base", "base"), image_frame("trained", "trained")]
-        status = gr.Markdown(elem_id="drawn")
-    return start.click(
-        session.draw, settings.inputs, [*images, status], scroll_to_output=True, **HANDLER, **ONE_BY_ONE
+        status, command = gr.Markdown(elem_id="drawn"), command_box("draw-command")
+        stored = gr.File(
+            label="Settings from a PNG of generate or of this page", file_types=[".png"], type="filepath",
+            height=90, elem_id="stored",
+        )  # fmt: skip
+    inputs = [settings.runs, prompt, *settings.others]
+    stored.upload(
+        session.settings_of, [stored, *inputs], inputs, show_progress="hidden", **HANDLER, **PREVIEWS
     )
+    event = start.click(
+        session.draw, inputs, [*images, status, command], scroll_to_output=True, **HANDLER,
+        **ONE_BY_ONE,
+    )  # fmt: skip
+    return event, prompt
+
+
+def grid_tab(session: AppSession, settings: SettingsColumn, prompt: gr.Textbox) -> Any:
+    """Build the tab that draws the prompt over the values of two settings; return its event."""
+    with gr.Tab("X/Y grid"):
+        gr.Markdown("The prompt of the first tab, over the values of one setting or two.")
+        given: list[Any] = []
+        for name, usual, label, element in (
+            ("guidance", "3, 5, 7.5", "To the right", "x"), ("steps", "", "Down, may be empty", "y"),
+        ):  # fmt: skip
+            with gr.Row():
+                given.append(gr.Dropdown(list(AXES), value=name, label=label, min_width=120))
+                given.append(
+                    gr.Textbox(
+                        usual, label="Values", max_length=200, elem_id=f"{element}-values", min_width=120
+                    )
+                )
+        start = gr.Button("Draw the grid", variant="primary", elem_id="draw-grid")
+        sheet = image_frame("grid", "grid")
+        status, command = gr.Markdown(elem_id="grid-drawn"), command_box("grid-command")
+    inputs = [settings.runs, prompt, *settings.others, *given]
+    return start.click(session.grid, inputs, [sheet, status, command], **HANDLER, **ONE_BY_ONE)
 
 
 def restyle_tab(session: AppSession, settings: SettingsColumn) -> Any:
     """Build the tab that redraws a photo with base and adapter; return its event."""
     with gr.Tab("Restyle a photo"):
         photo = gr.File(
-            label=f"Photo, at most {UPLOAD_LIMIT}", file_types=["image"], type="filepath", height=110
+            label=f"Photo, at most {UPLOAD_LIMIT}",
+            file_types=["image"],
+            type="filepath",
+            height=110,
+            elem_id="upload",
         )
-        prompt = gr.Textbox(label="What the photo shows", max_length=PROMPT_LIMIT, elem_id="what")
+        prompt = gr.Textbox(
+            label="What the photo shows",
+            info="the style's words are added",
+            max_length=PROMPT_LIMIT,
+            elem_id="what",
+        )
         strength = gr.Slider(0.1, 1, value=0.5, step=0.05, label="Strength", info="1 = all new")
+        way = gr.Radio(
+            list(WAYS), value=WAYS[0], label="Way", info="inversion, with DDIM only, keeps more of the photo"
+        )
         start = gr.Button("Restyle", variant="primary", elem_id="restyle")
         with gr.Row():
             preview = image_frame("photo", "photo")
             images = [image_frame("base", "restyled-base"), image_frame("trained", "restyled-trained")]
-        status = gr.Markdown(elem_id="restyled")
+        status, command = gr.Markdown(elem_id="restyled"), command_box("restyle-command")
     photo.change(session.preview, photo, preview, show_progress="hidden", **HANDLER, **PREVIEWS)
-    inputs = [settings.runs, photo, prompt, *settings.others, strength]
-    return start.click(session.restyle, inputs, [preview, *images, status], **HANDLER, **ONE_BY_ONE)
+    inputs = [settings.runs, photo, prompt, *settings.others, strength, way]
+    outputs = [preview, *images, status, command]
+    return start.click(session.restyle, inputs, outputs, **HANDLER, **ONE_BY_ONE)
+
+
+def command_box(element: str) -> gr.Textbox:
+    """Build the field that shows the command of the images above it, to be copied."""
+    return gr.Textbox(
+        label="The same in the terminal", interactive=False, elem_id=element, buttons=["copy"], max_lines=3
+    )
 
 
 def image_frame(label: str, element: str) -> gr.Image:

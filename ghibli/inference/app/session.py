@@ -5,16 +5,18 @@ Gradio calls a handler with the values of its input components by position. Here
 """
 
 import functools
+import json
 import math
 import os
+import re
 import threading
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,31 @@ from PIL import Image
 
 from ghibli.images.grid import to_image
 from ghibli.images.read import Unusable, open_file, read_image
-from ghibli.inference.generate import Count, ImageRequest, generate_images
+from ghibli.inference.generate import (
+    Count,
+    a1111_parameters,
+    generate_images,
+    model_metadata,
+    settings_grid,
+)
 from ghibli.inference.load import LoadedModel, load_model
-from ghibli.inference.prompts import input_warnings, keep_style
-from ghibli.inference.restyle import RestyleOptions, restyle_photo
+from ghibli.inference.request import ImageRequest, RestyleOptions, parse_axis, unused_negative
+from ghibli.inference.restyle import restyle_photo
 from ghibli.inference.safety import SafetyChecker, has_checker
+from ghibli.models.prompt_syntax import escaped
 from ghibli.runs.find import runs_with_weights
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import command_line, quoted
 from ghibli.runtime.errors import UserError
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
 
 PROMPT_LIMIT = 4000  # characters
+LABEL = 44  # letters of a run's name in the list
 DECODED = 300 * 10**6  # bytes of a decoded photo: 100 megapixels in RGB
 DECODER = ThreadPoolExecutor(1, "photo")  # one photo at a time; each thread would keep memory of its own
 WIDTH = 1200  # px, of photos and sample grids on the page
+FRAMES = {"draw": 2, "restyle": 3, "grid": 1}  # images that a handler returns
 PROGRESS = gr.Progress()  # as a parameter's default it makes gradio pass a progress bar of its own
 
 
@@ -65,7 +77,7 @@ class Settings:
         Raises:
             UserError: a prompt that is too long, or a number that is none.
         """
-        for text in (self.prompt, self.negative):
+        for text in (self.prompt, self.negative, self.sampler):
             check_prompt(text)
         numbers = {
             "guidance": self.guidance,
@@ -83,12 +95,31 @@ class Settings:
             (side, side), self.negative, scale=self.scale,
         )  # fmt: skip
 
-    def restyle_options(self, strength: float, resolution: int) -> RestyleOptions:
+    def restyle_options(self, strength: float, resolution: int, way: str) -> RestyleOptions:
         """Ask for a photo to be redrawn at about resolution squared px."""
         return RestyleOptions(
             strength, self.sampler, self.guidance, int(self.steps), int(self.seed or 0), self.negative,
-            self.scale, resolution,
+            self.scale, resolution, way,
         )  # fmt: skip
+
+
+def run_label(run: RunDir, gain: Any) -> str:
+    """Name a run in one short line, with its gain in words: `2026-11-28 21:40, 28.1 % better than ...`."""
+    name = re.sub(r"^(\d{4}-\d\d-\d\d)_(\d\d)-(\d\d)-\d\d", r"\1 \2:\3", run.path.name)
+    short = name if len(name) <= LABEL else f"{name[: LABEL // 2 - 2]} ... {name[-LABEL // 2 + 2 :]}"
+    if isinstance(gain, bool) or not isinstance(gain, int | float) or not math.isfinite(gain):
+        return short
+    return f"{short}, {abs(100 * gain):.1f} % {'better' if gain >= 0 else 'worse'} than the base"
+
+
+def with_numbers(labels: list[str]) -> list[str]:
+    """Make labels unique: the second of two equal ones ends in (2)."""
+    seen: Counter[str] = Counter()
+    found = []
+    for label in labels:
+        seen[label] += 1
+        found.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+    return found
 
 
 def check_prompt(text: Any) -> None:
@@ -110,6 +141,26 @@ def without_places(message: str) -> str:
     for folder, shorter in ((f"{Path.cwd()}/", ""), (str(Path.cwd()), "."), (str(Path.home()), "~")):
         message = message.replace(folder, shorter) if folder != "/" else message
     return message
+
+
+def errors_in_words(handler: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Return a handler's values, or on a UserError its message in their last place but one.
+
+    The page's images and its last value stay as they are then. A message that pops up would vanish, and
+    gradio would write Error across every frame.
+    """
+
+    @functools.wraps(handler)
+    def wrapped(self: "AppSession", *args: Any, **options: Any) -> list[Any]:
+        try:
+            return handler(self, *args, **options)
+        except (UserError, Unusable) as error:
+            message, frames = f"**{without_places(str(error))}**", FRAMES[handler.__name__]
+        except Stopped:
+            message, frames = "stopped", FRAMES[handler.__name__]
+        return [*[gr.skip()] * frames, message, gr.skip()]
+
+    return wrapped
 
 
 def errors_on_page(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,8 +198,9 @@ class AppSession:
 
     def run_choices(self) -> list[tuple[str, str]]:
         """Return (label, path) of the runs, for a dropdown."""
-        gains = {name: run.status.read().get("gain") or 0.0 for name, run in self.runs().items()}
-        return [(f"{name}, {100 * gain:.1f} % better than the base", name) for name, gain in gains.items()]
+        runs = self.runs()
+        labels = with_numbers([run_label(run, run.status.read().get("gain")) for run in runs.values()])
+        return list(zip(labels, runs, strict=True))
 
     def model_of(self, names: list[str]) -> LoadedModel:
         """Load the base of some runs with their adapters on it; the last one is kept.
@@ -210,22 +262,27 @@ class AppSession:
     # Handlers of the page's events
 
     @errors_on_page
-    def on_runs_changed(self, names: list[str]) -> list[Any]:
-        """Return the guidance, the safety checker's switch and the sample grids that go with some runs."""
+    def on_runs_changed(self, names: list[str], guidance: Any, suggested: Any) -> list[Any]:
+        """Return guidance, suggested guidance, the safety checker's switch and the sample grids of some runs.
+
+        Args:
+            guidance, suggested: on the page, and by the last call; what the visitor chose is kept.
+        """
         with self._lock:
             model = self.model_of(names)
         base = model.config.model.path
         available = has_checker(base)
         label = f"Safety checker ({f'of {base}' if available else f'{base} has none'})"
         return [
-            gr.update(value=model.guidance),
+            gr.update(value=model.guidance) if guidance == suggested else gr.skip(),
+            model.guidance,
             gr.update(value=available, interactive=available, label=label),
             sample_grids(names),
         ]
 
-    @errors_on_page
+    @errors_in_words
     def draw(self, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any) -> list[Any]:
-        """Generate with the base and with the adapter; return both images and a status line.
+        """Generate with the base and with the adapter; return both images, a status line and the command.
 
         Args:
             values: those of Settings.
@@ -237,23 +294,66 @@ class AppSession:
             base = generate_images(model, replace(asked, scale=0.0), "base", count)
             trained = generate_images(model, asked, "trained", count) if settings.runs else base
             images, notes = checked([to_image(base[0]), to_image(trained[0])], model, settings.safe)
-            notes += input_warnings(asked.prompts, asked.negative, asked.guidance, model.base)
-        return [*images, status_line(notes, start)]
+            notes += unused_negative(asked.negative, asked.guidance)
+            for image, scale in zip(images, (0.0, asked.scale), strict=True):
+                image.info.update(text_of(replace(asked, scale=scale), model).items())
+        return [*images, status_line(notes, start), draw_command(settings, self._overrides)]
+
+    @errors_in_words
+    def grid(self, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any) -> list[Any]:
+        """Draw a sheet over the values of one setting or two; return it, a status line and the command.
+
+        Args:
+            values: those of Settings, then name and values of the setting to the right and of that down.
+        """
+        start, settings = time.monotonic(), Settings(*values[: len(SETTINGS)])
+        names, listed = values[len(SETTINGS) :: 2], values[len(SETTINGS) + 1 :: 2]
+        for text in (*names, *listed):
+            check_prompt(text)
+        words = [f"{name}={value}" for name, value in zip(names, listed, strict=True) if value.strip()]
+        axes = [parse_axis(word, "X/Y grid") for word in words]
+        with self.turn(request.session_hash, progress) as count:
+            model = self.model_of(settings.runs)
+            asked = settings.request(model.config.model.resolution)
+            sheet = settings_grid(model, asked, axes, count)
+            (sheet,), notes = checked([sheet], model, settings.safe)
+        sheet.thumbnail((4 * WIDTH, 4 * WIDTH), Image.Resampling.LANCZOS)
+        command = draw_command(settings, self._overrides) + "".join(f" --grid {quoted(w)}" for w in words)
+        return [sheet, status_line(notes, start), command]
+
+    @errors_on_page
+    def settings_of(self, file: str | None, *current: Any) -> list[Any]:
+        """Return the values of Settings that are stored in a PNG file; what it does not name is kept.
+
+        Args:
+            current: those of Settings on the page.
+        """
+        if file is None:
+            return list(current)
+        stored, now = stored_settings(Path(file)), dict(zip(SETTINGS, current, strict=True))
+        offered = self.runs()
+        runs = [name for name in stored.pop("adapters", []) if isinstance(name, str) and name in offered]
+        found = {name: stored[name] for name in SETTINGS if name in stored}
+        found["runs"] = runs or now["runs"]
+        asked = Settings(**(now | found | {"safe": bool(now["safe"])}))
+        asked.request(64)  # refuses what no request may be
+        gr.Info("settings taken from the file")
+        return [getattr(asked, name) for name in SETTINGS]
 
     @errors_on_page
     def preview(self, photo: str | None) -> Image.Image | None:
         """Return the uploaded photo, reduced."""
         return None if photo is None else read_small(Path(photo))
 
-    @errors_on_page
+    @errors_in_words
     def restyle(self, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any) -> list[Any]:
-        """Redraw a photo with the base and with the adapter; return photo, both images and a status line.
+        """Redraw a photo with base and adapter; return photo, both images, a status line and the command.
 
         Args:
-            values: those of Settings with the photo's path after the runs and the strength at the end.
+            values: those of Settings with the photo's path after the runs, strength and way at the end.
         """
         start = time.monotonic()
-        runs, photo, *others, strength = values
+        runs, photo, *others, strength, way = values
         settings = Settings(runs, *others)
         check_number("strength", strength)
         if photo is None:
@@ -263,15 +363,70 @@ class AppSession:
         before = read_small(Path(photo))
         with self.turn(request.session_hash, progress) as count:
             model = self.model_of(runs)
-            options = settings.restyle_options(strength, model.config.model.resolution)
-            style = model.config.data.style
-            prompt, cut = keep_style(settings.prompt + style, style, model.base)
+            options = settings.restyle_options(strength, model.config.model.resolution, str(way))
+            prompt = settings.prompt + escaped(model.config.data.style)
             afters = [restyle_counted(model, before, prompt, replace(options, scale=0.0), count("base"))]
             trained = restyle_counted(model, before, prompt, options, count("trained")) if runs else afters[0]
             afters, notes = checked([*afters, trained], model, settings.safe)
-            notes += [cut] if cut is not None else []
-            notes += input_warnings([prompt], options.negative, options.guidance, model.base)
-        return [before, *afters, status_line(notes, start)]
+            notes += unused_negative(options.negative, options.guidance)
+        command = restyle_command(settings, Path(photo).name, options, self._overrides)
+        return [before, *afters, status_line(notes, start), command]
+
+
+SETTINGS = tuple(field.name for field in fields(Settings))  # in their order on the page
+
+
+def text_of(request: ImageRequest, model: LoadedModel) -> dict[str, str]:
+    """Return what a PNG file of `ghibli generate` says about an image, for the browser's copy of it."""
+    settings = asdict(request) | model_metadata(model)
+    return {
+        "ghibli": json.dumps(settings, ensure_ascii=False),
+        "parameters": a1111_parameters(request, model),
+    }
+
+
+def stored_settings(file: Path) -> dict[str, Any]:
+    """Read what generate, restyle or this page stored in a PNG file, by the names of Settings.
+
+    Raises:
+        UserError: nothing is stored there.
+    """
+    try:
+        with open_file(file) as opened:
+            text = opened.info.get("ghibli", "")
+            stored = json.loads(text) if isinstance(text, str) and len(text) < 2**16 else None
+    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise UserError("that file holds no settings: it takes PNG files of `ghibli generate` or this page")
+    if isinstance(stored.get("prompts"), list) and stored["prompts"]:
+        stored["prompt"] = stored["prompts"][0]
+    if not isinstance(stored.get("adapters", []), list):
+        del stored["adapters"]
+    return stored
+
+
+def draw_command(settings: Settings, overrides: list[str]) -> str:
+    """Return the command that draws the trained image of some settings."""
+    words: list[Any] = ["ghibli", "generate", *(settings.runs or overrides), "--prompt", settings.prompt]
+    return command_line(*map(str, words + shared_words(settings)))
+
+
+def restyle_command(settings: Settings, photo: str, options: RestyleOptions, overrides: list[str]) -> str:
+    """Return the command that restyles the photo of this name."""
+    sources = [word for name in settings.runs or overrides for word in ("--with", name)]
+    words: list[Any] = ["ghibli", "restyle", photo, *sources, "--prompt", settings.prompt]
+    words += ["--strength", f"{options.strength:g}"]
+    words += ["--way", options.way] if options.way != "img2img" else []
+    return command_line(*map(str, words + shared_words(settings)))
+
+
+def shared_words(settings: Settings) -> list[str]:
+    """Return the options that both commands have."""
+    words = ["--sampler", settings.sampler, "--guidance", f"{settings.guidance:g}"]
+    words += ["--steps", str(int(settings.steps)), "--seed", str(int(settings.seed or 0))]
+    words += ["--scale", f"{settings.scale:g}"] if settings.scale != 1 else []
+    return words + (["--negative", settings.negative] if settings.negative else [])
 
 
 def checked(images: list[Image.Image], model: LoadedModel, safe: bool) -> tuple[list[Image.Image], list[str]]:

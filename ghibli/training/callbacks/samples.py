@@ -37,7 +37,7 @@ class SampleGrid(Callback):
         pl_module.to(trainer.strategy.root_device)
         sample, model = self.config.sample, self.config.model
         key = {
-            "base": pl_module.base_hash, "device": device_name(trainer.strategy.root_device),
+            "base": pl_module.results_key, "device": device_name(trainer.strategy.root_device),
             "precision": str(trainer.precision),
             "cells": [asdict(cell) for cell in self.cells], "prompts": list(sample.prompts),
             "steps": steps_key(pl_module.base, sample.num_inference_steps),
