@@ -220,7 +220,6 @@ def app_command(
 
 def require_settings(words: list[str]) -> None:
     """Raise a UserError for a word that is not a setting of train.py, or names a base that is not there."""
-    from ghibli.config.paths import check_base_path
     from ghibli.runs.compose import compose_config
 
     for word in words:
