@@ -133,11 +133,49 @@ def check_steps(sampler: str, steps: int, key: str) -> None:
 class LossEntry:
     """A denoising loss."""
 
-    function: str  # path of (noise_pred (B, C, H, W), target like it) -> losses (B,) float32
+    function: str  # path of (noise_pred (B, C, H, W), target like it, **settings) -> losses (B,) float32
+    settings: Mapping[str, str] = field(default_factory=dict)  # argument -> the key of `loss` that it is
 
 
 LOSSES: Registry[LossEntry] = Registry("loss.function")
 LOSSES.register("mse", LossEntry("ghibli.diffusion.losses:mse"))
+LOSSES.register("huber", LossEntry("ghibli.diffusion.losses:huber", {"c": "huber_c"}))
+LOSSES.register("l1", LossEntry("ghibli.diffusion.losses:l1"))
+
+
+@dataclass(frozen=True)
+class WeightingEntry:
+    """A weight of each example's loss, by the signal-to-noise ratio (SNR) of its timestep."""
+
+    function: str  # path of (snr (B,), gamma=) -> weights (B,) of the squared error of x_0
+    gamma: float | None  # loss.snr_gamma where that is null; None = the weighting has no gamma
+    at_zero_snr: float | None  # weight of the squared error of epsilon there, a limit; None = infinite
+
+
+WEIGHTINGS: Registry[WeightingEntry] = Registry("loss.weighting")
+WEIGHTINGS.register("min_snr", WeightingEntry("ghibli.diffusion.losses:min_snr", 5.0, 1.0))
+WEIGHTINGS.register("soft_min_snr", WeightingEntry("ghibli.diffusion.losses:soft_min_snr", 4.0, 1.0))
+WEIGHTINGS.register("debiased", WeightingEntry("ghibli.diffusion.losses:debiased", None, None))
+WEIGHTINGS.register("p2", WeightingEntry("ghibli.diffusion.losses:p2", None, 1.0))
+
+
+@dataclass(frozen=True)
+class DistributionEntry:
+    """A distribution of the timesteps of training."""
+
+    cdf: str  # path of (x in 0 .. 1, a, b) -> share of the timesteps below x, 0 .. 1, increasing
+    parameters: tuple[float, float]  # a and b where loss.timestep_parameters is null
+    least: tuple[float, float]  # a and b must be above these
+
+
+DISTRIBUTIONS: Registry[DistributionEntry] = Registry("loss.timestep_distribution")
+DISTRIBUTIONS.register(  # a = mean and b = deviation of logit(t / T) (Esser et al. 2024, section 3.1)
+    "logit_normal",
+    DistributionEntry("ghibli.diffusion.timesteps:logit_normal_cdf", (0.0, 1.0), (-math.inf, 0.0)),
+)
+DISTRIBUTIONS.register(  # a and b of the beta distribution of t / T
+    "beta", DistributionEntry("ghibli.diffusion.timesteps:beta_cdf", (2.0, 2.0), (0.0, 0.0))
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +191,7 @@ class OptimizerEntry:
     cpu_advice: str | None = None  # what to use without a GPU; None = it runs on a CPU
     averages_weights: bool = False  # schedule-free: has train() and eval(), wants optimizer.schedule=constant
     single_lr: bool = False  # refuses parameter groups with different learning rates
+    is_path: bool = False  # a class that the user named, of which nothing is known
 
 
 def fp32_copies(count: int) -> Callable[[Shape], float]:
@@ -203,3 +242,22 @@ OPTIMIZERS.register(  # Defazio et al. 2024: averages the weights instead of low
         "schedulefree:AdamWScheduleFree", fp32_copies(2), extra="schedulefree", averages_weights=True
     ),
 )
+OPTIMIZERS.register(  # Jordan et al. 2024, its rate scaled to AdamW's as by Liu et al. 2025; matrices only
+    "muon",
+    OptimizerEntry(
+        "torch.optim:Muon", fp32_copies(1), takes_betas=False, settings={"adjust_lr_fn": "match_rms_adamw"}
+    ),
+)
+
+
+def optimizer_entry(name: str) -> OptimizerEntry:
+    """Return the entry of OPTIMIZERS, or one for a class by its path, such as `torch.optim:NAdam`.
+
+    Nothing is imported here. Of a class by its path the memory is taken to be that of Adam.
+
+    Raises:
+        UserError: neither.
+    """
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        return OPTIMIZERS[name]
+    return OptimizerEntry(name, fp32_copies(2), is_path=True)

@@ -8,7 +8,14 @@ from math import inf, isfinite
 from typing import Any
 
 from ghibli.config.checks import require, require_choice, require_finite
-from ghibli.config.registry import LOSSES, OPTIMIZERS, check_steps, sampler_name
+from ghibli.config.registry import (
+    DISTRIBUTIONS,
+    LOSSES,
+    WEIGHTINGS,
+    check_steps,
+    optimizer_entry,
+    sampler_name,
+)
 from ghibli.config.trainer_flags import MOST_PROCESSES, check_trainer
 from ghibli.runtime.errors import UserError
 
@@ -19,7 +26,7 @@ RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who
     ("validation", "items_per_picture"): "items_per_image",
     ("validation", "max_pictures"): "max_images",
 }
-LATER_KEYS = {  # added within this version -> what runs without the key did
+LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without the key did
     "threads": None,
     "data": {"grid_epochs": ""},
     "model": {"config": None, "clip_skip": 1},
@@ -30,8 +37,16 @@ LATER_KEYS = {  # added within this version -> what runs without the key did
         "init": None,
         "text_encoder_targets": ["q_proj", "k_proj", "v_proj", "out_proj"],
     },
-    "loss": {"function": "mse"},
-    "optimizer": {"text_encoder_lr": None, "lora_plus": None},
+    "loss": {
+        "function": "mse",
+        "huber_c": 0.1,
+        "weighting": None,
+        "timestep_range": None,
+        "timestep_distribution": "uniform",
+        "timestep_parameters": None,
+    },
+    "optimizer": {"text_encoder_lr": None, "lora_plus": None, "options": {}, "ema_decay": None},
+    "early_stopping": {"min_improvement": 0.0},
     "compute": {"compile": False, "channels_last": False, "checkpoint_every": 0},
 }
 TARGETS = {  # lora.targets by name: suffixes of the names of UNet layers
@@ -192,13 +207,24 @@ class LossConfig:
     function: str  # one of LOSSES; the probe measures with mse, whatever trains
     guidance: float  # w of uncond + w (cond - uncond); 1 = off
     caption_dropout: float  # share of examples trained without a caption
-    snr_gamma: float | None  # gamma of the Min-SNR weight; None = no weight
+    huber_c: float  # error at which `huber` turns from a square to a line
+    weighting: str | None  # one of WEIGHTINGS; None = equal weights, or min_snr where snr_gamma is set
+    snr_gamma: float | None  # gamma of min_snr and soft_min_snr; None = their own
     noise_offset: float  # scale of noise shared by all pixels of a channel
     noise_schedule: str  # base or linear
     timesteps: str  # spread or independent
+    timestep_range: list[int] | None  # first and last timestep, both trained; None = all of the base's
+    timestep_distribution: str  # uniform, or one of DISTRIBUTIONS over the range
+    timestep_parameters: list[float] | None  # its two; None = its own
+
+    @property
+    def weighting_name(self) -> str | None:
+        """The entry of WEIGHTINGS that weighs the examples; None = none does."""
+        return "min_snr" if self.weighting is None and self.snr_gamma is not None else self.weighting
 
     def __post_init__(self) -> None:
         LOSSES.require(self.function)
+        require(0 < self.huber_c < inf, "loss.huber_c", self.huber_c, "more than 0, and finite")
         require(
             self.guidance >= 1, "loss.guidance", self.guidance,
             "1 (off) or more; 7.5 is the reference study's second value",
@@ -208,14 +234,38 @@ class LossConfig:
         require(gamma is None or gamma > 0, "loss.snr_gamma", gamma, "more than 0, or null")
         require(0 <= self.noise_offset <= 1, "loss.noise_offset", self.noise_offset, "from 0 to 1")
         require_choice("loss.noise_schedule", self.noise_schedule, ("base", "linear"))
+        if self.weighting is not None:
+            has_gamma = WEIGHTINGS[self.weighting].gamma is not None
+            require(
+                gamma is None or has_gamma, "loss.snr_gamma", gamma, f"null, since {self.weighting} has none"
+            )
         require_choice("loss.timesteps", self.timesteps, ("spread", "independent"))
+        self.check_timesteps()
+
+    def check_timesteps(self) -> None:
+        """Require a range and parameters that the distribution has."""
+        chosen, name = self.timestep_range, self.timestep_distribution
+        ok = chosen is None or (len(chosen) == 2 and 0 <= chosen[0] <= chosen[1])
+        require(ok, "loss.timestep_range", chosen, "first and last timestep, such as [0,499], or null")
+        require_choice("loss.timestep_distribution", name, ("uniform", *DISTRIBUTIONS))
+        given = self.timestep_parameters
+        if given is None:
+            return
+        key = "loss.timestep_parameters"
+        require(name != "uniform", key, given, "null, since uniform has none")
+        require(len(given) == 2, key, given, f"two numbers for {name}")
+        least = DISTRIBUTIONS[name].least
+        ok = all(isfinite(x) and x > above for x, above in zip(given, least, strict=True))
+        wanted = " and ".join("finite" if above == -inf else f"above {above:g}" for above in least)
+        require(ok, key, given, f"two numbers for {name}, {wanted}")
 
 
 @dataclass
 class OptimizerConfig:
     """The optimiser and its learning rate schedule."""
 
-    name: str  # one of OPTIMIZERS
+    name: str  # one of OPTIMIZERS, or the path of a class, such as torch.optim:NAdam
+    options: dict[str, Any]  # further arguments of its class
     lr: float  # peak learning rate
     text_encoder_lr: float | None  # peak learning rate of the text encoder; None = lr
     lora_plus: float | None  # LoRA+ (Hayou et al. 2024): learning rate of B over that of A; None = 1
@@ -223,9 +273,20 @@ class OptimizerConfig:
     betas: list[float]  # decay rates of the first and second moment
     schedule: str  # cosine_epochs, cosine or constant
     warmup_steps: int  # optimiser steps of linear warm-up
+    ema_decay: float | None  # of the average of the trained weights, which is judged and kept; None = off
 
     def __post_init__(self) -> None:
-        entry = OPTIMIZERS[self.name]
+        entry, decay = optimizer_entry(self.name), self.ema_decay
+        require(decay is None or 0 < decay < 1, "optimizer.ema_decay", decay, "between 0 and 1, or null")
+        ok, wanted = (
+            decay is None or not entry.averages_weights,
+            f"null, since {self.name} averages by itself",
+        )
+        require(ok, "optimizer.ema_decay", decay, wanted)
+        if "lr" in self.options or "params" in self.options:
+            raise UserError(
+                "optimizer.options: set the learning rate with optimizer.lr; params are the run's"
+            )
         if entry.averages_weights:
             ok, wanted = self.schedule == "constant", "constant, since this optimiser averages instead"
             require(ok, "optimizer.schedule", self.schedule, wanted)
@@ -276,8 +337,11 @@ class EarlyStoppingConfig:
 
     patience: int | None  # epochs without an improvement
     watch: str  # probe or train_loss
+    min_improvement: float  # least improvement of the held-out gain that counts, as a share (0.01 = 1 point)
 
     def __post_init__(self) -> None:
+        least = self.min_improvement
+        require(0 <= least < 1, "early_stopping.min_improvement", least, "from 0 to less than 1")
         require_choice("early_stopping.watch", self.watch, ("probe", "train_loss"))
         ok = self.patience is None or self.patience >= 1
         require(ok, "early_stopping.patience", self.patience, "at least 1, or null for never")

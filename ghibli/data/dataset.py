@@ -13,9 +13,10 @@ from torch.utils.data import Dataset, Sampler
 
 from ghibli.config.schema import LossConfig
 from ghibli.data.latents import Moments
+from ghibli.diffusion.timesteps import timestep_function
 from ghibli.images.read import Size
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.seeding import Stream, chance, epoch_order, independent_timestep, normal, timestep
+from ghibli.runtime.seeding import Stream, chance, epoch_order, normal
 
 SHARED_MEMORY = Path("/dev/shm")  # through which loader processes hand over tensors, on Linux
 PREFETCHED = 3  # batches of one worker: two ahead, and the one in use
@@ -102,7 +103,7 @@ class TrainExamples(Dataset):
 
     def __init__(self, images: EncodedImages, plan: EpochPlan, loss: LossConfig, seed: int):
         self.images, self.plan, self.loss, self.seed = images, plan, loss, seed
-        self.timestep = {"spread": timestep, "independent": independent_timestep}[loss.timesteps]
+        self.timestep = timestep_function(loss, plan.num_train_timesteps)
         repeats = images.repeats or [1] * len(images.names)
         self.rows = [row for row, times in enumerate(repeats) for _ in range(times)]  # an epoch's, unshuffled
         self._order: tuple[int, list[int]] = (-1, [])  # (epoch, its images in order)
@@ -139,7 +140,7 @@ class TrainExamples(Dataset):
         return {
             "latents": moments.sample(image, posterior_noise, images.scaling_factor),
             "noise": noise,
-            "timesteps": torch.tensor(self.timestep(example, self.plan.num_train_timesteps, seed)),
+            "timesteps": torch.tensor(self.timestep(example, seed)),
             "input_ids": images.empty_ids if dropped else images.input_ids[image],
             "example": example,
             "name": images.names[image],

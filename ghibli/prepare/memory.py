@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ghibli.config.registry import OPTIMIZERS, Shape
+from ghibli.config.registry import Shape, fp32_copies, optimizer_entry
 from ghibli.config.schema import Config
 from ghibli.data.latents import CHUNK
 from ghibli.models.cost import FRAGMENTS, Cost, measure_cost
@@ -73,8 +73,10 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
 
 
 def optimizer_state_size(config: Config, shapes: Iterable[Shape]) -> float:
-    """Return the bytes that the run's optimiser keeps for trained fp32 tensors of these shapes."""
-    return sum(map(OPTIMIZERS[config.optimizer.name].state_bytes, shapes))
+    """Return the bytes that the run's optimiser keeps for trained fp32 tensors, and their average if any."""
+    state_bytes, average = optimizer_entry(config.optimizer.name).state_bytes, fp32_copies(1)
+    averaged = config.optimizer.ema_decay is not None
+    return sum(state_bytes(shape) + averaged * average(shape) for shape in shapes)
 
 
 def latents_size(config: Config, images: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, made odd: step of the timestep sequence
+POINTS = 2**64  # points of 0 .. 1, of which the example numbers take one each
 
 
 class Stream(IntEnum):
@@ -55,9 +56,13 @@ def timestep(example: int, num_train_timesteps: int, seed: int) -> int:
     few consecutive examples are spread evenly (Niederreiter 1992, section 3.1). Computed in 64-bit
     integers, so it is the same on every machine.
     """
-    shift = int(rng(Stream.TIMESTEP, seed).integers(2**64, dtype=np.uint64))
-    fraction = (example * GOLDEN_RATIO + shift) % 2**64
-    return fraction * num_train_timesteps >> 64
+    return spread_point(example, seed) * num_train_timesteps >> 64
+
+
+def spread_point(example: int, seed: int) -> int:
+    """Return the point 0 .. POINTS-1 of an example number, from which `timestep` is made."""
+    shift = int(rng(Stream.TIMESTEP, seed).integers(POINTS, dtype=np.uint64))
+    return (example * GOLDEN_RATIO + shift) % POINTS
 
 
 def independent_timestep(example: int, num_train_timesteps: int, seed: int) -> int:
@@ -66,6 +71,11 @@ def independent_timestep(example: int, num_train_timesteps: int, seed: int) -> i
     Most trainers do this; the mean loss of an epoch then fluctuates far more.
     """
     return int(rng(Stream.TIMESTEP, seed, example).integers(num_train_timesteps))
+
+
+def independent_point(example: int, seed: int) -> int:
+    """Draw a point 0 .. POINTS-1 for an example number, independently of all others."""
+    return int(rng(Stream.TIMESTEP, seed, example).integers(POINTS, dtype=np.uint64))
 
 
 def seed_global_rng(stream: Stream, *key: int) -> None:

@@ -10,15 +10,16 @@ from ghibli.adapters import lora
 from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.start import check_same_shape, start_from
 from ghibli.config.schema import Config
-from ghibli.diffusion.losses import loss_function, min_snr_weights, mse
+from ghibli.diffusion.losses import check_weighting, loss_function, loss_weights, mse
 from ghibli.diffusion.process import add_noise, guided_noise, linear_betas, predict_branches, velocity
 from ghibli.diffusion.samplers import make_scheduler
+from ghibli.diffusion.timesteps import timestep_function
 from ghibli.models.base import BaseModel, results_key, weights_hash
 from ghibli.models.performance import PromptEmbeds, arrange, compiled, is_frozen, prompts_fit, shrink_frozen
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.seeding import Stream, seed_global_rng
-from ghibli.training.optimizers import lr_factor, make_optimizer, use_average
+from ghibli.training.optimizers import check_optimizer, lr_factor, make_optimizer, use_average
 from ghibli.training.probe import PairedProbe
 
 LossListener = Callable[[dict[str, Any], torch.Tensor], None]  # (batch, losses (B,)) of a forward pass
@@ -43,6 +44,8 @@ class GhibliModule(L.LightningModule):
         own = make_scheduler("ddpm", base).alphas_cumprod
         self.register_buffer("base_alphas_cumprod", own, persistent=False)
         self.register_buffer("alphas_cumprod", training_schedule(config, own), persistent=False)
+        check_weighting(config.loss, self.alphas_cumprod, base.prediction_type)
+        timestep_function(config.loss, self.num_train_timesteps)  # refuses a range that the base has not
         self.register_buffer("empty_ids", base.tokenize([""]), persistent=False)
         self.start: Adapter | None = None  # lora.init
         if config.finetune == "lora":
@@ -53,6 +56,7 @@ class GhibliModule(L.LightningModule):
         elif config.finetune == "full":
             lora.unfreeze_unet(base)
         self.trainable = lora.trainable(base)
+        check_optimizer(config.optimizer, self.trainable)
         arrange(base, config.compute)
         self._predict_compiled = compiled(self.predict, config.compute)
         self.known_prompts: PromptEmbeds | None = None  # when the text encoder is not trained
@@ -90,7 +94,7 @@ class GhibliModule(L.LightningModule):
 
     def losses(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the training loss of each example before any weighting, (B,) float32."""
-        return loss_function(self.config.loss.function)(*self.prediction(batch))
+        return loss_function(self.config.loss)(*self.prediction(batch))
 
     def scores(self, batch: dict[str, Any], guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
         """Return the MSE of a probe batch, (2, K): at this guidance, and of the conditional branch alone.
@@ -129,13 +133,13 @@ class GhibliModule(L.LightningModule):
         """Return the batch's mean loss, and what the base is expected to score at its timesteps."""
         seed_global_rng(Stream.DROPOUT, self.config.seed, batch["example"][0])
         prediction, target = self.prediction(batch)
-        losses = loss_function(self.config.loss.function)(prediction, target)
+        losses = loss_function(self.config.loss)(prediction, target)
         for listen in self.loss_listeners:
             listen(batch, losses.detach())
-        weighted, gamma = losses, self.config.loss.snr_gamma
-        if gamma is not None:
-            weighted = losses * min_snr_weights(
-                batch["timesteps"], self.alphas_cumprod, gamma, self.base.prediction_type
+        weighted = losses
+        if self.config.loss.weighting_name is not None:
+            weighted = losses * loss_weights(
+                self.config.loss, batch["timesteps"], self.alphas_cumprod, self.base.prediction_type
             )
         expected = self.probe.expected[batch["timesteps"]].mean()
         plain = mse(prediction.detach(), target).mean()  # as `expected`, whatever loss.function trains

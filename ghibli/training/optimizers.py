@@ -1,26 +1,33 @@
 """The optimiser of a run, its parameter groups, and the learning rate as a function of the step."""
 
+import inspect
+import logging
 import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from ghibli.config.registry import OPTIMIZERS, OptimizerEntry
+from ghibli.config.registry import OptimizerEntry, optimizer_entry
 from ghibli.config.schema import OptimizerConfig
-from ghibli.runtime.errors import UserError
+from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.registry import load_object
+
+logger = logging.getLogger(__name__)
 
 
 def make_optimizer(
     options: OptimizerConfig, trainable: dict[str, nn.Parameter], *, on_gpu: bool
 ) -> torch.optim.Optimizer:
-    """Build the optimiser that `options.name` names in OPTIMIZERS, over the groups of `groups_of`.
+    """Build the optimiser that `options.name` names, over the groups of `groups_of`.
+
+    A class by its path gets weight_decay and betas if it has arguments of these names, and
+    `options.options` in any case.
 
     Raises:
-        UserError: its package is not installed, or it needs a GPU.
+        UserError: its package is not installed, it needs a GPU, or it refuses its arguments or these weights.
     """
-    entry = OPTIMIZERS[options.name]
+    entry = optimizer_entry(options.name)
     if entry.cpu_advice is not None and not on_gpu:
         raise UserError(f"optimizer.name={options.name} needs a GPU: {entry.cpu_advice}")
     arguments = {"lr": options.lr, "weight_decay": options.weight_decay, **entry.settings}
@@ -28,18 +35,48 @@ def make_optimizer(
         arguments["betas"] = tuple(options.betas)
     if on_gpu:
         arguments |= entry.gpu_settings
-    return load_factory(entry)(groups_of(options, trainable), **arguments)
+    factory = load_factory(entry)
+    if entry.is_path:
+        arguments = arguments_of(factory, arguments)
+    try:
+        return factory(groups_of(options, trainable), **arguments | options.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer.name={options.name} refuses this: {first_line(error)}") from error
+
+
+def arguments_of(factory: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the arguments that a class takes, and log which it does not."""
+    known = inspect.signature(factory).parameters
+    unused = [f"optimizer.{name}" for name in arguments if name not in known]
+    if unused:
+        logger.info(f"{factory.__name__} has no {' and no '.join(unused)}: not used")
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def check_optimizer(options: OptimizerConfig, trainable: dict[str, nn.Parameter]) -> None:
+    """Build the optimiser once to see that it can be, where it needs no GPU.
+
+    Raises:
+        UserError: as make_optimizer.
+    """
+    if trainable and optimizer_entry(options.name).cpu_advice is None:
+        make_optimizer(options, trainable, on_gpu=False)
 
 
 def load_factory(entry: OptimizerEntry) -> Any:
     """Import the class of an optimiser.
 
     Raises:
-        UserError: the optional package that it comes from is not installed.
+        UserError: the package that it comes from is not installed, or it is no optimiser.
     """
     try:
-        return load_object(entry.factory)
-    except ImportError as error:
+        factory = load_object(entry.factory)
+        if entry.is_path and not (isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)):
+            raise UserError(f"optimizer.name={entry.factory} is no torch.optim.Optimizer")
+        return factory
+    except (ImportError, AttributeError) as error:
+        if entry.is_path:
+            raise UserError(f"optimizer.name={entry.factory}: {first_line(error)}") from error
         if entry.extra is None:
             raise
         package = entry.factory.partition(":")[0].partition(".")[0]

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
+from ghibli.training.callbacks.average import WeightAverage
 from ghibli.training.callbacks.checkpoints import (
     CleanStop,
     FolderCheckpoint,
@@ -72,6 +73,8 @@ def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> Callbacks:
     records, samples, doctor = Records(run), SampleGrid(config, run), Doctor(config, run)
     ordered = [ResumeCheck(run), records, samples, StatusWriter(run), ProgressLine(records), doctor, stop]
     if config.finetune != "none":
+        if config.optimizer.ema_decay is not None:
+            ordered.insert(0, WeightAverage(config.optimizer.ema_decay))
         if config.evaluate.every_n_epochs > 0:
             ordered.insert(-1, DistanceCurve(config, run))
         ordered += [*early_stopping(config), *checkpoints(config, run)]

@@ -8,13 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
 from helpers.sd15_random import SCHEDULER
 
 from ghibli.adapters.lora import trainable
 from ghibli.config.schema import Config
-from ghibli.diffusion import losses, process
-from ghibli.diffusion.losses import loss_function, mse
+from ghibli.diffusion import process
 from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 from ghibli.training.module import GhibliModule
@@ -131,27 +129,6 @@ def test_predict_noise_with_guidance_is_one_call_with_the_unconditional_half_fir
     assert torch.equal(seen_embeds, torch.cat([empty, embeds]))
     uncond, cond = FakeUnet()(latents, timesteps, empty), FakeUnet()(latents, timesteps, embeds)
     torch.testing.assert_close(noise_pred, uncond + guidance * (cond - uncond))
-
-
-def test_mse_is_that_of_each_example_in_fp32() -> None:
-    noise_pred, target = torch.randn(2, 3, 4, 8, 8).to(torch.bfloat16)
-    losses = mse(noise_pred, target)
-    assert losses.dtype == torch.float32
-    assert losses.shape == (3,)
-    assert torch.equal(loss_function("mse")(noise_pred, target), losses)
-    for i in range(3):
-        torch.testing.assert_close(losses[i], F.mse_loss(noise_pred[i].float(), target[i].float()))
-
-
-@pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
-def test_min_snr_weights_are_diffusers(scheduler: DDPMScheduler, gamma: float) -> None:
-    """As in diffusers' examples/text_to_image/train_text_to_image.py."""
-    timesteps = torch.arange(1000)
-    snr = compute_snr(scheduler, timesteps)
-    least = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
-    for prediction_type, expected in (("epsilon", least / snr), ("v_prediction", least / (snr + 1))):
-        ours = losses.min_snr_weights(timesteps, scheduler.alphas_cumprod, gamma, prediction_type)
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
 
 
 @pytest.fixture

@@ -88,6 +88,19 @@ def test_averaged_weights_too(images: Path, tmp_path: Path, where: str, call: in
     assert not any(group["train_mode"] for group in kept["optimizer_states"][0]["param_groups"])
 
 
+def test_an_average_of_the_weights_too(images: Path, tmp_path: Path) -> None:
+    """Killed in the second epoch, in the middle of an accumulation, with both sets of weights in a file."""
+    words, whole, half = ("optimizer.ema_decay=0.8",), tmp_path / "whole", tmp_path / "half"
+    done = run_python(str(REPO / "train.py"), *overrides(images, whole), *words)
+    assert done.returncode == 0, done.stderr
+    killed = run_python(
+        str(REPO / "tests" / "helpers" / "killed.py"), "training_step", "12", *overrides(images, half), *words
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert run_python(str(REPO / "train.py"), f"resume={half}").returncode == 0
+    assert not different_parts(whole, half)
+
+
 def test_the_same_command_twice_is_bit_equal(undisturbed: Path, images: Path, tmp_path: Path) -> None:
     again = run_python(str(REPO / "train.py"), *overrides(images, tmp_path))
     assert again.returncode == 0, again.stderr

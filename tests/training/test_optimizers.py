@@ -66,6 +66,12 @@ def reference(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimize
     if name == "prodigy":
         package = pytest.importorskip("prodigyopt", reason="extra of this project")
         return package.Prodigy(parameters, lr=1e-2, weight_decay=0.05, betas=(0.9, 0.99))
+    if name == "torch.optim:NAdam":
+        return torch.optim.NAdam(parameters, lr=1e-2, weight_decay=0.05, betas=(0.9, 0.99))
+    if name == "torch.optim:Rprop":
+        return torch.optim.Rprop(parameters, lr=1e-2)
+    if name == "muon":
+        return torch.optim.Muon(parameters, lr=1e-2, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     if name == "adamw_schedulefree":
         package = pytest.importorskip("schedulefree", reason="extra of this project")
         return package.AdamWScheduleFree(parameters, lr=1e-2, weight_decay=0.05, betas=(0.9, 0.99))
@@ -76,7 +82,10 @@ def reference(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimize
     )
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "adamw_schedulefree"])
+BY_PATH = ["torch.optim:NAdam", "torch.optim:Rprop"]  # the second has neither betas nor weight decay
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "adamw_schedulefree", "muon", *BY_PATH])
 def test_steps_as_its_package_does(
     make_config: Callable[..., Config], weights: dict[str, nn.Parameter], name: str
 ) -> None:
@@ -129,6 +138,64 @@ def test_a_missing_package_is_named_with_its_extra(
     options = make_config("optimizer.name=prodigy").optimizer
     with pytest.raises(UserError, match=r"^prodigyopt is not installed: pip install -e '.\[prodigy\]'$"):
         make_optimizer(options, weights, on_gpu=False)
+
+
+def test_its_options_reach_a_class_and_what_it_lacks_is_told(
+    make_config: Callable[..., Config], weights: dict[str, nn.Parameter], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ("optimizer.name=torch.optim:SGD", "+optimizer.options={momentum: 0.7, nesterov: true}")
+    options = make_config(*words).optimizer
+    with caplog.at_level("INFO", "ghibli"):
+        group = make_optimizer(options, weights, on_gpu=False).param_groups[0]
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.7, True, 0.01)
+    assert "SGD has no optimizer.betas: not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("torch.optim:NoSuch", "{}", "^optimizer.name=torch.optim:NoSuch: .*has no attribute"),
+        ("no_such_package:Lion", "{}", "^optimizer.name=no_such_package:Lion: No module named"),
+        ("os:system", "{}", "^optimizer.name=os:system is no torch.optim.Optimizer$"),
+        ("torch.nn:Linear", "{}", "^optimizer.name=torch.nn:Linear is no torch.optim.Optimizer$"),
+        ("adamw", "{momentom: 1}", "^optimizer.name=adamw refuses this: .*momentom"),
+    ],
+)
+def test_a_class_that_cannot_be_used_is_one_line(
+    make_config: Callable[..., Config],
+    weights: dict[str, nn.Parameter],
+    name: str,
+    options: str,
+    message: str,
+) -> None:
+    config = make_config(f"optimizer.name={name}", f"+optimizer.options={options}")
+    with pytest.raises(UserError, match=message):
+        make_optimizer(config.optimizer, weights, on_gpu=False)
+
+
+def test_muon_refuses_what_is_no_matrix(make_config: Callable[..., Config]) -> None:
+    options = make_config("optimizer.name=muon").optimizer
+    with pytest.raises(UserError, match="^optimizer.name=muon refuses this: Muon only supports 2D"):
+        make_optimizer(options, {"bias": nn.Parameter(torch.zeros(3))}, on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("+optimizer.options.lr=1",), "^optimizer.options: set the learning rate with optimizer.lr"),
+        (("optimizer.name=adamv",), "optimizer.name=adamv is unknown: .*did you mean adamw"),
+        (("optimizer.ema_decay=1",), "optimizer.ema_decay=1.*between 0 and 1"),
+        (
+            ("optimizer.name=adamw_schedulefree", "optimizer.schedule=constant", "optimizer.ema_decay=0.9"),
+            "optimizer.ema_decay=0.9.*averages by itself",
+        ),
+    ],
+)
+def test_optimiser_settings_that_contradict_are_refused(
+    make_config: Callable[..., Config], words: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config(*words)
 
 
 def test_schedule_free_wants_no_schedule(make_config: Callable[..., Config]) -> None:
