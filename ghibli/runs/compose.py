@@ -38,7 +38,7 @@ def register() -> None:
     resolvers = {
         "and_keys_without_effect": lambda *keys: [*keys, *filterfalse(affects_result, all_keys(Command))],
         "folder_name": folder_name,
-        "twice": lambda number: 2 * number,
+        "alpha_for": default_alpha,
         "tenth": lambda number: number / 10,
         "run_dir_for": run_dir_for,
         "hydra_subdir_for": lambda resume: ".hydra" if resume is None else ".hydra/resume",
@@ -46,6 +46,15 @@ def register() -> None:
     for name, function in resolvers.items():
         cached = name == "run_dir_for"
         OmegaConf.register_new_resolver(name, function, replace=True, use_cache=cached)
+
+
+def default_alpha(variant: str, rank: int) -> int:
+    """Return the alpha of a run that sets none: twice the rank, but of rslora one that is fixed over ranks.
+
+    Kalajdzievski 2023 keeps alpha and divides by sqrt(rank), so that the update does not grow with the rank.
+    16 scales rank 32 by 2.8, where LoRA's default scales it by 2; no other value was tried.
+    """
+    return 16 if variant == "rslora" else 2 * rank
 
 
 def run_dir_for(resume: str | None) -> str:

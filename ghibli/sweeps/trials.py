@@ -129,15 +129,18 @@ def varied(trials: list[Trial]) -> list[str]:
 
 
 def alpha_follows(trials: list[Trial]) -> bool:
-    """Return True if lora.alpha is the same multiple of lora.rank in all trials."""
-    pairs: list[tuple[Any, Any]]
-    pairs = [(trial.settings.get("lora.alpha"), trial.settings.get("lora.rank")) for trial in trials]
-    are_numbers = all(isinstance(value, int | float) for pair in pairs for value in pair)
-    return (
-        are_numbers
-        and all(rank for _, rank in pairs)
-        and len({round(alpha / rank, 9) for alpha, rank in pairs}) == 1
-    )
+    """Return True if lora.alpha follows from variant and rank in all trials, as its default does.
+
+    That is one value for all rslora trials, and one multiple of lora.rank for all others.
+    """
+    found: dict[bool, set[float]] = {True: set(), False: set()}
+    for trial in trials:
+        alpha, rank = trial.settings.get("lora.alpha"), trial.settings.get("lora.rank")
+        if not isinstance(alpha, int | float) or not isinstance(rank, int | float) or not rank:
+            return False
+        is_fixed = trial.settings.get("lora.variant") == "rslora"
+        found[is_fixed].add(round(alpha / (1 if is_fixed else rank), 9))
+    return all(len(values) <= 1 for values in found.values())
 
 
 def setting_values(key: str, trials: list[Trial]) -> list[Any]:

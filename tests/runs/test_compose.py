@@ -128,11 +128,6 @@ def test_experiment_slides_changes_nothing() -> None:
     assert composed(*DEMO, "experiment=slides") == composed(*DEMO)
 
 
-def test_alpha_follows_rank_until_it_is_given() -> None:
-    assert composed(*DEMO, "lora.rank=8").lora.alpha == 16
-    assert composed(*DEMO, "lora.rank=8", "lora.alpha=3").lora.alpha == 3
-
-
 def test_yaml_and_back(tmp_path: Path) -> None:
     settings = composed(*DEMO, "lora.rank=8", "loss.snr_gamma=5", "+trainer.max_steps=7")
     (tmp_path / "config.yaml").write_text(files.to_yaml(settings))
@@ -451,3 +446,17 @@ def test_cfg_job_prints_settings_that_compose_again(printed: Callable[..., str])
     assert content.lora.rank == 8
     assert content.lora.alpha == 16
     assert list(content) == [field.name for field in fields(Command)]
+
+
+@pytest.mark.parametrize(
+    ("words", "alpha"),
+    [
+        (("lora.rank=8",), 16),
+        (("lora.rank=64",), 128),
+        (("lora.rank=8", "lora.variant=rslora"), 16),
+        (("lora.rank=64", "lora.variant=rslora"), 16),
+        (("lora.rank=64", "lora.variant=rslora", "lora.alpha=5"), 5),
+    ],
+)
+def test_the_default_alpha_follows_rank_but_for_rslora(words: tuple[str, ...], alpha: float) -> None:
+    assert composed(*DEMO, *words).lora.alpha == alpha

@@ -64,6 +64,20 @@ def test_alpha_that_is_chosen_apart_from_rank_is_a_setting(tmp_path: Path) -> No
     assert {effect.key: effect.pairs for effect in effects.effects(free)} == {"lora.rank": 2, "lora.alpha": 2}
 
 
+def test_the_fixed_alpha_of_rslora_is_no_setting_of_its_own(tmp_path: Path) -> None:
+    """2 x rank for LoRA, 16 at every rank for rslora: both follow from rank and variant."""
+    base = torch.ones(3, 2)
+    plain = [make_trial(tmp_path, rank, 0, base - 0.01 * rank, base) for rank in (4, 8)]
+    trials = [with_settings(trial, lora_variant="lora") for trial in plain]
+    trials += [with_settings(trial, lora_variant="rslora", lora_alpha=16.0) for trial in plain]
+    assert varied(trials) == ["lora.rank", "lora.variant"]
+    assert {effect.key: effect.pairs for effect in effects.effects(trials)} == {
+        "lora.rank": 2, "lora.variant": 2,
+    }  # fmt: skip
+    changed = [*trials, with_settings(trials[-1], lora_alpha=8.0)]
+    assert "lora.alpha" in varied(changed)
+
+
 def test_the_same_trial_in_two_folders_is_one(tmp_path: Path) -> None:
     base = torch.ones(3, 2)
     first, again, other = (
