@@ -7,7 +7,7 @@ distance is unbiased at every size and has a standard error, so models are judge
 
 import torch
 
-from ghibli.evaluation.statistics import Estimate, jackknife_error
+from ghibli.evaluation.statistics import Estimate, jackknife
 
 
 def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
@@ -30,7 +30,9 @@ def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
     return max(distance.item(), 0.0)
 
 
-def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Estimate:
+def kernel_distance(
+    features: torch.Tensor, reference: torch.Tensor, groups: torch.Tensor | None = None
+) -> Estimate:
     """Estimate the squared maximum mean discrepancy, unbiased and with its standard error.
 
     The kernel is k(x, y) = (x . y / D + 1)^3 (Binkowski et al. 2018, equation 4 and section 4); called KID
@@ -39,22 +41,57 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Estimate
 
     Args:
         features, reference: (N, D) and (M, D), at least three rows each.
+        groups: (N,) int64, the row of the reference whose caption each row of features was drawn from. The
+            standard error then leaves out a caption at a time, with all its images and its reference: they
+            are not independent. None = all rows are.
     """
-    value, without = leave_one_out(features, reference)
-    return Estimate(value, jackknife_error(without))
+    return jackknife(*leave_out(features, reference, groups))
 
 
-def kernel_difference(features: torch.Tensor, others: torch.Tensor, reference: torch.Tensor) -> Estimate:
+def kernel_difference(
+    features: torch.Tensor, others: torch.Tensor, reference: torch.Tensor, groups: torch.Tensor | None = None
+) -> Estimate:
     """Estimate kernel_distance(features) - kernel_distance(others), paired.
 
     Args:
         features, others: (N, D) of two models' images from the same N prompts and start noises.
         reference: (M, D) of real images.
+        groups: as for kernel_distance.
     """
-    ours, ours_without = leave_one_out(features, reference)
-    theirs, theirs_without = leave_one_out(others, reference)
+    ours, ours_without = leave_out(features, reference, groups)
+    theirs, theirs_without = leave_out(others, reference, groups)
     without = [a - b for a, b in zip(ours_without, theirs_without, strict=True)]
-    return Estimate(ours - theirs, jackknife_error(without))
+    return jackknife(ours - theirs, without)
+
+
+def leave_out(
+    x: torch.Tensor, y: torch.Tensor, groups: torch.Tensor | None
+) -> tuple[float, list[torch.Tensor]]:
+    """Compute the kernel distance and its jackknife values, over rows or over groups of them."""
+    return leave_one_out(x, y) if groups is None else leave_group_out(x, y, groups)
+
+
+def leave_group_out(
+    x: torch.Tensor, y: torch.Tensor, groups: torch.Tensor
+) -> tuple[float, list[torch.Tensor]]:
+    """Compute the kernel distance of x (N, D) and y (M, D), and the values without each group.
+
+    Group g is row g of y and the rows of x that `groups` (N,) gives to it. Groups that have some and groups
+    that have none are two samples.
+    """
+    n, m = len(x), len(y)
+    xx, yy, xy = off_diagonal(kernel(x, x)), off_diagonal(kernel(y, y)), kernel(x, y)
+    value = xx.sum() / (n * (n - 1)) + yy.sum() / (m * (m - 1)) - 2 * xy.mean()
+    member = torch.nn.functional.one_hot(groups, m).double()  # (N, M)
+    sizes = member.sum(0)
+    gone_x = 2 * member.T @ xx.sum(1) - (member * (xx @ member)).sum(0)
+    gone_xy = member.T @ xy.sum(1) + xy.sum(0) - (member * xy).sum(0)
+    left = n - sizes
+    without = (xx.sum() - gone_x) / (left * (left - 1))
+    without = without + (yy.sum() - 2 * yy.sum(1)) / ((m - 1) * (m - 2))
+    without = without - 2 * (xy.sum() - gone_xy) / (left * (m - 1))
+    parts = without[sizes > 0], without[sizes == 0]
+    return value.item(), [part for part in parts if len(part) > 0]
 
 
 def leave_one_out(x: torch.Tensor, y: torch.Tensor) -> tuple[float, list[torch.Tensor]]:

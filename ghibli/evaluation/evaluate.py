@@ -138,7 +138,7 @@ def scores(
         "cache_dir": config.cache_dir,
         "reference_file": cache.files[REFERENCE],
         "floor_images": len(real.floor["features"]),
-        "real": set_scores(real.floor, real.reference),
+        "real": set_scores(real.floor, real.reference, drawn=False),
         "models": {
             name: cell_scores(name, model.cells, sampled, real, cache) for name, model in models.items()
         },
@@ -173,14 +173,19 @@ def cell_scores(
     return rows
 
 
-def set_scores(rows: Measurements, reference: ReferenceSet) -> dict[str, Any]:
-    """Score one set of images; kernel and caption_fit are (value, standard error)."""
+def set_scores(rows: Measurements, reference: ReferenceSet, *, drawn: bool = True) -> dict[str, Any]:
+    """Score one set of images; kernel and caption_fit are (value, standard error).
+
+    Args:
+        drawn: the images were drawn from the reference's captions, so errors are by caption.
+    """
     features = rows["features"]
+    groups = reference.captions_of(len(features)) if drawn else None
     precision, recall = precision_recall(reference.scaled(features), reference.scaled(reference.own))
     return {
-        "kernel": as_pair(reference.kernel(features)),
+        "kernel": as_pair(reference.kernel(features, drawn=drawn)),
         "frechet": reference.frechet(features),
-        "caption_fit": as_pair(mean_of(rows["caption_fit"])) if "caption_fit" in rows else None,
+        "caption_fit": as_pair(mean_of(rows["caption_fit"], groups)) if "caption_fit" in rows else None,
         "precision": precision,
         "recall": recall,
     }

@@ -216,13 +216,23 @@ class ReferenceSet:
         """Scale features (N, D) for the distances."""
         return standardised(rows, self.own) if self.standardise else rows
 
-    def kernel(self, rows: torch.Tensor) -> Estimate:
-        """Estimate the kernel distance of features (N, D) to the reference."""
-        return kernel_distance(self.scaled(rows), self.scaled(self.own))
+    def captions_of(self, count: int) -> torch.Tensor:
+        """Return which reference image's caption each of `count` samples is drawn from, (count,) int64."""
+        return torch.arange(count) % len(self.own)
+
+    def kernel(self, rows: torch.Tensor, *, drawn: bool = True) -> Estimate:
+        """Estimate the kernel distance of features (N, D) to the reference.
+
+        Args:
+            drawn: the images were drawn from the reference's captions, in their order; False = other ones.
+        """
+        groups = self.captions_of(len(rows)) if drawn else None
+        return kernel_distance(self.scaled(rows), self.scaled(self.own), groups)
 
     def difference(self, rows: torch.Tensor, others: torch.Tensor) -> Estimate:
-        """Estimate one model's kernel distance minus another's, paired; features (N, D) each."""
-        return kernel_difference(self.scaled(rows), self.scaled(others), self.scaled(self.own))
+        """Estimate one model's kernel distance minus another's, paired; features (N, D) of drawn images."""
+        groups = self.captions_of(len(rows))
+        return kernel_difference(self.scaled(rows), self.scaled(others), self.scaled(self.own), groups)
 
     def frechet(self, rows: torch.Tensor) -> float:
         """Compute the Frechet distance of features (N, D) to the reference."""

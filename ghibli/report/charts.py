@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from ghibli.evaluation.gain import Gain
+from ghibli.evaluation.statistics import Estimate
 from ghibli.report.svg import (
     BOTTOM,
     HEIGHT,
@@ -39,6 +40,7 @@ class Series:
     colour: str = "c0"  # c0 .. c5, or faint
     band: bool = False  # draw the 95 % interval as a band instead of whiskers
     dashed: bool = False
+    freedom: float = math.inf  # degrees of freedom of the errors
 
     @property
     def finite(self) -> list[Point]:
@@ -72,7 +74,12 @@ def line_chart(title: str, series: list[Series], axes: ChartAxes, caption: str =
     if not series:
         return None
     xs = [x for one in series for x, _, _ in one.finite]
-    ys = [end for one in series for _, y, error in one.finite for end in confidence_interval(y, error)]
+    ys = [
+        end
+        for one in series
+        for _, y, error in one.finite
+        for end in confidence_interval(y, error, one.freedom)
+    ]
     low, high = padded_range(ys, zero=axes.zero)
     low = low if axes.floor is None else max(low, axes.floor)
     x = Axis(*x_range(xs, axes.log), LEFT, WIDTH - RIGHT, axes.log)
@@ -97,10 +104,15 @@ def x_range(xs: list[float], log: bool) -> tuple[float, float]:
     return (low / 2, low * 2) if log else (low - 1, low + 1)
 
 
-def confidence_interval(y: float, error: float) -> tuple[float, float]:
+def confidence_interval(y: float, error: float, freedom: float = math.inf) -> tuple[float, float]:
     """Return the 95 % interval, or the value twice where the error is not finite."""
-    reach = 1.96 * error if math.isfinite(error) else 0.0
-    return y - reach, y + reach
+    reach = Estimate(y, error, freedom=freedom).reach
+    return (y - reach, y + reach) if math.isfinite(reach) else (y, y)
+
+
+def interval_of(gain: Gain) -> tuple[float, float]:
+    """Return the 95 % interval of a gain as confidence_interval does."""
+    return confidence_interval(gain.value, gain.standard_error, gain.freedom)
 
 
 def describe_last_point(series: Series) -> str:
@@ -113,11 +125,15 @@ def draw_series(series: Series, x: Axis, y: Axis) -> Markup:
     """Draw a curve with its band or whiskers, and dots whose tooltips give the numbers."""
     points, shapes = series.finite, []
     if series.band:
-        upper = [(x(a), y(confidence_interval(b, e)[1])) for a, b, e in points]
-        lower = [(x(a), y(confidence_interval(b, e)[0])) for a, b, e in points]
+        upper = [(x(a), y(confidence_interval(b, e, series.freedom)[1])) for a, b, e in points]
+        lower = [(x(a), y(confidence_interval(b, e, series.freedom)[0])) for a, b, e in points]
         shapes.append(tag("polygon", points=svg_points(upper + lower[::-1]), class_="band"))
     else:
-        whiskers = [(x(a), *map(y, confidence_interval(b, e))) for a, b, e in points if math.isfinite(e)]
+        whiskers = [
+            (x(a), *map(y, confidence_interval(b, e, series.freedom)))
+            for a, b, e in points
+            if math.isfinite(e)
+        ]
         shapes += [tag("line", x1=a, x2=a, y1=low, y2=high, class_="whisker") for a, low, high in whiskers]
     dashes = "5 4" if series.dashed else None
     corners = svg_points([(x(a), y(b)) for a, b, _ in points])
@@ -143,7 +159,7 @@ def bar_chart(
     gains = {name: gain for name, gain in gains.items() if math.isfinite(gain.value)}
     if not gains:
         return None
-    intervals = [confidence_interval(gain.value, gain.standard_error) for gain in gains.values()]
+    intervals = [interval_of(gain) for gain in gains.values()]
     y = Axis(
         *padded_range([100 * end for pair in intervals for end in pair], zero=True), HEIGHT - BOTTOM, TOP
     )
@@ -166,7 +182,7 @@ def interval_chart(gain: Gain, low: float, high: float) -> Markup:
     width, height = 170, 22
     x = Axis(low, high, 6, width - 6)
     middle = height / 2
-    start, end = (min(max(one, low), high) for one in confidence_interval(gain.value, gain.standard_error))
+    start, end = (min(max(one, low), high) for one in interval_of(gain))
     shapes = [
         tag("line", x1=x(0), x2=x(0), y1=0, y2=height, class_="zero"),
         tag("line", x1=x(start), x2=x(end), y1=middle, y2=middle, class_="whisker"),
@@ -188,7 +204,7 @@ def common_scale(gains: list[Gain], cut: bool = True) -> tuple[float, float]:
     Args:
         cut: leave out what lies far below the best value.
     """
-    values = [end for gain in gains for end in confidence_interval(gain.value, gain.standard_error)]
+    values = [end for gain in gains for end in interval_of(gain)]
     low, high = padded_range(values, zero=True)
     lowest = -3 * max(high, round_step(0.01))
     return max(low, lowest) if cut else low, max(high, 1e-6)

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from ghibli.report.charts import COLOUR_COUNT, ChartAxes, Figure, Point, Series, bar_chart, line_chart
-from ghibli.report.run_data import CsvRow, RunData, gain_of, timestep_gains
+from ghibli.report.run_data import CsvRow, RunData, freedom_of, gain_of, timestep_gains
 
 LabelledRuns = list[tuple[str, RunData]]  # (name on the page, run): best first, unfinished ones last
 LOWEST_GAIN = -200.0  # percent; below that a curve shows only that the run diverged
@@ -29,7 +30,7 @@ def gain_curve(data: RunData) -> Figure | None:
     held_out = gain_points(data.probe)
     training = [(x, y, math.nan) for x, y, _ in gain_points(data.probe, "train")]
     series = [
-        Series("held-out images, 95 % band", held_out, "c0", band=True),
+        Series("held-out images, 95 % band", held_out, "c0", band=True, freedom=run_freedom(data)),
         Series("training images", training, "c1", dashed=True),
     ]
     caption = "How far the loss on fixed items is below the untouched base's; epoch 0 is before training."
@@ -46,6 +47,11 @@ def gain_chart(title: str, series: list[Series], caption: str) -> Figure | None:
     return line_chart(title, series, ChartAxes("epoch", "gain, %", floor=floor, zero=True), caption)
 
 
+def run_freedom(data: RunData) -> float:
+    """Return the degrees of freedom of the errors of a run's held-out gains."""
+    return min((freedom_of(row) for row in data.probe), default=math.inf)
+
+
 def gain_points(rows: list[CsvRow], split: str = "val") -> list[Point]:
     """Return (epoch, gain, standard error) in percent of each row of probe.csv."""
     gains = [(row["epoch"], gain_of(row, split)) for row in rows]
@@ -55,7 +61,8 @@ def gain_points(rows: list[CsvRow], split: str = "val") -> list[Point]:
 def gain_curves(runs: LabelledRuns) -> Figure | None:
     """Draw the held-out gain of all runs."""
     scored = [(label, data) for label, data in runs if len(data.probe) > 1]
-    series = run_series(scored, lambda data: gain_points(data.probe), max_bands=3)
+    drawn = run_series(scored, lambda data: gain_points(data.probe), max_bands=3)
+    series = [replace(one, freedom=run_freedom(data)) for one, (_, data) in zip(drawn, scored, strict=True)]
     caption = "Bands are 95 % intervals." if any(one.band for one in series) else ""
     return gain_chart("Gain over the base on held-out images", series, caption)
 

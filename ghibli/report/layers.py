@@ -45,7 +45,7 @@ def layer_row(row: Row, low: float, high: float) -> dict[str, Any]:
 
 def as_gain(lost: LostGain) -> Gain:
     """Return a lost gain as the charts take it."""
-    return Gain(lost.value, lost.standard_error)
+    return Gain(lost.value, lost.standard_error, freedom=lost.images - 1)
 
 
 def block_label(block: str, few: bool) -> str:

@@ -173,14 +173,23 @@ def parse_number(text: str | None) -> float:
 
 def gain_of(row: CsvRow, split: str = "val") -> Gain:
     """Return the gain in a row of probe.csv on held-out (val) or training (train) images."""
-    return Gain(row[f"probe/{split}_gain"], row[f"probe/{split}_gain_se"])
+    return Gain(row[f"probe/{split}_gain"], row[f"probe/{split}_gain_se"], freedom=freedom_of(row, split))
+
+
+def freedom_of(row: CsvRow, split: str = "val") -> float:
+    """Return the degrees of freedom of a gain's error: images - 1; endless where an old run tells none."""
+    return row.get(f"probe/{split}_images", math.inf) - 1
 
 
 def timestep_gains(row: CsvRow) -> dict[str, Gain]:
     """Return the held-out gain in a row of probe.csv by range of timesteps, such as `0-249`."""
     start = "probe/val_gain_t"
     names = [key for key in row if key.startswith(start) and not key.endswith("_se")]
-    return {key.removeprefix(start): Gain(row[key], row.get(f"{key}_se", math.nan)) for key in names}
+    freedom = freedom_of(row)
+    return {
+        key.removeprefix(start): Gain(row[key], row.get(f"{key}_se", math.nan), freedom=freedom)
+        for key in names
+    }
 
 
 def check_evaluation(content: dict[str, Any]) -> dict[str, Any]:

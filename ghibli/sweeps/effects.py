@@ -141,7 +141,7 @@ def gain_difference(pairs: list[tuple[Trial, Trial]]) -> Gain:
     shares = [len(group) / len(pairs) for group in groups]
     value = sum(share * gain.value for share, gain in zip(shares, found, strict=True))
     error = sum(share * gain.standard_error for share, gain in zip(shares, found, strict=True))
-    return Gain(value, error)
+    return Gain(value, error, freedom=min(gain.freedom for gain in found))
 
 
 def difference_within(pairs: list[tuple[Trial, Trial]]) -> Gain:

@@ -93,9 +93,10 @@ class PairedProbe:
             items = named_items(probe.broken, data)
             raise Diverged(items, len(self.history), self.config.optimizer.lr)
         self.history.append(probe)
+        least = self.config.early_stopping.min_improvement
         return {
             "probe/val_gain": probe.val_gain.value,
-            "probe/significant_best": significant_best(self.history).value,
+            "probe/significant_best": significant_best(self.history, least).value,
         }
 
     def probe_of(self, scores: torch.Tensor, data: Any) -> Probe:

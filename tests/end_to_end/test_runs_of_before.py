@@ -18,6 +18,7 @@ from ghibli.cli.main import app
 from ghibli.config.files import from_yaml
 from ghibli.models.load import load
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.files import read_rows
 from ghibli.runtime.provenance import processor_name
 
 KEPT = Path(__file__).parent / "runs_of_73ce106"
@@ -31,7 +32,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "outputs"
 
 
-CHANGED_SINCE = [  # alpha / rank is multiplied into the file's B; a grid of two steps starts at the top
+CHANGED_SINCE = [  # columns, Student's intervals; alpha / rank is in B; two steps start at the top
+    "probe.csv",
     "adapter/pytorch_lora_weights.safetensors", "adapter_last/pytorch_lora_weights.safetensors",
     "samples/adapter.png",
 ]  # fmt: skip
@@ -53,6 +55,11 @@ def test_a_half_done_run_resumes_to_the_same_end(runs: Path, capsys: pytest.Capt
     same_processor = processor_name() == json.loads((KEPT / "half" / "status.json").read_text())["processor"]
     if same_processor:
         assert different_parts(runs / "finished", runs / "half") == CHANGED_SINCE
+        rows = zip(*(read_rows(runs / run / "probe.csv") for run in ("finished", "half")), strict=True)
+        for before, now in rows:
+            kept = [key for key in before if not key.endswith(("_low", "_high"))]
+            assert [now[key] for key in kept] == [before[key] for key in kept]
+            assert now["probe/val_images"] == "2"
     base = load("demo")
     layers = named_layers(base)
     ours, theirs = (read_adapter(runs / run, base, run).layers for run in ("half", "finished"))

@@ -76,6 +76,47 @@ def test_intervals_hold_the_large_sample_value() -> None:
     assert 0.9 <= share_covered(means, x[:, 0].tanh().mean().item()) <= 0.99
 
 
+def test_leaving_a_caption_out_equals_leaving_its_rows_out() -> None:
+    x, y, groups = normal_rows(9, 14, 0.4), normal_rows(5, 15), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0])
+    value, (drawn, others) = distances.leave_group_out(x, y, groups)
+    assert value == kernel_distance(x, y).value
+    for g, found in enumerate([*drawn, *others]):  # the last row of y has no row of x
+        less = kernel_distance(x[groups != g], y[torch.arange(5) != g])
+        assert found.item() == pytest.approx(less.value, rel=1e-9), g
+    alone = distances.leave_group_out(x[:5], y, torch.arange(5))[1]
+    assert len(alone) == 1
+
+
+CAPTIONS, EACH = 20, 4  # 4 samples from each of 20 captions, against those captions' own images
+
+
+def of_captions(seed: int, captions: int, each: int, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(samples, one after another through the captions; reference): what a caption says is common to both."""
+    said = normal_rows(captions, 3 * seed)
+    x = said.repeat(each, 1) + 0.5 * normal_rows(captions * each, 3 * seed + 1) + shift
+    return x, said + 0.5 * normal_rows(captions, 3 * seed + 2)
+
+
+def test_intervals_by_caption_hold_the_large_sample_value() -> None:
+    """200 repeats of 20 captions with 4 samples each; with all rows taken as independent, fewer than 90 %."""
+    groups = torch.arange(CAPTIONS * EACH) % CAPTIONS
+    by_caption, by_row, differences, fits = [], [], [], []
+    for seed in range(200):
+        x, y = of_captions(seed, CAPTIONS, EACH, 0.4)
+        z = 0.8 * x + 0.3
+        by_caption.append(kernel_distance(x, y, groups))
+        by_row.append(kernel_distance(x, y))
+        differences.append(kernel_difference(x, z, y, groups))
+        fits.append(statistics.mean_of(x[:, 0].tanh(), groups))
+    x, y = (of_captions(seed, 3000, 1, 0.4)[which] for which, seed in enumerate((1000, 1001)))
+    truth = kernel_distance(x, y).value
+    assert 0.9 <= share_covered(by_caption, truth) <= 0.99
+    assert 0.9 <= share_covered(differences, truth - kernel_distance(0.8 * x + 0.3, y).value) <= 0.99
+    assert 0.9 <= share_covered(fits, x[:, 0].tanh().mean().item()) <= 0.99
+    means = [statistics.mean_of(of_captions(s, CAPTIONS, EACH, 0.4)[0][:, 0].tanh()) for s in range(200)]
+    assert share_covered(means, x[:, 0].tanh().mean().item()) < 0.85
+
+
 def test_a_paired_difference_is_sharper_than_two_distances() -> None:
     x, y = normal_rows(80, 11, 0.3), normal_rows(200, 12)
     almost = x + 0.05 * normal_rows(80, 13)

@@ -45,8 +45,16 @@ class Records(Callback):
         self.rows, self.probe_rows = list(state_dict["rows"]), list(state_dict["probe_rows"])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        """Rewrite the files from the restored rows; Lightning has restored a checkpoint by now."""
+        """Rewrite the files from the restored rows; Lightning has restored a checkpoint by now.
+
+        What follows from the scores is computed again: an older version had fewer columns.
+        """
         if self.probe_rows:
+            steps = trainer.datamodule.num_train_timesteps
+            self.probe_rows = [
+                probe_row(row, probe, steps)
+                for row, probe in zip(self.probe_rows, pl_module.probe.history, strict=True)
+            ]
             self.flush(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
@@ -96,12 +104,13 @@ class Records(Callback):
     def add_probe(self, trainer: L.Trainer, history: list[Probe]) -> None:
         """Add the newest probe to probe.csv and the dashboard."""
         losses: dict[str, Any] = self.epoch.means() if self.epoch.batches else {}
-        values: dict[str, Any] = probe_values(history[-1], trainer.datamodule.num_train_timesteps)
-        values["train/epoch_loss"] = losses.get("loss", "")
-        values["train/epoch_loss_se"] = losses.get("error", "")
-        row = {"step": trainer.global_step, "epoch": len(history) - 1}
-        self.probe_rows.append(row | values)
-        log(trainer, row | {key: value for key, value in values.items() if value != ""})
+        known = {
+            "step": trainer.global_step, "epoch": len(history) - 1,
+            "train/epoch_loss": losses.get("loss", ""), "train/epoch_loss_se": losses.get("error", ""),
+        }  # fmt: skip
+        row = probe_row(known, history[-1], trainer.datamodule.num_train_timesteps)
+        self.probe_rows.append(row)
+        log(trainer, {key: value for key, value in row.items() if value != ""})
         bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
         wandb_logger.log_gain_by_timestep(trainer.loggers, bars, trainer.global_step)
         wandb_logger.log_gain_curve(trainer.loggers, self.probe_rows, trainer.global_step)
@@ -140,9 +149,16 @@ class Sums:
         return {"loss": mean, "error": error, "normalised": plain / expected}
 
 
+def probe_row(known: dict[str, Any], probe: Probe, num_train_timesteps: int) -> dict[str, Any]:
+    """Return a row of probe.csv: `known`, which are step, epoch and training loss, and the probe's."""
+    first, last = ("step", "epoch"), ("train/epoch_loss", "train/epoch_loss_se")
+    values = probe_values(probe, num_train_timesteps)
+    return {key: known[key] for key in first} | values | {key: known[key] for key in last}
+
+
 def probe_values(probe: Probe, num_train_timesteps: int) -> dict[str, float]:
     """Return a probe as the columns of probe.csv."""
-    val, train = probe.val_gain, probe.train_gain
+    val, train, balanced = probe.val_gain, probe.train_gain, probe.balanced_gain
     values = {
         "probe/val_loss": probe.val.double().mean().item(),
         "probe/val_loss_g1": probe.val_g1.double().mean().item(),
@@ -150,6 +166,8 @@ def probe_values(probe: Probe, num_train_timesteps: int) -> dict[str, float]:
         "probe/val_gain_low": val.low, "probe/val_gain_high": val.high,
         "probe/train_loss": probe.train.double().mean().item(),
         "probe/train_gain": train.value, "probe/train_gain_se": train.standard_error,
+        "probe/val_images": len(probe.val), "probe/train_images": len(probe.train),
+        "probe/val_gain_balanced": balanced.value, "probe/val_gain_balanced_se": balanced.standard_error,
     }  # fmt: skip
     for part, gain in gain_by_timestep(probe, num_train_timesteps).items():
         values[f"probe/val_gain_t{part}"] = gain.value
