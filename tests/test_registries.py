@@ -13,9 +13,11 @@ from helpers.image_folders import captions_of, read, write_image
 
 from ghibli.config import files
 from ghibli.config.registry import (
+    DISTRIBUTIONS,
     LOSSES,
     OPTIMIZERS,
     SAMPLERS,
+    WEIGHTINGS,
     LossEntry,
     OptimizerEntry,
     SamplerEntry,
@@ -93,6 +95,11 @@ def test_what_the_entries_name_can_be_imported() -> None:
         assert hasattr(load_object(sampler.scheduler), "set_timesteps")
     for _, loss in LOSSES.items():
         assert callable(load_object(loss.function))
+    for _, weighting in WEIGHTINGS.items():
+        assert load_object(weighting.function)(torch.tensor([2.0]), gamma=weighting.gamma).item() > 0
+    for _, entry in DISTRIBUTIONS.items():
+        lower, upper = (load_object(entry.cdf)(x, *entry.parameters) for x in (0.3, 0.6))
+        assert 0 < lower < upper < 1
     for _, optimizer in OPTIMIZERS.items():
         if optimizer.extra is None:
             assert issubclass(load_object(optimizer.factory), torch.optim.Optimizer)

@@ -73,6 +73,10 @@ def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
         found += [learning_rate_too_high(history, rate), no_learning(history, rate)]
     if enough_images:
         found.append(overfitting(history, finetune))
+        planned = config.trainer.get("max_epochs")
+        least = min(EPOCHS_TO_LEARN, planned) if isinstance(planned, int) and planned > 0 else EPOCHS_TO_LEARN
+        if len(history) - 1 >= least:
+            found.append(worse_at_some_noise(history[-1]))
     return [finding for finding in found if finding is not None]
 
 
@@ -202,6 +206,23 @@ def overfitting(history: list[Probe], finetune: str) -> Finding | None:
         f"{percent_text(now.val_gain.value)}) while training images get better "
         f"({percent_text(then.train_gain.value)}, now {percent_text(now.train_gain.value)}): the training "
         f"images are memorised; best.ckpt keeps the best epoch; more images, fewer epochs{smaller} help",
+    )
+
+
+def worse_at_some_noise(probe: Probe) -> Finding | None:
+    """Return a finding if the gain hides a range of timesteps in which the model is worse than the base."""
+    gains = probe.gain_by_timestep
+    worst = min(range(len(gains)), key=lambda k: gains[k].value)
+    if not (probe.val_gain.low > 0 and gains[worst].high < 0):
+        return None
+    share = (probe.base_val[:, worst].double().sum() / probe.base_val.double().sum()).item()
+    return Finding(
+        "worse at some noise",
+        f"in part {worst + 1} of {len(gains)} of the timesteps (1 = least noise) held-out images are "
+        f"{gains[worst].size} worse than the base's, while all together they are {probe.val_gain.size} "
+        f"better: that part has {percent_text(share)} of the base's loss, so the gain hardly shows it. The "
+        "last parts decide the layout of an image, the first its texture: look at the grids, and at "
+        "probe/val_gain_balanced in probe.csv, which counts all parts alike",
     )
 
 

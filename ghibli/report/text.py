@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 from ghibli.evaluation.diagnosis import NOTHING
 from ghibli.evaluation.gain import Gain
-from ghibli.report.run_data import RunData, gain_of
+from ghibli.report.run_data import RunData, gain_of, timestep_gains
 from ghibli.report.svg import tag
 from ghibli.runtime.commands import resume_command
 from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, number_of
@@ -49,6 +49,7 @@ def run_verdict(data: RunData) -> list[str]:
     """Return the sentences about one run, the most important first."""
     sentences = (
         learning_sentence(data),
+        timestep_sentence(data),
         best_epoch_sentence(data),
         overfitting_sentence(data),
         unfinished_sentence(data),
@@ -70,6 +71,17 @@ def learning_sentence(data: RunData) -> str:
     if gain.high < 0:
         return f"It did not learn: even its best epoch is {gain}."
     return f"It shows no learning beyond chance: the gain is {gain_percent(gain)}."
+
+
+def timestep_sentence(data: RunData) -> str | None:
+    """Say in which ranges of timesteps the best epoch is worse than the base, if it is better as a whole."""
+    if data.best is None or data.gain is None or not data.gain.low > 0:
+        return None
+    worse = {name: gain for name, gain in timestep_gains(data.best).items() if gain.high < 0}
+    if not worse:
+        return None
+    ranges = ", ".join(f"{name} (by {gain.size})" for name, gain in worse.items())
+    return f"But it is worse than the base at timesteps {ranges}, which count little in this gain."
 
 
 def best_epoch_sentence(data: RunData) -> str | None:

@@ -14,11 +14,14 @@ from lightning.pytorch.loggers import WandbLogger
 import train
 from ghibli.data import latents
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
+from ghibli.evaluation import diagnosis
 from ghibli.evaluation.diagnosis import Finding
+from ghibli.evaluation.gain import Probe
 from ghibli.images.resize import preprocess
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.training.callbacks.diagnosis import Doctor
+from ghibli.training.callbacks.progress import worse_range_line
 from ghibli.training.module import GhibliModule
 
 QUIET = ("sample.every_n_epochs=0", "early_stopping.patience=null", "data.batch_size=4", "data.accumulate=1")
@@ -45,6 +48,30 @@ def findings(make_config: Callable, half_held_out: Path, tmp_path: Path) -> Call
         return {finding["name"]: finding["text"] for finding in found}
 
     return run
+
+
+def probe_with(gains: list[float]) -> Probe:
+    """A probe of 30 images with about these gains in four parts, whose losses fall like the demo's."""
+    draws = torch.Generator().manual_seed(0)
+    base = torch.tensor([72.0, 20.0, 7.1, 0.9]) * (0.5 + torch.rand(30, 4, generator=draws))
+    ours = base * (1 - torch.tensor(gains) + 0.1 * torch.randn(30, 4, generator=draws))
+    return Probe(val=ours, val_g1=ours, train=ours, base_val=base, base_train=base)
+
+
+def test_a_part_of_the_timesteps_that_is_worse_is_told() -> None:
+    """In the terminal's line and by the doctor; not where the part is no worse than chance."""
+    healthy, worse = probe_with([0.5, 0.5, 0.3, 0.01]), probe_with([0.54, 0.5, 0.26, -0.84])
+    assert diagnosis.worse_at_some_noise(healthy) is None
+    assert worse_range_line(healthy, 1000) == ""
+    text = diagnosis.worse_at_some_noise(worse).text
+    assert text.startswith("in part 4 of 4 of the timesteps (1 = least noise) held-out images are 8")
+    assert "has 0.9 % of the base's loss" in text
+    line = worse_range_line(worse, 1000)
+    assert re.fullmatch(
+        r"  by timestep: 0-249 \+5\d %, 250-499 \+\d\d %, 500-749 \+\d\d %, 750-999 -8\d \+- \d %", line
+    )
+    assert len(line) <= 80
+    assert diagnosis.worse_at_some_noise(probe_with([-0.5, -0.5, -0.3, -0.8])) is None  # other rules' matter
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from ghibli.evaluation.gain import Probe
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.console import console, make_bar
 from ghibli.runtime.provenance import now
-from ghibli.training.callbacks.metrics import Records
+from ghibli.training.callbacks.metrics import Records, gain_by_timestep
 from ghibli.training.module import GhibliModule
 
 
@@ -53,6 +54,8 @@ class ProgressLine(Callback):
         probe = pl_module.probe.history[-1]
         train = f"(train {100 * probe.train_gain.value:.1f} %)"
         console.print(f"epoch {len(pl_module.probe.history) - 1}  {probe.val_gain} {train}")
+        if worse := worse_range_line(probe, trainer.datamodule.num_train_timesteps):
+            console.print(worse)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         self.bar.refresh()
@@ -62,6 +65,23 @@ class ProgressLine(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: GhibliModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "")
+
+
+def worse_range_line(probe: Probe, num_train_timesteps: int) -> str:
+    """Return the gain in every range of timesteps for the terminal; empty if none is below the base.
+
+    With more than four ranges, only those that are below it. The error stands where the gain is negative.
+    """
+    gains = gain_by_timestep(probe, num_train_timesteps)
+    worse = {name for name, gain in gains.items() if gain.high < 0}
+    if not worse:
+        return ""
+    shown = {name: gain for name, gain in gains.items() if name in worse or len(gains) <= 4}
+    texts = [
+        f"{name} {100 * gain.value:+.0f}" + (f" +- {100 * gain.standard_error:.0f}" * (name in worse)) + " %"
+        for name, gain in shown.items()
+    ]
+    return f"  by timestep: {', '.join(texts)}"
 
 
 class StatusWriter(Callback):
