@@ -20,7 +20,14 @@ from ghibli.report.images import EmbeddedImage, embed, embed_grids, embed_last_g
 from ghibli.report.layers import layer_section
 from ghibli.report.provenance import provenance_facts, shared_facts
 from ghibli.report.run_data import RunData, gain_of, try_read
-from ghibli.report.text import difference_points, gain_percent, noise_sentence, run_verdict, study_verdict
+from ghibli.report.text import (
+    difference_points,
+    gain_percent,
+    noise_sentence,
+    run_verdict,
+    study_verdict,
+    winner_sentences,
+)
 from ghibli.runs.compose import check_overrides
 from ghibli.runs.resume import chosen_groups
 from ghibli.runs.settings import as_yaml, differences, relevant_settings
@@ -90,7 +97,7 @@ def comparison_page(title: str, runs: list[RunData], study: Path | None) -> dict
         "kind": "study" if study else "comparison",
         "subtitle": number_of(len(runs), "run"),
         "unfinished": len(finished) < len(runs),
-        "verdict": study_verdict(labelled, found, noise),
+        "verdict": [*study_verdict(labelled, found, noise), *winner_sentences(finished)],
         "keys": keys,
         "named": names != settings_labels(runs, keys),
         "ranking": ranking_section(labelled, keys),

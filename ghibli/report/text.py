@@ -12,6 +12,8 @@ from ghibli.report.run_data import RunData, gain_of, timestep_gains
 from ghibli.report.svg import tag
 from ghibli.runtime.commands import resume_command
 from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, number_of
+from ghibli.sweeps.trials import Trial
+from ghibli.sweeps.winner import winner
 
 MAX_UNFINISHED = 5  # unfinished runs that the verdict on several names
 
@@ -189,6 +191,12 @@ def noise_sentence(noise: SeedNoise) -> str:
     """Say how much the seed alone changes the gain."""
     text = str(noise)
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def winner_sentences(trials: list[Trial]) -> list[str]:
+    """Say what the best of several runs is worth on images that did not choose it, where that is known."""
+    found = winner(trials)
+    return [] if found is None else [f"{str(found)[:1].upper()}{str(found)[1:]}."]
 
 
 def lower_first(sentence: str) -> str:

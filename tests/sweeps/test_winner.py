@@ -1,0 +1,54 @@
+"""The winner of a study on images that did not choose it: the curse, and that it is lifted."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ghibli.evaluation.gain import Probe, paired_gain
+from ghibli.runs.folder import RunDir
+from ghibli.sweeps.trials import Trial
+from ghibli.sweeps.winner import winner
+
+
+def trials_of(base: torch.Tensor, losses: list[torch.Tensor]) -> list[Trial]:
+    probes = [Probe(val=one, val_g1=one, train=one, base_val=base, base_train=base) for one in losses]
+    return [Trial(RunDir(Path()), {"lora.rank": rank}, {}, probe) for rank, probe in enumerate(probes)]
+
+
+def test_the_half_that_did_not_choose_shows_no_luck() -> None:
+    """300 studies of 16 trials, all of the same true gain of 30 %: the largest gain is above it, always."""
+    shown, fresh, covered = [], [], 0
+    for seed in range(300):
+        draws = torch.Generator().manual_seed(seed)
+        base = 1 + 0.2 * torch.rand(40, 4, generator=draws)
+        found = winner(
+            trials_of(base, [base * (0.7 + 0.1 * torch.randn(40, 4, generator=draws)) for _ in range(16)])
+        )
+        shown.append(found.shown.value)
+        fresh.append(found.fresh.value)
+        covered += found.fresh.low <= 0.3 <= found.fresh.high
+    error = np.std(fresh) / 300**0.5
+    assert abs(np.mean(fresh) - 0.3) < 3 * error
+    assert np.mean(shown) > 0.3 + 10 * error
+    assert 0.9 < covered / 300 < 0.99
+
+
+def test_it_is_the_gain_of_the_halves_winners_by_hand() -> None:
+    base = torch.ones(8, 2)
+    one, other = base.clone(), base.clone()
+    one[0::2], one[1::2] = 0.2, 0.8  # the best on the even half
+    other[0::2], other[1::2] = 0.6, 0.7  # the best on the odd half
+    found = winner(trials_of(base, [one, other, base]))
+    assert found.trials == 3
+    assert found.shown == paired_gain(one, base)
+    mixed = torch.stack([other[0], one[1]] * 4)  # each half's losses are of the other half's winner
+    assert found.fresh == paired_gain(mixed, base)
+    assert "50.0 % +- " in str(found) and "chosen among 3 trials" in str(found)
+
+
+def test_nothing_is_said_of_one_trial_or_too_few_images() -> None:
+    base = torch.ones(8, 2)
+    assert winner([]) is None
+    assert winner(trials_of(base, [base])) is None
+    assert winner(trials_of(base[:6], [base[:6], 0.5 * base[:6]])) is None
