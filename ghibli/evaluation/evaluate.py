@@ -16,6 +16,7 @@ from ghibli.data.folder import CaptionedImage
 from ghibli.data.sources import LEAST, real_images
 from ghibli.diffusion.samplers import Cell, cells_of
 from ghibli.evaluation import diagnosis
+from ghibli.evaluation.copies import TrainingThumbnails, copies_among
 from ghibli.evaluation.distances import precision_recall
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
 from ghibli.evaluation.samples import Job, Measurements, SampleCache, read_unit_image
@@ -44,7 +45,7 @@ class RealImages(NamedTuple):
     reference: ReferenceSet  # what samples are compared with
     own: Measurements  # of the reference
     floor: Measurements  # of a fixed subset of the training images: the best score that samples could have
-    training: torch.Tensor  # thumbnails (N, 768) of all training images, to search for copies
+    training: TrainingThumbnails  # of all training images, to search for copies
 
 
 def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
@@ -167,6 +168,8 @@ def cell_scores(
     for cell in cells:
         ours, base = sampled[name, cell, samples], sampled.get(("base", cell, samples))
         row = asdict(cell) | set_scores(ours, real.reference) | {"copying": copying_ratio(ours, real)}
+        nearest = [real.training.distances(rows["thumbnails"]) for rows in (ours, real.own)]
+        row["copies"] = copies_among(*nearest)
         if name != "base" and base is not None:
             row["kernel_minus_base"] = as_pair(real.reference.difference(ours["features"], base["features"]))
         rows.append(row | {"file": cache.files[name, cell, samples]})
@@ -207,7 +210,8 @@ def copying_ratio(rows: Measurements, real: RealImages) -> float:
     The median distance of thumbnails to their nearest training image, divided by that of the reference.
     """
     ours, unseen = (
-        torch.cdist(part["thumbnails"], real.training).min(1).values.median() for part in (rows, real.own)
+        torch.cdist(part["thumbnails"], real.training.whole).min(1).values.median()
+        for part in (rows, real.own)
     )
     return (ours / unseen).item()
 
@@ -217,8 +221,8 @@ def nearest_copies(rows: Measurements, real: RealImages) -> list[tuple[int, int,
 
     The distance is that of thumbnails, divided by the median distance of unseen real images.
     """
-    unseen = torch.cdist(real.own["thumbnails"], real.training).min(1).values.median()
-    distances, images = torch.cdist(rows["thumbnails"], real.training).min(1)
+    unseen = torch.cdist(real.own["thumbnails"], real.training.whole).min(1).values.median()
+    distances, images = torch.cdist(rows["thumbnails"], real.training.whole).min(1)
     first = distances.argsort()[:NEAREST_SAMPLES]
     return [(int(i), int(images[i]), (distances[i] / unseen).item()) for i in first]
 

@@ -13,6 +13,7 @@ import torch
 from ghibli.config.schema import Config
 from ghibli.data.folder import CaptionedImage
 from ghibli.diffusion.samplers import Cell, sample, steps_key
+from ghibli.evaluation.copies import CROPS, TrainingThumbnails, crops_of, thumbnails_of
 from ghibli.evaluation.features import FeatureExtractor
 from ghibli.images.read import READING, open_image
 from ghibli.images.resize import preprocess
@@ -22,7 +23,6 @@ from ghibli.runtime.console import counted
 
 VERSION = 3  # part of the cache keys; raise it when sampling or measuring changes
 KEPT_IMAGES = 8  # images of each cell that are kept to look at
-THUMBNAIL = 16  # px; copies of training images are searched for at this size
 
 # features (N, D), thumbnails (N, 768), caption_fit (N,) with a CLIP, kept (<= KEPT_IMAGES, 3, H, W) uint8
 Measurements = dict[str, torch.Tensor]
@@ -113,22 +113,25 @@ class SampleCache:
         }
         return self._cached(label, key, lambda: concatenated(parts()))
 
-    def thumbnails(self, label: str, images: list[CaptionedImage]) -> torch.Tensor:
-        """Return thumbnails (N, 768) of image files, without the features."""
+    def thumbnails(self, label: str, images: list[CaptionedImage]) -> TrainingThumbnails:
+        """Return thumbnails of image files and of their parts, without the features."""
 
         def make() -> dict[str, torch.Tensor]:
             with counted(label) as on_progress:
-                rows = []
+                rows, crops = [], []
                 for image in images:
-                    rows.append(thumbnails_of(read_unit_image(image.path, self.config)[None]))
+                    read = read_unit_image(image.path, self.config)
+                    rows.append(thumbnails_of(read[None]))
+                    crops.append(crops_of(read))
                     on_progress(len(rows), len(images))
-            return {"thumbnails": torch.cat(rows)}
+            return {"thumbnails": torch.cat(rows), "crops": torch.stack(crops)}
 
         key = {
             "thumbnails": [image.content_hash for image in images],
-            "resize": self.config.data.square_resize,
-        }
-        return self._cached(label, key, make)["thumbnails"]
+            "resize": self.config.data.square_resize, "crops": CROPS,
+        }  # fmt: skip
+        found = self._cached(label, key, make)
+        return TrainingThumbnails(found["thumbnails"], found["crops"])
 
     def sample_all(self, jobs: list[Job]) -> dict[tuple[str, Cell, int], Measurements]:
         """Sample and measure every job that is not in the cache, under one progress bar.
@@ -243,8 +246,3 @@ def concatenated(parts: Iterable[Measurements]) -> Measurements:
             rows.setdefault(name, []).append(values)
         rows["kept"] = [torch.cat(rows["kept"])[:KEPT_IMAGES]]
     return {name: torch.cat(values) for name, values in rows.items()}
-
-
-def thumbnails_of(images: torch.Tensor) -> torch.Tensor:
-    """Shrink images (N, 3, H, W) in 0 .. 1 to THUMBNAIL px and flatten them: (N, 768)."""
-    return torch.nn.functional.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)

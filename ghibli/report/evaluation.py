@@ -9,7 +9,7 @@ from ghibli.evaluation.evaluate import steps_text
 from ghibli.evaluation.features import distance_names
 from ghibli.report.charts import COLOUR_COUNT, ChartAxes, Figure, Series, line_chart
 from ghibli.report.run_data import RunData, try_read
-from ghibli.report.text import Scan, copies_sentence, scale_rule_verdict
+from ghibli.report.text import Scan, copies_sentence, counted_copies, scale_rule_verdict
 from ghibli.runs.settings import differences
 from ghibli.sweeps.comparison import (
     CellScores,
@@ -130,6 +130,9 @@ def copies_in_best_cell(
         return None
     column = next(k for k, row in enumerate(own) if row is best)
     of_base = (base[column] or {}).get("copying")
+    found = best.get("copies")
+    if isinstance(found, dict):
+        return f"{cells[column].label}: {counted_copies(found)}."
     return f"{cells[column].label}: {copies_sentence(best['copying'], of_base)}."
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 from markupsafe import Markup, escape
 from scipy.stats import norm
@@ -221,6 +222,21 @@ def lead_sentences(ranked: list[RunData]) -> list[str]:
         f"The first two cannot be told apart: they differ by {difference_points(lead)} of gain (paired over "
         "images)."
     ]
+
+
+def counted_copies(found: dict[str, Any]) -> str:
+    """Say how many samples are nearer to a training image than unseen real images are.
+
+    Args:
+        found: `copies` of a cell in evaluation.json.
+    """
+    counts = (
+        f"{found['below']} of {found['samples']} samples are nearer to a training image than 99 % of unseen "
+        f"real images, mirrored and in part too; {found['expected']:.1f} would be usual"
+    )
+    if found["p"] < 0.01 and found["below"] > found["expected"]:
+        return f"signs of copies: {counts}: look at the nearest ones"
+    return f"no sign of copies: {counts}"
 
 
 def copies_sentence(copying: float, base: float | None) -> str:

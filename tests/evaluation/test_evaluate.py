@@ -20,6 +20,7 @@ from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
 from ghibli.diffusion import samplers
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.evaluation import diagnosis, evaluate, samples
+from ghibli.evaluation.copies import TrainingThumbnails
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
 from ghibli.models.base import BaseModel, weights_hash
 from ghibli.runs.folder import RunDir
@@ -218,7 +219,10 @@ def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -
     own = {"thumbnails": torch.rand(5, 12, generator=draws)}
     samples = {"thumbnails": torch.rand(7, 12, generator=draws)}
     samples["thumbnails"][4] = training[2]
-    found = evaluate.nearest_copies(samples, evaluate.RealImages(None, own, None, training))
+    found = evaluate.nearest_copies(
+        samples,
+        evaluate.RealImages(None, own, None, TrainingThumbnails(training, torch.empty(len(training), 0, 12))),
+    )
     assert found[0] == (4, 2, 0.0) and len(found) == evaluate.NEAREST_SAMPLES
     assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
 
@@ -228,7 +232,12 @@ def test_copies_of_training_images_are_detected(finished: RunDir) -> None:
     measure = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), ["a"]).measure_real
     reference_images, training_images = sources.real_images(config)
     own, training = measure("", reference_images), measure("", training_images)
-    real = evaluate.RealImages(ReferenceSet(own["features"], True), own, None, training["thumbnails"])
+    real = evaluate.RealImages(
+        ReferenceSet(own["features"], True),
+        own,
+        None,
+        TrainingThumbnails(training["thumbnails"], torch.empty(0)),
+    )
     assert evaluate.copying_ratio(own, real) == 1
     assert evaluate.copying_ratio(training, real) == pytest.approx(0, abs=1e-4)
 
@@ -245,7 +254,7 @@ def test_copies_are_searched_among_all_training_images(
     assert len(training) > 6 == result["floor_images"] == len(seen[0].floor["features"])
     extractor = FeatureExtractor(config, starting_base(config))
     wanted = samples.SampleCache(config, extractor, ["a"]).measure_real("", training)["thumbnails"]
-    assert torch.equal(seen[0].training, wanted)
+    assert torch.equal(seen[0].training.whole, wanted)
 
 
 def test_the_start_noise_has_the_seed_of_the_grids(finished: RunDir) -> None:
