@@ -1,6 +1,6 @@
 """Make the figures and numbers of docs/loss-anomaly.md: `python docs/loss_anomaly.py [PART ...]`.
 
-Parts: curves, checkpoints, epochs, schedule, diverged, guidance, error, curves50; all of them by default.
+Parts: curves, checkpoints, epochs, power, schedule, diverged, guidance, error, curves50; all by default.
 Runs and their samples are kept in outputs/loss-anomaly/ and made once.
 """
 
@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from scipy.stats import norm, studentized_range
 
 from ghibli.adapters import apply
 from ghibli.config.files import from_yaml
@@ -139,12 +140,19 @@ def curves(epochs: int = 10) -> None:
             ],
             "paired gain at the end": f"{100 * gain[-1]:.2f} +- {100 * gain_error[-1]:.2f}",
         }
+        numbers[name]["trend, in standard errors"] = round(trend(losses, errors), 2)
     below.axhline(0, color=GREY, lw=0.8)
     below.set(xlabel="epoch", ylabel="paired gain, held-out images (%)")
     above.set_ylabel("mean training loss of an epoch")
     above.legend(frameon=False)
     save(figure, f"curves-{epochs}")
     note(f"curves-{epochs}", **numbers)
+
+
+def trend(losses: np.ndarray, errors: np.ndarray) -> float:
+    """Return the slope of a straight line through the losses of epochs, over its standard error."""
+    at = np.arange(len(losses)) - (len(losses) - 1) / 2
+    return float((at @ losses / (at @ at)) / np.sqrt((errors**2).mean() / (at @ at)))
 
 
 def curves50() -> None:
@@ -184,6 +192,26 @@ def epochs() -> None:
     note(
         "epochs", loss=round(loss, 4), error_of_an_epoch=round(error, 5), epochs=round(needed, 1),
         epochs_of_the_slides=round(students, 1), paired_error_after_one_epoch=round(paired, 5),
+    )  # fmt: skip
+
+
+def power() -> None:
+    """Compute what the reference study's nine losses, 0.121 to 0.132, could show, from part `epochs`."""
+    known = known_numbers()["epochs"]
+    spread = known["error_of_an_epoch"] * 432**0.5
+    study = spread / 2250**0.5
+    half, most = norm.ppf(0.975), norm.ppf(0.975) + norm.ppf(0.8)
+
+    def count(level: float, error: float, loss: float) -> float:
+        return round(2 * (level * error / (0.01 * loss)) ** 2, 1)
+
+    note(
+        "power", spread_of_an_example=round(spread, 3), error_of_the_studys_epoch=round(study, 5),
+        asrun_half=count(half, known["error_of_an_epoch"], known["loss"]),
+        asrun_80=count(most, known["error_of_an_epoch"], known["loss"]),
+        study_half=count(half, study, 0.126), study_80=count(most, study, 0.126),
+        chance_of_its_range=round(float(studentized_range.sf(0.011 / study, 9, np.inf)), 3),
+        chance_at_half_the_error=round(float(studentized_range.sf(0.011 / 0.002, 9, np.inf)), 4),
     )  # fmt: skip
 
 
@@ -377,7 +405,7 @@ def error(redraws: int = 100, images: int = 30) -> None:
 
 def main() -> None:
     register()
-    every = (curves, checkpoints, epochs, schedule, diverged, guidance, error, curves50)
+    every = (curves, checkpoints, epochs, power, schedule, diverged, guidance, error, curves50)
     parts = {part.__name__: part for part in every}
     for name in sys.argv[1:] or parts:
         parts[name]()
