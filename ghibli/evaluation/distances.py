@@ -41,9 +41,9 @@ def kernel_distance(
 
     Args:
         features, reference: (N, D) and (M, D), at least three rows each.
-        groups: (N,) int64, the row of the reference whose caption each row of features was drawn from. The
-            standard error then leaves out a caption at a time, with all its images and its reference: they
-            are not independent. None = all rows are.
+        groups: (N,) int64, the row of the reference whose caption each row of features was drawn from. These
+            are not independent: images are then compared with those of other captions only, and the
+            standard error leaves out a caption at a time, with all its images. None = all rows are.
     """
     return jackknife(*leave_out(features, reference, groups))
 
@@ -74,23 +74,26 @@ def leave_out(
 def leave_group_out(
     x: torch.Tensor, y: torch.Tensor, groups: torch.Tensor
 ) -> tuple[float, list[torch.Tensor]]:
-    """Compute the kernel distance of x (N, D) and y (M, D), and the values without each group.
+    """Compute the kernel distance of x (N, D) and y (M, D) by groups, and the values without each group.
 
-    Group g is row g of y and the rows of x that `groups` (N,) gives to it. Groups that have some and groups
-    that have none are two samples.
+    Group g is row g of y and the rows of x that `groups` (N,) gives to it. Only pairs of different groups
+    are averaged: rows of one group are alike, so their pairs would bias the distance, downwards between x
+    and y. Groups that have rows of x and groups that have none are two samples.
     """
     n, m = len(x), len(y)
     xx, yy, xy = off_diagonal(kernel(x, x)), off_diagonal(kernel(y, y)), kernel(x, y)
-    value = xx.sum() / (n * (n - 1)) + yy.sum() / (m * (m - 1)) - 2 * xy.mean()
     member = torch.nn.functional.one_hot(groups, m).double()  # (N, M)
-    sizes = member.sum(0)
-    gone_x = 2 * member.T @ xx.sum(1) - (member * (xx @ member)).sum(0)
-    gone_xy = member.T @ xy.sum(1) + xy.sum(0) - (member * xy).sum(0)
-    left = n - sizes
-    without = (xx.sum() - gone_x) / (left * (left - 1))
+    size = member.sum(0)
+    same_xx, same_xy = (member * (xx @ member)).sum(0), (member * xy).sum(0)  # sums of pairs within a group
+    total_xx, pairs_xx = xx.sum() - same_xx.sum(), n * n - size.square().sum()
+    total_xy, pairs_xy = xy.sum() - same_xy.sum(), n * (m - 1)
+    value = total_xx / pairs_xx + yy.sum() / (m * (m - 1)) - 2 * total_xy / pairs_xy
+    left_xx = total_xx - 2 * (member.T @ xx.sum(1) - same_xx)
+    left_xy = total_xy - (member.T @ xy.sum(1) - same_xy) - (xy.sum(0) - same_xy)
+    without = left_xx / (pairs_xx - 2 * size * (n - size))
     without = without + (yy.sum() - 2 * yy.sum(1)) / ((m - 1) * (m - 2))
-    without = without - 2 * (xy.sum() - gone_xy) / (left * (m - 1))
-    parts = without[sizes > 0], without[sizes == 0]
+    without = without - 2 * left_xy / ((n - size) * (m - 2))
+    parts = without[size > 0], without[size == 0]
     return value.item(), [part for part in parts if len(part) > 0]
 
 

@@ -42,7 +42,7 @@ def noisy(images: torch.Tensor) -> torch.Tensor:
 
 
 def cropped(images: torch.Tensor) -> torch.Tensor:
-    return interpolate(images[..., 0:109, 19:128], size=128, mode="bilinear")
+    return interpolate(images[..., 0:115, 13:128], size=128, mode="bilinear")
 
 
 COPIES = {"exact": lambda images: images, "mirrored": lambda images: images.flip(-1), "cropped": cropped}
