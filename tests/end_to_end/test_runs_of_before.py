@@ -59,7 +59,7 @@ def test_a_half_done_run_resumes_to_the_same_end(runs: Path, capsys: pytest.Capt
         for before, now in rows:
             kept = [key for key in before if not key.endswith(("_low", "_high"))]
             assert [now[key] for key in kept] == [before[key] for key in kept]
-            assert now["probe/val_images"] == "2"
+            assert now["probe/val_images"] == "3"
     base = load("demo")
     layers = named_layers(base)
     ours, theirs = (read_adapter(runs / run, base, run).layers for run in ("half", "finished"))

@@ -65,7 +65,7 @@ def test_a_part_of_the_timesteps_that_is_worse_is_told() -> None:
     assert worse_range_line(healthy, 1000) == ""
     text = diagnosis.worse_at_some_noise(worse).text
     assert text.startswith("in part 4 of 4 of the timesteps (1 = least noise) held-out images are 8")
-    assert "has 0.9 % of the base's loss" in text
+    assert "has 0.8 % of the base's loss" in text
     line = worse_range_line(worse, 1000)
     assert re.fullmatch(
         r"  by timestep: 0-249 \+5\d %, 250-499 \+\d\d %, 500-749 \+\d\d %, 750-999 -8\d \+- \d %", line

@@ -107,7 +107,7 @@ def of_captions(seed: int, captions: int, each: int, shift: float) -> tuple[torc
 
 
 def test_intervals_by_caption_hold_the_large_sample_value() -> None:
-    """200 repeats of 20 captions with 4 samples each; taken as independent rows, the values are far off."""
+    """200 repeats of 20 captions with 4 samples each; as independent rows, distances are far too small."""
     groups = torch.arange(CAPTIONS * EACH) % CAPTIONS
     by_caption, by_row, differences, fits = [], [], [], []
     for seed in range(200):
@@ -122,7 +122,7 @@ def test_intervals_by_caption_hold_the_large_sample_value() -> None:
     assert 0.9 <= share_covered(by_caption, truth) <= 0.99
     assert 0.9 <= share_covered(differences, truth - kernel_distance(0.8 * x + 0.3, y).value) <= 0.99
     assert 0.9 <= share_covered(fits, x[:, 0].tanh().mean().item()) <= 0.99
-    assert share_covered(by_row, truth) < 0.6
+    assert np.mean([one.value for one in by_row]) < truth / 2
     assert abs(np.mean([one.value for one in by_caption]) - truth) < 0.1 < truth / 5
     means = [statistics.mean_of(of_captions(s, CAPTIONS, EACH, 0.4)[0][:, 0].tanh()) for s in range(200)]
     assert share_covered(means, x[:, 0].tanh().mean().item()) < 0.85
