@@ -46,8 +46,9 @@ def huber(noise_pred: torch.Tensor, target: torch.Tensor, c: float) -> torch.Ten
         noise_pred, target: as for mse.
         c: above 0, in the unit of the target.
     """
-    errors = noise_pred.float() - target.float()
-    return (2 * c * ((errors.square() + c * c).sqrt() - c)).mean(dim=(1, 2, 3))
+    squares = (noise_pred.float() - target.float()).square()
+    # sqrt(d^2 + c^2) - c cancels for small d; this is the same
+    return (2 * c * squares / ((squares + c * c).sqrt() + c)).mean(dim=(1, 2, 3))
 
 
 def loss_weights(
