@@ -25,7 +25,7 @@ test: .venv/installed  ## install, then run the tests (no network, no GPU)
 slow: .venv/installed  ## run the slow tests, end-to-end ones included (12 GB of free memory)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
-extras: .venv/installed  ## install every optional package but those for clusters and GPUs
+extras: .venv/installed  ## install every optional package but those for clusters
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --require-hashes -r locks/extras.txt
 
 lint: .venv/installed  ## check style and formatting with ruff
@@ -45,7 +45,7 @@ coverage: .venv/installed  ## run the tests in one process and list uncovered li
 
 LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --quiet \
 	--custom-compile-command "make lock" pyproject.toml
-EXTRAS = dev app browser heif hub joblib lycoris prodigy schedulefree search
+EXTRAS = dev app bitsandbytes browser heif hub joblib lycoris prodigy schedulefree search
 
 lock:  ## pin every package with its hashes again, after a change of pyproject.toml or constraints.txt
 	@$(LOCK) -c constraints.txt $(EXTRAS:%=--extra %) -o locks/extras.txt

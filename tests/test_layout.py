@@ -35,6 +35,7 @@ PRINTING = {  # beside the command line: progress callbacks, and what must reach
 }  # fmt: skip
 LATE_IMPORTS = {  # torch in low layers, wandb only when it logs, and the optional extras
     "torch", "wandb", "optuna", "pandas", "sqlalchemy", "pyarrow", "kagglehub", "pillow_heif",
+    "bitsandbytes",
 }  # fmt: skip
 
 

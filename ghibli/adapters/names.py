@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ghibli.models.base import BaseModel
@@ -83,6 +84,13 @@ def named_layers(base: BaseModel) -> dict[str, Any]:
         name: base.adaptable[part].get_submodule(path) for name, (part, path) in layer_paths(base).items()
     }
     return {name: getattr(layer, "base_layer", layer) for name, layer in layers.items()}
+
+
+def weight_of(layer: Any) -> torch.Tensor:
+    """Return a layer's weight; of one in 8 or 4 bits, which are packed, an empty one of its shape."""
+    if layer.weight.is_floating_point():
+        return layer.weight
+    return torch.empty(layer.out_features, layer.in_features, device="meta")
 
 
 def kohya_name(name: str) -> str:

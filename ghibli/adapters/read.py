@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from ghibli.adapters.layers import KINDS, OFT, UNSCALED, Full, InputOFT, Layer, LoHa, LoKr, LoRA, misfit
-from ghibli.adapters.names import DOTTED, FLAT, PEFT_PREFIX, explain, named_layers, names_in_files
+from ghibli.adapters.names import DOTTED, FLAT, PEFT_PREFIX, explain, named_layers, names_in_files, weight_of
 from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.files import read_plain
@@ -99,7 +99,7 @@ def read_layers(file: Path, base: BaseModel, what: str) -> tuple[str, dict[str, 
                 raise UserError(
                     f"{what} is a DoRA by its settings, but `{first}` is there without magnitudes"
                 )
-            layer = build(kind, place, tensors, known[name].weight, what)
+            layer = build(kind, place, tensors, weight_of(known[name]), what)
             if not isinstance(layer, UNSCALED):
                 where = f"{what}: `{place.keys.get('alpha')}`"
                 alpha = alpha_of(layer, tensors.get("alpha"), setting_of(settings, name, layer.rank), where)

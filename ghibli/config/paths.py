@@ -1,5 +1,6 @@
-"""Check that the folders and files named in a configuration exist, before anything is loaded."""
+"""Check that what a configuration names is there, folders, files and packages, before anything is loaded."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from ghibli.config.schema import Config
@@ -17,11 +18,17 @@ NO_PICKLE = "only .safetensors files are read, because loading a .ckpt or .bin f
 
 
 def check_paths(config: Config) -> None:
-    """Check data.root, model.path and model.adapter, as far as the disk tells.
+    """Check data.root, model.path, model.adapter and the package of model.frozen_bits as the disk has them.
 
     Raises:
         UserError: one does not exist, or is not what its key names.
     """
+    bits = config.model.frozen_bits
+    if bits is not None and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.frozen_bits={bits} needs bitsandbytes, which is not installed: "
+            "pip install -e '.[bitsandbytes]', or leave it out"
+        )
     check_images(config)
     check_base_path(config.model.path)
     if config.model.adapter is not None:

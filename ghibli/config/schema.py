@@ -3,7 +3,7 @@
 Values are in conf/*.yaml only; no field here has a default. Imports neither torch nor Hydra.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
 from typing import Any
 
@@ -29,7 +29,7 @@ RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who
 LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without the key did
     "threads": None,
     "data": {"grid_epochs": ""},
-    "model": {"config": None, "clip_skip": 1},
+    "model": {"config": None, "clip_skip": 1, "frozen_bits": None},
     "local": {"sd15_config": None, "caption": None},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64, "sampler_steps": None},
     "lora": {
@@ -85,6 +85,7 @@ class ModelConfig:
     adapter: str | None  # folder of an adapter to merge into the base first; None = none
     adapter_scale: float  # weight of that adapter
     clip_skip: int  # the text encoder's last layer that is used, counted from its end: 1 = all
+    frozen_bits: int | None  # of the linear layers' frozen weights in training; None = those of precision
 
     def __post_init__(self) -> None:
         require(
@@ -97,6 +98,8 @@ class ModelConfig:
             "model.resolution", self.resolution, "a multiple of 64 (the UNet halves the latents thrice)",
         )  # fmt: skip
         require_finite("model.adapter_scale", self.adapter_scale)
+        ok = self.frozen_bits in (None, 8, 4)
+        require(ok, "model.frozen_bits", self.frozen_bits, "null, 8 or 4")
 
 
 @dataclass
@@ -471,6 +474,7 @@ class Config:
         if unused:
             names = ", ".join(sorted(unused))
             raise UserError(f"evaluate.sampler_steps names {names}, which sample.samplers does not")
+        check_frozen_bits(self)
         for section in fields(self):  # what no section refuses by its range
             require_finite(section.name, getattr(self, section.name))
 
@@ -501,10 +505,34 @@ class Command(Config):
     sweep: SweepConfig = field(metadata=NO_EFFECT)
 
 
+def check_frozen_bits(config: Config) -> None:
+    """Raise a UserError for model.frozen_bits with trained weights, or with adapters that need full ones."""
+    bits, kinds = config.model.frozen_bits, ("lora", "rslora", "dora")
+    if bits is None:
+        return
+    if config.finetune == "full":
+        raise UserError(
+            f"model.frozen_bits={bits} is for weights that are not trained, and finetune=full trains all of "
+            "the UNet's: use finetune=lora, or leave model.frozen_bits out"
+        )
+    if config.finetune == "lora" and config.lora.variant not in kinds:
+        raise UserError(
+            f"model.frozen_bits={bits}: PEFT has no lora.variant={config.lora.variant} for such layers: "
+            f"choose one of {', '.join(kinds)}"
+        )
+
+
+def at_full_precision(config: Config) -> Config:
+    """Return the same settings with a base of full precision, on which adapters are used after training."""
+    return replace(config, model=replace(config.model, frozen_bits=None))
+
+
 def describe(config: Config) -> str:
     """Summarise a run's settings: `LoRA rank 32, training guidance 1, lr 0.0005`."""
     what = {"lora": f"LoRA rank {config.lora.rank}", "full": "full fine-tuning", "none": "base"}
     parts = [what[config.finetune]]
+    if config.model.frozen_bits is not None:
+        parts.append(f"base in {config.model.frozen_bits} bits")
     if config.finetune != "none":
         parts += [f"training guidance {config.loss.guidance:g}", f"lr {config.optimizer.lr:g}"]
     return ", ".join(parts)

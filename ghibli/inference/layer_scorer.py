@@ -10,7 +10,7 @@ from ghibli.adapters.apply import adapter_name, load_adapters, put_factors
 from ghibli.adapters.files import Adapter
 from ghibli.adapters.layers import Layer
 from ghibli.adapters.names import layer_paths
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, at_full_precision
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.sources import require_same_images
 from ghibli.evaluation.slimming import LEAST, halves
@@ -85,7 +85,7 @@ def make_scorer(run: RunDir, config: Config, base: BaseModel, adapter: Adapter) 
         UserError: other images than in training, or fewer than 5 for each half.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = GhibliModule(replace(config, finetune="none"), base).eval()
+    module = GhibliModule(replace(at_full_precision(config), finetune="none"), base).eval()
     data = GhibliDataModule(config, base, run, module.num_train_timesteps)
     data.prepare_data()
     check_images(run, data)

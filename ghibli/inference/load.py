@@ -95,6 +95,7 @@ def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
                 f"{adapter.file.name} was trained at clip skip {wanted}, and this draws at {base.clip_skip}: "
                 f"model.clip_skip={wanted} changes that for an adapter file"
             )
+    note_frozen_bits(runs, configs)
     return LoadedModel(base, config, [weight for _, weight in adapters], [name for name, _ in named])
 
 
@@ -112,6 +113,14 @@ def check_combination(runs: list[RunDir], configs: list[Config], sources: int) -
             raise UserError(f"{run.path} only measured the base: name no run to generate with the base alone")
         if config.finetune == "full" and sources > 1:
             raise UserError(f"{run.path} trained all weights: it cannot be combined with others")
+
+
+def note_frozen_bits(runs: list[RunDir], configs: list[Config]) -> None:
+    """Say, where runs were trained on a base in 8 or 4 bits, that the base is the full one."""
+    bits = [config.model.frozen_bits for config in configs]
+    if any(bits):
+        each = ", ".join(f"{run.path} in {b or 'full'}" for run, b in zip(runs, bits, strict=True))
+        logger.info(f"trained on a base of other bits ({each}); it is loaded in full precision for all")
 
 
 def base_identity(config: Config) -> tuple[str, str | None, float]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ghibli.config.schema import ComputeConfig
 from ghibli.models.base import BaseModel
+from ghibli.models.quantize import compute_in
 
 KEPT_PROMPTS = 2**30  # bytes of prompt embeddings kept on the device, at most
 PROMPTS_AT_ONCE = 8  # batch size, always full, so that an embedding never depends on the other prompts
@@ -47,6 +48,8 @@ def compiled(predict: Callable[..., torch.Tensor], options: ComputeConfig) -> Ca
 def shrink_frozen(base: BaseModel, precision: str) -> None:
     """Store frozen linear and convolution weights in 16 bits for mixed-precision training; norms stay fp32.
 
+    Weights in 8 or 4 bits (model.frozen_bits) stay as they are, and are multiplied in the 16 bits.
+
     Autocast rounds them in every step anyway: the same result in half the memory. PEFT's casts of the
     input to the adapter's fp32 are turned off too, since autocast undoes them at once; all they kept
     exact was dropout's factor 1 / (1 - p).
@@ -57,13 +60,14 @@ def shrink_frozen(base: BaseModel, precision: str) -> None:
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     if dtype is None:
         return
+    compute_in(base, dtype)
     for part in (base.unet, base.text_encoder):
         for module in part.modules():
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = False
             if isinstance(module, nn.Linear | nn.Conv2d):
                 for parameter in module.parameters(recurse=False):
-                    if not parameter.requires_grad:
+                    if not parameter.requires_grad and parameter.is_floating_point():
                         parameter.data = parameter.data.to(dtype)
 
 

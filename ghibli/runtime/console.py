@@ -74,6 +74,9 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.addHandler(LineHandler(console=console))
+    # On a CPU bitsandbytes would warn in every import of PEFT that a faster kernel is not there, and in
+    # every layer that 8-bit products round to 16 bits first, as docs/training-sd15.md says.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 set_up_logging()

@@ -16,6 +16,7 @@ from ghibli.diffusion.samplers import make_scheduler
 from ghibli.diffusion.timesteps import timestep_function
 from ghibli.models.base import BaseModel, results_key, weights_hash
 from ghibli.models.performance import PromptEmbeds, arrange, compiled, is_frozen, prompts_fit, shrink_frozen
+from ghibli.models.quantize import quantize_frozen
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.seeding import Stream, seed_global_rng
@@ -31,14 +32,15 @@ class GhibliModule(L.LightningModule):
     Args:
         config: the run's configuration.
         base: the loaded base; its UNet and text encoder are trained in place.
+        base_hash: weights_hash of the base; None = compute it.
     """
 
     strict_loading = False  # checkpoints hold trainable weights only; checked in on_load_checkpoint
 
-    def __init__(self, config: Config, base: BaseModel):
+    def __init__(self, config: Config, base: BaseModel, base_hash: str | None = None):
         super().__init__()
         self.config, self.base = config, base
-        self.base_hash = weights_hash(base)
+        self.base_hash = weights_hash(base) if base_hash is None else base_hash
         self.results_key = results_key(self.base_hash, base)
         self.unet, self.text_encoder = base.unet, base.text_encoder
         own = make_scheduler("ddpm", base).alphas_cumprod
@@ -48,10 +50,12 @@ class GhibliModule(L.LightningModule):
         timestep_function(config.loss, self.num_train_timesteps)  # refuses a range that the base has not
         self.register_buffer("empty_ids", base.tokenize([""]), persistent=False)
         self.start: Adapter | None = None  # lora.init
+        if config.finetune == "lora" and config.lora.init is not None:
+            self.start = read_adapter(config.lora.init, base, "lora.init")
+            check_same_shape(self.start, config.lora, base)
+        if config.model.frozen_bits is not None:
+            quantize_frozen(base, config.model.frozen_bits)
         if config.finetune == "lora":
-            if config.lora.init is not None:
-                self.start = read_adapter(config.lora.init, base, "lora.init")
-                check_same_shape(self.start, config.lora, base)
             lora.add_lora(base, config.lora, config.seed)
         elif config.finetune == "full":
             lora.unfreeze_unet(base)

@@ -132,6 +132,8 @@ class PairedProbe:
             "precision": str(trainer.precision), "device": device_name(module.device),
             "torch": torch.__version__,
         }  # fmt: skip
+        if self.config.model.frozen_bits is not None:
+            settings["frozen_bits"] = self.config.model.frozen_bits
         folder = Path(self.config.cache_dir) / "base_scores"
         with counted("scoring the base") as on_progress, trainer.precision_plugin.forward_context():
 

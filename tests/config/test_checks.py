@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ghibli.config import paths
 from ghibli.config.checks import not_finite, require, require_finite, share
 from ghibli.config.schema import Config
 from ghibli.runtime.errors import UserError
@@ -71,3 +72,13 @@ def test_any_other_share_is_refused_by_name(text: str) -> None:
     with pytest.raises(UserError) as caught:
         share("--lose", text)
     assert str(caught.value).startswith(f"--lose {text} is ") and "1%" in str(caught.value)
+
+
+def test_frozen_bits_without_its_package_is_refused_before_anything_is_loaded(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "find_spec", lambda name: None)
+    message = "model.frozen_bits=4 needs bitsandbytes, which is not installed: pip install"
+    with pytest.raises(UserError, match=message):
+        paths.check_paths(make_config("model.frozen_bits=4"))
+    paths.check_paths(make_config())
