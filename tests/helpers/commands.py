@@ -20,6 +20,7 @@ SMALL = (
     "checkpoint.every_n_steps=2", "trainer.log_every_n_steps=1", "validation.items_per_image=2",
     "wandb.mode=disabled", f"cache_dir={CACHE}",
 )  # fmt: skip
+QUICK = ("trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4", "lora.alpha=6")  # large steps
 
 
 def run_python(*words: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -25,8 +25,8 @@ from ghibli.models.base import DEMO
 from ghibli.models.load import load
 from ghibli.models.performance import shrink_frozen
 from ghibli.models.quantize import linear_4bit, linear_8bit, quantize_frozen, weight_bytes
-from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
 from ghibli.training.module import GhibliModule
 

@@ -1,0 +1,46 @@
+"""The model card: text of strangers stays text, and it names only files that are there."""
+
+import ast
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from ghibli.adapters.model_card import model_card
+from ghibli.runs.folder import RunDir
+
+EVIL = "<img src=x onerror=alert(1)>"
+
+
+def test_a_card_shows_text_as_text(make_config: Callable, tmp_path: Path) -> None:
+    """Emoji in YAML, HTML in style and names, a path of this machine, a damaged evaluation.json."""
+    secret = tmp_path / "home" / "jane" / "sd15"
+    config = make_config(
+        f"data.style=', 😀 👩‍🎨 {EVIL} `x`'", f"model.path={secret}", f"model.adapter={secret}/near"
+    )
+    copy = RunDir(tmp_path / EVIL.replace("/", ""))
+    copy.path.mkdir()
+    copy.status.update(gain="0.5", gain_se=0.1, step=EVIL, data_hash=EVIL)
+    copy.evaluation.write_text(json.dumps({"weights": None, "models": {EVIL: [{"sampler": EVIL}]}}))
+    card = model_card(copy, config, copy.path.name, ["`a`"], ["a"])
+    assert "<img" not in card and "jane" not in card and "<lora:" not in card
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["instance_prompt"] == f"😀 👩‍🎨 {EVIL} `x`" and "base_model" not in header
+    assert "&lt;img" in card and "for sd15, with near merged" in card
+    line = next(line for line in card.splitlines() if "from_pretrained" in line)
+    prompt = next(line for line in card.splitlines() if "guidance_scale" in line)
+    assert "sd15" in line and ast.literal_eval(prompt.strip()[9:].rpartition(", guidance")[0]).endswith("`x`")
+
+
+def test_a_card_names_only_files_that_are_there(make_config: Callable, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    config = make_config("lora.variant=dora")
+    names = ["pytorch_lora_weights.safetensors"]
+    assert "A1111" not in model_card(run, config, "it", [], names)
+    whole = model_card(
+        run, config, "it", [], [*names, "it_kohya.safetensors", "merged", "it_merged.safetensors"]
+    )
+    for words in ("<lora:it_kohya:1>", "`merged/` is a complete", "`it_merged.safetensors` is the complete"):
+        assert words in whole

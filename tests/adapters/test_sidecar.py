@@ -1,0 +1,25 @@
+"""The file of trigger words beside an adapter, and names for other programs."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from ghibli.adapters.sidecar import clean_name, write_sidecar
+from ghibli.models.base import BaseModel
+
+
+def test_what_a1111_writes_beside_a_file_stays(
+    make_config: Callable, tmp_path: Path, base: BaseModel
+) -> None:
+    (tmp_path / "it.json").write_text('{"notes": "mine"}')
+    write_sidecar(tmp_path / "it.safetensors", make_config(), base)
+    assert json.loads((tmp_path / "it.json").read_text()) == {"notes": "mine"}
+
+
+def test_names_for_other_programs() -> None:
+    """A1111 splits `<lora:NAME:1>` at colons and reads an = as an option."""
+    for text in ("lora.rank=8,lr=1e-4", "a:b>c", "  ", "...", "naïve ジブリ", "x" * 300, "../../etc/passwd"):
+        name = clean_name(text)
+        assert re.fullmatch(r"[\w+-][\w.+-]{0,99}", name), name
+    assert clean_name("lora.rank=8,lr=1e-4") == "lora.rank_8_lr_1e-4"
