@@ -8,7 +8,7 @@ import torch
 from ghibli.adapters import apply
 from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config
-from ghibli.models.base import BaseModel, weights_hash
+from ghibli.models.base import BaseModel, configs_hash, weights_hash
 from ghibli.models.load import load, load_part
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
@@ -52,6 +52,12 @@ def check_same_base(run: RunDir, config: Config, base: BaseModel) -> None:
             f"{run.path}: the base model.path={config.model.path} is not the one it was trained from "
             f"(base_hash {found[:12]}, was {str(noted)[:12]}): put that back; to use its adapter on another "
             f"base, give {run.adapter} and model.path=DIR"
+        )
+    noted = run.status.read().get("configs_hash")  # runs of before have none
+    if noted is not None and noted != configs_hash(base):
+        raise UserError(
+            f"{run.path}: the base model.path={config.model.path} has the weights that it was trained from, "
+            "but another tokenizer, or another setting in a part's config.json: put those back"
         )
 
 

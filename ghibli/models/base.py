@@ -19,6 +19,15 @@ WHOLE = 1024 * 1024  # px of the largest image that the VAE takes in one piece
 TILE = 512  # px, side of a tile of a larger one
 TOKENIZER_LOCK = Lock()  # a fast tokenizer raises when two threads use it at once
 DEMO = ROOT / "ghibli" / "demo"  # the embedded demo base, a diffusers folder
+COMPUTED_BY = {  # settings that change what a part's weights compute, but not their names and shapes
+    "text_encoder": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
+    "vae": ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor"),
+    "unet": (
+        "act_fn", "attention_head_dim", "num_attention_heads", "norm_eps", "norm_num_groups",
+        "flip_sin_to_cos", "freq_shift", "center_input_sample", "mid_block_scale_factor",
+    ),
+}  # fmt: skip
+CAPTIONS = ["", "A girl standing, in a Greenhouse! 42 naïve", "the  LAKE's 3rd boat-house; (rain) " * 20]
 
 
 @dataclass
@@ -137,6 +146,19 @@ def weights_hash(base: BaseModel) -> str:
     for part in (base.text_encoder, base.vae, base.unet):
         add_weights(total, part)
     return total.hexdigest()
+
+
+def configs_hash(base: BaseModel) -> str:
+    """Hash what weights_hash leaves out: the tokenizer, and settings that change what a part computes.
+
+    Of the tokenizer, its vocabulary and the input_ids of some captions; so versions of the libraries, which
+    store the same in other words, have the same hash. sha256, hex.
+    """
+    facts: list[Any] = [sorted(base.tokenizer.get_vocab().items()), base.tokenize(CAPTIONS).tolist()]
+    for part, names in COMPUTED_BY.items():
+        config = getattr(base, part).config
+        facts += [(part, name, getattr(config, name, None)) for name in names]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def part_hash(part: torch.nn.Module) -> str:

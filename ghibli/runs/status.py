@@ -25,8 +25,8 @@ WHOLE_NUMBERS = (
 )  # fmt: skip
 TEXTS = (
     "state", "reason", "started", "ended", "updated", "settings", "command", "git_commit", "code",
-    "code_hash", "settings_hash", "base_hash", "data_hash", "init_hash", "machine", "processor", "device",
-    "precision", "wandb_id", "seal",
+    "code_hash", "settings_hash", "base_hash", "configs_hash", "data_hash", "init_hash", "machine",
+    "processor", "device", "precision", "wandb_id", "seal",
 )  # fmt: skip
 
 

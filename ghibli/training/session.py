@@ -18,6 +18,7 @@ from ghibli.adapters.apply import load_base
 from ghibli.config.files import to_yaml
 from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
+from ghibli.models.base import configs_hash
 from ghibli.runs import distributed, identity
 from ghibli.runs.folder import RunDir, check_unchanged, step_of
 from ghibli.runtime.commands import command_line, resume_command
@@ -96,6 +97,8 @@ class Session:
         """
         path = self.config.model.path
         check_unchanged(self.run, "base_hash", module.base_hash, f"the base model.path={path}")
+        configs = f"the tokenizer or a config of the base model.path={path}"
+        check_unchanged(self.run, "configs_hash", configs_hash(module.base), configs)
         if module.start is not None:
             check_unchanged(self.run, "init_hash", module.start.hash, "lora.init")
 

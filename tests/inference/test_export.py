@@ -24,7 +24,7 @@ from ghibli.inference.export import check_prediction
 from ghibli.inference.generate import generate_images
 from ghibli.inference.load import load_model
 from ghibli.inference.request import ImageRequest
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.base import DEMO, BaseModel, configs_hash
 from ghibli.models.load import load
 from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
@@ -238,6 +238,17 @@ def test_a_base_that_was_replaced_is_noticed(run: RunDir, tmp_path: Path) -> Non
         with pytest.raises(UserError, match=sentence):
             use()
     assert not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_or_config_is_noticed(run: RunDir, tmp_path: Path) -> None:
+    """The weights are the same; runs of before noted none."""
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "copy", ignore=shutil.ignore_patterns("export")))
+    assert copy.status.read()["configs_hash"] == configs_hash(load("demo"))
+    copy.status.update(configs_hash="0" * 64)
+    with pytest.raises(UserError, match="another tokenizer, or another setting in a part's config.json"):
+        load_model([str(copy.path)], [])
+    copy.status.update(configs_hash=None)
+    load_model([str(copy.path)], [])
 
 
 # Memory

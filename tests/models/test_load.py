@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from ghibli.models.base import DEMO, BaseModel, weights_hash
+from ghibli.models.base import DEMO, BaseModel, configs_hash, weights_hash
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
@@ -121,6 +121,36 @@ def test_the_hash_knows_every_weight_and_the_schedule(base: BaseModel) -> None:
     base.scheduler_config = base.scheduler_config | {"beta_end": 0.013}
     hashes.add(weights_hash(base))
     assert len(hashes) == 5
+
+
+def test_the_other_hash_knows_tokenizer_and_settings(folder: Path, base: BaseModel) -> None:
+    """Of a base with the same weights: each change is seen, what only names a library's version is not."""
+
+    def hash_after(file: str, **changes: object) -> str:
+        before = (folder / file).read_text()
+        (folder / file).write_text(json.dumps(json.loads(before) | changes))
+        changed = load(str(folder))
+        (folder / file).write_text(before)
+        assert weights_hash(changed) == weights_hash(base)
+        return configs_hash(changed)
+
+    ours = configs_hash(base)
+    assert configs_hash(load(str(folder))) == ours
+    assert hash_after("unet/config.json", _diffusers_version="0.30.0") == ours
+    assert hash_after("text_encoder/config.json", transformers_version="4.40.0") == ours
+    seen = {
+        ours,
+        hash_after("text_encoder/config.json", hidden_act="gelu"),
+        hash_after("unet/config.json", norm_eps=1e-3),
+        hash_after("vae/config.json", scaling_factor=0.18215),
+    }
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    one, other = sorted(vocabulary)[300:302]
+    swapped = vocabulary | {one: vocabulary[other], other: vocabulary[one]}
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(swapped))
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    seen.add(configs_hash(load(str(folder))))
+    assert len(seen) == 5
 
 
 # What is refused
