@@ -64,18 +64,31 @@ def merge(base: BaseModel, folder: Path, scale: float) -> None:
 def add_to_weights(base: BaseModel, adapter: Adapter, scale: float) -> None:
     """Add scale (W' - W) to every weight that an adapter changes, one layer at a time.
 
-    A plain LoRA's is computed in the weight's dtype, as PEFT merges it; any other in float64.
-
     Raises:
-        UserError: an update that is not finite.
+        UserError: as change_of.
     """
     known = named_layers(base)
     for name, layer in adapter.layers.items():
         weight = known[name].weight
-        exact = weight if isinstance(layer, LoRA) and layer.is_plain else weight.double()
-        change = (layer.delta(exact) * scale).to(weight)
-        check_finite(change, f"{adapter.file}: {name}")
-        weight.add_(change)
+        weight.add_(change_of(layer, weight, scale, f"{adapter.file}: {name}"))
+
+
+@torch.no_grad()
+def change_of(layer: Layer, weight: torch.Tensor, scale: float, where: str) -> torch.Tensor:
+    """Return scale (W' - W) in the dtype of the base's weight W.
+
+    A plain LoRA's is computed in that dtype, as PEFT merges it; any other in float64.
+
+    Args:
+        where: the layer, for messages.
+
+    Raises:
+        UserError: an update that is not finite.
+    """
+    exact = weight if isinstance(layer, LoRA) and layer.is_plain else weight.double()
+    change = (layer.delta(exact) * scale).to(weight)
+    check_finite(change, where)
+    return change
 
 
 def load_adapters(base: BaseModel, adapters: Iterable[tuple[Adapter, float]]) -> None:

@@ -241,7 +241,9 @@ def choose(
             holds(count)
     layers = layers_of(count)
     scorer.put(layers)
-    return Choice(layers, tried[count], losses.lost(scorer.losses(losses.check), losses.check), limit)
+    checked = losses.lost(scorer.losses(losses.check), losses.check)
+    scorer.put({})  # whole differences are written from the untouched base
+    return Choice(layers, tried[count], checked, limit)
 
 
 def refusal(choice: Choice, adapter: Adapter, config: Config) -> str | None:

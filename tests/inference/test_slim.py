@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import train
 from ghibli.adapters.apply import add_to_weights, load_base
 from ghibli.adapters.files import Adapter, read_adapter
+from ghibli.adapters.names import named_layers
 from ghibli.cli.main import app
 from ghibli.config.files import to_yaml
 from ghibli.config.schema import Config
@@ -23,7 +24,7 @@ from ghibli.data.datamodule import GhibliDataModule
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
 from ghibli.evaluation.layer_map import read_map
 from ghibli.evaluation.slimming import halves, lost_gain
-from ghibli.inference import slim
+from ghibli.inference import layer_scorer, slim
 from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
@@ -93,6 +94,33 @@ def slim_scorer(run: RunDir, config: Config) -> tuple[slim.LayerScorer, Adapter]
     base = load_base(config.model)
     adapter = read_adapter(run.adapter, base, "it")
     return slim.make_scorer(run, config, base, adapter), adapter
+
+
+def test_what_is_put_is_merged_and_taken_out_again_bit_for_bit(trained: RunDir) -> None:
+    """Against add_to_weights; whole differences are written from the base afterwards."""
+    config = finished_config(trained)
+    scorer, adapter = slim_scorer(trained, config)
+    base, by_hand = scorer.module.base, load_base(config.model)
+    before = {name: layer.weight.clone() for name, layer in named_layers(base).items()}
+    some = dict(list(adapter.layers.items())[::2])
+    for layers in (adapter.layers, some, {}):
+        scorer.put(layers)
+        add_to_weights(by_hand, replace(adapter, layers=layers), 1.0)
+        wanted = named_layers(by_hand)
+        for name, layer in named_layers(base).items():
+            assert torch.equal(layer.weight, wanted[name].weight)
+            wanted[name].weight.data.copy_(before[name])
+
+
+def test_images_at_once_score_as_one_by_one(trained: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, adapter = slim_scorer(trained, finished_config(trained))
+    scorer.put(adapter.layers)
+    for guidance in (1.0, 3.0):
+        together = scorer.losses(range(len(scorer.batches)), guidance=guidance)
+        with monkeypatch.context() as patch:
+            patch.setattr(layer_scorer, "AT_ONCE", 1)
+            alone = scorer.losses(range(len(scorer.batches)), guidance=guidance)
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
@@ -289,12 +317,13 @@ def test_without_a_gain_there_is_nothing_to_keep(copied: RunDir) -> None:
 def test_half_the_bytes_at_one_percent_and_fresh_images_agree(
     make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """The demo as it is, but for fewer epochs and items; 60 scenes that no run has seen."""
+    """The demo's layers and rank, on fewer and smaller images; 60 scenes that no run has seen."""
     run, cache = RunDir(tmp_path / "run"), tmp_path / "cache"
-    config = make_config("trainer.max_epochs=3", "data.batch_size=18", "data.accumulate=1",
-                         "sample.every_n_epochs=0", "validation.max_images=30")  # fmt: skip
-    draw = replace(config.data, root=str(cache / "scenes"), val_fraction=0.1)
-    write_folder(cache / "scenes", "drawn", 400, 1_000_000)
+    config = make_config("trainer.max_epochs=4", "data.batch_size=12", "data.accumulate=1",
+                         "model.resolution=64", "optimizer.lr=1e-3", "sample.every_n_epochs=0",
+                         "validation.max_images=40")  # fmt: skip
+    draw = replace(config.data, root=str(cache / "scenes"), val_fraction=0.2)
+    write_folder(cache / "scenes", "drawn", 200, 1_000_000)
     train.run(replace(config, data=draw), run)
     result = slim.slim(run, finished_config(run), 0.01, run.path / "slim")
     file = run.path / "slim" / ADAPTER_FILE
