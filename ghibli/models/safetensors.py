@@ -29,16 +29,16 @@ def check_whole(file: Path, what: str) -> None:
         start = opened.read(19)
     if start == b"version https://git":
         raise UserError(f"{what}: {file} is a git-lfs pointer, not the weights: run git lfs pull")
-    if start.startswith(PICKLE_STARTS):
-        renamed = file.with_suffix(".bin")
-        raise UserError(
-            f"{what}: {file} is a pickle under another name; {NO_PICKLE}; rename it to {renamed.name}, then "
-            f"{convert_command([renamed])}"
-        )
     try:
         with safe_open(file, framework="pt"):
             pass
     except SafetensorError as error:
+        if start.startswith(PICKLE_STARTS):  # asked only now: the length of a whole header can look the same
+            renamed = file.with_suffix(".bin")
+            raise UserError(
+                f"{what}: {file} is a pickle under another name; {NO_PICKLE}; rename it to {renamed.name}, "
+                f"then {convert_command([renamed])}"
+            ) from error
         raise UserError(
             f"{what}: {file} is cut off or damaged; download it again ({first_line(error)})"
         ) from error

@@ -113,7 +113,7 @@ def test_a_layer_under_two_names(kind: str, model: BaseModel, tmp_path: Path) ->
     state = adapter_state(model, {LINEAR: kind})
     first = next(iter(state))
     twin = f"lycoris_{first.removeprefix('lora_unet_')}"
-    text = refusal(state | {twin: state[first]}, {}, model, tmp_path)
+    text = refusal(state | {twin: state[first].clone()}, {}, model, tmp_path)
     assert f"`{first}`" in text and f"`{twin}`" in text and "twice" in text
 
 

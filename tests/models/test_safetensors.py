@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import REPO
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ghibli.adapters import apply
@@ -17,7 +17,7 @@ from ghibli.config.paths import check_adapter
 from ghibli.models.base import DEMO, BaseModel, weights_hash
 from ghibli.models.convert import to_safetensors
 from ghibli.models.load import load
-from ghibli.models.safetensors import ADAPTER_FILE
+from ghibli.models.safetensors import ADAPTER_FILE, check_whole
 from ghibli.runtime.errors import UserError
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -193,3 +193,14 @@ def test_convert_takes_the_weights_of_a_checkpoint_and_keeps_files(tmp_path: Pat
     assert torch.equal(found["a"], shared) and torch.equal(found["b"], shared.T)
     again = CliRunner().invoke(app, ["convert", str(tmp_path / "a.ckpt")])
     assert "exists already" in str(again.exception)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_header_whose_length_looks_like_a_pickle_is_read(protocol: int, tmp_path: Path) -> None:
+    """Bare pickles begin with 0x80 and their protocol; so does a header of 128 + 256 x protocol bytes."""
+    file = tmp_path / ADAPTER_FILE
+    save_file({"a": torch.ones(2)}, file, {"title": ""})
+    missing = 128 + 256 * protocol - int.from_bytes(file.read_bytes()[:8], "little")
+    save_file({"a": torch.ones(2)}, file, {"title": "x" * missing})
+    assert file.read_bytes()[:2] == bytes([0x80, protocol])
+    check_whole(file, "adapter")
