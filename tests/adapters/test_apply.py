@@ -50,6 +50,7 @@ def test_merged_base_equals_base_with_adapter(adapter: tuple, base: BaseModel) -
     assert not [name for name, _ in base.unet.named_parameters() if "lora" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_merged_base_draws_the_images_of_base_with_adapter(
     adapter: tuple, base: BaseModel, sampler: str

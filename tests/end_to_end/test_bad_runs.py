@@ -349,6 +349,7 @@ def test_stopped_twice_and_resumed_equals_undisturbed(
     assert weights(stopped) == weights(undisturbed)
 
 
+@pytest.mark.slow
 def test_stopped_in_the_last_step_a_run_is_finished_and_no_trial_follows(
     command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

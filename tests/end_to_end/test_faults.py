@@ -83,6 +83,7 @@ def test_a_damaged_best_checkpoint_of_a_finished_run_is_named(half_done: Corrupt
 # What the promises rest on
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_was_moved_goes_on(half_done: Corrupter, tmp_path: Path) -> None:
     """And knows which epoch was the best; Lightning's ModelCheckpoint forgets it with the path."""
     half_done.put_back(half_done.half)
@@ -98,6 +99,7 @@ def test_a_run_folder_that_was_moved_goes_on(half_done: Corrupter, tmp_path: Pat
     assert list(checkpoints[1].best_k_models) == [str(tmp_path / "new" / "best.ckpt")]
 
 
+@pytest.mark.slow
 def test_every_changed_byte_of_config_yaml_is_noticed(half_done: Corrupter, tmp_path: Path) -> None:
     """Or it changes no setting, as in the checksum's own line."""
     path = tmp_path / "config.yaml"

@@ -64,6 +64,7 @@ def test_failing_trials_stop_no_other_and_are_reported(folder: Path) -> None:
     assert np.asarray(Image.open(folder / "study.png")).std() > 5
 
 
+@pytest.mark.slow
 def test_a_trial_is_the_single_run_with_its_settings(folder: Path, words: list[str], tmp_path: Path) -> None:
     single = [w for w in words if not w.startswith(("hydra.", "optimizer.lr", "data.batch_size"))]
     with pytest.MonkeyPatch.context() as patch:
@@ -106,6 +107,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return started
 
 
+@pytest.mark.slow
 def test_a_refused_trial_is_not_ranked(
     folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +238,7 @@ def test_the_offline_dashboard_holds_the_whole_sweep(
     )
 
 
+@pytest.mark.slow
 def test_the_same_study_again_trains_only_what_failed(
     folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def cropped(images: torch.Tensor) -> torch.Tensor:
 COPIES = {"exact": lambda images: images, "mirrored": lambda images: images.flip(-1), "cropped": cropped}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COPIES)
 def test_a_fifth_of_copies_is_found_that_the_median_hides(
     training: TrainingThumbnails, training_images: torch.Tensor, unseen: tuple, kind: str

@@ -36,6 +36,7 @@ def test_same_set_is_zero_and_two_halves_of_one_set_are_near_it(base: BaseModel)
     assert distances.precision_recall(rows, rows) == (1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_distances_grow_with_noise_blur_and_the_other_look(base: BaseModel) -> None:
     images, reference = drawn(24), style_of(base, drawn(40, EVALUATION_SEEDS.start + 100))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))

@@ -107,6 +107,7 @@ def test_only_what_was_trained_is_offered(app_session: AppSession, outside: Path
             app_session.model_of([strange])
 
 
+@pytest.mark.slow
 def test_a_stop_ends_what_is_drawn_and_nothing_else(app_session: AppSession) -> None:
     request = gradio.Request(session_hash="somebody")
     app_session.stop(request)  # nothing is drawn yet
@@ -330,6 +331,7 @@ def test_a_photo_is_restyled(tab: Any, tmp_path: Path) -> None:
     assert np.abs(base - trained).max() > 2
 
 
+@pytest.mark.slow
 def test_files_that_are_no_photos(tab: Any, tmp_path: Path) -> None:
     """A text file is refused; an image of 100 megapixels is reduced."""
     text, large = tmp_path / "text.jpg", tmp_path / "large.png"

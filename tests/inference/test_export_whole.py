@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from helpers.sd15_random import TEXT_ENCODER, UNET, VAE, published
@@ -14,6 +15,7 @@ from ghibli.models.load import load
 from ghibli.models.original import original_weights
 
 
+@pytest.mark.slow
 def test_the_complete_model_has_the_published_layout(exported: tuple[Path, list], base: BaseModel) -> None:
     """Older transformers read nothing else: prefix `text_model.`, and a tokenizer of two plain files."""
     merged, text = exported[0] / "merged", base.text_encoder.state_dict()

@@ -96,6 +96,7 @@ def slim_scorer(run: RunDir, config: Config) -> tuple[slim.LayerScorer, Adapter]
     return slim.make_scorer(run, config, base, adapter), adapter
 
 
+@pytest.mark.slow
 def test_what_is_put_is_merged_and_taken_out_again_bit_for_bit(trained: RunDir) -> None:
     """Against add_to_weights; whole differences are written from the base afterwards."""
     config = finished_config(trained)
@@ -112,6 +113,7 @@ def test_what_is_put_is_merged_and_taken_out_again_bit_for_bit(trained: RunDir) 
             wanted[name].weight.data.copy_(before[name])
 
 
+@pytest.mark.slow
 def test_images_at_once_score_as_one_by_one(trained: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer, adapter = slim_scorer(trained, finished_config(trained))
     scorer.put(adapter.layers)

@@ -28,6 +28,7 @@ def evaluated(folder: Path, texture: float, layout: float, distance: float) -> R
     return RunDir(folder)
 
 
+@pytest.mark.slow
 def test_the_gain_that_goes_with_the_images_is_seen(tmp_path: Path) -> None:
     """Images follow the layout, whose gain is invisible in the mean over losses."""
     rng = np.random.default_rng(0)

@@ -90,6 +90,7 @@ def test_a_failed_trial_does_not_stop_the_search_and_is_retried(
     assert states.count("COMPLETE") == 8 and len(states) == 8 + 2 * failed
 
 
+@pytest.mark.slow
 def test_a_deleted_trial_of_a_search_is_trained_again(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -38,6 +39,7 @@ def test_it_is_torchs_average_over_the_same_steps() -> None:
     assert all(torch.equal(weights[name], weight) for name, weight in kept.items())
 
 
+@pytest.mark.slow
 def test_a_run_judges_and_keeps_the_average(make_config: Callable[..., Config], tmp_path: Path) -> None:
     """The checkpoint of the last epoch and the adapter hold the average; what trains is as without one."""
     words = ("sample.every_n_epochs=0", "trainer.max_epochs=1", "lora.rank=4", "lora.text_encoder=false")

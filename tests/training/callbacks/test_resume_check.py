@@ -168,6 +168,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapter_last" / "pytorch_lora_weights.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_rounding_of_another_machine_is_allowed_and_no_more(run: RunDir, config: Config) -> None:
     def elsewhere(content: dict[str, Any], relative: float) -> None:
         content["identity"]["place"] = "another processor"
