@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ghibli.images.read import open_image
 from ghibli.runs.find import run_named
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
@@ -82,8 +83,7 @@ class Run:
         if not files:
             known = ", ".join(sorted(file.stem for file in found)) or "none yet"
             raise UserError(f"{self.path} has no grid{f' {name}' if name else ''}: it has {known}")
-        with Image.open(files[-1]) as image:
-            return image.convert("RGB")
+        return open_image(files[-1])
 
 
 def table(file: Path) -> Any:

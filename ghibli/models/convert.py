@@ -43,7 +43,7 @@ def to_safetensors(file: Path) -> Path:
     tensors = {name: value for name, value in named if isinstance(value, torch.Tensor)}
     if not tensors:
         raise UserError(f"{file} holds no named weights")
-    if sum(tensor.nbytes for tensor in tensors.values()) > SHARED * file.stat().st_size:
+    if sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()) > SHARED * file.stat().st_size:
         raise UserError(
             f"{file} holds tensors far larger than itself: get the .safetensors of the same model"
         )

@@ -1,5 +1,6 @@
 """Fetch an image set into a plain folder: from zip files, parquet shards, the hub, Kaggle."""
 
+import errno
 import hashlib
 import io
 import logging
@@ -186,7 +187,8 @@ def refuse_damage(what: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # zipfile, its decompressors and pyarrow raise many types
-        if disk_trouble(error) is not None:
+        named_by_it = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        if disk_trouble(error) is not None and not named_by_it:
             raise
         raise UserError(f"{what}: {first_line(error)[:200]}; download it again") from error
 

@@ -90,10 +90,15 @@ def chosen(rows: list[ListedRun], words: Iterable[str], sort: str, last: int | N
 
 
 def by_base(rows: list[ListedRun]) -> dict[str, list[ListedRun]]:
-    """Group rows by the base they started from, in the order of their first run: gains compare within one."""
-    groups: dict[str, list[ListedRun]] = {}
+    """Group rows by the base they started from, in the order of their first run: gains compare within one.
+
+    Rows without a gain, which compare with nothing, stand in the first group.
+    """
+    bases = [str(row.status.get("base_hash") or "") for row in rows if row.gain is not None]
+    groups: dict[str, list[ListedRun]] = {base: [] for base in bases or [""]}
+    first = next(iter(groups))
     for row in rows:
-        groups.setdefault(str(row.status.get("base_hash") or ""), []).append(row)
+        groups[first if row.gain is None else str(row.status.get("base_hash") or "")].append(row)
     return groups
 
 

@@ -33,7 +33,7 @@ KEYS = [
 
 @pytest.mark.parametrize("key", KEYS)
 def test_no_key_takes_what_is_not_finite(make_config: Callable[..., Config], key: str) -> None:
-    is_list = key in ("optimizer.betas", "sample.guidance", "evaluate.scales")
+    is_list = key in ("optimizer.betas", "sample.guidance", "evaluate.scales", "loss.timestep_parameters")
     for value in ("nan", "inf", "-inf"):
         with pytest.raises(UserError) as caught:
             make_config(f"{key}=[0.9,{value}]" if is_list else f"{key}={value}")

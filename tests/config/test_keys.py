@@ -16,9 +16,9 @@ NOT_IN_FOLDER_NAMES = {
     "local.sd15_config", "local.ghibli", "local.caption", "model.clip", "model.config", "data.reference",
     "data.reference_draw", "data.workers", "data.grid_epochs", "checkpoint.every_n_steps",
     "evaluate.samples", "evaluate.scan_samples", "evaluate.every_n_epochs", "evaluate.epoch_samples",
-    "evaluate.scales", "evaluate.batch_size", "evaluate.features", "evaluate.inception", "wandb.mode",
-    "wandb.project", "wandb.group", "wandb.name", "sweep.report_only", "sweep.evaluate", "sweep.search",
-    "sweep.halving", "sweep.best", "sweep.repeats",
+    "evaluate.scales", "evaluate.sampler_steps", "evaluate.batch_size", "evaluate.features",
+    "evaluate.inception", "wandb.mode", "wandb.project", "wandb.group", "wandb.name", "sweep.report_only",
+    "sweep.evaluate", "sweep.search", "sweep.halving", "sweep.best", "sweep.repeats",
 }  # fmt: skip
 
 

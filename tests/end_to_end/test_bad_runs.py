@@ -439,14 +439,14 @@ def test_ctrl_c_as_a_user_presses_it(images: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_before_training_begins(images: Path, tmp_path: Path) -> None:
-    """While torch is imported: one word, no traceback."""
+    """While torch is imported: one word more, no traceback."""
     process = start(images, tmp_path / "run", tmp_path)
     wait_for(tmp_path / "run" / ".hydra" / "overrides.yaml", process)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert (out + err).strip().splitlines() == ["stopped"]
+    assert (out + err).strip().splitlines() == ["loading torch, diffusers and Lightning ...", "stopped"]
 
 
 # Other commands

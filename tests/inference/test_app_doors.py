@@ -280,7 +280,7 @@ def test_a_run_from_elsewhere_does_not_keep_the_page_shut(
     (run / "samples").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
     app_session = session.AppSession([])
-    assert app_session.run_choices() == [("outputs/theirs, 0.0 % better than the base", "outputs/theirs")]
+    assert app_session.run_choices() == [("theirs", "outputs/theirs")]
     with pytest.raises(UserError, match="samples is a link to"):
         app_session.model_of(["outputs/theirs"])
 

@@ -23,9 +23,10 @@ from ghibli.evaluation.diagnosis import Finding
 from ghibli.images.duplicates import near_duplicates, thumbnail
 from ghibli.models import load
 from ghibli.models.base import BaseModel
+from ghibli.models.cost import Live
 from ghibli.models.performance import shrink_frozen
 from ghibli.prepare import dataset_checks, memory, preflight
-from ghibli.prepare.memory import Live, measure_cost
+from ghibli.prepare.memory import measure_cost
 from ghibli.runs.folder import RunDir
 from ghibli.runtime import resources
 from ghibli.runtime.errors import UserError

@@ -266,7 +266,7 @@ ERRORS = {
     "finetune=lorra": "finetune=lorra is unknown: choose one of lora, full, none; did you mean lora?",
     "optimizer.schedule=linear": "optimizer.schedule=linear is unknown: choose one of cosine_epochs,",
     "data.draw.look=paint": "data.draw.look=paint is unknown: choose one of drawn, photo",
-    "sample.samplers=[euler]": "sample.samplers=euler is unknown: choose one of ddpm, ddim",
+    "sample.samplers=[heun]": "sample.samplers=heun is unknown: choose one of ddpm, ddim",
     # types
     "lora.rank=1.5": "lora.rank=1.5: expected a whole number",
     "++lora.rank=two": "lora.rank=two: expected a whole number",

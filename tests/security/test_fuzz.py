@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ghibli.adapters.files import read_adapter
-from ghibli.cli.runs import row_of
 from ghibli.config.files import CHECKSUM_LINE, from_yaml, read_settings
 from ghibli.models.load import load
 from ghibli.report.run_data import read_run
-from ghibli.runs import compare
+from ghibli.runs import compare, listing
 from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole
@@ -112,7 +111,7 @@ def other(tmp_path: Path) -> RunDir:
 
 def read_everywhere(run: RunDir, other: RunDir) -> None:
     """Read a run as list, report, compare and resume do."""
-    row_of(run)
+    _ = [row.cells for row in listing.listed([run])]
     data = read_run(run, with_scores=False)
     _ = data.probe, data.metrics, data.distances, data.evaluation, data.gain, data.best_epoch, data.findings
     with suppress(UserError):

@@ -19,7 +19,6 @@ import torch
 from helpers.commands import REPO
 from PIL import Image
 
-from ghibli.cli.runs import row_of
 from ghibli.config.files import from_yaml, read_settings
 from ghibli.images.read import Unusable, read_image
 from ghibli.models.configs import check_config
@@ -28,7 +27,7 @@ from ghibli.models.safetensors import check_whole
 from ghibli.report.images import embed_grids
 from ghibli.report.page import page_content
 from ghibli.report.run_data import read_run
-from ghibli.runs import compare
+from ghibli.runs import compare, listing
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir, read_checkpoint, step_of
 from ghibli.runtime.errors import UserError
@@ -88,7 +87,7 @@ def huge(file: Path) -> None:
 
 def read_everywhere(run: RunDir, other: RunDir) -> None:
     """Read a run as list, report, compare and resume do."""
-    row_of(run)
+    _ = [row.cells for row in listing.listed([run])]
     read_settings(run.config)
     data = read_run(run, with_scores=True)
     _ = data.probe, data.metrics, data.distances, data.evaluation, data.layer_map, data.gain, data.findings

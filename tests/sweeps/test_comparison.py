@@ -117,7 +117,7 @@ def test_the_nearest_models_are_compared_in_pairs(trials: list[Trial], tmp_path:
             content["models"][model] = [row | {"file": file} for row in content["models"][model]]
         trial.run.evaluation.write_text(json.dumps(content))
     lines = comparison.paired_comparisons(trials[1:])
-    wanted = kernel_difference(sets["guided"], sets["one"], sets["real"])
+    wanted = kernel_difference(sets["guided"], sets["one"], sets["real"], torch.arange(40))
     behind = f"{wanted.value:.2f} +- {wanted.standard_error:.2f}"
     names = [f"LoRA, trained at guidance {scale} (DDIM 7.5)" for scale in (1, 7.5)]
     assert lines[0] == f"{names[1]} is farther from real images than {names[0]} by {behind}, in pairs."

@@ -141,8 +141,9 @@ def test_settings_from_before_the_later_keys(config: Config, tmp_path: Path) -> 
             del content[key]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     read = files.from_yaml(tmp_path / "config.yaml")
-    assert (read.threads, read.data.grid_epochs) == (None, "")
-    assert replace(read, data=config.data, evaluate=config.evaluate, threads=config.threads) == config
+    assert (read.threads, read.data.grid_epochs, read.early_stopping.min_improvement) == (None, "", 0)
+    others = {name: getattr(config, name) for name in ("data", "early_stopping", "evaluate", "threads")}
+    assert replace(read, **others) == config
 
 
 def test_a_refused_resume_leaves_a_finished_run_as_it_was(
