@@ -43,12 +43,15 @@ def check_command(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as for train.py")
     ] = None,
+    card: Annotated[
+        str | None, typer.Option(help="memory of a GPU, such as 8GB: say what fits on it, without having it")
+    ] = None,
 ) -> None:
     """Check settings, base, images, memory and disk of a run before it starts; trains nothing."""
     with stop_at_once():
         from ghibli.prepare import preflight
 
-    found = preflight.check(overrides or [])
+    found = preflight.check(overrides or [], card)
     preflight.log_findings(found)
     if any(finding.level == "error" for finding in found):
         raise typer.Exit(2)

@@ -161,12 +161,14 @@ class FeatureExtractor:
     def _caption_fit(
         self, clip: CLIPModel, processor: CLIPImageProcessor, images: torch.Tensor, captions: list[str]
     ) -> torch.Tensor:
-        scores = []
+        scores, device = [], self.base.vae.device
+        clip.to(device)
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
             levels = (images[part] * 255).round().to(torch.uint8)
             pixel_values = processor(images=list(levels), return_tensors="pt")["pixel_values"]
-            scores.append(clip_similarity(clip, pixel_values, self.base.tokenize(captions[part])))
+            input_ids = self.base.tokenize(captions[part])
+            scores.append(clip_similarity(clip, pixel_values.to(device), input_ids.to(device)).cpu())
         return torch.cat(scores)
 
 

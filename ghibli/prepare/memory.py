@@ -1,4 +1,4 @@
-"""Estimate what a run needs: memory, measured on the model itself at a small size, and disk."""
+"""Estimate what a run needs on a CPU: memory, measured on the model itself at a small size, and disk."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,6 @@ from ghibli.models.cost import FRAGMENTS, Cost, measure_cost
 from ghibli.training.module import GhibliModule
 
 CHECKPOINTS = 4  # last, previous, best, and the one that is being written
-CUDA_CONTEXT = 2**29  # bytes that the GPU's own libraries take
 MIXED = 0.53  # share of fp32's activations that mixed precision keeps for training, measured on the demo
 BESIDE = 40 * 2**20  # bytes on top of all tensors: what Lightning and the loggers import as training starts
 
@@ -44,7 +43,7 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
     before and grew by 97, 302 and 1104 MiB with batch 1, 18 and 72; the estimate is 98, 321 and 1124.
     Elsewhere expect an error of a third: for SD 1.5 at 64 px and batch 1 the estimate was 0.25 GiB on top
     of the 5.2 that it held, and it took 0.1, while loading it had taken 6.5 (and 6.9 on another machine)
-    before anything could be estimated. On a GPU it was never compared.
+    before anything could be estimated. For a GPU, see prepare.rehearsal.
 
     Args:
         module: on the CPU, before training; left as it was.
@@ -111,19 +110,6 @@ def step_costs(module: GhibliModule) -> dict[str, Cost]:
             module.unet.train(was_training[0])
             module.text_encoder.train(was_training[1])
     return found
-
-
-def on_device(module: GhibliModule, device: torch.device, precision: str) -> float:
-    """Return the bytes that the model itself takes on a GPU; 0 for the CPU, which holds it already.
-
-    In 16-bit training frozen weights take half (models.performance.shrink_frozen).
-    """
-    if device.type == "cpu":
-        return 0.0
-    frozen = 2 if precision.endswith("mixed") else 4
-    parts = (module.base.unet, module.base.text_encoder)
-    held = sum(p.numel() * (4 if p.requires_grad else frozen) for part in parts for p in part.parameters())
-    return CUDA_CONTEXT + held + sum(4 * p.numel() for p in module.base.vae.parameters())
 
 
 @dataclass(frozen=True)

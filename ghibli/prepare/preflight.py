@@ -22,7 +22,10 @@ from ghibli.evaluation.diagnosis import Finding
 from ghibli.models.base import BaseModel, weights_hash
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import is_here
+from ghibli.models.sd15 import sd15_shapes
 from ghibli.prepare import dataset_checks, memory
+from ghibli.prepare.cards import GB, card_size, choose, nothing_fits
+from ghibli.prepare.rehearsal import predict
 from ghibli.runs.compose import check_overrides, conf_folder
 from ghibli.runs.folder import RunDir
 from ghibli.runtime import resources
@@ -40,14 +43,24 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def check(overrides: list[str]) -> list[Finding]:
-    """Return everything that can be found without training, for the settings of `train.py OVERRIDES`."""
+def check(overrides: list[str], card: str | None = None) -> list[Finding]:
+    """Return everything that can be found without training, for the settings of `train.py OVERRIDES`.
+
+    Args:
+        card: memory of a GPU that need not be there, such as 8GB; what fits on it is a finding.
+
+    Raises:
+        UserError: `card` is no size.
+    """
+    size = None if card is None else card_size(card)
     config, run, errors = check_overrides(overrides)
     if config is None or run is None:
         return [Finding("config", error, "error") for error in errors]
     found = [Finding("config", f"{describe(config)}, seed {config.seed}; every value is in range", "note")]
     base = result_or_finding(found, "base", lambda: load_present_base(config, found))
     of_base: list[Finding] = []
+    if size is not None:
+        found += about_card(config, base, size)
     if base:  # before adapter layers change it
         found += changed_since_prepared(config, base)
         of_base.append(about_base(config, base))
@@ -196,6 +209,20 @@ def about_device(trainer: L.Trainer) -> Finding:
     return Finding("device", f"{where}{many}, trainer.precision={trainer.precision}", "note")
 
 
+def about_card(config: Config, base: BaseModel | None, size: float) -> list[Finding]:
+    """Say which settings fit on a card of `size` bytes, for training in 16 bits; trains nothing there.
+
+    Without a base, one of the size of Stable Diffusion 1.5 is taken.
+    """
+    like = sd15_shapes() if base is None else base
+    of = "" if base is not None else " with Stable Diffusion 1.5's size"
+    choices = choose(config, like, "bf16-mixed", size)
+    if not choices:
+        return [Finding("card", nothing_fits(config, like, "bf16-mixed", size), "error")]
+    fits = "; or ".join(f"{choice.words} ({choice.size / GB:.1f} GB)" for choice in choices)
+    return [Finding("card", f"on a card of {size / GB:.3g} GB this fits{of}: {fits}", "note")]
+
+
 def about_run(
     module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer, folder: Path
 ) -> list[Finding]:
@@ -265,11 +292,11 @@ def images_in_words(data: GhibliDataModule) -> str:
 def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer) -> Finding:
     """Compare the memory that training, probe and grids need with what is free."""
     device, precision = trainer.strategy.root_device, str(trainer.precision)
+    if device.type == "cuda":
+        return about_gpu_memory(module, precision, resources.free_memory(device))
     need = memory.estimate_memory(module, len(data.train_images) + len(data.val_images), precision)
-    total = need.total + memory.on_device(module, device, precision)
-    if device.type == "cpu":  # every further process needs the same, and what this one holds already
-        further = trainer.num_devices - 1
-        total += further * (need.total + resources.resident_memory())
+    further = trainer.num_devices - 1  # processes, each of which needs what this one holds already, too
+    total = need.total + further * (need.total + resources.resident_memory())
     free = resources.free_memory(device)
     phases = ", ".join(f"{name} {format_bytes(size)}" for name, size in need.phases.items())
     text = (
@@ -279,6 +306,24 @@ def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Traine
     if total <= free:
         return Finding("memory", text + larger_batch(need, module, free - total), "note")
     return Finding("memory", f"{text}: {memory_advice(need.highest, module.config)}", "error")
+
+
+def about_gpu_memory(module: GhibliModule, precision: str, free: float) -> Finding:
+    """Compare what the rehearsal of a run says that it takes on a GPU with the bytes that are free there."""
+    config = module.config
+    found = predict(config, module.base, precision)
+    phases = found.phases(config.compute.checkpoint_every, config.data.batch_size)
+    if config.finetune == "none":
+        del phases["training"]
+    highest = max(phases, key=phases.__getitem__)
+    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in phases.items())
+    text = (
+        f"the run takes about {format_bytes(phases[highest])} of the GPU's memory, one at a time for "
+        f"{listed}, weights included; {format_bytes(free)} are free"
+    )
+    if phases[highest] <= free:
+        return Finding("memory", text, "note")
+    return Finding("memory", f"{text}: {memory_advice(highest, config)}", "error")
 
 
 def larger_batch(need: memory.Memory, module: GhibliModule, spare: float) -> str:

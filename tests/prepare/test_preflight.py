@@ -38,8 +38,8 @@ from ghibli.training.module import GhibliModule
 def check(images: Path) -> Callable[..., list[Finding]]:
     """preflight.check of the shrunk demo with further overrides."""
 
-    def run(*words: str) -> list[Finding]:
-        return preflight.check([*SMALL, f"data.root={images}", "data.draw=null", *words])
+    def run(*words: str, card: str | None = None) -> list[Finding]:
+        return preflight.check([*SMALL, f"data.root={images}", "data.draw=null", *words], card)
 
     return run
 
@@ -418,3 +418,10 @@ def test_train_stops_before_it_encodes_images_for_nothing(
     monkeypatch.setattr("ghibli.data.datamodule.encode", lambda *a, **k: pytest.fail("encoded"))
     with pytest.raises(UserError, match="data.batch_size=20 x accumulation 2"):
         train.run(make_config("data.batch_size=20"), RunDir(tmp_path))
+
+
+def test_a_card_that_is_not_here_is_told_what_fits(check: Callable) -> None:
+    """Rehearsed on the demo: everything fits on 8 GB, nothing on 0.3."""
+    text = texts(check(card="8GB"), "note")["card"]
+    assert text.startswith("on a card of 8 GB this fits: data.batch_size=32 data.accumulate=1 (")
+    assert "no settings fit" in texts(check(card="0.3"), "error")["card"]
