@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,6 +61,12 @@ def dtype_of(overrides: list[str]) -> torch.dtype | None:
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
 
+def computing(overrides: list[str], device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which `train.py OVERRIDES` computes: autocast for 16-bit precision."""
+    dtype = dtype_of(overrides)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
 def make_module(overrides: list[str]) -> GhibliModule:
     """Make the module of `train.py OVERRIDES` on the GPU, if there is one, in training mode."""
     config = compose_config(overrides)
@@ -68,7 +74,8 @@ def make_module(overrides: list[str]) -> GhibliModule:
     shrink_frozen(module.base, choose_precision(str(config.trainer["precision"]), "auto"))
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     if is_frozen(module.text_encoder):
-        module.known_prompts = PromptEmbeds(module.base, module.empty_ids, lambda done, total: None)
+        with torch.no_grad(), computing(overrides, module.device):
+            module.known_prompts = PromptEmbeds(module.base, module.empty_ids, lambda done, total: None)
     return module.train()
 
 
@@ -96,7 +103,7 @@ def time_training(overrides: list[str], batch_size: int, repeats: int, rate: flo
     optimizer = torch.optim.AdamW(module.trainable.values(), fused=module.device.type == "cuda" or None)
 
     def step() -> None:
-        with torch.autocast(module.device.type, dtype) if dtype else nullcontext():
+        with computing(overrides, module.device):
             loss = module.losses(batch).mean()
         loss.backward()
         optimizer.step()
@@ -188,7 +195,7 @@ def time_encoding(overrides: list[str], batch_size: int) -> dict[str, float]:
     vae, side = module.base.vae, module.config.model.resolution
     pixels = torch.randn(batch_size, 3, side, side, device=module.device)
     input_ids = module.empty_ids.expand(batch_size, -1)
-    with torch.no_grad():
+    with torch.no_grad(), computing(overrides, module.device):
         image = median(time_calls(lambda: vae.encode(pixels), 5)) / batch_size
         caption = median(time_calls(lambda: module.text_encoder(input_ids), 5)) / batch_size
     return {"image": image, "caption": caption}
@@ -201,7 +208,7 @@ def time_sampling(overrides: list[str], count: int) -> dict[str, float]:
     module.base.unet.to(memory_format=torch.channels_last)
 
     def draw() -> None:
-        with torch.no_grad(), in_eval_mode(module.base):
+        with torch.no_grad(), computing(overrides, module.device), in_eval_mode(module.base):
             sample(
                 module.base, ["an image"] * count, Cell("ddim", 7.5), num_inference_steps=SAMPLING_STEPS,
                 seeds=list(range(count)), resolution=module.config.model.resolution,
