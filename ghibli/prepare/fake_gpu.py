@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -49,7 +50,7 @@ class FakeGpu(TorchDispatchMode):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         to_cpu = func is aten._to_copy.default and device is not None and not to_gpu and on_gpu(args[0])
-        if to_cpu and not isinstance(args[0], torch.nn.Parameter):  # weights stay fakes
+        if to_cpu and not isinstance(args[0], nn.Parameter):  # weights stay fakes
             self.waits.append("cpu")
             with unset_fake_temporarily():
                 return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
@@ -109,9 +110,28 @@ def fake_gpu() -> Iterator[FakeGpu]:
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch.cuda.is_bf16_supported": lambda *_, **__: True,
             "torch.nn.functional.scaled_dot_product_attention": attention,
+            "torch.nn.Module._apply": replace_tensors,
         }.items():
             stack.enter_context(patch(name, value))
         yield gpu
+
+
+def replace_tensors(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Stand in for Module._apply, what moves a module: its parameters become new ones.
+
+    torch itself would swap the contents of two fakes, which it refuses as long as anything refers weakly to
+    one of them, and fakes always do.
+    """
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                with torch.no_grad():
+                    moved = fn(parameter)
+                part._parameters[name] = nn.Parameter(moved, parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = fn(buffer)
+    return module
 
 
 def attention(

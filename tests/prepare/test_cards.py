@@ -79,4 +79,4 @@ def test_4_bits_are_asked_for_only_where_nothing_else_fits(
     assert text.startswith(
         "no settings fit: one example with gradient checkpointing takes 2.8 GB at its peak"
     )
-    assert "training, of 1.5; lower model.resolution (it is 128)" in text
+    assert f"training, of 1.5; lower model.resolution (it is {config.model.resolution})" in text
