@@ -22,7 +22,7 @@ from ghibli.prepare.memory import optimizer_state_size
 from ghibli.training.module import GhibliModule
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-CUDA_CONTEXT = 2**29  # bytes that the GPU's own libraries take
+CUDA_CONTEXT = 2**29  # bytes that the GPU's own libraries take; assumed, not measured
 RESERVED = 1.04  # bytes that the CUDA allocator holds for each byte of tensors; assumed, not measured
 BLOCK_BITS = {8: 8, 4: 4 + 8 / 64 + 32 / 64 / 256}  # of a quantised weight, its share of the scales included
 
@@ -103,6 +103,7 @@ def predict(config: Config, like: BaseModel, precision: str) -> Prediction:
 
     A backward pass does not run without a GPU: what it adds to what the forward pass keeps is taken as two
     of the largest tensors and, with checkpointing, what the largest block keeps once it is computed again.
+    That, CUDA_CONTEXT and RESERVED are assumptions, which were never compared with a GPU.
 
     Args:
         like: the base, of whose weights only the shapes count.
