@@ -103,7 +103,7 @@ def movable_linear_8bit() -> Any:
     class MovableLinear8bit(Linear8bitLt):
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             super()._apply(fn, recurse)
-            if self.state.CB is not None:
+            if self.state.CB is not None and self.state.SCB is not None:
                 self.state.CB = self.weight.data
                 self.state.SCB = self.state.SCB.to(self.weight.device)
             return self

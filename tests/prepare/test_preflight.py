@@ -420,6 +420,7 @@ def test_train_stops_before_it_encodes_images_for_nothing(
         train.run(make_config("data.batch_size=20"), RunDir(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_card_that_is_not_here_is_told_what_fits(check: Callable) -> None:
     """Rehearsed on the demo: everything fits on 8 GB, nothing on 0.3."""
     text = texts(check(card="8GB"), "note")["card"]

@@ -38,6 +38,8 @@ CLIP_L = {  # openai/clip-vit-large-patch14
     "projection_dim": 768,
 }  # fmt: skip
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sd15() -> BaseModel:
@@ -127,7 +129,6 @@ def test_a_training_step_at_full_size(
     assert gpu.waits == []
 
 
-@pytest.mark.slow
 def test_what_it_keeps_is_what_was_counted_elsewhere(
     make_config: Callable[..., Config], sd15: BaseModel, gpu: FakeGpu
 ) -> None:
@@ -262,7 +263,6 @@ def test_devices_put_their_scores_together(config: Config, shapes: BaseModel, gp
 # The prediction
 
 
-@pytest.mark.slow
 def test_memory_of_a_run(make_config: Callable[..., Config], sd15: BaseModel) -> None:
     """Weights 1.9 GiB (UNet and text encoder in 16 bits), 1.14 GiB kept a picture; checkpointing less."""
     found = rehearsal.predict(make_config(*SIZE), sd15, "bf16-mixed")
@@ -272,7 +272,6 @@ def test_memory_of_a_run(make_config: Callable[..., Config], sd15: BaseModel) ->
     assert found.training[1].more < 0.4 * found.training[0].more
 
 
-@pytest.mark.slow
 def test_fewer_bits_take_less(config: Config, shapes: BaseModel) -> None:
     halved = replace(config, model=replace(config.model, frozen_bits=4))
     plain, small = (rehearsal.predict(c, shapes, "bf16-mixed") for c in (config, halved))
