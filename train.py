@@ -33,13 +33,10 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             return objective
         console.print("loading torch, diffusers and Lightning ...")
         with stop_at_once():  # they take seconds to import
-            from ghibli.runtime.lean_imports import lean_imports
-
-            with lean_imports():
-                from ghibli.prepare import preflight
-                from ghibli.training import wandb_logger
-                from ghibli.training.finalize import finalize
-                from ghibli.training.session import build, training_session
+            from ghibli.prepare import preflight
+            from ghibli.training import wandb_logger
+            from ghibli.training.finalize import finalize
+            from ghibli.training.session import build, training_session
 
         with training_session(config, run_dir, resumes) as session:
             training = build(config, run_dir, session.stop)
@@ -57,10 +54,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
 def follow(config: Config, run_dir: RunDir) -> None:
     """Train along as one of a run's further processes: print nothing, end when the first one does."""
     with distributed.following(run_dir):
-        from ghibli.runtime.lean_imports import lean_imports
-
-        with lean_imports():
-            from ghibli.training import session
+        from ghibli.training import session
 
         session.follow(config, run_dir, SCRIPT)
 
