@@ -71,6 +71,7 @@ def of_the_same_layer(key: str, state: Tensors) -> list[str]:
     return [other for other in state if other.startswith(f"{prefix}.")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FILES)
 def test_every_key_in_turn(what: str, model: BaseModel, tmp_path: Path) -> None:
     state, metadata = content_of(what, model, tmp_path)

@@ -300,6 +300,7 @@ def test_the_files_keys_are_the_published_ones(base: BaseModel, tmp_path: Path) 
 ALL = schema.TARGETS["all"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_settings", [True, False], ids=["", "no metadata, as before diffusers 0.34"])
 @pytest.mark.parametrize(
     ("variant", "targets"), [("lora", ALL), ("dora", ALL), ("rslora", TARGETS), ("lora", ["proj_in", "to_q"])]

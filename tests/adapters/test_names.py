@@ -172,6 +172,7 @@ def noise_pred(base: BaseModel) -> torch.Tensor:
     return base.unet(latents, torch.tensor([10, 700]), embeds, return_dict=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["kohya", "diffusers", "older diffusers"])
 @torch.no_grad()
 def test_a_plain_lora_is_what_diffusers_loads(layout: str, base: BaseModel, tmp_path: Path) -> None:

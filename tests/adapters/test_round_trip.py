@@ -90,6 +90,7 @@ def written_in_kohyas_layout(
     return again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("parts", PARTS)
 def test_a_trained_adapter(variant: str, parts: str, model: BaseModel, tmp_path: Path) -> None:
@@ -111,6 +112,7 @@ def test_a_trained_adapter(variant: str, parts: str, model: BaseModel, tmp_path:
     check_noise(in_kohyas, model, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_part_of_a_trained_adapter(variant: str, model: BaseModel, tmp_path: Path) -> None:
     """As `ghibli slim` writes it: every second layer."""
@@ -153,6 +155,7 @@ def file_of(
     return read_adapter(folder / f"{kind}{seed}.safetensors", model, "it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_of_every_kind(kind: str, model: BaseModel, tmp_path: Path) -> None:
     adapter = file_of(kind, model, tmp_path)
@@ -198,6 +201,7 @@ def extracted(model: BaseModel, folder: Path) -> dict[str, Layer]:
     return extract(tuned, model, Size(rank=5))[0].layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [resized, added, added_as_differences, added_at_a_rank, extracted])
 def test_a_file_of_our_commands(
     make: Callable[[BaseModel, Path], dict[str, Layer]], model: BaseModel, tmp_path: Path

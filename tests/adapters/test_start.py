@@ -63,6 +63,7 @@ FILES: dict[str, tuple[Callable[[BaseModel], list[str]], str, str]] = {  # layer
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FILES)
 @torch.no_grad()
 def test_the_printed_settings_train_exactly_the_file(

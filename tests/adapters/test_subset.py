@@ -85,6 +85,7 @@ def test_a_stock_pipeline_loads_every_rank_at_its_strength(
     assert float((untouched - ours).abs().max() / ours.abs().max()) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dora", "loha", "lokr", "oft"])
 def test_of_other_kinds_whole_layers_are_copied(tmp_path: Path, base: BaseModel, variant: str) -> None:
     changes = {"rank": 2, "targets": ["to_q"], "text_encoder_targets": ["q_proj"]}

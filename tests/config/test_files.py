@@ -35,6 +35,7 @@ def test_the_text_is_that_of_omegaconf(make_config: Callable[..., Config]) -> No
         assert to_yaml(config).partition(CHECKSUM_LINE)[0] == OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(pieces=st.lists(PIECES, max_size=8))
 def test_any_text_comes_back(

@@ -322,6 +322,7 @@ def test_images_are_read_on_all_cores(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(found.images) == 4
 
 
+@pytest.mark.slow
 def test_sixty_megapixels_are_used_in_bounded_memory(tmp_path: Path) -> None:
     size = (10000, 6000)
     Image.new("RGB", size, RED).save(tmp_path / "a.jpg")

@@ -64,6 +64,7 @@ def test_the_pipeline_loads_and_draws_without_our_code(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("look", "bar"), [("photo", 28.0), ("drawn", 26.0)])
 def test_the_vae_keeps_held_out_scenes(look, bar):
     vae = AutoencoderKL.from_pretrained(DEMO / "vae").eval()

@@ -471,6 +471,7 @@ def test_a_base_that_predicts_velocity(demo: BaseModel, sampler: str) -> None:
 # One image does not depend on another
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1, 7.5])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_neighbours(demo: BaseModel, sampler: str, guidance: float) -> None:

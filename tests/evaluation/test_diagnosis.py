@@ -173,6 +173,7 @@ def test_weights_in_16_bits(findings: Callable, monkeypatch: pytest.MonkeyPatch)
     assert "the trained weights are bfloat16" in found["weights in 16 bits"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_the_image(
     findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ def test_a_loss_that_is_not_finite_names_the_image(
     assert status["findings"][0]["text"] == status["reason"] == str(caught.value)
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_finite_end_the_run_and_name_the_image(
     findings: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

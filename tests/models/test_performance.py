@@ -81,6 +81,7 @@ def test_gradients_do_not_depend_on_how_they_are_computed(
     assert largest_difference(gradients(make_module(*words)), plain) < 1e-4
 
 
+@pytest.mark.slow
 def test_every_second_block_is_computed_again(make_module: Callable[..., GhibliModule]) -> None:
     def recomputed(every: int) -> int:
         unet = make_module(f"compute.checkpoint_every={every}").unet
@@ -90,6 +91,7 @@ def test_every_second_block_is_computed_again(make_module: Callable[..., GhibliM
     assert recomputed(2) == -(-recomputed(1) // 2)
 
 
+@pytest.mark.slow
 def test_recomputing_saves_memory(make_module: Callable[..., GhibliModule]) -> None:
     def kept(*words: str) -> int:
         module, saved = make_module(*words), []

@@ -159,6 +159,7 @@ def run(
     return found
 
 
+@pytest.mark.slow
 def test_it_learns_and_exports_onto_the_full_base(run: RunDir) -> None:
     config = finished_config(run)
     assert run.status.read()["gain"] > 0
@@ -171,6 +172,7 @@ def test_it_learns_and_exports_onto_the_full_base(run: RunDir) -> None:
     assert {p.dtype for p in merged.unet.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_undisturbed(
     run: RunDir, make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +188,7 @@ def test_stopped_and_resumed_equals_undisturbed(
     assert not different_parts(run.path, again.path)
 
 
+@pytest.mark.slow
 def test_loaded_with_an_adapter_of_the_full_base_it_is_on_the_full_one(
     run: RunDir, make_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,6 +203,7 @@ def test_loaded_with_an_adapter_of_the_full_base_it_is_on_the_full_one(
     assert f"{run.path} in {bits}, {other.path} in full" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_base_is_scored_as_it_trains(make_config: Callable[..., Config], tmp_path: Path) -> None:
     """Its reference scores are its own: near those of the full base, not the same, and cached apart."""
     losses = {}

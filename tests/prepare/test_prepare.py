@@ -225,6 +225,7 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "here" / "conf" / "local"
 
 
+@pytest.mark.slow
 def test_train_takes_what_was_saved(local: Path, set_of_ten: Path) -> None:
     result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])
     assert result.exit_code == 0, result.output

@@ -47,6 +47,7 @@ def test_one_run_agrees_with_its_files(tmp_path: Path) -> None:
     assert sum(tag == "img" for tag, _ in page.tags) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -65,6 +66,7 @@ def test_the_verdict_names_every_outcome(tmp_path: Path, changes: dict, said: st
     assert said in page_of(make_run(tmp_path / "run", **changes).path).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, b"", b"\0\0\0", b"[1]", b'{"a": 1}', b"step,epoch\n1\n"])
 @pytest.mark.parametrize(
     "name",

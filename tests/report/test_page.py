@@ -71,6 +71,7 @@ def browser() -> Iterator:
     driver.quit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("look", ["light", "dark"])
 def test_a_browser_renders_it(browser: Any, tmp_path: Path, width: int, look: str) -> None:
@@ -127,6 +128,7 @@ def test_no_file_but_a_report_is_replaced(tmp_path: Path, content: str) -> None:
         page.write([run.path], tmp_path / "link.html")
 
 
+@pytest.mark.slow
 def test_a_report_is_replaced_by_the_next(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     first = page.write([run.path], tmp_path / "a.html").read_text()

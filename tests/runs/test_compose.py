@@ -381,6 +381,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     return dict(zip(ERRORS, said, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ERRORS)
 def test_an_error_is_explained_in_one_line(answers: dict, command: str) -> None:
     code, said, seconds = answers[command]

@@ -96,6 +96,7 @@ KEYS = st.sampled_from(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(st.dictionaries(KEYS, JSON, max_size=6))
 @settings(max_examples=14, deadline=None, derandomize=True)
 def test_no_status_breaks_a_report(content: dict) -> None:
@@ -115,6 +116,7 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> None:
         yield
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
 @settings(max_examples=8, deadline=None, derandomize=True)
 def test_names_of_any_characters_survive_the_report(text: str) -> None:

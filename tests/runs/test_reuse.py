@@ -76,6 +76,7 @@ def test_a_changed_objective_is_not_trusted(
     assert finished.status.read()["objective"] == done[1]
 
 
+@pytest.mark.slow
 def test_an_unfinished_trial_resumes_to_the_same_result(
     config: Config, done: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -95,6 +96,7 @@ def test_an_unfinished_trial_resumes_to_the_same_result(
     assert [start["step"] for start in run.status.read()["starts"]] == [None, 4]
 
 
+@pytest.mark.slow
 def test_a_failed_trial_without_a_checkpoint_starts_over(
     config: Config, done: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
