@@ -23,6 +23,7 @@ def measured(words: tuple[str, ...], out: Path) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["as it is", "channels_last", "checkpoint every block", "bf16"])
 def test_each_option_trains(option: str, tmp_path: Path) -> None:
     words = (*SHORT, "--what", "training", *ONE_STEP, "--options", option)
@@ -38,6 +39,7 @@ def test_compiling_too(option: str, tmp_path: Path) -> None:
     assert measured(words, tmp_path / "out.json")["training"][0]["images_per_second"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_encoding_and_sampling(precision: str, tmp_path: Path) -> None:
     words = (*SHORT, f"trainer.precision={precision}", "--what", "encoding", "sampling", "--batch", "1")

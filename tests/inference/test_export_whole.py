@@ -33,6 +33,7 @@ def test_the_complete_model_has_the_published_layout(exported: tuple[Path, list]
     assert len({file.stat().st_mode for file in exported[0].glob("**/*.*") if file.is_file()}) == 1
 
 
+@pytest.mark.slow
 def test_one_file_is_read_by_diffusers_as_the_same_model(exported: tuple[Path, list]) -> None:
     folder, file = exported[0] / "merged", exported[0] / "run_merged.safetensors"
     one = StableDiffusionPipeline.from_single_file(

@@ -26,6 +26,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
 
+@pytest.mark.slow
 def test_two_adapters_add_up_and_weight_0_is_the_base(run: RunDir) -> None:
     near = DEMO / "near"
 

@@ -389,7 +389,7 @@ def test_an_error_is_explained_in_one_line(answers: dict, command: str) -> None:
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert ERRORS[command] in said
-    assert seconds < 2  # besides the half second in which Hydra is imported
+    assert seconds < 4  # of processor time on a slow machine; importing torch would take longer
 
 
 def test_the_real_command_answers_before_torch_is_imported(tmp_path: Path) -> None:
