@@ -11,7 +11,7 @@ from ghibli.runs.identity import code_hash, describe_commit, finished_objective,
 from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
 from ghibli.runtime.commands import command_line, path_setting, quoted
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.files import read_plain
+from ghibli.runtime.files import is_whole, read_plain
 from ghibli.runtime.rank import is_first
 
 logger = logging.getLogger(__name__)
@@ -149,10 +149,13 @@ def resume_or_restart(config: Config, run: RunDir, resumes: bool = False) -> tup
 
 
 def has_ended(config: Config, run: RunDir) -> bool:
-    """Return whether a run is finished, has its weights, and is to be resumed without a change."""
+    """Return whether a run is finished, has its weights, and is to be resumed without a change.
+
+    Without them, or its best checkpoint, it is not: resuming makes the weights again, or says what is lost.
+    """
     is_same = relevant_settings(asdict(config)) == stored_settings(run)
-    is_whole = run.has_weights or config.finetune == "none"
-    return finished_objective(run) is not None and is_same and is_whole
+    has_all = config.finetune == "none" or (run.has_weights and is_whole(run.best_checkpoint))
+    return finished_objective(run) is not None and is_same and has_all
 
 
 def delete_results(run: RunDir) -> None:

@@ -124,11 +124,11 @@ class Corrupter:
 
     def outcome(self) -> tuple[str, str]:
         """Resumes the damaged run: what became of it, and the line or the differences."""
-        from ghibli.cli.runs import row_of
+        from ghibli.runs import listing
         from ghibli.runs.folder import RunDir
 
         try:
-            row_of(RunDir(self.run))  # a line of `ghibli list`
+            _ = [row.cells for row in listing.listed([RunDir(self.run)])]  # a line of `ghibli list`
             code, said, error = in_process(f"resume={self.run}", f"cache_dir={self.cache}")
         except Exception:
             return BROKEN, traceback.format_exc()[-1500:]
