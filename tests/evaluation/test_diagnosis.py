@@ -40,7 +40,10 @@ def findings(make_config: Callable, half_held_out: Path, tmp_path: Path) -> Call
     """Trains in this process and returns the findings in status.json, name -> text."""
 
     def run(*overrides: str) -> dict[str, str]:
-        words = (f"data.root={half_held_out}", "data.val_fraction=0.5", f"cache_dir={CACHE}", *QUIET)
+        words = (
+            f"data.root={half_held_out}", "data.val_fraction=0.5", f"cache_dir={CACHE}",
+            "model.resolution=128", *QUIET,
+        )  # fmt: skip
         try:
             train.run(make_config(*words, *overrides), RunDir(tmp_path))
         finally:
@@ -106,9 +109,7 @@ def test_an_adapter_without_effect(findings: Callable) -> None:
 
 @pytest.mark.slow
 def test_learning_rate_too_high(findings: Callable) -> None:
-    found = findings(
-        "model.resolution=128", "trainer.max_epochs=1", "optimizer.lr=0.027", "validation.items_per_image=8"
-    )
+    found = findings("trainer.max_epochs=1", "optimizer.lr=0.027", "validation.items_per_image=8")
     assert set(found) == {"learning rate too high"}
     advice = "start again with a third of the learning rate, optimizer.lr=0.009"
     assert advice in found["learning rate too high"]
