@@ -76,7 +76,7 @@ def visit(address: str, run: str) -> None:
         photo = io.BytesIO()
         Image.new("RGB", (64, 64), "green").save(photo, "PNG")
         uploaded = {"path": upload(address, photo.getvalue()), "meta": {"_type": "gradio.FileData"}}
-        words = [[run], uploaded, *settings, 1]
+        words = [[run], uploaded, *settings, 1, "img2img"]
         restyled = call(address, index_of(address, "restyle"), words)
         if not (drawn["success"] and restyled["success"]):
             print(f"the page refused: {drawn} {restyled}", file=sys.stderr)

@@ -335,7 +335,7 @@ def test_a_hub_that_cannot_be_reached_costs_seconds(tmp_path: Path) -> None:
     words = [sys.executable, "-c", UNREACHABLE]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
-    assert done.stderr == (
+    assert done.stderr.endswith(  # bitsandbytes may say before that it is slow here
         "error: model.path=nobody/nothing: no such folder here, not downloaded yet, and the hub cannot be "
         "reached: give a folder, model.path=DIR, or use model=demo\n"
     )
