@@ -467,10 +467,8 @@ class Config:
         if not self.model.path:
             raise UserError("model.path is not set: give a base model, model.path=DIR, or use model=demo")
         check_trainer(self.trainer)
-        unused = set(self.evaluate.sampler_steps or {}) - {
-            *self.sample.samplers,
-            "ddim",
-        }  # DDIM makes the scan
+        drawn = {*self.sample.samplers, "ddim"}  # DDIM makes the guidance scan
+        unused = set(self.evaluate.sampler_steps or {}) - drawn
         if unused:
             names = ", ".join(sorted(unused))
             raise UserError(f"evaluate.sampler_steps names {names}, which sample.samplers does not")

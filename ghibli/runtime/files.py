@@ -220,6 +220,7 @@ def require_stored(file: Path) -> None:
         OSError, ValueError: it is no plain file, or it is compressed.
     """
     require_plain(file)
+    # Suppressed: a bare pickle, which torch reads too, is no zip and not compressed.
     with suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
             raise ValueError("it is compressed")
