@@ -121,9 +121,11 @@ def read_map(file: Path) -> LayerMap:
     content = json.loads(read_plain(file, LARGEST).decode())
     if content["made_by"] != MADE_BY:
         raise ValueError("not written by ghibli slim")
+    images = int(content["images"])
     return LayerMap(
         weights=content["weights"], limit=number(content["limit"]),
-        gain=Gain(*map(number, content["gain"])), images=int(content["images"]), items=int(content["items"]),
+        gain=Gain(*map(number, content["gain"]), freedom=images - 1), images=images,
+        items=int(content["items"]),
         blocks=[row_of(row) for row in content["blocks"]], layers=[row_of(row) for row in content["layers"]],
         chosen=content["chosen"] and lost_of(content["chosen"]),
         checked=content["checked"] and lost_of(content["checked"]),

@@ -34,7 +34,7 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
         raise UserError(f"--out {file}: that is a folder; name a file in it, such as {file / REPORT_FILE}")
     refuse_foreign(file)
     page = page_content(folders)
-    text = jinja_environment().get_template("page.html.jinja").render(page=page, mark=MARK)
+    text = jinja_environment().get_template("page.html.jinja").render(page=page)
     write_text(file, text.encode("utf-8", "backslashreplace").decode())  # of names that are no UTF-8
     return file
 
@@ -100,10 +100,11 @@ def runs_in(folder: Path) -> list[RunDir]:
 
 
 def jinja_environment() -> Environment:
-    """Create the Jinja environment: everything is escaped, and two filters typeset text."""
+    """Create the Jinja environment: everything is escaped, two filters typeset text, `mark` names the maker."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"typeset": typeset, "prose": prose}
+    environment.globals |= {"mark": MARK}
     return environment

@@ -1,5 +1,6 @@
 """The end of a run: best weights, adapter files, last grid, status, model card."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
     run.status.update(peak_memory=peak_memory())
     module.to(trainer.strategy.root_device)
     best = best_row(training.callbacks.records.probe_rows)
-    gain, best_epoch = Gain(best["probe/val_gain"], best["probe/val_gain_se"]), best["epoch"]
+    freedom = best.get("probe/val_images", math.inf) - 1
+    gain = Gain(best["probe/val_gain"], best["probe/val_gain_se"], freedom=freedom)
+    best_epoch = best["epoch"]
     lines = [headline(training)]
     if config.finetune != "none":
         if config.finetune == "lora":
