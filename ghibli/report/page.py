@@ -100,7 +100,7 @@ def runs_in(folder: Path) -> list[RunDir]:
 
 
 def jinja_environment() -> Environment:
-    """Create the Jinja environment: everything is escaped, two filters typeset text, `mark` names the maker."""
+    """Create the Jinja environment: all is escaped, two filters typeset text, `mark` tells a page of ours."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
