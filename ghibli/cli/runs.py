@@ -65,16 +65,16 @@ def watch_command(
     """Watch a run or a study from another terminal: gain, loss, doctor, time left; it reads files only."""
     path = run_named(folder).path
 
-    def shown() -> str:
-        return "\n".join(monitor.picture(path, console.width, monitor.utc_now()))
+    def current_view() -> str:
+        return "\n".join(monitor.view(path, console.width, monitor.utc_now()))
 
     if once or not console.is_terminal:
-        console.print(shown())
+        console.print(current_view())
         return
-    with Live(console.render_str(shown()), console=console, auto_refresh=False) as live:
+    with Live(console.render_str(current_view()), console=console, auto_refresh=False) as live:
         while not monitor.is_over(path):
             time.sleep(every)
-            live.update(console.render_str(shown()), refresh=True)
+            live.update(console.render_str(current_view()), refresh=True)
 
 
 @app.command("rm")

@@ -35,7 +35,7 @@ class Gain:
     high: float
 
 
-def picture(folder: Path, width: int, now: datetime) -> list[str]:
+def view(folder: Path, width: int, now: datetime) -> list[str]:
     """Describe a run, or a study with its ranking so far, in lines of at most `width` columns.
 
     Raises:

@@ -79,7 +79,7 @@ def test_a_single_inner_folder_is_entered(tmp_path: Path) -> None:
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """A picture and a caption outside of the set."""
+    """An image and a caption outside of the set."""
     noise(tmp_path / "private" / "me.png", 1).with_suffix(".txt").write_text("SECRET")
     return tmp_path / "private"
 

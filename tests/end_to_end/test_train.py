@@ -149,7 +149,7 @@ def test_a_run_without_progress_stops_early(trained: Callable) -> None:
 
 @pytest.mark.slow
 def test_early_stopping_can_watch_the_training_loss(trained: Callable) -> None:
-    """The slides' way: chance alone decides when the mean loss of an epoch first fails to fall."""
+    """The reference study's way: chance alone decides when the mean loss of an epoch first fails to fall."""
     words = ("optimizer.lr=1e-30", "trainer.max_epochs=8", "early_stopping.patience=1")
     words += ("early_stopping.watch=train_loss", "loss.timesteps=independent", "sample.every_n_epochs=0")
     folder = trained(*words)

@@ -132,7 +132,7 @@ def test_a_training_step_at_full_size(
 def test_what_it_keeps_is_what_was_counted_elsewhere(
     make_config: Callable[..., Config], sd15: BaseModel, gpu: FakeGpu
 ) -> None:
-    """0.803 GB a picture, as counted on meta tensors for rank 16, and 0.227 for dropout, within a tenth."""
+    """0.803 GB an image, as counted on meta tensors for rank 16, and 0.227 for dropout, within a tenth."""
     kept = []
     for dropout in (0, 0.1):
         module = rehearsed(
@@ -264,7 +264,7 @@ def test_devices_put_their_scores_together(config: Config, shapes: BaseModel, gp
 
 
 def test_memory_of_a_run(make_config: Callable[..., Config], sd15: BaseModel) -> None:
-    """Weights 1.9 GiB (UNet and text encoder in 16 bits), 1.14 GiB kept a picture; checkpointing less."""
+    """Weights 1.9 GiB (UNet and text encoder in 16 bits), 1.14 GiB kept an image; checkpointing less."""
     found = rehearsal.predict(make_config(*SIZE), sd15, "bf16-mixed")
     gib = 2**30
     assert found.weights / gib == pytest.approx(1.62 + 0.3, rel=0.05)

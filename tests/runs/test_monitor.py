@@ -59,7 +59,7 @@ def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int, epochs: 
     write_rows(
         run.metrics, ("step", "train/loss"), [{"step": at, "train/loss": 1 / at} for at in range(1, 999)]
     )
-    lines = monitor.picture(run.path, width, START)
+    lines = monitor.view(run.path, width, START)
     assert max(map(len, lines)) <= width
     assert any(line.startswith("doctor   overfitting: word") for line in lines)
 
@@ -68,19 +68,19 @@ def test_the_time_left_is_the_pace_times_the_steps(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     now = START + timedelta(minutes=5)  # 20 steps took 4 minutes; 40 more take 8, one of which is over
     with run.lock():
-        lines = monitor.picture(run.path, 80, now)
+        lines = monitor.view(run.path, 80, now)
     assert "epoch    2 of at most 6, step 20, 7 min left at this pace" in lines
     run.status.update(starts=[{"at": START.isoformat(), "step": 10}])  # resumed: 10 steps took 4 minutes
     with run.lock():
-        assert any("15 min left" in line for line in monitor.picture(run.path, 80, now))
-    assert not any("min left" in line for line in monitor.picture(run.path, 80, now))  # it was killed
+        assert any("15 min left" in line for line in monitor.view(run.path, 80, now))
+    assert not any("min left" in line for line in monitor.view(run.path, 80, now))  # it was killed
 
 
 def test_a_study_is_ranked_and_counted(tmp_path: Path) -> None:
     for number, gain in enumerate((0.1, 0.3, None, 0.2)):
         state = "failed" if gain is None else "finished"
         make_run(tmp_path / f"trial{number}", state=state, gain=gain, gain_se=gain and 0.01)
-    lines = monitor.picture(tmp_path, 80, START)
+    lines = monitor.view(tmp_path, 80, START)
     assert lines[1] == "1 failed, 3 finished"
     assert [line.split()[0][-6:] for line in lines[4:]] == ["trial1", "trial3", "trial0"]
 
@@ -91,14 +91,14 @@ def test_what_is_missing_or_damaged_is_left_out(tmp_path: Path) -> None:
     run.probe.write_text("step,epoch,probe/val_gain\n0,0,\nx\n")
     run.metrics.write_bytes(b"step,train/loss\n1,nan\n\xff\x00")
     run.config.write_bytes(b"\xff")
-    lines = monitor.picture(run.path, 80, START)
+    lines = monitor.view(run.path, 80, START)
     assert "gain     after the first epoch" in lines and not any("nan" in line for line in lines)
     assert sorted(tmp_path.iterdir()) == sorted([*before, run.probe, run.metrics])  # it only reads
     run.status.path.write_text("{")
-    assert monitor.picture(run.path, 80, START)[1].startswith("unknown")
+    assert monitor.view(run.path, 80, START)[1].startswith("unknown")
     run.status.path.unlink()
     with pytest.raises(UserError, match="holds no run yet"):
-        monitor.picture(run.path, 80, START)
+        monitor.view(run.path, 80, START)
 
 
 def test_nothing_not_finite_is_drawn(tmp_path: Path) -> None:

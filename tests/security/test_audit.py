@@ -1,5 +1,6 @@
 """Train, resume, evaluate, report, app: what they connect to and where they write, by Python's audit hook."""
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -27,7 +28,7 @@ def audited(tmp_path: Path, images: Path):
         log = tmp_path / "events.jsonl"
         environment = os.environ | {
             "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(REPO),
-            "PYTHONDONTWRITEBYTECODE": "1", "WANDB_MODE": "offline",
+            "PYTHONDONTWRITEBYTECODE": "1", "WANDB_MODE": "offline", "GRADIO_TEMP_DIR": "",
         }  # fmt: skip
         words = [json.dumps(command) for command in commands]
         script = str(REPO / "tests" / "helpers" / "audited.py")
@@ -69,6 +70,8 @@ def test_commands_stay_in_their_folders_and_connect_to_nobody(audited, tmp_path:
     own = (run, cache, tmp_path / "tmp", home / ".cache" / "matplotlib", home / ".config" / "matplotlib")
     made = {("os.mkdir", str(home / name)) for name in (".cache", ".config")}  # for Matplotlib's fonts
     made.add(("os.mkdir", str(run.parent)))
+    seed = importlib.util.find_spec("gradio").submodule_search_locations[0]  # written at the first start
+    made.add(("open", f"{seed}/hash_seed.txt"))
     changed = {(event, path) for event, path in events if not event.startswith("socket.")}
     outside = {(event, path) for event, path in changed if not is_within(path, own)}
     assert {(e, p) for e, p in outside if not p.startswith((*DEVICES, *INDUCTOR))} - made == set()
@@ -78,3 +81,4 @@ def test_commands_stay_in_their_folders_and_connect_to_nobody(audited, tmp_path:
     pages = {path for _, path in changed if path.startswith(f"{tmp_path / 'tmp'}/ghibli-page-")}
     assert any(path.endswith(".png") for path in pages)
     assert not list((tmp_path / "tmp").glob("ghibli-page-*"))
+    assert not (tmp_path / "tmp" / "gradio").exists()  # which all users of a machine would share

@@ -209,6 +209,7 @@ def serve(overrides: list[str], host: str, port: int | None) -> tuple[gr.Blocks,
     """
     host, port = find_address(host, port)
     folder = make_private_folder()
+    gr.routes.DEFAULT_TEMP_DIR = str(folder)  # set at gradio's import; the server makes a folder in it
     blocks = page(AppSession(overrides))
     guard = Middleware(Guard, host=host, folder=folder)
     try:
