@@ -1,6 +1,6 @@
 """Does this working tree train what another commit trains? The same runs by both, compared to the bit.
 
-    python tests/end_to_end/compare_with_commit.py [COMMIT] [--images DIR] [--epochs N] [--only NAME]
+    python tests/end_to_end/compare_with_commit.py [COMMIT] [--images DIR] [--only NAME] [--threads N]
 
 Compared are the trained weights' bytes, the loss column, probe.csv and the pixels of the grids.
 A refactor leaves all of it as it is. --images names a folder of real images; without it that run is left out.
@@ -20,7 +20,7 @@ sys.path.insert(0, str(REPO / "tests"))
 
 from faults.compare import image, rows_of  # noqa: E402
 
-FIXED = ("model=demo", "threads=2", "wandb.mode=disabled", "hydra.run.dir=run", "cache_dir=cache")
+FIXED = ("model=demo", "wandb.mode=disabled", "hydra.run.dir=run", "cache_dir=cache")
 RUNS = {
     "plain": ("data=demo",),
     "guided": ("data=demo", "loss.guidance=7.5", "lora.rank=16"),
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("commit", nargs="?", default="73ce106")
     parser.add_argument("--images", type=Path, help="folder of real images with captions")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=[*RUNS, "real"])
     asked = parser.parse_args()
     runs = dict(RUNS)
@@ -93,7 +94,7 @@ def main() -> None:
             for name, words in runs.items():
                 if asked.only not in (None, name):
                     continue
-                words = [*words, f"trainer.max_epochs={asked.epochs}"]
+                words = [*words, f"trainer.max_epochs={asked.epochs}", f"threads={asked.threads}"]
                 pair = [
                     train(tree, Path(scratch, side, name), words)
                     for side, tree in (("theirs", other), ("ours", REPO))
