@@ -536,6 +536,8 @@ def describe(config: Config) -> str:
     return ", ".join(parts)
 
 
-def age_of(version: int) -> str:
-    """Return `an older` or `a newer`, for settings of another version than this code's."""
+def age_of(version: object) -> str:
+    """Return `an older`, `a newer` or, for what is no number, `another`, for settings of another version."""
+    if not isinstance(version, int):
+        return "another"
     return "an older" if version < CONFIG_VERSION else "a newer"
