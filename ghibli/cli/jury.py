@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ghibli.cli.options import Guidance, Negative, Sampler, Seed, Steps, app
-from ghibli.inference.request import ImageRequest, read_prompts
+from ghibli.inference.request import ImageRequest, parse_size, read_prompts
 from ghibli.runtime.commands import command_line
 from ghibli.runtime.console import console, relative_path
 from ghibli.runtime.errors import UserError, stop_at_once
@@ -39,6 +39,9 @@ def jury_command(
     guidance: Guidance = None,
     steps: Steps = 30,
     seed: Seed = 0,
+    size: Annotated[
+        str | None, typer.Option(help="px, or WIDTHxHEIGHT; by default that of the first one's training")
+    ] = None,
     negative: Negative = "",
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/jury"),
 ) -> None:
@@ -59,11 +62,11 @@ def jury_command(
     items = ballot.items_needed(len(named), len(lines), pairs)
     request = ImageRequest(
         ballot.items_of(lines, items), sampler, 1.0 if guidance is None else guidance, steps, seed,
-        (512, 512), negative,
+        parse_size(size or "512"), negative,
     )  # fmt: skip
     require_target(folder, "--to", 2 * pairs * BYTES)
     planned = ballot.plan(len(named), len(lines), items, pairs)
-    drawn = ballot.draw(named, overrides, request, guidance)
+    drawn = ballot.draw(named, overrides, request, guidance=guidance, size=request.size if size else None)
     page = ballot.write(folder, named, request.prompts, planned, drawn)
     console.print(f"ballot   {relative_path(page)}: {len(planned)} pairs; send it to people, or open it")
     console.print(f"         keep {relative_path(page.with_suffix('.key.json'))}, which says who drew what")

@@ -21,7 +21,6 @@ from ghibli.inference.generate import generate_images
 from ghibli.inference.load import load_model
 from ghibli.inference.request import ImageRequest
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_json, write_text
 
 SAME_EVERY = 8  # one pair in so many shows one model twice, from two noises
@@ -77,28 +76,33 @@ def items_of(prompts: Sequence[str], items: int) -> list[str]:
 
 
 def draw(
-    sources: Sequence[str], overrides: list[str], request: ImageRequest, guidance: float | None
+    sources: Sequence[str],
+    overrides: list[str],
+    request: ImageRequest,
+    *,
+    guidance: float | None,
+    size: tuple[int, int] | None,
 ) -> list[torch.Tensor]:
     """Draw every item by every model: for each (items, 3, H, W), float32 in 0 .. 1.
 
     Args:
         sources: a run or an adapter file for each model.
         overrides: of train.py, which choose the base of adapter files.
-        request: with a prompt for each item; the size is the training's.
+        request: with a prompt for each item.
         guidance: of all; None = what suits each model.
+        size: of all, in px; None = that of the first model's training.
 
     Raises:
-        UserError: a model that cannot be loaded, models of other sizes, or an image that is not finite.
+        UserError: a model that cannot be loaded, or an image that is not finite.
     """
     found = []
     for number, source in enumerate(sources, start=1):
         is_run = source == "latest" or RunDir(Path(source)).config.is_file()
         model = load_model([source], [] if is_run else overrides)
-        side = model.config.model.resolution
-        asked = replace(request, size=(side, side), guidance=model.guidance if guidance is None else guidance)
+        size = size or (model.config.model.resolution,) * 2
+        own = model.guidance if guidance is None else guidance
+        asked = replace(request, size=size, guidance=own)
         found.append(generate_images(model, asked, f"model {number} of {len(sources)}"))
-        if found[-1].shape != found[0].shape:
-            raise UserError(f"{source} draws at {side} px, and {sources[0]} at {found[0].shape[-1]}")
     return found
 
 

@@ -3,11 +3,15 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from ghibli.inference.generate import generate_images
+from ghibli.inference.load import load_model
+from ghibli.inference.request import ImageRequest
 from ghibli.jury import ballot
 from ghibli.jury.ballot import Drawing
 
@@ -66,3 +70,17 @@ def test_the_same_ballot_has_the_same_name(page: Path, tmp_path: Path) -> None:
     assert page.read_bytes() == before
     drawn[1] = 1 - drawn[1]
     assert ballot.write(tmp_path, ["a", "b"], prompts, pairs, drawn) != page
+
+
+def test_each_model_draws_each_item_as_generate_does() -> None:
+    """Two strengths of one adapter: the same noise for an item, and the prompt of the item."""
+    adapter = "ghibli/demo/near/pytorch_lora_weights.safetensors"
+    prompts = ballot.items_of(["a red train", "a lake"], 3)
+    request = ImageRequest(prompts, "ddim", 1.0, 2, 5, (512, 512))
+    sources, words = [adapter, f"{adapter}:0.3"], ["model=demo"]
+    drawn = ballot.draw(sources, words, request, guidance=3.0, size=(64, 64))
+    for source, images in zip(sources, drawn, strict=True):
+        model = load_model([source], words)
+        wanted = generate_images(model, replace(request, guidance=3.0, size=(64, 64)))
+        assert torch.equal(images, wanted) and images.shape == (3, 3, 64, 64)
+    assert not torch.equal(*drawn)
