@@ -1,7 +1,7 @@
 """Make the numbers of docs/measures.md: `python docs/measures.py [PART ...]`.
 
-Parts: altered, layouts, sizes, copies; all by default. Features are kept in outputs/measures/ and made once, so a
-part that was stopped goes on where it was.
+Parts: altered, layouts, sizes, copies; all by default. Features are kept in outputs/measures/ and made once,
+so a part that was stopped goes on where it was.
 """
 
 import json
