@@ -17,6 +17,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.launch import current_run, hydra_entry, job_number
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, one_line_errors
+from ghibli.runtime.terminal import one_line
 from ghibli.sweeps import grid
 from ghibli.sweeps.grid import studies
 from ghibli.sweeps.jobs import failures, progress, run_trial
@@ -99,7 +100,7 @@ def evaluate_all(study: grid.Study) -> None:
         except Exception as error:  # the others are still evaluated, and the report is written
             if not isinstance(error, UserError):
                 traceback.print_exc()
-            console.print(f"this evaluation failed: {error}", style="yellow")
+            console.print(one_line(f"this evaluation failed: {error}"), style="yellow")
 
 
 def evaluate_one(run: RunDir, options: EvaluateConfig) -> None:
@@ -111,7 +112,7 @@ def evaluate_one(run: RunDir, options: EvaluateConfig) -> None:
     config.evaluate = options
     result = evaluate(run, config)
     for finding in result["findings"]:
-        console.print(f"{finding['name']}: {finding['text']}", style="yellow")
+        console.print(one_line(f"{finding['name']}: {finding['text']}"), style="yellow")
     log_evaluation(config, run, result)
 
 

@@ -111,6 +111,20 @@ def test_captions_do_not_lead_out_of_the_folder(tmp_path: Path, secret: Path) ->
     ]
 
 
+@pytest.mark.parametrize("name", ["captions.txt", "metadata.jsonl", "metadata.csv", "images/captions.txt"])
+def test_a_caption_table_does_not_lead_out_of_the_folder(tmp_path: Path, secret: Path, name: str) -> None:
+    """Training would learn another set's captions, and `ghibli caption` would copy the file into this one."""
+    for place in range(2):
+        noise(tmp_path / "set" / "images" / f"{place}.png", place)
+    table = secret / "table"
+    table.write_text("0.png|SECRET\n")
+    (tmp_path / "set" / name).symlink_to(table)
+    for act in (read, lambda root: caption_folder(root, lambda: lambda images: ["x"] * 2, batch_size=2)):
+        with pytest.raises(UserError, match=f"{name} cannot be used: it leads out of the folder"):
+            act(tmp_path / "set")
+    assert table.read_text() == "0.png|SECRET\n" and (tmp_path / "set" / name).is_symlink()
+
+
 def test_a_link_within_the_folder_and_a_linked_set_are_fine(tmp_path: Path) -> None:
     for place in range(2):
         noise(tmp_path / "set" / f"{place}.png", place)
