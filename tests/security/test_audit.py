@@ -1,4 +1,4 @@
-"""Train, resume, evaluate, report, app: what they connect to and where they write, by Python's audit hook."""
+"""Train, resume, evaluate, report, app: where they connect, listen and write, by Python's audit hook."""
 
 import importlib.util
 import json
