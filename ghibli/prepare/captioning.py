@@ -60,7 +60,8 @@ class Blip:
         """
         folder = resolve_path(path) if resolve_path(path).is_dir() else download_model(path)
         check_weights(folder, path)
-        check_config(folder / "config.json", f"--model {path}")
+        for name in ("config.json", "preprocessor_config.json"):
+            check_config(folder / name, f"--model {path}")
         try:
             # Silenced: the report on keys, which is asked for instead and checked below.
             with quiet("transformers"):

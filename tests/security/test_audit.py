@@ -32,7 +32,7 @@ def audited(tmp_path: Path, images: Path):
         }  # fmt: skip
         words = [json.dumps(command) for command in commands]
         script = str(REPO / "tests" / "helpers" / "audited.py")
-        done = run_python(script, str(log), *words, cwd=tmp_path / "work", env=environment)
+        done = run_python(script, str(log), *words, cwd=tmp_path / "work", env=environment, timeout=1200)
         assert done.returncode == 0, done.stderr
         return [tuple(json.loads(line)) for line in log.read_text().splitlines()]
 
