@@ -17,8 +17,9 @@ from huggingface_hub import constants, snapshot_download
 
 from ghibli.data.caption_tables import one_line
 from ghibli.data.folder import list_images
+from ghibli.data.inside import require_inside
 from ghibli.data.layouts import enter, is_hidden
-from ghibli.images.read import FORMATS, image_endings, is_image_name, open_file
+from ghibli.images.read import FORMATS, Unusable, image_endings, is_image_name, open_file
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.load import is_here
 from ghibli.runtime.errors import UserError, disk_trouble, first_line
@@ -90,6 +91,11 @@ def unpack_shards(
     shards = sorted(folder.rglob("*.parquet"))
     if not shards or list_images(folder):
         return folder
+    for shard in shards:
+        try:
+            require_inside(shard, folder)
+        except Unusable as reason:
+            raise UserError(f"--data: {shard} cannot be used: {reason}") from None
     training = [shard for shard in shards if shard.name.startswith("train")]
     shards = training or shards
     return unpack_parquet(shards, into / versioned_name(name, shards), on_progress, archive)
