@@ -4,7 +4,7 @@ Key names and metadata are those that kohya's `networks.lora` writes for Stable 
 """
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ def metadata_of(
         "ss_network_dropout": f"{config.lora.dropout:g}",
         "ss_base_model_version": f"sd_{'v2' if is_v2 else 'v1'}{'_v' if is_v else ''}",
         "ss_v2": str(is_v2),
-        "ss_sd_model_name": config.model.path.rstrip("/").rpartition("/")[2],
+        "ss_sd_model_name": PureWindowsPath(config.model.path).name,
         "ss_sd_model_hash": str(facts.get("base_hash", "")),
         "ss_dataset_hash": str(facts.get("data_hash", "")),
         "ss_steps": str(facts.get("step", "")),

@@ -9,6 +9,7 @@ from ghibli.cli.options import app
 from ghibli.runtime.commands import command_line, path_setting, quoted
 from ghibli.runtime.console import console, counted
 from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.terminal import one_line
 
 demo = typer.Typer(no_args_is_help=True, help="The embedded demo.")
 app.add_typer(demo, name="demo")
@@ -107,14 +108,14 @@ def caption_command(
             folder, captioning.blip_loader(model), batch_size=batch_size, on_progress=on_progress
         )
     if result.skipped:
-        console.print(f"images: {summarise(result.skipped, elsewhere='')}", style="yellow")
+        console.print(one_line(f"images: {summarise(result.skipped, elsewhere='')}"), style="yellow")
     if result.written:
         existing = f"{result.already_captioned} already had one"
-        console.print(f"{len(result.written)} captions written to {result.table}; {existing}")
+        console.print(one_line(f"{len(result.written)} captions written to {result.table}; {existing}"))
         for name, caption in list(result.written.items())[:5]:
-            console.print(f"  {name}: {caption}")
+            console.print(one_line(f"  {name}: {caption}"))
     elif not result.skipped:
-        console.print(f"every image has a caption: {result.already_captioned} in {folder}")
+        console.print(one_line(f"every image has a caption: {result.already_captioned} in {folder}"))
 
 
 @app.command("convert")
@@ -125,4 +126,4 @@ def convert_command(
     from ghibli.models.convert import to_safetensors
 
     for file in files:
-        console.print(f"wrote {to_safetensors(file)}")
+        console.print(one_line(f"wrote {to_safetensors(file)}"))

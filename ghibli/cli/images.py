@@ -26,6 +26,7 @@ from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
 from ghibli.runtime.files import require_target
 from ghibli.runtime.home import exists
+from ghibli.runtime.terminal import one_line
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from ghibli.inference.load import LoadedModel
@@ -133,7 +134,7 @@ def span(files: list[Path], before: str = "") -> str:
 def print_warnings(warnings: list[str]) -> None:
     """Print each warning on a line of its own."""
     for warning in warnings:
-        console.print(warning, style="yellow", markup=False)
+        console.print(one_line(warning), style="yellow")
 
 
 @app.command("restyle")

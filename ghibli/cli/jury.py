@@ -13,6 +13,7 @@ from ghibli.runtime.console import console, relative_path
 from ghibli.runtime.errors import UserError, stop_at_once
 from ghibli.runtime.files import require_target
 from ghibli.runtime.home import exists
+from ghibli.runtime.terminal import one_line
 
 BYTES = 10**6  # of an image in the page, at most, about
 
@@ -89,4 +90,4 @@ def count_votes(files: list[Path], key: Path | None, folder: Path) -> None:
         if key is None:
             raise UserError(f"{name} is neither beside {files[0]} nor in {folder}: give it with --key FILE")
     for line in counting.count(files, counting.read_key(key)):
-        console.print(line)
+        console.print(one_line(line))  # files have the names that voters gave them

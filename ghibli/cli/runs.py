@@ -50,7 +50,7 @@ def list_command(
     for base, own in groups.items():
         if len(groups) > 1:
             name = f"of base {base[:7]}" if base else "of an unknown base"
-            console.print(f"{name}: its gains compare with each other only", style="bold")
+            console.print(one_line(f"{name}: its gains compare with each other only"), style="bold")
         for line in listing.lines(own, console.width if console.is_terminal else None):
             console.print(line)
 
@@ -125,8 +125,9 @@ def evaluate_command(
         console.print(evaluation_table(run, result))
         console.print(LEGEND)
         for finding in result["findings"]:
-            console.print(f"{finding['name']}: {finding['text']}", style="yellow")
-        console.print(f"numbers {run.evaluation}, images {run.evaluation_images}\n")
+            console.print(one_line(f"{finding['name']}: {finding['text']}"), style="yellow")
+        console.print(one_line(f"numbers {run.evaluation}, images {run.evaluation_images}"))
+        console.print()
         wandb_logger.log_evaluation(config, run, result)
 
 
@@ -137,7 +138,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
 
     kernel, frechet = distance_names(result["features"])
     counts = f"{result['samples']} samples, {steps_text(result)}, {result['reference_images']} real images"
-    table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
+    table = Table(title=one_line(f"{run.path}: {counts}"), box=None, pad_edge=False, title_justify="left")
     for name in ("model", "cell", kernel, "below base", "layout", frechet, "captions", "precision", "recall"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
     for model, rows in result["models"].items():
@@ -183,11 +184,11 @@ def compare_command(
     differing, results, verdict = compare.compare(*sides)
     for name, rows in (("differs", differing), ("result", results)):
         if rows:
-            table = Table(name, one, other, box=None, pad_edge=False)
+            table = Table(name, one_line(one), one_line(other), box=None, pad_edge=False)
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*map(one_line, row))
             console.print(table, "")
-    console.print(verdict)
+    console.print(one_line(verdict))
 
 
 @app.command("report")
@@ -204,4 +205,4 @@ def report_command(
 
     folders = [run_named(str(folder)).path if str(folder) == "latest" else folder for folder in folders]
     file = page.write(folders, out)
-    console.print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): one page, for any browser")
+    console.print(one_line(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): one page, for any browser"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from ghibli.data.caption_tables import one_line
+from ghibli.data.inside import require_inside
 from ghibli.data.layouts import (
     LAYOUTS,
     ListedImage,
@@ -153,25 +154,6 @@ def read_or_reason(listed: ListedImage, top: Path, options: ReadOptions) -> Capt
         return CaptionedImage(listed.path, f"{caption}{options.style}", content_hash, listed.name, repeats)
     except (Unusable, OSError) as reason:
         return str(reason)
-
-
-def require_inside(path: Path, top: Path) -> None:
-    """Refuse a name or a link that leads out of an image set: somebody else may have made it.
-
-    The hub's cache is no exception: there `snapshots/` links to `blobs/` beside it.
-
-    Raises:
-        Unusable: it does.
-    """
-    try:
-        real, inside = Path(os.path.realpath(path)), [Path(os.path.realpath(top))]
-    except (OSError, ValueError):
-        raise Unusable("no file can have this name") from None
-    if "snapshots" in inside[0].parts:
-        repository = next(parent.parent for parent in inside[0].parents if parent.name == "snapshots")
-        inside.append(repository / "blobs")
-    if not any(real.is_relative_to(folder) for folder in inside):
-        raise Unusable("it leads out of the folder: copy the file into it")
 
 
 def enter_and_list(root: Path, key: str = "data.root") -> tuple[Path, list[ListedImage]]:

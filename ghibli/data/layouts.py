@@ -14,7 +14,9 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from ghibli.data.caption_tables import RowReader, bar_rows, csv_rows, json_rows, read_table
-from ghibli.images.read import HEIF_ADVICE, HEIF_ENDINGS, is_image_name
+from ghibli.data.inside import require_inside
+from ghibli.images.read import HEIF_ADVICE, HEIF_ENDINGS, Unusable, is_image_name
+from ghibli.runtime.errors import UserError
 from ghibli.runtime.registry import Registry
 
 SUBFOLDERS = ("images", "trainB_ghibli", "dataset/trainB_ghibli")  # the last two: the Kaggle set
@@ -121,10 +123,17 @@ def rows_in(root: Path, table_name: str, read_rows: RowReader) -> list[ListedIma
 
     A table may spell a name with other bytes than the file's, as macOS does with accents, or with spaces
     around it.
+
+    Raises:
+        UserError: a table that cannot be read, or a link to one outside of the set.
     """
     folder = image_folder(root)
     captions: dict[str, str] = {}
     for table in reversed(tables_in(root, table_name)):
+        try:
+            require_inside(table, root)
+        except Unusable as reason:
+            raise UserError(f"{table} cannot be used: {reason}") from None
         found = read_table(table, folder, read_rows)
         captions |= {name: caption for name, caption in found.items() if caption}
     spelling = {normalize("NFC", name): name for name in list_files(root)}

@@ -22,6 +22,7 @@ from ghibli.config.schema import Config
 from ghibli.evaluation.distances import frechet_distance, kernel_difference, kernel_distance
 from ghibli.evaluation.statistics import Estimate
 from ghibli.models.base import BaseModel, part_hash, resolve_path, weights_hash
+from ghibli.models.configs import check_config
 from ghibli.models.hub import CLIP_FILES, hub_answers
 from ghibli.models.load import load_part
 from ghibli.runtime.errors import UserError, first_line
@@ -199,6 +200,7 @@ def load_clip(name: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
         return None
     folder = clip_folder(name)
     clip = load_part(CLIPModel, folder, f"model.clip={name}", dtype=torch.float32)
+    check_config(folder / "preprocessor_config.json", f"model.clip={name}")
     try:
         return clip.eval(), CLIPImageProcessor.from_pretrained(folder)
     except Exception as error:  # transformers raises many types; all mean the same to the user

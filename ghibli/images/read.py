@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
+from ghibli.images.jpeg import has_too_many_scans
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_plain
 
@@ -153,6 +154,8 @@ def decode(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
     """
     try:
         with open_file(path) as file:
+            if file.format in ("JPEG", "MPO") and has_too_many_scans(path.read_bytes()):
+                raise Unusable("it is a JPEG of hundreds of passes and would take minutes: save it anew")
             size = file.size
             if at_least is not None:
                 file.draft("RGB", (at_least, at_least))
@@ -166,7 +169,7 @@ def decode(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
     except Image.DecompressionBombError:
         assert Image.MAX_IMAGE_PIXELS is not None, "Pillow raises this error only if there is a limit"
         raise Unusable(f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
-    except MemoryError:
+    except (MemoryError, Unusable):
         raise
     except Exception as error:  # Pillow raises many types on broken files
         raise Unusable(f"it is damaged or of an unknown format: {error}") from error

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ghibli.data.folder import enter_and_list, list_images, read_beside, require_inside
+from ghibli.data.folder import enter_and_list, list_images, read_beside
+from ghibli.data.inside import require_inside
 from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS, not_read
 from ghibli.images.grid import to_image
 from ghibli.images.read import (

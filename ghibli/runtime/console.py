@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.traceback import Traceback
 
-from ghibli.runtime.terminal import visible
+from ghibli.runtime.terminal import one_line, visible
 
 LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
@@ -49,11 +49,12 @@ console = PlainConsole()
 class LineHandler(RichHandler):
     """Print a log record as its message alone, in one line, coloured by its level.
 
+    A name with a line break in it would otherwise write a line of its own, such as one about an error.
     RichHandler would lay it out as a table as wide as the console, which is 80 columns in a pipe.
     """
 
     def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
-        return Text(visible(message), LEVEL_STYLES.get(record.levelno, ""))
+        return Text(one_line(message), LEVEL_STYLES.get(record.levelno, ""))
 
     def render(
         self,

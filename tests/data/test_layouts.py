@@ -17,6 +17,7 @@ from ghibli.data.folder import recognised
 from ghibli.data.latents import Moments
 from ghibli.inference.restyle import find_photos
 from ghibli.prepare.captioning import caption_folder
+from ghibli.prepare.download import fetch
 from ghibli.runtime.errors import UserError, loader_trouble
 from ghibli.runtime.files import write_json
 
@@ -109,6 +110,30 @@ def test_captions_do_not_lead_out_of_the_folder(tmp_path: Path, secret: Path) ->
     assert [photo.path.name for photo in photos if os.path.exists(photo.path)] == [
         f"{n}.png" for n in range(5)
     ]
+
+
+@pytest.mark.parametrize("name", ["captions.txt", "metadata.jsonl", "metadata.csv", "images/captions.txt"])
+def test_a_caption_table_does_not_lead_out_of_the_folder(tmp_path: Path, secret: Path, name: str) -> None:
+    """Training would learn another set's captions, and `ghibli caption` would copy the file into this one."""
+    for place in range(2):
+        noise(tmp_path / "set" / "images" / f"{place}.png", place)
+    table = secret / "table"
+    table.write_text("0.png|SECRET\n")
+    (tmp_path / "set" / name).symlink_to(table)
+    for act in (read, lambda root: caption_folder(root, lambda: lambda images: ["x"] * 2, batch_size=2)):
+        with pytest.raises(UserError, match=f"{name} cannot be used: it leads out of the folder"):
+            act(tmp_path / "set")
+    assert table.read_text() == "0.png|SECRET\n" and (tmp_path / "set" / name).is_symlink()
+
+
+def test_shards_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    """The images of another set would be unpacked into this one."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "theirs.parquet").write_bytes(b"PAR1")
+    (tmp_path / "set" / "train-0.parquet").symlink_to(tmp_path / "theirs.parquet")
+    with pytest.raises(UserError, match=r"train-0.parquet cannot be used: it leads out of the folder"):
+        fetch(str(tmp_path / "set"), tmp_path / "data", lambda done, total: None)
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_link_within_the_folder_and_a_linked_set_are_fine(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """One odd run folder never hides the others; a lock tells who runs; two runs in one second; links."""
 
 import argparse
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -220,13 +223,36 @@ def test_hydras_parser_is_built_where_argparse_checks_every_help(monkeypatch: py
         get_args_parser()
 
 
+def test_all_that_make_installs_has_its_hash() -> None:
+    """What builds a package runs too: in a build of its own, pip would fetch that without a hash."""
+    root = Path(__file__).parents[2]
+    lines = [line for line in (root / "Makefile").read_text().splitlines() if "pip install" in line]
+    locks = [word for line in lines for word in line.split() if word.startswith("locks/")]
+    assert len(lines) == 4 and locks == ["locks/build.txt", "locks/dev.txt", "locks/extras.txt"]
+    for line in lines:
+        assert "--require-hashes -r locks/" in line or line.endswith("--no-deps --no-build-isolation -e .")
+        assert "--no-build-isolation" in line or "locks/build.txt" in line
+    pinned = {}
+    for name in locks:
+        blocks = (root / name).read_text().replace("\\\n", " ").splitlines()
+        found = {block.split()[0]: block for block in blocks if block and block[0] not in "# "}
+        assert all("==" in pin and "--hash=sha256:" in block for pin, block in found.items())
+        pinned[name] = {pin.split("==")[0]: pin for pin in found}
+    for smaller, larger in itertools.pairwise(pinned[name] for name in locks):  # one after the other
+        assert smaller.items() <= larger.items()
+    named = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, words in named.items():
+        wanted = {re.split(r"[\[<>=]", word)[0].lower() for word in words}
+        assert extra in ("ray", "submitit") or wanted <= pinned["locks/extras.txt"].keys(), extra
+
+
 def test_make_names_an_old_python_before_it_installs(tmp_path: Path) -> None:
     old = tmp_path / "python-of-before"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
     folder = tmp_path / "project"
     (folder / "locks").mkdir(parents=True)
-    for name in ("Makefile", "pyproject.toml", "locks/dev.txt"):
+    for name in ("Makefile", "pyproject.toml", "locks/build.txt", "locks/dev.txt"):
         (folder / name).write_bytes((Path(__file__).parents[2] / name).read_bytes())
     done = subprocess.run(["make", "train", f"PYTHON={old}"], cwd=folder, capture_output=True, text=True)
     assert done.returncode and not (folder / ".venv").exists()

@@ -4,6 +4,7 @@ The bytes are those a terminal gets: ECMA-48 gives ESC and the C1 controls their
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import pty
 import subprocess
 import sys
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
+from ghibli.runtime import console as console_module
 from ghibli.runtime import terminal
 from ghibli.runtime.console import PlainConsole, counted, full_width
 from ghibli.runtime.errors import UserError, one_line_errors
@@ -67,9 +70,13 @@ def test_tables_bars_and_messages_show_data_as_it_is(capsys: pytest.CaptureFixtu
     assert "[bold]b[/bold] lora.targets=[to_q]" in said
 
 
-def test_a_progress_bar_with_markup_in_its_label_goes_on() -> None:
-    with counted("[/INST]") as on_progress:
+def test_a_progress_bar_shows_its_label_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, as else it draws nothing."""
+    drawn = PlainConsole(file=io.StringIO(), force_terminal=True, width=200)
+    monkeypatch.setattr(console_module, "console", drawn)
+    with counted(f"[/INST]{CLIPBOARD}") as on_progress:
         on_progress(1, 2)
+    assert f"[/INST]{visible(CLIPBOARD)}" in drawn.file.getvalue() and CLIPBOARD not in drawn.file.getvalue()
 
 
 def test_errors_and_tracebacks_are_visible(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +94,43 @@ def test_errors_and_tracebacks_are_visible(capsys: pytest.CaptureFixture[str]) -
         terminal.print_traceback(RuntimeError, caught, caught.__traceback__)
     said = capsys.readouterr().err
     assert is_inert(said) and "\\x1b[2J" in said and "RuntimeError" in said
+
+
+QUOTES = """
+import logging, sys, warnings
+from ghibli.runtime.errors import UserError, one_line_errors
+from ghibli.runtime.console import console
+def say():
+    evil = "a\\x1b[9A\\x1b[2K\\rforged\\x1b[8m"
+    logging.getLogger("transformers").warning(evil)
+    logging.getLogger("ghibli").warning(evil)
+    warnings.warn(evil)
+    console.print(evil)
+    try:
+        raise RuntimeError(evil)
+    except RuntimeError as error:
+        sys.excepthook(RuntimeError, error, error.__traceback__)
+    raise UserError(evil)
+one_line_errors(say)
+"""
+
+
+def test_what_libraries_log_or_warn_of_moves_no_cursor_of_a_terminal() -> None:
+    """A terminal gets colours and the cursor of bars, but not out of a name of a weight or of a file."""
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-c", QUOTES]
+    quoting = subprocess.Popen(
+        words, env=os.environ | {"PYTHONPATH": str(REPO)}, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    said = b""
+    with suppress(OSError):  # EIO: the end, as Linux has it
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    assert quoting.wait(60) == 2
+    assert said.count(b"forged") == 6 and said.count(b"a\\x1b[9A\\x1b[2K") == 6
+    assert b"\x1b[9A" not in said and b"\rforged" not in said and b"\x1b[8m" not in said
 
 
 # A stream that fails
