@@ -57,9 +57,7 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
     run.status.update(peak_memory=peak_memory())
     module.to(trainer.strategy.root_device)
     best = best_row(training.callbacks.records.probe_rows)
-    freedom = best.get("probe/val_images", math.inf) - 1
-    gain = Gain(best["probe/val_gain"], best["probe/val_gain_se"], freedom=freedom)
-    best_epoch = best["epoch"]
+    gain, best_epoch = gain_of(best), best["epoch"]
     lines = [headline(training)]
     if config.finetune != "none":
         if config.finetune == "lora":
@@ -150,6 +148,12 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the row of probe.csv with the highest gain; the base's when nothing was trained."""
     trained = [row for row in rows if row["epoch"] > 0]
     return max(trained or rows, key=lambda row: row["probe/val_gain"])
+
+
+def gain_of(row: dict[str, Any]) -> Gain:
+    """Return the held-out gain of a row of probe.csv; rows of before do not say of how many images it is."""
+    freedom = row.get("probe/val_images", math.inf) - 1
+    return Gain(row["probe/val_gain"], row["probe/val_gain_se"], freedom=freedom)
 
 
 def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import run_python
 
+from ghibli.config.schema import age_of
 from ghibli.config.typed_paths import at_home
 from ghibli.data.folder import read_folder
 from ghibli.runs.folder import RunDir
@@ -55,6 +56,11 @@ def test_runs_of_other_versions_say_so_and_the_way_out(
     warn_of_changes(run)
     said = " ".join(capsys.readouterr().out.split())
     assert f"it was made by {age} version" in said and "check out its commit, 0123456" in said
+
+
+@pytest.mark.parametrize("version", [None, "2", [2], {}, 1.5])
+def test_a_version_that_is_no_number_is_another_one(version: object) -> None:
+    assert age_of(version) == "another"
 
 
 @pytest.mark.parametrize("look", ["drawn", "photo"])
