@@ -97,11 +97,18 @@ def read_folder(
     """
     require_folder(key, root)
     top, listed = enter_and_list(expanded(root), key)
-    read_one = partial(
-        read_or_reason, top=top, options=ReadOptions(style, default_caption, min_side, on_image, on_size)
-    )
     images: list[CaptionedImage] = []
     unusable: dict[str, str] = {}
+    several: set[Path] = set()  # files of more than one image
+
+    def note_frames(path: Path, image: Image.Image) -> None:
+        if image.info["frames"] > 1:
+            several.add(path)
+        on_image(path, image)
+
+    read_one = partial(
+        read_or_reason, top=top, options=ReadOptions(style, default_caption, min_side, note_frames, on_size)
+    )
     with without_warnings(), reading_threads() as pool:
         for done, (image, found) in enumerate(zip(listed, pool.map(read_one, listed), strict=True), start=1):
             if isinstance(found, CaptionedImage):
@@ -109,7 +116,7 @@ def read_folder(
             else:
                 unusable[image.name] = found
             on_progress(done, len(listed))
-    others = not_read(top, listed)
+    others = not_read(top, listed, several)
     if not listed:
         instead = f" (but {others})" if others else ""
         raise UserError(f"{key}={root}: no images found{instead}; supported layouts: {supported_layouts()}")

@@ -146,21 +146,23 @@ def decode(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
         at_least: px; a JPEG may be decoded as small as that, which is faster. None = at full size.
 
     Returns:
-        The image, and the size of the whole image, upright: what `resize.size_for` chooses the shape from.
+        The image, whose info has the number of `frames` in the file (the first one is read), and the size of the whole image, upright: what `resize.size_for` chooses the shape from.
 
     Raises:
         Unusable: Pillow cannot read the file or convert it to RGB.
     """
     try:
         with open_file(path) as file:
-            size = file.size
+            size, frames = file.size, frames_in(file)
             if at_least is not None:
                 file.draft("RGB", (at_least, at_least))
             with _one_large if size[0] * size[1] > LARGE else nullcontext():
                 file.load()
                 size = upright_size(size, file)
                 ImageOps.exif_transpose(file, in_place=True)
-                return to_rgb(file, path.name), size
+                image = to_rgb(file, path.name)
+                image.info["frames"] = frames
+                return image, size
     except UnidentifiedImageError:
         raise Unusable("it is not an image, despite its name") from None
     except Image.DecompressionBombError:
@@ -170,6 +172,16 @@ def decode(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
         raise
     except Exception as error:  # Pillow raises many types on broken files
         raise Unusable(f"it is damaged or of an unknown format: {error}") from error
+
+
+def frames_in(file: Image.Image) -> int:
+    """Return how many images a file has; 1 for a photo with a small copy or a depth map of itself (MPO)."""
+    if file.format == "MPO":
+        return 1
+    try:
+        return getattr(file, "n_frames", 1)
+    except Exception:  # a later one is damaged: it is not read anyway
+        return 1
 
 
 def upright_size(stored: Size, loaded: Image.Image) -> Size:

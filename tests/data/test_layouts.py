@@ -48,6 +48,8 @@ def test_kohya_s_folders_are_entered_with_their_repeats(tmp_path: Path) -> None:
         "2_other/0.png": ("a house, in ink", 2),
     }
     assert folder.not_read == "1 images in 0_unused/ (1)"
+    photos = {photo.path.relative_to(tmp_path).as_posix(): photo.prompt for photo in find_photos([tmp_path], None, ", in ink")}
+    assert photos == {image.name: image.caption for image in folder.images}  # the same captions to restyle
     assert "10_ghibli style/ (3 images, each 10 times in an epoch)" in recognised(tmp_path)
 
 

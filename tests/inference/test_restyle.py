@@ -174,6 +174,29 @@ def test_strength_is_a_share_of_all_noise_levels(
     assert len(seen) == steps // 2 and abs(seen[0] - 500) <= 3 and min(seen) >= 0
 
 
+def test_a_negative_prompt_of_any_length_is_used(base_alone: LoadedModel) -> None:
+    """Words beyond the 75th token, which the library's own pipeline drops with a warning."""
+    photo = Image.new("RGB", (64, 64), "grey")
+    drawn = [
+        grey(restyle.restyle_photo(base_alone, photo, "a lake", replace(OPTIONS, negative=negative)))
+        for negative in ("fog, " * 60, "fog, " * 60 + "blue house")
+    ]
+    assert np.abs(drawn[0] - drawn[1]).max() > 1
+
+
+@pytest.mark.parametrize("command", ["generate", "restyle"])
+def test_the_commands_say_that_a_negative_prompt_is_not_used(
+    command: str, photos: Path, tmp_path: Path
+) -> None:
+    words = ["generate", "--prompt", "a lake", "--size", "64", "model=demo"]
+    if command == "restyle":
+        words = ["restyle", str(photos), "--prompt", "a lake", "--with", "model=demo"]
+    words += ["--negative", "fog", "--guidance", "1", "--steps", "2", "--to", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "the negative prompt is not used: at guidance 1" in " ".join(result.output.split())
+
+
 def test_a_negative_prompt_that_is_not_used_is_named() -> None:
     assert unused_negative("fog", 7.5) == unused_negative(" ", 1) == []
     (said,) = unused_negative("fog", 1)
