@@ -15,6 +15,7 @@ from unicodedata import normalize
 
 from ghibli.data.caption_tables import RowReader, bar_rows, csv_rows, json_rows, read_table
 from ghibli.images.read import HEIF_ADVICE, HEIF_ENDINGS, is_image_name
+from ghibli.runtime.files import LONGEST_NAME
 from ghibli.runtime.registry import Registry
 
 SUBFOLDERS = ("images", "trainB_ghibli", "dataset/trainB_ghibli")  # the last two: the Kaggle set
@@ -101,7 +102,8 @@ def list_files(root: Path) -> list[str]:
 def texts_beside(image: Path) -> list[Path]:
     """Return the files that may hold an image's caption, whether or not they exist; the first one counts."""
     is_name = image.name not in ("", ".", "..")
-    return [image.with_suffix(ending) for ending in CAPTION_ENDINGS] if is_name else []
+    found = [image.with_suffix(ending) for ending in CAPTION_ENDINGS] if is_name else []
+    return [file for file in found if len(os.fsencode(file.name)) <= LONGEST_NAME]  # no other can exist
 
 
 def files_in(root: Path) -> list[ListedImage]:

@@ -116,6 +116,8 @@ def grid_requests(request: ImageRequest, axes: list[Axis]) -> list[list[ImageReq
         raise UserError(
             "--grid: give one setting or two different ones, such as guidance=3,7 and steps=10,20"
         )
+    if request.hires == 1 and "hires_strength" in [axis.name for axis in axes]:
+        raise UserError("--grid hires_strength is that of a second pass: give --hires FACTOR too")
     right, down = axes[0], (axes[1] if len(axes) > 1 else None)
     if len(right.values) * (len(down.values) if down else 1) > MOST_IN_GRID:
         raise UserError(f"--grid: at most {MOST_IN_GRID} images of a prompt")

@@ -173,6 +173,9 @@ def test_the_commands(tmp_path: Path, base: BaseModel) -> None:
     assert "one_rank2.safetensors: 3 layers, rank 2, " in typed("resize", one, *demo, "--rank", 2)
     assert "exists already" in typed("resize", one, *demo, "--rank", 2)
     assert "one_keep0.9.safetensors: 3 layers, rank" in typed("resize", one, *demo, "--keep", 0.9)
+    long = tmp_path / f"{'ä' * 120}.safetensors"
+    long.write_bytes(one.read_bytes())
+    assert "_rank2.safetensors: 3 layers, rank 2, " in typed("resize", long, *demo, "--rank", 2)
     both = tmp_path / "both.safetensors"
     assert "3 layers, rank 12, 100 %" in typed("merge", f"{one}:0.7", f"{other}:-0.5", *demo, "--to", both)
     tuned = load("demo")

@@ -93,6 +93,7 @@ def test_proxies_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> No
 def test_words_that_are_no_settings() -> None:
     for word, reason in (
         ("nope=1", "unknown key nope"),
+        ("lora.rank=8", "lora.rank=8 changes nothing here: only model.*, data=NAME and data.style do"),
         ("outputs/train/run", "`outputs/train/run` is no setting"),
         ("model.path=no/such/base/here", "model.path=no/such/base/here: no such folder or file"),
     ):
