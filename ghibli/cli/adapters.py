@@ -111,7 +111,7 @@ def resize_command(
     config = base_config(overrides or [])
     base = apply.load_base(config.model)
     adapter = files.read_adapter(source, base, "resize")
-    if not files.is_plain(adapter):
+    if files.depends_on_base(adapter):
         trained.check_bases([file], config, base)
     found = factorize.resize(adapter, base, size)
     write_reworked(found, target, factorize.metadata_after([adapter], found, target.stem))
@@ -149,7 +149,7 @@ def merge_command(
     config = base_config(overrides)
     base = apply.load_base(config.model)
     adapters = [(files.read_adapter(file, base, "merge"), weight) for file, weight in found_files]
-    if not all(files.is_plain(adapter) for adapter, _ in adapters):  # a difference from the base's weights
+    if any(files.depends_on_base(adapter) for adapter, _ in adapters):
         trained.check_bases([name for name, _ in named], config, base)
     found = factorize.combine(adapters, base, size)
     metadata = factorize.metadata_after([adapter for adapter, _ in adapters], found, target.stem)
