@@ -22,6 +22,8 @@ from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.safetensors import check_float, check_whole, count_weights
 from ghibli.runtime.errors import UserError, first_line
 
+logger = logging.getLogger(__name__)
+
 CONFIG_FILES = (
     "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
     "tokenizer/tokenizer_config.json", "unet/config.json", "vae/config.json",
@@ -52,6 +54,8 @@ def load(path: str, config: str | None = None) -> BaseModel:
         parts = load_single_file(place, config)
     else:
         parts = load_from_hub(path)
+    if config is not None and not place.is_file():
+        logger.warning(f"model.config={config} is not used: model.path={path} is no single file")
     base = BaseModel(*parts)
     check_supported(base, path)
     base.tokenizer.model_max_length = base.text_encoder.config.max_position_embeddings

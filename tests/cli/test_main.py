@@ -98,6 +98,12 @@ def test_demo_draw_replaces_nothing(tmp_path: Path, name: str) -> None:
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
 
 
+def test_demo_draw_says_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, _, error = ghibli("demo", "draw", "file/x", "--count", "1", cwd=tmp_path)
+    assert code == 2 and error == "error: FOLDER file/x: nothing can be written there: Not a directory\n"
+
+
 @pytest.mark.parametrize(
     ("word", "expected"),
     [

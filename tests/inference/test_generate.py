@@ -66,6 +66,7 @@ def loaded(adapter: Path) -> LoadedModel:
         ({"sampler": "eulr"}, "--sampler eulr is unknown: choose one of ddpm, ddim, euler"),
         ({"prompts": ["a train", "  "]}, "an empty prompt: give --prompt TEXT"),
         ({"prompts": []}, "an empty prompt"),
+        ({"prompts": ["( [] :1.3)"]}, "an empty prompt"),
         ({"steps": 0}, "--steps 0 is out of range: from 1 to 1000"),
         ({"seed": 10**20}, "--seed 100000000000000000000: must be from 0 to 4294967295"),
         ({"seed": -1}, "--seed -1: must be from 0 to 4294967295"),

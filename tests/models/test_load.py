@@ -157,6 +157,12 @@ def test_the_other_hash_knows_tokenizer_and_settings(folder: Path, base: BaseMod
     assert len(seen) == len(keys) == 5
 
 
+def test_configs_for_a_folder_are_not_used_and_named(capsys: pytest.CaptureFixture) -> None:
+    load("demo", "/no/such/folder")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "model.config=/no/such/folder is not used: model.path=demo is no single file" in said
+
+
 # What is refused
 
 
