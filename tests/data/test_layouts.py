@@ -48,7 +48,10 @@ def test_kohya_s_folders_are_entered_with_their_repeats(tmp_path: Path) -> None:
         "2_other/0.png": ("a house, in ink", 2),
     }
     assert folder.not_read == "1 images in 0_unused/ (1)"
-    photos = {photo.path.relative_to(tmp_path).as_posix(): photo.prompt for photo in find_photos([tmp_path], None, ", in ink")}
+    photos = {
+        photo.path.relative_to(tmp_path).as_posix(): photo.prompt
+        for photo in find_photos([tmp_path], None, ", in ink")
+    }
     assert photos == {image.name: image.caption for image in folder.images}  # the same captions to restyle
     assert "10_ghibli style/ (3 images, each 10 times in an epoch)" in recognised(tmp_path)
 
@@ -84,7 +87,11 @@ def test_an_image_has_the_longest_name_that_a_file_can_have(tmp_path: Path) -> N
     (tmp_path / names[1]).with_suffix(".txt").write_text("a cat")
     found = read(tmp_path, caption="other")
     assert found.unusable == {} and not found.not_read
-    assert captions_of(found) == {names[0]: "other, in ink", names[1]: "a cat, in ink", "b.png": "other, in ink"}
+    assert captions_of(found) == {
+        names[0]: "other, in ink",
+        names[1]: "a cat, in ink",
+        "b.png": "other, in ink",
+    }
     assert recognised(tmp_path) == "images with a .txt beside each"
     assert [photo.prompt for photo in find_photos([tmp_path / names[1]], None, "")] == ["a cat"]
 

@@ -240,6 +240,13 @@ def test_an_image_carries_what_makes_it_again(loaded: LoadedModel, adapter: Path
     ]
 
 
+def test_a_note_is_json() -> None:
+    """Which knows no NaN: whoever reads the image in another program could not parse it."""
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            generate.note({"scale": value})
+
+
 def test_sheets_leave_the_adapter_as_it_was(loaded: LoadedModel) -> None:
     """Their columns equal the images generated alone; afterwards the adapter is at its scale again."""
     request = replace(REQUEST, prompts=["a red train"])

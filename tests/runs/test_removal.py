@@ -63,7 +63,9 @@ def test_what_changes_between_the_list_and_the_deletion_is_one_line(run: RunDir)
     """A file that another program writes meanwhile stays, and the rest can be deleted by the same command."""
     plan = plan_removal(run)
     (run.path / "samples" / "new.png").write_bytes(b"new")
-    with pytest.raises(UserError, match=r"samples cannot be deleted \(Directory not empty\): what is left of"):
+    with pytest.raises(
+        UserError, match=r"samples cannot be deleted \(Directory not empty\): what is left of"
+    ):
         remove(plan)
     assert (run.path / "samples" / "new.png").read_bytes() == b"new"
     remove(plan_removal(run))
