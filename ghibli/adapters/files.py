@@ -63,7 +63,7 @@ def is_dora(adapter: Adapter) -> bool:
 
 
 def depends_on_base(adapter: Adapter) -> bool:
-    """Tell whether W' - W depends on the values of the base's W: of DoRA and OFT, which turn or rescale it."""
+    """Tell whether W' - W depends on the values of the base's W, as that of DoRA and OFT does."""
     return any(
         layer.magnitude is not None or isinstance(layer, OFT | InputOFT) for layer in adapter.layers.values()
     )

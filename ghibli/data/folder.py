@@ -28,6 +28,7 @@ from ghibli.data.layouts import (
 from ghibli.images.read import Size, Unusable, check_image, say_once, without_warnings
 from ghibli.runtime.errors import UserError, require_folder
 from ghibli.runtime.home import expanded
+from ghibli.runtime.terminal import one_line as one_line_of
 
 NO_CAPTION = "it has no caption"
 LONGEST_CAPTION = 2**20  # bytes of such a file
@@ -274,6 +275,6 @@ def summarise(unusable: dict[str, str], most: int = 5, elsewhere: str = ", all i
     """Return `2 skipped: a.jpg (the file is missing), b.png (...)`, in one line; empty if there are none."""
     if not unusable:
         return ""
-    named = [f"{name} ({why})" for name, why in list(unusable.items())[:most]]
+    named = [one_line_of(f"{name} ({why})") for name, why in list(unusable.items())[:most]]
     more = f" and {len(unusable) - most} more{elsewhere}" if len(unusable) > most else ""
     return f"{len(unusable)} skipped: {', '.join(named)}{more}"

@@ -17,6 +17,7 @@ from ghibli.data.caption_tables import RowReader, bar_rows, csv_rows, json_rows,
 from ghibli.images.read import HEIF_ADVICE, HEIF_ENDINGS, is_image_name
 from ghibli.runtime.files import LONGEST_NAME
 from ghibli.runtime.registry import Registry
+from ghibli.runtime.terminal import one_line
 
 SUBFOLDERS = ("images", "trainB_ghibli", "dataset/trainB_ghibli")  # the last two: the Kaggle set
 PHOTOGRAPHS = "trainA"  # of the Kaggle set, which are not trained on and not missed
@@ -193,7 +194,7 @@ def not_read(root: Path, listed: Iterable[ListedImage], several: Collection[Path
     if several:
         names = sorted(path.name for path in several)
         parts.append(f"later images of {len(several)} files with several ({', '.join(names[:3])})")
-    return ", ".join(parts)
+    return one_line(", ".join(parts))
 
 
 def described(ending: str, count: int) -> str:

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, fea
 
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_plain
+from ghibli.runtime.terminal import one_line
 
 Size = tuple[int, int]  # width, height in px
 
@@ -146,7 +147,8 @@ def decode(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
         at_least: px; a JPEG may be decoded as small as that, which is faster. None = at full size.
 
     Returns:
-        The image, whose info has the number of `frames` in the file (the first one is read), and the size of the whole image, upright: what `resize.size_for` chooses the shape from.
+        The image, with the number of `frames` in the file in its info (the first one is read), and the size
+        of the whole image, upright: what `resize.size_for` chooses the shape from.
 
     Raises:
         Unusable: Pillow cannot read the file or convert it to RGB.
@@ -271,4 +273,4 @@ def transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform |
 @cache
 def say_once(text: str) -> None:
     """Log a warning, the first time only: an image is read more than once."""
-    logger.warning(text)
+    logger.warning(one_line(text))

@@ -30,7 +30,7 @@ def test_the_last_lines(
 
 
 def test_the_gain_has_the_interval_of_its_held_out_images() -> None:
-    """Student's of images - 1 degrees of freedom, by scipy; the normal one for rows that do not count them."""
+    """Student's of images - 1 degrees of freedom, by scipy; the normal one for rows without their number."""
     row = {"probe/val_gain": 0.2, "probe/val_gain_se": 0.05, "probe/val_images": 4}
     low, high = scipy.stats.t.interval(0.95, 3, loc=0.2, scale=0.05)
     assert (gain_of(row).low, gain_of(row).high) == pytest.approx((low, high), rel=1e-12)

@@ -137,7 +137,8 @@ class StepCheckpoint(FolderCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         """Put the previous.ckpt that the run goes on from in the place of the damaged last.ckpt.
 
-        Else the first save would replace the only good one; after all checks, so a refused resume renames none.
+        Else the first save would replace the only good one. This is after all checks: a refused resume
+        renames nothing.
         """
         super().on_train_start(trainer, pl_module)
         start = trainer.ckpt_path
