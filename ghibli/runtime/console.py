@@ -107,7 +107,7 @@ def full_width(table: Table) -> Table:
 def counted(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar for a loop; yield the function to call with (done, total)."""
     with make_bar() as bar:
-        task = bar.add_task(label, total=None, note="")
+        task = bar.add_task(visible(label), total=None, note="")  # visible before it is measured
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

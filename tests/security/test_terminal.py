@@ -4,6 +4,7 @@ The bytes are those a terminal gets: ECMA-48 gives ESC and the C1 controls their
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.runtime import terminal
-from ghibli.runtime.console import PlainConsole, counted, full_width
+from ghibli.runtime.console import PlainConsole, counted, full_width, make_bar
 from ghibli.runtime.errors import UserError, one_line_errors
 from ghibli.runtime.terminal import Terminal, one_line, visible
 
@@ -67,9 +68,17 @@ def test_tables_bars_and_messages_show_data_as_it_is(capsys: pytest.CaptureFixtu
     assert "[bold]b[/bold] lora.targets=[to_q]" in said
 
 
-def test_a_progress_bar_with_markup_in_its_label_goes_on() -> None:
-    with counted("[/INST]") as on_progress:
+def test_a_progress_bar_with_markup_in_its_label_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn on a terminal: elsewhere there is none. Its note too, which is the loss or a caption."""
+    drawn = io.StringIO()
+    on_terminal = PlainConsole(file=drawn, force_terminal=True, width=100, legacy_windows=False)
+    monkeypatch.setattr("ghibli.runtime.console.console", on_terminal)
+    with counted(f"[/INST]{CLEAR}") as on_progress:
         on_progress(1, 2)
+    with make_bar() as bar:
+        bar.update(bar.add_task("x", total=2, note=f"[a] [/b]{CLEAR}"), completed=1)
+    assert "[/INST]\\x1b[2J" in drawn.getvalue() and "[a] [/b]" in drawn.getvalue()
+    assert CLEAR not in drawn.getvalue()
 
 
 def test_errors_and_tracebacks_are_visible(capsys: pytest.CaptureFixture[str]) -> None:
