@@ -75,7 +75,7 @@ def folder_name(overrides: str) -> str:
     if len(content) <= LONGEST_NAME:
         return plain
     begin = content[: LONGEST_NAME - 13].decode(errors="ignore")  # a letter that is cut is left out
-    return f"{begin}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
+    return f"{begin}-{hashlib.sha256(os.fsencode(overrides)).hexdigest()[:12]}"
 
 
 def conf_folder() -> Path:

@@ -33,6 +33,8 @@ class PlainConsole(Console):
     """
 
     def __init__(self, **options: Any):
+        if os.environ.get("COLUMNS") == "0":  # what knows no width sets it, and rich would print nothing
+            options.setdefault("width", 80)
         super().__init__(soft_wrap=True, highlight=False, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:

@@ -162,7 +162,7 @@ def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> lis
     Args:
         start: the gain before the first step, a share.
     """
-    name = relative_path(folder)
+    name = Path(relative_path(folder))
     if config.finetune == "none":
         return ["next     python train.py"]
     commands = [command_line("ghibli", "report", name)]

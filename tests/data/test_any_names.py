@@ -47,6 +47,7 @@ def data_of(config: Config, run: RunDir) -> GhibliDataModule:
     rows={"[/INST]\x1b[2J": "[/INST]", "\n\x85 \u2028": "\x85", "\udcff": '|,"'},
     place="\x85 \u2028\n(1)\udce9",
 )
+@example(rows={"a": "", "b": "x\x85y"}, place="a\x85b")  # PyYAML reads it back as a space
 def test_they_survive_a_run(rows: dict[str, str], place: str, plain: Config) -> None:
     assume("${" not in place)  # which Hydra reads as a reference
     with tempfile.TemporaryDirectory() as parent:

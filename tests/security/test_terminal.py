@@ -81,6 +81,19 @@ def test_a_progress_bar_with_markup_in_its_label_goes_on(monkeypatch: pytest.Mon
     assert CLEAR not in drawn.getvalue()
 
 
+def test_a_terminal_of_no_width_gets_everything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As within Emacs, or in a container without a terminal."""
+    monkeypatch.setenv("COLUMNS", "0")
+    table = Table("name", box=None, pad_edge=False)
+    table.add_row("x" * 100)
+    console = PlainConsole()
+    console.print(full_width(table))
+    console.print("y" * 100)
+    assert capsys.readouterr().out.split() == ["name", "x" * 100, "y" * 100]
+
+
 def test_errors_and_tracebacks_are_visible(capsys: pytest.CaptureFixture[str]) -> None:
     def raises(error: Exception) -> None:
         raise error
