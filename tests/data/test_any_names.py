@@ -1,4 +1,4 @@
-"""Names and captions of any Unicode, through a run: read, split, stored, read again by its resume, printed."""
+"""Names and captions of any Unicode, through a run: read, split, stored, read by its resume, printed."""
 
 import io
 import json
