@@ -401,6 +401,27 @@ def test_photos_that_cannot_be_read_are_skipped(
         restyle_all(base_alone, [p for p in found if p.path.suffix == ".jpg"], OPTIONS, tmp_path / "out")
 
 
+def test_ctrl_c_keeps_what_is_done(
+    base_alone: LoadedModel, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    plain, calls = restyle.restyle_photo, []
+
+    def restyle_photo(*args: object, **options: object) -> Image.Image:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    monkeypatch.setattr(restyle, "restyle_photo", restyle_photo)
+    found = find_photos([photos], "a scene", "")
+    with pytest.raises(KeyboardInterrupt):
+        restyle_all(base_alone, found, OPTIONS, tmp_path / "a (1)")
+    assert [file.stem for file in (tmp_path / "a (1)").iterdir()] == [found[0].path.stem]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"1 of 2 are done and kept in '{tmp_path / 'a (1)'}'" in said
+
+
 def test_one_photo_of_a_set(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caption is in the table above images/; with a prompt, no table is read."""
     table = dict(line.split("|") for line in (photos / "captions.txt").read_text().splitlines())
