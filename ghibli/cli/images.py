@@ -212,7 +212,7 @@ def app_command(
 
     words = overrides or []
     require_settings(words)
-    find_address(host, port)
+    host, _ = find_address(host, port)
     with stop_at_once():
         try:
             from ghibli.inference.app.page import serve
