@@ -4,6 +4,8 @@
 encoder: colours, edges, textures. It is available wherever a base is and sensitive to style; a CLIP image
 tower, trained to recognise the same caption in every style, hardly is.
 `inception`: the network of FID. Only with these features is a Frechet distance called FID.
+`layout`: where what is, which a mean over the image cannot see: the latents, pooled to a coarse grid. It is
+measured beside whichever of the two is chosen.
 """
 
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.home import expanded
 
 BATCH = 16  # images that pass a feature network together
+LAYOUT_GRID = 8  # cells of a side, each with the mean of its latents
 UNIT_IMAGES = 200  # training images, at most, in whose deviations style features are measured
 
 
@@ -66,6 +69,12 @@ def style_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     for block in vae.encoder.down_blocks[:-1]:
         blocks.append(block(blocks[-1]))
     return torch.cat([part for b in blocks for part in (b.mean((2, 3)), b.std((2, 3)))], dim=1)
+
+
+def layout_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Compute the mean latents of images (B, 3, H, W) in 0 .. 1, pooled to LAYOUT_GRID squared: (B, D)."""
+    latents = vae.encode(images.to(vae.device) * 2 - 1).latent_dist.mean
+    return torch.nn.functional.adaptive_avg_pool2d(latents, LAYOUT_GRID).flatten(1)
 
 
 def standardised(features: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
@@ -152,8 +161,15 @@ class FeatureExtractor:
             self._extract = lambda batch: style_features(base.vae, batch)
 
     def measure(self, images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
-        """Compute `features` (N, D) and, with a CLIP, `caption_fit` (N,) of images (N, 3, H, W) in 0 .. 1."""
-        measured = {"features": extract_in_batches(self._extract, images)}
+        """Measure images (N, 3, H, W) in 0 .. 1.
+
+        Returns:
+            `features` (N, D), `layout` (N, D') and, with a CLIP, `caption_fit` (N,).
+        """
+        measured = {
+            "features": extract_in_batches(self._extract, images),
+            "layout": extract_in_batches(lambda batch: layout_features(self.base.vae, batch), images),
+        }
         if self.clip is not None:
             measured["caption_fit"] = self._caption_fit(*self.clip, images, captions)
         return measured
