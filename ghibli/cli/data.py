@@ -9,6 +9,7 @@ from ghibli.cli.options import app
 from ghibli.runtime.commands import command_line, path_setting, quoted
 from ghibli.runtime.console import console, counted
 from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.files import require_target
 from ghibli.runtime.terminal import one_line
 
 demo = typer.Typer(no_args_is_help=True, help="The embedded demo.")
@@ -21,7 +22,7 @@ def draw_command(
     look: Annotated[str, typer.Option(help="drawn or photo")] = "drawn",
     count: Annotated[int, typer.Option(help="number of images", min=1)] = 1000,
     seed: Annotated[
-        int, typer.Option(help="first scene; no training uses those from the default on")
+        int, typer.Option(help="first scene; no training uses those from the default on", min=0)
     ] = 2_000_000,
     size: Annotated[int, typer.Option(help="side in px", min=32, max=1024)] = 128,
 ) -> None:
@@ -33,6 +34,7 @@ def draw_command(
         raise UserError(f"--look {look} is unknown: choose one of {', '.join(canvas.LOOKS)}")
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise UserError(f"{folder} is not an empty folder: choose another folder")
+    require_target(folder, "FOLDER", 3 * count * size**2)
     with counted("drawing") as on_progress:
         write_folder(folder, look, count, seed, size=size, on_progress=on_progress)
     command = command_line("python", "train.py", "data=ghibli", path_setting("data.root", folder))

@@ -67,7 +67,8 @@ def jury_command(
     )  # fmt: skip
     require_target(folder, "--to", 2 * pairs * BYTES)
     planned = ballot.plan(len(named), len(lines), items, pairs)
-    drawn = ballot.draw(named, overrides, request, guidance=guidance, size=request.size if size else None)
+    of_base = [word for word in overrides if not word.startswith("sample.prompts=")]  # those are read above
+    drawn = ballot.draw(named, of_base, request, guidance=guidance, size=request.size if size else None)
     page = ballot.write(folder, named, request.prompts, planned, drawn)
     console.print(f"ballot   {relative_path(page)}: {len(planned)} pairs; send it to people, or open it")
     console.print(f"         keep {relative_path(page.with_suffix('.key.json'))}, which says who drew what")

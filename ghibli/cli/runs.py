@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ghibli.cli.options import app
+from ghibli.config.checks import require_finite
 from ghibli.config.registry import sampler_label
 from ghibli.runs import listing, monitor, removal
 from ghibli.runs.find import OUTPUTS, finished_run, folders_with, run_named
@@ -64,6 +65,7 @@ def watch_command(
     once: Annotated[bool, typer.Option("--once", help="print it once and stop")] = False,
 ) -> None:
     """Watch a run or a study from another terminal: gain, loss, doctor, time left; it reads files only."""
+    require_finite("--every", every)
     path = run_named(folder).path
 
     def current_view() -> str:

@@ -99,7 +99,11 @@ def section_to_dataclass(cfg: Any, name: str) -> Any:
 
 def to_yaml(config: Config) -> str:
     """Write all settings, interpolations resolved, as YAML whose last line is a checksum."""
-    text = OmegaConf.to_yaml(as_node(config), resolve=True)
+    node = as_node(config)
+    text = OmegaConf.to_yaml(node, resolve=True)
+    if "\x85" in text:  # a line end to YAML, which PyYAML 6.0 writes as it is and reads as a space
+        content = OmegaConf.to_container(node, resolve=True)
+        text = yaml.safe_dump(content, allow_unicode=False, sort_keys=False)
     return f"{text}{CHECKSUM_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 

@@ -23,6 +23,7 @@ from ghibli.images.read import FORMATS, Unusable, image_endings, is_image_name, 
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.load import is_here
 from ghibli.runtime.errors import UserError, disk_trouble, first_line
+from ghibli.runtime.files import shortened
 from ghibli.runtime.home import expanded
 from ghibli.runtime.resources import free_disk
 
@@ -39,6 +40,7 @@ MIN_FREE_DISK = 2**30  # bytes that must stay free
 BLOCK = 2**12  # bytes that a file or folder takes on a disk at least, however small it is
 TEXT_COLUMNS = ("text", "caption", "prompt")
 BY_HAND = "if you trust it, unpack it yourself and give the folder"
+LONGEST_STEM = 200  # bytes of a folder's name, without its version and what it is called meanwhile
 ENCRYPTED = 1  # bit of a zip member's flags
 Progress = Callable[[int, int], None]
 
@@ -77,7 +79,7 @@ def versioned_name(stem: str, files: list[Path]) -> str:
     version = hashlib.sha256()
     for file in files:
         version.update(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
-    return f"{stem}-{version.hexdigest()[:8]}"
+    return f"{shortened(stem, LONGEST_STEM)}-{version.hexdigest()[:8]}"
 
 
 def unpack_shards(

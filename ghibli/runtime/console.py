@@ -33,6 +33,8 @@ class PlainConsole(Console):
     """
 
     def __init__(self, **options: Any):
+        if os.environ.get("COLUMNS") == "0":  # what knows no width sets it, and rich would print nothing
+            options.setdefault("width", 80)
         super().__init__(soft_wrap=True, highlight=False, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -108,7 +110,7 @@ def full_width(table: Table) -> Table:
 def counted(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar for a loop; yield the function to call with (done, total)."""
     with make_bar() as bar:
-        task = bar.add_task(label, total=None, note="")
+        task = bar.add_task(visible(label), total=None, note="")  # visible before it is measured
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

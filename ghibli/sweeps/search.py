@@ -81,7 +81,7 @@ def import_optuna() -> Any:
         import optuna
     except ImportError:
         raise UserError('sweep.search needs Optuna: pip install -e ".[search]"') from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # its line about each trial; train.py prints ours
     return optuna
 
 

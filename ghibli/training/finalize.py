@@ -55,9 +55,7 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
     run.status.update(peak_memory=peak_memory())
     module.to(trainer.strategy.root_device)
     best = best_row(training.callbacks.records.probe_rows)
-    freedom = best.get("probe/val_images", math.inf) - 1
-    gain = Gain(best["probe/val_gain"], best["probe/val_gain_se"], freedom=freedom)
-    best_epoch = best["epoch"]
+    gain, best_epoch = gain_of(best), best["epoch"]
     lines = [headline(training)]
     if config.finetune != "none":
         if config.finetune == "lora":
@@ -152,13 +150,19 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return max(trained or rows, key=lambda row: row["probe/val_gain"])
 
 
+def gain_of(row: dict[str, Any]) -> Gain:
+    """Return the held-out gain of a row of probe.csv; rows of before do not say of how many images it is."""
+    freedom = row.get("probe/val_images", math.inf) - 1
+    return Gain(row["probe/val_gain"], row["probe/val_gain_se"], freedom=freedom)
+
+
 def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> list[str]:
     """Say what a gain below 0 means, and what to do with this run.
 
     Args:
         start: the gain before the first step, a share.
     """
-    name = relative_path(folder)
+    name = Path(relative_path(folder))
     if config.finetune == "none":
         return ["next     python train.py"]
     commands = [command_line("ghibli", "report", name)]

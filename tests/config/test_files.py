@@ -17,9 +17,28 @@ from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.resume import chosen_groups, with_values
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import write_text
 
 CANARY = "canary-51f0"
-PIECES = st.sampled_from(["${oc.env:CANARY}", "${", "}", "\\", "$", "{", "data.root", ":", "ジ", "'", "#"])
+PIECES = st.sampled_from(
+    [
+        "${oc.env:CANARY}",
+        "${",
+        "}",
+        "\\",
+        "$",
+        "{",
+        "data.root",
+        ":",
+        "ジ",
+        "'",
+        "#",
+        "\x85",
+        "\u2028",
+        "\n",
+        "\udce9",
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +47,7 @@ def config(make_config: Callable[..., Config]) -> Config:
 
 
 def written(config: Config, file: Path, style: str) -> Path:
-    file.write_text(to_yaml(replace(config, data=replace(config.data, style=style))), encoding="utf-8")
+    write_text(file, to_yaml(replace(config, data=replace(config.data, style=style))))
     return file
 
 

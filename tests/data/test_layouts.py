@@ -49,6 +49,11 @@ def test_kohya_s_folders_are_entered_with_their_repeats(tmp_path: Path) -> None:
         "2_other/0.png": ("a house, in ink", 2),
     }
     assert folder.not_read == "1 images in 0_unused/ (1)"
+    photos = {
+        photo.path.relative_to(tmp_path).as_posix(): photo.prompt
+        for photo in find_photos([tmp_path], None, ", in ink")
+    }
+    assert photos == {image.name: image.caption for image in folder.images}  # the same captions to restyle
     assert "10_ghibli style/ (3 images, each 10 times in an epoch)" in recognised(tmp_path)
 
 
@@ -73,6 +78,23 @@ def test_a_single_inner_folder_is_entered(tmp_path: Path) -> None:
     result = caption_folder(tmp_path / "set", lambda: lambda images: ["new"] * len(images), batch_size=2)
     assert result.written == {"2.png": "new"}
     assert captions_of(read(tmp_path / "set"))["2.png"] == "new, in ink"
+
+
+def test_an_image_has_the_longest_name_that_a_file_can_have(tmp_path: Path) -> None:
+    """Beside it a .txt fits, and a .caption does not."""
+    names = [f"{'x' * 251}.png", f"{'ä' * 125}.jpeg", "b.png"]
+    for place, name in enumerate(names):
+        noise(tmp_path / name, place)
+    (tmp_path / names[1]).with_suffix(".txt").write_text("a cat")
+    found = read(tmp_path, caption="other")
+    assert found.unusable == {} and not found.not_read
+    assert captions_of(found) == {
+        names[0]: "other, in ink",
+        names[1]: "a cat, in ink",
+        "b.png": "other, in ink",
+    }
+    assert recognised(tmp_path) == "images with a .txt beside each"
+    assert [photo.prompt for photo in find_photos([tmp_path / names[1]], None, "")] == ["a cat"]
 
 
 # Inside the folder

@@ -352,6 +352,17 @@ def test_wrong_settings_are_one_line(finished: RunDir, word: str, message: str |
         apply_overrides(config, [word], CHANGED_BY_EVALUATE)
 
 
+@pytest.mark.parametrize("finetune", ["none", "lora"])
+def test_another_base_than_in_training_is_refused(
+    finetune: str, make_config: Callable, tmp_path: Path
+) -> None:
+    """Also where the base alone is measured."""
+    run = RunDir(tmp_path)
+    run.status.update(base_hash="0" * 64)
+    with pytest.raises(UserError, match=r"the base model.path=demo is not the one it was trained from"):
+        evaluate.models_to_evaluate(run, make_config(f"finetune={finetune}"))
+
+
 def test_an_unfinished_run_is_refused_in_one_line(finished: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         finished_config(RunDir(tmp_path))

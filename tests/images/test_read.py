@@ -182,6 +182,12 @@ def matrix_profile(matrix: np.ndarray, gamma: float) -> bytes:
     return head + bytes(128 - len(head)) + table + body
 
 
+def srgb_of_adobe(colours: np.ndarray) -> np.ndarray:
+    """The formula: levels (..., 3) in Adobe RGB to levels in sRGB, in float64."""
+    linear = (colours.astype(np.float64) / 255) ** (563 / 256)
+    return encoded(linear @ (np.linalg.inv(SRGB) @ ADOBE).T)
+
+
 @pytest.fixture
 def colours() -> np.ndarray:
     """512 colours: (1, 512, 3) uint8."""
@@ -195,10 +201,8 @@ def test_adobe_rgb_becomes_srgb_by_the_formula(tmp_path: Path, colours: np.ndarr
     Image.fromarray(colours).save(
         file, icc_profile=adobe_rgb(), **({"lossless": True} if ending == "webp" else {})
     )
-    linear = (colours.astype(np.float64) / 255) ** (563 / 256)
-    expected = encoded(linear @ (np.linalg.inv(SRGB) @ ADOBE).T)
     got = np.asarray(open_image(file), dtype=float)
-    assert np.abs(got - expected).max() <= 1.5
+    assert np.abs(got - srgb_of_adobe(colours)).max() <= 1.5
     assert np.abs(got - colours).max() > 18  # without the profile
 
 
@@ -207,10 +211,10 @@ def test_a_transparent_image_keeps_its_profile(tmp_path: Path, colours: np.ndarr
     Image.fromarray(np.concatenate([colours, alpha], axis=2)).save(
         tmp_path / "a.png", icc_profile=adobe_rgb()
     )
-    Image.fromarray(colours).save(tmp_path / "b.png", icc_profile=adobe_rgb())
-    opaque = np.asarray(open_image(tmp_path / "b.png"), dtype=float)
     half = np.asarray(open_image(tmp_path / "a.png"), dtype=float)
-    assert np.abs(half - (opaque * 128 + 255 * 127) / 255).max() <= 1
+    opaque = srgb_of_adobe(colours)
+    assert np.abs(half - (opaque * 128 + 255 * 127) / 255).max() <= 1.5
+    assert np.abs(half - (colours.astype(float) * 128 + 255 * 127) / 255).max() > 9  # without the profile
 
 
 def test_an_srgb_profile_changes_no_level(tmp_path: Path, colours: np.ndarray) -> None:
@@ -252,6 +256,27 @@ def test_other_files_are_counted_by_ending(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     folder = read(tmp_path, caption="x")
     assert folder.not_read == ("1 without an ending, 1 .cr3, 1 .jxl, 2 .mp4, 3 images in old/ (1), sub/ (2)")
+
+
+def test_later_images_of_a_file_and_links_to_folders_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an animation or a scan of several pages only the first is used; a link is not followed."""
+    root, frames = tmp_path / "set", [Image.new("RGB", (64, 48), (40 * n, 9, 9)) for n in range(3)]
+    for ending in ("gif", "png", "webp", "tif"):
+        write_image(root / f"{ending}.{ending}").unlink()
+        frames[0].save(root / f"{ending}.{ending}", save_all=True, append_images=frames[1:])
+    write_image(root / "still.gif")
+    frames[0].save(root / "phone.jpg", "MPO", save_all=True, append_images=frames[1:])  # its own small copy
+    (tmp_path / "more").mkdir()
+    (root / "more").symlink_to(tmp_path / "more")
+    folder = read(root, caption="x")
+    assert len(folder.images) == 6
+    assert folder.not_read == (
+        "1 links to folders (more/), later images of 4 files with several (gif.gif, png.png, tif.tif)"
+    )
+    found = find_photos([root], "a cat", "")
+    assert len(found) == 6 and "1 links to folders (more/)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,14 @@ def test_hosts() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.3.0.1", "::1", "[::1]", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.7", "localhost.example")))
     assert is_wildcard("0.0.0.0") and is_wildcard("::") and not is_wildcard("127.0.0.1")
+    typed = {
+        "0": "0.0.0.0",
+        "127.1": "127.0.0.1",
+        "0x7f.1": "127.0.0.1",
+        "LocalHost": "localhost",
+        "[::1]": "::1",
+    }
+    assert {host: find_address(host, None)[0] for host in typed} == typed
 
 
 def test_proxies_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +101,7 @@ def test_proxies_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> No
 def test_words_that_are_no_settings() -> None:
     for word, reason in (
         ("nope=1", "unknown key nope"),
+        ("lora.rank=8", "lora.rank=8 changes nothing here: only model.*, data=NAME and data.style do"),
         ("outputs/train/run", "`outputs/train/run` is no setting"),
         ("model.path=no/such/base/here", "model.path=no/such/base/here: no such folder or file"),
     ):

@@ -23,7 +23,7 @@ from ghibli.report.page import page_content
 from ghibli.runs import lock
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
-from ghibli.runs.launch import claimed, readable_help
+from ghibli.runs.launch import claimed, hydra_entry, readable_help
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 from ghibli.sweeps.trials import read_trials
@@ -203,7 +203,9 @@ def test_links_to_runs_are_followed_once(outputs: Path, tmp_path: Path) -> None:
 # Python 3.14
 
 
-def test_hydras_parser_is_built_where_argparse_checks_every_help(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hydras_parser_is_built_where_argparse_checks_every_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """As Python 3.14 does: a help is expanded as soon as it is added."""
     from hydra._internal.utils import get_args_parser
 
@@ -221,6 +223,10 @@ def test_hydras_parser_is_built_where_argparse_checks_every_help(monkeypatch: py
         get_args_parser()
     with readable_help():
         get_args_parser()
+    monkeypatch.setattr(sys, "argv", ["train.py", "nope=1"])
+    with pytest.raises(SystemExit, match="2"):  # the entry point itself comes to the settings
+        hydra_entry(Path(__file__).parents[2] / "conf", "train", pytest.fail)
+    assert capsys.readouterr().err.startswith("error: unknown key nope")
 
 
 def test_all_that_make_installs_has_its_hash() -> None:

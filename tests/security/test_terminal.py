@@ -22,9 +22,8 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
-from ghibli.runtime import console as console_module
 from ghibli.runtime import terminal
-from ghibli.runtime.console import PlainConsole, counted, full_width
+from ghibli.runtime.console import PlainConsole, counted, full_width, make_bar
 from ghibli.runtime.errors import UserError, one_line_errors
 from ghibli.runtime.terminal import Terminal, one_line, visible
 
@@ -70,13 +69,30 @@ def test_tables_bars_and_messages_show_data_as_it_is(capsys: pytest.CaptureFixtu
     assert "[bold]b[/bold] lora.targets=[to_q]" in said
 
 
-def test_a_progress_bar_shows_its_label_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal, as else it draws nothing."""
-    drawn = PlainConsole(file=io.StringIO(), force_terminal=True, width=200)
-    monkeypatch.setattr(console_module, "console", drawn)
-    with counted(f"[/INST]{CLIPBOARD}") as on_progress:
+def test_a_progress_bar_with_markup_in_its_label_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn on a terminal: elsewhere there is none. Its note too, which is the loss or a caption."""
+    drawn = io.StringIO()
+    on_terminal = PlainConsole(file=drawn, force_terminal=True, width=100, legacy_windows=False)
+    monkeypatch.setattr("ghibli.runtime.console.console", on_terminal)
+    with counted(f"[/INST]{CLEAR}") as on_progress:
         on_progress(1, 2)
-    assert f"[/INST]{visible(CLIPBOARD)}" in drawn.file.getvalue() and CLIPBOARD not in drawn.file.getvalue()
+    with make_bar() as bar:
+        bar.update(bar.add_task("x", total=2, note=f"[a] [/b]{CLEAR}"), completed=1)
+    assert "[/INST]\\x1b[2J" in drawn.getvalue() and "[a] [/b]" in drawn.getvalue()
+    assert CLEAR not in drawn.getvalue()
+
+
+def test_a_terminal_of_no_width_gets_everything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As within Emacs, or in a container without a terminal."""
+    monkeypatch.setenv("COLUMNS", "0")
+    table = Table("name", box=None, pad_edge=False)
+    table.add_row("x" * 100)
+    console = PlainConsole()
+    console.print(full_width(table))
+    console.print("y" * 100)
+    assert capsys.readouterr().out.split() == ["name", "x" * 100, "y" * 100]
 
 
 def test_errors_and_tracebacks_are_visible(capsys: pytest.CaptureFixture[str]) -> None:

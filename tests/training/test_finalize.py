@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import scipy.stats
 
 from ghibli.config.schema import Config
 from ghibli.evaluation.gain import Gain
-from ghibli.training.finalize import closing_lines
+from ghibli.training.finalize import closing_lines, gain_of
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,13 @@ def test_the_last_lines(
     text = "\n".join(closing_lines(config, Path("a run").absolute(), Gain(gain, 0.01), -43.0))
     assert said in text and unsaid not in text
     assert config.finetune == "none" or "next     ghibli report 'a run'" in text
+
+
+def test_the_gain_has_the_interval_of_its_held_out_images() -> None:
+    """Student's of images - 1 degrees of freedom, by scipy; the normal one for rows without their number."""
+    row = {"probe/val_gain": 0.2, "probe/val_gain_se": 0.05, "probe/val_images": 4}
+    low, high = scipy.stats.t.interval(0.95, 3, loc=0.2, scale=0.05)
+    assert (gain_of(row).low, gain_of(row).high) == pytest.approx((low, high), rel=1e-12)
+    del row["probe/val_images"]
+    low, high = scipy.stats.norm.interval(0.95, loc=0.2, scale=0.05)
+    assert (gain_of(row).low, gain_of(row).high) == pytest.approx((low, high), rel=1e-12)
