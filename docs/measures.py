@@ -154,7 +154,8 @@ def altered() -> None:
         ]
     ratios = [b / a for a, b in plain if a > 0.3]
     note(
-        "altered", distances=found, columns=["in the reference's units", "its error", "in units of the training images", "its error"],
+        "altered", distances=found,
+        columns=["in the reference's units", "its error", "in those of training images", "its error"],
         ratio_of_units=[round(min(ratios), 3), round(max(ratios), 3)],
     )  # fmt: skip
 
