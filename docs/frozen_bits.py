@@ -12,8 +12,8 @@ from ghibli.adapters.files import read_adapter
 from ghibli.adapters.trained import run_base
 from ghibli.evaluation.gain import Gain, paired_gain
 from ghibli.inference.layer_scorer import make_scorer
-from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
