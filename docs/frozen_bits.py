@@ -25,9 +25,9 @@ def gain_on_full_base(run: RunDir) -> Gain:
     adapter = read_adapter(run.adapter, base, "adapter")
     scorer = make_scorer(run, config, base, adapter)
     every = range(len(scorer.batches))
-    trained = scorer.losses(every)
-    scorer.put({})
-    return paired_gain(trained, scorer.losses(every, guidance=1))
+    untouched = scorer.losses(every, guidance=1)
+    scorer.put(adapter.layers)
+    return paired_gain(scorer.losses(every), untouched)
 
 
 def main() -> None:
