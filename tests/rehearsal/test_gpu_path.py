@@ -326,7 +326,7 @@ def test_features_and_caption_fit(
     found = extract(run.module.config)
     assert seen == [CUDA]
     assert {name: (rows.device.type, len(rows)) for name, rows in found.items()} == {
-        "features": ("cpu", 3), "caption_fit": ("cpu", 3),
+        "features": ("cpu", 3), "layout": ("cpu", 3), "caption_fit": ("cpu", 3),
     }  # fmt: skip
 
 
