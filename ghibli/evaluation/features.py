@@ -28,7 +28,8 @@ from ghibli.models.load import load_part
 from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.home import expanded
 
-BATCH = 16  # images that pass a feature network together
+BATCH = 16  # images that pass a feature network together, at most
+BATCH_PIXELS = BATCH * 256 * 256  # of those images together, at most
 LAYOUT_GRID = 8  # cells of a side, each with the mean of its latents
 UNIT_IMAGES = 200  # training images, at most, in whose deviations style features are measured
 
@@ -49,11 +50,11 @@ def extract_in_batches(
         extract: images (B, 3, H, W) in 0 .. 1 -> features (B, D).
         on_progress: called with (images done, images in total).
     """
-    rows = []
+    rows, size = [], max(1, min(BATCH, BATCH_PIXELS // images.shape[-2:].numel()))
     with torch.no_grad():
-        for start in range(0, len(images), BATCH):
-            rows.append(extract(images[start : start + BATCH]).double().cpu())
-            on_progress(min(start + BATCH, len(images)), len(images))
+        for start in range(0, len(images), size):
+            rows.append(extract(images[start : start + size]).double().cpu())
+            on_progress(min(start + size, len(images)), len(images))
     return torch.cat(rows)
 
 
