@@ -14,6 +14,7 @@ from ghibli.adapters import lora
 from ghibli.adapters.files import read_adapter
 from ghibli.adapters.layers import LoRA
 from ghibli.adapters.names import kohya_name, named_layers
+from ghibli.adapters.read import sort_keys
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
@@ -24,7 +25,7 @@ LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 CONV = "unet.down_blocks.1.resnets.0.conv1"
 TEXT = "text_encoder.encoder.layers.0.self_attn.q_proj"
 VARIANTS = ("lora", "dora", "loha", "lokr", "oft")  # those with a file in diffusers' or PEFT's names
-RENAMED: dict[str, tuple[tuple[str, str], ...]] = {  # layout -> (name in kohya's or diffusers' layout, in its own)
+RENAMED: dict[str, tuple[tuple[str, str], ...]] = {  # layout -> (a name in kohya's or diffusers', its own)
     "LyCORIS": (("lora_unet_", "lycoris_"), ("lora_te_", "lycoris_")),
     "PEFT": (("unet.", "base_model.model.unet."), ("text_encoder.", "base_model.model.text_encoder.")),
     "older": (("lora_A", "lora.down"), ("lora_B", "lora.up")),
@@ -100,25 +101,10 @@ def refusal(state: Tensors, metadata: dict[str, str], model: BaseModel, folder: 
     return str(caught.value).removeprefix(f"adapter {folder / 'damaged.safetensors'}")
 
 
-def of_the_same_layer(key: str, state: Tensors) -> list[str]:
+def of_the_same_layer(key: str, state: Tensors, model: BaseModel) -> list[str]:
     """The keys of a key's layer."""
-    prefix = next(
-        key.partition(f".{word}")[0]
-        for word in (
-            "lora_",
-            "lora.",
-            "down.",
-            "up.",
-            "hada_",
-            "lokr_",
-            "oft_",
-            "diff",
-            "alpha",
-            "dora_scale",
-        )
-        if f".{word}" in key
-    )
-    return [other for other in state if other.startswith(f"{prefix}.")]
+    layers = sort_keys(state, model, "it").values()
+    return next(list(layer.keys.values()) for layer in layers if key in layer.keys.values())
 
 
 @pytest.mark.slow
@@ -136,7 +122,7 @@ def test_every_key_in_turn(what: str, model: BaseModel, tmp_path: Path) -> None:
         )
         wider = torch.ones([*tensor.shape[:-1], *(size + 1 for size in tensor.shape[-1:])] or [2])
         assert f"`{key}`" in refusal(state | {key: wider}, metadata, model, tmp_path)
-        rest = [other for other in of_the_same_layer(key, state) if other != key]
+        rest = [other for other in of_the_same_layer(key, state, model) if other != key]
         if rest and not key.endswith(MAY_BE_MISSING):  # else the layer is gone as a whole
             others = {other: value for other, value in state.items() if other != key}
             text = refusal(others, metadata, model, tmp_path)
@@ -170,7 +156,7 @@ def test_one_foreign_key(what: str, model: BaseModel, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["whole", "NaN", "half", "shape", "foreign", "words"])
 def test_a_file_of_2022_is_named_for_what_it_is(what: str, model: BaseModel, tmp_path: Path) -> None:
-    """cloneofsimo's, whatever else is wrong with it or lies beside: ranks in the metadata, words' embeddings."""
+    """cloneofsimo's, whatever is wrong with it: ranks in the metadata, words' embeddings beside."""
     state = {"text_encoder:0:down": torch.ones(4, 64), "text_encoder:0:up": torch.ones(64, 4)}
     metadata = {"text_encoder": '["CLIPAttention"]', "text_encoder:0:rank": "4"}
     if what == "NaN":

@@ -1,4 +1,4 @@
-"""The table of kinds in docs/export.md, cell by cell: every kind in every use, against its formula in float64."""
+"""The table of kinds in docs/export.md by its cells: a kind in a use, against its formula in float64."""
 
 from collections.abc import Callable
 from copy import deepcopy
