@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from ghibli.adapters import lora
 from ghibli.adapters.files import read_adapter
-from ghibli.adapters.kohya import metadata_of, only_as_a_whole, write_kohya
+from ghibli.adapters.kohya import metadata_of, only_as_a_whole, write_kohya, written_layers
 from ghibli.adapters.layers import same_update
 from ghibli.adapters.model_card import model_card
 from ghibli.adapters.sidecar import write_sidecar
@@ -137,7 +137,7 @@ def save_kohya(training: Training, facts: dict[str, Any]) -> Path | None:
     write_kohya(adapter, file, metadata_of(adapter, base, config, facts, describe(config)))
     write_sidecar(file, config, base)
     again = read_adapter(file, base, "adapter").layers
-    for name, layer in adapter.layers.items():
+    for name, layer in written_layers(adapter, base).items():
         written = again.get(name)
         if written is None or not same_update(written, layer):
             raise UserError(f"{file} was written wrongly: {name} differs; please report this")
