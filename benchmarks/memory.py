@@ -23,7 +23,6 @@ SIZES = (
     "model.resolution=128 data.batch_size=18 data.accumulate=1",
     "model.resolution=128 data.batch_size=72 data.accumulate=1",
 )
-UNITS = {"MiB": 2**20, "GiB": 2**30}
 
 
 class Row(NamedTuple):
@@ -47,10 +46,10 @@ def predicted(words: list[str]) -> float:
     done = subprocess.run(
         [sys.executable, "-m", "ghibli", "check", *words], cwd=REPO, capture_output=True, text=True
     )
-    found = re.search(r"its process ([\d.]+) ([MG]iB) at its peak", done.stdout + done.stderr)
+    found = re.search(r"its process ([\d.]+) GiB at its peak", done.stdout + done.stderr)
     if found is None:
         raise SystemExit(f"ghibli check {shlex.join(words)}:\n{done.stdout}{done.stderr}")
-    return float(found[1]) * UNITS[found[2]]
+    return float(found[1]) * 2**30
 
 
 def measured(words: list[str]) -> float:

@@ -304,7 +304,7 @@ def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Traine
     free, peak = resources.free_memory(device), peak_of_process(need.total)
     phases = ", ".join(f"{name} {format_bytes(size)}" for name, size in need.phases.items())
     text = (
-        f"the run needs about {format_bytes(total)} more, its process {format_bytes(peak)} at its peak with "
+        f"the run needs about {format_bytes(total)} more, its process {peak / 2**30:.2f} GiB at its peak with "
         f"all it loads: {format_bytes(need.kept)} throughout for optimiser "
         f"and latents, and one at a time for {phases}; {format_bytes(free)} are free"
     )
@@ -314,12 +314,11 @@ def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Traine
 
 
 def peak_of_process(more: float) -> float:
-    """Return the bytes of a run's process at its peak: while it loads, as this one did, or while it trains.
+    """Return the bytes of a run's process at its peak: `more` than this one has held so far, after loading.
 
-    Args:
-        more: bytes that training takes on top of what this process holds.
+    What it holds now may be less, as the system takes pages of libraries back where memory is short.
     """
-    return max(resources.resident_memory() + more, resources.peak_resident_memory() or 0)
+    return more + (resources.peak_resident_memory() or resources.resident_memory())
 
 
 def about_gpu_memory(module: GhibliModule, precision: str, free: float) -> Finding:
