@@ -45,7 +45,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             session.note_start(training.trainer)
             if not resumes:
                 preflight.before_training(training.module, training.data, training.trainer, run_dir)
-            training.fit(session.take_checkpoint(), SCRIPT)
+            training.fit(session.checkpoint, SCRIPT)
             result = finalize(training, logger)
             console.print(result.summary)
     return result.objective

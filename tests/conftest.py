@@ -22,6 +22,7 @@ from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.runs.compose import register, to_config
+from ghibli.runtime import console  # noqa: F401  prints what the package logs, whatever a test imports
 
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 

@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [  # bottom up; packages of one line know nothing of ea
     {"evaluation"},
     {"training", "sweeps"},
     {"prepare", "inference", "report"},
+    {"jury"},
     {"cli", "api"},
 ]
 LINE = {package: line for line, packages in enumerate(LAYERS) for package in packages}
@@ -142,7 +143,16 @@ def test_imports_stand_at_the_top(module: str) -> None:
     assert {name.split(".")[0] for name in late} <= LATE_IMPORTS, late
 
 
-SILENCERS = ("quiet(", "filterwarnings(", "simplefilter(", "setLevel(", "captureWarnings(", "set_verbosity")
+SILENCERS = (
+    "quiet(",
+    "quiet =",
+    "quiet=True",
+    "filterwarnings(",
+    "simplefilter(",
+    "setLevel(",
+    "captureWarnings(",
+    "set_verbosity",
+)
 
 
 def test_whatever_silences_a_library_says_why() -> None:

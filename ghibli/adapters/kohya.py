@@ -4,7 +4,7 @@ Key names and metadata are those that kohya's `networks.lora` writes for Stable 
 """
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ghibli.adapters.files import Adapter, is_plain
 from ghibli.adapters.layers import UNSCALED, Full, InputOFT, Layer, LoKr, LoRA, at_alpha, tucker
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.adapters.sidecar import clean_name, title_of
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, describe
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import with_sorted_metadata
 from ghibli.runtime.errors import UserError
@@ -134,7 +134,7 @@ def metadata_of(
         "ss_network_dropout": f"{config.lora.dropout:g}",
         "ss_base_model_version": f"sd_{'v2' if is_v2 else 'v1'}{'_v' if is_v else ''}",
         "ss_v2": str(is_v2),
-        "ss_sd_model_name": config.model.path.rstrip("/").rpartition("/")[2],
+        "ss_sd_model_name": PureWindowsPath(config.model.path).name,
         "ss_sd_model_hash": str(facts.get("base_hash", "")),
         "ss_dataset_hash": str(facts.get("data_hash", "")),
         "ss_steps": str(facts.get("step", "")),
@@ -147,7 +147,7 @@ def metadata_of(
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{v2_architecture if is_v2 else 'stable-diffusion-v1'}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": title_of(config),
+        "modelspec.title": title_of(config.data.style, describe(config)),
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.prediction_type": "v" if is_v else "epsilon",
         "modelspec.trigger_phrase": words,

@@ -155,16 +155,16 @@ def explain(unknown: list[str], names: Collection[str], what: str) -> str:
         key = next((key for key in unknown if re.match(pattern, key)), None)
         if key is not None:
             base = "the base is Stable Diffusion 1 or 2"
-            return f"{what} is an adapter for {family}; {base}, without `{quoted(key)}`"
+            return f"{what} is an adapter for {family}; {base}, without `{printable(key)}`"
     key = next((key for key in unknown if re.fullmatch(NUMBERED, key)), unknown[0])  # among words of its own
     for pattern, kind in KINDS:
         if re.fullmatch(pattern, key):
-            return f"{what}: `{quoted(key)}` is {kind}"
+            return f"{what}: `{printable(key)}` is {kind}"
     if any(key[:at] in names for at, letter in enumerate(key) if letter == "."):
-        return f"{what}: `{quoted(key)}` is of a kind that is not supported"
-    return f"{what} is not a LoRA of this base: it has `{quoted(key)}`, which the base lacks"
+        return f"{what}: `{printable(key)}` is of a kind that is not supported"
+    return f"{what} is not a LoRA of this base: it has `{printable(key)}`, which the base lacks"
 
 
-def quoted(key: str) -> str:
-    """Return a key of a stranger's file for a message: on one line, and not without end."""
+def printable(key: str) -> str:
+    """Return a key of a stranger's file for a message: control characters as escapes, and not without end."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in key[:200])
