@@ -37,16 +37,6 @@ def test_the_last_lines(
     assert config.finetune == "none" or "next     ghibli report 'a run'" in text
 
 
-def test_the_gain_has_the_interval_of_its_held_out_images() -> None:
-    """Student's of images - 1 degrees of freedom, by scipy; the normal one for rows without their number."""
-    row = {"probe/val_gain": 0.2, "probe/val_gain_se": 0.05, "probe/val_images": 4}
-    low, high = scipy.stats.t.interval(0.95, 3, loc=0.2, scale=0.05)
-    assert (gain_of(row).low, gain_of(row).high) == pytest.approx((low, high), rel=1e-12)
-    del row["probe/val_images"]
-    low, high = scipy.stats.norm.interval(0.95, loc=0.2, scale=0.05)
-    assert (gain_of(row).low, gain_of(row).high) == pytest.approx((low, high), rel=1e-12)
-
-
 @pytest.mark.parametrize("variant", ["lora", "loha", "lokr"])
 def test_both_files_hold_the_same_updates(
     variant: str, make_config: Callable[..., Config], base: BaseModel, tmp_path: Path
@@ -58,8 +48,7 @@ def test_both_files_hold_the_same_updates(
     for parameter in lora.trainable(base).values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     run = RunDir(tmp_path / "run")
-    training = SimpleNamespace(config=config, run=run, module=SimpleNamespace(base=base))
-    lines = save_weights(training, {})
+    lines = save_weights(SimpleNamespace(config=config, run=run, module=SimpleNamespace(base=base)), {})
     assert lines[1].endswith("adapter/kohya.safetensors for ComfyUI and A1111")
     plain = load("demo")
     one, other = (
@@ -73,3 +62,13 @@ def test_both_files_hold_the_same_updates(
             wanted = one[name].delta(weight)
             assert wanted.abs().max() > 1e-3
             torch.testing.assert_close(other[name].delta(weight), wanted, rtol=0, atol=1e-6)
+
+
+def test_the_gain_has_the_interval_of_its_held_out_images() -> None:
+    """Student's of images - 1 degrees of freedom, by scipy; the normal one for rows without their number."""
+    row = {"probe/val_gain": 0.2, "probe/val_gain_se": 0.05, "probe/val_images": 4}
+    low, high = scipy.stats.t.interval(0.95, 3, loc=0.2, scale=0.05)
+    assert (gain_of(row).low, gain_of(row).high) == pytest.approx((low, high), rel=1e-12)
+    del row["probe/val_images"]
+    low, high = scipy.stats.norm.interval(0.95, loc=0.2, scale=0.05)
+    assert (gain_of(row).low, gain_of(row).high) == pytest.approx((low, high), rel=1e-12)
