@@ -10,10 +10,12 @@ import typer
 from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
 from ghibli.config.paths import check_base_path
 from ghibli.inference.request import (
+    CONTROLS,
     Axis,
     ImageRequest,
     RestyleOptions,
     check_text,
+    control_options,
     grid_requests,
     parse_axis,
     parse_size,
@@ -158,18 +160,39 @@ def restyle_command(
     mask: Annotated[
         Path | None, typer.Option(help="image, white where to redraw; or a folder of them, named as photos")
     ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(help="canny, depth, or a folder of control images, named as photos: keep the structure"),
+    ] = None,
+    control_model: Annotated[
+        str | None, typer.Option(help="ControlNet for --control: its folder or hub id")
+    ] = None,
+    control_scale: Annotated[
+        float | None, typer.Option(help="factor on what the ControlNet adds", show_default="1")
+    ] = None,
+    depth_model: Annotated[
+        str | None,
+        typer.Option(
+            help="for --control depth: folder or hub id",
+            show_default="depth-anything/Depth-Anything-V2-Small-hf",
+        ),
+    ] = None,
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/restyled"),
 ) -> None:
     """Redraw photos in the trained style: a PNG file for each, and a sheet of before and after."""
     check_text(prompt or "")
     options = RestyleOptions(  # what is left to the model is filled in when that is loaded
-        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way
-    )
+        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way,
+        control_options(control, control_model, control_scale, depth_model),
+    )  # fmt: skip
     with stop_at_once():
         from ghibli.images import grid
         from ghibli.inference import generate, restyle
+        from ghibli.inference import photos as photo_files
 
-    found = restyle.with_masks(restyle.find_photos(photos, prompt, ""), mask)
+    found = photo_files.with_masks(photo_files.find_photos(photos, prompt, ""), mask)
+    if control is not None and control not in CONTROLS:
+        found = photo_files.with_control_images(found, Path(control))
     require_target(folder, "--to", len(found) * 3 * options.resolution**2)
     restyle.output_files([photo.path for photo in found], folder)
     model = load_sources(sources)

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, features
 
 from ghibli.images import read as reading
 from ghibli.images.read import Unusable, image_endings, open_image, read_image
-from ghibli.inference.restyle import find_photos
+from ghibli.inference.photos import find_photos
 from ghibli.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]

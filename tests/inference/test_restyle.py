@@ -20,8 +20,9 @@ from ghibli.inference import restyle
 from ghibli.inference.img2img import to_latents
 from ghibli.inference.inversion import invert, walked
 from ghibli.inference.load import LoadedModel, load_model
+from ghibli.inference.photos import Photo, find_photos, with_masks
 from ghibli.inference.request import RestyleOptions, unused_negative
-from ghibli.inference.restyle import Photo, find_photos, restyle_all, size_like
+from ghibli.inference.restyle import restyle_all, size_like
 from ghibli.models.base import DEMO
 from ghibli.runtime.errors import UserError
 
@@ -309,17 +310,17 @@ def test_masks_belong_to_their_photos(photos: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for photo in found:
         Image.new("L", size, 255).save(folder / f"{photo.path.stem}.png")
-    masked = restyle.with_masks(found, folder)
+    masked = with_masks(found, folder)
     assert [photo.mask and photo.mask.stem for photo in masked] == [photo.path.stem for photo in found]
-    assert restyle.with_masks(found, None) == found
+    assert with_masks(found, None) == found
     Image.new("L", (10, 20)).save(folder / f"{found[1].path.stem}.png")
     with pytest.raises(UserError, match=rf"^--mask .* has 10x20 px and .* {size[0]}x{size[1]}: a mask has"):
-        restyle.with_masks(found, folder)
+        with_masks(found, folder)
     (folder / f"{found[0].path.stem}.png").unlink()
     with pytest.raises(UserError, match=r"^--mask .*: no image called .* there"):
-        restyle.with_masks(found, folder)
+        with_masks(found, folder)
     with pytest.raises(UserError, match=r"^--mask "):
-        restyle.with_masks(found, tmp_path / "nowhere.png")
+        with_masks(found, tmp_path / "nowhere.png")
 
 
 def test_a_way_that_is_not_there() -> None:
