@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from ghibli.cli.main import app
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
+from ghibli.diffusion.samplers import predictor
 from ghibli.images import grid
 from ghibli.images.grid import to_image
 from ghibli.inference import restyle
-from ghibli.inference.img2img import to_latents
+from ghibli.inference.img2img import covered, kept_outside, to_latents
 from ghibli.inference.inversion import invert, walked
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.photos import Photo, find_photos, with_masks
@@ -260,13 +261,12 @@ def test_inversion_is_diffusers_ddim_backwards(base_alone: LoadedModel, steps: i
         count = int(steps * strength)
         for t in scheduler.timesteps[:count]:
             expected = scheduler.step(base.unet(expected, t[None], embeds).sample, t, expected).prev_sample
-    calls: list[int] = []
-    found = invert(base, start, "a lake", options, lambda: calls.append(1))
-    assert len(calls) == count
+        found = invert(base, start, options, predictor(base, embeds, None, 1.0))
+    timesteps = walked(base, options)[1].flip(0)
     if steps == 334:  # `trailing` there: other timesteps, and each step ends where the next one starts
-        assert walked(base, options)[-1] < 4
+        assert len(timesteps) == count and timesteps[0] < 4
         return
-    assert walked(base, options).flip(0).tolist() == scheduler.timesteps[:count].tolist()
+    assert timesteps.tolist() == scheduler.timesteps[:count].tolist()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -278,7 +278,9 @@ def test_a_photo_comes_back_from_its_own_noise(base_alone: LoadedModel, photos: 
     options = RestyleOptions(0.5, "ddim", 1.0, 50, 1, "", 1.0, 64, "inversion")
     with torch.inference_mode():
         coded = to_image(base_alone.base.decode(to_latents(base_alone.base, small))[0])
-    back = restyle.restyle_photo(base_alone, small, photo.prompt, options)
+    calls: list[int] = []
+    back = restyle.restyle_photo(base_alone, small, photo.prompt, options, lambda: calls.append(1))
+    assert len(calls) == 50  # half of the steps, in both directions
     other = restyle.restyle_photo(base_alone, small, photo.prompt, replace(options, way="img2img"))
     near, far = (np.abs(grey(image) - grey(coded)).mean() for image in (back, other))
     assert near < 5 and near < far / 2
@@ -301,6 +303,17 @@ def test_outside_a_mask_the_photo_stays(base_alone: LoadedModel, photos: Path) -
     whole = restyle.restyle_photo(base_alone, small, "x", options, mask=Image.new("L", (64, 64), 255))
     plain = restyle.restyle_photo(base_alone, small, "x", options)
     assert np.abs(grey(whole) - grey(plain)).max() <= 1
+
+
+def test_all_that_is_mixed_in_was_redrawn() -> None:
+    """Down to the last trace of a soft edge; else a rim of what was not redrawn would be mixed in."""
+    mask = Image.new("L", (50, 40))
+    mask.paste(255, (20, 10, 35, 30))
+    redrawn = covered(mask, (128, 96))
+    mixed = kept_outside(Image.new("RGB", (128, 96)), torch.ones(3, 96, 128), mask)[0] > 0
+    assert set(np.array(redrawn).flat) == {0, 255} and redrawn.size == (128, 96)
+    assert np.array_equal(np.array(redrawn) == 255, mixed.numpy())
+    assert mixed.sum() > 1.1 * 128 * 96 * 15 * 20 / (50 * 40)  # wider than what is white
 
 
 def test_masks_belong_to_their_photos(photos: Path, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from ghibli.demo.pretrain import architecture, stages
 from ghibli.demo.pretrain.training_loop import Plan, train_stage
 from ghibli.demo.scenes.scene import compose
 from ghibli.images.edges import canny
-from ghibli.models.base import BaseModel
+from ghibli.models.base import DEMO, BaseModel
 from ghibli.models.load import load
 
 FIRST, COUNT, BATCH = 600_000, 1000, 12  # seeds of scenes that nothing else is trained on
-PLAN = Plan(steps=800, learning_rate=4e-3, warmup=20, muon=True, ema=0.98, save_every=50)
+PLAN = Plan(steps=600, learning_rate=4e-3, warmup=20, muon=True, ema=0.98, save_every=50)
 
 
 def make_control(base: BaseModel) -> ControlNetModel:
@@ -89,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    base = load("demo")
+    base = load(str(DEMO))
     torch.manual_seed(0)
     control = make_control(base)
     train_stage("control", control, ControlLoss(base, control, args.work), PLAN, args.work / "control.pt")
