@@ -127,7 +127,8 @@ class Look:
 
     def __init__(self, base: BaseModel) -> None:
         self.extract = partial(extract_in_batches, partial(style_features, base.vae))
-        self.real = self.extract(scenes("drawn", FIRST - REAL, REAL))
+        key = {"real": [FIRST - REAL, REAL], "side": SIDE, "vae": part_hash(base.vae)}
+        self.real = cached(WORK, key, lambda: {"f": self.extract(scenes("drawn", FIRST - REAL, REAL))})["f"]
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Return features (N, D) in units of the real scenes' deviation."""

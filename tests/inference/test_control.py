@@ -170,7 +170,7 @@ def test_the_demos_own_draws_along_the_edges(demo: LoadedModel) -> None:
     found = []
     for scale in (0.0, 1.0):
         shared = 0.0
-        for seed in range(4):
+        for seed in range(2):
             seen = canny(draw(compose(EVALUATION_SEEDS.start + seed), "photo"))
             control = Control(load_controlnet("demo/control", demo.base), seen, scale)
             options = RestyleOptions(1.0, "ddim", 1.0, 8, seed, "", 1.0, 128)
@@ -178,7 +178,7 @@ def test_the_demos_own_draws_along_the_edges(demo: LoadedModel) -> None:
             grey = pixels.mean(0)
             steep = (grey[1:, 1:] - grey[:-1, 1:]).abs() + (grey[1:, 1:] - grey[1:, :-1]).abs()
             on = torch.from_numpy(np.array(seen.convert("L")))[1:, 1:] > 0
-            shared += (steep[on].mean() / steep[~on].mean()).item() / 4
+            shared += (steep[on].mean() / steep[~on].mean()).item() / 2
         found.append(shared)
     assert found[1] > 2 * found[0]
 

@@ -244,30 +244,45 @@ def grey(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"), float)
 
 
-@pytest.mark.parametrize("steps", [10, 30, 334])
-def test_inversion_is_diffusers_ddim_backwards(base_alone: LoadedModel, steps: int) -> None:
-    """Its scheduler steps T // steps, so the comparison is at numbers that leave the strides equal."""
-    base, strength = base_alone.base, 0.3 if steps < 100 else 0.01
-    options = RestyleOptions(strength, "ddim", 1.0, steps, 0, "", 1.0, 64, "inversion")
+@pytest.mark.parametrize(("steps", "clean"), [(10, False), (30, False), (10, True)])
+def test_inversion_is_diffusers_ddim_backwards(base_alone: LoadedModel, steps: int, clean: bool) -> None:
+    """Its scheduler steps T // steps, so the comparison is at numbers that leave the strides equal.
+
+    What the base's scheduler file leaves out is SD 1.5's; `clean` begins below the first noise level.
+    """
+    base = replace(base_alone.base, scheduler_config={"set_alpha_to_one": clean})
+    options = RestyleOptions(0.3, "ddim", 1.0, steps, 0, "", 1.0, 64, "inversion")
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.5
     scheduler = DDIMInverseScheduler.from_config(
-        base.scheduler_config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        base_alone.base.scheduler_config, clip_sample=False, set_alpha_to_one=clean, steps_offset=1,
         timestep_spacing="leading",
     )  # fmt: skip
     scheduler.set_timesteps(steps)
     expected = start
     with torch.inference_mode():
         embeds = base.encode_captions(["a lake"])
-        count = int(steps * strength)
+        count = int(steps * 0.3)
         for t in scheduler.timesteps[:count]:
             expected = scheduler.step(base.unet(expected, t[None], embeds).sample, t, expected).prev_sample
         found = invert(base, start, options, predictor(base, embeds, None, 1.0))
-    timesteps = walked(base, options)[1].flip(0)
-    if steps == 334:  # `trailing` there: other timesteps, and each step ends where the next one starts
-        assert len(timesteps) == count and timesteps[0] < 4
-        return
-    assert timesteps.tolist() == scheduler.timesteps[:count].tolist()
+    assert walked(base, options)[1].flip(0).tolist() == scheduler.timesteps[:count].tolist()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_each_step_ends_where_the_next_one_starts(base_alone: LoadedModel) -> None:
+    """With unequal strides (400 steps, `trailing`) too: Song et al. 2021, equation 13, in float64."""
+    options = RestyleOptions(0.012, "ddim", 1.0, 400, 0, "", 1.0, 64, "inversion")
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    scheduler, timesteps = walked(base_alone.base, options)
+    strides = timesteps.flip(0).diff()
+    assert len(timesteps) == 4 and len(strides.unique()) > 1
+    alphas, before, expected = scheduler.alphas_cumprod.double(), 0, start.double()
+    for t in timesteps.flip(0).tolist():
+        noise, low, high = (expected * t / 1000).sin(), alphas[before], alphas[t]
+        clean = (expected - (1 - low).sqrt() * noise) / low.sqrt()
+        expected, before = high.sqrt() * clean + (1 - high).sqrt() * noise, t
+    found = invert(base_alone.base, start, options, lambda latents, t: (latents * t / 1000).sin())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_a_photo_comes_back_from_its_own_noise(base_alone: LoadedModel, photos: Path) -> None:

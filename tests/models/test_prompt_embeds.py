@@ -113,3 +113,16 @@ def test_repeating_a_prompt_changes_no_prediction(demo: BaseModel) -> None:
     expected, found = (demo.unet(x, t, embeds).sample for embeds in (short, one))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (demo.unet(x, t, long).sample - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_two_and_three_pieces_meet_at_six(demo: BaseModel) -> None:
+    """In any order; each prompt is its own pieces, repeated whole."""
+    prompts = [LONG, "a lake", LONG + " train" * 60]
+    alone = [encode_weighted(demo, [prompt]) for prompt in prompts]
+    assert [embeds.shape[1] for embeds in alone] == [2 * 77, 77, 3 * 77]
+    together = encode_weighted(demo, prompts)
+    one, two = same_length(alone[0], alone[2])
+    for found, expected in zip([*together, one[0], two[0]], [*alone, alone[0], alone[2]], strict=True):
+        repeated = expected[0].repeat(6 * 77 // expected.shape[1], 1)
+        torch.testing.assert_close(found, repeated, rtol=0, atol=1e-5)
