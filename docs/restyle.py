@@ -139,13 +139,24 @@ class Look:
         return kernel_distance(features, standardised(self.real, self.real))
 
 
-def measure(look: Look, base: BaseModel, images: torch.Tensor, twins: torch.Tensor) -> dict[str, Any]:
-    """Return all distances of images (PHOTOS, 3, SIDE, SIDE) in 0 .. 1, those to the twins one by one."""
-    features = look.features(images)
-    return {
-        "style": features, "look": look.distance(features),
-        "edges": edge_distance(images, twins), "features": feature_distance(base, images, twins),
-    }  # fmt: skip
+def measure(
+    look: Look, base: BaseModel, key: dict[str, Any], images: torch.Tensor, twins: torch.Tensor
+) -> dict[str, Any]:
+    """Return all distances, or read them again: `look`, an Estimate, and those to the twins one by one.
+
+    Args:
+        key: all that the images depend on.
+        images, twins: (PHOTOS, 3, SIDE, SIDE) in 0 .. 1.
+    """
+
+    def make() -> dict[str, torch.Tensor]:
+        return {
+            "style": look.features(images), "edges": edge_distance(images, twins),
+            "features": feature_distance(base, images, twins),
+        }  # fmt: skip
+
+    found = cached(WORK, key | {"measured": [*MEASURES], "real": REAL}, make)
+    return found | {"look": look.distance(found["style"])}
 
 
 # What follows from them
@@ -233,12 +244,15 @@ def main() -> None:
             restyled(model, weights, way, strength)
     base = model.at(0.0)
     look, twins = Look(base), scenes("drawn", FIRST, PHOTOS)
-    photo = measure(look, base, scenes("photo", FIRST, PHOTOS), twins)
+    key = {"way": "the photo itself", "photos": [FIRST, PHOTOS]}
+    photo = measure(look, base, key, scenes("photo", FIRST, PHOTOS), twins)
     table: Table = {}
     for way in WAYS:
-        there = [s for s in STRENGTHS if is_whole(file_of(WORK, key_of(model, weights, way, s)))]
-        images = {s: restyled(model, weights, way, s) / 255 for s in there}
-        table |= {way: {s: measure(look, base, images[s], twins) for s in there}} if there else {}
+        for strength in STRENGTHS:
+            key = key_of(model, weights, way, strength)
+            if is_whole(file_of(WORK, key)):
+                images = restyled(model, weights, way, strength) / 255
+                table.setdefault(way, {})[strength] = measure(look, base, key, images, twins)
     rows = [{"way": way, "strength": s} | row_of(cell) for way in table for s, cell in table[way].items()]
     others = [way for way in table if way != USUAL[0]]
     FOLDER.mkdir(exist_ok=True)

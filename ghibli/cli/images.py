@@ -11,11 +11,13 @@ from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources
 from ghibli.config.paths import check_base_path
 from ghibli.inference.request import (
     CONTROLS,
+    KNEES,
     Axis,
     ImageRequest,
     RestyleOptions,
     check_text,
     control_options,
+    default_way,
     grid_requests,
     parse_axis,
     parse_size,
@@ -147,7 +149,10 @@ def restyle_command(
     prompt: Annotated[
         str | None, typer.Option(help="what the photos show; by default their captions")
     ] = None,
-    strength: Annotated[float, typer.Option(help="0 = the photo, 1 = all new", min=0.05, max=1)] = 0.5,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="0 = the photo, 1 = all new", min=0.05, max=1, show_default="0.65, of img2img 0.5"),
+    ] = None,
     sampler: Sampler = "ddim",
     guidance: Guidance = None,
     steps: Steps = 30,
@@ -155,8 +160,12 @@ def restyle_command(
     negative: Negative = "",
     scale: Scale = 1.0,
     way: Annotated[
-        str, typer.Option(help="img2img: from random noise; inversion: from the photo's own noise")
-    ] = "img2img",
+        str | None,
+        typer.Option(
+            help="inversion: from the photo's own noise; img2img: from random noise",
+            show_default="inversion with ddim, else img2img",
+        ),
+    ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="image, white where to redraw; or a folder of them, named as photos")
     ] = None,
@@ -181,8 +190,10 @@ def restyle_command(
 ) -> None:
     """Redraw photos in the trained style: a PNG file for each, and a sheet of before and after."""
     check_text(prompt or "")
+    way = way or default_way(sampler)
     options = RestyleOptions(  # what is left to the model is filled in when that is loaded
-        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way,
+        KNEES.get(way, 0.5) if strength is None else strength, sampler,
+        1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way,
         control_options(control, control_model, control_scale, depth_model),
     )  # fmt: skip
     with stop_at_once():

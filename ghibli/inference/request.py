@@ -14,6 +14,7 @@ from ghibli.runtime.errors import UserError
 LARGEST = 2048  # px, either side
 CONTROLS = ("canny", "depth")  # what is computed of a photo for a ControlNet
 WAYS = ("img2img", "inversion")  # of restyle: from random noise, or from the photo's own
+KNEES = {"img2img": 0.5, "inversion": 0.65}  # strength of each: docs/restyle.md
 LARGEST_FINAL = 4096  # px, either side after the second pass
 
 
@@ -189,6 +190,11 @@ class RestyleOptions:
             raise UserError(f"--way {self.way} is unknown: choose one of {', '.join(WAYS)}")
         if self.way == "inversion" and self.sampler != "ddim":
             raise UserError(f"--way inversion walks DDIM backwards: use --sampler ddim, not {self.sampler}")
+
+
+def default_way(sampler: str) -> str:
+    """Return the way nearest to the photo (docs/restyle.md): inversion, which DDIM alone can walk."""
+    return "inversion" if sampler_name(sampler, "--sampler") == "ddim" else "img2img"
 
 
 def check_share(option: str, strength: float, steps: int) -> None:

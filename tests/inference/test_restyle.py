@@ -351,6 +351,18 @@ def test_masks_belong_to_their_photos(photos: Path, tmp_path: Path) -> None:
         with_masks(found, tmp_path / "nowhere.png")
 
 
+def test_the_default_way_is_one_that_the_sampler_can_go(photos: Path, tmp_path: Path) -> None:
+    """At the strength that docs/restyle.md found for it."""
+    for sampler, way, strength in (("DDIM", "inversion", 0.65), ("euler_a", "img2img", 0.5)):
+        out = tmp_path / sampler
+        words = [str(photos), "--with", "model=demo", "--steps", "2", "--sampler", sampler, "--to", str(out)]
+        result = CliRunner().invoke(app, ["restyle", *words])
+        assert result.exit_code == 0, result.output
+        with Image.open(next(out.glob("scene_*.png"))) as opened:
+            found = json.loads(opened.text["ghibli"])
+        assert (found["way"], found["strength"]) == (way, strength)
+
+
 def test_a_way_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"^--way twirl is unknown: choose one of img2img, inversion$"):
         replace(OPTIONS, way="twirl")
