@@ -10,10 +10,14 @@ import typer
 from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
 from ghibli.config.paths import check_base_path
 from ghibli.inference.request import (
+    CONTROLS,
+    KNEES,
     Axis,
     ImageRequest,
     RestyleOptions,
     check_text,
+    control_options,
+    default_way,
     grid_requests,
     parse_axis,
     parse_size,
@@ -154,7 +158,10 @@ def restyle_command(
     prompt: Annotated[
         str | None, typer.Option(help="what the photos show; by default their captions")
     ] = None,
-    strength: Annotated[float, typer.Option(help="0 = the photo, 1 = all new", min=0.05, max=1)] = 0.5,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="0 = the photo, 1 = all new", min=0.05, max=1, show_default="0.65, of img2img 0.5"),
+    ] = None,
     sampler: Sampler = "ddim",
     guidance: Guidance = None,
     steps: Steps = 30,
@@ -162,23 +169,50 @@ def restyle_command(
     negative: Negative = "",
     scale: Scale = 1.0,
     way: Annotated[
-        str, typer.Option(help="img2img: from random noise; inversion: from the photo's own noise")
-    ] = "img2img",
+        str | None,
+        typer.Option(
+            help="inversion: from the photo's own noise; img2img: from random noise",
+            show_default="inversion with ddim, else img2img",
+        ),
+    ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="image, white where to redraw; or a folder of them, named as photos")
+    ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(help="canny, depth, or a folder of control images, named as photos: keep the structure"),
+    ] = None,
+    control_model: Annotated[
+        str | None, typer.Option(help="ControlNet for --control: its folder or hub id")
+    ] = None,
+    control_scale: Annotated[
+        float | None, typer.Option(help="factor on what the ControlNet adds", show_default="1")
+    ] = None,
+    depth_model: Annotated[
+        str | None,
+        typer.Option(
+            help="for --control depth: folder or hub id",
+            show_default="depth-anything/Depth-Anything-V2-Small-hf",
+        ),
     ] = None,
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/restyled"),
 ) -> None:
     """Redraw photos in the trained style: a PNG file for each, and a sheet of before and after."""
     check_text(prompt or "")
+    way = way or default_way(sampler)
     options = RestyleOptions(  # what is left to the model is filled in when that is loaded
-        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way
-    )
+        KNEES.get(way, 0.5) if strength is None else strength, sampler,
+        1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way,
+        control_options(control, control_model, control_scale, depth_model),
+    )  # fmt: skip
     with stop_at_once():
         from ghibli.images import grid
         from ghibli.inference import generate, restyle
+        from ghibli.inference import photos as photo_files
 
-    found = restyle.with_masks(restyle.find_photos(photos, prompt, ""), mask)
+    found = photo_files.with_masks(photo_files.find_photos(photos, prompt, ""), mask)
+    if control is not None and control not in CONTROLS:
+        found = photo_files.with_control_images(found, Path(control))
     require_target(folder, "--to", len(found) * 3 * options.resolution**2)
     restyle.output_files([photo.path for photo in found], folder)
     model = load_sources(sources)

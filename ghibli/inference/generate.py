@@ -89,7 +89,8 @@ def enlarged(
     for number, image in enumerate(images, start=start):
         options = replace(request.hires_options, seed=request.seed + number)
         prompt = request.prompts[number]
-        larger.append(redraw(base, to_image(image), prompt, request.final_size, options, on_step))
+        enlarged = to_image(image).resize(request.final_size, Image.Resampling.LANCZOS)
+        larger.append(redraw(base, enlarged, prompt, options, on_step))
     return torch.stack(larger)
 
 

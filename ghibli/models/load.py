@@ -94,6 +94,45 @@ def load_folder(folder: Path, path: str) -> tuple[Any, ...]:
     return tokenizer, text_encoder, vae, unet, schedule
 
 
+def part_folder(name: str, what: str, files: dict[str, list[str]], otherwise: str = "") -> Path:
+    """Return the folder of one network; of a hub id, only weights and settings are downloaded.
+
+    Args:
+        what: the setting that names it, for messages, such as model.clip=NAME.
+        files: options of snapshot_download, as in models.hub.
+        otherwise: what else the user can do, for the message.
+
+    Raises:
+        UserError: no such folder, and not to be had from the hub.
+    """
+    folder = resolve_path(name)
+    if folder.is_dir():
+        return folder
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{what}: no such folder, and not a hub id (OWNER/NAME)")
+    return snapshot(name, what, files, f"give a folder{otherwise}")
+
+
+def snapshot(name: str, what: str, files: dict[str, list[str]], advice: str) -> Path:
+    """Return the folder of a hub repository, downloaded once into the libraries' own cache.
+
+    Args:
+        what, files: as for part_folder.
+        advice: the end of the message.
+
+    Raises:
+        UserError: not to be had.
+    """
+    online = hub_answers()
+    try:
+        return Path(snapshot_download(name, **files, etag_timeout=5, local_files_only=not online))
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        hub = f"refuses it ({first_line(error)[:100]})" if online else "cannot be reached"
+        raise UserError(
+            f"{what}: no such folder here, not downloaded yet, and the hub {hub}: {advice}"
+        ) from error
+
+
 def load_part(part_class: Any, folder: Path, what: str, **options: Any) -> Any:
     """Load one network from its folder, every weight from the file.
 
@@ -164,20 +203,10 @@ def enumerated(names: list[str]) -> str:
 
 def load_from_hub(name: str) -> tuple[Any, ...]:
     """Load the five parts of a hub repository, downloaded once into the libraries' own cache."""
-    online = hub_answers()
-    try:
-        folder = snapshot_download(
-            name, **HUB_FILES, etag_timeout=5,
-            local_files_only=not online,
-        )  # fmt: skip
-    except (LocalEntryNotFoundError, OSError, ValueError) as error:
-        hub = f"refuses it ({first_line(error)[:100]})" if online else "cannot be reached"
-        raise UserError(
-            f"model.path={name}: no such folder here, not downloaded yet, and the hub {hub}: "
-            "give a folder, model.path=DIR, or use model=demo"
-        ) from error
-    check_base(Path(folder), name)
-    return load_folder(Path(folder), name)
+    advice = "give a folder, model.path=DIR, or use model=demo"
+    folder = snapshot(name, f"model.path={name}", HUB_FILES, advice)
+    check_base(folder, name)
+    return load_folder(folder, name)
 
 
 def is_here(path: str) -> bool:

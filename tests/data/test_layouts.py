@@ -15,7 +15,7 @@ from PIL import Image
 from ghibli.data.dataset import EncodedImages, EpochPlan, TrainExamples, check_shared_memory
 from ghibli.data.folder import recognised
 from ghibli.data.latents import Moments
-from ghibli.inference.restyle import find_photos
+from ghibli.inference.photos import find_photos
 from ghibli.prepare.captioning import caption_folder
 from ghibli.prepare.download import fetch
 from ghibli.runtime.errors import UserError, loader_trouble

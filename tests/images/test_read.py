@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, features
 from ghibli.images import read as reading
 from ghibli.images.jpeg import has_too_many_scans
 from ghibli.images.read import Unusable, check_image, image_endings, open_file, open_image, read_image
-from ghibli.inference.restyle import find_photos
+from ghibli.inference.photos import find_photos
 from ghibli.prepare.download import write_image_bytes
 from ghibli.runtime.errors import UserError
 

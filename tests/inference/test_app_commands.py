@@ -18,8 +18,8 @@ from ghibli.cli import images
 from ghibli.cli.main import app
 from ghibli.inference import restyle
 from ghibli.inference.app.session import AppSession, Settings, draw_command, restyle_command
+from ghibli.inference.photos import Photo
 from ghibli.inference.request import RestyleOptions
-from ghibli.inference.restyle import Photo
 
 SIDE = 128
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0()[]\\"), min_size=1, max_size=20)
