@@ -105,7 +105,7 @@ def evaluate_all(study: grid.Study) -> None:
 def evaluate_one(run: RunDir, options: EvaluateConfig) -> None:
     """Evaluate the images of one trial, as `ghibli evaluate` does."""
     from ghibli.evaluation.evaluate import evaluate
-    from ghibli.training.wandb_logger import log_evaluation
+    from ghibli.training.loggers.choice import log_evaluation
 
     config = from_yaml(run.config)
     config.evaluate = options

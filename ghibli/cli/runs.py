@@ -115,7 +115,7 @@ def evaluate_command(
         cache = apply_overrides(usual, settings, CHANGED_BY_EVALUATE).cache_dir
         configs.append(apply_overrides(on_this_machine(stored, cache), settings, CHANGED_BY_EVALUATE))
     from ghibli.evaluation import evaluate as evaluate_module  # torch takes seconds to load
-    from ghibli.training import wandb_logger
+    from ghibli.training.loggers.choice import log_evaluation
 
     for run in runs:
         run.refuse_links()
@@ -126,7 +126,7 @@ def evaluate_command(
         for finding in result["findings"]:
             console.print(f"{finding['name']}: {finding['text']}", style="yellow")
         console.print(f"numbers {run.evaluation}, images {run.evaluation_images}\n")
-        wandb_logger.log_evaluation(config, run, result)
+        log_evaluation(config, run, result)
 
 
 def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:

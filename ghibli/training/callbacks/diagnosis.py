@@ -12,7 +12,6 @@ from ghibli.evaluation import diagnosis
 from ghibli.evaluation.gain import Diverged
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
-from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import between_steps
 from ghibli.training.module import GhibliModule
 
@@ -30,7 +29,7 @@ class Examples(NamedTuple):
 class Doctor(Callback):
     """Diagnose a run before it starts, before every optimiser step and after every epoch.
 
-    Each finding is reported once: in the terminal, in status.json, as an alert of the dashboard.
+    Each finding is reported once: in the terminal, in status.json, on the dashboards.
     """
 
     def __init__(self, config: Config, run: RunDir):
@@ -105,7 +104,8 @@ class Doctor(Callback):
         for finding in new:
             if say:
                 logger.warning(f"doctor: {finding.name}: {finding.text}")
-            wandb_logger.alert(trainer.loggers, finding.name, finding.text)
+            for dashboard in trainer.loggers:
+                dashboard.log_finding(finding.name, finding.text, trainer.global_step)
 
 
 def gather_examples(examples: list[Examples], world_size: int) -> list[tuple[str, int, float]]:
