@@ -275,9 +275,7 @@ class DashboardEntry:
 
 LOGGERS = "ghibli.training.loggers"
 DASHBOARDS: Registry[DashboardEntry] = Registry("logger")
-DASHBOARDS.register(
-    "wandb", DashboardEntry("W&B", f"{LOGGERS}.wandb_logger:open_dashboard", package="wandb")
-)
+DASHBOARDS.register("wandb", DashboardEntry("W&B", f"{LOGGERS}.wandb_logger:open_dashboard", package="wandb"))
 DASHBOARDS.register(
     "tensorboard",
     DashboardEntry(
@@ -287,9 +285,7 @@ DASHBOARDS.register(
 )  # fmt: skip
 DASHBOARDS.register(
     "trackio",
-    DashboardEntry(
-        "trackio", f"{LOGGERS}.trackio_logger:open_dashboard", package="trackio", extra="trackio"
-    ),
+    DashboardEntry("trackio", f"{LOGGERS}.trackio_logger:open_dashboard", package="trackio", extra="trackio"),
 )
 DASHBOARDS.register("csv", DashboardEntry("CSV files"))  # metrics.csv and probe.csv, which every run writes
 DASHBOARDS.register("none", DashboardEntry("none"))

@@ -52,7 +52,8 @@ def tensorboard_events(folder: Path) -> dict[str, Any]:
     return {
         "scalars": {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in tags["scalars"]},
         "images": {
-            tag: [(one.step, one.encoded_image_string) for one in events.Images(tag)] for tag in tags["images"]
+            tag: [(one.step, one.encoded_image_string) for one in events.Images(tag)]
+            for tag in tags["images"]
         },
         "texts": {
             tag.removesuffix("/text_summary"): [

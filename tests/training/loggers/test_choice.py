@@ -52,9 +52,7 @@ def test_the_first_failure_is_one_warning_and_the_last_call(failing: str, said: 
         use_all(logger)
         logger.how_to_look()
     logger.close()
-    assert said == [
-        "Toy failed (no more of this): going on without it; metrics.csv has all numbers"
-    ]
+    assert said == ["Toy failed (no more of this): going on without it; metrics.csv has all numbers"]
     if failing.startswith("log_"):
         calls = logger.dashboard.calls
         assert calls[-1] == "close" and calls.count(failing) == 1
@@ -78,9 +76,7 @@ def test_a_dashboard_gets_all_that_a_run_shows(said: list[str]) -> None:
         ("[wandb,csv,tensorboard,wandb]", ["wandb", "tensorboard"]), ("[none]", []),
     ],
 )  # fmt: skip
-def test_one_name_or_several(
-    given: str, names: list[str], make_config: Callable, tmp_path: Path
-) -> None:
+def test_one_name_or_several(given: str, names: list[str], make_config: Callable, tmp_path: Path) -> None:
     config = make_config(f"logger={given}")
     assert config.logger == names
     (tmp_path / "config.yaml").write_text(files.to_yaml(config))
@@ -109,22 +105,18 @@ def test_a_missing_package_is_told_before_anything_is_loaded(monkeypatch: pytest
 
 
 def test_one_that_does_not_start_leaves_the_others(
-    monkeypatch: pytest.MonkeyPatch, make_config: Callable, tmp_path: Path, said: list[str]
+    make_config: Callable, tmp_path: Path, said: list[str]
 ) -> None:
     """Two toys from outside, one of which cannot be made: one entry each, no other edit."""
-    started = Toy()
-    monkeypatch.setitem(globals(), "make_toy", lambda config, run, name: started)
     for name in ("toy", "broken"):
         DASHBOARDS.register(name, DashboardEntry(name.title(), f"{__name__}:make_{name}"))
     try:
-        monkeypatch.setattr(choice, "load_object", lambda path: make_broken if "broken" in path else make_toy)
-        loggers = choice.start(make_config("logger=[broken,toy]"), RunDir(tmp_path), "name")
-        assert [logger.dashboard for logger in loggers] == [started]
+        (logger,) = choice.start(make_config("logger=[broken,toy]"), RunDir(tmp_path), "name")
         choice.close_all()
     finally:
         for name in ("toy", "broken"):
             DASHBOARDS.remove(name)
-    assert started.calls == ["close"] and choice.opened == []
+    assert logger.dashboard.calls == ["close"] and choice.opened == []
     assert said == ["Broken failed (disk full): going on without it; metrics.csv has all numbers"]
 
 
