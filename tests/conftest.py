@@ -13,6 +13,7 @@ from helpers.commands import CACHE, REPO, SMALL, run_python
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["TRACKIO_DIR"] = f"{CACHE}/trackio"  # never the store in the home folder
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side on two cores
 
 from hydra import compose, initialize_config_dir

@@ -9,16 +9,8 @@ from ghibli.runtime.errors import UserError
 
 OUTPUTS = Path("outputs")
 NO_RUNS = (
-    "checkpoints",
-    "samples",
-    "adapter",
-    "adapter_last",
-    "unet",
-    "wandb",
-    "tensorboard",
-    ".hydra",
-    "cache",
-)
+    "checkpoints", "samples", "adapter", "adapter_last", "unet", "wandb", "tensorboard", ".hydra", "cache",
+)  # fmt: skip
 
 
 def all_runs(root: Path = OUTPUTS) -> list[RunDir]:

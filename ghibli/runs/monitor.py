@@ -91,7 +91,7 @@ def folder_above_is_open(folder: Path) -> bool:
 
 
 def is_starting(folder: Path) -> bool:
-    """Return whether a process has the folder of a run, or of a study's first trial, and wrote nothing yet."""
+    """Return whether a process has locked a run's folder, a study's or one of its trials'."""
     return any(lock.is_held(path) for path in (folder / ".lock", *folder.glob("*/.lock")))
 
 

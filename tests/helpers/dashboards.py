@@ -1,4 +1,4 @@
-"""Use a dashboard as a run does, and read back what TensorBoard and trackio have stored, by their own readers."""
+"""Use a dashboard as a run does; read what TensorBoard and trackio have stored, by their own readers."""
 
 import json
 import os
@@ -49,6 +49,7 @@ def tensorboard_events(folder: Path) -> dict[str, Any]:
     events = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0})  # 0: keep them all
     events.Reload()
     tags = events.Tags()
+    texts = [tag for tag in tags["tensors"] if tag.endswith("/text_summary")]
     return {
         "scalars": {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in tags["scalars"]},
         "images": {
@@ -59,8 +60,7 @@ def tensorboard_events(folder: Path) -> dict[str, Any]:
             tag.removesuffix("/text_summary"): [
                 (one.step, one.tensor_proto.string_val[0].decode()) for one in events.Tensors(tag)
             ]
-            for tag in tags["tensors"]
-            if tag.endswith("/text_summary")
+            for tag in texts
         },
         "charts": [one.tensor_proto.string_val[0] for one in events.Tensors("custom_scalars__config__")],
     }

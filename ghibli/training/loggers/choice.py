@@ -54,7 +54,7 @@ def start(config: Config, run: RunDir, name: str) -> list[DashboardLogger]:
 
 
 def start_afterwards(config: Config, run: RunDir) -> list[DashboardLogger]:
-    """Start the dashboards of a finished run; where W&B cannot go online, offline, so that nothing is lost."""
+    """Start the dashboards of a finished run; W&B offline where it cannot go online: nothing is lost."""
     name = str(run.status.read().get("settings", run.path.name))
     try:
         return start(config, run, name)

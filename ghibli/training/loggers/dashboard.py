@@ -50,7 +50,7 @@ class Dashboard(Protocol):
 
 
 class DashboardLogger(Logger):
-    """Lightning's logger of one dashboard. Its first failure is one warning; then it takes all and does nothing."""
+    """Lightning's logger of one dashboard, whose first failure is one warning; then it does nothing more."""
 
     def __init__(self, dashboard: Dashboard):
         super().__init__()

@@ -84,12 +84,14 @@ class TrackioDashboard:
             warnings.showwarning = self.show_warning
         self.raise_failure()
 
-    def note_warning(self, message: Warning | str, category: Any, file: str, *more: Any) -> None:
+    def note_warning(
+        self, message: Warning | str, category: type[Warning], filename: str, *more: Any, **named: Any
+    ) -> None:
         """Keep a warning of trackio's; leave any other to Python."""
-        if Path(file).is_relative_to(PACKAGE):
+        if Path(filename).is_relative_to(PACKAGE):
             self.failures.append(str(message))
         else:
-            self.show_warning(message, category, file, *more)
+            self.show_warning(message, category, filename, *more, **named)
 
     def raise_failure(self) -> None:
         """Raise an OSError with the first thing that trackio has warned of."""

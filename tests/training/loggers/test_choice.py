@@ -131,7 +131,7 @@ def make_broken(config: object, run: RunDir, name: str) -> Toy:
 def test_nothing_is_imported_that_is_not_used() -> None:
     """Not by the package of loggers, the callbacks nor the command."""
     code = (
-        "import sys, train, ghibli.training.finalize, ghibli.training.session, ghibli.training.loggers.choice\n"
+        "import sys, train, ghibli.training.finalize, ghibli.training.session\n"
         "print([name for name in ('wandb', 'tensorboard', 'trackio') if name in sys.modules])"
     )
     done = subprocess.run(
