@@ -45,7 +45,7 @@ coverage: .venv/installed  ## run the tests in one process and list uncovered li
 
 LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --quiet \
 	--custom-compile-command "make lock" pyproject.toml
-EXTRAS = dev app bitsandbytes browser heif hub joblib lycoris prodigy schedulefree search
+EXTRAS = dev app bitsandbytes browser heif hub joblib lycoris notebook prodigy schedulefree search tensorboard trackio
 
 lock:  ## pin every package with its hashes again, after a change of pyproject.toml or constraints.txt
 	@$(LOCK) -c constraints.txt $(EXTRAS:%=--extra %) -o locks/extras.txt
