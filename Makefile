@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN := .venv/bin
 
-.PHONY: help train test slow extras lint types format check coverage lock
+.PHONY: help train test slow extras lint types format check coverage notebook lock
 .DEFAULT_GOAL := help
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -42,6 +42,9 @@ check: lint types test  ## everything a pull request must pass
 coverage: .venv/installed  ## run the tests in one process and list uncovered lines
 	@HF_HUB_OFFLINE=1 $(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report --skip-covered --show-missing
+
+notebook: .venv/installed  ## write the notebook again from its Python file
+	@$(BIN)/jupytext --quiet --update --to ipynb notebooks/ghibli_lora.py
 
 LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --quiet \
 	--custom-compile-command "make lock" pyproject.toml

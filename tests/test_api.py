@@ -58,9 +58,7 @@ def test_the_package_gives_them_and_loads_neither_before() -> None:
     assert (ghibli.Run, ghibli.show) == (Run, show)
     with pytest.raises(AttributeError, match="module 'ghibli' has no attribute 'run'"):
         _ = ghibli.run
-    code = (
-        "import sys, ghibli.cli.main; print([name for name in ('PIL', 'matplotlib') if name in sys.modules])"
-    )
+    code = "import sys, ghibli.cli.main; print({'PIL', 'matplotlib', 'ghibli.api'} & set(sys.modules))"
     assert run_python("-c", code).stdout.strip() == "set()"
 
 
