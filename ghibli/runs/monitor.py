@@ -16,7 +16,7 @@ from typing import Any
 from ghibli.runs import lock
 from ghibli.runs.find import folders_with
 from ghibli.runs.folder import RunDir
-from ghibli.runs.listing import ListedRun, lines, listed
+from ghibli.runs.listing import ListedRun, listed
 from ghibli.runtime.commands import quoted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_rows
@@ -28,6 +28,7 @@ LABEL = 9  # columns before it, and before every other text
 LEAST_RANKED = 3  # rows of a study's ranking, however low the terminal is
 BARS = "▁▂▃▄▅▆▇█"
 CHART_ROW = re.compile(r"[-\d.% ]{8}(?: [-o| ]*[o|][-o| ]*)")
+CUT_NAME = re.compile("-[0-9a-f]{12}$")  # a long name of a trial ends in a hash instead of its last settings
 EPOCHS = re.compile(r"^trainer:\n(?:[ \t].*\n)*?[ \t]+max_epochs: (\d+)$", re.MULTILINE)
 
 
@@ -111,17 +112,25 @@ def run_lines(run: RunDir, width: int, now: datetime, height: int | None = None)
         *progress(run, status, now),
         "",
     ]
-    below = losses(run, width)
-    for finding in status.get("findings") or []:
-        below += wrapped(f"doctor   {one_line(finding['name'])}: {one_line(finding['text'])}", width)
-    grid = newest_grid(run)
-    if grid is not None:
-        below.append(one_line(f"grid     {grid}"))
-    if status.get("reason"):
-        below += wrapped(f"reason   {one_line(status['reason'])}", width)
+    below = after_chart(run, status, width)
+    if height is not None and len(above) + 1 + LEAST_HEIGHT + len(below) > height:
+        below = after_chart(run, status, width, most=2)
     room = HEIGHT if height is None else height - len(above) - len(below) - 1
     drawn = chart(gains, width, min(max(room, LEAST_HEIGHT), HEIGHT))
     return [cut(line, width) for line in (*above, *drawn, *below)]
+
+
+def after_chart(run: RunDir, status: dict[str, Any], width: int, most: int | None = None) -> list[str]:
+    """Describe loss, findings, newest grid and why it ended; a finding in `most` lines, None: as it is."""
+    shown = losses(run, width)
+    for finding in status.get("findings") or []:
+        shown += wrapped(f"doctor   {one_line(finding['name'])}: {one_line(finding['text'])}", width, most)
+    grid = newest_grid(run)
+    if grid is not None:
+        shown.append(one_line(f"grid     {grid}"))
+    if status.get("reason"):
+        shown += wrapped(f"reason   {one_line(status['reason'])}", width, most)
+    return shown
 
 
 def study_lines(
@@ -141,10 +150,27 @@ def study_lines(
     shown = [cut(one_line(folder), width), cut(counts, width), ""]
     if ranked:
         room = len(ranked) if height is None else max(height - len(shown) - len(at_work) - 2, LEAST_RANKED)
-        shown += [cut(line, width) for line in lines(ranked[:room], width)]
+        shown += [cut(line, width) for line in ranking(ranked[:room], trials)]
         if len(ranked) > room:
             shown.append(f"and {len(ranked) - room} more below them (`ghibli list` shows all)")
     return shown + at_work
+
+
+def ranking(ranked: list[ListedRun], trials: list[ListedRun]) -> list[str]:
+    """List trials with their gain below a line of heads; each is named by what not all trials have."""
+    every = [set(trial.run.path.name.split(",")) for trial in trials]
+    shared = set.intersection(*every) if len(every) > 1 else set()
+    rows = [("gain", "epoch", "state", "trial")]
+    for trial in ranked:
+        own = ",".join(part for part in trial.run.path.name.split(",") if part not in shared)
+        name = own or trial.run.path.name
+        if CUT_NAME.search(name):
+            name = str(trial.status.get("settings", name))
+        rows.append((trial.gain_text, str(trial.status.get("epoch", "-")), trial.state, one_line(name)))
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(text.ljust(size) for text, size in zip(row, wide, strict=True)).rstrip() for row in rows
+    ]
 
 
 def read_gains(run: RunDir) -> list[Gain]:
@@ -274,9 +300,10 @@ def newest_grid(run: RunDir) -> Path | None:
     return Path(os.path.relpath(grids[-1])) if grids else None
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    """Break a text into lines of a width, the later ones below its first word's neighbour."""
-    return textwrap.wrap(text, width, subsequent_indent=" " * LABEL)
+def wrapped(text: str, width: int, most: int | None = None) -> list[str]:
+    """Break a text into lines of a width, at most so many, all but the first one indented."""
+    indent = " " * LABEL
+    return textwrap.wrap(text, width, subsequent_indent=indent, max_lines=most, placeholder=" …")
 
 
 def cut(line: str, width: int) -> str:

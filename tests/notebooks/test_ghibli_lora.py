@@ -1,4 +1,4 @@
-"""The notebook: the same as its Python file, and from top to bottom on the demo, with a kernel killed in mid-run."""
+"""The notebook: it is its Python file; on the demo from top to bottom, with a kernel killed in mid-run."""
 
 import base64
 import json
@@ -22,8 +22,9 @@ pytest.importorskip("ipykernel")
 
 FOLDER = REPO / "notebooks"
 SHRUNK = [
-    "model.resolution=64", "data.draw.count=48", "data.batch_size=1", "data.accumulate=2", "trainer.max_epochs=2",
-    "checkpoint.every_n_steps=3", "sample.num_inference_steps=2", "validation.items_per_image=2", "threads=1",
+    "model.resolution=64", "data.draw.count=48", "data.batch_size=1", "data.accumulate=2",
+    "trainer.max_epochs=2", "checkpoint.every_n_steps=3", "sample.num_inference_steps=2",
+    "validation.items_per_image=2", "threads=1",
 ]  # fmt: skip
 
 

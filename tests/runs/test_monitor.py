@@ -85,7 +85,23 @@ def test_a_study_is_ranked_and_counted(tmp_path: Path) -> None:
         make_run(tmp_path / f"trial{number}", state=state, gain=gain, gain_se=gain and 0.01)
     lines = monitor.view(tmp_path, 80, START)
     assert lines[1] == "1 failed, 3 finished"
-    assert [line.split()[0][-6:] for line in lines[4:]] == ["trial1", "trial3", "trial0"]
+    assert [line.split()[-1] for line in lines[4:]] == ["trial1", "trial3", "trial0"]
+
+
+def test_a_trial_is_named_by_what_not_all_have(tmp_path: Path) -> None:
+    """Or by its settings, where its long name was cut and ends in a hash."""
+    names = ("data.draw.count=48,lora.rank=2,seed=1", "data.draw.count=48,lora.rank=4,seed=1")
+    for number, name in enumerate((*names, "data.draw.count=48,seed=1,sample.num-0123456789ab")):
+        make_run(tmp_path / name, state="finished", gain=number / 10, gain_se=0.01)
+    shown = monitor.view(tmp_path, 80, START)[3:]
+    assert shown[0].split() == ["gain", "epoch", "state", "trial"]
+    assert [line.split("finished  ")[1] for line in shown[1:]] == [
+        "LoRA rank 8",
+        "lora.rank=4",
+        "lora.rank=2",
+    ]
+    make_run(tmp_path / "alone" / "lora.rank=2", state="finished", gain=0.1, gain_se=0.01)
+    assert monitor.view(tmp_path / "alone", 80, START)[4].endswith("lora.rank=2")
 
 
 def test_what_is_missing_or_damaged_is_left_out(tmp_path: Path) -> None:
@@ -110,9 +126,9 @@ def test_nothing_not_finite_is_drawn(tmp_path: Path) -> None:
     assert [gain.epoch for gain in monitor.read_gains(run)] == [0, 2]
 
 
-@pytest.mark.parametrize(("height", "used"), [(16, 21), (23, 23), (50, 50)])
-def test_all_that_changes_fits_into_the_terminal(tmp_path: Path, height: int, used: int) -> None:
-    """The ranking and the chart give way; the best trials and all of the trial at work stay."""
+@pytest.mark.parametrize(("height", "used", "words"), [(16, 20, 25), (23, 23, 30), (50, 50, 30)])
+def test_all_that_changes_fits_into_the_terminal(tmp_path: Path, height: int, used: int, words: int) -> None:
+    """Ranking, chart and long findings give way; the best trials and the numbers of the one at work stay."""
     for number in range(40):
         make_run(tmp_path / f"trial{number:02}", state="finished", gain=number / 100, gain_se=0.01)
     at_work = make_run(tmp_path / "work", gain=None, findings=[{"name": "overfitting", "text": "word " * 30}])
@@ -120,10 +136,10 @@ def test_all_that_changes_fits_into_the_terminal(tmp_path: Path, height: int, us
     with at_work.lock():
         lines = monitor.view(tmp_path, 80, START, height=height)
     assert lines[1] == "40 finished, 1 running"
-    ranked = [line.split()[0][-7:] for line in lines if "trial" in line]
+    ranked = [line.split()[-1] for line in lines if "trial" in line and "finished  " in line]
     assert ranked == [f"trial{number:02}" for number in range(39, 39 - len(ranked), -1)]
     assert f"and {40 - len(ranked)} more below them (`ghibli list` shows all)" in lines
-    assert " ".join(" ".join(lines).split()).count("word") == 30
+    assert " ".join(" ".join(lines).split()).count("word") == words
     assert len(lines) == used
 
 
