@@ -42,7 +42,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             training = build(config, run_dir, session.stop)
             session.check_inputs(training.module)
             session.note_start(training.trainer)
-            dashboards = choice.attach(training.trainer, config, run_dir)
+            training.trainer.loggers = dashboards = choice.start(config, run_dir)
             if not resumes:
                 preflight.before_training(training.module, training.data, training.trainer, run_dir)
             training.fit(session.take_checkpoint(), SCRIPT)

@@ -181,7 +181,7 @@ def time_overhead(overrides: list[str]) -> tuple[float, float]:
         data = GhibliDataModule(config, base, run, module.num_train_timesteps)
         with CleanStop(run) as stop:
             trainer = make_trainer(config, run, make_callbacks(config, run, stop))
-            choice.attach(trainer, config, run)
+            trainer.loggers = choice.start(config, run)
             paired = Paired()
             trainer.callbacks.append(paired)
             trainer.fit(module, data)

@@ -18,7 +18,7 @@ from ghibli.diffusion.samplers import Cell, cells_of
 from ghibli.evaluation import diagnosis
 from ghibli.evaluation.copies import TrainingThumbnails, copies_among
 from ghibli.evaluation.distances import precision_recall
-from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
+from ghibli.evaluation.features import UNIT_IMAGES, FeatureExtractor, ReferenceSet
 from ghibli.evaluation.samples import Job, Measurements, SampleCache, read_unit_image
 from ghibli.evaluation.statistics import Estimate, mean_of
 from ghibli.images.grid import compose_grid
@@ -29,6 +29,7 @@ from ghibli.runtime.files import write_atomically, write_json
 
 NEAREST_SAMPLES = 6  # shown beside their nearest training image
 REFERENCE = "measuring the reference"  # label of the progress bar and of the cached file
+UNITS = "measuring training images"  # the same
 Sampled = dict[tuple[str, Cell, int], Measurements]  # by model, cell and number of samples
 
 
@@ -94,11 +95,12 @@ def measure_real_images(
     """Measure the real images; the floor uses as many as there are samples, reference and training images."""
     options = cache.config.evaluate
     own = cache.measure_real(REFERENCE, reference)
-    floor = training[: min(options.samples, len(reference))]
+    count = min(options.samples, len(reference), len(training))
+    units = cache.measure_real(UNITS, training[: max(count, UNIT_IMAGES)])
     return RealImages(
-        reference=ReferenceSet(own["features"], standardise=options.features == "style"),
+        reference=ReferenceSet(own["features"], units["features"] if options.features == "style" else None),
         own=own,
-        floor=cache.measure_real("measuring training images", floor),
+        floor={name: rows[:count] for name, rows in units.items()},
         training=cache.thumbnails("reading all training images", training),
     )
 
@@ -138,6 +140,7 @@ def scores(
         "training_guidance": config.loss.guidance,
         "cache_dir": config.cache_dir,
         "reference_file": cache.files[REFERENCE],
+        "units_file": cache.files[UNITS],
         "floor_images": len(real.floor["features"]),
         "real": set_scores(real.floor, real.reference, drawn=False),
         "models": {

@@ -26,6 +26,7 @@ from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.home import expanded
 
 BATCH = 16  # images that pass a feature network together
+UNIT_IMAGES = 200  # training images, at most, in whose deviations style features are measured
 
 
 def distance_names(kind: str | None) -> tuple[str, str]:
@@ -67,9 +68,9 @@ def style_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([part for b in blocks for part in (b.mean((2, 3)), b.std((2, 3)))], dim=1)
 
 
-def standardised(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Standardise each column of features (N, D) by the reference's (M, D) mean and deviation."""
-    return (features - reference.mean(0)) / reference.std(0).clamp(min=1e-6)
+def standardised(features: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """Standardise each column of features (N, D) by the mean and deviation of others, (U, D)."""
+    return (features - units.mean(0)) / units.std(0).clamp(min=1e-6)
 
 
 def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
@@ -207,16 +208,18 @@ def clip_folder(name: str) -> Path:
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """The features of the real images to compare with, and how features are scaled for the distances."""
+    """The features of the real images to compare with, and how features are scaled for the distances.
+
+    Style features are measured in deviations of training images, of which there are many: the few reference
+    images would give units in which they themselves are extreme, and all distances too large.
+    """
 
     own: torch.Tensor  # (M, D) raw features
-    standardise: (
-        bool  # True for style features: in units of the reference's deviation; FID and KID want raw ones
-    )
+    units: torch.Tensor | None  # (U, D) of training images; None for Inception's, which FID and KID take raw
 
     def scaled(self, rows: torch.Tensor) -> torch.Tensor:
         """Scale features (N, D) for the distances."""
-        return standardised(rows, self.own) if self.standardise else rows
+        return rows if self.units is None else standardised(rows, self.units)
 
     def captions_of(self, count: int) -> torch.Tensor:
         """Return which reference image's caption each of `count` samples is drawn from, (count,) int64."""

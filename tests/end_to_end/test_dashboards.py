@@ -165,7 +165,7 @@ def test_each_shows_the_same(words: list[str], plain: Path, tmp_path: Path) -> N
     assert events["texts"][f"doctor/{finding['name']}"] == [(0, finding["text"])]
     assert finding["text"][:40] in json.dumps(records)
     assert stored["config"]["lora"]["rank"] == 4 and '"rank"' in json.dumps(records)
-    assert "\n      rank: 4\n" in events["texts"]["settings"][0][1]
+    assert "\n    lora.rank: 4\n" in events["texts"]["settings"][0][1]
 
 
 def curves_in_files(run: Path) -> dict[str, list[tuple[int, float]]]:

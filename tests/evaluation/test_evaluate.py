@@ -21,6 +21,7 @@ from ghibli.diffusion import samplers
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.evaluation import diagnosis, evaluate, samples
 from ghibli.evaluation.copies import TrainingThumbnails
+from ghibli.evaluation.distances import kernel_distance
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
 from ghibli.models.base import BaseModel, weights_hash
 from ghibli.runs.folder import RunDir
@@ -75,10 +76,12 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, re
     batches = [list(range(4)), [4, 5]]
     drawn = [sample(base, [prompts[i] for i in b], Cell("ddim", 7.5), seeds=b, **options) for b in batches]
     extractor = FeatureExtractor(config, base)
-    own = samples.SampleCache(config, extractor, prompts).measure_real("", reference_images)["features"]
-    wanted = ReferenceSet(own, standardise=True).kernel(
-        extractor.measure(torch.cat(drawn), prompts)["features"]
-    )
+    measure = samples.SampleCache(config, extractor, prompts).measure_real
+    own, units = (measure("", images)["features"] for images in (reference_images, training))
+    rows = extractor.measure(torch.cat(drawn), prompts)["features"]
+    wanted = ReferenceSet(own, units).kernel(rows)
+    in_units = [(part - units.mean(0)) / units.std(0) for part in (rows, own)]
+    assert wanted == kernel_distance(*in_units, torch.arange(6))
     row = next(r for r in result["models"]["base"] if r["guidance"] == 7.5)
     assert row["kernel"] == (wanted.value, wanted.standard_error)
 
@@ -86,9 +89,9 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, re
 def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: dict) -> None:
     config = finished_config(finished)
     cache = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), [])
-    images, _ = sources.real_images(config)
+    images, training = sources.real_images(config)
     cache.captions = [image.caption for image in images]
-    reference = ReferenceSet(cache.measure_real("", images)["features"], standardise=True)
+    reference = ReferenceSet(*(cache.measure_real("", part)["features"] for part in (images, training)))
     model = trained_base(finished, config)
     for scale, count, found in (
         (15, 6, result["models"]["run"][2]["kernel"]),
@@ -234,7 +237,7 @@ def test_copies_of_training_images_are_detected(finished: RunDir) -> None:
     reference_images, training_images = sources.real_images(config)
     own, training = measure("", reference_images), measure("", training_images)
     real = evaluate.RealImages(
-        ReferenceSet(own["features"], True),
+        ReferenceSet(own["features"], training["features"]),
         own,
         None,
         TrainingThumbnails(training["thumbnails"], torch.empty(0)),

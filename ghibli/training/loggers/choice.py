@@ -4,7 +4,6 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-import lightning as L
 from PIL import Image
 
 from ghibli.config.registry import DASHBOARDS
@@ -20,22 +19,16 @@ log = logging.getLogger(__name__)
 opened: list[DashboardLogger] = []  # what this process has to close
 
 
-def attach(trainer: L.Trainer, config: Config, run: RunDir) -> list[DashboardLogger]:
-    """Start the run's dashboards, as `start` does, and give their loggers to the trainer."""
-    trainer.loggers = start(config, run, describe(config))
-    return trainer.loggers
-
-
-def start(config: Config, run: RunDir, name: str) -> list[DashboardLogger]:
+def start(config: Config, run: RunDir, name: str | None = None) -> list[DashboardLogger]:
     """Start the dashboards that `logger` names; one that does not start is a warning.
 
     Args:
-        name: of the run on a dashboard, unless wandb.name says another.
+        name: of the run on a dashboard, unless wandb.name says another; None = made from the settings.
 
     Raises:
         UserError: wandb.mode=online without a login.
     """
-    started = []
+    started, name = [], name or describe(config)
     for chosen in config.logger:
         factory = DASHBOARDS[chosen].factory
         if factory is None:

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from ghibli.config.files import to_yaml
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import flatten
@@ -43,13 +42,14 @@ class TensorBoardDashboard:
     def __init__(self, config: Config, run: RunDir):
         status = run.status.read()
         self.folder = run.path / FOLDER
-        self.settings = {key: plain(value) for key, value in flatten(asdict(config)).items()}
+        settings = flatten(asdict(config) | {"git_commit": status.get("git_commit")})
+        self.settings = {key: plain(value) for key, value in settings.items()}
         start = status["step"] + 1 if status.get("step") is not None else 0
         silence_writer_threads()
         self.writer = SummaryWriter(str(self.folder), purge_step=start)
         self.writer.add_custom_scalars(BANDS)
-        commit = f"git commit {status.get('git_commit')}\n\n"
-        self.writer.add_text("settings", commit + as_code(to_yaml(config)), start)
+        lines = [f"    {key}: {value}" for key, value in settings.items()]  # indented: as code in markdown
+        self.writer.add_text("settings", "\n".join(lines), start)
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -85,11 +85,6 @@ def open_dashboard(config: Config, run: RunDir, name: str) -> TensorBoardDashboa
 def plain(value: Any) -> bool | int | float | str:
     """Return a setting as a type that TensorBoard's table of settings takes."""
     return value if isinstance(value, bool | int | float | str) else str(value)
-
-
-def as_code(text: str) -> str:
-    """Return text as a block of code in markdown."""
-    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def as_markdown(table: Table) -> str:

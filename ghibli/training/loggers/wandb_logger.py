@@ -81,7 +81,7 @@ def open_dashboard(config: Config, run: RunDir, name: str) -> WandbDashboard | N
         UserError: wandb.mode=online without a login.
         Exception: it starts neither online nor offline.
     """
-    mode = chosen_mode(config)
+    mode = chosen_mode(config.wandb.mode)
     if mode == "disabled":
         return None
     try:
@@ -101,10 +101,10 @@ def open_dashboard(config: Config, run: RunDir, name: str) -> WandbDashboard | N
         raise
 
 
-def chosen_mode(config: Config) -> str:
+def chosen_mode(mode: str) -> str:
     """Return wandb.mode, or for auto what WANDB_MODE or WANDB_DISABLED ask for."""
-    if config.wandb.mode != "auto":
-        return config.wandb.mode
+    if mode != "auto":
+        return mode
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
         return "disabled"
     asked = os.environ.get("WANDB_MODE", "").lower()

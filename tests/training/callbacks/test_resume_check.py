@@ -135,7 +135,7 @@ def test_settings_from_before_the_later_keys(config: Config, tmp_path: Path) -> 
     """A config.yaml without them is read with what runs had then."""
     content = yaml.safe_load(files.to_yaml(config))
     for key, values in LATER_KEYS.items():
-        for name in values or {}:
+        for name in values if isinstance(values, dict) else ():
             del content[key][name]
         if not isinstance(values, dict):
             del content[key]

@@ -230,10 +230,10 @@ def test_an_error_of_any_call_is_one_warning(
     ],
 )  # fmt: skip
 def test_auto_follows_the_environment(
-    name: str, value: str, mode: str, expected: str, alone: pytest.MonkeyPatch, make_config: Callable
+    name: str, value: str, mode: str, expected: str, alone: pytest.MonkeyPatch
 ) -> None:
     alone.setenv(name, value)
-    assert wandb_logger.chosen_mode(make_config(f"wandb.mode={mode}")) == expected
+    assert wandb_logger.chosen_mode(mode) == expected
 
 
 @pytest.mark.parametrize("project", ["a/b", "x" * 129, "what?", ""])
