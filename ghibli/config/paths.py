@@ -39,11 +39,10 @@ def check_paths(config: Config) -> None:
 
 
 def check_dashboard(name: str) -> None:
-    """Raise a UserError unless the package of a dashboard is installed."""
-    entry = DASHBOARDS[name]
-    if entry.package is not None and find_spec(entry.package) is None:
-        wanted = entry.package if entry.extra is None else f"-e '.[{entry.extra}]'"
-        raise UserError(f"logger={name}: {entry.package} is not installed: pip install {wanted}")
+    """Raise a UserError unless the optional package of a dashboard is installed."""
+    extra = DASHBOARDS[name].extra
+    if extra is not None and find_spec(extra) is None:
+        raise UserError(f"logger={name}: {extra} is not installed: pip install -e '.[{extra}]'")
 
 
 def check_images(config: Config) -> None:

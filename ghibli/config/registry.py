@@ -269,23 +269,18 @@ class DashboardEntry:
 
     label: str
     factory: str | None = None  # path of a function of (config, run, name) that starts it; None: no dashboard
-    package: str | None = None  # that it needs
-    extra: str | None = None  # of pyproject.toml that installs the package, if it is optional
+    extra: str | None = None  # its package, if optional, and the extra of pyproject.toml that installs it
 
 
 LOGGERS = "ghibli.training.loggers"
 DASHBOARDS: Registry[DashboardEntry] = Registry("logger")
-DASHBOARDS.register("wandb", DashboardEntry("W&B", f"{LOGGERS}.wandb_logger:open_dashboard", package="wandb"))
+DASHBOARDS.register("wandb", DashboardEntry("W&B", f"{LOGGERS}.wandb_logger:open_dashboard"))
 DASHBOARDS.register(
     "tensorboard",
-    DashboardEntry(
-        "TensorBoard", f"{LOGGERS}.tensorboard_logger:open_dashboard",
-        package="tensorboard", extra="tensorboard",
-    ),
-)  # fmt: skip
+    DashboardEntry("TensorBoard", f"{LOGGERS}.tensorboard_logger:open_dashboard", extra="tensorboard"),
+)
 DASHBOARDS.register(
-    "trackio",
-    DashboardEntry("trackio", f"{LOGGERS}.trackio_logger:open_dashboard", package="trackio", extra="trackio"),
+    "trackio", DashboardEntry("trackio", f"{LOGGERS}.trackio_logger:open_dashboard", extra="trackio")
 )
 DASHBOARDS.register("csv", DashboardEntry("CSV files"))  # metrics.csv and probe.csv, which every run writes
 DASHBOARDS.register("none", DashboardEntry("none"))

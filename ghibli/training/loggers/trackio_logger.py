@@ -37,13 +37,17 @@ class TrackioDashboard:
         known = status.get("trackio_name")
         chosen = known or config.wandb.name or f"{run.path.resolve().name} {name}"
         chosen = chosen.replace("/", "_")  # trackio makes a folder of this name
-        with silent():
-            self.experiment = trackio.init(
-                self.project, chosen, config.wandb.group, resume="allow" if known else "never", embed=False,
-                config=asdict(config) | {"git_commit": status.get("git_commit")},
-                auto_log_cpu=False, auto_log_gpu=False,
-            )  # fmt: skip
-        self.raise_failure()
+        try:
+            with silent():
+                self.experiment = trackio.init(
+                    self.project, chosen, config.wandb.group, resume="allow" if known else "never",
+                    config=asdict(config) | {"git_commit": status.get("git_commit")},
+                    embed=False, auto_log_cpu=False, auto_log_gpu=False,
+                )  # fmt: skip
+            self.raise_failure()
+        except Exception:
+            warnings.showwarning = self.show_warning
+            raise
         run.status.update(trackio_name=chosen)
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:

@@ -92,6 +92,20 @@ def test_what_it_cannot_write_is_one_warning(
     assert len(said) == 1 and said[0].startswith("trackio failed (")
 
 
+@pytest.mark.parametrize("how", ["raises", "warns"])
+def test_one_that_does_not_start_is_one_warning(
+    how: str, make_config: Callable, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*words: object, **more: object) -> None:
+        if how == "raises":
+            raise ValueError("no server")
+        trackio.utils._emit_nonfatal_warning("no server")
+
+    monkeypatch.setattr(trackio, "init", init)
+    assert choice.start(make_config("logger=trackio"), RunDir(tmp_path), "x") == []
+    assert said == ["trackio failed (no server): going on without it; metrics.csv has all numbers"]
+
+
 def test_other_warnings_stay_what_they_are(make_config: Callable, tmp_path: Path, said: list[str]) -> None:
     start(make_config, RunDir(tmp_path))
     with pytest.warns(UserWarning, match="not of trackio"):
