@@ -8,11 +8,12 @@ BIN := .venv/bin
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
-.venv/installed: pyproject.toml locks/dev.txt
+.venv/installed: pyproject.toml locks/build.txt locks/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is missing or older than Python 3.11: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "installing into .venv (a few minutes, 6 to 7 GB) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install $(PIP_FLAGS) --require-hashes -r locks/dev.txt
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --require-hashes -r locks/build.txt
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation --require-hashes -r locks/dev.txt
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -26,7 +27,7 @@ slow: .venv/installed  ## run the slow tests, end-to-end ones included (12 GB of
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 extras: .venv/installed  ## install every optional package but those for clusters
-	@$(BIN)/python -m pip install $(PIP_FLAGS) --require-hashes -r locks/extras.txt
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation --require-hashes -r locks/extras.txt
 
 lint: .venv/installed  ## check style and formatting with ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -53,3 +54,4 @@ EXTRAS = dev app bitsandbytes browser heif hub joblib lycoris notebook prodigy s
 lock:  ## pin every package with its hashes again, after a change of pyproject.toml or constraints.txt
 	@$(LOCK) -c constraints.txt $(EXTRAS:%=--extra %) -o locks/extras.txt
 	@$(LOCK) -c locks/extras.txt --extra dev -o locks/dev.txt
+	@echo setuptools | $(LOCK:pyproject.toml=-) -c locks/dev.txt -o locks/build.txt

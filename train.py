@@ -45,7 +45,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             training.trainer.loggers = dashboards = choice.start(config, run_dir)
             if not resumes:
                 preflight.before_training(training.module, training.data, training.trainer, run_dir)
-            training.fit(session.take_checkpoint(), SCRIPT)
+            training.fit(session.checkpoint, SCRIPT)
             result = finalize(training, dashboards)
             console.print(result.summary)
     return result.objective

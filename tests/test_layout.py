@@ -145,7 +145,16 @@ def test_imports_stand_at_the_top(module: str) -> None:
     assert {name.split(".")[0] for name in late} <= LATE_IMPORTS, late
 
 
-SILENCERS = ("quiet(", "filterwarnings(", "simplefilter(", "setLevel(", "captureWarnings(", "set_verbosity")
+SILENCERS = (
+    "quiet(",
+    "quiet =",
+    "quiet=True",
+    "filterwarnings(",
+    "simplefilter(",
+    "setLevel(",
+    "captureWarnings(",
+    "set_verbosity",
+)
 
 
 def test_whatever_silences_a_library_says_why() -> None:

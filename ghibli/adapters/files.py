@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghibli.adapters.layers import UNSCALED, Layer, LoRA
+from ghibli.adapters.layers import OFT, UNSCALED, InputOFT, Layer, LoRA
 from ghibli.adapters.names import target_of
 from ghibli.adapters.read import read_layers
 from ghibli.config.paths import NO_PICKLE, PICKLES, convert_command
@@ -60,6 +60,13 @@ class Adapter:
 def is_dora(adapter: Adapter) -> bool:
     """Tell whether an adapter has DoRA's magnitudes."""
     return any(layer.magnitude is not None for layer in adapter.layers.values())
+
+
+def depends_on_base(adapter: Adapter) -> bool:
+    """Tell whether W' - W depends on the values of the base's W, as that of DoRA and OFT does."""
+    return any(
+        layer.magnitude is not None or isinstance(layer, OFT | InputOFT) for layer in adapter.layers.values()
+    )
 
 
 def is_plain(adapter: Adapter) -> bool:

@@ -8,7 +8,7 @@ import html
 import json
 import math
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -80,9 +80,9 @@ For exploring a style and for studying how adapters learn. {LICENCE}
 
 
 def public_name(path: str) -> str:
-    """Return a hub id as it is, and of a path on this machine only the last name."""
+    """Return a hub id as it is, and of a path, of Windows too, only the last name."""
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and path[0] not in ".~" and not Path(path).exists()
-    return path if is_hub_id else expanded(path).resolve().name
+    return path if is_hub_id else PureWindowsPath(expanded(path).resolve().name).name
 
 
 def plain(value: object) -> str:

@@ -10,6 +10,7 @@ from ghibli.cli.options import app
 from ghibli.config.checks import share
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.files import fitting
 from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
 
@@ -72,9 +73,9 @@ def import_command(
     with stop_at_once():
         from ghibli.adapters import apply, files
         from ghibli.adapters.describe import describe_adapter
-        from ghibli.runs.compose import compose_config
+        from ghibli.runs.compose import base_config
 
-    config = compose_config(overrides or [])
+    config = base_config(overrides or [])
     base = apply.load_base(config.model)
     for line in describe_adapter(files.read_adapter(file, base, "import"), base, overrides or []):
         console.print(one_line(line))  # titles and comments in the file are anyone's
@@ -100,15 +101,18 @@ def resize_command(
 ) -> None:
     """Shrink an adapter to its largest singular values, and say how much of its update is kept."""
     with stop_at_once():
-        from ghibli.adapters import apply, factorize, files
-        from ghibli.runs.compose import compose_config
+        from ghibli.adapters import apply, factorize, files, trained
+        from ghibli.runs.compose import base_config
 
     size = factorize.Size(rank, keep)
     source = files.find_file(file, "resize")
     ending = f"rank{rank}" if keep is None else f"keep{keep:g}"
-    target = factorize.new_file(to, source.with_name(f"{source.stem}_{ending}.safetensors"))
-    base = apply.load_base(compose_config(overrides or []).model)
+    target = factorize.new_file(to, source.with_name(fitting(source.stem, f"_{ending}.safetensors")))
+    config = base_config(overrides or [])
+    base = apply.load_base(config.model)
     adapter = files.read_adapter(source, base, "resize")
+    if files.depends_on_base(adapter):
+        trained.check_bases([file], config, base)
     found = factorize.resize(adapter, base, size)
     write_reworked(found, target, factorize.metadata_after([adapter], found, target.stem))
 
@@ -132,9 +136,9 @@ def merge_command(
 ) -> None:
     """Add several adapters to one file: exactly, or with --rank or --keep at a smaller size."""
     with stop_at_once():
-        from ghibli.adapters import apply, factorize, files
+        from ghibli.adapters import apply, factorize, files, trained
         from ghibli.inference.load import split_weight
-        from ghibli.runs.compose import compose_config
+        from ghibli.runs.compose import base_config
 
     size = factorize.Size(rank, keep) if (rank, keep) != (None, None) else None
     target = factorize.new_file(to, to)
@@ -142,8 +146,11 @@ def merge_command(
     overrides = [word for word, (name, _) in names.items() if "=" in word and not exists(name)]
     named = [found for word, found in names.items() if word not in overrides]
     found_files = [(files.find_file(name, "merge"), weight) for name, weight in named]
-    base = apply.load_base(compose_config(overrides).model)
+    config = base_config(overrides)
+    base = apply.load_base(config.model)
     adapters = [(files.read_adapter(file, base, "merge"), weight) for file, weight in found_files]
+    if any(files.depends_on_base(adapter) for adapter, _ in adapters):
+        trained.check_bases([name for name, _ in named], config, base)
     found = factorize.combine(adapters, base, size)
     metadata = factorize.metadata_after([adapter for adapter, _ in adapters], found, target.stem)
     parts = ", ".join(f"{file.stem}:{weight:g}" for file, weight in found_files)

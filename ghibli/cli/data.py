@@ -9,6 +9,8 @@ from ghibli.cli.options import app
 from ghibli.runtime.commands import command_line, path_setting, quoted
 from ghibli.runtime.console import console, counted
 from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.files import require_target
+from ghibli.runtime.terminal import one_line
 
 demo = typer.Typer(no_args_is_help=True, help="The embedded demo.")
 app.add_typer(demo, name="demo")
@@ -20,7 +22,7 @@ def draw_command(
     look: Annotated[str, typer.Option(help="drawn or photo")] = "drawn",
     count: Annotated[int, typer.Option(help="number of images", min=1)] = 1000,
     seed: Annotated[
-        int, typer.Option(help="first scene; no training uses those from the default on")
+        int, typer.Option(help="first scene; no training uses those from the default on", min=0)
     ] = 2_000_000,
     size: Annotated[int, typer.Option(help="side in px", min=32, max=1024)] = 128,
 ) -> None:
@@ -32,6 +34,7 @@ def draw_command(
         raise UserError(f"--look {look} is unknown: choose one of {', '.join(canvas.LOOKS)}")
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise UserError(f"{folder} is not an empty folder: choose another folder")
+    require_target(folder, "FOLDER", 3 * count * size**2)
     with counted("drawing") as on_progress:
         write_folder(folder, look, count, seed, size=size, on_progress=on_progress)
     command = command_line("python", "train.py", "data=ghibli", path_setting("data.root", folder))
@@ -107,14 +110,14 @@ def caption_command(
             folder, captioning.blip_loader(model), batch_size=batch_size, on_progress=on_progress
         )
     if result.skipped:
-        console.print(f"images: {summarise(result.skipped, elsewhere='')}", style="yellow")
+        console.print(one_line(f"images: {summarise(result.skipped, elsewhere='')}"), style="yellow")
     if result.written:
         existing = f"{result.already_captioned} already had one"
-        console.print(f"{len(result.written)} captions written to {result.table}; {existing}")
+        console.print(one_line(f"{len(result.written)} captions written to {result.table}; {existing}"))
         for name, caption in list(result.written.items())[:5]:
-            console.print(f"  {name}: {caption}")
+            console.print(one_line(f"  {name}: {caption}"))
     elif not result.skipped:
-        console.print(f"every image has a caption: {result.already_captioned} in {folder}")
+        console.print(one_line(f"every image has a caption: {result.already_captioned} in {folder}"))
 
 
 @app.command("convert")
@@ -125,4 +128,4 @@ def convert_command(
     from ghibli.models.convert import to_safetensors
 
     for file in files:
-        console.print(f"wrote {to_safetensors(file)}")
+        console.print(one_line(f"wrote {to_safetensors(file)}"))

@@ -13,6 +13,7 @@ from ghibli.runtime.console import console, relative_path
 from ghibli.runtime.errors import UserError, stop_at_once
 from ghibli.runtime.files import require_target
 from ghibli.runtime.home import exists
+from ghibli.runtime.terminal import one_line
 
 BYTES = 10**6  # of an image in the page, at most, about
 
@@ -66,7 +67,8 @@ def jury_command(
     )  # fmt: skip
     require_target(folder, "--to", 2 * pairs * BYTES)
     planned = ballot.plan(len(named), len(lines), items, pairs)
-    drawn = ballot.draw(named, overrides, request, guidance=guidance, size=request.size if size else None)
+    of_base = [word for word in overrides if not word.startswith("sample.prompts=")]  # those are read above
+    drawn = ballot.draw(named, of_base, request, guidance=guidance, size=request.size if size else None)
     page = ballot.write(folder, named, request.prompts, planned, drawn)
     console.print(f"ballot   {relative_path(page)}: {len(planned)} pairs; send it to people, or open it")
     console.print(f"         keep {relative_path(page.with_suffix('.key.json'))}, which says who drew what")
@@ -89,4 +91,4 @@ def count_votes(files: list[Path], key: Path | None, folder: Path) -> None:
         if key is None:
             raise UserError(f"{name} is neither beside {files[0]} nor in {folder}: give it with --key FILE")
     for line in counting.count(files, counting.read_key(key)):
-        console.print(line)
+        console.print(one_line(line))  # files have the names that voters gave them

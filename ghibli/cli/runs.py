@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ghibli.cli.options import app
+from ghibli.config.checks import require_finite
 from ghibli.config.registry import sampler_label
 from ghibli.runs import listing, monitor, removal
 from ghibli.runs.find import OUTPUTS, finished_run, folders_with, run_named
@@ -25,7 +26,8 @@ WATCH_STYLES = {"doctor": "yellow", "reason": "red", "gain": "bold"}  # first wo
 FEWEST = 100  # samples of a cell below which precision and recall say nothing
 LEGEND = (
     "cell: sampler and guidance. Distances to real images: lower is better, and the floor is what other real "
-    "images have.\nbelow base: by how much, +- one standard error. captions: how well an image fits its "
+    "images have.\nbelow base: by how much, +- one standard error. layout: the same distance by where things "
+    "are in the image,\nwhich the first does not see. captions: how well an image fits its "
     f"prompt, higher is better.\nprecision and recall: shown from {FEWEST} samples on. See docs/evaluation.md"
 )
 
@@ -52,7 +54,7 @@ def list_command(
     for base, own in groups.items():
         if len(groups) > 1:
             name = f"of base {base[:7]}" if base else "of an unknown base"
-            console.print(f"{name}: its gains compare with each other only", style="bold")
+            console.print(one_line(f"{name}: its gains compare with each other only"), style="bold")
         for line in listing.lines(own, console.width if console.is_terminal else None):
             console.print(line)
 
@@ -66,6 +68,7 @@ def watch_command(
     once: Annotated[bool, typer.Option("--once", help="print it once and stop")] = False,
 ) -> None:
     """Watch a run or a study from another terminal: gain, loss, doctor, time left; it reads files only."""
+    require_finite("--every", every)
     path = run_named(folder).path
 
     def current_view(height: int | None) -> Text:
@@ -144,8 +147,9 @@ def evaluate_command(
         console.print(evaluation_table(run, result))
         console.print(LEGEND)
         for finding in result["findings"]:
-            console.print(f"{finding['name']}: {finding['text']}", style="yellow")
-        console.print(f"numbers {run.evaluation}, images {run.evaluation_images}\n")
+            console.print(one_line(f"{finding['name']}: {finding['text']}"), style="yellow")
+        console.print(one_line(f"numbers {run.evaluation}, images {run.evaluation_images}"))
+        console.print()
         log_evaluation(config, run, result)
 
 
@@ -156,8 +160,8 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
 
     kernel, frechet = distance_names(result["features"])
     counts = f"{result['samples']} samples, {steps_text(result)}, {result['reference_images']} real images"
-    table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
-    for name in ("model", "cell", kernel, "below base", frechet, "captions", "precision", "recall"):
+    table = Table(title=one_line(f"{run.path}: {counts}"), box=None, pad_edge=False, title_justify="left")
+    for name in ("model", "cell", kernel, "below base", "layout", frechet, "captions", "precision", "recall"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
     for model, rows in result["models"].items():
         for row in rows:
@@ -169,7 +173,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
 
 
 def evaluation_cells(row: dict[str, Any], samples: int) -> tuple[str, ...]:
-    """Format kernel distance, paired difference, Frechet distance, caption fit, precision and recall.
+    """Format kernel distance, difference to the base, layout, Frechet distance, captions, precision, recall.
 
     Precision and recall of few samples say nothing and are left out.
     """
@@ -181,6 +185,7 @@ def evaluation_cells(row: dict[str, Any], samples: int) -> tuple[str, ...]:
     return (
         with_error(row["kernel"], 2),
         with_error(difference and [-difference[0], difference[1]], 2),
+        with_error(row.get("layout"), 2),
         f"{row['frechet']:.1f}",
         with_error(row["caption_fit"], 1),
         f"{100 * row['precision']:.0f} %" if samples >= FEWEST else "-",
@@ -201,11 +206,11 @@ def compare_command(
     differing, results, verdict = compare.compare(*sides)
     for name, rows in (("differs", differing), ("result", results)):
         if rows:
-            table = Table(name, one, other, box=None, pad_edge=False)
+            table = Table(name, one_line(one), one_line(other), box=None, pad_edge=False)
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*map(one_line, row))
             console.print(table, "")
-    console.print(verdict)
+    console.print(one_line(verdict))
 
 
 @app.command("report")
@@ -222,4 +227,4 @@ def report_command(
 
     folders = [run_named(str(folder)).path if str(folder) == "latest" else folder for folder in folders]
     file = page.write(folders, out)
-    console.print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): one page, for any browser")
+    console.print(one_line(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): one page, for any browser"))

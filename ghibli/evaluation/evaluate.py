@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ghibli.adapters.trained import starting_base, trained_base
+from ghibli.adapters.trained import for_sampling, run_base, trained_base
 from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, EvaluateConfig
 from ghibli.data.folder import CaptionedImage
@@ -44,6 +44,7 @@ class RealImages(NamedTuple):
     """Measurements of the real images."""
 
     reference: ReferenceSet  # what samples are compared with
+    layout: ReferenceSet  # the same images, by where things are in them
     own: Measurements  # of the reference
     floor: Measurements  # of a fixed subset of the training images: the best score that samples could have
     training: TrainingThumbnails  # of all training images, to search for copies
@@ -83,7 +84,7 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
 
 def models_to_evaluate(run: RunDir, config: Config) -> dict[str, ModelCells]:
     """Return the untouched base, and the trained run where there is one, with their cells."""
-    models = {"base": ModelCells(starting_base(config), cells_of(config.sample, 1))}
+    models = {"base": ModelCells(for_sampling(run_base(run, config)), cells_of(config.sample, 1))}
     if config.finetune != "none":
         models["run"] = ModelCells(trained_base(run, config), cells_of(config.sample, config.loss.guidance))
     return models
@@ -99,6 +100,7 @@ def measure_real_images(
     units = cache.measure_real(UNITS, training[: max(count, UNIT_IMAGES)])
     return RealImages(
         reference=ReferenceSet(own["features"], units["features"] if options.features == "style" else None),
+        layout=ReferenceSet(own["layout"], units["layout"]),
         own=own,
         floor={name: rows[:count] for name, rows in units.items()},
         training=cache.thumbnails("reading all training images", training),
@@ -142,7 +144,7 @@ def scores(
         "reference_file": cache.files[REFERENCE],
         "units_file": cache.files[UNITS],
         "floor_images": len(real.floor["features"]),
-        "real": set_scores(real.floor, real.reference, drawn=False),
+        "real": set_scores(real.floor, real, drawn=False),
         "models": {
             name: cell_scores(name, model.cells, sampled, real, cache) for name, model in models.items()
         },
@@ -170,7 +172,7 @@ def cell_scores(
     samples, rows = cache.config.evaluate.samples, []
     for cell in cells:
         ours, base = sampled[name, cell, samples], sampled.get(("base", cell, samples))
-        row = asdict(cell) | set_scores(ours, real.reference) | {"copying": copying_ratio(ours, real)}
+        row = asdict(cell) | set_scores(ours, real) | {"copying": copying_ratio(ours, real)}
         nearest = [real.training.distances(rows["thumbnails"]) for rows in (ours, real.own)]
         row["copies"] = copies_among(*nearest)
         if name != "base" and base is not None:
@@ -179,17 +181,18 @@ def cell_scores(
     return rows
 
 
-def set_scores(rows: Measurements, reference: ReferenceSet, *, drawn: bool = True) -> dict[str, Any]:
-    """Score one set of images; kernel and caption_fit are (value, standard error).
+def set_scores(rows: Measurements, real: RealImages, *, drawn: bool = True) -> dict[str, Any]:
+    """Score one set of images; kernel, layout and caption_fit are (value, standard error).
 
     Args:
         drawn: the images were drawn from the reference's captions, so errors are by caption.
     """
-    features = rows["features"]
+    features, reference = rows["features"], real.reference
     groups = reference.captions_of(len(features)) if drawn else None
     precision, recall = precision_recall(reference.scaled(features), reference.scaled(reference.own))
     return {
         "kernel": as_pair(reference.kernel(features, drawn=drawn)),
+        "layout": as_pair(real.layout.kernel(rows["layout"], drawn=drawn)),
         "frechet": reference.frechet(features),
         "caption_fit": as_pair(mean_of(rows["caption_fit"], groups)) if "caption_fit" in rows else None,
         "precision": precision,

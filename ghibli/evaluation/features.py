@@ -4,6 +4,8 @@
 encoder: colours, edges, textures. It is available wherever a base is and sensitive to style; a CLIP image
 tower, trained to recognise the same caption in every style, hardly is.
 `inception`: the network of FID. Only with these features is a Frechet distance called FID.
+`layout`: where what is, which a mean over the image cannot see: the latents, pooled to a coarse grid. It is
+measured beside whichever of the two is chosen.
 """
 
 from collections.abc import Callable
@@ -20,12 +22,15 @@ from ghibli.config.schema import Config
 from ghibli.evaluation.distances import frechet_distance, kernel_difference, kernel_distance
 from ghibli.evaluation.statistics import Estimate
 from ghibli.models.base import BaseModel, part_hash, resolve_path, weights_hash
+from ghibli.models.configs import check_config
 from ghibli.models.hub import CLIP_FILES, hub_answers
 from ghibli.models.load import load_part
 from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.home import expanded
 
-BATCH = 16  # images that pass a feature network together
+BATCH = 16  # images that pass a feature network together, at most
+BATCH_PIXELS = BATCH * 256 * 256  # of those images together, at most
+LAYOUT_GRID = 8  # cells of a side, each with the mean of its latents
 UNIT_IMAGES = 200  # training images, at most, in whose deviations style features are measured
 
 
@@ -45,11 +50,11 @@ def extract_in_batches(
         extract: images (B, 3, H, W) in 0 .. 1 -> features (B, D).
         on_progress: called with (images done, images in total).
     """
-    rows = []
+    rows, size = [], max(1, min(BATCH, BATCH_PIXELS // images.shape[-2:].numel()))
     with torch.no_grad():
-        for start in range(0, len(images), BATCH):
-            rows.append(extract(images[start : start + BATCH]).double().cpu())
-            on_progress(min(start + BATCH, len(images)), len(images))
+        for start in range(0, len(images), size):
+            rows.append(extract(images[start : start + size]).double().cpu())
+            on_progress(min(start + size, len(images)), len(images))
     return torch.cat(rows)
 
 
@@ -66,6 +71,12 @@ def style_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     for block in vae.encoder.down_blocks[:-1]:
         blocks.append(block(blocks[-1]))
     return torch.cat([part for b in blocks for part in (b.mean((2, 3)), b.std((2, 3)))], dim=1)
+
+
+def layout_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Compute the mean latents of images (B, 3, H, W) in 0 .. 1, pooled to LAYOUT_GRID squared: (B, D)."""
+    latents = vae.encode(images.to(vae.device) * 2 - 1).latent_dist.mean
+    return torch.nn.functional.adaptive_avg_pool2d(latents, LAYOUT_GRID).flatten(1)
 
 
 def standardised(features: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
@@ -152,8 +163,15 @@ class FeatureExtractor:
             self._extract = lambda batch: style_features(base.vae, batch)
 
     def measure(self, images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
-        """Compute `features` (N, D) and, with a CLIP, `caption_fit` (N,) of images (N, 3, H, W) in 0 .. 1."""
-        measured = {"features": extract_in_batches(self._extract, images)}
+        """Measure images (N, 3, H, W) in 0 .. 1.
+
+        Returns:
+            `features` (N, D), `layout` (N, D') and, with a CLIP, `caption_fit` (N,).
+        """
+        measured = {
+            "features": extract_in_batches(self._extract, images),
+            "layout": extract_in_batches(lambda batch: layout_features(self.base.vae, batch), images),
+        }
         if self.clip is not None:
             measured["caption_fit"] = self._caption_fit(*self.clip, images, captions)
         return measured
@@ -183,6 +201,7 @@ def load_clip(name: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
         return None
     folder = clip_folder(name)
     clip = load_part(CLIPModel, folder, f"model.clip={name}", dtype=torch.float32)
+    check_config(folder / "preprocessor_config.json", f"model.clip={name}")
     try:
         return clip.eval(), CLIPImageProcessor.from_pretrained(folder)
     except Exception as error:  # transformers raises many types; all mean the same to the user

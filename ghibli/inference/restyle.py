@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ghibli.data.folder import enter_and_list, list_images, read_beside, require_inside
-from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS, not_read
+from ghibli.data.folder import enter_and_list, list_images, read_beside
+from ghibli.data.inside import require_inside
+from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS, not_read, words_of
 from ghibli.images.grid import to_image
 from ghibli.images.read import (
     HEIF_ADVICE,
@@ -137,7 +138,7 @@ def photos_in(folder: Path) -> list[tuple[Path, str | None]]:
         except Unusable as reason:
             logger.warning(f"{name} is skipped: {reason}")
             continue
-        found.append((file, caption or caption_beside(file, top)))
+        found.append((file, caption or caption_beside(file, top) or words_of(name)))
     if others := not_read(top, listed):
         logger.warning(f"{folder}: not read: {others}")
     return found
@@ -244,6 +245,8 @@ def restyle_file(
     except (Unusable, UserError, OSError) as reason:
         logger.warning(f"{photo.path.name} is skipped: {reason}")
         return None
+    if before.info["frames"] > 1:
+        logger.warning(f"{photo.path.name}: the first of its {before.info['frames']} images is restyled")
     mask = None if photo.mask is None else read_image(photo.mask)[0]
     after = restyle_photo(model, before, photo.prompt, options, mask=mask)
     settings = asdict(options) | {"prompt": photo.prompt, "photo": readable(photo.path.name)}

@@ -29,6 +29,7 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import ROOT
 
 NOT_OF_A_RUN = ("hydra", "experiment", "sweep")  # top-level keys that are not settings of a run
+CHOOSE_BASE = ("model", "data", "data.style", "experiment", "cache_dir")  # with model.* and local.*
 LONGEST_NAME = 150  # bytes of a trial's folder name; most file systems allow 255, and repeats add to it
 
 
@@ -74,7 +75,7 @@ def folder_name(overrides: str) -> str:
     if len(content) <= LONGEST_NAME:
         return plain
     begin = content[: LONGEST_NAME - 13].decode(errors="ignore")  # a letter that is cut is left out
-    return f"{begin}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
+    return f"{begin}-{hashlib.sha256(os.fsencode(overrides)).hexdigest()[:12]}"
 
 
 def conf_folder() -> Path:
@@ -132,6 +133,23 @@ def compose_config(overrides: list[str]) -> Config:
     config, _, errors = check_overrides(overrides)
     if config is None:
         raise UserError(errors[0])
+    return config
+
+
+def base_config(overrides: list[str]) -> Config:
+    """Return the settings of a command that trains nothing: which base, and the style of its prompts.
+
+    Raises:
+        UserError: as compose_config, or a setting that only a training has.
+    """
+    config = compose_config(overrides)
+    for override in parse_overrides(with_typed_paths(overrides)):
+        key = override.key_or_group
+        if key not in CHOOSE_BASE and not key.startswith(("model.", "local.")):
+            raise UserError(
+                f"{override.input_line} changes nothing here: only model.*, data=NAME and data.style do; "
+                "leave it out"
+            )
     return config
 
 

@@ -155,7 +155,7 @@ def leave_group() -> None:
 def following(run: RunDir) -> Iterator[None]:
     """Run as a further process: print nothing, ignore signals, and end when the first process does."""
     guard_terminal()
-    console.quiet = True
+    console.quiet = True  # the first process prints the same
     warnings.simplefilter("ignore")  # the first process has the same libraries, and shows what they say
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.traceback import Traceback
 
-from ghibli.runtime.terminal import visible
+from ghibli.runtime.terminal import one_line, visible
 
 LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
@@ -33,6 +33,8 @@ class PlainConsole(Console):
     """
 
     def __init__(self, **options: Any):
+        if os.environ.get("COLUMNS") == "0":  # what knows no width sets it, and rich would print nothing
+            options.setdefault("width", 80)
         super().__init__(soft_wrap=True, highlight=False, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -49,11 +51,12 @@ console = PlainConsole()
 class LineHandler(RichHandler):
     """Print a log record as its message alone, in one line, coloured by its level.
 
+    A name with a line break in it would otherwise write a line of its own, such as one about an error.
     RichHandler would lay it out as a table as wide as the console, which is 80 columns in a pipe.
     """
 
     def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
-        return Text(visible(message), LEVEL_STYLES.get(record.levelno, ""))
+        return Text(one_line(message), LEVEL_STYLES.get(record.levelno, ""))
 
     def render(
         self,
@@ -107,7 +110,7 @@ def full_width(table: Table) -> Table:
 def counted(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar for a loop; yield the function to call with (done, total)."""
     with make_bar() as bar:
-        task = bar.add_task(label, total=None, note="")
+        task = bar.add_task(visible(label), total=None, note="")  # visible before it is measured
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

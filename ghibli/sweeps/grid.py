@@ -42,6 +42,7 @@ class Study:
     folder: Path
     settings: SweepConfig
     evaluate: EvaluateConfig  # for sweep.evaluate
+    cache_dir: str  # of this command: a trial in the folder may be a stranger's
     trials: int | None  # how many; None with a sweeper that decides while it runs
     lock: BinaryIO  # held until the process ends
 
@@ -119,7 +120,8 @@ def open_study(cfg: Any, trials: int | None) -> Study:
     refuse_foreign_study(folder)
     settings = to_dataclass(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
     evaluate = to_dataclass(OmegaConf.to_container(cfg.evaluate, resolve=True), EvaluateConfig)
-    studies.append(Study(folder, settings, evaluate, trials, RunDir(folder).lock(key="hydra.sweep.dir")))
+    lock = RunDir(folder).lock(key="hydra.sweep.dir")
+    studies.append(Study(folder, settings, evaluate, str(cfg.cache_dir), trials, lock))
     for note in failure_notes(folder):
         note.unlink()
     return studies[-1]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ghibli.adapters import lora
 from ghibli.adapters.files import read_adapter
-from ghibli.adapters.kohya import metadata_of, only_as_a_whole, write_kohya
+from ghibli.adapters.kohya import metadata_of, only_as_a_whole, write_kohya, written_layers
 from ghibli.adapters.layers import same_update
 from ghibli.adapters.model_card import model_card
 from ghibli.adapters.sidecar import write_sidecar
@@ -53,9 +53,7 @@ def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
     run.status.update(peak_memory=peak_memory())
     module.to(trainer.strategy.root_device)
     best = best_row(training.callbacks.records.probe_rows)
-    freedom = best.get("probe/val_images", math.inf) - 1
-    gain = Gain(best["probe/val_gain"], best["probe/val_gain_se"], freedom=freedom)
-    best_epoch = best["epoch"]
+    gain, best_epoch = gain_of(best), best["epoch"]
     lines = [headline(training)]
     if config.finetune != "none":
         if config.finetune == "lora":
@@ -138,7 +136,7 @@ def save_kohya(training: Training, facts: dict[str, Any]) -> Path | None:
     write_kohya(adapter, file, metadata_of(adapter, base, config, facts, describe(config)))
     write_sidecar(file, config, base)
     again = read_adapter(file, base, "adapter").layers
-    for name, layer in adapter.layers.items():
+    for name, layer in written_layers(adapter, base).items():
         written = again.get(name)
         if written is None or not same_update(written, layer):
             raise UserError(f"{file} was written wrongly: {name} differs; please report this")
@@ -151,13 +149,19 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return max(trained or rows, key=lambda row: row["probe/val_gain"])
 
 
+def gain_of(row: dict[str, Any]) -> Gain:
+    """Return the held-out gain of a row of probe.csv; rows of before do not say of how many images it is."""
+    freedom = row.get("probe/val_images", math.inf) - 1
+    return Gain(row["probe/val_gain"], row["probe/val_gain_se"], freedom=freedom)
+
+
 def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> list[str]:
     """Say what a gain below 0 means, and what to do with this run.
 
     Args:
         start: the gain before the first step, a share.
     """
-    name = relative_path(folder)
+    name = Path(relative_path(folder))
     if config.finetune == "none":
         return ["next     python train.py"]
     commands = [command_line("ghibli", "report", name)]

@@ -102,10 +102,6 @@ class Session:
         if module.start is not None:
             check_unchanged(self.run, "init_hash", module.start.hash, "lora.init")
 
-    def take_checkpoint(self) -> Path | None:
-        """Return the checkpoint to go on from; previous.ckpt first takes the place of a damaged last.ckpt."""
-        return replace_damaged(self.checkpoint, self.run)
-
     def note_start(self, trainer: L.Trainer) -> None:
         """Note in status.json from which step, by which code and on which device this process trains."""
         if self.checkpoint is not None:
@@ -160,14 +156,6 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
         raise explained from error
     finally:
         choice.close_all()
-
-
-def replace_damaged(checkpoint: Path | None, run: RunDir) -> Path | None:
-    """Put previous.ckpt in the place of a damaged last.ckpt, so that no save can lose it."""
-    if checkpoint != run.previous_checkpoint:
-        return checkpoint
-    logger.warning("last.ckpt is damaged: going on from the checkpoint before it")
-    return checkpoint.replace(run.last_checkpoint)
 
 
 def as_user_error(error: BaseException) -> BaseException:

@@ -4,10 +4,14 @@ import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import yaml
 
-from ghibli.adapters.model_card import model_card
+from ghibli.adapters.model_card import model_card, public_name
+from ghibli.inference.generate import a1111_parameters, model_metadata
+from ghibli.inference.request import ImageRequest
 from ghibli.runs.folder import RunDir
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -31,6 +35,27 @@ def test_a_card_shows_text_as_text(make_config: Callable, tmp_path: Path) -> Non
     line = next(line for line in card.splitlines() if "from_pretrained" in line)
     prompt = next(line for line in card.splitlines() if "guidance_scale" in line)
     assert "sd15" in line and ast.literal_eval(prompt.strip()[9:].rpartition(", guidance")[0]).endswith("`x`")
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/home/jane/sd15", "sd15"), ("~/sd15", "sd15"), (r"C:\Users\jane\sd15", "sd15"),
+        (r"\\server\jane\sd15", "sd15"), ("./jane/sd15", "sd15"), ("jane/sd15", "jane/sd15"),
+    ],
+)  # fmt: skip
+def test_what_is_shared_names_no_folder(make_config: Callable, path: str, shown: str) -> None:
+    """The last name alone, but of a hub id all; in the card and in the metadata of an image."""
+    assert public_name(path) == shown
+    config = make_config("model=demo")
+    config.model.path, config.model.adapter = path, f"{path}/near"
+    home = str(Path.home() / "runs" / "a")
+    model = SimpleNamespace(config=config, names=[home, "outputs/b"], weights=[1.0, 1.0])
+    request = ImageRequest(["x"], "ddim", 1, 2, 0, (64, 64))
+    said = json.dumps(model_metadata(model)) + a1111_parameters(request, model)
+    assert f'"base": {json.dumps(shown)}' in said and f"Model: {shown}" in said
+    assert '"adapters": ["~/runs/a", "outputs/b"]' in said and '"merged": "near"' in said
+    assert "Users" not in said and "home" not in said and "server" not in said
 
 
 def test_a_card_names_only_files_that_are_there(make_config: Callable, tmp_path: Path) -> None:

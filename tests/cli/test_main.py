@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import run_python
 
+from ghibli.config.schema import age_of
 from ghibli.config.typed_paths import at_home
 from ghibli.data.folder import read_folder
 from ghibli.runs.folder import RunDir
@@ -57,6 +58,11 @@ def test_runs_of_other_versions_say_so_and_the_way_out(
     assert f"it was made by {age} version" in said and "check out its commit, 0123456" in said
 
 
+@pytest.mark.parametrize("version", [None, "2", [2], {}, 1.5])
+def test_a_version_that_is_no_number_is_another_one(version: object) -> None:
+    assert age_of(version) == "another"
+
+
 @pytest.mark.parametrize("look", ["drawn", "photo"])
 def test_demo_draw_writes_a_folder_that_is_read(tmp_path: Path, look: str) -> None:
     code, _, _ = ghibli("demo", "draw", "set", "--look", look, "--count", "3", "--size", "64", cwd=tmp_path)
@@ -90,6 +96,12 @@ def test_demo_draw_replaces_nothing(tmp_path: Path, name: str) -> None:
     code, _, error = ghibli("demo", "draw", "mine", "--count", "1", "--size", "64", cwd=tmp_path)
     assert (code, error) == (2, "error: mine is not an empty folder: choose another folder\n")
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
+
+
+def test_demo_draw_says_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, _, error = ghibli("demo", "draw", "file/x", "--count", "1", cwd=tmp_path)
+    assert code == 2 and error == "error: FOLDER file/x: nothing can be written there: Not a directory\n"
 
 
 @pytest.mark.parametrize(

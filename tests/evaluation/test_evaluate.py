@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -82,8 +83,27 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, re
     wanted = ReferenceSet(own, units).kernel(rows)
     in_units = [(part - units.mean(0)) / units.std(0) for part in (rows, own)]
     assert wanted == kernel_distance(*in_units, torch.arange(6))
+    layouts = [layout_by_hand(base, part) for part in (torch.cat(drawn), reference_images, training)]
+    in_units = [(part - layouts[2].mean(0)) / layouts[2].std(0) for part in layouts[:2]]
+    layout = kernel_distance(*in_units, torch.arange(6))
     row = next(r for r in result["models"]["base"] if r["guidance"] == 7.5)
     assert row["kernel"] == (wanted.value, wanted.standard_error)
+    assert row["layout"] == pytest.approx((layout.value, layout.standard_error), rel=1e-3)
+
+
+def layout_by_hand(base: BaseModel, images: torch.Tensor | list) -> torch.Tensor:
+    """Mean latents in 8 x 8 cells of images in 0 .. 1, or of image files at 64 px, one after the other."""
+    rows = []
+    for image in images:
+        if not isinstance(image, torch.Tensor):
+            with Image.open(image.path) as file:
+                scaled = file.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+            image = torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 255).permute(2, 0, 1)
+        with torch.no_grad():
+            latents = base.vae.encode(image[None] * 2 - 1).latent_dist.mean[0].double()
+        side = latents.shape[-1] // 8
+        rows.append(latents.unflatten(1, (8, side)).unflatten(3, (8, side)).mean((2, 4)).flatten())
+    return torch.stack(rows)
 
 
 def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: dict) -> None:
@@ -225,7 +245,9 @@ def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -
     samples["thumbnails"][4] = training[2]
     found = evaluate.nearest_copies(
         samples,
-        evaluate.RealImages(None, own, None, TrainingThumbnails(training, torch.empty(len(training), 0, 12))),
+        evaluate.RealImages(
+            None, None, own, None, TrainingThumbnails(training, torch.empty(len(training), 0, 12))
+        ),
     )
     assert found[0] == (4, 2, 0.0) and len(found) == evaluate.NEAREST_SAMPLES
     assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
@@ -238,6 +260,7 @@ def test_copies_of_training_images_are_detected(finished: RunDir) -> None:
     own, training = measure("", reference_images), measure("", training_images)
     real = evaluate.RealImages(
         ReferenceSet(own["features"], training["features"]),
+        ReferenceSet(own["layout"], training["layout"]),
         own,
         None,
         TrainingThumbnails(training["thumbnails"], torch.empty(0)),
@@ -328,6 +351,17 @@ def test_wrong_settings_are_one_line(finished: RunDir, word: str, message: str |
         return
     with pytest.raises(UserError, match=message):
         apply_overrides(config, [word], CHANGED_BY_EVALUATE)
+
+
+@pytest.mark.parametrize("finetune", ["none", "lora"])
+def test_another_base_than_in_training_is_refused(
+    finetune: str, make_config: Callable, tmp_path: Path
+) -> None:
+    """Also where the base alone is measured."""
+    run = RunDir(tmp_path)
+    run.status.update(base_hash="0" * 64)
+    with pytest.raises(UserError, match=r"the base model.path=demo is not the one it was trained from"):
+        evaluate.models_to_evaluate(run, make_config(f"finetune={finetune}"))
 
 
 def test_an_unfinished_run_is_refused_in_one_line(finished: RunDir, tmp_path: Path) -> None:

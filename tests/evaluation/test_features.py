@@ -59,6 +59,29 @@ def test_few_reference_images_leave_the_distance_unbiased() -> None:
 
 
 @pytest.mark.slow
+def test_the_layout_is_seen_by_one_measure_and_not_by_the_other(base: BaseModel) -> None:
+    """Upside down or with their quarters shuffled, images keep their style, and their layout is far off."""
+    images, first = drawn(40), EVALUATION_SEEDS.start
+    quarters = torch.cat([images[..., 64:, :], images[..., :64, :]], dim=2)
+    quarters = torch.cat([quarters[..., 64:], quarters[..., :64]], dim=3)
+    sets = {"real": images, "upside down": images.flip(-2), "quarters": quarters}
+    others = [drawn(40, first + 1000), drawn(40, first + 2000)]  # the reference, and what gives the units
+    far = {}
+    for measure in (features.style_features, features.layout_features):
+
+        def rows(part: torch.Tensor, measure: Callable = measure) -> torch.Tensor:
+            return features.extract_in_batches(lambda batch: measure(base.vae, batch), part)
+
+        reference = features.ReferenceSet(*map(rows, others))
+        for name, part in sets.items():
+            found = reference.kernel(rows(part), drawn=False)
+            far[measure.__name__, name] = found.value / found.standard_error
+    assert all(abs(far["style_features", name]) < 4 for name in sets), far
+    assert abs(far["layout_features", "real"]) < 3, far
+    assert far["layout_features", "upside down"] > 6 and far["layout_features", "quarters"] > 4, far
+
+
+@pytest.mark.slow
 def test_distances_grow_with_noise_blur_and_the_other_look(base: BaseModel) -> None:
     images, reference = drawn(24), style_of(base, drawn(40, EVALUATION_SEEDS.start + 100))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))

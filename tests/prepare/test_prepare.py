@@ -125,6 +125,13 @@ def test_a_zip_file(tmp_path: Path, set_of_ten: Path) -> None:
     assert (root / "mine.txt").is_file()
 
 
+def test_a_zip_file_may_have_the_longest_name(images: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"{'ä' * 125}.zip"
+    shutil.make_archive(str(tmp_path / "it"), "zip", images)
+    (tmp_path / "it.zip").rename(file)
+    assert len(list_images(download.fetch(str(file), tmp_path / "into", lambda *_: None))) == 24
+
+
 def test_another_zip_file_of_the_same_name_is_another_set(tmp_path: Path, set_of_ten: Path) -> None:
     file = zipped(set_of_ten, tmp_path / "archive.zip")
     root = download.fetch(str(file), tmp_path / "data", no_progress)

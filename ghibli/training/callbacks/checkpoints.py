@@ -134,6 +134,18 @@ class StepCheckpoint(FolderCheckpoint):
     after validation and grid.
     """
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        """Put the previous.ckpt that the run goes on from in the place of the damaged last.ckpt.
+
+        Else the first save would replace the only good one. This is after all checks: a refused resume
+        renames nothing.
+        """
+        super().on_train_start(trainer, pl_module)
+        start = trainer.ckpt_path
+        if trainer.is_global_zero and start is not None and Path(start).name == "previous.ckpt":
+            logger.warning("last.ckpt is damaged: going on from the checkpoint before it")
+            os.replace(start, Path(start).with_name("last.ckpt"))
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -144,9 +144,9 @@ class ResumeCheck(Callback):
         stretched = "" if old == new else ", as its schedule is stretched over all epochs"
         logger.info(
             f"{done} of {before} epochs are done; now {planned} are planned, so {planned - done} are to do"
-            f"{at_most(ended, stoppings(trainer))}\n"
-            f"the learning rate {rate}{stretched}"
+            f"{at_most(ended, stoppings(trainer))}"
         )
+        logger.info(f"the learning rate {rate}{stretched}")
         if trainer.is_global_zero:
             grown = [*self.run.status.read().get("grown", []), [trainer.global_step, before, planned]]
             self.run.status.update(grown=grown)  # [step, epochs before, epochs planned now]

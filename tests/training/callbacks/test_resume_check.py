@@ -337,15 +337,28 @@ def test_images_and_base_that_only_moved(
         assert (run.path / name).read_bytes() == (straight.path / name).read_bytes()
 
 
-def test_a_damaged_checkpoint_is_replaced_only_when_the_run_goes_on(run: RunDir, config: Config) -> None:
-    damaged = run.last_checkpoint.read_bytes()[:-1]
-    run.last_checkpoint.write_bytes(damaged)
-    previous = run.previous_checkpoint.read_bytes()
-    run.status.update(base_hash="of another base")
-    with pytest.raises(UserError, match="the base model.path=demo is not the same"):
+@pytest.mark.parametrize("refused_by", ["base", "images", "weights", "ctrl-c"])
+def test_a_damaged_checkpoint_is_replaced_only_when_the_run_goes_on(
+    refused_by: str, run: RunDir, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume that is refused, at whatever point, or stopped before its first step, renames nothing."""
+    error, words = UserError, "is not the same as when the run was started"
+    if refused_by == "base":
+        run.status.update(base_hash="of another base")
+    if refused_by == "images":
+        run.status.update(data_hash="of other images")
+    if refused_by == "weights":
+        edit(run, change_a_weight)
+        run.last_checkpoint.replace(run.previous_checkpoint)
+        words = "the weights in the networks are not those of the checkpoint"
+    if refused_by == "ctrl-c":
+        monkeypatch.setattr(ResumeCheck, "on_train_start", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        error, words = SystemExit, "130"
+    run.last_checkpoint.write_bytes(b"damaged")
+    before = {file: file.read_bytes() for file in run.checkpoints.iterdir()}
+    with pytest.raises(error, match=words):
         train.run(config, run, resumes=True)
-    assert run.last_checkpoint.read_bytes() == damaged
-    assert run.previous_checkpoint.read_bytes() == previous
+    assert {file: file.read_bytes() for file in run.checkpoints.iterdir()} == before
 
 
 def test_what_cannot_change_on_the_way(run: RunDir, command: Callable[..., str]) -> None:
