@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN := .venv/bin
 
-.PHONY: help train test slow extras lint types format check coverage lock
+.PHONY: help train test slow extras lint types format check coverage notebook lock
 .DEFAULT_GOAL := help
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -44,9 +44,12 @@ coverage: .venv/installed  ## run the tests in one process and list uncovered li
 	@HF_HUB_OFFLINE=1 $(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report --skip-covered --show-missing
 
+notebook: .venv/installed  ## write the notebook again from its Python file
+	@$(BIN)/jupytext --quiet --update --to ipynb notebooks/ghibli_lora.py
+
 LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --quiet \
 	--custom-compile-command "make lock" pyproject.toml
-EXTRAS = dev app bitsandbytes browser heif hub joblib lycoris prodigy schedulefree search
+EXTRAS = dev app bitsandbytes browser heif hub joblib lycoris notebook prodigy schedulefree search tensorboard trackio
 
 lock:  ## pin every package with its hashes again, after a change of pyproject.toml or constraints.txt
 	@$(LOCK) -c constraints.txt $(EXTRAS:%=--extra %) -o locks/extras.txt

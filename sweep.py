@@ -107,7 +107,7 @@ def evaluate_all(study: grid.Study) -> None:
 def evaluate_one(run: RunDir, study: grid.Study) -> None:
     """Evaluate the images of one trial, as `ghibli evaluate` does."""
     from ghibli.evaluation.evaluate import evaluate
-    from ghibli.training.wandb_logger import log_evaluation
+    from ghibli.training.loggers.choice import log_evaluation
 
     run.refuse_links()
     config = on_this_machine(from_yaml(run.config), study.cache_dir)

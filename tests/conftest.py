@@ -15,6 +15,7 @@ import ghibli.runtime.console  # noqa: F401  # silences bitsandbytes before it i
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["TRACKIO_DIR"] = f"{CACHE}/trackio"  # never the store in the home folder
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side on two cores
 
 from hydra import compose, initialize_config_dir

@@ -1,6 +1,7 @@
 """`ghibli list`, `watch`, `rm`, `evaluate`, `compare` and `report`."""
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from ghibli.cli.options import app
 from ghibli.config.checks import require_finite
@@ -20,6 +22,7 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
 
+WATCH_STYLES = {"doctor": "yellow", "reason": "red", "gain": "bold"}  # first word of a line -> its colour
 FEWEST = 100  # samples of a cell below which precision and recall say nothing
 LEGEND = (
     "cell: sampler and guidance. Distances to real images: lower is better, and the floor is what other real "
@@ -68,16 +71,33 @@ def watch_command(
     require_finite("--every", every)
     path = run_named(folder).path
 
-    def current_view() -> str:
-        return "\n".join(monitor.view(path, console.width, monitor.utc_now()))
+    def current_view(height: int | None) -> Text:
+        return coloured(monitor.view(path, console.width, monitor.utc_now(), height))
 
     if once or not console.is_terminal:
-        console.print(current_view())
+        console.print(current_view(None))
         return
-    with Live(console.render_str(current_view()), console=console, auto_refresh=False) as live:
-        while not monitor.is_over(path):
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(current_view(console.height - 1), refresh=True)
+            if monitor.is_over(path):
+                return
             time.sleep(every)
-            live.update(console.render_str(current_view()), refresh=True)
+
+
+def coloured(lines: list[str]) -> Text:
+    """Colour what `ghibli watch` shows: findings and reasons, and the marks of the chart."""
+    shown, style = Text(), ""
+    for number, line in enumerate(lines):
+        if not line.startswith(" "):  # else it belongs to the line above
+            style = WATCH_STYLES.get(line.partition(" ")[0], "")
+        text = Text(line, style)
+        if monitor.CHART_ROW.fullmatch(line):
+            text = Text(line)
+            text.highlight_regex("o", "bold green")
+            text.highlight_regex(r"\|", "green")
+        shown.append("\n" if number else "").append_text(text)
+    return shown
 
 
 @app.command("rm")
@@ -118,7 +138,7 @@ def evaluate_command(
         cache = apply_overrides(usual, settings, CHANGED_BY_EVALUATE).cache_dir
         configs.append(apply_overrides(on_this_machine(stored, cache), settings, CHANGED_BY_EVALUATE))
     from ghibli.evaluation import evaluate as evaluate_module  # torch takes seconds to load
-    from ghibli.training import wandb_logger
+    from ghibli.training.loggers.choice import log_evaluation
 
     for run in runs:
         run.refuse_links()
@@ -130,7 +150,7 @@ def evaluate_command(
             console.print(one_line(f"{finding['name']}: {finding['text']}"), style="yellow")
         console.print(one_line(f"numbers {run.evaluation}, images {run.evaluation_images}"))
         console.print()
-        wandb_logger.log_evaluation(config, run, result)
+        log_evaluation(config, run, result)
 
 
 def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:

@@ -13,6 +13,7 @@ from ghibli.config.registry import (
     LOSSES,
     WEIGHTINGS,
     check_steps,
+    dashboard_names,
     optimizer_entry,
     sampler_name,
 )
@@ -28,6 +29,7 @@ RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who
 }
 LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without the key did
     "threads": None,
+    "logger": "wandb",
     "data": {"grid_epochs": ""},
     "model": {"config": None, "clip_skip": 1, "frozen_bits": None},
     "local": {"sd15_config": None, "caption": None},
@@ -419,12 +421,12 @@ class EvaluateConfig:
 
 @dataclass
 class WandbConfig:
-    """The Weights & Biases dashboard."""
+    """The Weights & Biases dashboard; trackio takes project, group and name from here too."""
 
     mode: str  # auto, online, offline or disabled
-    project: str  # W&B project
-    group: str | None  # W&B group; a sweep's trials share one
-    name: str | None  # W&B name of the run; None = made from the settings
+    project: str
+    group: str | None  # a sweep's trials share one
+    name: str | None  # of the run; None = made from the settings
 
     def __post_init__(self) -> None:
         require_choice("wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
@@ -454,9 +456,11 @@ class Config:
     checkpoint: CheckpointConfig = field(metadata=NO_EFFECT)
     sample: SampleConfig
     evaluate: EvaluateConfig = field(metadata=NO_EFFECT)
+    logger: Any = field(metadata=NO_EFFECT)  # a dashboard or a list of them; here always a list
     wandb: WandbConfig = field(metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
+        self.logger = dashboard_names(self.logger)
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
         require_choice("finetune", self.finetune, ("lora", "full", "none"))
         threads = self.threads

@@ -8,7 +8,9 @@ from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
 OUTPUTS = Path("outputs")
-NO_RUNS = ("checkpoints", "samples", "adapter", "adapter_last", "unet", "wandb", ".hydra", "cache")
+NO_RUNS = (
+    "checkpoints", "samples", "adapter", "adapter_last", "unet", "wandb", "tensorboard", ".hydra", "cache",
+)  # fmt: skip
 
 
 def all_runs(root: Path = OUTPUTS) -> list[RunDir]:

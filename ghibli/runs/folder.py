@@ -25,7 +25,7 @@ FILES = (
     ".lock",
 )  # fmt: skip
 CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best.ckpt")
-BY_LIBRARIES = (".hydra", "wandb", ".wandb")  # folders that Hydra and W&B write into
+BY_LIBRARIES = (".hydra", "wandb", ".wandb", "tensorboard")  # folders that Hydra and dashboards write into
 EVALUATION_NAMES = {"reference_pictures": "reference_images", "floor_pictures": "floor_images"}
 
 

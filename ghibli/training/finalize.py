@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import WandbLogger
-
 from ghibli.adapters import lora
 from ghibli.adapters.files import read_adapter
 from ghibli.adapters.kohya import metadata_of, only_as_a_whole, write_kohya, written_layers
@@ -23,8 +21,8 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now
 from ghibli.runtime.resources import peak_memory
-from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import load_weights
+from ghibli.training.loggers.dashboard import DashboardLogger
 from ghibli.training.session import Training
 
 ROW_NAMES = {"lora": "adapter", "full": "fine-tuned", "none": "base"}  # of the last grid
@@ -49,7 +47,7 @@ class Result:
         return "\n".join(["", *self.lines])
 
 
-def finalize(training: Training, logger: WandbLogger | None) -> Result:
+def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
     """Export the best weights, draw them, write status and model card; return the result."""
     config, run, trainer, module = training.config, training.run, training.trainer, training.module
     run.status.update(peak_memory=peak_memory())
@@ -74,9 +72,10 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
         names = [file.name for file in sorted(run.adapter.glob("*.safetensors"))]
         card = model_card(run, config, run.path.resolve().name, [f"`{name}`" for name in names], names)
         write_text(run.adapter / "README.md", card)
-    if logger is not None:
-        wandb_logger.log_best(logger, gain.value, best_epoch)
-        lines.append(wandb_logger.how_to_look(run, logger))
+    for dashboard in dashboards:
+        best_values = {"best/val_gain": gain.value, "best/epoch": best_epoch}
+        dashboard.log_summary(best_values, trainer.global_step)
+        lines += dashboard.how_to_look()
     names = [finding.name for finding in training.callbacks.doctor.findings]
     lines.append(f"doctor   {', '.join(names) or 'nothing to report'}")
     lines += closing_lines(config, run.path, gain, training.callbacks.records.probe_rows[0]["probe/val_gain"])

@@ -26,8 +26,8 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now, provenance
 from ghibli.runtime.resources import device_name, reset_peak_memory
-from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import CleanStop, StopRequested, requeue
+from ghibli.training.loggers import choice
 from ghibli.training.module import GhibliModule
 from ghibli.training.trainer import Callbacks, make_callbacks, make_trainer
 
@@ -155,7 +155,7 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
             raise
         raise explained from error
     finally:
-        wandb_logger.close()
+        choice.close_all()
 
 
 def as_user_error(error: BaseException) -> BaseException:

@@ -29,7 +29,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import checksum_of, write_with_checksum
-from ghibli.training import wandb_logger
+from ghibli.training.loggers import choice, wandb_logger
 
 QUICK = (
     "evaluate.samples=6", "evaluate.scan_samples=3", "evaluate.scales=[1,3]", "evaluate.batch_size=4",
@@ -176,8 +176,9 @@ def test_a_run_that_was_online_is_logged_offline_without_a_login(
 ) -> None:
     config, modes, board = finished_config(finished), [], Dashboard()
     config.wandb.mode = "online"
-    monkeypatch.setattr(wandb_logger, "start", lambda *words: modes.append(words[-1]) or board)
-    wandb_logger.log_evaluation(config, finished, result)
+    opened = wandb_logger.WandbDashboard(finished, board)
+    monkeypatch.setattr(wandb_logger, "start", lambda *words: modes.append(words[-1]) or opened)
+    choice.log_evaluation(config, finished, result)
     assert modes == ["offline"] and "logging offline" in " ".join(capsys.readouterr().out.split())
     assert board.alerts == ["few images"] and len(board.logged["evaluate/cells"].data) == 5
 

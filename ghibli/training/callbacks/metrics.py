@@ -1,4 +1,4 @@
-"""The rows of metrics.csv (within epochs) and probe.csv (after each epoch), also sent to the dashboard."""
+"""The rows of metrics.csv (within epochs) and probe.csv (after each epoch), also sent to the dashboards."""
 
 import time
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from ghibli.evaluation.gain import Gain, Probe
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.files import write_rows
-from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import between_steps
+from ghibli.training.loggers import tables
 from ghibli.training.module import GhibliModule
 
 METRICS = ("step", "epoch", "train/loss", "train/loss_normalised", "lr", "time/images_per_second")
@@ -102,7 +102,7 @@ class Records(Callback):
             pl_module.log("train/epoch_loss", float(loss), logger=False)
 
     def add_probe(self, trainer: L.Trainer, history: list[Probe]) -> None:
-        """Add the newest probe to probe.csv and the dashboard."""
+        """Add the newest probe to probe.csv and the dashboards."""
         losses: dict[str, Any] = self.epoch.means() if self.epoch.batches else {}
         known = {
             "step": trainer.global_step, "epoch": len(history) - 1,
@@ -112,8 +112,9 @@ class Records(Callback):
         self.probe_rows.append(row)
         log(trainer, {key: value for key, value in row.items() if value != ""})
         bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
-        wandb_logger.log_gain_by_timestep(trainer.loggers, bars, trainer.global_step)
-        wandb_logger.log_gain_curve(trainer.loggers, self.probe_rows, trainer.global_step)
+        for dashboard in trainer.loggers:
+            dashboard.log_table(tables.gain_by_timestep(bars), trainer.global_step)
+            dashboard.log_table(tables.gain_curve(self.probe_rows), trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
         self.flush(trainer)
@@ -187,6 +188,6 @@ def numbered(trainer: L.Trainer, values: dict[str, float]) -> dict[str, float]:
 
 
 def log(trainer: L.Trainer, row: dict[str, float]) -> None:
-    """Send a row to every logger."""
-    for logger in trainer.loggers:
-        logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+    """Send a row to every dashboard."""
+    for dashboard in trainer.loggers:
+        dashboard.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])

@@ -16,7 +16,6 @@ from ghibli.runtime.cache import cached
 from ghibli.runtime.console import counted
 from ghibli.runtime.files import write_atomically
 from ghibli.runtime.resources import device_name
-from ghibli.training import wandb_logger
 from ghibli.training.module import GhibliModule
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,8 @@ class SampleGrid(Callback):
         grid = compose_grid(rows, self.config.sample.prompts, columns, self.title())
         path = self.run.samples / f"{name}.png"
         write_atomically(path, lambda file: grid.save(file, format="PNG"))
-        wandb_logger.log_grid(trainer.loggers, grid, label, trainer.global_step)
+        for dashboard in trainer.loggers:
+            dashboard.log_image("samples", grid, label, trainer.global_step)
         return path
 
     def draw(self, trainer: L.Trainer, pl_module: GhibliModule, label: str) -> torch.Tensor:

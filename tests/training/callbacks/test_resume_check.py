@@ -135,7 +135,7 @@ def test_settings_from_before_the_later_keys(config: Config, tmp_path: Path) -> 
     """A config.yaml without them is read with what runs had then."""
     content = yaml.safe_load(files.to_yaml(config))
     for key, values in LATER_KEYS.items():
-        for name in values or {}:
+        for name in values if isinstance(values, dict) else ():
             del content[key][name]
         if not isinstance(values, dict):
             del content[key]
@@ -374,12 +374,12 @@ def test_what_cannot_change_on_the_way(run: RunDir, command: Callable[..., str])
 
 def test_a_resumed_run_keeps_its_dashboard_id(config: Config, tmp_path: Path) -> None:
     """By W&B itself, offline: one id in two folders of its own, which `wandb sync` joins."""
-    from ghibli.training import wandb_logger
+    from ghibli.training.loggers import wandb_logger
 
     offline = replace(config, wandb=replace(config.wandb, mode="offline"))
     ids = []
     for _ in range(2):
-        ids.append(wandb_logger.make_logger(offline, RunDir(tmp_path), "x").experiment.id)
+        ids.append(wandb_logger.open_dashboard(offline, RunDir(tmp_path), "x").experiment.id)
         wandb_logger.close()
     assert ids[0] == ids[1] == RunDir(tmp_path).status.read()["wandb_id"]
     folders = [path.name.split("-")[3] for path in tmp_path.glob("wandb/offline-run-*")]
