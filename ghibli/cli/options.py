@@ -47,6 +47,7 @@ class CommandGroup(TyperGroup):
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,  # rich's would print what an error quotes unfiltered
     help="Everything around a training run: prepare, compare, generate, share. Training itself is train.py.",
 )

@@ -14,7 +14,8 @@ from ghibli.config.registry import sampler_label
 from ghibli.runs import listing, monitor, removal
 from ghibli.runs.find import OUTPUTS, finished_run, folders_with, run_named
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console, full_width
+from ghibli.runtime.commands import command_here, list_hint
+from ghibli.runtime.console import console, full_width, loading
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
@@ -38,7 +39,7 @@ def list_command(
     """Show the runs below outputs/ with their state, settings and gain over their base."""
     every = listing.listed(map(RunDir, folders_with("status.json", OUTPUTS)))
     if not every:
-        console.print("no runs below outputs/ yet: python train.py makes one")
+        console.print(f"no runs below {OUTPUTS}/ yet: {command_here('python', 'train.py')} makes one")
         return
     rows = listing.chosen(every, words or [], sort, last)
     if not rows:
@@ -46,12 +47,13 @@ def list_command(
         console.print(f"none of the {len(every)} runs below outputs/ has {wanted} in its row")
         return
     groups = listing.by_base(rows)
-    for base, own in groups.items():
-        if len(groups) > 1:
-            name = f"of base {base[:7]}" if base else "of an unknown base"
-            console.print(f"{name}: its gains compare with each other only", style="bold")
-        for line in listing.lines(own, console.width if console.is_terminal else None):
+    width = console.width if console.is_terminal else None
+    for label, own in groups.items():
+        console.print(label, style="bold")
+        for line in listing.lines(own, width):
             console.print(line)
+    if len(groups) > 1:
+        console.print("gains compare with each other over one base and one set of images only")
 
 
 @app.command("watch")
@@ -102,7 +104,7 @@ def evaluate_command(
     folders = [word for word in arguments if "=" not in word or exists(word)]  # trial names contain =
     runs = [finished_run(folder) for folder in folders]
     if not runs:
-        raise UserError("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
+        raise UserError(f"which run? ghibli evaluate RUN... {list_hint()}")
     from ghibli.config.files import CHANGED_BY_EVALUATE, apply_overrides
     from ghibli.runs.compose import cache_of_this_machine
     from ghibli.runs.here import on_this_machine
@@ -114,8 +116,9 @@ def evaluate_command(
         usual = replace(stored, cache_dir=cache_of_this_machine())
         cache = apply_overrides(usual, settings, CHANGED_BY_EVALUATE).cache_dir
         configs.append(apply_overrides(on_this_machine(stored, cache), settings, CHANGED_BY_EVALUATE))
-    from ghibli.evaluation import evaluate as evaluate_module  # torch takes seconds to load
-    from ghibli.training import wandb_logger
+    with loading():
+        from ghibli.evaluation import evaluate as evaluate_module
+        from ghibli.training import wandb_logger
 
     for run in runs:
         run.refuse_links()
@@ -198,7 +201,8 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page about runs or a study: verdict, curves, images, tables; it needs no network."""
-    from ghibli.report import page  # torch takes seconds to load
+    with loading():
+        from ghibli.report import page
 
     folders = [run_named(str(folder)).path if str(folder) == "latest" else folder for folder in folders]
     file = page.write(folders, out)

@@ -5,6 +5,7 @@ Values are in conf/*.yaml only; no field here has a default. Imports neither tor
 
 from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
+from pathlib import PurePath
 from typing import Any
 
 from ghibli.config.checks import require, require_choice, require_finite
@@ -534,6 +535,17 @@ def describe(config: Config) -> str:
     if config.finetune != "none":
         parts += [f"training guidance {config.loss.guidance:g}", f"lr {config.optimizer.lr:g}"]
     return ", ".join(parts)
+
+
+def base_name(config: Config) -> str:
+    """Return a short name of the base: `demo`, or `demo + near` with an adapter merged into it."""
+    paths = [config.model.path, *([config.model.adapter] if config.model.adapter else [])]
+    return " + ".join(PurePath(path).name for path in paths)
+
+
+def images_name(config: Config) -> str:
+    """Return a short name of the image set, that of its folder."""
+    return PurePath(config.data.root_folder).name
 
 
 def age_of(version: object) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from ghibli.data.caption_tables import RowReader, bar_rows, csv_rows, json_rows, read_table
-from ghibli.images.read import HEIF_ADVICE, HEIF_ENDINGS, is_image_name
+from ghibli.images.read import HEIF_ENDINGS, heif_advice, is_image_name
 from ghibli.runtime.registry import Registry
 
 SUBFOLDERS = ("images", "trainB_ghibli", "dataset/trainB_ghibli")  # the last two: the Kaggle set
@@ -187,7 +187,7 @@ def not_read(root: Path, listed: Iterable[ListedImage]) -> str:
 
 def described(ending: str, count: int) -> str:
     """Return the number of files of one ending that are not read, in words."""
-    advice = f" ({HEIF_ADVICE})" if ending in HEIF_ENDINGS else ""
+    advice = f" ({heif_advice()})" if ending in HEIF_ENDINGS else ""
     advice = " (beside no image of that name)" if ending in CAPTION_ENDINGS else advice
     return f"{count} {ending or 'without an ending'}{advice}"
 

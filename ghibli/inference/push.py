@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 
 from ghibli.models.hub import hub_answers
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.errors import UserError, first_line
 
 UPLOADED = (".safetensors", ".md", ".png", ".json")
@@ -27,7 +28,8 @@ def files_to_push(folder: Path) -> list[tuple[str, int]]:
     if link is not None:
         raise UserError(f"{link} is a link: only files of an export are sent; replace it by a copy")
     if "README.md" not in [file.name for file in found]:
-        raise UserError(f"{folder} holds nothing to send: run ghibli export RUN first")
+        command = command_here("ghibli", "export", folder.parent)
+        raise UserError(f"{folder} holds nothing to send: run `{command}` first")
     return [(file.name, file.stat().st_size) for file in found if file.is_file()]
 
 
@@ -39,7 +41,8 @@ def push(folder: Path, hub_id: str, *, private: bool) -> str:
     """
     names = [name for name, _ in files_to_push(folder)]
     if huggingface_hub.get_token() is None:
-        raise UserError("not logged in to the hub: run `hf auth login` first, or set HF_TOKEN")
+        command = command_here("hf", "auth", "login")
+        raise UserError(f"not logged in to the hub: run `{command}` first, or set HF_TOKEN")
     if not hub_answers():
         raise UserError("the hub cannot be reached: try again with a network connection")
     api = huggingface_hub.HfApi()

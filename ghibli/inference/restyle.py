@@ -11,9 +11,9 @@ from ghibli.data.folder import enter_and_list, list_images, read_beside, require
 from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS, not_read
 from ghibli.images.grid import to_image
 from ghibli.images.read import (
-    HEIF_ADVICE,
     HEIF_ENDINGS,
     Unusable,
+    heif_advice,
     image_endings,
     is_image_name,
     read_image,
@@ -24,7 +24,7 @@ from ghibli.inference.inversion import denoise_inverted, invert, photo_latents
 from ghibli.inference.load import LoadedModel
 from ghibli.inference.request import RestyleOptions
 from ghibli.models.prompt_syntax import escaped
-from ghibli.runtime.commands import command_line, quoted
+from ghibli.runtime.commands import command_here, quoted
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import expanded
@@ -60,7 +60,7 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
         raise UserError("no images there: name files, or a folder that holds some")
     bare = [path for path, caption in found if not (prompt or caption)]
     if bare:
-        command = command_line("ghibli", "caption", bare[0].parent)
+        command = command_here("ghibli", "caption", bare[0].parent)
         raise UserError(f"{bare[0].name} has no caption: give --prompt TEXT, or run `{command}`")
     return [Photo(path, (prompt or escaped(caption or "")) + escaped(style)) for path, caption in found]
 
@@ -117,7 +117,7 @@ def with_captions(path: Path, *, search: bool) -> list[tuple[Path, str | None]]:
         raise UserError(f"{path}: no such file or folder")
     if not is_image_name(path):
         is_heif = path.suffix.lower() in HEIF_ENDINGS
-        advice = HEIF_ADVICE if is_heif else f"{', '.join(sorted(image_endings()))} can be read"
+        advice = heif_advice() if is_heif else f"{', '.join(sorted(image_endings()))} can be read"
         raise UserError(f"{path.name} is not an image: {advice}")
     if not search:
         return [(path, None)]

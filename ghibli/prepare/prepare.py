@@ -13,7 +13,7 @@ from ghibli.images.read import open_image
 from ghibli.models.base import DEMO, resolve_path, weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight
-from ghibli.runtime.commands import command_line
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import counted, relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically, write_json, write_text
@@ -101,7 +101,7 @@ def read_images(root: Path, caption: str | None) -> ImageFolder:
     except UserError as error:
         if caption is None and list_images(root) and NO_CAPTION in str(error):
             raise UserError(
-                f"{root} has images without captions: `{command_line('ghibli', 'caption', root)}` writes "
+                f"{root} has images without captions: `{command_here('ghibli', 'caption', root)}` writes "
                 "captions, or --caption "
                 "TEXT gives all of them the same"
             ) from None

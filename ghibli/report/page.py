@@ -11,6 +11,7 @@ from ghibli.report.content import comparison_page, run_page
 from ghibli.report.run_data import read_run
 from ghibli.report.text import prose, typeset
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 
@@ -87,14 +88,14 @@ def runs_in(folder: Path) -> list[RunDir]:
         UserError: the folder is missing, or neither run nor study.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")
+        raise UserError(f"{folder}: no such folder {list_hint()}")
     if is_run(folder):
         return [RunDir(folder)]
     trials = [RunDir(path) for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
     if not trials:
         raise UserError(
             f"{folder} is neither a run nor a study: neither it nor a folder in it has a status.json "
-            "(`ghibli list` shows the runs)"
+            f"{list_hint()}"
         )
     return trials
 

@@ -13,6 +13,7 @@ from ghibli.config.keys import affects_result
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import DEFAULTS_OF_OTHER_KEYS, as_yaml, differences, flatten
 from ghibli.runs.status import PLACE
+from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import LARGEST_TABLE, read_plain
 
@@ -59,11 +60,9 @@ def read_side(folder: str) -> Side:
     """
     run = RunDir(Path(folder))
     if not run.path.is_dir():
-        raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")
+        raise UserError(f"{folder}: no such folder {list_hint()}")
     if not run.status.path.exists() or not run.config.exists():
-        raise UserError(
-            f"{folder} is not a run: it has no status.json and config.yaml (`ghibli list` shows the runs)"
-        )
+        raise UserError(f"{folder} is not a run: it has no status.json and config.yaml {list_hint()}")
     status = run.status.read()
     if not status:
         raise UserError(f"{run.status.path} is damaged: this run cannot be compared")

@@ -15,6 +15,7 @@ from typing import Any
 from ghibli.runs.find import folders_with
 from ghibli.runs.folder import RunDir
 from ghibli.runs.listing import ListedRun, lines, listed
+from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_rows
 from ghibli.runtime.terminal import one_line
@@ -42,13 +43,13 @@ def view(folder: Path, width: int, now: datetime) -> list[str]:
         UserError: the folder holds neither.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")
+        raise UserError(f"{folder}: no such folder {list_hint()}")
     run = RunDir(folder)
     if run.status.path.exists():
         return run_lines(run, width, now)
     trials = listed(RunDir(found) for found in folders_with("status.json", folder))
     if not trials:
-        raise UserError(f"{folder} holds no run yet (`ghibli list` shows the runs)")
+        raise UserError(f"{folder} holds no run yet {list_hint()}")
     return study_lines(folder, trials, width, now)
 
 

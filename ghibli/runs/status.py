@@ -26,7 +26,7 @@ WHOLE_NUMBERS = (
 TEXTS = (
     "state", "reason", "started", "ended", "updated", "settings", "command", "git_commit", "code",
     "code_hash", "settings_hash", "base_hash", "configs_hash", "data_hash", "init_hash", "machine",
-    "processor", "device", "precision", "wandb_id", "seal",
+    "processor", "device", "precision", "wandb_id", "seal", "base", "images",
 )  # fmt: skip
 
 

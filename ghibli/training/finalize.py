@@ -18,7 +18,7 @@ from ghibli.diffusion.samplers import NotFinite
 from ghibli.evaluation.gain import Gain
 from ghibli.runs import identity
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.commands import command_line
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
@@ -117,7 +117,7 @@ def save_weights(config: Config, run: RunDir, module: GhibliModule, facts: dict[
         return []
     file = lora.save_adapter(module.base, run.adapter)
     kohya = save_kohya(config, run, module, run.status.read() | facts | {"ended": None})
-    export = command_line("ghibli", "export", Path(relative_path(run.path)))
+    export = command_here("ghibli", "export", Path(relative_path(run.path)))
     elsewhere = f"`{export}` writes a file" if kohya is None else relative_path(kohya)
     return [f"adapter  {relative_path(file)}", f"         {elsewhere} for ComfyUI and A1111"]
 
@@ -160,10 +160,10 @@ def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> lis
     """
     name = relative_path(folder)
     if config.finetune == "none":
-        return ["next     python train.py"]
-    commands = [command_line("ghibli", "report", name)]
+        return [f"next     {command_here('python', 'train.py')}"]
+    commands = [command_here("ghibli", "report", name)]
     if gain.value >= 0 or config.loss.guidance != 1:
-        commands.append(command_line("ghibli", "generate", name, "--prompt", "a red train"))
+        commands.append(command_here("ghibli", "generate", name, "--prompt", "a red train"))
     else:
         commands.append("lower optimizer.lr, or give it more images or epochs")
     lines = [

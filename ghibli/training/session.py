@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ghibli.adapters.apply import load_base
 from ghibli.config.files import to_yaml
-from ghibli.config.schema import Config, describe
+from ghibli.config.schema import Config, base_name, describe, images_name
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.models.base import configs_hash
 from ghibli.runs import distributed, identity
@@ -132,7 +132,8 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
     write_text(run.config, to_yaml(config))
     run.status.update(
         state="running", reason=None, started=run.status.read().get("started", now()),
-        settings=describe(config), command=command_line(*sys.argv), seed=config.seed,
+        settings=describe(config), base=base_name(config), images=images_name(config),
+        command=command_line(*sys.argv), seed=config.seed,
         process=os.getpid(), threads=config.threads or torch.get_num_threads(), **provenance(),
         **identity.identity_fields(config, run),
     )  # fmt: skip
