@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ghibli.runs import lock
 from ghibli.runtime.files import read_plain, write_json
@@ -125,9 +126,6 @@ def checksum(content: dict[str, Any]) -> str:
 def is_alive(process: Any) -> bool:
     """Return whether a process with this id runs; False for what is no id, as in a damaged file."""
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, TypeError, OverflowError):
+        return psutil.pid_exists(process)  # os.kill(process, 0) would end it on Windows
+    except (TypeError, ValueError, OverflowError):
         return False
-    except PermissionError:
-        return True
-    return True

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -23,6 +23,7 @@ from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs.compose import conf_folder, parse_overrides, register, to_config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.launch import claimed, reject_chdir, set_wandb_names
+from ghibli.runs.lock import Lock
 from ghibli.runs.reuse import is_of_a_run
 from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.errors import UserError, one_line_errors
@@ -43,7 +44,7 @@ class Study:
     settings: SweepConfig
     evaluate: EvaluateConfig  # for sweep.evaluate
     trials: int | None  # how many; None with a sweeper that decides while it runs
-    lock: BinaryIO  # held until the process ends
+    lock: Lock  # held until the process ends
 
 
 studies: list[Study] = []  # the sweep of this process, once it has started

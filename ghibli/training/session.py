@@ -187,7 +187,7 @@ def as_user_error(error: BaseException) -> BaseException:
 
 def note_interruption(run: RunDir, request: StopRequested) -> int:
     """Note the interruption, say how to resume, and return the exit code (130 or 143; 138 in Slurm)."""
-    if request.signal_number == signal.SIGUSR1:
+    if request.signal_number == getattr(signal, "SIGUSR1", None):  # Windows has none
         ask_to_requeue()
     if run.status.state == "finished":
         logger.info("stopped; this run is finished")
