@@ -182,12 +182,18 @@ def compare_command(
     one, other = (str(run_named(name).path) for name in (one, other))
     sides = [compare.read_side(folder) for folder in (one, other)]
     differing, results, verdict = compare.compare(*sides)
+    for letter, name in zip("AB", (one, other), strict=True):
+        console.print(one_line(f"{letter}        {name}"))
     for name, rows in (("differs", differing), ("result", results)):
         if rows:
-            table = Table(name, one, other, box=None, pad_edge=False)
+            table = Table(box=None, pad_edge=False)
+            for head in (name, "A", "B"):
+                table.add_column(head, overflow="fold", no_wrap=head == name)
             for row in rows:
                 table.add_row(*row)
-            console.print(table, "")
+            console.print("")
+            console.print(table if console.is_terminal else full_width(table))
+    console.print("")
     console.print(verdict)
 
 

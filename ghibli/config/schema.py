@@ -3,6 +3,7 @@
 Values are in conf/*.yaml only; no field here has a default. Imports neither torch nor Hydra.
 """
 
+import re
 from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
 from pathlib import PurePath
@@ -28,6 +29,7 @@ RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who
     ("validation", "max_pictures"): "max_images",
 }
 LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without the key did
+    "name": None,
     "threads": None,
     "data": {"grid_epochs": ""},
     "model": {"config": None, "clip_skip": 1, "frozen_bits": None},
@@ -437,6 +439,7 @@ class WandbConfig:
 class Config:
     """All settings of `train.py`; see conf/train.yaml for meanings and defaults."""
 
+    name: str | None = field(metadata=NO_EFFECT)  # of the run and its folder; None = named after the time
     seed: int  # of order, noise, timesteps and initial adapter
     finetune: str  # lora, full or none
     resume: str | None = field(metadata=NO_EFFECT)  # a run folder, or latest
@@ -458,6 +461,8 @@ class Config:
     wandb: WandbConfig = field(metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
+        if self.name is not None:
+            check_name(self.name)
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
         require_choice("finetune", self.finetune, ("lora", "full", "none"))
         threads = self.threads
@@ -502,6 +507,12 @@ class Command(Config):
     """All keys of the command line: the settings of a run, and those of a sweep."""
 
     sweep: SweepConfig = field(metadata=NO_EFFECT)
+
+
+def check_name(name: str) -> None:
+    """Raise a UserError for a name that would be no folder, an option, or `latest`."""
+    ok = re.fullmatch(r"\w[\w.-]{0,99}", name) is not None and name not in ("latest", "null")
+    require(ok, "name", name, "up to 100 letters, digits and . _ -, not latest")
 
 
 def check_frozen_bits(config: Config) -> None:

@@ -20,6 +20,7 @@ from ghibli.runtime.files import LARGEST_TABLE, read_plain
 WEIGHTS = ("adapter/pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors")
 HASHES = {"base_hash": "base", "data_hash": "images"}
 COVERED = ("data.root", "model.path", *DEFAULTS_OF_OTHER_KEYS)  # by HASHES, and by the keys set from them
+NAMES = ("name", "wandb.name", "wandb.group")  # of a run, which are no difference to explain
 KINDS = {"code": "code", "versions": "versions"}  # kind of a key of status.json; all others: machine
 Row = tuple[str, str, str]  # what, value of the first run, value of the second
 
@@ -75,7 +76,7 @@ def read_side(folder: str) -> Side:
 def compare(first: Side, second: Side) -> tuple[list[Row], list[Row], str]:
     """Compare two runs: (what differs, their results, a concluding sentence)."""
     found = [*differences(first.settings, second.settings), *differences(first.facts, second.facts)]
-    rows = [(key, table_cell(left), table_cell(right)) for key, left, right in found]
+    rows = [(key, table_cell(left), table_cell(right)) for key, left, right in found if key not in NAMES]
     return rows, result_rows(first, second), conclusion(first, second, [key for key, _, _ in found])
 
 

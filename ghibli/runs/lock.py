@@ -107,10 +107,9 @@ def is_held(path: Path) -> bool | None:
     The file is not opened where this very process has locked it: closing it again would release the lock.
     """
     try:
-        found = os.stat(path)
-        ours = held.get(identity(found))
-        if ours is not None and not ours.closed:
+        if is_ours(path):
             return True
+        found = os.stat(path)
         if fcntl is None or not (sys.platform.startswith("linux") and stat.S_ISREG(found.st_mode)):
             return None
         with open(path, "rb") as file:
@@ -118,6 +117,15 @@ def is_held(path: Path) -> bool | None:
             return struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
     except OSError:
         return None
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether this process holds the lock of a file."""
+    try:
+        ours = held.get(identity(os.stat(path)))
+    except OSError:
+        return False
+    return ours is not None and not ours.closed
 
 
 def identity(found: os.stat_result) -> tuple[int, int]:

@@ -50,6 +50,11 @@ class Result:
         """The closing lines of a run."""
         return "\n".join(["", *self.lines])
 
+    @property
+    def brief(self) -> str:
+        """The closing lines of one trial of many: what was trained, and its gain."""
+        return "\n".join(line for line in self.lines if line.startswith(("trained ", "measured ", "gain ")))
+
 
 def finalize(training: Training, logger: WandbLogger | None) -> Result:
     """Export the best weights, draw them, write status and model card; return the result."""

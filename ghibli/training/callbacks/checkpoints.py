@@ -164,7 +164,7 @@ class CleanStop(Callback):
 
     def __enter__(self) -> "CleanStop":
         if threading.current_thread() is threading.main_thread():  # signals reach only that one
-            numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGUSR1] * in_slurm()
+            numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if in_slurm() else [])]
             if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
                 numbers.append(SIGHUP)
             self.previous = {n: signal.getsignal(n) for n in numbers}
