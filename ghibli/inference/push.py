@@ -21,16 +21,17 @@ def files_to_push(folder: Path) -> list[tuple[str, int]]:
     """
     found = [
         file
-        for file in sorted(folder.glob("*"))
+        for file in sorted([*folder.glob("*"), *folder.glob("samples/*.png")])
         if file.suffix in UPLOADED and not file.name.startswith(".") and not file.name.endswith(WHOLE_MODEL)
     ]
-    link = next((place for place in (folder, *found) if place.is_symlink()), None)
+    places = (folder, folder / "samples", *found)
+    link = next((place for place in places if place.is_symlink()), None)
     if link is not None:
         raise UserError(f"{link} is a link: only files of an export are sent; replace it by a copy")
     if "README.md" not in [file.name for file in found]:
         command = command_here("ghibli", "export", folder.parent)
         raise UserError(f"{folder} holds nothing to send: run `{command}` first")
-    return [(file.name, file.stat().st_size) for file in found if file.is_file()]
+    return [(str(file.relative_to(folder)), file.stat().st_size) for file in found if file.is_file()]
 
 
 def push(folder: Path, hub_id: str, *, private: bool) -> str:

@@ -20,10 +20,10 @@ from ghibli.runtime.files import write_atomically, write_json, write_text
 
 SHEET_IMAGES = 8  # on the contact sheet
 MARK = "# Written by `ghibli prepare`"
-LOCAL = f"""# @package _global_
-{MARK}: defaults of `python train.py` on this machine; model= and data= override them.
+LOCAL = """# @package _global_
+{mark}: defaults of `python train.py` on this machine; model= and data= override them.
 defaults:
-  - override /model: sd15
+  - override /model: {model}
   - override /data: ghibli
 local:
 """
@@ -62,16 +62,17 @@ def prepare(
     logger.info(f"images {root}: {recognised(root)}; {usable_count(folder)}")
     logger.info(f"sheet    {relative_path(local / 'images.png')}: some of them with their captions")
     base_hash = download_and_hash(base, config)
-    settings = {"sd15": absolute_path(base), "ghibli": str(root.resolve())}
+    model = "demo" if base == "demo" else "sd15"  # with the resolution and learning rate that suit it
+    settings = {"ghibli": str(root.resolve())} | ({} if model == "demo" else {"sd15": absolute_path(base)})
     if config is not None:
         settings["sd15_config"] = absolute_path(config)
     if caption is not None:
         settings["caption"] = caption
-    findings = preflight.check(as_overrides(settings))
+    findings = preflight.check(as_overrides(model, settings))
     if not any(finding.level == "error" for finding in findings):
-        write_json(local / preflight.PREPARED, {"base": settings["sd15"], "base_hash": base_hash})
+        write_json(local / preflight.PREPARED, {"base": absolute_path(base), "base_hash": base_hash})
         lines = [f"  {key}: {quote(value)}\n" for key, value in settings.items()]
-        write_text(local / "default.yaml", LOCAL + "".join(lines))
+        write_text(local / "default.yaml", LOCAL.format(mark=MARK, model=model) + "".join(lines))
     return findings
 
 
@@ -128,9 +129,11 @@ def absolute_path(path: str) -> str:
     return str(place.resolve()) if place.exists() and not is_embedded else path
 
 
-def as_overrides(settings: dict[str, str]) -> list[str]:
+def as_overrides(model: str, settings: dict[str, str]) -> list[str]:
     """Return the overrides of train.py that are equivalent to default.yaml."""
-    return ["model=sd15", "data=ghibli"] + [f"local.{key}={quote(value)}" for key, value in settings.items()]
+    return [f"model={model}", "data=ghibli"] + [
+        f"local.{key}={quote(value)}" for key, value in settings.items()
+    ]
 
 
 def quote(text: str) -> str:

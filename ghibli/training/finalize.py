@@ -71,6 +71,8 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
             lora.save_adapter(module.base, run.last_adapter)
         load_weights(module, run.best_checkpoint, best_epoch)
         lines.append(f"gain     {gain}, after epoch {best_epoch}")
+    else:
+        lines.append(base_loss_line(training))
     lines += draw_last_grid(training)
     lines += save_weights(config, run, module, {"step": trainer.global_step, "best_epoch": best_epoch})
     lines.append(f"run      {relative_path(run.path)}")
@@ -81,7 +83,11 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
     run.status.update(seal=identity.result_checksum(run.status.read()))
     if config.finetune == "lora":
         names = [file.name for file in sorted(run.adapter.glob("*.safetensors"))]
-        card = model_card(run, config, run.path.resolve().name, [f"`{name}`" for name in names], names)
+        grid = run.samples / f"{ROW_NAMES['lora']}.png"
+        picture = f"../{grid.relative_to(run.path).as_posix()}" if grid.is_file() else None
+        card = model_card(
+            run, config, run.path.resolve().name, [f"`{name}`" for name in names], names, picture
+        )
         write_text(run.adapter / "README.md", card)
     if logger is not None:
         wandb_logger.log_best(logger, gain.value, best_epoch)
@@ -99,6 +105,16 @@ def headline(training: Training) -> str:
     trainer = training.trainer
     what = describe(training.config)
     return f"trained  {what}, {trainer.global_step} steps, {trainer.current_epoch} epochs"
+
+
+def base_loss_line(training: Training) -> str:
+    """Say what the base scores: its loss on held-out images, with the standard error over images."""
+    loss = training.module.probe.history[0].val.mean(dim=1)  # (P,): an image each
+    error = loss.std() / math.sqrt(len(loss))
+    return (
+        f"loss     {loss.mean():.4f} +- {error:.4f} on {len(loss)} held-out images: what training has to get "
+        "below"
+    )
 
 
 def draw_last_grid(training: Training) -> list[str]:
