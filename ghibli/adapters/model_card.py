@@ -86,9 +86,7 @@ def picture_section(picture: str | None) -> str:
     """Show a grid of the run; empty without one."""
     if picture is None:
         return ""
-    what = (
-        "Prompts, samplers and guidance scales: the base above, this model below, from the same start noise"
-    )
+    what = "Prompts, samplers and guidance scales: the base above, this model below, from the same noise"
     return f"\n![{what}]({picture})\n\n*{what}.*\n"
 
 
@@ -144,7 +142,8 @@ def usage_section(config: Config, files: list[str]) -> str:
         where = "" if "/" in base else "  # a folder on your disk"
         if config.model.path == "demo":
             base, where = "ghibli/demo", "  # a folder of Ghibli LoRA Lab's repository"
-        parts.append(f"""    pipeline = diffusers.StableDiffusionPipeline.from_pretrained({quoted(base)}){where}
+        loaded = f"diffusers.StableDiffusionPipeline.from_pretrained({quoted(base)}){where}"
+        parts.append(f"""    pipeline = {loaded}
     pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")
     pipeline({prompt}, guidance_scale={usual_guidance(config.loss.guidance):g}{skip})""")
     kohya = next((Path(name).stem for name in files if name.endswith("kohya.safetensors")), None)

@@ -131,9 +131,8 @@ def absolute_path(path: str) -> str:
 
 def as_overrides(model: str, settings: dict[str, str]) -> list[str]:
     """Return the overrides of train.py that are equivalent to default.yaml."""
-    return [f"model={model}", "data=ghibli"] + [
-        f"local.{key}={quote(value)}" for key, value in settings.items()
-    ]
+    paths = [f"local.{key}={quote(value)}" for key, value in settings.items()]
+    return [f"model={model}", "data=ghibli", *paths]
 
 
 def quote(text: str) -> str:

@@ -85,9 +85,8 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
         names = [file.name for file in sorted(run.adapter.glob("*.safetensors"))]
         grid = run.samples / f"{ROW_NAMES['lora']}.png"
         picture = f"../{grid.relative_to(run.path).as_posix()}" if grid.is_file() else None
-        card = model_card(
-            run, config, run.path.resolve().name, [f"`{name}`" for name in names], names, picture
-        )
+        lines_of_files = [f"`{name}`" for name in names]
+        card = model_card(run, config, run.path.resolve().name, lines_of_files, names, picture)
         write_text(run.adapter / "README.md", card)
     if logger is not None:
         wandb_logger.log_best(logger, gain.value, best_epoch)
