@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ghibli.report.content import comparison_page, run_page
+from ghibli.report.content import TIME, comparison_page, run_page
 from ghibli.report.run_data import read_run
 from ghibli.report.text import prose, typeset
 from ghibli.runs.folder import RunDir
@@ -71,8 +71,14 @@ def page_content(folders: list[Path]) -> dict[str, Any]:
     if len(runs) == 1 and is_run(folders[0]):
         return run_page(read_run(runs[0], with_scores=False))
     study = folders[0] if len(folders) == 1 else None
-    title = study.resolve().name if study else f"{folders[0].resolve().name} and {len(runs) - 1} more"
+    title = study.resolve().name if study else title_of_several([folder.resolve().name for folder in folders])
     return comparison_page(title, [read_run(run, with_scores=True) for run in runs], study)
+
+
+def title_of_several(names: list[str]) -> str:
+    """Name a page about several folders, by one that is not named after the time if there is one."""
+    name = next((name for name in names if not TIME.match(name)), None)
+    return f"{len(names)} runs compared" if name is None else f"{name} and {len(names) - 1} more"
 
 
 def is_run(folder: Path) -> bool:

@@ -5,7 +5,7 @@ import textwrap
 
 GLUE = "\0"  # stands for a space at which no line is broken
 COMMAND = (  # as `command_here` writes it, to its end, with the label or quote before it
-    r"(?:^\w* +|`)?(?:\S*/bin/)?(?:python[\d.]* (?:\S+\.py|-m)|ghibli [a-z]+|wandb [a-z]+|hf auth)"
+    r"(?:^\S* {2,}|`)?(?:\S*/bin/)?(?:python[\d.]* (?:\S+\.py|-m)|ghibli [a-z]+|wandb [a-z]+|hf auth)"
     r"(?: (?! )[^ `;]+)*"
 )
 NUMBER = r"\d %(?: \+- [\d.]+ %)?"
@@ -21,7 +21,7 @@ def fold(line: str, width: int) -> str:
     if len(line) <= width:
         return line
     glued = WHOLE.sub(lambda found: found[0].replace(" ", GLUE), line)
-    label = re.match(r"\w* {2,}", line)
+    label = re.match(r"\S* {2,}", line)
     folded = textwrap.fill(
         glued, width, subsequent_indent=" " * len(label[0]) if label else "",
         break_long_words=False, break_on_hyphens=False, replace_whitespace=False, expand_tabs=False,
