@@ -13,6 +13,7 @@ from ghibli.config.checks import require, require_choice, require_finite
 from ghibli.config.registry import (
     DISTRIBUTIONS,
     LOSSES,
+    TERMS,
     WEIGHTINGS,
     check_steps,
     optimizer_entry,
@@ -47,6 +48,7 @@ LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without
         "timestep_range": None,
         "timestep_distribution": "uniform",
         "timestep_parameters": None,
+        "terms": {},
     },
     "optimizer": {"text_encoder_lr": None, "lora_plus": None, "options": {}, "ema_decay": None},
     "early_stopping": {"min_improvement": 0.0},
@@ -222,6 +224,7 @@ class LossConfig:
     timestep_range: list[int] | None  # first and last timestep, both trained; None = all of the base's
     timestep_distribution: str  # uniform, or one of DISTRIBUTIONS over the range
     timestep_parameters: list[float] | None  # its two; None = its own
+    terms: dict[str, float]  # name in TERMS -> weight of what is added to the loss
 
     @property
     def weighting_name(self) -> str | None:
@@ -230,6 +233,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         LOSSES.require(self.function)
+        for name, weight in self.terms.items():
+            TERMS.require(name)
+            require(isfinite(weight), f"loss.terms.{name}", weight, "a finite number")
         require(0 < self.huber_c < inf, "loss.huber_c", self.huber_c, "more than 0, and finite")
         require(
             self.guidance >= 1, "loss.guidance", self.guidance,

@@ -76,7 +76,7 @@ class CheckSweep(Callback):
             return
         plan, number = studies[-1].plan if studies else None, int(config.hydra.job.num)
         name = plan[number].name if plan else Path(config.hydra.runtime.output_dir).name
-        position = progress(number, plan and [trial.work for trial in plan])
+        position = progress(number, None if plan is None else [trial.work for trial in plan])
         logger.info(f"\n{position}: {name}" if name else f"\n{position}")
         self.stopwatch = Stopwatch(Work(int(config.trainer.max_epochs), config.loss.guidance != 1))
 

@@ -79,7 +79,11 @@ COLUMNS = [
         csv_cells=lambda minutes: (f"{minutes:.1f}",),
     ),
     Column(
-        title="verdict", csv_names=("verdict",), value=lambda trial: trial.verdict, text=str, align="left",
+        title="verdict",
+        csv_names=("verdict",),
+        value=lambda trial: trial.verdict,
+        text=str,
+        align="left",
         optional=True,
     ),
 ]
