@@ -192,12 +192,7 @@ def test_the_term_of_the_page_is_added_and_has_a_column(
     register: Callable, make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
     """In the first row, before any update, the loss is larger by the weighted term and by nothing else."""
-    words = (
-        "trainer.max_epochs=1",
-        "sample.every_n_epochs=0",
-        "+trainer.limit_train_batches=4",
-        "lora.rank=4",
-    )
+    words = ("trainer.max_epochs=1", "sample.every_n_epochs=0", "data.batch_size=11", "data.accumulate=1")
     with pytest.raises(UserError, match=r"loss.terms=toy is unknown"):
         make_config("+loss.terms.toy=0.5")
     register(TERMS, TermEntry(f"{__name__}:slope"))
