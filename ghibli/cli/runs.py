@@ -1,4 +1,4 @@
-"""`ghibli list`, `watch`, `rm`, `evaluate`, `compare` and `report`."""
+"""`ghibli list`, `watch`, `rm`, `clean`, `evaluate`, `compare` and `report`."""
 
 import time
 from dataclasses import replace
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ghibli.cli.options import app
 from ghibli.config.registry import sampler_label
-from ghibli.runs import listing, monitor, removal
+from ghibli.runs import cleaning, listing, monitor, removal
 from ghibli.runs.find import OUTPUTS, finished_run, folders_with, run_named
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.commands import command_here, list_hint
@@ -90,6 +90,42 @@ def rm_command(
         if really:
             removal.remove(plan)
         console.print(one_line(plan.summary(done=really)))
+    if not really:
+        console.print("nothing was deleted; --really deletes this")
+
+
+@app.command("clean")
+def clean_command(
+    cache: Annotated[
+        Path | None, typer.Argument(metavar="[CACHE]", help="by default cache_dir of conf/train.yaml")
+    ] = None,
+    older: Annotated[
+        float | None, typer.Option(help="delete what was not used for so many days", min=0)
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="delete the longest unused until so much is left, such as 2GB")
+    ] = None,
+    really: Annotated[bool, typer.Option("--really", help="delete; without it, only list")] = False,
+) -> None:
+    """Delete old entries of the cache (drawn images, latents, scores); runs and adapters stay."""
+    from ghibli.runs.compose import cache_of_this_machine
+
+    folder = cache or Path(cache_of_this_machine())
+    found = cleaning.entries(folder)
+    if older is None and keep is None:
+        for line in cleaning.summaries(found) or [f"{folder} is empty"]:
+            console.print(line)
+        console.print("nothing was deleted; choose with --older DAYS or --keep SIZE")
+        return
+    going = cleaning.chosen(found, older, None if keep is None else cleaning.parse_size(keep), time.time())
+    for line in cleaning.summaries(going):
+        console.print(line)
+    if really:
+        cleaning.require_idle()
+        cleaning.delete(going)
+    size = sum(one.size for one in going) / 1e6
+    verb = "deleted" if really else "would delete"
+    console.print(one_line(f"{verb} {len(going)} of {len(found)} entries of {folder}, {size:.1f} MB"))
     if not really:
         console.print("nothing was deleted; --really deletes this")
 

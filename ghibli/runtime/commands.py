@@ -45,9 +45,12 @@ def program(name: str) -> list[str]:
 
 
 def short_path(path: str) -> str:
-    """Return a path relative to the current folder where it lies in it, else as it is."""
+    """Return a path to a program relative to the current folder where it lies in it, else as it is."""
     place, here = Path(path), Path.cwd()
-    return str(place.relative_to(here)) if place.is_relative_to(here) else path
+    if not place.is_relative_to(here):
+        return path
+    short = place.relative_to(here)
+    return f"./{short}" if len(short.parts) == 1 else str(short)  # without a slash bash would look in PATH
 
 
 def install_command(extra: str) -> str:
