@@ -21,7 +21,7 @@ LOST = f"stopped after this step; go on with: {COMMAND}; no step of it is lost"
     [
         (GAIN, [GAIN.removesuffix(" 13.4 %)"), "13.4 %)"]),
         (NEXT, [NEXT]),
-        (LOST, ["stopped after this step; go on with:", f"{COMMAND}; no step of", "it is lost"]),
+        (LOST, ["stopped after this step; go on with:", f"{COMMAND}; no step of it is lost"]),
         ("gain     " + "word " * 20, ["gain    " + " word" * 14, "        " + " word" * 6]),
         ("W&B      wandb sync " + "x" * 70, ["W&B      wandb sync " + "x" * 70]),
         (f"`ghibli list` shows {'x' * 60} them", [f"`ghibli list` shows {'x' * 60}", "them"]),

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from scipy.stats import sem
 
+import train
 from ghibli.config.schema import Config
 from ghibli.evaluation.gain import Gain
-from ghibli.training.finalize import closing_lines
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.files import read_rows
+from ghibli.training.finalize import Result, base_loss_line, closing_lines
 
 
 @pytest.mark.parametrize(
@@ -26,3 +32,27 @@ def test_the_last_lines(
     text = "\n".join(closing_lines(config, Path("a run").absolute(), Gain(gain, 0.01), -43.0))
     assert said in text and unsaid not in text
     assert config.finetune == "none" or "next     ghibli report 'a run'" in text
+
+
+def test_a_baseline_prints_the_loss_of_the_base(
+    make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The mean over held-out images, as probe.csv has it."""
+    run = RunDir(tmp_path)
+    train.run(make_config("finetune=none", "sample.every_n_epochs=0"), run)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss ")]
+    (row,) = read_rows(run.probe)
+    assert f"loss     {float(row['probe/val_loss']):.4f} +- " in line
+    assert f"on {row['probe/val_images']} held-out images: what training has to get below" in line
+
+
+def test_the_standard_error_of_the_base_is_over_images() -> None:
+    losses = torch.rand(9, 4, generator=torch.Generator().manual_seed(0))
+    probe = SimpleNamespace(history=[SimpleNamespace(val=losses)])
+    line = base_loss_line(SimpleNamespace(module=SimpleNamespace(probe=probe)))
+    assert f"{losses.mean():.4f} +- {sem(losses.mean(dim=1).numpy()):.4f} on 9" in line
+
+
+def test_a_trial_of_a_sweep_ends_in_two_lines() -> None:
+    lines = ["trained  LoRA", "gain     better", "grid     a.png", "next     ghibli report a", "         b"]
+    assert Result(Gain(0.1, 0.01), 1, lines).brief == "trained  LoRA\ngain     better"
