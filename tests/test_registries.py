@@ -228,7 +228,7 @@ def test_a_toy_optimiser_steps_and_its_memory_is_known(
     torch.testing.assert_close(parameter.detach(), before * (1 - 0.5 * config.optimizer.weight_decay) - 0.5)
     weights = sum(p.numel() for p in module.trainable.values())
     shapes = [tuple(p.shape) for p in module.trainable.values()]
-    assert memory.optimizer_state_size(config, shapes) == 4 * weights
+    assert memory.optimizer_state_size(config.optimizer, shapes) == 4 * weights
     assert memory.estimate_disk(config, shapes, 1, 1).checkpoints == memory.CHECKPOINTS * 8 * weights
     (tmp_path / "config.yaml").write_text(files.to_yaml(config))
     assert files.from_yaml(tmp_path / "config.yaml") == config

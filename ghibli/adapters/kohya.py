@@ -14,7 +14,7 @@ from ghibli.adapters.files import Adapter, is_plain
 from ghibli.adapters.layers import UNSCALED, Full, InputOFT, Layer, LoKr, LoRA, at_alpha, tucker
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.adapters.sidecar import clean_name, title_of
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, describe
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import with_sorted_metadata
 from ghibli.runtime.errors import UserError
@@ -133,7 +133,7 @@ def metadata_of(
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{v2_architecture if is_v2 else 'stable-diffusion-v1'}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": title_of(config),
+        "modelspec.title": title_of(config.data.style, describe(config)),
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.prediction_type": "v" if is_v else "epsilon",
         "modelspec.trigger_phrase": words,

@@ -15,10 +15,10 @@ def clean_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text).strip("._-")[:LONGEST] or "adapter"
 
 
-def title_of(config: Config) -> str:
+def title_of(style: str, settings: str) -> str:
     """Return a readable title: the style's words, then what was trained."""
-    words = config.data.style.strip(" ,")
-    title = f"{words}: {describe(config)}" if words else describe(config)
+    words = style.strip(" ,")
+    title = f"{words}: {settings}" if words else settings
     return title.encode("utf-8", "replace").decode()
 
 
@@ -31,7 +31,7 @@ def write_sidecar(adapter_file: Path, config: Config, base: BaseModel) -> None:
     if target.exists():
         return
     content = {
-        "description": title_of(config),
+        "description": title_of(config.data.style, describe(config)),
         "sd version": "SD2" if base.family == "sd2" else "SD1",
         "activation text": config.data.style.strip(" ,").encode("utf-8", "replace").decode(),
         "preferred weight": 1.0,

@@ -23,7 +23,8 @@ from ghibli.runtime.terminal import one_line
 FEWEST = 100  # samples of a cell below which precision and recall say nothing
 LEGEND = (
     "cell: sampler and guidance. Distances to real images: lower is better, and the floor is what other real "
-    "images have.\nbelow base: by how much, +- one standard error. captions: how well an image fits its "
+    "images have.\nbelow base: by how much, +- one standard error. layout: the same distance by where things "
+    "are in the image,\nwhich the first does not see. captions: how well an image fits its "
     f"prompt, higher is better.\nprecision and recall: shown from {FEWEST} samples on. See docs/evaluation.md"
 )
 
@@ -176,7 +177,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
     kernel, frechet = distance_names(result["features"])
     counts = f"{result['samples']} samples, {steps_text(result)}, {result['reference_images']} real images"
     table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
-    for name in ("model", "cell", kernel, "below base", frechet, "captions", "precision", "recall"):
+    for name in ("model", "cell", kernel, "below base", "layout", frechet, "captions", "precision", "recall"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
     for model, rows in result["models"].items():
         for row in rows:
@@ -188,7 +189,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
 
 
 def evaluation_cells(row: dict[str, Any], samples: int) -> tuple[str, ...]:
-    """Format kernel distance, paired difference, Frechet distance, caption fit, precision and recall.
+    """Format kernel distance, difference to the base, layout, Frechet distance, captions, precision, recall.
 
     Precision and recall of few samples say nothing and are left out.
     """
@@ -200,6 +201,7 @@ def evaluation_cells(row: dict[str, Any], samples: int) -> tuple[str, ...]:
     return (
         with_error(row["kernel"], 2),
         with_error(difference and [-difference[0], difference[1]], 2),
+        with_error(row.get("layout"), 2),
         f"{row['frechet']:.1f}",
         with_error(row["caption_fit"], 1),
         f"{100 * row['precision']:.0f} %" if samples >= FEWEST else "-",

@@ -34,7 +34,7 @@ def percent_text(share: float) -> str:
 
 
 def at_the_start(
-    config: Config,
+    guidance: float,
     alphas_cumprod: torch.Tensor,
     base_alphas_cumprod: torch.Tensor,
     trainable: Iterable[torch.Tensor],
@@ -42,13 +42,14 @@ def at_the_start(
     """Return the findings before the first step.
 
     Args:
+        guidance: of the training, loss.guidance.
         alphas_cumprod, base_alphas_cumprod: (T,) of the training and of the base.
         trainable: the weights that are trained.
     """
     found = [
         wrong_noise_schedule(alphas_cumprod, base_alphas_cumprod),
         weights_in_16_bits(trainable),
-        guided_sampling_scale(config.loss.guidance),
+        guided_sampling_scale(guidance),
     ]
     return [finding for finding in found if finding is not None]
 

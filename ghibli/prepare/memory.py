@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ghibli.config.registry import Shape, fp32_copies, optimizer_entry
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, OptimizerConfig
 from ghibli.data.latents import CHUNK
 from ghibli.models.cost import FRAGMENTS, Cost, measure_cost
 from ghibli.training.module import GhibliModule
@@ -54,7 +54,7 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
     cost, loss = step_costs(module), config.loss
     shapes = [tuple(p.shape) for p in module.trainable.values()]
     gradients = sum(4 * p.numel() for p in module.trainable.values())
-    latents = latents_size(config, images)
+    latents = latents_size(config.model.resolution, images, config.data.flip)
     branches = 1 if loss.guidance == 1 else 2
     phases = {
         "encoding the images": cost["encode"].at(side, CHUNK),
@@ -68,19 +68,19 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
         both = 1 if max(config.sample.guidance) == 1 else 2
         denoising = cost["score"].at(side, both * len(config.sample.prompts))
         phases["drawing the grid"] = max(denoising, cost["decode"].at(side, 1))
-    return Memory(gradients + optimizer_state_size(config, shapes) + latents, phases)
+    return Memory(gradients + optimizer_state_size(config.optimizer, shapes) + latents, phases)
 
 
-def optimizer_state_size(config: Config, shapes: Iterable[Shape]) -> float:
-    """Return the bytes that the run's optimiser keeps for trained fp32 tensors, and their average if any."""
-    state_bytes, average = optimizer_entry(config.optimizer.name).state_bytes, fp32_copies(1)
-    averaged = config.optimizer.ema_decay is not None
+def optimizer_state_size(options: OptimizerConfig, shapes: Iterable[Shape]) -> float:
+    """Return the bytes that an optimiser keeps for trained fp32 tensors, and their average if any."""
+    state_bytes, average = optimizer_entry(options.name).state_bytes, fp32_copies(1)
+    averaged = options.ema_decay is not None
     return sum(state_bytes(shape) + averaged * average(shape) for shape in shapes)
 
 
-def latents_size(config: Config, images: int) -> int:
+def latents_size(resolution: int, images: int, flip: bool = False) -> int:
     """Return the bytes of the VAE moments in memory and in the cache: mean and log-variance, fp32."""
-    return (2 if config.data.flip else 1) * images * 2 * 4 * 4 * (config.model.resolution // 8) ** 2
+    return (2 if flip else 1) * images * 2 * 4 * 4 * (resolution // 8) ** 2
 
 
 def step_costs(module: GhibliModule) -> dict[str, Cost]:
@@ -139,5 +139,5 @@ def estimate_disk(config: Config, shapes: list[Shape], epochs: int, cells: int) 
     tile = (side if side >= 256 else 2 * side) ** 2
     grids = 0 if every == 0 else 1 + epochs // every + (every > 1)  # at the end, every n, after epoch 1
     images = grids * 2 * cells * len(config.sample.prompts)
-    checkpoint = weights + optimizer_state_size(config, shapes)
+    checkpoint = weights + optimizer_state_size(config.optimizer, shapes)
     return Disk(int(CHECKPOINTS * checkpoint), 3 * weights, int(1.5 * tile * images))  # bytes of a PNG's px

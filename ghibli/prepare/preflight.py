@@ -73,7 +73,7 @@ def check(overrides: list[str], card: str | None = None) -> list[Finding]:
     found += of_base
     if module:
         alphas = module.alphas_cumprod, module.base_alphas_cumprod
-        found += diagnosis.at_the_start(config, *alphas, module.trainable.values())
+        found += diagnosis.at_the_start(config.loss.guidance, *alphas, module.trainable.values())
     if trainer:
         found.append(about_device(trainer))
     if is_read:
@@ -231,23 +231,27 @@ def about_run(
     found: list[Finding] = []
     epochs = trainer.max_epochs if config.finetune != "none" else 0
     if config.finetune != "none":
-        result_or_finding(found, "plan", lambda: found.extend(about_plan(config, data, trainer)))
+        result_or_finding(found, "plan", lambda: found.extend(about_plan(data, trainer)))
         result_or_finding(found, "workers", data.check_workers)
     found.append(about_memory(module, data, trainer))
     shapes = [tuple(p.shape) for p in module.trainable.values()]
     cells = len(cells_of(config.sample, config.loss.guidance))
     found.append(about_disk(memory.estimate_disk(config, shapes, epochs, cells), folder))
-    return found + about_cache(config, len(data.train_images) + len(data.val_images))
+    size = memory.latents_size(
+        config.model.resolution, len(data.train_images) + len(data.val_images), config.data.flip
+    )
+    return found + about_cache(size, config.cache_dir)
 
 
-def about_plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:
+def about_plan(data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:
     """Describe steps, epochs and the learning rate schedule; warn about a warm-up that is too long.
 
     Raises:
         UserError: fewer training images than one optimiser step takes.
     """
     accumulate, devices = trainer.accumulate_grad_batches, trainer.world_size
-    steps, options = data.steps_per_epoch(accumulate, devices), config.optimizer
+    steps, options = data.steps_per_epoch(accumulate, devices), data.config.optimizer
+    batch_size = data.config.data.batch_size
     total = steps * trainer.max_epochs
     if trainer.max_steps > 0:
         total = min(total, trainer.max_steps)
@@ -261,7 +265,7 @@ def about_plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> li
 
     rates = ", ".join(f"{rate(share):.3g} at {100 * share:.0f} %" for share in (0, 0.25, 0.5, 0.75, 1))
     text = (
-        f"{images_in_words(data)}, batch size {config.data.batch_size} x accumulation {accumulate} x "
+        f"{images_in_words(data)}, batch size {batch_size} x accumulation {accumulate} x "
         f"{devices} device{'s' * (devices > 1)}: {steps} optimiser steps per epoch, {trainer.max_epochs} "
         f"epochs, {total} steps; learning rate {rates}"
     )
@@ -272,11 +276,11 @@ def about_plan(config: Config, data: GhibliDataModule, trainer: L.Trainer) -> li
             "never reaches its peak; lower it"
         )
         found.append(Finding("warm-up", text))
-    unused = left_out(data.shapes, config.data.batch_size * devices)
+    unused = left_out(data.shapes, batch_size * devices)
     if unused:
         text = (
             f"{unused} training images have shapes with fewer images than a batch of "
-            f"{config.data.batch_size * devices}, so they are never trained on: lower data.batch_size (and "
+            f"{batch_size * devices}, so they are never trained on: lower data.batch_size (and "
             "raise data.accumulate), or set data.resize=center_crop"
         )
         found.append(Finding("shapes", text))
@@ -381,13 +385,13 @@ def about_disk(need: memory.Disk, folder: Path) -> Finding:
     return Finding("disk", f"{text}: free some space, or choose another disk, hydra.run.dir=DIR", "error")
 
 
-def about_cache(config: Config, images: int) -> list[Finding]:
-    """Report an error if the cached latents do not fit on the disk."""
-    need, free = memory.latents_size(config, images), resources.free_disk(Path(config.cache_dir))
+def about_cache(need: int, cache_dir: str) -> list[Finding]:
+    """Report an error if the cached latents, in bytes, do not fit on the disk."""
+    free = resources.free_disk(Path(cache_dir))
     if need <= free:
         return []
     text = (
-        f"the cached latents need {need / 1e6:.1f} MB below cache_dir={config.cache_dir}, where "
+        f"the cached latents need {need / 1e6:.1f} MB below cache_dir={cache_dir}, where "
         f"{free / 1e6:.1f} MB are free: free some space, or choose another disk, cache_dir=DIR"
     )
     return [Finding("cache", text, "error")]

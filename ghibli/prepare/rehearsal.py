@@ -135,7 +135,7 @@ def optimizer_bytes(module: GhibliModule) -> float:
     """Return the bytes of the gradients and of the optimiser's state."""
     shapes = [tuple(parameter.shape) for parameter in module.trainable.values()]
     gradients = sum(4 * parameter.numel() for parameter in module.trainable.values())
-    return gradients + optimizer_state_size(module.config, shapes)
+    return gradients + optimizer_state_size(module.config.optimizer, shapes)
 
 
 def saved_by_bits(module: GhibliModule, bits: int | None, precision: str) -> float:

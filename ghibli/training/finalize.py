@@ -17,7 +17,6 @@ from ghibli.config.schema import Config, describe
 from ghibli.diffusion.samplers import NotFinite
 from ghibli.evaluation.gain import Gain
 from ghibli.runs import identity
-from ghibli.runs.folder import RunDir
 from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
@@ -26,7 +25,6 @@ from ghibli.runtime.provenance import now
 from ghibli.runtime.resources import peak_memory
 from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import load_weights
-from ghibli.training.module import GhibliModule
 from ghibli.training.session import Training
 
 ROW_NAMES = {"lora": "adapter", "full": "fine-tuned", "none": "base"}  # of the last grid
@@ -74,7 +72,7 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
     else:
         lines.append(base_loss_line(training))
     lines += draw_last_grid(training)
-    lines += save_weights(config, run, module, {"step": trainer.global_step, "best_epoch": best_epoch})
+    lines += save_weights(training, {"step": trainer.global_step, "best_epoch": best_epoch})
     lines.append(f"run      {relative_path(run.path)}")
     run.status.update(
         state="finished", ended=now(), step=trainer.global_step, epoch=trainer.current_epoch,
@@ -128,21 +126,22 @@ def draw_last_grid(training: Training) -> list[str]:
     return [f"grid     {relative_path(file)}"]
 
 
-def save_weights(config: Config, run: RunDir, module: GhibliModule, facts: dict[str, Any]) -> list[str]:
+def save_weights(training: Training, facts: dict[str, Any]) -> list[str]:
     """Write the best adapter in both layouts, or the whole UNet; return the lines that name the files."""
+    config, run, module = training.config, training.run, training.module
     if config.finetune == "full":
         module.base.unet.save_pretrained(run.unet)
         return [f"UNet     {relative_path(run.unet)}"]
     if config.finetune == "none":
         return []
     file = lora.save_adapter(module.base, run.adapter)
-    kohya = save_kohya(config, run, module, run.status.read() | facts | {"ended": None})
+    kohya = save_kohya(training, run.status.read() | facts | {"ended": None})
     export = command_here("ghibli", "export", Path(relative_path(run.path)))
     elsewhere = f"`{export}` writes a file" if kohya is None else relative_path(kohya)
     return [f"adapter  {relative_path(file)}", f"         {elsewhere} for ComfyUI and A1111"]
 
 
-def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[str, Any]) -> Path | None:
+def save_kohya(training: Training, facts: dict[str, Any]) -> Path | None:
     """Write the best adapter in kohya's layout, read it back and compare.
 
     Returns:
@@ -152,13 +151,14 @@ def save_kohya(config: Config, run: RunDir, module: GhibliModule, facts: dict[st
     Raises:
         UserError: what was written is not what was trained.
     """
-    adapter = read_adapter(run.adapter, module.base, "adapter")
+    config, folder, base = training.config, training.run.adapter, training.module.base
+    adapter = read_adapter(folder, base, "adapter")
     if any(only_as_a_whole(layer) for layer in adapter.layers.values()):
         return None
-    file = run.adapter / "kohya.safetensors"
-    write_kohya(adapter, file, metadata_of(adapter, module.base, config, facts, describe(config)))
-    write_sidecar(file, config, module.base)
-    again = read_adapter(file, module.base, "adapter").layers
+    file = folder / "kohya.safetensors"
+    write_kohya(adapter, file, metadata_of(adapter, base, config, facts, describe(config)))
+    write_sidecar(file, config, base)
+    again = read_adapter(file, base, "adapter").layers
     for name, layer in adapter.layers.items():
         written = again.get(name)
         if written is None or not same_update(written, layer):

@@ -45,7 +45,9 @@ class GhibliModule(L.LightningModule):
         self.unet, self.text_encoder = base.unet, base.text_encoder
         own = make_scheduler("ddpm", base).alphas_cumprod
         self.register_buffer("base_alphas_cumprod", own, persistent=False)
-        self.register_buffer("alphas_cumprod", training_schedule(config, own), persistent=False)
+        self.register_buffer(
+            "alphas_cumprod", training_schedule(config.loss.noise_schedule, own), persistent=False
+        )
         check_weighting(config.loss, self.alphas_cumprod, base.prediction_type)
         timestep_function(config.loss, self.num_train_timesteps)  # refuses a range that the base has not
         self.register_buffer("empty_ids", base.tokenize([""]), persistent=False)
@@ -235,8 +237,8 @@ def prefixed(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"train/{name}": value.detach() for name, value in terms.items()}
 
 
-def training_schedule(config: Config, own: torch.Tensor) -> torch.Tensor:
+def training_schedule(noise_schedule: str, own: torch.Tensor) -> torch.Tensor:
     """Return alphas_cumprod (T,) of training: the base's own, or the reference study's linear betas."""
-    if config.loss.noise_schedule == "base":
+    if noise_schedule == "base":
         return own
     return torch.cumprod(1 - linear_betas(len(own)), dim=0)

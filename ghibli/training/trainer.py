@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, EarlyStoppingConfig
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.training.callbacks.average import WeightAverage
@@ -77,20 +77,22 @@ def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> Callbacks:
             ordered.insert(0, WeightAverage(config.optimizer.ema_decay))
         if config.evaluate.every_n_epochs > 0:
             ordered.insert(-1, DistanceCurve(config, run))
-        ordered += [*early_stopping(config), *checkpoints(config, run)]
+        ordered += [
+            *early_stopping(config.early_stopping),
+            *checkpoints(run, config.checkpoint.every_n_steps),
+        ]
     return Callbacks(records, samples, doctor, ordered)
 
 
-def early_stopping(config: Config) -> list[Callback]:
+def early_stopping(options: EarlyStoppingConfig) -> list[Callback]:
     """Build the stock EarlyStopping, if the settings ask for it."""
-    patience = config.early_stopping.patience
-    if patience is None:
+    if options.patience is None:
         return []
-    monitor, mode = WATCHED[config.early_stopping.watch]
-    return [EarlyStopping(monitor, mode=mode, patience=patience, check_on_train_epoch_end=True)]
+    monitor, mode = WATCHED[options.watch]
+    return [EarlyStopping(monitor, mode=mode, patience=options.patience, check_on_train_epoch_end=True)]
 
 
-def checkpoints(config: Config, run: RunDir) -> list[Callback]:
+def checkpoints(run: RunDir, every_n_steps: int) -> list[Callback]:
     """Build the three checkpoints: the best epoch's, every epoch's, and every n optimiser steps'."""
     common = {"dirpath": run.checkpoints, "enable_version_counter": False}
     return [
@@ -98,7 +100,7 @@ def checkpoints(config: Config, run: RunDir) -> list[Callback]:
             monitor="probe/val_gain", mode="max", filename="best", save_on_train_epoch_end=True, **common
         ),
         FolderCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common),
-        StepCheckpoint(filename="last", every_n_train_steps=config.checkpoint.every_n_steps, **common),
+        StepCheckpoint(filename="last", every_n_train_steps=every_n_steps, **common),
     ]
 
 

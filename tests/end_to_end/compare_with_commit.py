@@ -2,12 +2,15 @@
 
     python tests/end_to_end/compare_with_commit.py [COMMIT] [--images DIR] [--only NAME] [--threads N]
 
-Compared are the trained weights' bytes, the loss column, probe.csv and the pixels of the grids.
-A refactor leaves all of it as it is. --images names a folder of real images; without it that run is left out.
+Compared are the trained weights' bytes, the loss column, the columns of probe.csv that both have, and the
+pixels of the grids. A refactor leaves all of it as it is. --images names a folder of real images; without it
+that run is left out. Images with a colour profile other than sRGB are left out of it: commits before 894e136
+ignored the profile, so they train on other colours.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,8 @@ REPO = Path(__file__).parents[2]
 sys.path.insert(0, str(REPO / "tests"))
 
 from faults.compare import image, rows_of  # noqa: E402
+
+from ghibli.images.read import is_image_name, open_file, transform_to_srgb  # noqa: E402
 
 FIXED = ("model=demo", "wandb.mode=disabled", "hydra.run.dir=run", "cache_dir=cache")
 RUNS = {
@@ -51,18 +56,31 @@ def weights_of(run: Path) -> dict[str, bytes]:
     return found
 
 
+def differing_weights(left: Path, right: Path) -> list[str]:
+    """Say how many trained weights two runs do not share to the bit, and name the first."""
+    ours, theirs = weights_of(left), weights_of(right)
+    assert ours, f"{left} has trained nothing"
+    names = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
+    return [f"{len(names)} of {len(ours)} weights, the first {names[0]}"] if names else []
+
+
+def differing_scores(left: Path, right: Path) -> list[str]:
+    """Name the columns of probe.csv that both runs have and that differ in any digit."""
+    ours, theirs = rows_of(left / "probe.csv"), rows_of(right / "probe.csv")
+    if len(ours) != len(theirs):
+        return [f"probe.csv has {len(ours)} rows against {len(theirs)}"]
+    both = [name for name in theirs[0] if name in ours[0]]
+    assert "probe/val_gain" in both, f"no gain in {left / 'probe.csv'}"
+    pairs = list(zip(ours, theirs, strict=True))
+    return [f"probe.csv: {name}" for name in both if any(a[name] != b[name] for a, b in pairs)]
+
+
 def differences(left: Path, right: Path) -> list[str]:
     """Name everything in which two finished runs differ."""
-    found = []
-    ours, theirs = weights_of(left), weights_of(right)
-    if not ours or ours.keys() != theirs.keys():
-        found.append(f"names of weights: {sorted(ours.keys() ^ theirs.keys())}")
-    found += [name for name in ours if ours[name] != theirs.get(name)]
+    found = [*differing_weights(left, right), *differing_scores(left, right)]
     losses = [[row["train/loss"] for row in rows_of(run / "metrics.csv")] for run in (left, right)]
     if not losses[0] or losses[0] != losses[1]:
         found.append("loss column")
-    if (left / "probe.csv").read_bytes() != (right / "probe.csv").read_bytes():
-        found.append("probe.csv")
     grids = [sorted(file.name for file in (run / "samples").iterdir()) for run in (left, right)]
     if not grids[0] or grids[0] != grids[1]:
         found.append("names of grids")
@@ -70,6 +88,22 @@ def differences(left: Path, right: Path) -> list[str]:
         if not (image(left / "samples" / name) == image(right / "samples" / name)).all():
             found.append(f"pixels of {name}")
     return found
+
+
+def has_profile(file: Path) -> bool:
+    """Return whether an image has a colour profile that is not sRGB."""
+    with open_file(file) as image:
+        profile = image.info.get("icc_profile")
+        return bool(profile) and transform_to_srgb(profile, image.mode) is not None
+
+
+def without_profiles(images: Path, copy: Path) -> Path:
+    """Copy a folder of images, except those with a colour profile; return the copy."""
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if is_image_name(Path(name)) and has_profile(Path(folder, name))]
+
+    return Path(shutil.copytree(images, copy, ignore=left_out))
 
 
 def main() -> None:
@@ -82,10 +116,11 @@ def main() -> None:
     parser.add_argument("--only", choices=[*RUNS, "real"])
     asked = parser.parse_args()
     runs = dict(RUNS)
-    if asked.images is not None:
-        runs["real"] = ("data=ghibli", f"data.root={asked.images.resolve()}")
     different = False
     with tempfile.TemporaryDirectory() as scratch:
+        if asked.images is not None:
+            real = without_profiles(asked.images, Path(scratch, "images"))
+            runs["real"] = ("data=ghibli", f"data.root={real}")
         other = Path(scratch, "tree")
         subprocess.run(
             ["git", "worktree", "add", "-q", "--detach", other, asked.commit], cwd=REPO, check=True

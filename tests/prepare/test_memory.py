@@ -41,7 +41,7 @@ def test_every_optimiser_has_its_own_need(
     weights, kept, checkpoints = sum(p.numel() for p in module.trainable.values()), {}, {}
     for name in OPTIMIZERS:
         module.config = make_config("lora.rank=8", f"optimizer.name={name}", "optimizer.schedule=constant")
-        latents = memory.latents_size(module.config, 10)
+        latents = memory.latents_size(module.config.model.resolution, 10)
         kept[name] = (memory.estimate_memory(module, 10, "32-true").kept - latents) / weights
         disk = memory.estimate_disk(module.config, shapes, epochs=1, cells=1)
         checkpoints[name] = disk.checkpoints / weights / memory.CHECKPOINTS

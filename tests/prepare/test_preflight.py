@@ -352,16 +352,15 @@ def test_each_process_of_a_run_on_the_cpu_needs_its_memory(
 
 
 def test_the_cached_latents_are_as_large_as_predicted(
-    make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """131 kB per image at 512 px, twice that with mirrored ones; one line if the disk is too small."""
-    config = make_config("model.resolution=512", f"cache_dir={tmp_path}")
     latents = torch.zeros(3, 4, 64, 64)  # twice, mean and log-variance, in latents.Moments
-    assert memory.latents_size(config, 3) == 2 * latents.numel() * latents.element_size() == 3 * 131072
-    assert memory.latents_size(make_config("model.resolution=512", "data.flip=true"), 3) == 6 * 131072
-    assert preflight.about_cache(config, 3) == []
+    assert memory.latents_size(512, 3) == 2 * latents.numel() * latents.element_size() == 3 * 131072
+    assert memory.latents_size(512, 3, flip=True) == 6 * 131072
+    assert preflight.about_cache(3 * 131072, str(tmp_path)) == []
     monkeypatch.setattr(resources, "free_disk", lambda folder: 300_000 if folder == tmp_path else 2**40)
-    (finding,) = preflight.about_cache(config, 3)
+    (finding,) = preflight.about_cache(3 * 131072, str(tmp_path))
     assert finding.text.startswith(f"the cached latents need 0.4 MB below cache_dir={tmp_path}, where 0.3 MB")
 
 

@@ -245,7 +245,7 @@ def test_the_caption_score_is_computed_on_the_gpu(
     found = extractor.measure(torch.zeros(3, 3, 64, 64), ["a house"] * 3)
     assert seen == [CUDA]
     assert {name: (rows.device.type, len(rows)) for name, rows in found.items()} == {
-        "features": ("cpu", 3), "caption_fit": ("cpu", 3),
+        "features": ("cpu", 3), "layout": ("cpu", 3), "caption_fit": ("cpu", 3),
     }  # fmt: skip
 
 

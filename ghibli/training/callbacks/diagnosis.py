@@ -53,8 +53,9 @@ class Doctor(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         found = diagnosis.at_the_start(
-            self.config, pl_module.alphas_cumprod, pl_module.base_alphas_cumprod, pl_module.trainable.values()
-        )
+            self.config.loss.guidance, pl_module.alphas_cumprod, pl_module.base_alphas_cumprod,
+            pl_module.trainable.values(),
+        )  # fmt: skip
         self.report(trainer, found)
 
     def on_before_optimizer_step(
