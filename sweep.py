@@ -15,13 +15,13 @@ from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.here import on_this_machine
-from ghibli.runs.launch import current_run, hydra_entry, job_number
+from ghibli.runs.launch import current_run, hydra_entry
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, one_line_errors
 from ghibli.runtime.terminal import one_line
 from ghibli.sweeps import grid
 from ghibli.sweeps.grid import studies
-from ghibli.sweeps.jobs import failures, progress, run_trial
+from ghibli.sweeps.jobs import failures, run_trial
 
 
 def main() -> None:
@@ -46,8 +46,6 @@ def hydra_job(cfg: Any) -> float:
     """Train one trial of a grid, in this process or wherever Hydra's launcher puts it."""
     if cfg.sweep.report_only:
         return math.nan
-    total = studies[-1].trials if studies else None
-    console.print(f"\n{progress(job_number(), total)}: {current_run().path.name}", style="bold")
     return run_trial(current_run(), lambda: train.main(cfg))
 
 
@@ -62,8 +60,8 @@ def run_requested_study(request: grid.StudyRequest) -> None:
         with grid.hydra_on_conf():
             overrides = [*request.fixed, *(override.input_line for override in request.free)]
             trials = grid.grid_trials(request.cfg, overrides)
-            grid.check_trials("sweep", trials)
-        grid.open_study(request.cfg, len(trials))
+            plan, _ = grid.check_trials("sweep", trials)
+        grid.open_study(request.cfg, plan)
         search.successive_halving(trials, requested_job)
     else:
         with grid.hydra_on_conf():

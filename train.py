@@ -36,7 +36,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             from ghibli.prepare import preflight
             from ghibli.training.finalize import finalize
             from ghibli.training.loggers import choice
-            from ghibli.training.session import build, training_session
+            from ghibli.training.session import build, is_trial_at_work, training_session
 
         with training_session(config, run_dir, resumes) as session:
             training = build(config, run_dir, session.stop)
@@ -47,7 +47,7 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
                 preflight.before_training(training.module, training.data, training.trainer, run_dir)
             training.fit(session.checkpoint, SCRIPT)
             result = finalize(training, dashboards)
-            console.print(result.summary)
+            console.print(result.brief if is_trial_at_work(run_dir) else result.summary)
     return result.objective
 
 

@@ -13,6 +13,7 @@ from ghibli.images.read import open_image
 from ghibli.runs.find import run_named
 from ghibli.runs.folder import RunDir
 from ghibli.runs.monitor import read_gains
+from ghibli.runtime.commands import command_here, list_hint
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.terminal import one_line
 
@@ -30,9 +31,7 @@ class Run:
     def __init__(self, name: str | Path = "latest"):
         self.folder: RunDir = run_named(str(name))
         if not self.folder.status.path.is_file():
-            raise UserError(
-                f"{self.folder.path} is no run: it has no status.json (`ghibli list` shows the runs)"
-            )
+            raise UserError(f"{self.folder.path} is no run: it has no status.json {list_hint()}")
 
     def __repr__(self) -> str:
         gain, error = self.status.get("gain"), self.status.get("gain_se")
@@ -133,7 +132,8 @@ def table(file: Path) -> Any:
     try:
         import pandas
     except ImportError as error:
-        raise UserError("tables need pandas: pip install pandas") from error
+        command = command_here("python", "-m", "pip", "install", "pandas")
+        raise UserError(f"tables need pandas: {command}") from error
     if not file.is_file():
         raise UserError(f"{file} is not there yet: it is written after the first epoch")
     return pandas.read_csv(file)

@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TRACKIO_DIR"] = f"{CACHE}/trackio"  # never the store in the home folder
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side on two cores
+os.environ["PATH"] = os.pathsep.join(
+    [os.path.dirname(sys.executable), os.environ["PATH"]]
+)  # as once activated
 
 from hydra import compose, initialize_config_dir
 

@@ -12,6 +12,7 @@ from ghibli.config.paths import NO_PICKLE, PICKLES, convert_command
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import ADAPTER_FILE, check_whole
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import expanded
 
@@ -103,7 +104,7 @@ def find_file(path: str | Path, what: str) -> Path:
             raise UserError(f"{what} {path}: which .safetensors file? there are {there}")
         place = (named or found)[0]
     if not place.is_file():
-        raise UserError(f"{what} {path}: no such file or run (`ghibli list` shows the runs)")
+        raise UserError(f"{what} {path}: no such file or run {list_hint()}")
     if place.suffix in PICKLES:
         raise UserError(f"{what} {path}: {NO_PICKLE}; {convert_command([place])}")
     check_whole(place, what)

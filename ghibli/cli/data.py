@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from ghibli.cli.options import app
-from ghibli.runtime.commands import command_line, path_setting, quoted
-from ghibli.runtime.console import console, counted
-from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.commands import command_here, path_setting, quoted
+from ghibli.runtime.console import console, counted, loading
+from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
 from ghibli.runtime.terminal import one_line
 
@@ -37,7 +37,7 @@ def draw_command(
     require_target(folder, "FOLDER", 3 * count * size**2)
     with counted("drawing") as on_progress:
         write_folder(folder, look, count, seed, size=size, on_progress=on_progress)
-    command = command_line("python", "train.py", "data=ghibli", path_setting("data.root", folder))
+    command = command_here("python", "train.py", "data=ghibli", path_setting("data.root", folder))
     console.print(f"{count} {look} images in {quoted(str(folder))}: {command}")
 
 
@@ -51,7 +51,7 @@ def check_command(
     ] = None,
 ) -> None:
     """Check settings, base, images, memory and disk of a run before it starts; trains nothing."""
-    with stop_at_once():
+    with loading():
         from ghibli.prepare import preflight
 
     found = preflight.check(overrides or [], card)
@@ -78,18 +78,18 @@ def prepare_command(
     into: Annotated[Path, typer.Option(help="where zip and parquet files are unpacked")] = Path("data"),
 ) -> None:
     """Fetch the base and your images, check both, and make them the defaults of train.py."""
-    with stop_at_once():
+    with loading():
         from ghibli.prepare import preflight, prepare
         from ghibli.runs.compose import conf_folder
 
-    found = prepare.prepare(base, config, data, caption, into, conf_folder() / "local")
+    local = conf_folder() / "local" / "default.yaml"
+    found = prepare.prepare(base, config, data, caption, into, local.parent)
     preflight.log_findings(found)
     if any(finding.level == "error" for finding in found):
         console.print("nothing was saved: fix the errors and run this again", style="yellow")
         raise typer.Exit(2)
-    console.print(
-        "saved to conf/local/default.yaml; next: python train.py   (model=demo data=demo is the demo)"
-    )
+    console.print(f"saved    {local}; model=demo data=demo is the demo")
+    console.print(f"next     {command_here('python', 'train.py')}")
 
 
 @app.command("caption")
@@ -101,7 +101,7 @@ def caption_command(
     batch_size: Annotated[int, typer.Option(help="images captioned together", min=1)] = 8,
 ) -> None:
     """Caption the images that have no caption, with BLIP. Existing captions stay; Ctrl-C loses one batch."""
-    with stop_at_once():
+    with loading():
         from ghibli.data.folder import summarise
         from ghibli.prepare import captioning
 

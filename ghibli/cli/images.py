@@ -25,9 +25,9 @@ from ghibli.inference.request import (
     unused_negative,
 )
 from ghibli.models.prompt_syntax import escaped
-from ghibli.runtime.commands import quoted
-from ghibli.runtime.console import console
-from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.commands import install_command, quoted
+from ghibli.runtime.console import console, loading
+from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
 from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
@@ -106,7 +106,7 @@ def write_generated(
     axes: list[Axis],
 ) -> None:
     """Generate the images and sheets, write each batch as it is done, and print their paths."""
-    with stop_at_once():
+    with loading():
         import torch
 
         from ghibli.inference import generate
@@ -205,7 +205,7 @@ def restyle_command(
         1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way,
         control_options(control, control_model, control_scale, depth_model),
     )  # fmt: skip
-    with stop_at_once():
+    with loading():
         from ghibli.images import grid
         from ghibli.inference import generate, restyle
         from ghibli.inference import photos as photo_files
@@ -248,11 +248,11 @@ def app_command(
     words = overrides or []
     require_settings(words)
     host, _ = find_address(host, port)
-    with stop_at_once():
+    with loading():
         try:
             from ghibli.inference.app.page import serve
         except ImportError as error:
-            raise UserError(f"the page needs gradio: pip install -e '.[app]' ({error})") from error
+            raise UserError(f"the page needs gradio: {install_command('app')} ({error})") from error
     with ended_by_signals():
         with console.status("loading"):
             page, address = serve(words, host, port)
@@ -274,7 +274,6 @@ def require_settings(words: list[str]) -> None:
 
 def load_sources(sources: list[str] | None) -> "LoadedModel":
     """Load what was named; by default the newest finished run, or the base if there is none."""
-    from ghibli.inference.load import load_model
     from ghibli.runs.find import finished_run
 
     overrides = [w for w in sources or [] if re.match(r"[a-z_.]+=", w) and not exists(w)]
@@ -285,4 +284,7 @@ def load_sources(sources: list[str] | None) -> "LoadedModel":
             console.print(f"with     {quoted(named[0])}")
         except UserError:
             console.print("no finished run below outputs/ yet: generating with the base", style="yellow")
+    with loading():
+        from ghibli.inference.load import load_model
+
     return load_model(named, overrides)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ghibli.config.registry import DASHBOARDS
 from ghibli.config.schema import Config
-from ghibli.runtime.commands import command_line, path_setting, quoted
+from ghibli.runtime.commands import command_here, install_command, path_setting, quoted
 from ghibli.runtime.errors import UserError, require_folder
 from ghibli.runtime.home import expanded
 
@@ -28,7 +28,7 @@ def check_paths(config: Config) -> None:
     if bits is not None and find_spec("bitsandbytes") is None:
         raise UserError(
             f"model.frozen_bits={bits} needs bitsandbytes, which is not installed: "
-            "pip install -e '.[bitsandbytes]', or leave it out"
+            f"{install_command('bitsandbytes')}, or leave it out"
         )
     for name in config.logger:
         check_dashboard(name)
@@ -114,4 +114,4 @@ def check_adapter(path: Path) -> None:
 
 def convert_command(files: list[Path]) -> str:
     """Advise the command that converts pickles to safetensors."""
-    return f"convert it once: {command_line('python', '-m', 'ghibli', 'convert', *files)}"
+    return f"convert it once: {command_here('ghibli', 'convert', *files)}"

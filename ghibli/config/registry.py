@@ -144,6 +144,16 @@ LOSSES.register("l1", LossEntry("ghibli.diffusion.losses:l1"))
 
 
 @dataclass(frozen=True)
+class TermEntry:
+    """A term that is added to the denoising loss, and has a column of its own in metrics.csv."""
+
+    function: str  # path of (noise_pred (B, C, H, W), target like it) -> losses (B,) float32
+
+
+TERMS: Registry[TermEntry] = Registry("loss.terms")  # none yet; docs/extending.md adds one
+
+
+@dataclass(frozen=True)
 class WeightingEntry:
     """A weight of each example's loss, by the signal-to-noise ratio (SNR) of its timestep."""
 

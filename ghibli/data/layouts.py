@@ -15,7 +15,7 @@ from unicodedata import normalize
 
 from ghibli.data.caption_tables import RowReader, bar_rows, csv_rows, json_rows, read_table
 from ghibli.data.inside import require_inside
-from ghibli.images.read import HEIF_ADVICE, HEIF_ENDINGS, Unusable, is_image_name
+from ghibli.images.read import HEIF_ENDINGS, Unusable, heif_advice, is_image_name
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import LONGEST_NAME
 from ghibli.runtime.registry import Registry
@@ -208,7 +208,7 @@ def not_read(root: Path, listed: Iterable[ListedImage], several: Collection[Path
 
 def described(ending: str, count: int) -> str:
     """Return the number of files of one ending that are not read, in words."""
-    advice = f" ({HEIF_ADVICE})" if ending in HEIF_ENDINGS else ""
+    advice = f" ({heif_advice()})" if ending in HEIF_ENDINGS else ""
     advice = " (beside no image of that name)" if ending in CAPTION_ENDINGS else advice
     return f"{count} {ending or 'without an ending'}{advice}"
 

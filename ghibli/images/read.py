@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 from ghibli.images.jpeg import has_too_many_scans
+from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_plain
 from ghibli.runtime.terminal import one_line
@@ -40,13 +41,18 @@ FORMATS = {  # Pillow's name -> endings of its files
 }
 OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # what a build of Pillow may lack
 HEIF_ENDINGS = (".heic", ".heif", ".hif")
-HEIF_ADVICE = "pip install -e '.[heif]' reads them"
+
 LARGE = 2**24  # px from which on only one image is decoded at a time
 NEAR = 2  # levels of 255: a profile this near to sRGB is taken as sRGB
 READING = "sRGB"  # in the keys of caches: another word when a file's pixels come out differently
 
 logger = logging.getLogger(__name__)
 _one_large = threading.Lock()
+
+
+def heif_advice() -> str:
+    """Say how to make .heic files readable."""
+    return f"{install_command('heif')} reads them"
 
 
 class Unusable(Exception):

@@ -22,6 +22,7 @@ from ghibli.data.layouts import enter, is_hidden
 from ghibli.images.read import FORMATS, Unusable, image_endings, is_image_name, open_file
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.load import is_here
+from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError, disk_trouble, first_line
 from ghibli.runtime.files import shortened
 from ghibli.runtime.home import expanded
@@ -276,7 +277,7 @@ def unpack_parquet(
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise UserError("parquet files need pyarrow: pip install -e '.[hub]'") from error
+        raise UserError(f"parquet files need pyarrow: {install_command('hub')}") from error
     with refuse_damage(f"--data: {shards[0].parent}: a parquet file is damaged"):
         files = [parquet.ParquetFile(shard) for shard in shards]
         came_as = shards if archive is None else [archive]
@@ -388,7 +389,7 @@ def download_kaggle() -> Path:
         import kagglehub
     except ImportError as error:
         raise UserError(
-            f"--data kaggle needs kagglehub: pip install -e '.[hub]'; or {KAGGLE_MANUALLY}"
+            f"--data kaggle needs kagglehub: {install_command('hub')}; or {KAGGLE_MANUALLY}"
         ) from error
     if not hub_answers("https://www.kaggle.com"):
         raise UserError(f"--data kaggle: kaggle.com cannot be reached: {KAGGLE_MANUALLY}")

@@ -20,7 +20,7 @@ from ghibli.config.files import section_to_dataclass, to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.keys import affects_result, all_keys
 from ghibli.config.paths import check_base_path
-from ghibli.config.schema import Command, Config
+from ghibli.config.schema import Command, Config, check_name
 from ghibli.config.trainer_flags import check_trainer, reject_unknown_flags
 from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs.find import run_to_resume
@@ -42,6 +42,7 @@ def register() -> None:
         "alpha_for": default_alpha,
         "tenth": lambda number: number / 10,
         "run_dir_for": run_dir_for,
+        "name_or": lambda name, other: other if name is None else name,
         "hydra_subdir_for": lambda resume: ".hydra" if resume is None else ".hydra/resume",
     }
     for name, function in resolvers.items():
@@ -58,13 +59,16 @@ def default_alpha(variant: str, rank: int) -> int:
     return 16 if variant == "rslora" else 2 * rank
 
 
-def run_dir_for(resume: str | None) -> str:
-    """Return the folder that a command writes to: that of the run to resume, or one named after the time.
+def run_dir_for(resume: str | None, name: str | None) -> str:
+    """Return the folder that a command writes to: that of the run to resume, or one of this name or time.
 
     Where that is taken, launch.claimed finds another name.
     """
     if resume is not None:
         return str(run_to_resume(resume).path)
+    if name is not None:
+        check_name(str(name))
+        return f"outputs/train/{name}"
     return datetime.now().strftime("outputs/train/%Y-%m-%d_%H-%M-%S")
 
 

@@ -17,7 +17,7 @@ from ghibli.runs import lock
 from ghibli.runs.find import folders_with
 from ghibli.runs.folder import RunDir
 from ghibli.runs.listing import ListedRun, listed
-from ghibli.runtime.commands import quoted
+from ghibli.runtime.commands import list_hint, quoted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_rows
 from ghibli.runtime.terminal import one_line
@@ -52,7 +52,7 @@ def view(folder: Path, width: int, now: datetime, height: int | None = None) -> 
         UserError: the folder holds neither, or may not be read.
     """
     if not readable_folder(folder):
-        raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")
+        raise UserError(f"{folder}: no such folder {list_hint()}")
     run = RunDir(folder)
     if run.status.path.exists():
         return run_lines(run, width, now, height)
@@ -61,7 +61,7 @@ def view(folder: Path, width: int, now: datetime, height: int | None = None) -> 
         return study_lines(folder, trials, width, now, height)
     if is_starting(folder):
         return [cut(one_line(folder), width), "loading: a run writes its first file after some seconds"]
-    raise UserError(f"{folder} holds no run yet (`ghibli list` shows the runs)")
+    raise UserError(f"{folder} holds no run yet {list_hint()}")
 
 
 def readable_folder(folder: Path) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ghibli.runs.folder import BY_LIBRARIES, FILES, FOLDERS, RunDir
+from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
 
 
@@ -36,9 +37,9 @@ def plan_removal(run: RunDir) -> Removal:
         UserError: no such folder, no run in it, or a process trains there.
     """
     if not run.path.is_dir():
-        raise UserError(f"{run.path}: no such folder (`ghibli list` shows the runs)")
+        raise UserError(f"{run.path}: no such folder {list_hint()}")
     if not run.status.path.is_file():
-        raise UserError(f"{run.path} is no run: it has no status.json (`ghibli list` shows the runs)")
+        raise UserError(f"{run.path} is no run: it has no status.json {list_hint()}")
     if run.status.state == "running":
         raise UserError(f"{run.path} is running: stop it first")
     own = {*FILES, *FOLDERS, *BY_LIBRARIES}

@@ -6,6 +6,7 @@ through `logging.getLogger(__name__)`; importing this module sets up the logger 
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType
 from rich.logging import RichHandler
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 from rich.traceback import Traceback
 
+from ghibli.runtime.errors import stop_at_once
 from ghibli.runtime.terminal import one_line, visible
+from ghibli.runtime.wrapping import fold
 
 LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
@@ -36,6 +39,13 @@ class PlainConsole(Console):
         if os.environ.get("COLUMNS") == "0":  # what knows no width sets it, and rich would print nothing
             options.setdefault("width", 80)
         super().__init__(soft_wrap=True, highlight=False, markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(self.folded(one) if isinstance(one, str) else one for one in objects), **options)
+
+    def folded(self, text: str) -> str:
+        """Break the lines of a text between words, where they are wider than the terminal."""
+        return "\n".join(fold(line, self.width) for line in text.split("\n")) if self.is_terminal else text
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **(options | {"markup": False, "emoji": False}))
@@ -56,7 +66,11 @@ class LineHandler(RichHandler):
     """
 
     def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
-        return Text(one_line(message), LEVEL_STYLES.get(record.levelno, ""))
+        text = one_line(message)
+        return Text(
+            self.console.folded(text) if isinstance(self.console, PlainConsole) else text,
+            LEVEL_STYLES.get(record.levelno, ""),
+        )
 
     def render(
         self,
@@ -85,6 +99,24 @@ def set_up_logging() -> None:
 set_up_logging()
 
 
+class TimeLeftColumn(TimeRemainingColumn):
+    """The time left, with that word beside it; empty where it is not known, and when nothing is left."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished or task.time_remaining is None:
+            return Text("")
+        return Text(f"{super().render(task).plain} left", "progress.remaining")
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say on a terminal that libraries are loaded, around imports that take seconds; Ctrl-C ends them."""
+    if console.is_terminal and "torch" not in sys.modules:
+        console.print("loading torch and diffusers ...")
+    with stop_at_once():
+        yield
+
+
 def make_bar() -> Progress:
     """Create a progress bar with label, count, a free text and the time left; silent when piped."""
     return Progress(
@@ -92,7 +124,7 @@ def make_bar() -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}", markup=False),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TimeLeftColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,

@@ -13,6 +13,7 @@ from ghibli.config.files import read_settings
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.reuse import require_same_trial_except_epochs
+from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_rows
 from ghibli.sweeps.grid import Study, StudyRequest, settings_and_folder
@@ -80,7 +81,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UserError('sweep.search needs Optuna: pip install -e ".[search]"') from None
+        raise UserError(f"sweep.search needs Optuna: {install_command('search')}") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # its line about each trial; train.py prints ours
     return optuna
 

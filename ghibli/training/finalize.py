@@ -15,7 +15,7 @@ from ghibli.config.schema import Config, describe
 from ghibli.diffusion.samplers import NotFinite
 from ghibli.evaluation.gain import Gain
 from ghibli.runs import identity
-from ghibli.runtime.commands import command_line
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
@@ -46,6 +46,11 @@ class Result:
         """The closing lines of a run."""
         return "\n".join(["", *self.lines])
 
+    @property
+    def brief(self) -> str:
+        """The closing lines of one trial of many: what was trained, and its gain."""
+        return "\n".join(line for line in self.lines if line.startswith(("trained ", "measured ", "gain ")))
+
 
 def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
     """Export the best weights, draw them, write status and model card; return the result."""
@@ -60,6 +65,8 @@ def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
             lora.save_adapter(module.base, run.last_adapter)
         load_weights(module, run.best_checkpoint, best_epoch)
         lines.append(f"gain     {gain}, after epoch {best_epoch}")
+    else:
+        lines.append(base_loss_line(training))
     lines += draw_last_grid(training)
     lines += save_weights(training, {"step": trainer.global_step, "best_epoch": best_epoch})
     lines.append(f"run      {relative_path(run.path)}")
@@ -70,7 +77,10 @@ def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
     run.status.update(seal=identity.result_checksum(run.status.read()))
     if config.finetune == "lora":
         names = [file.name for file in sorted(run.adapter.glob("*.safetensors"))]
-        card = model_card(run, config, run.path.resolve().name, [f"`{name}`" for name in names], names)
+        grid = run.samples / f"{ROW_NAMES['lora']}.png"
+        picture = f"../{grid.relative_to(run.path).as_posix()}" if grid.is_file() else None
+        lines_of_files = [f"`{name}`" for name in names]
+        card = model_card(run, config, run.path.resolve().name, lines_of_files, names, picture)
         write_text(run.adapter / "README.md", card)
     for dashboard in dashboards:
         best_values = {"best/val_gain": gain.value, "best/epoch": best_epoch}
@@ -89,6 +99,16 @@ def headline(training: Training) -> str:
     trainer = training.trainer
     what = describe(training.config)
     return f"trained  {what}, {trainer.global_step} steps, {trainer.current_epoch} epochs"
+
+
+def base_loss_line(training: Training) -> str:
+    """Say what the base scores: its loss on held-out images, with the standard error over images."""
+    loss = training.module.probe.history[0].val.mean(dim=1)  # (P,): an image each
+    error = loss.std() / math.sqrt(len(loss))
+    return (
+        f"loss     {loss.mean():.4f} +- {error:.4f} on {len(loss)} held-out images: what training has to get "
+        "below"
+    )
 
 
 def draw_last_grid(training: Training) -> list[str]:
@@ -113,7 +133,7 @@ def save_weights(training: Training, facts: dict[str, Any]) -> list[str]:
         return []
     file = lora.save_adapter(module.base, run.adapter)
     kohya = save_kohya(training, run.status.read() | facts | {"ended": None})
-    export = command_line("ghibli", "export", Path(relative_path(run.path)))
+    export = command_here("ghibli", "export", Path(relative_path(run.path)))
     elsewhere = f"`{export}` writes a file" if kohya is None else relative_path(kohya)
     return [f"adapter  {relative_path(file)}", f"         {elsewhere} for ComfyUI and A1111"]
 
@@ -163,10 +183,10 @@ def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> lis
     """
     name = Path(relative_path(folder))
     if config.finetune == "none":
-        return ["next     python train.py"]
-    commands = [command_line("ghibli", "report", name)]
+        return [f"next     {command_here('python', 'train.py')}"]
+    commands = [command_here("ghibli", "report", name)]
     if gain.value >= 0 or config.loss.guidance != 1:
-        commands.append(command_line("ghibli", "generate", name, "--prompt", "a red train"))
+        commands.append(command_here("ghibli", "generate", name, "--prompt", "a red train"))
     else:
         commands.append("lower optimizer.lr, or give it more images or epochs")
     lines = [

@@ -319,12 +319,14 @@ def test_heic_without_its_extra_is_named_with_the_way_out(
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "b.png")
     (tmp_path / "c.HEIC").write_text("x")
-    assert read(tmp_path, caption="x").not_read == "1 .heic (pip install -e '.[heif]' reads them)"
+    assert read(tmp_path, caption="x").not_read == "1 .heic (python -m pip install -e '.[heif]' reads them)"
     (tmp_path / "d.mp4").write_text("x")
     assert len(find_photos([tmp_path], "a cat", "")) == 2
     said = " ".join(capsys.readouterr().out.split())
-    assert "not read: 1 .heic (pip install -e '.[heif]' reads them), 1 .mp4" in said
-    with pytest.raises(UserError, match=r"c.HEIC is not an image: pip install -e '.\[heif\]' reads them"):
+    assert "not read: 1 .heic (python -m pip install -e '.[heif]' reads them), 1 .mp4" in said
+    with pytest.raises(
+        UserError, match=r"c.HEIC is not an image: python -m pip install -e '.\[heif\]' reads them"
+    ):
         find_photos([tmp_path / "c.HEIC"], "a cat", "")
 
 

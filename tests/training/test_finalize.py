@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import scipy.stats
 import torch
+from scipy.stats import sem
 
+import train
 from ghibli.adapters import lora
 from ghibli.adapters.files import read_adapter
 from ghibli.adapters.names import named_layers
@@ -16,7 +18,8 @@ from ghibli.evaluation.gain import Gain
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.runs.folder import RunDir
-from ghibli.training.finalize import closing_lines, gain_of, save_weights
+from ghibli.runtime.files import read_rows
+from ghibli.training.finalize import Result, base_loss_line, closing_lines, gain_of, save_weights
 
 
 @pytest.mark.parametrize(
@@ -72,3 +75,27 @@ def test_the_gain_has_the_interval_of_its_held_out_images() -> None:
     del row["probe/val_images"]
     low, high = scipy.stats.norm.interval(0.95, loc=0.2, scale=0.05)
     assert (gain_of(row).low, gain_of(row).high) == pytest.approx((low, high), rel=1e-12)
+
+
+def test_a_baseline_prints_the_loss_of_the_base(
+    make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The mean over held-out images, as probe.csv has it."""
+    run = RunDir(tmp_path)
+    train.run(make_config("finetune=none", "sample.every_n_epochs=0"), run)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss ")]
+    (row,) = read_rows(run.probe)
+    assert f"loss     {float(row['probe/val_loss']):.4f} +- " in line
+    assert f"on {row['probe/val_images']} held-out images: what training has to get below" in line
+
+
+def test_the_standard_error_of_the_base_is_over_images() -> None:
+    losses = torch.rand(9, 4, generator=torch.Generator().manual_seed(0))
+    probe = SimpleNamespace(history=[SimpleNamespace(val=losses)])
+    line = base_loss_line(SimpleNamespace(module=SimpleNamespace(probe=probe)))
+    assert f"{losses.mean():.4f} +- {sem(losses.mean(dim=1).numpy()):.4f} on 9" in line
+
+
+def test_a_trial_of_a_sweep_ends_in_two_lines() -> None:
+    lines = ["trained  LoRA", "gain     better", "grid     a.png", "next     ghibli report a", "         b"]
+    assert Result(Gain(0.1, 0.01), 1, lines).brief == "trained  LoRA\ngain     better"

@@ -1,7 +1,7 @@
 """The rows of metrics.csv (within epochs) and probe.csv (after each epoch), also sent to the dashboards."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -67,7 +67,8 @@ class Records(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        here = torch.stack([outputs["loss"].detach(), outputs["plain"], outputs["expected"]]).double()
+        terms = [outputs[name] for name in term_columns(trainer)]
+        here = torch.stack([outputs["loss"].detach(), outputs["plain"], outputs["expected"], *terms]).double()
         here[0] *= trainer.accumulate_grad_batches
         everywhere = trainer.strategy.reduce(
             here, reduce_op="mean"
@@ -84,6 +85,7 @@ class Records(Callback):
         row = {
             "train/loss": values["loss"], "train/loss_normalised": values["normalised"],
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            **dict(zip(term_columns(trainer), self.row.term_means(), strict=True)),
         }  # fmt: skip
         self.rows.append(numbered(trainer, row | {"time/images_per_second": round(speed, 2)}))
         log(trainer, self.rows[-1])
@@ -121,7 +123,7 @@ class Records(Callback):
 
     def flush(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
-            write_rows(self.run.metrics, METRICS, self.rows)
+            write_rows(self.run.metrics, (*METRICS, *term_columns(trainer)), self.rows)
             if self.probe_rows:
                 write_rows(self.run.probe, tuple(self.probe_rows[0]), self.probe_rows)
 
@@ -135,11 +137,20 @@ class Sums:
     square: torch.Tensor | float = 0.0
     plain: torch.Tensor | float = 0.0  # before any weighting
     expected: torch.Tensor | float = 0.0  # what the base scores at these timesteps
+    terms: list[torch.Tensor] = field(default_factory=list)  # of loss.terms, in their order
 
-    def add(self, loss: torch.Tensor, plain: torch.Tensor, expected: torch.Tensor) -> None:
+    def add(
+        self, loss: torch.Tensor, plain: torch.Tensor, expected: torch.Tensor, *terms: torch.Tensor
+    ) -> None:
         self.batches += 1
+        sums = self.terms or [torch.zeros_like(term) for term in terms]
+        self.terms = [total + term for total, term in zip(sums, terms, strict=True)]
         self.loss, self.square = self.loss + loss, self.square + loss.square()
         self.plain, self.expected = self.plain + plain, self.expected + expected
+
+    def term_means(self) -> list[float]:
+        """Return the mean of each term, before its weight."""
+        return [float(term) / self.batches for term in self.terms]
 
     def means(self) -> dict[str, float]:
         """Return the mean loss, its standard error over passes, and the loss over the base's expected one."""
@@ -148,6 +159,11 @@ class Sums:
         variance = max(0.0, square / self.batches - mean**2)
         error = (variance / max(1, self.batches - 1)) ** 0.5
         return {"loss": mean, "error": error, "normalised": plain / expected}
+
+
+def term_columns(trainer: L.Trainer) -> list[str]:
+    """Return the columns of metrics.csv for the terms of the loss: `train/NAME`."""
+    return [f"train/{name}" for name in trainer.lightning_module.config.loss.terms]
 
 
 def probe_row(known: dict[str, Any], probe: Probe, num_train_timesteps: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from ghibli.adapters import lora
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.commands import command_line, path_setting
+from ghibli.runtime.commands import command_here, path_setting
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.provenance import processor_name
@@ -82,7 +82,7 @@ class ResumeCheck(Callback):
         if ended is None or not trainer.is_global_zero:
             return
         more = 2 * trainer.max_epochs
-        go_on = command_line(
+        go_on = command_here(
             "python", "train.py", path_setting("resume", relative_path(self.run.path)),
             f"trainer.max_epochs={more}",
         )  # fmt: skip

@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 class SampleGrid(Callback):
-    """Draw prompts x samplers x guidance every n epochs, below the untouched base, from the same noise."""
+    """Draw prompts x samplers x guidance, below the untouched base, from the same noise.
+
+    After the first epoch, for a look at what is learned, and then every n epochs.
+    """
 
     def __init__(self, config: Config, run: RunDir):
         self.config, self.run = config, run
@@ -52,8 +55,9 @@ class SampleGrid(Callback):
             logger.warning(f"no sample grids: {error}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        epoch, every = trainer.current_epoch + 1, self.config.sample.every_n_epochs
-        if self.base_images is not None and epoch % every == 0 and epoch < trainer.max_epochs:
+        epoch = trainer.current_epoch + 1
+        is_due = epoch == 1 or epoch % self.config.sample.every_n_epochs == 0
+        if self.base_images is not None and is_due and epoch < trainer.max_epochs:
             try:
                 self.save(trainer, pl_module, f"epoch_{epoch:03d}", f"epoch {epoch}")
             except NotFinite as error:
