@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from ghibli.cli.loading import loading
 from ghibli.cli.options import app
 from ghibli.runtime.commands import command_here, path_setting, quoted
-from ghibli.runtime.console import console, counted, loading
+from ghibli.runtime.console import console, counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
 from ghibli.runtime.terminal import one_line

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ghibli.cli.loading import loading
 from ghibli.cli.options import app
 from ghibli.config.checks import require_finite
 from ghibli.config.registry import sampler_label
@@ -18,7 +19,7 @@ from ghibli.runs import cleaning, listing, monitor, removal
 from ghibli.runs.find import OUTPUTS, finished_run, folders_with, run_named
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.commands import command_here, list_hint
-from ghibli.runtime.console import console, full_width, loading
+from ghibli.runtime.console import console, full_width
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
