@@ -159,7 +159,7 @@ def control_options(
         )
     if depth_model is not None and source != "depth":
         raise UserError(f"--depth-model is used with --control depth only, not with {source}")
-    given = {"scale": scale, "depth_model": depth_model}
+    given: dict[str, Any] = {"scale": scale, "depth_model": depth_model}
     return ControlOptions(source, model, **{name: v for name, v in given.items() if v is not None})
 
 
