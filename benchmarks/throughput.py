@@ -6,10 +6,13 @@ import json
 import subprocess
 from pathlib import Path
 
+import loading
+import pairs
 import peer
 import steps
 import torch
 
+from ghibli.runs.compose import compose_config
 from ghibli.runtime.errors import one_line_errors
 from ghibli.runtime.resources import device_name
 
@@ -21,7 +24,8 @@ OPTIONS = {
     "checkpoint every block": ["compute.checkpoint_every=1"],
     "bf16": ["trainer.precision=bf16-mixed"],
 }
-MEASUREMENTS = ["training", "overhead", "encoding", "sampling"]
+MEASUREMENTS = ["training", "pairs", "overhead", "loading", "encoding", "sampling"]
+USUAL = ["training", "overhead", "encoding", "sampling"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "words", nargs="*", metavar="KEY=VALUE", help="overrides of train.py, such as lora.rank=16"
     )
-    parser.add_argument("--what", nargs="*", default=MEASUREMENTS, choices=MEASUREMENTS)
+    parser.add_argument("--what", nargs="*", default=USUAL, choices=MEASUREMENTS)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--guidance", nargs="+", type=float, default=[1, 7.5])
     parser.add_argument(
@@ -39,8 +43,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, default=5, help="timed steps per row; their median is reported"
     )
-    parser.add_argument("--peer", metavar="COMMAND", help="another trainer's command, with {steps} and {out}")
-    parser.add_argument("--rounds", type=int, default=3, help="of train.py and its peer")
+    parser.add_argument(
+        "--peer", metavar="COMMAND", help="another trainer's `SCRIPT ARGS`, with {steps} and {out}"
+    )
+    parser.add_argument("--steps", type=int, default=150, help="of train.py and of its peer")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     return parser.parse_intermixed_args()
 
@@ -61,6 +67,20 @@ def training_rows(args: argparse.Namespace) -> list[dict]:
                 row |= steps.time_training(overrides, batch, args.repeats, rates[dtype])
                 rows.append(row)
                 print(markdown_row(row), flush=True)
+    return rows
+
+
+def speedups(args: argparse.Namespace) -> list[dict]:
+    """Measure and print how many times faster each option makes a step than none, in pairs of steps."""
+    names = [name for name in (OPTIONS if "all" in args.options else args.options) if OPTIONS[name]]
+    rows = []
+    for guidance in args.guidance:
+        for batch in args.batch:
+            words = [*args.words, f"loss.guidance={guidance:g}"]
+            chosen = {name: OPTIONS[name] for name in names}
+            for name, found in pairs.compare_options(words, chosen, batch, args.repeats).items():
+                rows.append({"batch": batch, "guidance": guidance, "options": name, **found._asdict()})
+                print(f"| {batch} | {guidance:g} | {name} | {found} |", flush=True)
     return rows
 
 
@@ -90,6 +110,13 @@ def main() -> None:
         print("| batch | guidance | options | precision | images/s | peak GiB | kernels | of matmul rate |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         found["training"] = training_rows(args)
+    if "pairs" in args.what:
+        found["pairs"] = speedups(args)
+    if "loading" in args.what:
+        batch = max(args.batch)
+        found["loading"] = times = loading.time_loading(compose_config(args.words), batch, args.repeats)
+        print(f"\nA batch of {batch} takes {1000 * times['batch']:.2f} ms to make; a device's step of "
+              f"{1000 * times['device']:.2f} ms takes {1000 * times['step']:.2f} ms with it.")  # fmt: skip
     if "overhead" in args.what:
         ours, bare = steps.time_overhead(args.words)
         found["overhead"] = {"step": ours, "bare": bare, "ratio": ours / bare}
@@ -104,10 +131,11 @@ def main() -> None:
         print(f"\nSampling: {rates['evaluations_per_second']:.1f} UNet evaluations/s, "
               f"{rates['images_per_second']:.2f} images/s of a guided cell.")  # fmt: skip
     if args.peer:
-        ratio = peer.time_against_peer(args.words, args.peer, args.rounds)
-        found["peer"] = ratio._asdict() | {"command": args.peer}
-        print(f"\ntrain.py is {ratio.value:.2f} +- {ratio.spread:.2f} times as fast as its peer "
-              f"({ratio.ours:.3f} s and {ratio.peers:.3f} s per step).")  # fmt: skip
+        other = peer.time_against_peer(args.words, args.peer, args.steps)
+        found["peer"] = other._asdict() | {"ratio": other.ratio._asdict(), "command": args.peer}
+        print(f"\ntrain.py is {other.ratio.value:.2f} times as fast as its peer (95 %: {other.ratio.low:.2f} "
+              f"to {other.ratio.high:.2f}; {other.ours:.3f} s and {other.peers:.3f} s per step, medians of "
+              f"{other.steps} steps each).")  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 

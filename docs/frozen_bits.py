@@ -12,8 +12,8 @@ from ghibli.adapters.files import read_adapter
 from ghibli.adapters.trained import run_base
 from ghibli.evaluation.gain import Gain, paired_gain
 from ghibli.inference.layer_scorer import make_scorer
-from ghibli.runs.find import finished_config
 from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -25,9 +25,9 @@ def gain_on_full_base(run: RunDir) -> Gain:
     adapter = read_adapter(run.adapter, base, "adapter")
     scorer = make_scorer(run, config, base, adapter)
     every = range(len(scorer.batches))
-    trained = scorer.losses(every)
-    scorer.put({})
-    return paired_gain(trained, scorer.losses(every, guidance=1))
+    untouched = scorer.losses(every, guidance=1)
+    scorer.put(adapter.layers)
+    return paired_gain(scorer.losses(every), untouched)
 
 
 def main() -> None:

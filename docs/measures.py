@@ -1,6 +1,6 @@
 """Make the numbers of docs/measures.md: `python docs/measures.py [PART ...]`.
 
-Parts: altered, sizes, copies; all of them by default. Features are kept in outputs/measures/ and made once,
+Parts: altered, layouts, sizes, copies; all by default. Features are kept in outputs/measures/ and made once,
 so a part that was stopped goes on where it was.
 """
 
@@ -17,7 +17,12 @@ from torch.nn.functional import avg_pool2d, conv2d, interpolate
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, FINETUNE_SEEDS, compose, draw
 from ghibli.evaluation.copies import TrainingThumbnails, copies_among, crops_of, thumbnails_of
 from ghibli.evaluation.distances import kernel_distance
-from ghibli.evaluation.features import extract_in_batches, standardised, style_features
+from ghibli.evaluation.features import (
+    extract_in_batches,
+    layout_features,
+    standardised,
+    style_features,
+)
 from ghibli.models.load import load
 from ghibli.runtime.cache import cached
 from ghibli.runtime.console import counted
@@ -110,6 +115,20 @@ def features_of(name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     return cached(WORK, {"version": 1, "set": name, "count": COUNT}, measure)["features"]
 
 
+def layouts_of(name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return layout features (COUNT, D) of the demo base's VAE, kept under this name."""
+
+    def measure() -> dict[str, torch.Tensor]:
+        base = load("demo")
+        with counted(f"measuring layouts: {name}") as on_progress:
+            rows = extract_in_batches(
+                lambda part: layout_features(base.vae, part), make().clamp(0, 1), on_progress
+            )
+        return {"layout": rows}
+
+    return cached(WORK, {"version": 1, "layouts": name, "count": COUNT}, measure)["layout"]
+
+
 def note(part: str, **numbers: object) -> None:
     """Add numbers to numbers.json and print them."""
     known = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
@@ -130,12 +149,28 @@ def altered() -> None:
             for unit in (reference, training)
         )
         plain.append((own.value, other.value))
-        found[name] = [round(x, 3) for x in (own.value, own.standard_error, other.value)]
+        found[name] = [
+            round(x, 3) for x in (own.value, own.standard_error, other.value, other.standard_error)
+        ]
     ratios = [b / a for a, b in plain if a > 0.3]
     note(
-        "altered", distances=found, columns=["distance", "its error", "in units of the training images"],
+        "altered", distances=found,
+        columns=["in the reference's units", "its error", "in those of training images", "its error"],
         ratio_of_units=[round(min(ratios), 3), round(max(ratios), 3)],
     )  # fmt: skip
+
+
+def layouts() -> None:
+    """Measure the layout distance of altered real images, in units of training images."""
+    reference, training = (
+        layouts_of(n, lambda f=f: scenes(f)) for n, f in (("reference", REFERENCE), ("training", TRAINING))
+    )
+    found = {}
+    for name, alter in ALTERATIONS.items():
+        rows = layouts_of(name, lambda alter=alter: alter(scenes(ALTERED)))
+        one = kernel_distance(standardised(rows, training), standardised(reference, training))
+        found[name] = [round(one.value, 3), round(one.standard_error, 3)]
+    note("layouts", distances=found, columns=["distance", "its error"])
 
 
 def sizes(repeats: int = 100) -> None:
@@ -196,7 +231,7 @@ def copies() -> None:
 
 
 def main() -> None:
-    parts = {part.__name__: part for part in (altered, sizes, copies)}
+    parts = {part.__name__: part for part in (altered, layouts, sizes, copies)}
     for name in sys.argv[1:] or parts:
         parts[name]()
 

@@ -64,7 +64,8 @@ def measure() -> list[dict[str, Any]]:
     def features(images: torch.Tensor) -> torch.Tensor:
         return extract_in_batches(lambda part: style_features(base.vae, part), images)
 
-    reference = ReferenceSet(features(real_scenes()), standardise=True)
+    real = features(real_scenes())
+    reference = ReferenceSet(real, units=real)
     usual = features(images_of(base, "ddim", 30) / 255)
     exact = images_of(base, *EXACT) / 255
     rows = []

@@ -5,15 +5,22 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 from helpers.commands import CACHE, REPO, SMALL, run_python
 
+import ghibli.runtime.console  # noqa: F401  # silences bitsandbytes before it is imported
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["TRACKIO_DIR"] = f"{CACHE}/trackio"  # never the store in the home folder
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side on two cores
+os.environ["PATH"] = os.pathsep.join(
+    [os.path.dirname(sys.executable), os.environ["PATH"]]
+)  # as once activated
 
 from hydra import compose, initialize_config_dir
 
@@ -22,8 +29,15 @@ from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.runs.compose import register, to_config
+from ghibli.runtime import console  # noqa: F401  prints what the package logs, whatever a test imports
 
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of tests/gpu."""
+    parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="of tests/gpu")
+    parser.addoption("--tiny", action="store_true", help="tests/gpu on the demo, in minutes on a CPU")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

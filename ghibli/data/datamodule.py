@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ghibli.config.schema import Config
+from ghibli.data.ahead import AheadLoader
 from ghibli.data.dataset import (
     WORKER_TIMEOUT,
     EncodedImages,
@@ -24,7 +25,7 @@ from ghibli.data.dataset import (
     share_of_probe,
 )
 from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, repeated_folders, summarise
-from ghibli.data.latents import Moments, encode
+from ghibli.data.latents import CHUNK, Moments, chunk_size, encode
 from ghibli.data.sources import draw_missing, image_set_hash
 from ghibli.data.split import first_by_content, split_apart
 from ghibli.data.validation_items import make_items
@@ -184,6 +185,8 @@ class GhibliDataModule(L.LightningDataModule):
             "resolution": resolution, "resize": resize, "mirrored": mirrored,
             "vae": part_hash(self.base.vae), "device": device.type, "reading": READING,
         }  # fmt: skip
+        if chunk_size(resolution) != CHUNK:  # its rounding may differ from that of CHUNK at once
+            key["chunk"] = chunk_size(resolution)
         contents = [p.content_hash for p in images]
         return Moments(**cached_rows(Path(self.config.cache_dir) / "latents", key, contents, make))
 
@@ -223,7 +226,10 @@ class GhibliDataModule(L.LightningDataModule):
             check_shared_memory(data.workers, data.batch_size * max(map(example_bytes, set(self.shapes))))
 
     def train_dataloader(self) -> DataLoader:
-        """Return the training batches from the trainer's current optimiser step on."""
+        """Return the training batches from the trainer's current optimiser step on, made ahead.
+
+        For a GPU they lie in pinned memory, from which Lightning copies without waiting.
+        """
         trainer, data = self.trainer, self.config.data
         accumulate = trainer.accumulate_grad_batches
         batches = self.steps_per_epoch(accumulate, trainer.world_size) * accumulate
@@ -240,9 +246,10 @@ class GhibliDataModule(L.LightningDataModule):
             world_size=trainer.world_size, start_batch=trainer.global_step * accumulate,
         )  # fmt: skip
         self.check_workers()
-        return DataLoader(
+        return AheadLoader(
             examples, data.batch_size, sampler=numbers, num_workers=data.workers, collate_fn=collate,
             persistent_workers=data.workers > 0, timeout=WORKER_TIMEOUT if data.workers > 0 else 0,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:

@@ -13,6 +13,12 @@ from ghibli.runtime.cache import Rows
 from ghibli.runtime.errors import UserError
 
 CHUNK = 8  # images encoded at once; always as many, so an image's moments never depend on the others
+CHUNK_PIXELS = CHUNK * 256 * 256  # of larger images there are fewer
+
+
+def chunk_size(resolution: int) -> int:
+    """Return how many images of this resolution, px, are encoded at once: CHUNK up to 256 px."""
+    return max(1, min(CHUNK, CHUNK_PIXELS // resolution**2))
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,9 @@ def encode(
     """
     device = next(base.vae.parameters()).device
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for start in range(0, len(paths), CHUNK):
-        chunk = paths[start : start + CHUNK]
+    size = chunk_size(resolution)
+    for start in range(0, len(paths), size):
+        chunk = paths[start : start + size]
         found += encode_chunk(base, chunk, resolution, resize, mirrored, device)
         on_progress(len(found), len(paths))
     means, logvars = zip(*found, strict=True)
@@ -76,12 +83,12 @@ def encode(
 def encode_chunk(
     base: BaseModel, paths: list[Path], resolution: int, resize: str, mirrored: bool, device: torch.device
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Encode up to CHUNK images as (mean, logvar), each (4, H/8, W/8); images of one shape run together."""
+    """Encode a chunk of images as (mean, logvar), each (4, H/8, W/8); images of one shape run together."""
     values = [preprocess(open_image(path), resolution, resize) for path in paths]
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for shape in dict.fromkeys(value.shape for value in values):
         rows = [row for row, value in enumerate(values) if value.shape == shape]
-        padding = [torch.zeros(shape)] * (CHUNK - len(rows))
+        padding = [torch.zeros(shape)] * (chunk_size(resolution) - len(rows))
         pixel_values = torch.stack([values[row] for row in rows] + padding)
         if mirrored:
             pixel_values = pixel_values.flip(-1)

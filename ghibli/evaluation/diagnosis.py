@@ -269,7 +269,7 @@ def not_finite(names: list[str], timesteps: list[int], losses: list[float], step
         what = "a gradient is not finite, after the losses of " + list_examples(examples)
         cure = "lower"
     return (
-        f"step {step}: {what}; nothing was updated with it and the checkpoints are from before: {cure} "
+        f"step {step}: {what}; the checkpoints are from before it: {cure} "
         f"optimizer.lr (it is {rate:g}) or use trainer.precision=32-true"
     )
 

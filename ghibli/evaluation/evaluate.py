@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ghibli.adapters.trained import starting_base, trained_base
+from ghibli.adapters.trained import for_sampling, run_base, trained_base
 from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, EvaluateConfig
 from ghibli.data.folder import CaptionedImage
@@ -18,7 +18,7 @@ from ghibli.diffusion.samplers import Cell, cells_of
 from ghibli.evaluation import diagnosis
 from ghibli.evaluation.copies import TrainingThumbnails, copies_among
 from ghibli.evaluation.distances import precision_recall
-from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
+from ghibli.evaluation.features import UNIT_IMAGES, FeatureExtractor, ReferenceSet
 from ghibli.evaluation.samples import Job, Measurements, SampleCache, read_unit_image
 from ghibli.evaluation.statistics import Estimate, mean_of
 from ghibli.images.grid import compose_grid
@@ -29,6 +29,7 @@ from ghibli.runtime.files import write_atomically, write_json
 
 NEAREST_SAMPLES = 6  # shown beside their nearest training image
 REFERENCE = "measuring the reference"  # label of the progress bar and of the cached file
+UNITS = "measuring training images"  # the same
 Sampled = dict[tuple[str, Cell, int], Measurements]  # by model, cell and number of samples
 
 
@@ -43,6 +44,7 @@ class RealImages(NamedTuple):
     """Measurements of the real images."""
 
     reference: ReferenceSet  # what samples are compared with
+    layout: ReferenceSet  # the same images, by where things are in them
     own: Measurements  # of the reference
     floor: Measurements  # of a fixed subset of the training images: the best score that samples could have
     training: TrainingThumbnails  # of all training images, to search for copies
@@ -82,7 +84,7 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
 
 def models_to_evaluate(run: RunDir, config: Config) -> dict[str, ModelCells]:
     """Return the untouched base, and the trained run where there is one, with their cells."""
-    models = {"base": ModelCells(starting_base(config), cells_of(config.sample, 1))}
+    models = {"base": ModelCells(for_sampling(run_base(run, config)), cells_of(config.sample, 1))}
     if config.finetune != "none":
         models["run"] = ModelCells(trained_base(run, config), cells_of(config.sample, config.loss.guidance))
     return models
@@ -94,11 +96,13 @@ def measure_real_images(
     """Measure the real images; the floor uses as many as there are samples, reference and training images."""
     options = cache.config.evaluate
     own = cache.measure_real(REFERENCE, reference)
-    floor = training[: min(options.samples, len(reference))]
+    count = min(options.samples, len(reference), len(training))
+    units = cache.measure_real(UNITS, training[: max(count, UNIT_IMAGES)])
     return RealImages(
-        reference=ReferenceSet(own["features"], standardise=options.features == "style"),
+        reference=ReferenceSet(own["features"], units["features"] if options.features == "style" else None),
+        layout=ReferenceSet(own["layout"], units["layout"]),
         own=own,
-        floor=cache.measure_real("measuring training images", floor),
+        floor={name: rows[:count] for name, rows in units.items()},
         training=cache.thumbnails("reading all training images", training),
     )
 
@@ -138,8 +142,9 @@ def scores(
         "training_guidance": config.loss.guidance,
         "cache_dir": config.cache_dir,
         "reference_file": cache.files[REFERENCE],
+        "units_file": cache.files[UNITS],
         "floor_images": len(real.floor["features"]),
-        "real": set_scores(real.floor, real.reference, drawn=False),
+        "real": set_scores(real.floor, real, drawn=False),
         "models": {
             name: cell_scores(name, model.cells, sampled, real, cache) for name, model in models.items()
         },
@@ -167,7 +172,7 @@ def cell_scores(
     samples, rows = cache.config.evaluate.samples, []
     for cell in cells:
         ours, base = sampled[name, cell, samples], sampled.get(("base", cell, samples))
-        row = asdict(cell) | set_scores(ours, real.reference) | {"copying": copying_ratio(ours, real)}
+        row = asdict(cell) | set_scores(ours, real) | {"copying": copying_ratio(ours, real)}
         nearest = [real.training.distances(rows["thumbnails"]) for rows in (ours, real.own)]
         row["copies"] = copies_among(*nearest)
         if name != "base" and base is not None:
@@ -176,17 +181,18 @@ def cell_scores(
     return rows
 
 
-def set_scores(rows: Measurements, reference: ReferenceSet, *, drawn: bool = True) -> dict[str, Any]:
-    """Score one set of images; kernel and caption_fit are (value, standard error).
+def set_scores(rows: Measurements, real: RealImages, *, drawn: bool = True) -> dict[str, Any]:
+    """Score one set of images; kernel, layout and caption_fit are (value, standard error).
 
     Args:
         drawn: the images were drawn from the reference's captions, so errors are by caption.
     """
-    features = rows["features"]
+    features, reference = rows["features"], real.reference
     groups = reference.captions_of(len(features)) if drawn else None
     precision, recall = precision_recall(reference.scaled(features), reference.scaled(reference.own))
     return {
         "kernel": as_pair(reference.kernel(features, drawn=drawn)),
+        "layout": as_pair(real.layout.kernel(rows["layout"], drawn=drawn)),
         "frechet": reference.frechet(features),
         "caption_fit": as_pair(mean_of(rows["caption_fit"], groups)) if "caption_fit" in rows else None,
         "precision": precision,

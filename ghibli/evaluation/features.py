@@ -4,6 +4,8 @@
 encoder: colours, edges, textures. It is available wherever a base is and sensitive to style; a CLIP image
 tower, trained to recognise the same caption in every style, hardly is.
 `inception`: the network of FID. Only with these features is a Frechet distance called FID.
+`layout`: where what is, which a mean over the image cannot see: the latents, pooled to a coarse grid. It is
+measured beside whichever of the two is chosen.
 """
 
 from collections.abc import Callable
@@ -19,12 +21,16 @@ from ghibli.config.schema import Config
 from ghibli.evaluation.distances import frechet_distance, kernel_difference, kernel_distance
 from ghibli.evaluation.statistics import Estimate
 from ghibli.models.base import BaseModel, part_hash, weights_hash
+from ghibli.models.configs import check_config
 from ghibli.models.hub import CLIP_FILES
 from ghibli.models.load import load_part, part_folder
 from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.home import expanded
 
-BATCH = 16  # images that pass a feature network together
+BATCH = 16  # images that pass a feature network together, at most
+BATCH_PIXELS = BATCH * 256 * 256  # of those images together, at most
+LAYOUT_GRID = 8  # cells of a side, each with the mean of its latents
+UNIT_IMAGES = 200  # training images, at most, in whose deviations style features are measured
 
 
 def distance_names(kind: str | None) -> tuple[str, str]:
@@ -43,11 +49,11 @@ def extract_in_batches(
         extract: images (B, 3, H, W) in 0 .. 1 -> features (B, D).
         on_progress: called with (images done, images in total).
     """
-    rows = []
+    rows, size = [], max(1, min(BATCH, BATCH_PIXELS // images.shape[-2:].numel()))
     with torch.no_grad():
-        for start in range(0, len(images), BATCH):
-            rows.append(extract(images[start : start + BATCH]).double().cpu())
-            on_progress(min(start + BATCH, len(images)), len(images))
+        for start in range(0, len(images), size):
+            rows.append(extract(images[start : start + size]).double().cpu())
+            on_progress(min(start + size, len(images)), len(images))
     return torch.cat(rows)
 
 
@@ -66,9 +72,15 @@ def style_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([part for b in blocks for part in (b.mean((2, 3)), b.std((2, 3)))], dim=1)
 
 
-def standardised(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Standardise each column of features (N, D) by the reference's (M, D) mean and deviation."""
-    return (features - reference.mean(0)) / reference.std(0).clamp(min=1e-6)
+def layout_features(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Compute the mean latents of images (B, 3, H, W) in 0 .. 1, pooled to LAYOUT_GRID squared: (B, D)."""
+    latents = vae.encode(images.to(vae.device) * 2 - 1).latent_dist.mean
+    return torch.nn.functional.adaptive_avg_pool2d(latents, LAYOUT_GRID).flatten(1)
+
+
+def standardised(features: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """Standardise each column of features (N, D) by the mean and deviation of others, (U, D)."""
+    return (features - units.mean(0)) / units.std(0).clamp(min=1e-6)
 
 
 def load_inception(weights: str | None) -> FeatureExtractorInceptionV3:
@@ -150,8 +162,15 @@ class FeatureExtractor:
             self._extract = lambda batch: style_features(base.vae, batch)
 
     def measure(self, images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
-        """Compute `features` (N, D) and, with a CLIP, `caption_fit` (N,) of images (N, 3, H, W) in 0 .. 1."""
-        measured = {"features": extract_in_batches(self._extract, images)}
+        """Measure images (N, 3, H, W) in 0 .. 1.
+
+        Returns:
+            `features` (N, D), `layout` (N, D') and, with a CLIP, `caption_fit` (N,).
+        """
+        measured = {
+            "features": extract_in_batches(self._extract, images),
+            "layout": extract_in_batches(lambda batch: layout_features(self.base.vae, batch), images),
+        }
         if self.clip is not None:
             measured["caption_fit"] = self._caption_fit(*self.clip, images, captions)
         return measured
@@ -181,6 +200,7 @@ def load_clip(name: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
         return None
     folder = part_folder(name, f"model.clip={name}", CLIP_FILES, ", or model.clip=null")
     clip = load_part(CLIPModel, folder, f"model.clip={name}", dtype=torch.float32)
+    check_config(folder / "preprocessor_config.json", f"model.clip={name}")
     try:
         return clip.eval(), CLIPImageProcessor.from_pretrained(folder)
     except Exception as error:  # transformers raises many types; all mean the same to the user
@@ -189,16 +209,18 @@ def load_clip(name: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """The features of the real images to compare with, and how features are scaled for the distances."""
+    """The features of the real images to compare with, and how features are scaled for the distances.
+
+    Style features are measured in deviations of training images, of which there are many: the few reference
+    images would give units in which they themselves are extreme, and all distances too large.
+    """
 
     own: torch.Tensor  # (M, D) raw features
-    standardise: (
-        bool  # True for style features: in units of the reference's deviation; FID and KID want raw ones
-    )
+    units: torch.Tensor | None  # (U, D) of training images; None for Inception's, which FID and KID take raw
 
     def scaled(self, rows: torch.Tensor) -> torch.Tensor:
         """Scale features (N, D) for the distances."""
-        return standardised(rows, self.own) if self.standardise else rows
+        return rows if self.units is None else standardised(rows, self.units)
 
     def captions_of(self, count: int) -> torch.Tensor:
         """Return which reference image's caption each of `count` samples is drawn from, (count,) int64."""

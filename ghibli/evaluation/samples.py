@@ -21,10 +21,11 @@ from ghibli.models.base import BaseModel, results_key, weights_hash
 from ghibli.runtime.cache import cached, file_of
 from ghibli.runtime.console import counted
 
-VERSION = 3  # part of the cache keys; raise it when sampling or measuring changes
+VERSION = 4  # part of the cache keys; raise it when sampling or measuring changes
 KEPT_IMAGES = 8  # images of each cell that are kept to look at
 
-# features (N, D), thumbnails (N, 768), caption_fit (N,) with a CLIP, kept (<= KEPT_IMAGES, 3, H, W) uint8
+# features (N, D), layout (N, D'), thumbnails (N, 768), caption_fit (N,) with a CLIP, and kept
+# (<= KEPT_IMAGES, 3, H, W) uint8
 Measurements = dict[str, torch.Tensor]
 Result = TypeVar("Result")
 

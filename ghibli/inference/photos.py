@@ -5,18 +5,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ghibli.data.folder import enter_and_list, list_images, read_beside, require_inside
-from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS, not_read
+from ghibli.data.folder import enter_and_list, list_images, read_beside
+from ghibli.data.inside import require_inside
+from ghibli.data.layouts import IMAGE_FILES, LAYOUTS, SUBFOLDERS, not_read, words_of
 from ghibli.images.read import (
-    HEIF_ADVICE,
     HEIF_ENDINGS,
     Unusable,
+    heif_advice,
     image_endings,
     is_image_name,
     read_image,
 )
 from ghibli.models.prompt_syntax import escaped
-from ghibli.runtime.commands import command_line
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import expanded
 
@@ -50,7 +51,7 @@ def find_photos(paths: Iterable[Path], prompt: str | None, style: str) -> list[P
         raise UserError("no images there: name files, or a folder that holds some")
     bare = [path for path, caption in found if not (prompt or caption)]
     if bare:
-        command = command_line("ghibli", "caption", bare[0].parent)
+        command = command_here("ghibli", "caption", bare[0].parent)
         raise UserError(f"{bare[0].name} has no caption: give --prompt TEXT, or run `{command}`")
     return [Photo(path, (prompt or escaped(caption or "")) + escaped(style)) for path, caption in found]
 
@@ -136,7 +137,7 @@ def with_captions(path: Path, *, search: bool) -> list[tuple[Path, str | None]]:
         raise UserError(f"{path}: no such file or folder")
     if not is_image_name(path):
         is_heif = path.suffix.lower() in HEIF_ENDINGS
-        advice = HEIF_ADVICE if is_heif else f"{', '.join(sorted(image_endings()))} can be read"
+        advice = heif_advice() if is_heif else f"{', '.join(sorted(image_endings()))} can be read"
         raise UserError(f"{path.name} is not an image: {advice}")
     if not search:
         return [(path, None)]
@@ -156,7 +157,7 @@ def photos_in(folder: Path) -> list[tuple[Path, str | None]]:
         except Unusable as reason:
             logger.warning(f"{name} is skipped: {reason}")
             continue
-        found.append((file, caption or caption_beside(file, top)))
+        found.append((file, caption or caption_beside(file, top) or words_of(name)))
     if others := not_read(top, listed):
         logger.warning(f"{folder}: not read: {others}")
     return found

@@ -49,10 +49,10 @@ class ImageRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", sampler_name(self.sampler, "--sampler"))
-        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise UserError("an empty prompt: give --prompt TEXT")
         for text in (*self.prompts, self.negative):
             check_text(text)
+        if not self.prompts or not all(has_words(prompt) for prompt in self.prompts):
+            raise UserError("an empty prompt: give --prompt TEXT")
         check_steps(self.sampler, self.steps, "--steps")
         check_seed(self.seed, len(self.prompts))
         check_guidance(self.guidance)
@@ -118,6 +118,8 @@ def grid_requests(request: ImageRequest, axes: list[Axis]) -> list[list[ImageReq
         raise UserError(
             "--grid: give one setting or two different ones, such as guidance=3,7 and steps=10,20"
         )
+    if request.hires == 1 and "hires_strength" in [axis.name for axis in axes]:
+        raise UserError("--grid hires_strength is that of a second pass: give --hires FACTOR too")
     right, down = axes[0], (axes[1] if len(axes) > 1 else None)
     if len(right.values) * (len(down.values) if down else 1) > MOST_IN_GRID:
         raise UserError(f"--grid: at most {MOST_IN_GRID} images of a prompt")
@@ -226,6 +228,11 @@ def check_text(text: str) -> None:
         shown = text.encode("utf-8", "replace").decode()
         raise UserError(f"the prompt `{shown[:60]}` is not UTF-8: type it in a UTF-8 terminal or file")
     parse_prompt(text)
+
+
+def has_words(prompt: str) -> bool:
+    """Tell whether a prompt says anything, which `(:1.3)` and `[ ]` do not."""
+    return any(text.strip() for text, _ in parse_prompt(prompt))
 
 
 def unused_negative(negative: str, guidance: float) -> list[str]:

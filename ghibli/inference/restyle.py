@@ -121,6 +121,8 @@ def restyle_file(
     except (Unusable, UserError, OSError) as reason:
         logger.warning(f"{photo.path.name} is skipped: {reason}")
         return None
+    if before.info["frames"] > 1:
+        logger.warning(f"{photo.path.name}: the first of its {before.info['frames']} images is restyled")
     mask = None if photo.mask is None else read_image(photo.mask)[0]
     after = restyle_photo(model, before, photo.prompt, options, mask=mask, control_of=control_of)
     settings = asdict(options) | {"prompt": photo.prompt, "photo": readable(photo.path.name)}

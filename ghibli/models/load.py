@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,18 @@ import transformers.utils.logging
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ghibli.config.paths import NO_PICKLE, PICKLES, check_base, convert_command
 from ghibli.models.base import BaseModel, resolve_path
 from ghibli.models.configs import check_config
 from ghibli.models.hub import HUB_FILES, hub_answers
+from ghibli.models.original import original_weights
 from ghibli.models.safetensors import check_float, check_whole, count_weights
 from ghibli.runtime.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILES = (
     "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
@@ -52,8 +57,12 @@ def load(path: str, config: str | None = None) -> BaseModel:
         parts = load_single_file(place, config)
     else:
         parts = load_from_hub(path)
+    if config is not None and not place.is_file():
+        logger.warning(f"model.config={config} is not used: model.path={path} is no single file")
     base = BaseModel(*parts)
     check_supported(base, path)
+    if place.is_file():
+        check_all_used(place, base, path)
     base.tokenizer.model_max_length = base.text_encoder.config.max_position_embeddings
     for part in (base.text_encoder, base.vae, base.unet):
         part.requires_grad_(False).eval()
@@ -218,7 +227,8 @@ def load_single_file(file: Path, config: str | None) -> tuple[Any, ...]:
         check_config_folder(resolve_path(config), config)
     try:
         # Silenced: the list of unused keys, which in such a file is long and harmless (EMA weights, the
-        # loss of the VAE). Missing keys stay on the meta device; they raise here or are found below.
+        # loss of the VAE); check_all_used looks for others. Missing keys stay on the meta device; they raise
+        # here or are found below.
         with quiet("transformers", "diffusers"):
             pipeline = StableDiffusionPipeline.from_single_file(
                 str(file), config=None if config is None else str(resolve_path(config)),
@@ -240,6 +250,23 @@ def load_single_file(file: Path, config: str | None) -> tuple[Any, ...]:
         pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet,
         dict(pipeline.scheduler.config),
     )  # fmt: skip
+
+
+def check_all_used(file: Path, base: BaseModel, path: str) -> None:
+    """Check that a single file holds no weights of UNet or VAE that the configs do not describe.
+
+    Raises:
+        UserError: of the UNet. Those of the VAE are named.
+    """
+    with safe_open(file, framework="pt") as opened:
+        unknown = sorted(set(opened.keys()) - set(original_weights(base)))
+    what = f"model.path={path} holds weights that its configs do not describe"
+    unet = [key for key in unknown if key.startswith("model.diffusion_model.")]
+    if unet:
+        raise UserError(f"{what}: {enumerated(unet)}; are these the configs of another model?")
+    vae = [key for key in unknown if re.match(r"first_stage_model\.(?!loss\.|model_ema\.)", key)]
+    if vae:
+        logger.warning(f"{what}, and they are not used: {enumerated(vae)}")
 
 
 def check_no_meta_weights(pipeline: StableDiffusionPipeline) -> None:

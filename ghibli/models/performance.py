@@ -37,7 +37,7 @@ def recompute(base: BaseModel, every: int) -> None:
     for index, block in enumerate(blocks):
         block.gradient_checkpointing = index % every == 0
     if any(parameter.requires_grad for parameter in base.text_encoder.parameters()):
-        base.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        base.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def compiled(predict: Callable[..., torch.Tensor], options: ComputeConfig) -> Callable[..., torch.Tensor]:
@@ -80,7 +80,7 @@ class PromptEmbeds:
     """
 
     def __init__(self, base: BaseModel, input_ids: torch.Tensor, on_progress: Callable[[int, int], None]):
-        self.input_ids = torch.unique(input_ids, dim=0)
+        self.input_ids = torch.unique(input_ids.cpu(), dim=0).to(input_ids.device)
         rows = len(self.input_ids)
         found = []
         for start in range(0, rows, PROMPTS_AT_ONCE):

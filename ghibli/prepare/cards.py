@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ghibli.config.schema import Config
@@ -62,12 +63,20 @@ def largest_batch(
 
 
 def choose(config: Config, like: BaseModel, precision: str, size: float) -> list[Choice]:
+    """Return what fits on a card of `size` bytes, the fastest first."""
+    return choices_among(lambda asked: predict(asked, like, precision), config, size)
+
+
+def choices_among(rehearsed: Callable[[Config], Prediction], config: Config, size: float) -> list[Choice]:
     """Return what fits, the fastest first: a batch without checkpointing, with it, with 4-bit weights.
 
     Checkpointing costs a third more computation, so it stands behind a batch of 4 without it; 4 bits are
     asked for only where nothing else fits.
+
+    Args:
+        rehearsed: returns what a run with these settings takes.
     """
-    found = predict(config, like, precision)
+    found = rehearsed(config)
     every = config.compute.checkpoint_every or 1
     bits = config.model.frozen_bits
     plain = largest_batch(found, config, size, 0, bits)
@@ -77,7 +86,7 @@ def choose(config: Config, like: BaseModel, precision: str, size: float) -> list
         choices.reverse()
     if not choices and bits is None and config.finetune == "lora":
         smaller = replace(config, model=replace(config.model, frozen_bits=4))
-        last = largest_batch(predict(smaller, like, precision), config, size, every, 4)
+        last = largest_batch(rehearsed(smaller), config, size, every, 4)
         choices += [] if last is None else [last]
     return choices
 

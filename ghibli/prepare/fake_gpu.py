@@ -10,9 +10,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
+import torch.cuda.amp.common as amp
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +21,10 @@ from torch.utils._pytree import tree_iter
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 BLOCK = 512  # bytes: the CUDA allocator rounds every tensor up to a multiple
+PRODUCTS = {  # operations that want one dtype, which fakes do not check for matrices
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.linear.default,
+    aten.convolution.default,
+}  # fmt: skip
 
 
 class FakeGpu(TorchDispatchMode):
@@ -39,10 +43,9 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        values = list(tree_iter((args, kwargs)))
         device = kwargs.get("device")
         to_gpu = device is not None and torch.device(device).type == "cuda"
-        if not self._all_fake and not to_gpu and not any(isinstance(value, FakeTensor) for value in values):
+        if not self._all_fake and not to_gpu and not has_fake(args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
@@ -54,6 +57,14 @@ class FakeGpu(TorchDispatchMode):
             self.waits.append("cpu")
             with unset_fake_temporarily():
                 return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if func in PRODUCTS:
+            check_alike(func, [value for value in args if isinstance(value, torch.Tensor)])
+        if (
+            func is aten.index.Tensor
+            and not on_gpu(args[0])
+            and any(on_gpu(i) for i in args[1] if i is not None)
+        ):
+            raise RuntimeError(f"{func}: a tensor on the CPU is indexed by one on another device")
         result = func(*args, **kwargs)
         self._count(result)
         return result
@@ -92,6 +103,21 @@ class FakeGpu(TorchDispatchMode):
             self._all_fake = False
 
 
+def has_fake(args: Any, kwargs: Any) -> bool:
+    """Tell whether a fake is among the arguments of an operation; mostly it is one of the first."""
+    return any(isinstance(value, FakeTensor) for value in args) or any(
+        isinstance(value, FakeTensor) for value in tree_iter((args, kwargs))
+    )
+
+
+def check_alike(func: Any, tensors: list[torch.Tensor]) -> None:
+    """Raise a RuntimeError, as a GPU does, for a product of tensors of several devices or dtypes."""
+    for what in ("device", "dtype"):
+        found = {str(getattr(tensor, what)) for tensor in tensors}
+        if len(found) > 1:
+            raise RuntimeError(f"{func} of different {what}s: {', '.join(sorted(found))}")
+
+
 def on_gpu(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor is one of the GPU's."""
     return tensor.device.type == "cuda"
@@ -106,31 +132,50 @@ def fake_gpu() -> Iterator[FakeGpu]:
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         gpu = stack.enter_context(FakeGpu())
-        for name, value in {
-            "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
-            "torch.cuda.is_bf16_supported": lambda *_, **__: True,
-            "torch.nn.functional.scaled_dot_product_attention": attention,
-            "torch.nn.Module._apply": replace_tensors,
-        }.items():
-            stack.enter_context(patch(name, value))
+        stack.enter_context(replaced(amp, "amp_definitely_not_available", lambda: False))
+        stack.enter_context(replaced(torch.cuda, "is_bf16_supported", lambda *_, **__: True))
+        stack.enter_context(replaced(torch.cuda, "get_device_name", lambda *_: "a GPU that is not there"))
+        stack.enter_context(replaced(torch.cuda, "synchronize", lambda *_: gpu.waits.append("synchronize")))
+        stack.enter_context(replaced(nn.functional, "scaled_dot_product_attention", attention))
+        stack.enter_context(replaced(nn.Module, "_apply", replace_tensors))
         yield gpu
 
 
-def replace_tensors(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute of a module or class another value in this block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def replace_tensors(
+    module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], _: bool = True
+) -> nn.Module:
     """Stand in for Module._apply, what moves a module: its parameters become new ones.
 
     torch itself would swap the contents of two fakes, which it refuses as long as anything refers weakly to
-    one of them, and fakes always do.
+    one of them, and fakes always do. bitsandbytes' classes of parameters cannot hold fakes: plain ones with
+    the same attributes, the scales among them, take their place.
     """
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                with torch.no_grad():
-                    moved = fn(parameter)
-                part._parameters[name] = nn.Parameter(moved, parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = fn(buffer)
+    for child in module.children():
+        child._apply(fn)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                moved: Any = nn.Parameter(fn(parameter.data), parameter.requires_grad)
+            vars(moved).update(
+                {key: value for key, value in vars(parameter).items() if key not in vars(moved)}
+            )
+            if getattr(moved, "quant_state", None) is not None:
+                moved.quant_state.to(moved.device)
+            module._parameters[name] = moved
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
     return module
 
 

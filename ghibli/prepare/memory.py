@@ -8,7 +8,7 @@ import torch
 
 from ghibli.config.registry import Shape, fp32_copies, optimizer_entry
 from ghibli.config.schema import Config, OptimizerConfig
-from ghibli.data.latents import CHUNK
+from ghibli.data.latents import chunk_size
 from ghibli.models.cost import FRAGMENTS, Cost, measure_cost
 from ghibli.training.module import GhibliModule
 
@@ -57,7 +57,7 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
     latents = latents_size(config.model.resolution, images, config.data.flip)
     branches = 1 if loss.guidance == 1 else 2
     phases = {
-        "encoding the images": cost["encode"].at(side, CHUNK),
+        "encoding the images": cost["encode"].at(side, chunk_size(side)),
         "the probe": cost["score"].at(side, branches * config.validation.items_per_image),
     }
     if config.finetune != "none":
@@ -137,7 +137,7 @@ def estimate_disk(config: Config, shapes: list[Shape], epochs: int, cells: int) 
     weights = sum(4 * math.prod(shape) for shape in shapes)
     every, side = config.sample.every_n_epochs, config.model.resolution
     tile = (side if side >= 256 else 2 * side) ** 2
-    grids = 0 if every == 0 else 1 + epochs // every
+    grids = 0 if every == 0 else 1 + epochs // every + (every > 1)  # at the end, every n, after epoch 1
     images = grids * 2 * cells * len(config.sample.prompts)
     checkpoint = weights + optimizer_state_size(config.optimizer, shapes)
     return Disk(int(CHECKPOINTS * checkpoint), 3 * weights, int(1.5 * tile * images))  # bytes of a PNG's px

@@ -301,15 +301,24 @@ def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Traine
     need = memory.estimate_memory(module, len(data.train_images) + len(data.val_images), precision)
     further = trainer.num_devices - 1  # processes, each of which needs what this one holds already, too
     total = need.total + further * (need.total + resources.resident_memory())
-    free = resources.free_memory(device)
+    free, peak = resources.free_memory(device), peak_of_process(need.total)
     phases = ", ".join(f"{name} {format_bytes(size)}" for name, size in need.phases.items())
     text = (
-        f"the run needs about {format_bytes(total)} more: {format_bytes(need.kept)} throughout for optimiser "
+        f"the run needs about {format_bytes(total)} more, its process {peak / 2**30:.2f} GiB at its peak "
+        f"with all it loads: {format_bytes(need.kept)} throughout for optimiser "
         f"and latents, and one at a time for {phases}; {format_bytes(free)} are free"
     )
     if total <= free:
         return Finding("memory", text + larger_batch(need, module, free - total), "note")
     return Finding("memory", f"{text}: {memory_advice(need.highest, module.config)}", "error")
+
+
+def peak_of_process(more: float) -> float:
+    """Return the bytes of a run's process at its peak: `more` than this one has held so far, after loading.
+
+    What it holds now may be less, as the system takes pages of libraries back where memory is short.
+    """
+    return more + (resources.peak_resident_memory() or resources.resident_memory())
 
 
 def about_gpu_memory(module: GhibliModule, precision: str, free: float) -> Finding:

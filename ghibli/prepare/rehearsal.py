@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 
 from ghibli.adapters import lora
 from ghibli.config.schema import Config, at_full_precision
-from ghibli.data.latents import CHUNK
+from ghibli.data.latents import chunk_size
 from ghibli.models.base import BaseModel
 from ghibli.models.performance import recompute, shrink_frozen
 from ghibli.prepare.fake_gpu import CUDA, FakeGpu, fake_gpu
@@ -24,7 +24,7 @@ from ghibli.training.module import GhibliModule
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 CUDA_CONTEXT = 2**29  # bytes that the GPU's own libraries take; assumed, not measured
 RESERVED = 1.04  # bytes that the CUDA allocator holds for each byte of tensors; assumed, not measured
-BLOCK_BITS = {8: 8, 4: 4 + 8 / 64 + 32 / 64 / 256}  # of a quantised weight, its share of the scales included
+WEIGHT_BITS = {8: 8, 4: 4 + 8 / 64 + 32 / 64 / 256}  # of a quantised weight, with its share of 4 bits' scales
 
 
 def fake_base(like: BaseModel, gpu: FakeGpu) -> BaseModel:
@@ -142,13 +142,18 @@ def saved_by_bits(module: GhibliModule, bits: int | None, precision: str) -> flo
     """Return the bytes by which model.frozen_bits makes the frozen linear layers smaller; 0 for None."""
     if bits is None:
         return 0.0
-    count = sum(
-        layer.weight.numel()
+    before = 16 if precision in DTYPES else 32
+    return sum(
+        (before - WEIGHT_BITS[bits]) * layer.weight.numel() / 8 - scales_bytes(layer, bits)
         for part in module.base.adaptable.values()
         for name, layer in part.named_modules()
         if isinstance(layer, nn.Linear) and ".lora_" not in name
     )
-    return count * ((16 if precision in DTYPES else 32) - BLOCK_BITS[bits]) / 8
+
+
+def scales_bytes(layer: nn.Linear, bits: int) -> int:
+    """Return the bytes of a layer's scale for each row in 8 bits, of its two tables of values in 4 bits."""
+    return 4 * layer.out_features if bits == 8 else 4 * (16 + 256)
 
 
 @dataclass(frozen=True)
@@ -228,6 +233,6 @@ def encoding_bytes(module: GhibliModule, gpu: FakeGpu) -> float:
     """Rehearse the VAE alone on the card: images are encoded before the other parts come."""
     side, vae = module.config.model.resolution, module.base.vae
     vae.to(CUDA)
-    pixels = torch.zeros(CHUNK, 3, side, side).to(CUDA)
+    pixels = torch.zeros(chunk_size(side), 3, side, side).to(CUDA)
     beside = gpu.now - sum(parameter.nbytes for parameter in vae.parameters()) - pixels.nbytes
     return peak_of(lambda: vae.encode(pixels).latent_dist.mean, gpu) - beside

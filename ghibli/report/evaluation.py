@@ -104,9 +104,10 @@ def format_cell(row: CellScores | None, own: list[CellScores | None]) -> dict[st
     """Format one cell of the table; `best` marks the lowest kernel distance among the model's own cells."""
     if row is None:
         return None
-    captions, minus_base = row.get("caption_fit"), row.get("kernel_minus_base")
+    captions, minus_base, layout = (row.get(key) for key in ("caption_fit", "kernel_minus_base", "layout"))
     return {
         "kernel": kernel_text(row),
+        "layout": None if layout is None else f"{layout[0]:.2f} +- {layout[1]:.2f}",
         "frechet": f"{row['frechet']:.1f}",
         "captions": None if captions is None else f"{captions[0]:.1f} +- {captions[1]:.1f}",
         "precision": f"{100 * row['precision']:.0f} %" if "precision" in row else None,

@@ -201,7 +201,7 @@ def check_evaluation(content: dict[str, Any]) -> dict[str, Any]:
     cells = [row for own in (content["models"]["base"], *content["models"].values()) for row in own]
     pairs = [pair for scan in content["scan"].values() for pair in scan.values()]
     for row in (*cells, content["real"]):
-        optional = [row.get(key) for key in ("caption_fit", "kernel_minus_base")]
+        optional = [row.get(key) for key in ("caption_fit", "kernel_minus_base", "layout")]
         pairs += [row["kernel"], *(pair for pair in optional if pair is not None)]
     numbers = [x for value, error in pairs for x in (value, error)]
     numbers += [row[key] for row in (*cells, content["real"]) for key in ("frechet", "recall")]

@@ -33,10 +33,16 @@ def reset_peak_memory() -> None:
 def peak_memory() -> int | None:
     """Return the peak memory in bytes since `reset_peak_memory`: of the GPU if there is one, else resident.
 
-    psutil does not report VmHWM, the only peak that can be reset. None where there is no /proc.
+    None where there is no /proc.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_memory()
+
+
+def peak_resident_memory() -> int | None:
+    """Return the largest resident memory of this process so far in bytes; None where there is no /proc.
+
+    psutil does not report VmHWM, the only peak that can be reset.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -164,19 +164,27 @@ def paired_comparisons(trials: list[Trial]) -> list[str]:
     Empty if they were not measured against the same images, or the cache no longer has their features.
     """
     found = [result for _, result in evaluated(trials)]
-    keys = ("cache_dir", "reference_file", "features")
-    references = {tuple(str(result.get(key)) for key in keys) for result in found}
+    keys = ("cache_dir", "reference_file", "units_file", "features")
+    older = {"units_file": "reference_file"}  # their distances were in the reference's own units
+    references = {
+        tuple(str(result.get(key, result.get(older.get(key, key)))) for key in keys) for result in found
+    }
     if len(references) != 1:
         return []
-    cache_dir, reference_file, kind = references.pop()
+    cache_dir, reference_file, units_file, kind = references.pop()
     best = [(model.name, min(model.rows, key=lambda row: row["kernel"][0])) for model in models_of(trials)]
     best = sorted(best, key=lambda one: one[1]["kernel"][0])[:COMPARED]
-    files = [reference_file, *(str(row.get("file")) for _, row in best)]
-    real, *stored = [features_in(Path(cache_dir) / "evaluation" / file) for file in files]
+    files = [reference_file, units_file, *(str(row.get("file")) for _, row in best)]
+    real, units, *stored = [features_in(Path(cache_dir) / "evaluation" / file) for file in files]
     sampled = [rows for rows in stored if rows is not None]
-    if real is None or len(sampled) < len(stored) or len({len(rows) for rows in sampled}) != 1:
+    if (
+        real is None
+        or units is None
+        or len(sampled) < len(stored)
+        or len({len(rows) for rows in sampled}) != 1
+    ):
         return []
-    reference = ReferenceSet(real, standardise=kind == "style")
+    reference = ReferenceSet(real, units if kind == "style" else None)
     lines = []
     for ((near, row), ours), ((far, other), theirs) in combinations(zip(best, sampled, strict=True), 2):
         behind = reference.difference(theirs, ours)

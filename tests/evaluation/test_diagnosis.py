@@ -251,6 +251,39 @@ def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callabl
         step(torch.nan)
 
 
+@pytest.mark.parametrize("reader", ["a logged step", "a checkpoint", "validation"])
+def test_on_a_gpu_the_answer_is_read_later(
+    make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """The update that was not finite is named, not those after it, which it spoiled."""
+    monkeypatch.setattr("ghibli.training.callbacks.diagnosis.is_awaited", lambda value: True)
+    doctor = Doctor(make_config(), RunDir(tmp_path))
+    trainer = SimpleNamespace(
+        precision="32-true", is_global_zero=True, loggers=[], global_step=0, world_size=1,
+        log_every_n_steps=4 if reader == "a logged step" else 100, accumulate_grad_batches=1,
+    )  # fmt: skip
+
+    def step(name: str, loss: float) -> None:
+        module = SimpleNamespace(trainable={"a": SimpleNamespace(grad=torch.tensor([loss]))})
+        doctor.note({"name": [name], "timesteps": torch.tensor([812])}, torch.tensor([loss]))
+        doctor.on_before_optimizer_step(trainer, module, None)
+        trainer.global_step += 1
+        doctor.on_train_batch_end(trainer, module, None, None, 0)
+
+    step("dog.png", 0.2)
+    step("cat.png", torch.nan)
+    step("fox.png", torch.nan)
+    read = {
+        "a logged step": lambda: step("owl.png", torch.nan),
+        "a checkpoint": lambda: doctor.on_save_checkpoint(trainer, None, {}),
+        "validation": lambda: doctor.on_validation_start(trainer, None),
+    }[reader]
+    with pytest.raises(
+        UserError, match=r"step 1: the loss is not finite for cat.png at timestep 812 \(nan\); the checkp"
+    ):
+        read()
+
+
 def test_a_finding_is_an_alert_on_the_dashboard(
     make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,13 +22,14 @@ from ghibli.diffusion import samplers
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.evaluation import diagnosis, evaluate, samples
 from ghibli.evaluation.copies import TrainingThumbnails
+from ghibli.evaluation.distances import kernel_distance
 from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
 from ghibli.models.base import BaseModel, weights_hash
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import checksum_of, write_with_checksum
-from ghibli.training import wandb_logger
+from ghibli.training.loggers import choice, wandb_logger
 
 QUICK = (
     "evaluate.samples=6", "evaluate.scan_samples=3", "evaluate.scales=[1,3]", "evaluate.batch_size=4",
@@ -75,20 +77,41 @@ def test_a_cell_is_what_sampling_and_measuring_by_hand_give(finished: RunDir, re
     batches = [list(range(4)), [4, 5]]
     drawn = [sample(base, [prompts[i] for i in b], Cell("ddim", 7.5), seeds=b, **options) for b in batches]
     extractor = FeatureExtractor(config, base)
-    own = samples.SampleCache(config, extractor, prompts).measure_real("", reference_images)["features"]
-    wanted = ReferenceSet(own, standardise=True).kernel(
-        extractor.measure(torch.cat(drawn), prompts)["features"]
-    )
+    measure = samples.SampleCache(config, extractor, prompts).measure_real
+    own, units = (measure("", images)["features"] for images in (reference_images, training))
+    rows = extractor.measure(torch.cat(drawn), prompts)["features"]
+    wanted = ReferenceSet(own, units).kernel(rows)
+    in_units = [(part - units.mean(0)) / units.std(0) for part in (rows, own)]
+    assert wanted == kernel_distance(*in_units, torch.arange(6))
+    layouts = [layout_by_hand(base, part) for part in (torch.cat(drawn), reference_images, training)]
+    in_units = [(part - layouts[2].mean(0)) / layouts[2].std(0) for part in layouts[:2]]
+    layout = kernel_distance(*in_units, torch.arange(6))
     row = next(r for r in result["models"]["base"] if r["guidance"] == 7.5)
     assert row["kernel"] == (wanted.value, wanted.standard_error)
+    assert row["layout"] == pytest.approx((layout.value, layout.standard_error), rel=1e-3)
+
+
+def layout_by_hand(base: BaseModel, images: torch.Tensor | list) -> torch.Tensor:
+    """Mean latents in 8 x 8 cells of images in 0 .. 1, or of image files at 64 px, one after the other."""
+    rows = []
+    for image in images:
+        if not isinstance(image, torch.Tensor):
+            with Image.open(image.path) as file:
+                scaled = file.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+            image = torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 255).permute(2, 0, 1)
+        with torch.no_grad():
+            latents = base.vae.encode(image[None] * 2 - 1).latent_dist.mean[0].double()
+        side = latents.shape[-1] // 8
+        rows.append(latents.unflatten(1, (8, side)).unflatten(3, (8, side)).mean((2, 4)).flatten())
+    return torch.stack(rows)
 
 
 def test_run_and_scan_are_what_sampling_by_hand_gives(finished: RunDir, result: dict) -> None:
     config = finished_config(finished)
     cache = samples.SampleCache(config, FeatureExtractor(config, starting_base(config)), [])
-    images, _ = sources.real_images(config)
+    images, training = sources.real_images(config)
     cache.captions = [image.caption for image in images]
-    reference = ReferenceSet(cache.measure_real("", images)["features"], standardise=True)
+    reference = ReferenceSet(*(cache.measure_real("", part)["features"] for part in (images, training)))
     model = trained_base(finished, config)
     for scale, count, found in (
         (15, 6, result["models"]["run"][2]["kernel"]),
@@ -153,8 +176,9 @@ def test_a_run_that_was_online_is_logged_offline_without_a_login(
 ) -> None:
     config, modes, board = finished_config(finished), [], Dashboard()
     config.wandb.mode = "online"
-    monkeypatch.setattr(wandb_logger, "start", lambda *words: modes.append(words[-1]) or board)
-    wandb_logger.log_evaluation(config, finished, result)
+    opened = wandb_logger.WandbDashboard(finished, board)
+    monkeypatch.setattr(wandb_logger, "start", lambda *words: modes.append(words[-1]) or opened)
+    choice.log_evaluation(config, finished, result)
     assert modes == ["offline"] and "logging offline" in " ".join(capsys.readouterr().out.split())
     assert board.alerts == ["few images"] and len(board.logged["evaluate/cells"].data) == 5
 
@@ -221,7 +245,9 @@ def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -
     samples["thumbnails"][4] = training[2]
     found = evaluate.nearest_copies(
         samples,
-        evaluate.RealImages(None, own, None, TrainingThumbnails(training, torch.empty(len(training), 0, 12))),
+        evaluate.RealImages(
+            None, None, own, None, TrainingThumbnails(training, torch.empty(len(training), 0, 12))
+        ),
     )
     assert found[0] == (4, 2, 0.0) and len(found) == evaluate.NEAREST_SAMPLES
     assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
@@ -233,7 +259,8 @@ def test_copies_of_training_images_are_detected(finished: RunDir) -> None:
     reference_images, training_images = sources.real_images(config)
     own, training = measure("", reference_images), measure("", training_images)
     real = evaluate.RealImages(
-        ReferenceSet(own["features"], True),
+        ReferenceSet(own["features"], training["features"]),
+        ReferenceSet(own["layout"], training["layout"]),
         own,
         None,
         TrainingThumbnails(training["thumbnails"], torch.empty(0)),
@@ -324,6 +351,17 @@ def test_wrong_settings_are_one_line(finished: RunDir, word: str, message: str |
         return
     with pytest.raises(UserError, match=message):
         apply_overrides(config, [word], CHANGED_BY_EVALUATE)
+
+
+@pytest.mark.parametrize("finetune", ["none", "lora"])
+def test_another_base_than_in_training_is_refused(
+    finetune: str, make_config: Callable, tmp_path: Path
+) -> None:
+    """Also where the base alone is measured."""
+    run = RunDir(tmp_path)
+    run.status.update(base_hash="0" * 64)
+    with pytest.raises(UserError, match=r"the base model.path=demo is not the one it was trained from"):
+        evaluate.models_to_evaluate(run, make_config(f"finetune={finetune}"))
 
 
 def test_an_unfinished_run_is_refused_in_one_line(finished: RunDir, tmp_path: Path) -> None:

@@ -176,6 +176,29 @@ def test_strength_is_a_share_of_all_noise_levels(
     assert len(seen) == steps // 2 and abs(seen[0] - 500) <= 3 and min(seen) >= 0
 
 
+def test_a_negative_prompt_of_any_length_is_used(base_alone: LoadedModel) -> None:
+    """Words beyond the 75th token, which the library's own pipeline drops with a warning."""
+    photo = Image.new("RGB", (64, 64), "grey")
+    drawn = [
+        grey(restyle.restyle_photo(base_alone, photo, "a lake", replace(OPTIONS, negative=negative)))
+        for negative in ("fog, " * 60, "fog, " * 60 + "blue house")
+    ]
+    assert np.abs(drawn[0] - drawn[1]).max() > 1
+
+
+@pytest.mark.parametrize("command", ["generate", "restyle"])
+def test_the_commands_say_that_a_negative_prompt_is_not_used(
+    command: str, photos: Path, tmp_path: Path
+) -> None:
+    words = ["generate", "--prompt", "a lake", "--size", "64", "model=demo"]
+    if command == "restyle":
+        words = ["restyle", str(photos), "--prompt", "a lake", "--with", "model=demo"]
+    words += ["--negative", "fog", "--guidance", "1", "--steps", "2", "--to", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "the negative prompt is not used: at guidance 1" in " ".join(result.output.split())
+
+
 def test_a_negative_prompt_that_is_not_used_is_named() -> None:
     assert unused_negative("fog", 7.5) == unused_negative(" ", 1) == []
     (said,) = unused_negative("fog", 1)
@@ -417,6 +440,27 @@ def test_photos_that_cannot_be_read_are_skipped(
     assert (note["prompt"], note["strength"], note["seed"]) == ("a scene, drawn", 0.5, 1)
     with pytest.raises(UserError, match="none of the photos could be read"):
         restyle_all(base_alone, [p for p in found if p.path.suffix == ".jpg"], OPTIONS, tmp_path / "out")
+
+
+def test_ctrl_c_keeps_what_is_done(
+    base_alone: LoadedModel, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    plain, calls = restyle.restyle_photo, []
+
+    def restyle_photo(*args: object, **options: object) -> Image.Image:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    monkeypatch.setattr(restyle, "restyle_photo", restyle_photo)
+    found = find_photos([photos], "a scene", "")
+    with pytest.raises(KeyboardInterrupt):
+        restyle_all(base_alone, found, OPTIONS, tmp_path / "a (1)")
+    assert [file.stem for file in (tmp_path / "a (1)").iterdir()] == [found[0].path.stem]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"1 of 2 are done and kept in '{tmp_path / 'a (1)'}'" in said
 
 
 def test_one_photo_of_a_set(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

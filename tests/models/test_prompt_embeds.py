@@ -102,6 +102,15 @@ def test_weights_are_a1111s_formula(demo: BaseModel) -> None:
 
 
 @torch.no_grad()
+def test_weights_that_overflow_are_one_line(demo: BaseModel) -> None:
+    """And a weight of 0 alone, or negative ones, are numbers like others."""
+    for prompt in ("(a lake:0)", "(a lake:-1)", "((a:1e-200):1e-200)"):
+        assert encode_weighted(demo, [prompt]).isfinite().all()
+    with pytest.raises(UserError, match=r"^the weights in the prompt `\(a lake:1e39\)` are too large"):
+        encode_weighted(demo, ["a train", "(a lake:1e39)"])
+
+
+@torch.no_grad()
 def test_repeating_a_prompt_changes_no_prediction(demo: BaseModel) -> None:
     """What a prompt beside a longer one is made: every key occurs as often as every other."""
     short, long = encode_weighted(demo, ["a lake"]), encode_weighted(demo, [LONG])

@@ -103,7 +103,7 @@ def test_the_nearest_models_are_compared_in_pairs(trials: list[Trial], tmp_path:
     draws = torch.Generator().manual_seed(0)
     sets = {
         name: 0.5 * shift + torch.randn(40, 6, generator=draws, dtype=torch.float64)
-        for name, shift in (("real", 0), ("base", 4), ("one", 1), ("guided", 2))
+        for name, shift in (("real", 0), ("units", 3), ("base", 4), ("one", 1), ("guided", 2))
     }
     for name, features in sets.items():
         file = tmp_path / "evaluation" / f"{name}.pt"
@@ -122,6 +122,15 @@ def test_the_nearest_models_are_compared_in_pairs(trials: list[Trial], tmp_path:
     names = [f"LoRA, trained at guidance {scale} (DDIM 7.5)" for scale in (1, 7.5)]
     assert lines[0] == f"{names[1]} is farther from real images than {names[0]} by {behind}, in pairs."
     assert len(lines) == 3 and "untouched base (DDIM 7.5) is farther" in lines[1]
+
+    for trial in trials[1:]:  # style features are compared in the units of the training images
+        content = json.loads(trial.run.evaluation.read_text())
+        trial.run.evaluation.write_text(json.dumps(content | {"units_file": "units.pt", "features": "style"}))
+    units = sets["units"]
+    scaled = [(sets[name] - units.mean(0)) / units.std(0) for name in ("guided", "one", "real")]
+    wanted = kernel_difference(*scaled, torch.arange(40))
+    behind = f"{wanted.value:.2f} +- {wanted.standard_error:.2f}"
+    assert comparison.paired_comparisons(trials[1:])[0].endswith(f"by {behind}, in pairs.")
     (tmp_path / "evaluation" / "one.pt").unlink()
     assert comparison.paired_comparisons(trials[1:]) == []
 

@@ -12,7 +12,6 @@ from ghibli.evaluation import diagnosis
 from ghibli.evaluation.gain import Diverged
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
-from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import between_steps
 from ghibli.training.module import GhibliModule
 
@@ -27,16 +26,25 @@ class Examples(NamedTuple):
     losses: torch.Tensor
 
 
-class Doctor(Callback):
-    """Diagnose a run before it starts, before every optimiser step and after every epoch.
+class Update(NamedTuple):
+    """An optimiser step, and whether its loss or gradient was finite: (), bool, on the device."""
 
-    Each finding is reported once: in the terminal, in status.json, as an alert of the dashboard.
+    number: int
+    examples: list[Examples]
+    is_finite: torch.Tensor
+
+
+class Doctor(Callback):
+    """Diagnose a run before it starts, at every optimiser step and after every epoch.
+
+    Each finding is reported once: in the terminal, in status.json, on the dashboards.
     """
 
     def __init__(self, config: Config, run: RunDir):
         self.config, self.run = config, run
         self.findings: list[diagnosis.Finding] = []
         self.examples: list[Examples] = []  # since the last optimiser step
+        self.unchecked: list[Update] = []  # whose flags nobody has read yet
 
     def state_dict(self) -> dict[str, Any]:
         return {"findings": [vars(finding) for finding in self.findings]}
@@ -61,9 +69,11 @@ class Doctor(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: GhibliModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Stop before an update that would destroy the weights.
+        """Stop a run whose loss or gradient is not finite: on the CPU before the update that it would spoil.
 
-        In fp16 a gradient may overflow, and the scaler skips that step by itself; a loss may not.
+        A GPU would have to finish for the answer, so there it is read where a row is logged, before
+        validation and before a checkpoint is written. In fp16 a gradient may overflow, and the scaler skips
+        that step by itself; a loss may not.
         """
         if str(trainer.precision) == "16-mixed":
             losses = torch.cat([seen.losses for seen in self.examples]).double().sum()
@@ -71,18 +81,37 @@ class Doctor(Callback):
         else:
             gradients = [p.grad for p in pl_module.trainable.values() if p.grad is not None]
             found = torch.nn.utils.get_total_norm(gradients)
-        if not found.isfinite():
-            raise UserError(self.not_finite(trainer, pl_module))
+        self.unchecked.append(Update(trainer.global_step, list(self.examples), found.isfinite()))
+        if not is_awaited(found) or (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            self.check_updates(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        self.check_updates(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
+        self.check_updates(trainer)
+
+    def check_updates(self, trainer: L.Trainer) -> None:
+        """Read the flags of the updates so far.
+
+        Raises:
+            UserError: one was not finite; the message names its images.
+        """
+        updates, self.unchecked = self.unchecked, []
+        if not updates or torch.stack([update.is_finite for update in updates]).all():
+            return
+        first = next(update for update in updates if not update.is_finite)
+        raise UserError(self.not_finite(trainer, first))
 
     def on_exception(self, trainer: L.Trainer, pl_module: GhibliModule, exception: BaseException) -> None:
         if isinstance(exception, Diverged):
             self.report(trainer, [diagnosis.Finding("not finite", str(exception))], say=False)
 
-    def not_finite(self, trainer: L.Trainer, pl_module: GhibliModule) -> str:
+    def not_finite(self, trainer: L.Trainer, update: Update) -> str:
         names, timesteps, losses = map(
-            list, zip(*gather_examples(self.examples, trainer.world_size), strict=True)
+            list, zip(*gather_examples(update.examples, trainer.world_size), strict=True)
         )
-        text = diagnosis.not_finite(names, timesteps, losses, trainer.global_step, self.config.optimizer.lr)
+        text = diagnosis.not_finite(names, timesteps, losses, update.number, self.config.optimizer.lr)
         self.report(trainer, [diagnosis.Finding("not finite", text)], say=False)
         return text
 
@@ -106,7 +135,13 @@ class Doctor(Callback):
         for finding in new:
             if say:
                 logger.warning(f"doctor: {finding.name}: {finding.text}")
-            wandb_logger.alert(trainer.loggers, finding.name, finding.text)
+            for dashboard in trainer.loggers:
+                dashboard.log_finding(finding.name, finding.text, trainer.global_step)
+
+
+def is_awaited(value: torch.Tensor) -> bool:
+    """Tell whether Python would wait for this value: a GPU computes it later."""
+    return value.is_cuda
 
 
 def gather_examples(examples: list[Examples], world_size: int) -> list[tuple[str, int, float]]:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from ghibli.config.schema import Config
 from ghibli.data.sources import real_images
 from ghibli.diffusion.samplers import cells_of, in_eval_mode
-from ghibli.evaluation.features import FeatureExtractor, ReferenceSet
+from ghibli.evaluation.features import UNIT_IMAGES, FeatureExtractor, ReferenceSet
 from ghibli.evaluation.samples import SampleCache
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.files import write_rows
@@ -75,9 +75,12 @@ class DistanceCurve(Callback):
 
     def measure_real(self, module: GhibliModule) -> tuple[SampleCache, ReferenceSet]:
         """Measure the real images; return the cache that holds them and the reference set they make."""
-        images, _ = real_images(self.config)
+        images, training = real_images(self.config)
         plain = replace(self.config, model=replace(self.config.model, clip=None))
         extractor = FeatureExtractor(plain, module.base)
         cache = SampleCache(plain, extractor, [image.caption for image in images])
         own = cache.measure_real("measuring the reference", images)["features"]
-        return cache, ReferenceSet(own, standardise=self.options.features == "style")
+        if self.options.features != "style":
+            return cache, ReferenceSet(own, None)
+        units = cache.measure_real("measuring training images", training[:UNIT_IMAGES])
+        return cache, ReferenceSet(own, units["features"])

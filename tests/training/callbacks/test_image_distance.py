@@ -48,10 +48,10 @@ def measured(make: Callable, tmp_path_factory: pytest.TempPathFactory) -> RunDir
 @pytest.mark.slow
 def test_the_points_are_the_base_and_the_trained_model_measured_alone(measured: RunDir) -> None:
     config = finished_config(measured)
-    images, _ = sources.real_images(config)
+    images, training = sources.real_images(config)
     base = starting_base(config)
     ruler = samples.SampleCache(config, FeatureExtractor(config, base), [image.caption for image in images])
-    reference = ReferenceSet(ruler.measure_real("", images)["features"], standardise=True)
+    reference = ReferenceSet(*(ruler.measure_real("", part)["features"] for part in (images, training)))
     rows = read_rows(measured.distances)
     assert [(row["step"], row["epoch"]) for row in rows] == [("0", "0"), ("5", "1"), ("10", "2")]
     assert measured.status.read()["best_epoch"] == 2
