@@ -305,8 +305,8 @@ def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Traine
     phases = ", ".join(f"{name} {format_bytes(size)}" for name, size in need.phases.items())
     text = (
         f"the run needs about {format_bytes(total)} more, its process {peak / 2**30:.2f} GiB at its peak "
-        f"with all it loads: {format_bytes(need.kept)} throughout for optimiser "
-        f"and latents, and one at a time for {phases}; {format_bytes(free)} are free"
+        f"with all it loads: {format_bytes(need.kept)} throughout for optimiser and latents, and one at a "
+        f"time for {phases}; {format_bytes(free)} are free"
     )
     if total <= free:
         return Finding("memory", text + larger_batch(need, module, free - total), "note")
