@@ -92,6 +92,9 @@ def with_control_images(photos: list[Photo], place: Path) -> list[Photo]:
 
 def belonging(photo: Photo, place: Path, option: str) -> Path:
     """Return the image of the photo's name in a folder, or `place` itself if it is a file."""
+    if not place.exists():
+        also = ", and not canny or depth" if option == "--control" else ""
+        raise UserError(f"{option} {place}: no such file or folder{also}")
     if not place.is_dir():
         return place
     names = sorted(p for p in place.iterdir() if p.stem == photo.path.stem and is_image_name(p))

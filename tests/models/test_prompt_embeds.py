@@ -50,13 +50,16 @@ def test_clip_skip_is_a_text_encoder_with_fewer_layers(demo: BaseModel, skip: in
 
 @torch.no_grad()
 def test_results_are_cached_apart_where_they_differ(demo: BaseModel) -> None:
-    """By clip_skip; without one the key is that of before, so that older caches are found."""
+    """By clip_skip, weights, and settings that are no weights."""
     bases = [replace(demo, clip_skip=skip) for skip in (1, 2, 3)]
     keys = [results_key("weights", base) for base in bases]
-    assert keys[0] == "weights" and results_key("others", bases[1]) not in keys
     for one, other in ((0, 1), (0, 2), (1, 2)):
         embeds = [bases[i].encode_captions(["a red train"]) for i in (one, other)]
         assert not torch.equal(*embeds) and keys[one] != keys[other]
+    assert results_key("others", demo) != keys[0] == results_key("weights", demo)
+    vae = copy.deepcopy(demo.vae)
+    vae.register_to_config(scaling_factor=2 * vae.config.scaling_factor)
+    assert results_key("weights", replace(demo, vae=vae)) != keys[0]
 
 
 def test_more_layers_than_there_are() -> None:
