@@ -12,14 +12,16 @@ from typing import Any
 
 import train
 from ghibli.config.files import from_yaml
-from ghibli.config.schema import Config, EvaluateConfig
+from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.runs.launch import current_run, hydra_entry, job_number
+from ghibli.runs.here import on_this_machine
+from ghibli.runs.launch import current_run, hydra_entry
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError, one_line_errors
+from ghibli.runtime.terminal import one_line
 from ghibli.sweeps import grid
 from ghibli.sweeps.grid import studies
-from ghibli.sweeps.jobs import failures, progress, run_trial
+from ghibli.sweeps.jobs import failures, run_trial
 
 
 def main() -> None:
@@ -44,8 +46,6 @@ def hydra_job(cfg: Any) -> float:
     """Train one trial of a grid, in this process or wherever Hydra's launcher puts it."""
     if cfg.sweep.report_only:
         return math.nan
-    total = studies[-1].trials if studies else None
-    console.print(f"\n{progress(job_number(), total)}: {current_run().path.name}", style="bold")
     return run_trial(current_run(), lambda: train.main(cfg))
 
 
@@ -60,8 +60,8 @@ def run_requested_study(request: grid.StudyRequest) -> None:
         with grid.hydra_on_conf():
             overrides = [*request.fixed, *(override.input_line for override in request.free)]
             trials = grid.grid_trials(request.cfg, overrides)
-            grid.check_trials("sweep", trials)
-        grid.open_study(request.cfg, len(trials))
+            plan, _ = grid.check_trials("sweep", trials)
+        grid.open_study(request.cfg, plan)
         search.successive_halving(trials, requested_job)
     else:
         with grid.hydra_on_conf():
@@ -95,23 +95,24 @@ def evaluate_all(study: grid.Study) -> None:
     for number, run in enumerate(finished, start=1):
         console.print(f"\nevaluating {number} of {len(finished)}: {run.path.name}", style="bold")
         try:
-            evaluate_one(run, study.evaluate)
+            evaluate_one(run, study)
         except Exception as error:  # the others are still evaluated, and the report is written
             if not isinstance(error, UserError):
                 traceback.print_exc()
-            console.print(f"this evaluation failed: {error}", style="yellow")
+            console.print(one_line(f"this evaluation failed: {error}"), style="yellow")
 
 
-def evaluate_one(run: RunDir, options: EvaluateConfig) -> None:
+def evaluate_one(run: RunDir, study: grid.Study) -> None:
     """Evaluate the images of one trial, as `ghibli evaluate` does."""
     from ghibli.evaluation.evaluate import evaluate
-    from ghibli.training.wandb_logger import log_evaluation
+    from ghibli.training.loggers.choice import log_evaluation
 
-    config = from_yaml(run.config)
-    config.evaluate = options
+    run.refuse_links()
+    config = on_this_machine(from_yaml(run.config), study.cache_dir)
+    config.evaluate = study.evaluate
     result = evaluate(run, config)
     for finding in result["findings"]:
-        console.print(f"{finding['name']}: {finding['text']}", style="yellow")
+        console.print(one_line(f"{finding['name']}: {finding['text']}"), style="yellow")
     log_evaluation(config, run, result)
 
 

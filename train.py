@@ -34,20 +34,20 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
         console.print("loading torch, diffusers and Lightning ...")
         with stop_at_once():  # they take seconds to import
             from ghibli.prepare import preflight
-            from ghibli.training import wandb_logger
             from ghibli.training.finalize import finalize
-            from ghibli.training.session import build, training_session
+            from ghibli.training.loggers import choice
+            from ghibli.training.session import build, is_trial_at_work, training_session
 
         with training_session(config, run_dir, resumes) as session:
             training = build(config, run_dir, session.stop)
             session.check_inputs(training.module)
-            logger = wandb_logger.attach(training.trainer, config, run_dir)
             session.note_start(training.trainer)
+            training.trainer.loggers = dashboards = choice.start(config, run_dir)
             if not resumes:
                 preflight.before_training(training.module, training.data, training.trainer, run_dir)
-            training.fit(session.take_checkpoint(), SCRIPT)
-            result = finalize(training, logger)
-            console.print(result.summary)
+            training.fit(session.checkpoint, SCRIPT)
+            result = finalize(training, dashboards)
+            console.print(result.brief if is_trial_at_work(run_dir) else result.summary)
     return result.objective
 
 

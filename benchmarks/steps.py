@@ -21,8 +21,8 @@ from ghibli.models.performance import PromptEmbeds, is_frozen, shrink_frozen
 from ghibli.runs.compose import compose_config
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.resources import peak_memory, reset_peak_memory
-from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import CleanStop
+from ghibli.training.loggers import choice
 from ghibli.training.module import GhibliModule
 from ghibli.training.trainer import choose_precision, make_callbacks, make_trainer
 
@@ -181,11 +181,11 @@ def time_overhead(overrides: list[str]) -> tuple[float, float]:
         data = GhibliDataModule(config, base, run, module.num_train_timesteps)
         with CleanStop(run) as stop:
             trainer = make_trainer(config, run, make_callbacks(config, run, stop))
-            wandb_logger.attach(trainer, config, run)
+            trainer.loggers = choice.start(config, run)
             paired = Paired()
             trainer.callbacks.append(paired)
             trainer.fit(module, data)
-        wandb_logger.close()
+        choice.close_all()
     return median(paired.steps), median(paired.bare)
 
 

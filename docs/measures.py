@@ -149,10 +149,13 @@ def altered() -> None:
             for unit in (reference, training)
         )
         plain.append((own.value, other.value))
-        found[name] = [round(x, 3) for x in (own.value, own.standard_error, other.value)]
+        found[name] = [
+            round(x, 3) for x in (own.value, own.standard_error, other.value, other.standard_error)
+        ]
     ratios = [b / a for a, b in plain if a > 0.3]
     note(
-        "altered", distances=found, columns=["distance", "its error", "in units of the training images"],
+        "altered", distances=found,
+        columns=["in the reference's units", "its error", "in those of training images", "its error"],
         ratio_of_units=[round(min(ratios), 3), round(max(ratios), 3)],
     )  # fmt: skip
 

@@ -1,19 +1,21 @@
-"""Look at runs from Python, as in a notebook: `from ghibli.api import Run`.
-
-It is a module of its own, and not `from ghibli import Run`: the package's `__init__.py` stays one docstring,
-so that no command loads Pillow before it needs it. Only the run's files are read.
-"""
+"""Look at runs from Python, as in a notebook: `from ghibli import Run, show`. It only reads a run's files."""
 
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ghibli.images.read import open_image
 from ghibli.runs.find import run_named
 from ghibli.runs.folder import RunDir
+from ghibli.runs.monitor import read_gains
+from ghibli.runtime.commands import command_here, list_hint
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.terminal import one_line
 
 
 class Run:
@@ -29,9 +31,7 @@ class Run:
     def __init__(self, name: str | Path = "latest"):
         self.folder: RunDir = run_named(str(name))
         if not self.folder.status.path.is_file():
-            raise UserError(
-                f"{self.folder.path} is no run: it has no status.json (`ghibli list` shows the runs)"
-            )
+            raise UserError(f"{self.folder.path} is no run: it has no status.json {list_hint()}")
 
     def __repr__(self) -> str:
         gain, error = self.status.get("gain"), self.status.get("gain_se")
@@ -85,6 +85,43 @@ class Run:
             raise UserError(f"{self.path} has no grid{f' {name}' if name else ''}: it has {known}")
         return open_image(files[-1])
 
+    def curve(self) -> Image.Image:
+        """Draw the held-out gain over the base by epoch with its 95 % band, RGB; 0 is before training."""
+        gains = read_gains(self.folder)
+        figure = Figure((6, 3), layout="constrained")
+        axes = figure.subplots()
+        epochs = [gain.epoch for gain in gains]
+        axes.axhline(0, color="grey", linewidth=1)
+        axes.fill_between(epochs, [gain.low for gain in gains], [gain.high for gain in gains], alpha=0.25)
+        axes.plot(epochs, [gain.value for gain in gains], marker="o")
+        axes.set(xlabel="epoch", ylabel="gain over the base, %", title=f"{self.path.name}: held-out images")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        drawn = BytesIO()
+        figure.savefig(drawn, format="png")
+        return Image.open(drawn).convert("RGB")
+
+
+def show(run: Run | str | Path = "latest") -> None:
+    """Display a run in a notebook: state and gain, what the doctor found, the gain curve, the newest grid.
+
+    Args:
+        run: one, its folder, or `latest`.
+
+    Raises:
+        UserError: as Run, or this Python has no IPython.
+    """
+    try:
+        from IPython.display import display
+    except ImportError as error:
+        raise UserError("show needs a notebook; Run(...).grid() returns the image") from error
+    shown = run if isinstance(run, Run) else Run(run)
+    findings = shown.status.get("findings") or []
+    lines = [repr(shown), *(f"doctor: {found['name']}: {found['text']}" for found in findings)]
+    display({"text/plain": "\n".join(map(one_line, lines))}, raw=True)
+    display(shown.curve())
+    if any(shown.folder.samples.glob("*.png")):
+        display(shown.grid())
+
 
 def table(file: Path) -> Any:
     """Read a CSV file of a run as a pandas.DataFrame.
@@ -95,7 +132,8 @@ def table(file: Path) -> Any:
     try:
         import pandas
     except ImportError as error:
-        raise UserError("tables need pandas: pip install pandas") from error
+        command = command_here("python", "-m", "pip", "install", "pandas")
+        raise UserError(f"tables need pandas: {command}") from error
     if not file.is_file():
         raise UserError(f"{file} is not there yet: it is written after the first epoch")
     return pandas.read_csv(file)

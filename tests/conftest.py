@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -15,7 +16,11 @@ import ghibli.runtime.console  # noqa: F401  # silences bitsandbytes before it i
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["TRACKIO_DIR"] = f"{CACHE}/trackio"  # never the store in the home folder
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side on two cores
+os.environ["PATH"] = os.pathsep.join(
+    [os.path.dirname(sys.executable), os.environ["PATH"]]
+)  # as once activated
 
 from hydra import compose, initialize_config_dir
 
@@ -24,6 +29,7 @@ from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.runs.compose import register, to_config
+from ghibli.runtime import console  # noqa: F401  prints what the package logs, whatever a test imports
 
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 

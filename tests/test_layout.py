@@ -36,7 +36,7 @@ PRINTING = {  # beside the command line: progress callbacks, and what must reach
 }  # fmt: skip
 LATE_IMPORTS = {  # torch in low layers, wandb only when it logs, and the optional extras
     "torch", "wandb", "optuna", "pandas", "sqlalchemy", "pyarrow", "kagglehub", "pillow_heif",
-    "bitsandbytes",
+    "bitsandbytes", "IPython",
 }  # fmt: skip
 
 
@@ -106,8 +106,10 @@ def test_a_circle_would_be_found() -> None:
 @pytest.mark.parametrize("module", sorted(name for name in FILES if FILES[name].stem == "__init__"))
 def test_an_init_file_is_one_docstring(module: str) -> None:
     body = ast.parse(FILES[module].read_text()).body
-    if module == "ghibli":
-        body = [node for node in body if not isinstance(node, ast.Assign)]  # __version__
+    if module == "ghibli":  # __version__, and `from ghibli import Run, show` without importing either before
+        body = [node for node in body if not isinstance(node, ast.Assign)]
+        assert [node.name for node in body if isinstance(node, ast.FunctionDef)] == ["__getattr__"]
+        body = [node for node in body if not isinstance(node, ast.FunctionDef)]
     assert len(body) == 1 and ast.get_docstring(ast.parse(FILES[module].read_text()))
 
 
@@ -143,7 +145,16 @@ def test_imports_stand_at_the_top(module: str) -> None:
     assert {name.split(".")[0] for name in late} <= LATE_IMPORTS, late
 
 
-SILENCERS = ("quiet(", "filterwarnings(", "simplefilter(", "setLevel(", "captureWarnings(", "set_verbosity")
+SILENCERS = (
+    "quiet(",
+    "quiet =",
+    "quiet=True",
+    "filterwarnings(",
+    "simplefilter(",
+    "setLevel(",
+    "captureWarnings(",
+    "set_verbosity",
+)
 
 
 def test_whatever_silences_a_library_says_why() -> None:

@@ -3,24 +3,29 @@
 No file of ghibli/ or conf/ is edited here, and each toy goes the way of a user's setting.
 """
 
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.commands import REPO
 from helpers.image_folders import captions_of, read, write_image
 
+import train
 from ghibli.config import files
 from ghibli.config.registry import (
     DISTRIBUTIONS,
     LOSSES,
     OPTIMIZERS,
     SAMPLERS,
+    TERMS,
     WEIGHTINGS,
     LossEntry,
     OptimizerEntry,
     SamplerEntry,
+    TermEntry,
     fp32_copies,
     sampler_label,
 )
@@ -32,7 +37,9 @@ from ghibli.inference.request import ImageRequest, RestyleOptions
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.prepare import memory
+from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import read_rows
 from ghibli.runtime.registry import Registry, load_object
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import make_optimizer
@@ -167,6 +174,41 @@ def test_a_toy_loss_trains_and_the_probe_stays_the_mse(
     module.config.loss.function = "mse"
     torch.testing.assert_close(scores[0], module.losses(batch))
     assert not torch.allclose(scores[0], losses)
+
+
+def documented_term() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The function of docs/extending.md's term, from the page."""
+    page = (REPO / "docs" / "extending.md").read_text()
+    block = page[page.index("       def slope(") :].split("\n\n")[0]
+    names: dict[str, Any] = {"torch": torch}
+    exec(textwrap.dedent(block), names)
+    return names["slope"]
+
+
+slope = documented_term()  # where the entry finds it
+
+
+def test_the_term_of_the_page_is_added_and_has_a_column(
+    register: Callable, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """In the first row, before any update, the loss is larger by the weighted term and by nothing else."""
+    words = ("trainer.max_epochs=1", "sample.every_n_epochs=0", "data.batch_size=7", "data.accumulate=1")
+    with pytest.raises(UserError, match=r"loss.terms=toy is unknown"):
+        make_config("+loss.terms.toy=0.5")
+    register(TERMS, TermEntry(f"{__name__}:slope"))
+    train.run(make_config(*words, "+loss.terms.toy=0.5"), RunDir(tmp_path / "with"))
+    train.run(make_config(*words), RunDir(tmp_path / "without"))
+    (first, second, *_), (plain, *_) = (
+        read_rows(tmp_path / name / "metrics.csv") for name in ("with", "without")
+    )
+    assert "train/toy" not in plain and float(first["train/toy"]) > 0
+    added = float(first["train/loss"]) - float(plain["train/loss"])
+    assert added == pytest.approx(0.5 * float(first["train/toy"]), rel=1e-5)
+    assert first["train/loss_normalised"] == plain["train/loss_normalised"]
+    error = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    formula = [sum((e[..., 1:] - e[..., :-1]).pow(2).flatten()).item() / (4 * 8 * 7) for e in error]
+    assert slope(error, torch.zeros_like(error)).tolist() == pytest.approx(formula, rel=1e-5)
+    assert second["train/toy"] != first["train/toy"]
 
 
 def test_a_toy_optimiser_steps_and_its_memory_is_known(

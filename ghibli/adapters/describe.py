@@ -8,7 +8,7 @@ from ghibli.adapters.names import named_layers, target_of
 from ghibli.adapters.start import VARIANTS_OF, why_not
 from ghibli.config.schema import TARGETS, TEXT_ENCODER_TARGETS
 from ghibli.models.base import BaseModel
-from ghibli.runtime.commands import command_line, path_setting
+from ghibli.runtime.commands import command_here, path_setting
 
 
 def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) -> list[str]:
@@ -41,7 +41,7 @@ def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
         f"targets  {', '.join(targets)}",
         *(f"metadata {key}: {value[:200]}" for key, value in metadata.items()),
         f"train    {training_command(adapter, base, overrides)}",
-        f"generate {command_line('ghibli', 'generate', adapter.file, *overrides, '--prompt', 'TEXT')}",
+        f"generate {command_here('ghibli', 'generate', adapter.file, *overrides, '--prompt', 'TEXT')}",
     ]
 
 
@@ -63,7 +63,7 @@ def training_command(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
     if adapter.has_text_encoder:
         found = as_setting(endings(adapter, base, "text_encoder"), TEXT_ENCODER_TARGETS)
         settings.append(f"lora.text_encoder_targets={found}")
-    return command_line("python", "train.py", *settings)
+    return command_here("python", "train.py", *settings)
 
 
 def endings(adapter: Adapter, base: BaseModel, part: str) -> list[str]:

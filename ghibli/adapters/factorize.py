@@ -55,8 +55,8 @@ class Reworked:
     @property
     def summary(self) -> str:
         ranks = sorted({layer.rank for layer in self.layers.values() if layer.rank is not None})
-        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        sizes = span if ranks else "whole differences"
+        sizes = f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "whole differences"
+        sizes = f"rank {ranks[0]}" if len(ranks) == 1 else sizes
         return f"{len(self.layers)} layers, {sizes}, {100 * self.kept:.4g} % of the update's squared norm"
 
 

@@ -5,13 +5,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghibli.adapters.layers import UNSCALED, Layer, LoRA
+from ghibli.adapters.layers import OFT, UNSCALED, InputOFT, Layer, LoRA
 from ghibli.adapters.names import target_of
 from ghibli.adapters.read import read_layers
 from ghibli.config.paths import NO_PICKLE, PICKLES, convert_command
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import ADAPTER_FILE, check_whole
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import expanded
 
@@ -62,6 +63,13 @@ def is_dora(adapter: Adapter) -> bool:
     return any(layer.magnitude is not None for layer in adapter.layers.values())
 
 
+def depends_on_base(adapter: Adapter) -> bool:
+    """Tell whether W' - W depends on the values of the base's W, as that of DoRA and OFT does."""
+    return any(
+        layer.magnitude is not None or isinstance(layer, OFT | InputOFT) for layer in adapter.layers.values()
+    )
+
+
 def is_plain(adapter: Adapter) -> bool:
     """Tell whether an adapter is two factors a layer and nothing else."""
     return all(isinstance(layer, LoRA) and layer.is_plain for layer in adapter.layers.values())
@@ -96,7 +104,7 @@ def find_file(path: str | Path, what: str) -> Path:
             raise UserError(f"{what} {path}: which .safetensors file? there are {there}")
         place = (named or found)[0]
     if not place.is_file():
-        raise UserError(f"{what} {path}: no such file or run (`ghibli list` shows the runs)")
+        raise UserError(f"{what} {path}: no such file or run {list_hint()}")
     if place.suffix in PICKLES:
         raise UserError(f"{what} {path}: {NO_PICKLE}; {convert_command([place])}")
     check_whole(place, what)

@@ -4,7 +4,7 @@ Key names and metadata are those that kohya's `networks.lora` writes for Stable 
 """
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -24,25 +24,15 @@ from ghibli.runtime.files import write_atomically
 def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch.Tensor]:
     """Convert an adapter to kohya's state dict, with LyCORIS's names for what is not a LoRA.
 
-    DoRA's magnitudes, one an input, are kept: ComfyUI, A1111 and LyCORIS agree on them. Of magnitudes one
-    an output, ComfyUI divides by the norm of W instead of W + B A, and A1111 takes them for those of the
-    inputs. Such a layer is written as its whole difference from the base, which all of them read. LoKr's
-    decomposition over the kernel is multiplied out, since ComfyUI and LyCORIS fail on most of them.
-
     Args:
-        base: what the adapter was trained on; only needed for DoRA.
+        base: as for written_layers.
 
     Raises:
-        UserError: DoRA with magnitudes one an output, and no base.
+        UserError: as written_layers.
     """
     state: dict[str, torch.Tensor] = {}
-    known = {} if base is None else named_layers(base)
-    for name, layer in at_one_alpha(adapter.layers).items():
+    for name, layer in written_layers(adapter, base).items():
         prefix = kohya_name(name)
-        if only_as_a_whole(layer):
-            layer = whole_difference(layer, adapter, known[name].weight if known else None)
-        elif isinstance(layer, LoKr) and layer.t2 is not None:
-            layer = in_two_factors(layer)
         for field, tensor in layer.tensors.items():
             state[f"{prefix}.{layer.file_names[field]}"] = tensor.contiguous()
         if not isinstance(layer, UNSCALED) and layer.alpha is not None:
@@ -50,6 +40,30 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
         if layer.magnitude is not None:
             state[f"{prefix}.dora_scale"] = layer.magnitude.contiguous()
     return state
+
+
+def written_layers(adapter: Adapter, base: BaseModel | None = None) -> dict[str, Layer]:
+    """Return the same updates in the form in which the readers of kohya's layout get them right.
+
+    DoRA's magnitudes, one an input, are kept: ComfyUI, A1111 and LyCORIS agree on them. Of magnitudes one
+    an output, ComfyUI divides by the norm of W instead of W + B A, and A1111 takes them for those of the
+    inputs. Such a layer is its whole difference from the base, which all of them read. LoKr's decomposition
+    over the kernel is multiplied out, since ComfyUI and LyCORIS fail on most of them.
+
+    Args:
+        base: what the adapter was trained on; only needed for DoRA.
+
+    Raises:
+        UserError: DoRA with magnitudes one an output, and no base.
+    """
+    known, found = {} if base is None else named_layers(base), dict[str, Layer]()
+    for name, layer in at_one_alpha(adapter.layers).items():
+        if only_as_a_whole(layer):
+            layer = whole_difference(layer, adapter, known[name].weight if known else None)
+        elif isinstance(layer, LoKr) and layer.t2 is not None:
+            layer = in_two_factors(layer)
+        found[name] = layer
+    return found
 
 
 def at_one_alpha(layers: dict[str, Layer]) -> dict[str, Layer]:
@@ -120,7 +134,7 @@ def metadata_of(
         "ss_network_dropout": f"{config.lora.dropout:g}",
         "ss_base_model_version": f"sd_{'v2' if is_v2 else 'v1'}{'_v' if is_v else ''}",
         "ss_v2": str(is_v2),
-        "ss_sd_model_name": config.model.path.rstrip("/").rpartition("/")[2],
+        "ss_sd_model_name": PureWindowsPath(config.model.path).name,
         "ss_sd_model_hash": str(facts.get("base_hash", "")),
         "ss_dataset_hash": str(facts.get("data_hash", "")),
         "ss_steps": str(facts.get("step", "")),

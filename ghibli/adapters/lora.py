@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ghibli.adapters.names import named_layers, target_of
+from ghibli.adapters.settings import METADATA
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import ADAPTER_FILE, with_sorted_metadata
@@ -197,7 +198,7 @@ def save_adapter(base: BaseModel, folder: Path) -> Path:
                 value = value.detach().cpu() * (scale if not set(SCALED).isdisjoint(key.split(".")) else 1)
                 tensors[diffusers_key(part, key)] = value.contiguous()
             settings |= {f"{part}.{key}": value for key, value in published_settings(config).items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+    metadata = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
     if base.clip_skip > 1:
         metadata["ss_clip_skip"] = str(base.clip_skip)
     content = with_sorted_metadata(save(tensors, metadata))

@@ -8,7 +8,7 @@ import html
 import json
 import math
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -27,13 +27,16 @@ TAGS = "tags: [stable-diffusion, lora, diffusers, text-to-image]"
 INTENDED = "## Intended use and licence"
 
 
-def model_card(run: RunDir, config: Config, name: str, lines: list[str], files: list[str]) -> str:
+def model_card(
+    run: RunDir, config: Config, name: str, lines: list[str], files: list[str], picture: str | None = None
+) -> str:
     """Write the card's text, with the YAML header that the hub reads.
 
     Args:
         name: title of the card.
         lines: a sentence for each file, and for each that could not be written.
         files: names of the files beside the card.
+        picture: path of a grid, from the card's folder; None = there is none.
     """
     status, words = run.status.read(), config.data.style.strip(" ,")
     base = public_name(config.model.path)
@@ -52,14 +55,14 @@ license: creativeml-openrail-m
 # {plain(name)}
 
 {describe(config)}, for {plain(base)}{on_top}.{ending}
-
+{picture_section(picture)}
 ## Use
 
 {usage_section(config, files)}
 
 ## How good it is
 
-{gain_sentence(status)}
+{gain_sentence(status, config.loss.guidance)}
 
 {distance_section(run)}
 
@@ -79,10 +82,18 @@ For exploring a style and for studying how adapters learn. {LICENCE}
 """
 
 
+def picture_section(picture: str | None) -> str:
+    """Show a grid of the run; empty without one."""
+    if picture is None:
+        return ""
+    what = "Prompts, samplers and guidance scales: the base above, this model below, from the same noise"
+    return f"\n![{what}]({picture})\n\n*{what}.*\n"
+
+
 def public_name(path: str) -> str:
-    """Return a hub id as it is, and of a path on this machine only the last name."""
+    """Return a hub id as it is, and of a path, of Windows too, only the last name."""
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and path[0] not in ".~" and not Path(path).exists()
-    return path if is_hub_id else expanded(path).resolve().name
+    return path if is_hub_id else PureWindowsPath(expanded(path).resolve().name).name
 
 
 def plain(value: object) -> str:
@@ -128,8 +139,11 @@ def usage_section(config: Config, files: list[str]) -> str:
     # diffusers counts the layers that are left out, everyone else the one that is used
     skip = f", clip_skip={config.model.clip_skip - 1}" if config.model.clip_skip > 1 else ""
     if config.finetune == "lora":
-        place = base if "/" in base else f"FOLDER OF {base}"
-        parts.append(f"""    pipeline = diffusers.StableDiffusionPipeline.from_pretrained({quoted(place)})
+        where = "" if "/" in base else "  # a folder on your disk"
+        if config.model.path == "demo":
+            base, where = "ghibli/demo", "  # a folder of Ghibli LoRA Lab's repository"
+        loaded = f"diffusers.StableDiffusionPipeline.from_pretrained({quoted(base)}){where}"
+        parts.append(f"""    pipeline = {loaded}
     pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")
     pipeline({prompt}, guidance_scale={usual_guidance(config.loss.guidance):g}{skip})""")
     kohya = next((Path(name).stem for name in files if name.endswith("kohya.safetensors")), None)
@@ -157,16 +171,27 @@ def is_number(*values: object) -> bool:
     )
 
 
-def gain_sentence(status: dict[str, Any]) -> str:
-    """Summarise the held-out gain with its standard error."""
+def gain_sentence(status: dict[str, Any], guidance: float) -> str:
+    """Summarise the held-out gain with its standard error, and say what a gain below 0 means.
+
+    Args:
+        guidance: of the training loss.
+    """
     value, error = status.get("gain"), status.get("gain_se")
     if value is None or error is None or not is_number(value, error):
         return "Its gain on held-out images was not measured."
-    side = "below" if value >= 0 else "ABOVE"
+    side, meaning = "lower than", ""
+    if value < 0:
+        side = "HIGHER than"
+        meaning = (
+            " It predicts the noise worse than the base: do not expect better images."
+            if guidance == 1
+            else f" Trained at guidance {guidance:g} it is no predictor of the noise: judge its images."
+        )
     return (
         f"On held-out images its denoising loss is {100 * abs(value):.1f} % +- {100 * error:.1f} % (standard "
         f"error) {side} the base's at the same noise and timesteps, after epoch "
-        f"{plain(status.get('best_epoch'))}."
+        f"{plain(status.get('best_epoch'))}.{meaning}"
     )
 
 

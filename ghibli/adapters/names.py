@@ -43,8 +43,9 @@ FOREIGN = (  # (pattern of a key's start, what such a file belongs to)
     (r"lora_controlnet|control_model\.", "a ControlNet"),
     (r"lora_prior_", "Stable Cascade"),
 )
+NUMBERED = r"(unet|text_encoder):\d+:(up|down)"
 KINDS = (  # (pattern of a whole key, what it is)
-    (r"(unet|text_encoder):\d+:(up|down)",
+    (NUMBERED,
      "a numbered layer of cloneofsimo's lora of 2022, which only its own code can tell from the others"),
     (r"emb_params|string_to_(param|token).*|bundle_emb.*|clip_[lg]|<.*>|\*|.*learned_embeds.*",
      "a textual inversion: a word's embedding, not an update of a layer"),
@@ -64,26 +65,26 @@ def layer_name(part: str, name: str) -> str:
     return f"{part}.{name.removeprefix('text_model.')}"
 
 
-def layer_paths(base: BaseModel) -> dict[str, tuple[str, str]]:
-    """Name every linear and convolution layer of UNet and text encoder -> its part, and its path there.
+def layers_of(base: BaseModel) -> Iterator[tuple[str, str, str, Any]]:
+    """Yield every nn.Linear and nn.Conv2d of UNet and text encoder: its name, part, path there, and itself.
 
-    A layer that has adapters counts once, by its own path.
+    A layer that has adapters counts once: the base's own, by its own path.
     """
-    found: dict[str, tuple[str, str]] = {}
     for part, module in base.adaptable.items():
         for path, layer in module.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in path:
                 own = path.removesuffix(".base_layer")
-                found[layer_name(part, own)] = part, own
-    return found
+                yield layer_name(part, own), part, own, layer
+
+
+def layer_paths(base: BaseModel) -> dict[str, tuple[str, str]]:
+    """Name every linear and convolution layer of UNet and text encoder -> its part, and its path there."""
+    return {name: (part, path) for name, part, path, _ in layers_of(base)}
 
 
 def named_layers(base: BaseModel) -> dict[str, Any]:
     """Name every nn.Linear and nn.Conv2d of UNet and text encoder; under adapters, the base's own."""
-    layers = {
-        name: base.adaptable[part].get_submodule(path) for name, (part, path) in layer_paths(base).items()
-    }
-    return {name: getattr(layer, "base_layer", layer) for name, layer in layers.items()}
+    return {name: layer for name, _, _, layer in layers_of(base)}
 
 
 def weight_of(layer: Any) -> torch.Tensor:
@@ -154,16 +155,16 @@ def explain(unknown: list[str], names: Collection[str], what: str) -> str:
         key = next((key for key in unknown if re.match(pattern, key)), None)
         if key is not None:
             base = "the base is Stable Diffusion 1 or 2"
-            return f"{what} is an adapter for {family}; {base}, without `{quoted(key)}`"
-    key = unknown[0]
+            return f"{what} is an adapter for {family}; {base}, without `{printable(key)}`"
+    key = next((key for key in unknown if re.fullmatch(NUMBERED, key)), unknown[0])  # among words of its own
     for pattern, kind in KINDS:
         if re.fullmatch(pattern, key):
-            return f"{what}: `{quoted(key)}` is {kind}"
+            return f"{what}: `{printable(key)}` is {kind}"
     if any(key[:at] in names for at, letter in enumerate(key) if letter == "."):
-        return f"{what}: `{quoted(key)}` is of a kind that is not supported"
-    return f"{what} is not a LoRA of this base: it has `{quoted(key)}`, which the base lacks"
+        return f"{what}: `{printable(key)}` is of a kind that is not supported"
+    return f"{what} is not a LoRA of this base: it has `{printable(key)}`, which the base lacks"
 
 
-def quoted(key: str) -> str:
-    """Return a key of a stranger's file for a message: on one line, and not without end."""
+def printable(key: str) -> str:
+    """Return a key of a stranger's file for a message: control characters as escapes, and not without end."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in key[:200])

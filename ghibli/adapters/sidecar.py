@@ -5,14 +5,14 @@ from pathlib import Path
 
 from ghibli.config.schema import Config, describe
 from ghibli.models.base import BaseModel
-from ghibli.runtime.files import write_json
+from ghibli.runtime.files import shortened, write_json
 
-LONGEST = 100  # letters of a name
+LONGEST = 100  # bytes of a name, so that one with an ending fits any file system
 
 
 def clean_name(text: str) -> str:
     """Turn a text into a name for files and for `<lora:NAME:1>`, which colon, comma, = and > would end."""
-    return re.sub(r"[^\w.+-]+", "_", text).strip("._-")[:LONGEST] or "adapter"
+    return shortened(re.sub(r"[^\w.+-]+", "_", text).strip("._-"), LONGEST) or "adapter"
 
 
 def title_of(style: str, settings: str) -> str:

@@ -13,7 +13,7 @@ from ghibli.adapters.names import layer_name as name_of_layer
 from ghibli.adapters.names import named_layers
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
-from ghibli.runtime.commands import command_line
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.errors import UserError
 
 VARIANTS_OF = {  # kind of layer -> values of lora.variant that train it
@@ -82,7 +82,7 @@ def check_same_shape(adapter: Adapter, options: LoraConfig, base: BaseModel) -> 
     if "lora.text_encoder" in differing:
         differing.remove("lora.text_encoder_targets")
     if differing:
-        command = command_line("ghibli", "import", Path(str(options.init)))
+        command = command_here("ghibli", "import", Path(str(options.init)))
         raise UserError(
             f"{what}: {', '.join(differing)} of this run differ from those of the file; "
             f"`{command}` prints the settings to continue training from it"

@@ -13,7 +13,8 @@ from ghibli.adapters.files import Adapter, is_plain
 from ghibli.adapters.layers import Layer, LoRA, at_alpha
 from ghibli.adapters.lora import diffusers_key
 from ghibli.adapters.names import named_layers
-from ghibli.adapters.read import METADATA, sort_keys
+from ghibli.adapters.read import sort_keys
+from ghibli.adapters.settings import METADATA
 from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import with_sorted_metadata
 from ghibli.runtime.files import write_atomically

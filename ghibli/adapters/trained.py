@@ -1,7 +1,9 @@
 """The model that a run has trained, as a base ready to sample from."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -61,6 +63,21 @@ def check_same_base(run: RunDir, config: Config, base: BaseModel) -> None:
         )
 
 
+def check_bases(sources: Iterable[str | Path], config: Config, base: BaseModel) -> None:
+    """Check that the runs among some sources were trained from the base that a command has loaded.
+
+    Args:
+        config: of the command, which chose the base.
+
+    Raises:
+        UserError: as check_same_base.
+    """
+    for source in sources:
+        run = RunDir(expanded(source))
+        if run.config.is_file():
+            check_same_base(run, config, base)
+
+
 def trained_base(run: RunDir, config: Config) -> BaseModel:
     """Load the model of a run's best epoch, ready to sample: adapter merged, or UNet replaced.
 
@@ -97,6 +114,11 @@ def tuned_model(path: str, base: BaseModel, config: str | None) -> BaseModel:
     place = expanded(path)
     if RunDir(place).config.is_file():
         run = RunDir(place)
+        if run.status.read().get("base_hash") not in (None, weights_hash(base)):
+            logger.warning(
+                f"{path} was trained from another base than this one (base_hash {weights_hash(base)[:12]}): "
+                "what is extracted holds the difference between the two as well"
+            )
         found = trained_base(run, from_yaml(run.config)).to(torch.device("cpu"))
         found.unet.to(memory_format=torch.contiguous_format)
         return found

@@ -8,8 +8,9 @@ from rich.table import Table
 
 from ghibli.cli.options import app
 from ghibli.config.checks import share
-from ghibli.runtime.console import console
-from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.console import console, loading
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import fitting
 from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
 
@@ -27,7 +28,7 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a run's adapter for diffusers, ComfyUI and A1111, with a model card, and verify every file."""
-    with stop_at_once():
+    with loading():
         from ghibli.inference import export
         from ghibli.runs.find import finished_run
         from ghibli.runs.settings import finished_config
@@ -48,7 +49,7 @@ def push_command(
     public: Annotated[bool, typer.Option("--public", help="make a new repository public")] = False,
 ) -> None:
     """Upload adapter, card and grids of an exported run to the hub; without --really only list them."""
-    with stop_at_once():
+    with loading():
         from ghibli.inference import push
         from ghibli.runs.find import finished_run
 
@@ -63,20 +64,21 @@ def push_command(
 
 @app.command("import")
 def import_command(
-    file: Annotated[Path, typer.Argument(help="an adapter file from elsewhere")],
+    file: Annotated[Path, typer.Argument(help="an adapter file from elsewhere, a run folder, or latest")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as for train.py, for the base")
     ] = None,
 ) -> None:
     """Describe an adapter file, check that it fits the base, and print the commands that use it."""
-    with stop_at_once():
+    with loading():
         from ghibli.adapters import apply, files
         from ghibli.adapters.describe import describe_adapter
-        from ghibli.runs.compose import compose_config
+        from ghibli.runs.compose import base_config
+        from ghibli.runs.find import path_named
 
-    config = compose_config(overrides or [])
+    config = base_config(overrides or [])
     base = apply.load_base(config.model)
-    for line in describe_adapter(files.read_adapter(file, base, "import"), base, overrides or []):
+    for line in describe_adapter(files.read_adapter(path_named(file), base, "import"), base, overrides or []):
         console.print(one_line(line))  # titles and comments in the file are anyone's
 
 
@@ -92,23 +94,27 @@ BaseArgument = Annotated[
 
 @app.command("resize")
 def resize_command(
-    file: Annotated[Path, typer.Argument(help="an adapter file, or a run folder")],
+    file: Annotated[Path, typer.Argument(help="an adapter file, a run folder, or latest")],
     overrides: BaseArgument = None,
     rank: RankOption = None,
     keep: KeepOption = None,
     to: ToOption = None,
 ) -> None:
     """Shrink an adapter to its largest singular values, and say how much of its update is kept."""
-    with stop_at_once():
-        from ghibli.adapters import apply, factorize, files
-        from ghibli.runs.compose import compose_config
+    with loading():
+        from ghibli.adapters import apply, factorize, files, trained
+        from ghibli.runs.compose import base_config
+        from ghibli.runs.find import path_named
 
     size = factorize.Size(rank, keep)
-    source = files.find_file(file, "resize")
+    source = files.find_file(path_named(file), "resize")
     ending = f"rank{rank}" if keep is None else f"keep{keep:g}"
-    target = factorize.new_file(to, source.with_name(f"{source.stem}_{ending}.safetensors"))
-    base = apply.load_base(compose_config(overrides or []).model)
+    target = factorize.new_file(to, source.with_name(fitting(source.stem, f"_{ending}.safetensors")))
+    config = base_config(overrides or [])
+    base = apply.load_base(config.model)
     adapter = files.read_adapter(source, base, "resize")
+    if files.depends_on_base(adapter):
+        trained.check_bases([file], config, base)
     found = factorize.resize(adapter, base, size)
     write_reworked(found, target, factorize.metadata_after([adapter], found, target.stem))
 
@@ -124,17 +130,18 @@ def write_reworked(found: "Reworked", target: Path, metadata: dict[str, str]) ->
 @app.command("merge")
 def merge_command(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE[:WEIGHT]...", help="adapters or runs; then KEY=VALUE")
+        list[str],
+        typer.Argument(metavar="SOURCE[:WEIGHT]...", help="adapters, runs or latest; then KEY=VALUE"),
     ],
     to: Annotated[Path, typer.Option("--to", help="file to write, in kohya's layout")],
     rank: RankOption = None,
     keep: KeepOption = None,
 ) -> None:
     """Add several adapters to one file: exactly, or with --rank or --keep at a smaller size."""
-    with stop_at_once():
-        from ghibli.adapters import apply, factorize, files
+    with loading():
+        from ghibli.adapters import apply, factorize, files, trained
         from ghibli.inference.load import split_weight
-        from ghibli.runs.compose import compose_config
+        from ghibli.runs.compose import base_config
 
     size = factorize.Size(rank, keep) if (rank, keep) != (None, None) else None
     target = factorize.new_file(to, to)
@@ -142,8 +149,11 @@ def merge_command(
     overrides = [word for word, (name, _) in names.items() if "=" in word and not exists(name)]
     named = [found for word, found in names.items() if word not in overrides]
     found_files = [(files.find_file(name, "merge"), weight) for name, weight in named]
-    base = apply.load_base(compose_config(overrides).model)
+    config = base_config(overrides)
+    base = apply.load_base(config.model)
     adapters = [(files.read_adapter(file, base, "merge"), weight) for file, weight in found_files]
+    if any(files.depends_on_base(adapter) for adapter, _ in adapters):
+        trained.check_bases([name for name, _ in named], config, base)
     found = factorize.combine(adapters, base, size)
     metadata = factorize.metadata_after([adapter for adapter, _ in adapters], found, target.stem)
     parts = ", ".join(f"{file.stem}:{weight:g}" for file, weight in found_files)
@@ -152,7 +162,9 @@ def merge_command(
 
 @app.command("extract")
 def extract_command(
-    tuned: Annotated[str, typer.Argument(help="the fine-tuned model: a run, folder, UNet folder or file")],
+    tuned: Annotated[
+        str, typer.Argument(help="the fine-tuned model: a run, latest, a UNet folder or a file")
+    ],
     base_path: Annotated[str, typer.Argument(metavar="BASE", help="what it was trained from, as model.path")],
     to: Annotated[Path, typer.Option("--to", help="file to write, in kohya's layout")],
     rank: RankOption = None,
@@ -162,14 +174,15 @@ def extract_command(
     ] = None,
 ) -> None:
     """Extract an adapter from a fully fine-tuned model by the singular values of its difference."""
-    with stop_at_once():
+    with loading():
         from ghibli.adapters import factorize
         from ghibli.adapters.trained import tuned_model
         from ghibli.models.load import load
+        from ghibli.runs.find import path_named
 
     size, target = factorize.Size(rank, keep), factorize.new_file(to, to)
     base = load(base_path, config)
-    found, left_out = factorize.extract(tuned_model(tuned, base, config), base, size)
+    found, left_out = factorize.extract(tuned_model(str(path_named(tuned)), base, config), base, size)
     write_reworked(found, target, factorize.metadata_after([], found, target.stem))
     if left_out:
         what = f"{len(left_out)} weights that no LoRA holds (norms, biases, VAE), such as {left_out[0]}"
@@ -185,11 +198,10 @@ def slim_command(
     folder: Annotated[Path | None, typer.Option("--to", help="folder to fill; by default RUN/slim")] = None,
 ) -> None:
     """Measure which layers carry a run's gain, and write the smallest adapter that loses less than --lose."""
-    with stop_at_once():
-        from ghibli.runs.compose import cache_of_this_machine
-        from ghibli.runs.find import finished_run
-        from ghibli.runs.here import on_this_machine
-        from ghibli.runs.settings import finished_config
+    from ghibli.runs.compose import cache_of_this_machine
+    from ghibli.runs.find import finished_run
+    from ghibli.runs.here import on_this_machine
+    from ghibli.runs.settings import finished_config
 
     limit = share("--lose", lose)
     found = finished_run(run)
@@ -198,7 +210,7 @@ def slim_command(
         what = "trained all weights" if config.finetune == "full" else "only measured the base"
         raise UserError(f"{found.path} {what} (finetune={config.finetune}): there is no adapter to slim")
     found.refuse_links()
-    with stop_at_once():
+    with loading():
         from ghibli.inference import slim  # torch takes seconds to load
 
     here = on_this_machine(config, cache_of_this_machine())

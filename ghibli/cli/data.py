@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from ghibli.cli.options import app
-from ghibli.runtime.commands import command_line, path_setting, quoted
-from ghibli.runtime.console import console, counted
-from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.commands import command_here, path_setting, quoted
+from ghibli.runtime.console import console, counted, loading
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import require_target
+from ghibli.runtime.terminal import one_line
 
 demo = typer.Typer(no_args_is_help=True, help="The embedded demo.")
 app.add_typer(demo, name="demo")
@@ -20,7 +22,7 @@ def draw_command(
     look: Annotated[str, typer.Option(help="drawn or photo")] = "drawn",
     count: Annotated[int, typer.Option(help="number of images", min=1)] = 1000,
     seed: Annotated[
-        int, typer.Option(help="first scene; no training uses those from the default on")
+        int, typer.Option(help="first scene; no training uses those from the default on", min=0)
     ] = 2_000_000,
     size: Annotated[int, typer.Option(help="side in px", min=32, max=1024)] = 128,
 ) -> None:
@@ -32,9 +34,10 @@ def draw_command(
         raise UserError(f"--look {look} is unknown: choose one of {', '.join(canvas.LOOKS)}")
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise UserError(f"{folder} is not an empty folder: choose another folder")
+    require_target(folder, "FOLDER", 3 * count * size**2)
     with counted("drawing") as on_progress:
         write_folder(folder, look, count, seed, size=size, on_progress=on_progress)
-    command = command_line("python", "train.py", "data=ghibli", path_setting("data.root", folder))
+    command = command_here("python", "train.py", "data=ghibli", path_setting("data.root", folder))
     console.print(f"{count} {look} images in {quoted(str(folder))}: {command}")
 
 
@@ -48,7 +51,7 @@ def check_command(
     ] = None,
 ) -> None:
     """Check settings, base, images, memory and disk of a run before it starts; trains nothing."""
-    with stop_at_once():
+    with loading():
         from ghibli.prepare import preflight
 
     found = preflight.check(overrides or [], card)
@@ -75,18 +78,18 @@ def prepare_command(
     into: Annotated[Path, typer.Option(help="where zip and parquet files are unpacked")] = Path("data"),
 ) -> None:
     """Fetch the base and your images, check both, and make them the defaults of train.py."""
-    with stop_at_once():
+    with loading():
         from ghibli.prepare import preflight, prepare
         from ghibli.runs.compose import conf_folder
 
-    found = prepare.prepare(base, config, data, caption, into, conf_folder() / "local")
+    local = conf_folder() / "local" / "default.yaml"
+    found = prepare.prepare(base, config, data, caption, into, local.parent)
     preflight.log_findings(found)
     if any(finding.level == "error" for finding in found):
         console.print("nothing was saved: fix the errors and run this again", style="yellow")
         raise typer.Exit(2)
-    console.print(
-        "saved to conf/local/default.yaml; next: python train.py   (model=demo data=demo is the demo)"
-    )
+    console.print(f"saved    {local}; model=demo data=demo is the demo")
+    console.print(f"next     {command_here('python', 'train.py')}")
 
 
 @app.command("caption")
@@ -98,7 +101,7 @@ def caption_command(
     batch_size: Annotated[int, typer.Option(help="images captioned together", min=1)] = 8,
 ) -> None:
     """Caption the images that have no caption, with BLIP. Existing captions stay; Ctrl-C loses one batch."""
-    with stop_at_once():
+    with loading():
         from ghibli.data.folder import summarise
         from ghibli.prepare import captioning
 
@@ -107,14 +110,14 @@ def caption_command(
             folder, captioning.blip_loader(model), batch_size=batch_size, on_progress=on_progress
         )
     if result.skipped:
-        console.print(f"images: {summarise(result.skipped, elsewhere='')}", style="yellow")
+        console.print(one_line(f"images: {summarise(result.skipped, elsewhere='')}"), style="yellow")
     if result.written:
         existing = f"{result.already_captioned} already had one"
-        console.print(f"{len(result.written)} captions written to {result.table}; {existing}")
+        console.print(one_line(f"{len(result.written)} captions written to {result.table}; {existing}"))
         for name, caption in list(result.written.items())[:5]:
-            console.print(f"  {name}: {caption}")
+            console.print(one_line(f"  {name}: {caption}"))
     elif not result.skipped:
-        console.print(f"every image has a caption: {result.already_captioned} in {folder}")
+        console.print(one_line(f"every image has a caption: {result.already_captioned} in {folder}"))
 
 
 @app.command("convert")
@@ -125,4 +128,4 @@ def convert_command(
     from ghibli.models.convert import to_safetensors
 
     for file in files:
-        console.print(f"wrote {to_safetensors(file)}")
+        console.print(one_line(f"wrote {to_safetensors(file)}"))

@@ -10,10 +10,14 @@ import typer
 from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
 from ghibli.config.paths import check_base_path
 from ghibli.inference.request import (
+    CONTROLS,
+    KNEES,
     Axis,
     ImageRequest,
     RestyleOptions,
     check_text,
+    control_options,
+    default_way,
     grid_requests,
     parse_axis,
     parse_size,
@@ -21,11 +25,12 @@ from ghibli.inference.request import (
     unused_negative,
 )
 from ghibli.models.prompt_syntax import escaped
-from ghibli.runtime.commands import quoted
-from ghibli.runtime.console import console
-from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.commands import install_command, quoted
+from ghibli.runtime.console import console, loading
+from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
 from ghibli.runtime.home import exists
+from ghibli.runtime.terminal import one_line
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from ghibli.inference.load import LoadedModel
@@ -49,7 +54,9 @@ def generate_command(
     hires: Annotated[
         float, typer.Option(help="second pass at so many times the size, such as 2", show_default="off")
     ] = 1.0,
-    hires_strength: Annotated[float, typer.Option(help="share of the steps of the second pass")] = 0.5,
+    hires_strength: Annotated[
+        float | None, typer.Option(help="share of the steps of the second pass", show_default="0.5")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="also write a sheet with the base above")] = False,
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="also write a sheet of adapter scales")
@@ -63,10 +70,12 @@ def generate_command(
     lines = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not lines:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
+    if hires_strength is not None and hires == 1:
+        raise UserError("--hires-strength is that of a second pass: give --hires FACTOR too")
     request = ImageRequest(  # what is left to the model is filled in when that is loaded
         lines, sampler, 1.0 if guidance is None else guidance, steps, seed,
         parse_size(size or "512"), negative, batch, scale,
-        hires, hires_strength,
+        hires, 0.5 if hires_strength is None else hires_strength,
     )  # fmt: skip
     axes = [parse_axis(text) for text in grid or []]
     if axes:
@@ -75,6 +84,10 @@ def generate_command(
     model = load_sources(sources)
     if interpolate and not model.weights:
         raise UserError("--interpolate varies the scale of an adapter, and no adapter is loaded")
+    if base and not model.names:
+        raise UserError("--base draws the base above what was trained, and nothing but the base is loaded")
+    for factor in [scale, *(value for axis in axes if axis.name == "scale" for value in axis.values)]:
+        model.at(factor)  # refuses what cannot be scaled, before anything is drawn
     side = model.config.model.resolution
     request = dataclasses.replace(
         request, guidance=model.guidance if guidance is None else guidance,
@@ -93,7 +106,7 @@ def write_generated(
     axes: list[Axis],
 ) -> None:
     """Generate the images and sheets, write each batch as it is done, and print their paths."""
-    with stop_at_once():
+    with loading():
         import torch
 
         from ghibli.inference import generate
@@ -133,7 +146,7 @@ def span(files: list[Path], before: str = "") -> str:
 def print_warnings(warnings: list[str]) -> None:
     """Print each warning on a line of its own."""
     for warning in warnings:
-        console.print(warning, style="yellow", markup=False)
+        console.print(one_line(warning), style="yellow")
 
 
 @app.command("restyle")
@@ -145,7 +158,10 @@ def restyle_command(
     prompt: Annotated[
         str | None, typer.Option(help="what the photos show; by default their captions")
     ] = None,
-    strength: Annotated[float, typer.Option(help="0 = the photo, 1 = all new", min=0.05, max=1)] = 0.5,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="0 = the photo, 1 = all new", min=0.05, max=1, show_default="0.65, of img2img 0.5"),
+    ] = None,
     sampler: Sampler = "ddim",
     guidance: Guidance = None,
     steps: Steps = 30,
@@ -153,26 +169,54 @@ def restyle_command(
     negative: Negative = "",
     scale: Scale = 1.0,
     way: Annotated[
-        str, typer.Option(help="img2img: from random noise; inversion: from the photo's own noise")
-    ] = "img2img",
+        str | None,
+        typer.Option(
+            help="inversion: from the photo's own noise; img2img: from random noise",
+            show_default="inversion with ddim, else img2img",
+        ),
+    ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="image, white where to redraw; or a folder of them, named as photos")
+    ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(help="canny, depth, or a folder of control images, named as photos: keep the structure"),
+    ] = None,
+    control_model: Annotated[
+        str | None, typer.Option(help="ControlNet for --control: its folder or hub id")
+    ] = None,
+    control_scale: Annotated[
+        float | None, typer.Option(help="factor on what the ControlNet adds", show_default="1")
+    ] = None,
+    depth_model: Annotated[
+        str | None,
+        typer.Option(
+            help="for --control depth: folder or hub id",
+            show_default="depth-anything/Depth-Anything-V2-Small-hf",
+        ),
     ] = None,
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/restyled"),
 ) -> None:
     """Redraw photos in the trained style: a PNG file for each, and a sheet of before and after."""
     check_text(prompt or "")
+    way = way or default_way(sampler)
     options = RestyleOptions(  # what is left to the model is filled in when that is loaded
-        strength, sampler, 1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way
-    )
-    with stop_at_once():
+        KNEES.get(way, 0.5) if strength is None else strength, sampler,
+        1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way,
+        control_options(control, control_model, control_scale, depth_model),
+    )  # fmt: skip
+    with loading():
         from ghibli.images import grid
         from ghibli.inference import generate, restyle
+        from ghibli.inference import photos as photo_files
 
-    found = restyle.with_masks(restyle.find_photos(photos, prompt, ""), mask)
+    found = photo_files.with_masks(photo_files.find_photos(photos, prompt, ""), mask)
+    if control is not None and control not in CONTROLS:
+        found = photo_files.with_control_images(found, Path(control))
     require_target(folder, "--to", len(found) * 3 * options.resolution**2)
     restyle.output_files([photo.path for photo in found], folder)
     model = load_sources(sources)
+    model.at(scale)  # refuses what cannot be scaled, before anything is drawn
     options = dataclasses.replace(
         options, guidance=model.guidance if guidance is None else guidance,
         resolution=model.config.model.resolution,
@@ -203,12 +247,12 @@ def app_command(
 
     words = overrides or []
     require_settings(words)
-    find_address(host, port)
-    with stop_at_once():
+    host, _ = find_address(host, port)
+    with loading():
         try:
             from ghibli.inference.app.page import serve
         except ImportError as error:
-            raise UserError(f"the page needs gradio: pip install -e '.[app]' ({error})") from error
+            raise UserError(f"the page needs gradio: {install_command('app')} ({error})") from error
     with ended_by_signals():
         with console.status("loading"):
             page, address = serve(words, host, port)
@@ -220,17 +264,16 @@ def app_command(
 
 def require_settings(words: list[str]) -> None:
     """Raise a UserError for a word that is not a setting of train.py, or names a base that is not there."""
-    from ghibli.runs.compose import compose_config
+    from ghibli.runs.compose import base_config
 
     for word in words:
         if "=" not in word:
             raise UserError(f"`{word}` is no setting: the page takes KEY=VALUE, and lists all runs itself")
-    check_base_path(compose_config(words).model.path)
+    check_base_path(base_config(words).model.path)
 
 
 def load_sources(sources: list[str] | None) -> "LoadedModel":
     """Load what was named; by default the newest finished run, or the base if there is none."""
-    from ghibli.inference.load import load_model
     from ghibli.runs.find import finished_run
 
     overrides = [w for w in sources or [] if re.match(r"[a-z_.]+=", w) and not exists(w)]
@@ -241,4 +284,7 @@ def load_sources(sources: list[str] | None) -> "LoadedModel":
             console.print(f"with     {quoted(named[0])}")
         except UserError:
             console.print("no finished run below outputs/ yet: generating with the base", style="yellow")
+    with loading():
+        from ghibli.inference.load import load_model
+
     return load_model(named, overrides)

@@ -8,11 +8,12 @@ import typer
 
 from ghibli.cli.options import Guidance, Negative, Sampler, Seed, Steps, app
 from ghibli.inference.request import ImageRequest, parse_size, read_prompts
-from ghibli.runtime.commands import command_line
-from ghibli.runtime.console import console, relative_path
-from ghibli.runtime.errors import UserError, stop_at_once
+from ghibli.runtime.commands import command_here
+from ghibli.runtime.console import console, loading, relative_path
+from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
 from ghibli.runtime.home import exists
+from ghibli.runtime.terminal import one_line
 
 BYTES = 10**6  # of an image in the page, at most, about
 
@@ -52,7 +53,7 @@ def jury_command(
     lines = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     overrides = [word for word in sources if re.match(r"[a-z_.]+=", word) and not exists(word)]
     named = [word for word in sources if word not in overrides]
-    with stop_at_once():
+    with loading():
         from ghibli.jury import ballot
         from ghibli.runs.compose import compose_config
 
@@ -66,17 +67,18 @@ def jury_command(
     )  # fmt: skip
     require_target(folder, "--to", 2 * pairs * BYTES)
     planned = ballot.plan(len(named), len(lines), items, pairs)
-    drawn = ballot.draw(named, overrides, request, guidance=guidance, size=request.size if size else None)
+    of_base = [word for word in overrides if not word.startswith("sample.prompts=")]  # those are read above
+    drawn = ballot.draw(named, of_base, request, guidance=guidance, size=request.size if size else None)
     page = ballot.write(folder, named, request.prompts, planned, drawn)
     console.print(f"ballot   {relative_path(page)}: {len(planned)} pairs; send it to people, or open it")
     console.print(f"         keep {relative_path(page.with_suffix('.key.json'))}, which says who drew what")
-    votes = command_line("ghibli", "jury", "--count", Path("votes-*.json"), "--to", folder)
+    votes = command_here("ghibli", "jury", "--count", Path("votes-*.json"), "--to", folder)
     console.print(f"count    {votes.replace(chr(39), '')}")
 
 
 def count_votes(files: list[Path], key: Path | None, folder: Path) -> None:
     """Print what the files of votes say about their ballot."""
-    with stop_at_once():
+    with loading():
         from ghibli.jury import count as counting
 
     missing = [file for file in files if not file.is_file()]
@@ -89,4 +91,4 @@ def count_votes(files: list[Path], key: Path | None, folder: Path) -> None:
         if key is None:
             raise UserError(f"{name} is neither beside {files[0]} nor in {folder}: give it with --key FILE")
     for line in counting.count(files, counting.read_key(key)):
-        console.print(line)
+        console.print(one_line(line))  # files have the names that voters gave them

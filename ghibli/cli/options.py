@@ -23,7 +23,7 @@ Scale = Annotated[float, typer.Option(help="factor on all adapters: 0 = the base
 
 PANELS = {  # of --help, in the order of a project's life
     "Before training": ("check", "prepare", "caption", "convert", "demo"),
-    "Runs": ("list", "watch", "compare", "evaluate", "report", "rm"),
+    "Runs": ("list", "watch", "compare", "evaluate", "report", "rm", "clean"),
     "Images": ("generate", "restyle", "jury", "app"),
     "Adapters": ("export", "import", "resize", "merge", "extract", "slim", "push"),
 }
@@ -47,6 +47,7 @@ class CommandGroup(TyperGroup):
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,  # rich's would print what an error quotes unfiltered
     help="Everything around a training run: prepare, compare, generate, share. Training itself is train.py.",
 )

@@ -1,6 +1,7 @@
-"""`ghibli list`, `watch`, `rm`, `evaluate`, `compare` and `report`."""
+"""`ghibli list`, `watch`, `rm`, `clean`, `evaluate`, `compare` and `report`."""
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,17 +9,21 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from ghibli.cli.options import app
+from ghibli.config.checks import require_finite
 from ghibli.config.registry import sampler_label
-from ghibli.runs import listing, monitor, removal
+from ghibli.runs import cleaning, listing, monitor, removal
 from ghibli.runs.find import OUTPUTS, finished_run, folders_with, run_named
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.console import console, full_width
+from ghibli.runtime.commands import command_here, list_hint
+from ghibli.runtime.console import console, full_width, loading
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
 
+WATCH_STYLES = {"doctor": "yellow", "reason": "red", "gain": "bold"}  # first word of a line -> its colour
 FEWEST = 100  # samples of a cell below which precision and recall say nothing
 LEGEND = (
     "cell: sampler and guidance. Distances to real images: lower is better, and the floor is what other real "
@@ -39,7 +44,7 @@ def list_command(
     """Show the runs below outputs/ with their state, settings and gain over their base."""
     every = listing.listed(map(RunDir, folders_with("status.json", OUTPUTS)))
     if not every:
-        console.print("no runs below outputs/ yet: python train.py makes one")
+        console.print(f"no runs below {OUTPUTS}/ yet: {command_here('python', 'train.py')} makes one")
         return
     rows = listing.chosen(every, words or [], sort, last)
     if not rows:
@@ -47,12 +52,13 @@ def list_command(
         console.print(f"none of the {len(every)} runs below outputs/ has {wanted} in its row")
         return
     groups = listing.by_base(rows)
-    for base, own in groups.items():
-        if len(groups) > 1:
-            name = f"of base {base[:7]}" if base else "of an unknown base"
-            console.print(f"{name}: its gains compare with each other only", style="bold")
-        for line in listing.lines(own, console.width if console.is_terminal else None):
+    width = console.width if console.is_terminal else None
+    for label, own in groups.items():
+        console.print(one_line(label), style="bold")
+        for line in listing.lines(own, width):
             console.print(line)
+    if len(groups) > 1:
+        console.print("gains compare with each other over one base and one set of images only")
 
 
 @app.command("watch")
@@ -64,18 +70,36 @@ def watch_command(
     once: Annotated[bool, typer.Option("--once", help="print it once and stop")] = False,
 ) -> None:
     """Watch a run or a study from another terminal: gain, loss, doctor, time left; it reads files only."""
+    require_finite("--every", every)
     path = run_named(folder).path
 
-    def current_view() -> str:
-        return "\n".join(monitor.view(path, console.width, monitor.utc_now()))
+    def current_view(height: int | None) -> Text:
+        return coloured(monitor.view(path, console.width, monitor.utc_now(), height))
 
     if once or not console.is_terminal:
-        console.print(current_view())
+        console.print(current_view(None))
         return
-    with Live(console.render_str(current_view()), console=console, auto_refresh=False) as live:
-        while not monitor.is_over(path):
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(current_view(console.height - 1), refresh=True)
+            if monitor.is_over(path):
+                return
             time.sleep(every)
-            live.update(console.render_str(current_view()), refresh=True)
+
+
+def coloured(lines: list[str]) -> Text:
+    """Colour what `ghibli watch` shows: findings and reasons, and the marks of the chart."""
+    shown, style = Text(), ""
+    for number, line in enumerate(lines):
+        if not line.startswith(" "):  # else it belongs to the line above
+            style = WATCH_STYLES.get(line.partition(" ")[0], "")
+        text = Text(line, style)
+        if monitor.CHART_ROW.fullmatch(line):
+            text = Text(line)
+            text.highlight_regex("o", "bold green")
+            text.highlight_regex(r"\|", "green")
+        shown.append("\n" if number else "").append_text(text)
+    return shown
 
 
 @app.command("rm")
@@ -93,6 +117,42 @@ def rm_command(
         console.print("nothing was deleted; --really deletes this")
 
 
+@app.command("clean")
+def clean_command(
+    cache: Annotated[
+        Path | None, typer.Argument(metavar="[CACHE]", help="by default cache_dir of conf/train.yaml")
+    ] = None,
+    older: Annotated[
+        float | None, typer.Option(help="delete what was not used for so many days", min=0)
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="delete the longest unused until so much is left, such as 2GB")
+    ] = None,
+    really: Annotated[bool, typer.Option("--really", help="delete; without it, only list")] = False,
+) -> None:
+    """Delete old entries of the cache (drawn images, latents, scores); runs and adapters stay."""
+    from ghibli.runs.compose import cache_of_this_machine
+
+    folder = cache or Path(cache_of_this_machine())
+    found = cleaning.entries(folder)
+    if older is None and keep is None:
+        for line in cleaning.summaries(found) or [f"{folder} is empty"]:
+            console.print(line)
+        console.print("nothing was deleted; choose with --older DAYS or --keep SIZE")
+        return
+    going = cleaning.chosen(found, older, None if keep is None else cleaning.parse_size(keep), time.time())
+    for line in cleaning.summaries(going):
+        console.print(line)
+    if really:
+        cleaning.require_idle()
+        cleaning.delete(going)
+    size = sum(one.size for one in going) / 1e6
+    verb = "deleted" if really else "would delete"
+    console.print(one_line(f"{verb} {len(going)} of {len(found)} entries of {folder}, {size:.1f} MB"))
+    if not really:
+        console.print("nothing was deleted; --really deletes this")
+
+
 @app.command("evaluate")
 def evaluate_command(
     arguments: Annotated[
@@ -103,7 +163,7 @@ def evaluate_command(
     folders = [word for word in arguments if "=" not in word or exists(word)]  # trial names contain =
     runs = [finished_run(folder) for folder in folders]
     if not runs:
-        raise UserError("which run? ghibli evaluate RUN... (`ghibli list` shows them)")
+        raise UserError(f"which run? ghibli evaluate RUN... {list_hint()}")
     from ghibli.config.files import CHANGED_BY_EVALUATE, apply_overrides
     from ghibli.runs.compose import cache_of_this_machine
     from ghibli.runs.here import on_this_machine
@@ -115,8 +175,9 @@ def evaluate_command(
         usual = replace(stored, cache_dir=cache_of_this_machine())
         cache = apply_overrides(usual, settings, CHANGED_BY_EVALUATE).cache_dir
         configs.append(apply_overrides(on_this_machine(stored, cache), settings, CHANGED_BY_EVALUATE))
-    from ghibli.evaluation import evaluate as evaluate_module  # torch takes seconds to load
-    from ghibli.training import wandb_logger
+    with loading():
+        from ghibli.evaluation import evaluate as evaluate_module
+        from ghibli.training.loggers.choice import log_evaluation
 
     for run in runs:
         run.refuse_links()
@@ -125,9 +186,10 @@ def evaluate_command(
         console.print(evaluation_table(run, result))
         console.print(LEGEND)
         for finding in result["findings"]:
-            console.print(f"{finding['name']}: {finding['text']}", style="yellow")
-        console.print(f"numbers {run.evaluation}, images {run.evaluation_images}\n")
-        wandb_logger.log_evaluation(config, run, result)
+            console.print(one_line(f"{finding['name']}: {finding['text']}"), style="yellow")
+        console.print(one_line(f"numbers {run.evaluation}, images {run.evaluation_images}"))
+        console.print()
+        log_evaluation(config, run, result)
 
 
 def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
@@ -137,7 +199,7 @@ def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
 
     kernel, frechet = distance_names(result["features"])
     counts = f"{result['samples']} samples, {steps_text(result)}, {result['reference_images']} real images"
-    table = Table(title=f"{run.path}: {counts}", box=None, pad_edge=False, title_justify="left")
+    table = Table(title=one_line(f"{run.path}: {counts}"), box=None, pad_edge=False, title_justify="left")
     for name in ("model", "cell", kernel, "below base", "layout", frechet, "captions", "precision", "recall"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
     for model, rows in result["models"].items():
@@ -181,13 +243,19 @@ def compare_command(
     one, other = (str(run_named(name).path) for name in (one, other))
     sides = [compare.read_side(folder) for folder in (one, other)]
     differing, results, verdict = compare.compare(*sides)
+    for letter, name in zip("AB", (one, other), strict=True):
+        console.print(one_line(f"{letter}        {name}"))
     for name, rows in (("differs", differing), ("result", results)):
         if rows:
-            table = Table(name, one, other, box=None, pad_edge=False)
+            table = Table(box=None, pad_edge=False)
+            for head in (name, "A", "B"):
+                table.add_column(head, overflow="fold", no_wrap=head == name)
             for row in rows:
-                table.add_row(*row)
-            console.print(table, "")
-    console.print(verdict)
+                table.add_row(*map(one_line, row))
+            console.print("")
+            console.print(table if console.is_terminal else full_width(table))
+    console.print("")
+    console.print(one_line(verdict))
 
 
 @app.command("report")
@@ -200,8 +268,9 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page about runs or a study: verdict, curves, images, tables; it needs no network."""
-    from ghibli.report import page  # torch takes seconds to load
+    with loading():
+        from ghibli.report import page
 
     folders = [run_named(str(folder)).path if str(folder) == "latest" else folder for folder in folders]
     file = page.write(folders, out)
-    console.print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): one page, for any browser")
+    console.print(one_line(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): one page, for any browser"))

@@ -7,6 +7,7 @@ text. Otherwise a run folder from elsewhere could copy this machine's environmen
 import dataclasses
 import hashlib
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,44 @@ def as_node(config: Config) -> Any:
     return OmegaConf.merge(OmegaConf.structured(Config), as_data(dataclasses.asdict(config)))
 
 
+def refuse_other_shapes(section: type, content: Any, prefix: str = "") -> None:
+    """Refuse what OmegaConf takes for a list or a section: a text with `${`, and a list of lists.
+
+    Args:
+        section: a dataclass of the schema, without lists of lists.
+        content: nested dictionaries for it; anything else in them is left to OmegaConf.
+        prefix: of its keys, for the message.
+
+    Raises:
+        UserError: there is one.
+    """
+    if not isinstance(content, dict):
+        return
+    for name, hint in typing.get_type_hints(section).items():
+        value, kind = content.get(name), present(hint)
+        is_list, is_section = typing.get_origin(kind) is list, dataclasses.is_dataclass(kind)
+        if is_section:
+            refuse_other_shapes(kind, value, f"{prefix}{name}.")
+        if isinstance(value, str | list) and (is_section or typing.get_origin(kind) is dict):
+            raise UserError(f"{prefix}{name}: expected a section, found {value}")
+        if isinstance(value, str) and is_list:
+            raise UserError(f"{prefix}{name}: expected a list, found {value}")
+        if is_list and isinstance(value, list) and any(isinstance(one, list | dict) for one in value):
+            raise UserError(f"{prefix}{name}: expected a list of single values, found {value}")
+
+
+def present(kind: Any) -> Any:
+    """Return the type X of `X | None`, and any other type as it is."""
+    return typing.get_args(kind)[0] if type(None) in typing.get_args(kind) else kind
+
+
 def to_dataclass(content: Any, section: type = Config) -> Any:
     """Convert nested dictionaries, whose interpolations are resolved, to a `Config` or to one section of it.
 
     Raises:
         UserError: an unknown key, a missing one, or a value of the wrong type or out of range.
     """
+    refuse_other_shapes(section, content)
     with hydra_errors():
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), as_data(content)))
 
@@ -58,13 +91,19 @@ def section_to_dataclass(cfg: Any, name: str) -> Any:
         UserError: as to_dataclass, with the key in full.
     """
     with hydra_errors():
-        content = as_data(OmegaConf.to_container(cfg[name], resolve=True))
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), {name: content})[name])
+        content = OmegaConf.to_container(cfg[name], resolve=True)
+        refuse_other_shapes(Config, {name: content})
+        merged = OmegaConf.merge(OmegaConf.structured(Config), {name: as_data(content)})
+        return OmegaConf.to_object(merged[name])
 
 
 def to_yaml(config: Config) -> str:
     """Write all settings, interpolations resolved, as YAML whose last line is a checksum."""
-    text = OmegaConf.to_yaml(as_node(config), resolve=True)
+    node = as_node(config)
+    text = OmegaConf.to_yaml(node, resolve=True)
+    if "\x85" in text:  # a line end to YAML, which PyYAML 6.0 writes as it is and reads as a space
+        content = OmegaConf.to_container(node, resolve=True)
+        text = yaml.safe_dump(content, allow_unicode=False, sort_keys=False)
     return f"{text}{CHECKSUM_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ghibli.config import schema
 from ghibli.config.keys import unknown_key
 from ghibli.config.trainer_flags import TRAINER_FLAGS, unknown_flag
+from ghibli.runtime.commands import command_here, install_command
 from ghibli.runtime.errors import UserError, did_you_mean, first_line
 
 
@@ -90,10 +91,11 @@ def missing_plugin(match: re.Match[str]) -> str:
     """Explain how to get a launcher or sweeper that is not installed."""
     kind, name = match.groups()
     if (kind, name) == ("sweeper", "optuna"):
-        return "hydra/sweeper=optuna is not needed: python sweep.py sweep.search=12 uses Optuna itself"
+        command = command_here("python", "sweep.py", "sweep.search=12")
+        return f"hydra/sweeper=optuna is not needed: {command} uses Optuna itself"
     extra = name.split("_")[0]
     if kind == "launcher" and extra in ("ray", "submitit", "joblib"):
-        return f'hydra/{kind}={name} is not installed: pip install -e ".[{extra}]"'
+        return f"hydra/{kind}={name} is not installed: {install_command(extra)}"
     return f"hydra/{kind}={name} is unknown; launchers: basic, joblib, ray, submitit_local, submitit_slurm"
 
 

@@ -3,8 +3,9 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from ghibli.config.registry import DASHBOARDS
 from ghibli.config.schema import Config
-from ghibli.runtime.commands import command_line, path_setting, quoted
+from ghibli.runtime.commands import command_here, install_command, path_setting, quoted
 from ghibli.runtime.errors import UserError, require_folder
 from ghibli.runtime.home import expanded
 
@@ -18,7 +19,7 @@ NO_PICKLE = "only .safetensors files are read, because loading a .ckpt or .bin f
 
 
 def check_paths(config: Config) -> None:
-    """Check data.root, model.path, model.adapter and the package of model.frozen_bits as the disk has them.
+    """Check data.root, model.path, model.adapter and the packages that settings need as the disk has them.
 
     Raises:
         UserError: one does not exist, or is not what its key names.
@@ -27,12 +28,21 @@ def check_paths(config: Config) -> None:
     if bits is not None and find_spec("bitsandbytes") is None:
         raise UserError(
             f"model.frozen_bits={bits} needs bitsandbytes, which is not installed: "
-            "pip install -e '.[bitsandbytes]', or leave it out"
+            f"{install_command('bitsandbytes')}, or leave it out"
         )
+    for name in config.logger:
+        check_dashboard(name)
     check_images(config)
     check_base_path(config.model.path)
     if config.model.adapter is not None:
         check_adapter(Path(config.model.adapter))
+
+
+def check_dashboard(name: str) -> None:
+    """Raise a UserError unless the optional package of a dashboard is installed."""
+    extra = DASHBOARDS[name].extra
+    if extra is not None and find_spec(extra) is None:
+        raise UserError(f"logger={name}: {extra} is not installed: pip install -e '.[{extra}]'")
 
 
 def check_images(config: Config) -> None:
@@ -104,4 +114,4 @@ def check_adapter(path: Path) -> None:
 
 def convert_command(files: list[Path]) -> str:
     """Advise the command that converts pickles to safetensors."""
-    return f"convert it once: {command_line('python', '-m', 'ghibli', 'convert', *files)}"
+    return f"convert it once: {command_here('ghibli', 'convert', *files)}"

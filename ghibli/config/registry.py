@@ -1,4 +1,4 @@
-"""Samplers, losses and optimisers that a setting can name. One more is one entry here, and a test.
+"""Samplers, losses, optimisers and dashboards that a setting can name. One more is one entry and a test.
 
 Entries only describe: what needs torch is a `module:attribute` path that is imported at use, so that
 `--help` and a typo stay fast. Code outside this package adds an entry with `SAMPLERS.register(...)`
@@ -144,6 +144,16 @@ LOSSES.register("l1", LossEntry("ghibli.diffusion.losses:l1"))
 
 
 @dataclass(frozen=True)
+class TermEntry:
+    """A term that is added to the denoising loss, and has a column of its own in metrics.csv."""
+
+    function: str  # path of (noise_pred (B, C, H, W), target like it) -> losses (B,) float32
+
+
+TERMS: Registry[TermEntry] = Registry("loss.terms")  # none yet; docs/extending.md adds one
+
+
+@dataclass(frozen=True)
 class WeightingEntry:
     """A weight of each example's loss, by the signal-to-noise ratio (SNR) of its timestep."""
 
@@ -261,3 +271,39 @@ def optimizer_entry(name: str) -> OptimizerEntry:
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return OPTIMIZERS[name]
     return OptimizerEntry(name, fp32_copies(2), is_path=True)
+
+
+@dataclass(frozen=True)
+class DashboardEntry:
+    """A place that shows a run while it trains."""
+
+    label: str
+    factory: str | None = None  # path of a function of (config, run, name) that starts it; None: no dashboard
+    extra: str | None = None  # its package, if optional, and the extra of pyproject.toml that installs it
+
+
+LOGGERS = "ghibli.training.loggers"
+DASHBOARDS: Registry[DashboardEntry] = Registry("logger")
+DASHBOARDS.register("wandb", DashboardEntry("W&B", f"{LOGGERS}.wandb_logger:open_dashboard"))
+DASHBOARDS.register(
+    "tensorboard",
+    DashboardEntry("TensorBoard", f"{LOGGERS}.tensorboard_logger:open_dashboard", extra="tensorboard"),
+)
+DASHBOARDS.register(
+    "trackio", DashboardEntry("trackio", f"{LOGGERS}.trackio_logger:open_dashboard", extra="trackio")
+)
+DASHBOARDS.register("csv", DashboardEntry("CSV files"))  # metrics.csv and probe.csv, which every run writes
+DASHBOARDS.register("none", DashboardEntry("none"))
+
+
+def dashboard_names(given: Any) -> list[str]:
+    """Return the dashboards that `logger` names, each once; csv and none name no dashboard.
+
+    Raises:
+        UserError: a name that is unknown, or none beside another.
+    """
+    names = list(given) if isinstance(given, list | tuple) else ["none" if given is None else given]
+    require(all(isinstance(name, str) for name in names), "logger", given, "a name, or a list of names")
+    entries = {name: DASHBOARDS[name] for name in names}
+    require("none" not in entries or len(entries) == 1, "logger", given, "none alone, or other names")
+    return [name for name, entry in entries.items() if entry.factory is not None]

@@ -3,16 +3,20 @@
 Values are in conf/*.yaml only; no field here has a default. Imports neither torch nor Hydra.
 """
 
+import re
 from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
+from pathlib import PurePath
 from typing import Any
 
 from ghibli.config.checks import require, require_choice, require_finite
 from ghibli.config.registry import (
     DISTRIBUTIONS,
     LOSSES,
+    TERMS,
     WEIGHTINGS,
     check_steps,
+    dashboard_names,
     optimizer_entry,
     sampler_name,
 )
@@ -27,7 +31,9 @@ RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who
     ("validation", "max_pictures"): "max_images",
 }
 LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without the key did
+    "name": None,
     "threads": None,
+    "logger": "wandb",
     "data": {"grid_epochs": ""},
     "model": {"config": None, "clip_skip": 1, "frozen_bits": None},
     "local": {"sd15_config": None, "caption": None},
@@ -44,6 +50,7 @@ LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without
         "timestep_range": None,
         "timestep_distribution": "uniform",
         "timestep_parameters": None,
+        "terms": {},
     },
     "optimizer": {"text_encoder_lr": None, "lora_plus": None, "options": {}, "ema_decay": None},
     "early_stopping": {"min_improvement": 0.0},
@@ -219,6 +226,7 @@ class LossConfig:
     timestep_range: list[int] | None  # first and last timestep, both trained; None = all of the base's
     timestep_distribution: str  # uniform, or one of DISTRIBUTIONS over the range
     timestep_parameters: list[float] | None  # its two; None = its own
+    terms: dict[str, float]  # name in TERMS -> weight of what is added to the loss
 
     @property
     def weighting_name(self) -> str | None:
@@ -227,6 +235,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         LOSSES.require(self.function)
+        for name, weight in self.terms.items():
+            TERMS.require(name)
+            require(isfinite(weight), f"loss.terms.{name}", weight, "a finite number")
         require(0 < self.huber_c < inf, "loss.huber_c", self.huber_c, "more than 0, and finite")
         require(
             self.guidance >= 1, "loss.guidance", self.guidance,
@@ -419,12 +430,12 @@ class EvaluateConfig:
 
 @dataclass
 class WandbConfig:
-    """The Weights & Biases dashboard."""
+    """The Weights & Biases dashboard; trackio takes project, group and name from here too."""
 
     mode: str  # auto, online, offline or disabled
-    project: str  # W&B project
-    group: str | None  # W&B group; a sweep's trials share one
-    name: str | None  # W&B name of the run; None = made from the settings
+    project: str
+    group: str | None  # a sweep's trials share one
+    name: str | None  # of the run; None = made from the settings
 
     def __post_init__(self) -> None:
         require_choice("wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
@@ -436,6 +447,7 @@ class WandbConfig:
 class Config:
     """All settings of `train.py`; see conf/train.yaml for meanings and defaults."""
 
+    name: str | None = field(metadata=NO_EFFECT)  # of the run and its folder; None = named after the time
     seed: int  # of order, noise, timesteps and initial adapter
     finetune: str  # lora, full or none
     resume: str | None = field(metadata=NO_EFFECT)  # a run folder, or latest
@@ -454,9 +466,13 @@ class Config:
     checkpoint: CheckpointConfig = field(metadata=NO_EFFECT)
     sample: SampleConfig
     evaluate: EvaluateConfig = field(metadata=NO_EFFECT)
+    logger: Any = field(metadata=NO_EFFECT)  # a dashboard or a list of them; here always a list
     wandb: WandbConfig = field(metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
+        self.logger = dashboard_names(self.logger)
+        if self.name is not None:
+            check_name(self.name)
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
         require_choice("finetune", self.finetune, ("lora", "full", "none"))
         threads = self.threads
@@ -503,6 +519,12 @@ class Command(Config):
     sweep: SweepConfig = field(metadata=NO_EFFECT)
 
 
+def check_name(name: str) -> None:
+    """Raise a UserError for a name that would be no folder, an option, or `latest`."""
+    ok = re.fullmatch(r"\w[\w.-]{0,99}", name) is not None and name not in ("latest", "null")
+    require(ok, "name", name, "up to 100 letters, digits and . _ -, not latest")
+
+
 def check_frozen_bits(config: Config) -> None:
     """Raise a UserError for model.frozen_bits with trained weights, or with adapters that need full ones."""
     bits, kinds = config.model.frozen_bits, ("lora", "rslora", "dora")
@@ -534,6 +556,17 @@ def describe(config: Config) -> str:
     if config.finetune != "none":
         parts += [f"training guidance {config.loss.guidance:g}", f"lr {config.optimizer.lr:g}"]
     return ", ".join(parts)
+
+
+def base_name(config: Config) -> str:
+    """Return a short name of the base: `demo`, or `demo + near` with an adapter merged into it."""
+    paths = [config.model.path, *([config.model.adapter] if config.model.adapter else [])]
+    return " + ".join(PurePath(path).name for path in paths)
+
+
+def images_name(config: Config) -> str:
+    """Return a short name of the image set, that of its folder."""
+    return PurePath(config.data.root_folder).name
 
 
 def age_of(version: object) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from ghibli.data.caption_tables import one_line
+from ghibli.data.inside import require_inside
 from ghibli.data.layouts import (
     LAYOUTS,
     ListedImage,
@@ -28,6 +29,7 @@ from ghibli.data.layouts import (
 from ghibli.images.read import Size, Unusable, check_image, say_once, without_warnings
 from ghibli.runtime.errors import UserError, require_folder
 from ghibli.runtime.home import expanded
+from ghibli.runtime.terminal import one_line as one_line_of
 
 NO_CAPTION = "it has no caption"
 LONGEST_CAPTION = 2**20  # bytes of such a file
@@ -97,11 +99,18 @@ def read_folder(
     """
     require_folder(key, root)
     top, listed = enter_and_list(expanded(root), key)
-    read_one = partial(
-        read_or_reason, top=top, options=ReadOptions(style, default_caption, min_side, on_image, on_size)
-    )
     images: list[CaptionedImage] = []
     unusable: dict[str, str] = {}
+    several: set[Path] = set()  # files of more than one image
+
+    def note_frames(path: Path, image: Image.Image) -> None:
+        if image.info["frames"] > 1:
+            several.add(path)
+        on_image(path, image)
+
+    read_one = partial(
+        read_or_reason, top=top, options=ReadOptions(style, default_caption, min_side, note_frames, on_size)
+    )
     with without_warnings(), reading_threads() as pool:
         for done, (image, found) in enumerate(zip(listed, pool.map(read_one, listed), strict=True), start=1):
             if isinstance(found, CaptionedImage):
@@ -109,7 +118,7 @@ def read_folder(
             else:
                 unusable[image.name] = found
             on_progress(done, len(listed))
-    others = not_read(top, listed)
+    others = not_read(top, listed, several)
     if not listed:
         instead = f" (but {others})" if others else ""
         raise UserError(f"{key}={root}: no images found{instead}; supported layouts: {supported_layouts()}")
@@ -153,25 +162,6 @@ def read_or_reason(listed: ListedImage, top: Path, options: ReadOptions) -> Capt
         return CaptionedImage(listed.path, f"{caption}{options.style}", content_hash, listed.name, repeats)
     except (Unusable, OSError) as reason:
         return str(reason)
-
-
-def require_inside(path: Path, top: Path) -> None:
-    """Refuse a name or a link that leads out of an image set: somebody else may have made it.
-
-    The hub's cache is no exception: there `snapshots/` links to `blobs/` beside it.
-
-    Raises:
-        Unusable: it does.
-    """
-    try:
-        real, inside = Path(os.path.realpath(path)), [Path(os.path.realpath(top))]
-    except (OSError, ValueError):
-        raise Unusable("no file can have this name") from None
-    if "snapshots" in inside[0].parts:
-        repository = next(parent.parent for parent in inside[0].parents if parent.name == "snapshots")
-        inside.append(repository / "blobs")
-    if not any(real.is_relative_to(folder) for folder in inside):
-        raise Unusable("it leads out of the folder: copy the file into it")
 
 
 def enter_and_list(root: Path, key: str = "data.root") -> tuple[Path, list[ListedImage]]:
@@ -267,6 +257,6 @@ def summarise(unusable: dict[str, str], most: int = 5, elsewhere: str = ", all i
     """Return `2 skipped: a.jpg (the file is missing), b.png (...)`, in one line; empty if there are none."""
     if not unusable:
         return ""
-    named = [f"{name} ({why})" for name, why in list(unusable.items())[:most]]
+    named = [one_line_of(f"{name} ({why})") for name, why in list(unusable.items())[:most]]
     more = f" and {len(unusable) - most} more{elsewhere}" if len(unusable) > most else ""
     return f"{len(unusable)} skipped: {', '.join(named)}{more}"

@@ -7,15 +7,19 @@ caption for an image counts. An image that no layout has a caption for may still
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from unicodedata import normalize
 
 from ghibli.data.caption_tables import RowReader, bar_rows, csv_rows, json_rows, read_table
-from ghibli.images.read import HEIF_ADVICE, HEIF_ENDINGS, is_image_name
+from ghibli.data.inside import require_inside
+from ghibli.images.read import HEIF_ENDINGS, Unusable, heif_advice, is_image_name
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import LONGEST_NAME
 from ghibli.runtime.registry import Registry
+from ghibli.runtime.terminal import one_line
 
 SUBFOLDERS = ("images", "trainB_ghibli", "dataset/trainB_ghibli")  # the last two: the Kaggle set
 PHOTOGRAPHS = "trainA"  # of the Kaggle set, which are not trained on and not missed
@@ -101,7 +105,8 @@ def list_files(root: Path) -> list[str]:
 def texts_beside(image: Path) -> list[Path]:
     """Return the files that may hold an image's caption, whether or not they exist; the first one counts."""
     is_name = image.name not in ("", ".", "..")
-    return [image.with_suffix(ending) for ending in CAPTION_ENDINGS] if is_name else []
+    found = [image.with_suffix(ending) for ending in CAPTION_ENDINGS] if is_name else []
+    return [file for file in found if len(os.fsencode(file.name)) <= LONGEST_NAME]  # no other can exist
 
 
 def files_in(root: Path) -> list[ListedImage]:
@@ -121,10 +126,17 @@ def rows_in(root: Path, table_name: str, read_rows: RowReader) -> list[ListedIma
 
     A table may spell a name with other bytes than the file's, as macOS does with accents, or with spaces
     around it.
+
+    Raises:
+        UserError: a table that cannot be read, or a link to one outside of the set.
     """
     folder = image_folder(root)
     captions: dict[str, str] = {}
     for table in reversed(tables_in(root, table_name)):
+        try:
+            require_inside(table, root)
+        except Unusable as reason:
+            raise UserError(f"{table} cannot be used: {reason}") from None
         found = read_table(table, folder, read_rows)
         captions |= {name: caption for name, caption in found.items() if caption}
     spelling = {normalize("NFC", name): name for name in list_files(root)}
@@ -156,13 +168,14 @@ def supported_layouts() -> str:
     return "; ".join([*(layout.description for _, layout in LAYOUTS.items()), "docs/data.md shows them"])
 
 
-def not_read(root: Path, listed: Iterable[ListedImage]) -> str:
+def not_read(root: Path, listed: Iterable[ListedImage], several: Collection[Path] = ()) -> str:
     """Return what lies in a set and is not read, in words and one line: counts by ending and by folder.
 
     `3 .heic (pip install -e '.[heif]' reads them), 2 .mp4, 12 images in old/ (12)`; else empty.
 
     Args:
         listed: the images that are read.
+        several: those of their files that hold several images, of which the first is read.
     """
     images = list(listed)
     entered, known = {root, *image_folders(root)}, {image.path for image in images}
@@ -171,8 +184,11 @@ def not_read(root: Path, listed: Iterable[ListedImage]) -> str:
     known |= {folder / name for folder in entered for name in NO_SET}
     endings: Counter[str] = Counter()
     folders: Counter[str] = Counter()
+    links: list[str] = []
     for path in files_below(root):
-        if is_image_name(path):
+        if path.is_dir():
+            links += [f"{path.relative_to(root).as_posix()}/"] if path not in entered else []
+        elif is_image_name(path):
             if path not in known:
                 folders[f"{path.parent.relative_to(root).as_posix()}/".removeprefix("./")] += 1
         elif path.parent in entered and path not in known and path.suffix.lower() not in COMPANIONS:
@@ -182,18 +198,23 @@ def not_read(root: Path, listed: Iterable[ListedImage]) -> str:
         most = [f"{name or 'the top folder'} ({count})" for name, count in sorted(folders.items())]
         more = f" and {len(most) - 5} more folders" if len(most) > 5 else ""
         parts.append(f"{sum(folders.values())} images in {', '.join(most[:5])}{more}")
-    return ", ".join(parts)
+    if links:
+        parts.append(f"{len(links)} links to folders ({', '.join(links[:3])})")
+    if several:
+        names = sorted(path.name for path in several)
+        parts.append(f"later images of {len(several)} files with several ({', '.join(names[:3])})")
+    return one_line(", ".join(parts))
 
 
 def described(ending: str, count: int) -> str:
     """Return the number of files of one ending that are not read, in words."""
-    advice = f" ({HEIF_ADVICE})" if ending in HEIF_ENDINGS else ""
+    advice = f" ({heif_advice()})" if ending in HEIF_ENDINGS else ""
     advice = " (beside no image of that name)" if ending in CAPTION_ENDINGS else advice
     return f"{count} {ending or 'without an ending'}{advice}"
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """Iterate over the files of a folder and its subfolders, hidden ones and links to folders left out.
+    """Iterate over the files of a folder and its subfolders, and links to folders; hidden ones are left out.
 
     The photographs of the Kaggle set are left out too; and of a huge tree, all beyond MOST_ENTRIES.
     """
@@ -203,7 +224,8 @@ def files_below(root: Path) -> Iterator[Path]:
         if kaggle and PHOTOGRAPHS in subfolders:
             subfolders.remove(PHOTOGRAPHS)
         seen += len(subfolders) + len(names)
-        yield from (Path(parent) / name for name in sorted(names) if not is_hidden(name))
+        links = [name for name in subfolders if Path(parent, name).is_symlink()]
+        yield from (Path(parent) / name for name in sorted([*names, *links]) if not is_hidden(name))
         if seen > MOST_ENTRIES:
             return
 

@@ -1,12 +1,13 @@
 """Split images by content into training and held-out set; near-duplicates stay on one side."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ghibli.data.folder import CaptionedImage
-from ghibli.images.duplicates import near_duplicates
+from ghibli.images.duplicates import DUPLICATE, Copies, near_duplicates
 from ghibli.runtime.seeding import hash_fraction
 
 
@@ -46,18 +47,32 @@ def split_apart(
         val_fraction: share of images held out, 0 .. 1.
     """
     train, held_out = split_by_content(images, val_fraction)
-    moved: dict[CaptionedImage, CaptionedImage] = {}
-    new = train  # what the held-out images have not been compared with
-    while new and held_out:
-        pairs = near_duplicates(*(np.stack([thumbnails[p.path] for p in side]) for side in (new, held_out)))
-        if not pairs or len(pairs) == len(held_out):  # something must be held out
-            break
-        copies = {held_out[v]: new[t] for t, v, _ in pairs}
+    if not train:
+        return Split([], held_out, {})
+    ours, theirs = (np.stack([thumbnails[image.path] for image in side]) for side in (train, held_out))
+    copies = {place: train[one] for one, place, _ in near_duplicates(ours, theirs)}
+    moved: dict[int, CaptionedImage] = {}  # place in held_out -> its near-duplicate in training
+    known = Copies(theirs) if copies else None
+    while known and copies and len(moved) + len(copies) < len(held_out):  # something must be held out
         moved |= copies
-        held_out = [p for p in held_out if p not in copies]
-        new = [p for p in images if p in copies]
-    in_training = {*train, *moved}
-    return Split([p for p in images if p in in_training], held_out, moved)
+        copies = {place: held_out[one] for place, one in copies_of(sorted(copies), known, moved).items()}
+    pairs = {held_out[place]: image for place, image in moved.items()}
+    in_training = {*train, *pairs}
+    return Split([p for p in images if p in in_training], [p for p in held_out if p not in pairs], pairs)
+
+
+def copies_of(new: list[int], known: Copies, moved: Container[int]) -> dict[int, int]:
+    """Return held-out image -> the one of `new` that it is a near-duplicate of, all as places; no moved one.
+
+    Every image is in `new` at most once in a split, so all of it takes time by the number of images.
+    """
+    best: dict[int, tuple[float, int]] = {}
+    for one, (places, similarity) in zip(new, known.of(known.thumbnails[new]), strict=True):
+        near = similarity >= DUPLICATE
+        for place, value in zip(places[near].tolist(), similarity[near].tolist(), strict=True):
+            if place not in moved and value > best.get(place, (0.0, 0))[0]:
+                best[place] = (value, one)
+    return {place: best[place][1] for place in sorted(best)}
 
 
 def first_by_content(images: list[CaptionedImage], count: int) -> list[CaptionedImage]:

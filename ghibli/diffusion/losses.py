@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from ghibli.config.registry import LOSSES, WEIGHTINGS
+from ghibli.config.registry import LOSSES, TERMS, WEIGHTINGS
 from ghibli.config.schema import LossConfig
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.registry import load_object
@@ -19,6 +19,11 @@ def loss_function(options: LossConfig) -> LossFunction:
     entry = LOSSES[options.function]
     settings = {argument: getattr(options, key) for argument, key in entry.settings.items()}
     return partial(load_object(entry.function), **settings)
+
+
+def term_functions(options: LossConfig) -> dict[str, LossFunction]:
+    """Return the function of every term in `options.terms` by its name."""
+    return {name: load_object(TERMS[name].function) for name in options.terms}
 
 
 def mse(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

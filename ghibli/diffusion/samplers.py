@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ghibli.config.registry import SAMPLERS, sampler_label
 from ghibli.config.schema import SampleConfig
-from ghibli.diffusion.process import GUIDED_SCALE, predict_noise
+from ghibli.diffusion.process import GUIDED_SCALE, Unet, predict_noise
 from ghibli.models.base import BaseModel
 from ghibli.models.prompt_embeds import same_length
 from ghibli.runtime.errors import UserError
@@ -159,13 +159,18 @@ def predictor(
     prompt_embeds: torch.Tensor,
     negative_prompt_embeds: torch.Tensor | None,
     guidance_scale: float,
+    unet: Unet | None = None,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return (latents (B, C, H, W), timestep ()) -> guided prediction like latents, float32."""
+    """Return (latents (B, C, H, W), timestep ()) -> guided prediction like latents, float32.
+
+    Args:
+        unet: None = the base's own, with nothing added.
+    """
+    own = unet or (lambda *inputs: base.unet(*inputs, return_dict=False)[0])
 
     def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return predict_noise(
-            lambda *inputs: base.unet(*inputs, return_dict=False)[0],
-            latents, t.to(latents.device).expand(len(latents)),
+            own, latents, t.to(latents.device).expand(len(latents)),
             prompt_embeds, negative_prompt_embeds, guidance_scale,
         ).float()  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ghibli.adapters.trained import starting_base, trained_base
+from ghibli.adapters.trained import for_sampling, run_base, trained_base
 from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, EvaluateConfig
 from ghibli.data.folder import CaptionedImage
@@ -84,7 +84,7 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
 
 def models_to_evaluate(run: RunDir, config: Config) -> dict[str, ModelCells]:
     """Return the untouched base, and the trained run where there is one, with their cells."""
-    models = {"base": ModelCells(starting_base(config), cells_of(config.sample, 1))}
+    models = {"base": ModelCells(for_sampling(run_base(run, config)), cells_of(config.sample, 1))}
     if config.finetune != "none":
         models["run"] = ModelCells(trained_base(run, config), cells_of(config.sample, config.loss.guidance))
     return models

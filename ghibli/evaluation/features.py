@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import snapshot_download
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from transformers import CLIPImageProcessor, CLIPModel
 
 from ghibli.config.schema import Config
 from ghibli.evaluation.distances import frechet_distance, kernel_difference, kernel_distance
 from ghibli.evaluation.statistics import Estimate
-from ghibli.models.base import BaseModel, part_hash, resolve_path, weights_hash
-from ghibli.models.hub import CLIP_FILES, hub_answers
-from ghibli.models.load import load_part
+from ghibli.models.base import BaseModel, part_hash, weights_hash
+from ghibli.models.configs import check_config
+from ghibli.models.hub import CLIP_FILES
+from ghibli.models.load import load_part, part_folder
 from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.home import expanded
 
@@ -198,29 +198,13 @@ def load_clip(name: str | None) -> tuple[CLIPModel, CLIPImageProcessor] | None:
     """
     if name is None:
         return None
-    folder = clip_folder(name)
+    folder = part_folder(name, f"model.clip={name}", CLIP_FILES, ", or model.clip=null")
     clip = load_part(CLIPModel, folder, f"model.clip={name}", dtype=torch.float32)
+    check_config(folder / "preprocessor_config.json", f"model.clip={name}")
     try:
         return clip.eval(), CLIPImageProcessor.from_pretrained(folder)
     except Exception as error:  # transformers raises many types; all mean the same to the user
         raise UserError(f"model.clip={name} cannot be loaded: {first_line(error)}") from error
-
-
-def clip_folder(name: str) -> Path:
-    """Return the folder of a CLIP model; of a hub name, only weights and settings are downloaded.
-
-    Raises:
-        UserError: no such folder, and not to be had from the hub.
-    """
-    folder = resolve_path(name)
-    if folder.is_dir():
-        return folder
-    try:
-        return Path(snapshot_download(name, **CLIP_FILES, local_files_only=not hub_answers()))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.clip={name} cannot be loaded ({first_line(error)}): give a folder, or model.clip=null"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Near-duplicates across the split: the gain on a held-out copy of a training image is memorisation."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from PIL import Image
 from scipy.fft import dctn
@@ -7,7 +9,7 @@ from scipy.spatial import KDTree
 
 SIDE = 16  # px of a thumbnail
 DUPLICATE = 0.985  # correlation of two thumbnails from which on they count as the same image
-ROWS = 256  # held-out images looked up at once
+ROWS = 256  # images looked up at once
 FREQUENCIES = 4  # per axis, in which images are looked up before they are compared
 REACH = (2 - 2 * DUPLICATE) ** 0.5 + 1e-4  # distance of two unit vectors that correlate so; for rounding
 
@@ -32,27 +34,38 @@ def near_duplicates(train: np.ndarray, held_out: np.ndarray) -> list[tuple[int, 
     0.994, at half the size 0.998, a fifth brighter 0.980. So this finds an image saved twice, but not a
     cropped (2 % off each side: 0.89 to 0.99) or a mirrored one.
 
-    Only images that are near each other in their coarsest patterns are compared, which misses none: unit
-    vectors of correlation DUPLICATE are sqrt(2 - 2 * DUPLICATE) apart, and their projections at most that.
-
     Args:
         train, held_out: (N, SIDE * SIDE) and (M, SIDE * SIDE), rows of `thumbnail`.
     """
-    few, known = lowest_frequencies(train), np.flatnonzero(train.any(axis=1))  # flat images have no copies
-    tree = KDTree(few[known])
     found = []
-    for start in range(0, len(held_out), ROWS):
-        rows = held_out[start : start + ROWS]
-        near = tree.query_ball_point(lowest_frequencies(rows), REACH)
-        for row, places in enumerate(near):
-            if not places or not rows[row].any():
-                continue
-            columns = known[np.sort(places)]
-            similarity = train[columns] @ rows[row]
-            best = similarity.argmax()
-            if similarity[best] >= DUPLICATE:
-                found.append((int(columns[best]), start + row, float(similarity[best])))
+    for row, (places, similarity) in enumerate(Copies(train).of(held_out)):
+        best = similarity.argmax() if len(places) else 0
+        if len(places) and similarity[best] >= DUPLICATE:
+            found.append((int(places[best]), row, float(similarity[best])))
     return found
+
+
+class Copies:
+    """Thumbnails to look up others in.
+
+    Only images that are near each other in their coarsest patterns are compared, which misses none: unit
+    vectors of correlation DUPLICATE are sqrt(2 - 2 * DUPLICATE) apart, and their projections at most that.
+    """
+
+    def __init__(self, thumbnails: np.ndarray):
+        """Index rows of `thumbnail`: (N, SIDE * SIDE)."""
+        self.thumbnails = thumbnails
+        self.known = np.flatnonzero(thumbnails.any(axis=1))  # flat images have no copies
+        self.tree = KDTree(lowest_frequencies(thumbnails)[self.known])
+
+    def of(self, thumbnails: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Iterate over (rows that may be copies, their correlations) of each of (M, SIDE * SIDE) others."""
+        for start in range(0, len(thumbnails), ROWS):
+            rows = thumbnails[start : start + ROWS]
+            near = self.tree.query_ball_point(lowest_frequencies(rows), REACH)
+            for row, places in zip(rows, near, strict=True):
+                columns = self.known[np.sort(places)] if places and row.any() else self.known[:0]
+                yield columns, self.thumbnails[columns] @ row
 
 
 def lowest_frequencies(thumbnails: np.ndarray) -> np.ndarray:

@@ -17,8 +17,11 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
+from ghibli.images.jpeg import has_too_many_scans
+from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_plain
+from ghibli.runtime.terminal import one_line
 
 Size = tuple[int, int]  # width, height in px
 
@@ -38,13 +41,18 @@ FORMATS = {  # Pillow's name -> endings of its files
 }
 OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # what a build of Pillow may lack
 HEIF_ENDINGS = (".heic", ".heif", ".hif")
-HEIF_ADVICE = "pip install -e '.[heif]' reads them"
+
 LARGE = 2**24  # px from which on only one image is decoded at a time
 NEAR = 2  # levels of 255: a profile this near to sRGB is taken as sRGB
 READING = "sRGB"  # in the keys of caches: another word when a file's pixels come out differently
 
 logger = logging.getLogger(__name__)
 _one_large = threading.Lock()
+
+
+def heif_advice() -> str:
+    """Say how to make .heic files readable."""
+    return f"{install_command('heif')} reads them"
 
 
 class Unusable(Exception):
@@ -146,30 +154,45 @@ def decode(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
         at_least: px; a JPEG may be decoded as small as that, which is faster. None = at full size.
 
     Returns:
-        The image, and the size of the whole image, upright: what `resize.size_for` chooses the shape from.
+        The image, with the number of `frames` in the file in its info (the first one is read), and the size
+        of the whole image, upright: what `resize.size_for` chooses the shape from.
 
     Raises:
         Unusable: Pillow cannot read the file or convert it to RGB.
     """
     try:
         with open_file(path) as file:
-            size = file.size
+            if file.format in ("JPEG", "MPO") and has_too_many_scans(path.read_bytes()):
+                raise Unusable("it is a JPEG of hundreds of passes and would take minutes: save it anew")
+            size, frames = file.size, frames_in(file)
             if at_least is not None:
                 file.draft("RGB", (at_least, at_least))
             with _one_large if size[0] * size[1] > LARGE else nullcontext():
                 file.load()
                 size = upright_size(size, file)
                 ImageOps.exif_transpose(file, in_place=True)
-                return to_rgb(file, path.name), size
+                image = to_rgb(file, path.name)
+                image.info["frames"] = frames
+                return image, size
     except UnidentifiedImageError:
         raise Unusable("it is not an image, despite its name") from None
     except Image.DecompressionBombError:
         assert Image.MAX_IMAGE_PIXELS is not None, "Pillow raises this error only if there is a limit"
         raise Unusable(f"it has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
-    except MemoryError:
+    except (MemoryError, Unusable):
         raise
     except Exception as error:  # Pillow raises many types on broken files
         raise Unusable(f"it is damaged or of an unknown format: {error}") from error
+
+
+def frames_in(file: Image.Image) -> int:
+    """Return how many images a file has; 1 for a photo with a small copy or a depth map of itself (MPO)."""
+    if file.format == "MPO":
+        return 1
+    try:
+        return getattr(file, "n_frames", 1)
+    except Exception:  # a later one is damaged: it is not read anyway
+        return 1
 
 
 def upright_size(stored: Size, loaded: Image.Image) -> Size:
@@ -259,4 +282,4 @@ def transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform |
 @cache
 def say_once(text: str) -> None:
     """Log a warning, the first time only: an image is read more than once."""
-    logger.warning(text)
+    logger.warning(one_line(text))

@@ -95,11 +95,10 @@ def prepare(run: RunDir, config: Config, folder: Path, name: str, checkpoint: st
     for note in notes:
         logger.warning(note)
     checks = [check_file(file, config, inputs, live, untouched) for file in files]
-    for grid in GRIDS:
-        copy_grid(run.path / grid, folder / grid)
+    grids = [grid for grid in GRIDS if copy_grid(run.path / grid, folder / grid)]
     lines = [f"`{check.file.name}`: {check.summary}" for check in checks] + notes
     written = [file.name for file in files]
-    write_text(folder / "README.md", model_card(run, config, name, lines, written))
+    write_text(folder / "README.md", model_card(run, config, name, lines, written, next(iter(grids), None)))
     return checks
 
 
@@ -131,13 +130,17 @@ def write_merged(run: RunDir, config: Config, folder: Path, checkpoint: str) -> 
     return [folder / MERGED, folder / checkpoint], []
 
 
-def copy_grid(source: Path, target: Path) -> None:
-    """Copy a grid of the run, if there is one; a link, or what is no PNG, did not come from training."""
+def copy_grid(source: Path, target: Path) -> bool:
+    """Copy a grid of the run, and return whether there is one.
+
+    A link, or what is no PNG, did not come from training.
+    """
     if source.is_symlink() or source.parent.is_symlink() or not source.is_file():
-        return
+        return False
     content = source.read_bytes()
     if content.startswith(PNG):
         write_atomically(target, lambda file: file.write(content))
+    return content.startswith(PNG)
 
 
 def check_file(

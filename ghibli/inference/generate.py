@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ghibli.adapters.model_card import public_name
 from ghibli.config.registry import sampler_label
 from ghibli.diffusion.samplers import Cell, sample
 from ghibli.images.grid import compose_grid, to_image
@@ -22,6 +23,7 @@ from ghibli.models.prompt_embeds import encode_weighted
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import next_number, write_new
+from ghibli.runtime.home import without_home
 
 Count = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # as console.counted
 SCALES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]  # of the adapters, for --interpolate
@@ -87,7 +89,8 @@ def enlarged(
     for number, image in enumerate(images, start=start):
         options = replace(request.hires_options, seed=request.seed + number)
         prompt = request.prompts[number]
-        larger.append(redraw(base, to_image(image), prompt, request.final_size, options, on_step))
+        enlarged = to_image(image).resize(request.final_size, Image.Resampling.LANCZOS)
+        larger.append(redraw(base, enlarged, prompt, options, on_step))
     return torch.stack(larger)
 
 
@@ -133,11 +136,13 @@ def note(settings: dict[str, object]) -> PngInfo:
 
 
 def model_metadata(model: LoadedModel) -> dict[str, object]:
-    """Describe base and adapters for an image's metadata."""
-    base = model.config.model
-    merged = {} if base.adapter is None else {"merged": base.adapter, "merged_scale": base.adapter_scale}
+    """Describe base and adapters for an image's metadata, without the home folder: images are shared."""
+    base, merged = model.config.model, {}
+    if base.adapter is not None:
+        merged = {"merged": public_name(base.adapter), "merged_scale": base.adapter_scale}
     skipped = {"clip_skip": base.clip_skip} if base.clip_skip > 1 else {}
-    return {"base": base.path, **merged, **skipped, "adapters": model.names, "weights": model.weights}
+    names = [without_home(name) for name in model.names]
+    return {"base": public_name(base.path), **merged, **skipped, "adapters": names, "weights": model.weights}
 
 
 def a1111_parameters(request: ImageRequest, model: LoadedModel) -> str:
@@ -153,7 +158,7 @@ def a1111_parameters(request: ImageRequest, model: LoadedModel) -> str:
     return (
         f"{request.prompts[0]}\n{negative}Steps: {request.steps}, Sampler: {sampler_label(request.sampler)}, "
         f"CFG scale: {request.guidance:g}, Seed: {request.seed}, Size: {width}x{height}, "
-        f"Model: {model.config.model.path}{hires}{skipped}"
+        f"Model: {public_name(model.config.model.path)}{hires}{skipped}"
     )
 
 

@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers import (
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
 from PIL import Image, ImageFilter
 
 from ghibli.diffusion.samplers import Cell, check_finite, make_scheduler, set_timesteps
+from ghibli.inference.control import Control
 from ghibli.inference.fit import require_memory
 from ghibli.inference.request import RestyleOptions
 from ghibli.models.base import BaseModel
@@ -47,23 +53,40 @@ class GuidedInpaintPipeline(Guided, StableDiffusionInpaintPipeline):
     """Image-to-image in which, after every step, the latents outside a mask are the noised image's."""
 
 
+class GuidedControlImg2ImgPipeline(Guided, StableDiffusionControlNetImg2ImgPipeline):
+    """Image-to-image with a ControlNet."""
+
+
+class GuidedControlInpaintPipeline(Guided, StableDiffusionControlNetInpaintPipeline):
+    """Inside a mask, with a ControlNet."""
+
+
+PIPELINES = {  # (inside a mask, with a ControlNet) -> class
+    (False, False): GuidedImg2ImgPipeline,
+    (True, False): GuidedInpaintPipeline,
+    (False, True): GuidedControlImg2ImgPipeline,
+    (True, True): GuidedControlInpaintPipeline,
+}
+
+
 @torch.inference_mode()
 def redraw(
     base: BaseModel,
     image: Image.Image,
     prompt: str,
-    size: tuple[int, int],
     options: RestyleOptions,
     on_step: Callable[[], None] = lambda: None,
     mask: Image.Image | None = None,
+    control: Control | None = None,
 ) -> torch.Tensor:
-    """Redraw an image, scaled to a size first: (3, height, width), float32 in 0 .. 1, on the CPU.
+    """Redraw an image in its own size: (3, height, width), float32 in 0 .. 1, on the CPU.
 
     Args:
-        size: width and height in px, multiples of 8.
-        options: scale and resolution are the caller's business.
+        image: width and height are multiples of 8.
+        options: scale, resolution and control are the caller's business.
         on_step: called after every denoising step.
         mask: in grey, white where it is redrawn; None = everywhere. Outside of it the pixels are kept.
+        control: the ControlNet that steers; None = none.
 
     Raises:
         UserError: it does not fit into memory, or is not finite.
@@ -73,25 +96,27 @@ def redraw(
         on_step()
         return {}
 
-    require_memory(base, size, 1, options.guidance)
-    small = image.resize(size, Image.Resampling.LANCZOS)
-    pipeline = make_pipeline(base, GuidedImg2ImgPipeline if mask is None else GuidedInpaintPipeline)
+    require_memory(base, image.size, 1, options.guidance)
+    parts = {} if control is None else {"controlnet": control.controlnet}
+    pipeline = make_pipeline(base, PIPELINES[mask is not None, control is not None], **parts)
     pipeline.scheduler = make_scheduler(options.sampler, base)  # the constructor would set steps_offset to 1
     pipeline.set_progress_bar_config(disable=True)
-    with quiet("diffusers"), base.tiles(size):  # silenced: advice on deprecated options
+    with quiet("diffusers"), base.tiles(image.size):  # silenced: advice on deprecated options
         embeds, negative = prompt_pair(base, prompt, options)
-        inside: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if mask is not None:
-            inside = {"mask_image": covered(mask, size), "width": size[0], "height": size[1]}
+            more = {"mask_image": covered(mask, image.size), "width": image.width, "height": image.height}
+        if control is not None:
+            more |= {"control_image": control.image, "controlnet_conditioning_scale": float(control.scale)}
         latents = pipeline(
-            image=small, strength=options.strength,
+            image=image, strength=options.strength,
             guidance_scale=options.guidance, prompt_embeds=embeds, negative_prompt_embeds=negative,
             num_inference_steps=options.steps, generator=torch.Generator().manual_seed(options.seed),
-            callback_on_step_end=after_step, output_type="latent", **inside,
+            callback_on_step_end=after_step, output_type="latent", **more,
         ).images  # fmt: skip
     pixels = base.decode(latents).cpu()
     check_finite((latents[0], pixels[0]), prompt, options.seed, Cell(options.sampler, options.guidance))
-    return pixels[0] if mask is None else kept_outside(small, pixels[0], mask)
+    return pixels[0] if mask is None else kept_outside(image, pixels[0], mask)
 
 
 def prompt_pair(

@@ -14,7 +14,7 @@ from ghibli.config.checks import require_finite
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import usual_guidance
 from ghibli.models.base import BaseModel
-from ghibli.runs.compose import compose_config
+from ghibli.runs.compose import base_config
 from ghibli.runs.find import finished_run
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
@@ -41,13 +41,15 @@ class LoadedModel:
         """Return the base with every adapter at `scale` times its own weight; at 0 the base, bit for bit.
 
         Raises:
-            UserError: not finite, or the run trained all weights and the scale is neither 0 nor 1.
+            UserError: not finite, or neither 0 nor 1 where no adapter is loaded that could be scaled.
         """
         require_finite("--scale", float(scale))
         if self.weights:
             set_weights(self.base, [scale * weight for weight in self.weights])
-        if self.weights or not self.names or scale == 1:
+        if self.weights or scale == 1 or (scale == 0 and not self.names):
             return self.base
+        if not self.names:
+            raise UserError(f"--scale {scale:g} is a factor on adapters, and none is loaded: leave it out")
         if scale == 0:
             return self._starting_base
         raise UserError(f"{self.names[0]} trained all weights: its scale is either 1 or 0")
@@ -79,7 +81,7 @@ def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
     if runs and overrides:
         raise UserError(f"{overrides[0]}: {runs[0].path} has its own base and settings; leave it out")
     configs = [finished_config(run) for run in runs]
-    config = configs[0] if configs else compose_config(overrides)
+    config = configs[0] if configs else base_config(overrides)
     check_combination(runs, configs, len(named))
     if runs and config.finetune == "full":
         return LoadedModel(trained_base(runs[0], config), config, [], [named[0][0]])

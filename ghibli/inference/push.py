@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 
 from ghibli.models.hub import hub_answers
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.errors import UserError, first_line
 
 UPLOADED = (".safetensors", ".md", ".png", ".json")
@@ -20,15 +21,17 @@ def files_to_push(folder: Path) -> list[tuple[str, int]]:
     """
     found = [
         file
-        for file in sorted(folder.glob("*"))
+        for file in sorted([*folder.glob("*"), *folder.glob("samples/*.png")])
         if file.suffix in UPLOADED and not file.name.startswith(".") and not file.name.endswith(WHOLE_MODEL)
     ]
-    link = next((place for place in (folder, *found) if place.is_symlink()), None)
+    places = (folder, folder / "samples", *found)
+    link = next((place for place in places if place.is_symlink()), None)
     if link is not None:
         raise UserError(f"{link} is a link: only files of an export are sent; replace it by a copy")
     if "README.md" not in [file.name for file in found]:
-        raise UserError(f"{folder} holds nothing to send: run ghibli export RUN first")
-    return [(file.name, file.stat().st_size) for file in found if file.is_file()]
+        command = command_here("ghibli", "export", folder.parent)
+        raise UserError(f"{folder} holds nothing to send: run `{command}` first")
+    return [(str(file.relative_to(folder)), file.stat().st_size) for file in found if file.is_file()]
 
 
 def push(folder: Path, hub_id: str, *, private: bool) -> str:
@@ -39,7 +42,8 @@ def push(folder: Path, hub_id: str, *, private: bool) -> str:
     """
     names = [name for name, _ in files_to_push(folder)]
     if huggingface_hub.get_token() is None:
-        raise UserError("not logged in to the hub: run `hf auth login` first, or set HF_TOKEN")
+        command = command_here("hf", "auth", "login")
+        raise UserError(f"not logged in to the hub: run `{command}` first, or set HF_TOKEN")
     if not hub_answers():
         raise UserError("the hub cannot be reached: try again with a network connection")
     api = huggingface_hub.HfApi()

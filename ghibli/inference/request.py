@@ -12,7 +12,9 @@ from ghibli.models.prompt_syntax import parse_prompt
 from ghibli.runtime.errors import UserError
 
 LARGEST = 2048  # px, either side
+CONTROLS = ("canny", "depth")  # what is computed of a photo for a ControlNet
 WAYS = ("img2img", "inversion")  # of restyle: from random noise, or from the photo's own
+KNEES = {"img2img": 0.5, "inversion": 0.65}  # strength of each: docs/restyle.md
 LARGEST_FINAL = 4096  # px, either side after the second pass
 
 
@@ -47,10 +49,10 @@ class ImageRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", sampler_name(self.sampler, "--sampler"))
-        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise UserError("an empty prompt: give --prompt TEXT")
         for text in (*self.prompts, self.negative):
             check_text(text)
+        if not self.prompts or not all(has_words(prompt) for prompt in self.prompts):
+            raise UserError("an empty prompt: give --prompt TEXT")
         check_steps(self.sampler, self.steps, "--steps")
         check_seed(self.seed, len(self.prompts))
         check_guidance(self.guidance)
@@ -116,11 +118,51 @@ def grid_requests(request: ImageRequest, axes: list[Axis]) -> list[list[ImageReq
         raise UserError(
             "--grid: give one setting or two different ones, such as guidance=3,7 and steps=10,20"
         )
+    if request.hires == 1 and "hires_strength" in [axis.name for axis in axes]:
+        raise UserError("--grid hires_strength is that of a second pass: give --hires FACTOR too")
     right, down = axes[0], (axes[1] if len(axes) > 1 else None)
     if len(right.values) * (len(down.values) if down else 1) > MOST_IN_GRID:
         raise UserError(f"--grid: at most {MOST_IN_GRID} images of a prompt")
     rows = [request] if down is None else [replace(request, **{down.name: value}) for value in down.values]
     return [[replace(row, **{right.name: value}) for value in right.values] for row in rows]
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """Which ControlNet steers, and what it sees."""
+
+    source: str  # one of CONTROLS, or an image, or a folder of images named as the photos
+    model: str  # hub id or folder of a ControlNet
+    scale: float = 1.0  # factor on what it adds
+    depth_model: str = "depth-anything/Depth-Anything-V2-Small-hf"  # hub id or folder, for depth
+
+    def __post_init__(self) -> None:
+        require_finite("--control-scale", float(self.scale))
+
+
+def control_options(
+    source: str | None, model: str | None, scale: float | None, depth_model: str | None
+) -> ControlOptions | None:
+    """Read the options of restyle that choose a ControlNet; None without any.
+
+    Raises:
+        UserError: one of them is missing, or is not used.
+    """
+    more = {"--control-model": model, "--control-scale": scale, "--depth-model": depth_model}
+    unused = [name for name, value in more.items() if value is not None]
+    if source is None:
+        if unused:
+            raise UserError(f"{unused[0]} is used with --control only: give --control canny, depth or FOLDER")
+        return None
+    if model is None:
+        raise UserError(
+            f"--control {source} needs --control-model: a ControlNet's folder or hub id, such as "
+            "lllyasviel/control_v11p_sd15_canny for SD 1.5, or demo/control for the demo"
+        )
+    if depth_model is not None and source != "depth":
+        raise UserError(f"--depth-model is used with --control depth only, not with {source}")
+    given: dict[str, Any] = {"scale": scale, "depth_model": depth_model}
+    return ControlOptions(source, model, **{name: v for name, v in given.items() if v is not None})
 
 
 @dataclass(frozen=True)
@@ -136,6 +178,7 @@ class RestyleOptions:
     scale: float  # factor on the weights of all adapters
     resolution: int  # px; the result has about the area of a square of this side
     way: str = "img2img"  # one of WAYS
+    control: ControlOptions | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", sampler_name(self.sampler, "--sampler"))
@@ -149,6 +192,11 @@ class RestyleOptions:
             raise UserError(f"--way {self.way} is unknown: choose one of {', '.join(WAYS)}")
         if self.way == "inversion" and self.sampler != "ddim":
             raise UserError(f"--way inversion walks DDIM backwards: use --sampler ddim, not {self.sampler}")
+
+
+def default_way(sampler: str) -> str:
+    """Return the way nearest to the photo (docs/restyle.md): inversion, which DDIM alone can walk."""
+    return "inversion" if sampler_name(sampler, "--sampler") == "ddim" else "img2img"
 
 
 def check_share(option: str, strength: float, steps: int) -> None:
@@ -180,6 +228,11 @@ def check_text(text: str) -> None:
         shown = text.encode("utf-8", "replace").decode()
         raise UserError(f"the prompt `{shown[:60]}` is not UTF-8: type it in a UTF-8 terminal or file")
     parse_prompt(text)
+
+
+def has_words(prompt: str) -> bool:
+    """Tell whether a prompt says anything, which `(:1.3)` and `[ ]` do not."""
+    return any(text.strip() for text, _ in parse_prompt(prompt))
 
 
 def unused_negative(negative: str, guidance: float) -> list[str]:

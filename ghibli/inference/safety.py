@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from ghibli.models.base import resolve_path
+from ghibli.models.configs import check_config
 from ghibli.models.load import load_part, quiet
 from ghibli.runtime.errors import UserError, first_line
 
@@ -36,6 +37,7 @@ class SafetyChecker:
             raise UserError(f"{base} has no {CHECKER}/ folder: copy it there, or turn the checker off")
         # load_part checks that no weight is missing: a checker with random ones would pass anything
         self._checker = load_part(StableDiffusionSafetyChecker, folder / CHECKER, f"model.path={base}")
+        check_config(folder / "feature_extractor" / "preprocessor_config.json", f"model.path={base}")
         try:
             self._processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
         except Exception as error:  # transformers raises many types; all mean the same to the user

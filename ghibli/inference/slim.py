@@ -306,8 +306,7 @@ def prepare(
         kohya.write_kohya(written, kohya_file, metadata, base)
     except UserError as error:
         return [file], [f"no kohya file: {error}".replace(str(file), "this")]
-    if not any(map(kohya.only_as_a_whole, layers.values())):
-        check_same(read_adapter(kohya_file, base, "slim"), layers)
+    check_same(read_adapter(kohya_file, base, "slim"), kohya.written_layers(written, base))
     write_sidecar(kohya_file, config, base)
     return [file, kohya_file], []
 

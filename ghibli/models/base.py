@@ -136,8 +136,8 @@ def resolve_path(path: str) -> Path:
 
 
 def results_key(weights: str, base: BaseModel) -> str:
-    """Return what decides on a base's results, for cache keys: its weights_hash, and clip_skip if not 1."""
-    return weights if base.clip_skip == 1 else f"{weights} clip_skip {base.clip_skip}"
+    """Return what decides on a base's results, for cache keys: weights, tokenizer, settings and clip_skip."""
+    return f"{weights} {configs_hash(base)} clip_skip {base.clip_skip}"
 
 
 def weights_hash(base: BaseModel) -> str:

@@ -1,4 +1,4 @@
-"""The config.json of a network or a noise schedule: nothing absurd, nothing that would load something else.
+"""The config.json of a network, schedule or image processor: nothing absurd, nothing else that is loaded.
 
 Such a file may come from anyone, and the libraries build what it describes: a schedule of 1e11 steps fills
 the memory, an adapter beside the weights is added, an attention kernel is fetched from the hub and run.
@@ -40,6 +40,7 @@ LIMITS: dict[str, tuple[float, float]] = {  # key -> least and largest value; li
     "projection_dim": (1, 8192),
     "image_size": (1, 8192),
     "patch_size": (1, 8192),
+    **dict.fromkeys(("height", "width", "shortest_edge", "longest_edge", "size", "crop_size"), (1, 2048)),
 }
 REFUSED = {  # key -> why
     "quantization_config": "a quantized network cannot be trained or merged here",
@@ -50,7 +51,7 @@ HARMLESS = ("eager", "sdpa", None)  # values of attn_implementation
 
 
 def check_config(file: Path, what: str) -> None:
-    """Check a config.json or scheduler_config.json, and that no adapter lies beside it.
+    """Check a config.json, or one of its kind, and that no adapter lies beside it.
 
     Args:
         what: the setting that names its folder, for messages, such as model.path=DIR.

@@ -29,7 +29,7 @@ def to_safetensors(file: Path) -> Path:
         raise UserError(f"{target} exists already: move it away first")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol
+            warnings.simplefilter("ignore")  # about the pickle protocol: what cannot be read is an error
             require_stored(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for anything but a pickle of tensors

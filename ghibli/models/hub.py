@@ -10,11 +10,15 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json",
 )  # fmt: skip
-CLIP_FILES = {  # options of snapshot_download for model.clip
+CLIP_FILES = {  # options of snapshot_download for a network of transformers that reads images
     "allow_patterns": ["config.json", "preprocessor_config.json", "model.safetensors"],
     "ignore_patterns": [],
 }
-HUB_FILES = {  # and for model.path
+PART_FILES = {  # for one network of diffusers
+    "allow_patterns": ["config.json", "*.safetensors"],
+    "ignore_patterns": ["*fp16*", "*non_ema*", "*/*"],
+}
+HUB_FILES = {  # for model.path
     "allow_patterns": [  # no code, no pickle, no adapter
         *(
             f"{part}/{name}"

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,18 @@ import transformers.utils.logging
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ghibli.config.paths import NO_PICKLE, PICKLES, check_base, convert_command
 from ghibli.models.base import BaseModel, resolve_path
 from ghibli.models.configs import check_config
 from ghibli.models.hub import HUB_FILES, hub_answers
+from ghibli.models.original import original_weights
 from ghibli.models.safetensors import check_float, check_whole, count_weights
 from ghibli.runtime.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILES = (
     "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
@@ -52,8 +57,12 @@ def load(path: str, config: str | None = None) -> BaseModel:
         parts = load_single_file(place, config)
     else:
         parts = load_from_hub(path)
+    if config is not None and not place.is_file():
+        logger.warning(f"model.config={config} is not used: model.path={path} is no single file")
     base = BaseModel(*parts)
     check_supported(base, path)
+    if place.is_file():
+        check_all_used(place, base, path)
     base.tokenizer.model_max_length = base.text_encoder.config.max_position_embeddings
     for part in (base.text_encoder, base.vae, base.unet):
         part.requires_grad_(False).eval()
@@ -83,6 +92,45 @@ def load_folder(folder: Path, path: str) -> tuple[Any, ...]:
     vae = load_part(AutoencoderKL, folder / "vae", what, torch_dtype=torch.float32)
     unet = load_part(UNet2DConditionModel, folder / "unet", what, torch_dtype=torch.float32)
     return tokenizer, text_encoder, vae, unet, schedule
+
+
+def part_folder(name: str, what: str, files: dict[str, list[str]], otherwise: str = "") -> Path:
+    """Return the folder of one network; of a hub id, only weights and settings are downloaded.
+
+    Args:
+        what: the setting that names it, for messages, such as model.clip=NAME.
+        files: options of snapshot_download, as in models.hub.
+        otherwise: what else the user can do, for the message.
+
+    Raises:
+        UserError: no such folder, and not to be had from the hub.
+    """
+    folder = resolve_path(name)
+    if folder.is_dir():
+        return folder
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{what}: no such folder, and not a hub id (OWNER/NAME)")
+    return snapshot(name, what, files, f"give a folder{otherwise}")
+
+
+def snapshot(name: str, what: str, files: dict[str, list[str]], advice: str) -> Path:
+    """Return the folder of a hub repository, downloaded once into the libraries' own cache.
+
+    Args:
+        what, files: as for part_folder.
+        advice: the end of the message.
+
+    Raises:
+        UserError: not to be had.
+    """
+    online = hub_answers()
+    try:
+        return Path(snapshot_download(name, **files, etag_timeout=5, local_files_only=not online))
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        hub = f"refuses it ({first_line(error)[:100]})" if online else "cannot be reached"
+        raise UserError(
+            f"{what}: no such folder here, not downloaded yet, and the hub {hub}: {advice}"
+        ) from error
 
 
 def load_part(part_class: Any, folder: Path, what: str, **options: Any) -> Any:
@@ -155,20 +203,10 @@ def enumerated(names: list[str]) -> str:
 
 def load_from_hub(name: str) -> tuple[Any, ...]:
     """Load the five parts of a hub repository, downloaded once into the libraries' own cache."""
-    online = hub_answers()
-    try:
-        folder = snapshot_download(
-            name, **HUB_FILES, etag_timeout=5,
-            local_files_only=not online,
-        )  # fmt: skip
-    except (LocalEntryNotFoundError, OSError, ValueError) as error:
-        hub = f"refuses it ({first_line(error)[:100]})" if online else "cannot be reached"
-        raise UserError(
-            f"model.path={name}: no such folder here, not downloaded yet, and the hub {hub}: "
-            "give a folder, model.path=DIR, or use model=demo"
-        ) from error
-    check_base(Path(folder), name)
-    return load_folder(Path(folder), name)
+    advice = "give a folder, model.path=DIR, or use model=demo"
+    folder = snapshot(name, f"model.path={name}", HUB_FILES, advice)
+    check_base(folder, name)
+    return load_folder(folder, name)
 
 
 def is_here(path: str) -> bool:
@@ -189,7 +227,8 @@ def load_single_file(file: Path, config: str | None) -> tuple[Any, ...]:
         check_config_folder(resolve_path(config), config)
     try:
         # Silenced: the list of unused keys, which in such a file is long and harmless (EMA weights, the
-        # loss of the VAE). Missing keys stay on the meta device; they raise here or are found below.
+        # loss of the VAE); check_all_used looks for others. Missing keys stay on the meta device; they raise
+        # here or are found below.
         with quiet("transformers", "diffusers"):
             pipeline = StableDiffusionPipeline.from_single_file(
                 str(file), config=None if config is None else str(resolve_path(config)),
@@ -211,6 +250,23 @@ def load_single_file(file: Path, config: str | None) -> tuple[Any, ...]:
         pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet,
         dict(pipeline.scheduler.config),
     )  # fmt: skip
+
+
+def check_all_used(file: Path, base: BaseModel, path: str) -> None:
+    """Check that a single file holds no weights of UNet or VAE that the configs do not describe.
+
+    Raises:
+        UserError: of the UNet. Those of the VAE are named.
+    """
+    with safe_open(file, framework="pt") as opened:
+        unknown = sorted(set(opened.keys()) - set(original_weights(base)))
+    what = f"model.path={path} holds weights that its configs do not describe"
+    unet = [key for key in unknown if key.startswith("model.diffusion_model.")]
+    if unet:
+        raise UserError(f"{what}: {enumerated(unet)}; are these the configs of another model?")
+    vae = [key for key in unknown if re.match(r"first_stage_model\.(?!loss\.|model_ema\.)", key)]
+    if vae:
+        logger.warning(f"{what}, and they are not used: {enumerated(vae)}")
 
 
 def check_no_meta_weights(pipeline: StableDiffusionPipeline) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from ghibli.models.base import TOKENIZER_LOCK, BaseModel
 from ghibli.models.prompt_syntax import parse_prompt
+from ghibli.runtime.errors import UserError
 
 
 class Chunk(NamedTuple):
@@ -28,7 +29,7 @@ def encode_weighted(base: BaseModel, prompts: list[str]) -> torch.Tensor:
     all occur equally often is that over the keys once, so no image depends on another one's prompt.
 
     Raises:
-        UserError: as parse_prompt.
+        UserError: as parse_prompt, or weights that the embeddings overflow with.
     """
     chunked = [chunks_of(base, prompt) for prompt in prompts]
     device = next(base.text_encoder.parameters()).device
@@ -36,8 +37,10 @@ def encode_weighted(base: BaseModel, prompts: list[str]) -> torch.Tensor:
     embeds = base.encode_prompts(torch.tensor([chunk.input_ids for chunk in every], device=device))
     rows = [apply_weights(row, chunk.weights) for row, chunk in zip(embeds, every, strict=True)]
     found, start = [], 0
-    for chunks in chunked:
+    for prompt, chunks in zip(prompts, chunked, strict=True):
         found.append(torch.cat(rows[start : start + len(chunks)]))
+        if not found[-1].isfinite().all():
+            raise UserError(f"the weights in the prompt `{prompt[:60]}` are too large: 0.5 to 1.5 are usual")
         start += len(chunks)
     length = lcm(*(len(one) for one in found))
     return torch.stack([one.repeat(length // len(one), 1) for one in found])

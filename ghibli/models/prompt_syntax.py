@@ -1,6 +1,7 @@
 """Prompt weights as A1111 and ComfyUI write them: `(word:1.3)`, `(word)`, `[word]`; imports no torch."""
 
 import re
+from math import isfinite
 
 from ghibli.config.checks import require_finite
 from ghibli.runtime.errors import UserError
@@ -21,7 +22,7 @@ def parse_prompt(prompt: str) -> Weighted:
     A1111 guesses, brackets without a partner are refused.
 
     Raises:
-        UserError: a bracket without its partner, or a weight that is not finite.
+        UserError: a bracket without its partner, or a weight or a product of weights that is not finite.
     """
     stack: list[tuple[str, Weighted]] = [("", [])]  # (the open bracket, what stands in it so far)
     for token in TOKEN.findall(prompt):
@@ -36,7 +37,10 @@ def parse_prompt(prompt: str) -> Weighted:
             stack[-1][1].append((token[1] if len(token) == 2 and token[0] == "\\" else token, 1.0))
     if len(stack) > 1:
         raise unbalanced(prompt, stack[-1][0])
-    return joined(stack[0][1])
+    found = joined(stack[0][1])
+    if not all(isfinite(weight) for _, weight in found):
+        raise UserError(f"the prompt `{prompt[:60]}` has weights whose product is not a finite number")
+    return found
 
 
 def weighted(bracket: str, inside: Weighted) -> Weighted:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ghibli.models.base import BaseModel
+from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError, first_line
 
 
@@ -42,7 +43,7 @@ def quantize_frozen(base: BaseModel, bits: int) -> None:
     except ImportError as error:
         raise UserError(
             f"model.frozen_bits={bits}: bitsandbytes cannot be imported ({first_line(error)}): "
-            "pip install -e '.[bitsandbytes]', or leave it out"
+            f"{install_command('bitsandbytes')}, or leave it out"
         ) from error
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from ghibli.config.paths import PICKLES, convert_command
-from ghibli.data.folder import enter_and_list, read_beside, require_inside
+from ghibli.data.folder import enter_and_list, read_beside
+from ghibli.data.inside import require_inside
 from ghibli.data.layouts import supported_layouts
 from ghibli.images.read import Unusable, check_image, read_image, without_warnings
 from ghibli.models.base import resolve_path
@@ -59,7 +60,8 @@ class Blip:
         """
         folder = resolve_path(path) if resolve_path(path).is_dir() else download_model(path)
         check_weights(folder, path)
-        check_config(folder / "config.json", f"--model {path}")
+        for name in ("config.json", "preprocessor_config.json"):
+            check_config(folder / name, f"--model {path}")
         try:
             # Silenced: the report on keys, which is asked for instead and checked below.
             with quiet("transformers"):

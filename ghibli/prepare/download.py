@@ -17,11 +17,14 @@ from huggingface_hub import constants, snapshot_download
 
 from ghibli.data.caption_tables import one_line
 from ghibli.data.folder import list_images
+from ghibli.data.inside import require_inside
 from ghibli.data.layouts import enter, is_hidden
-from ghibli.images.read import FORMATS, image_endings, is_image_name, open_file
+from ghibli.images.read import FORMATS, Unusable, image_endings, is_image_name, open_file
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.load import is_here
+from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError, disk_trouble, first_line
+from ghibli.runtime.files import shortened
 from ghibli.runtime.home import expanded
 from ghibli.runtime.resources import free_disk
 
@@ -35,8 +38,10 @@ LARGEST_FILE = 2**28  # bytes of one file out of an archive
 LEAST_TOTAL, MOST_GROWTH = 2**28, 100  # an archive may grow to so many bytes, or to so many times its size
 ROWS = 4  # of a parquet file that are in memory at once
 MIN_FREE_DISK = 2**30  # bytes that must stay free
+BLOCK = 2**12  # bytes that a file or folder takes on a disk at least, however small it is
 TEXT_COLUMNS = ("text", "caption", "prompt")
 BY_HAND = "if you trust it, unpack it yourself and give the folder"
+LONGEST_STEM = 200  # bytes of a folder's name, without its version and what it is called meanwhile
 ENCRYPTED = 1  # bit of a zip member's flags
 Progress = Callable[[int, int], None]
 
@@ -75,7 +80,7 @@ def versioned_name(stem: str, files: list[Path]) -> str:
     version = hashlib.sha256()
     for file in files:
         version.update(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
-    return f"{stem}-{version.hexdigest()[:8]}"
+    return f"{shortened(stem, LONGEST_STEM)}-{version.hexdigest()[:8]}"
 
 
 def unpack_shards(
@@ -89,6 +94,11 @@ def unpack_shards(
     shards = sorted(folder.rglob("*.parquet"))
     if not shards or list_images(folder):
         return folder
+    for shard in shards:
+        try:
+            require_inside(shard, folder)
+        except Unusable as reason:
+            raise UserError(f"--data: {shard} cannot be used: {reason}") from None
     training = [shard for shard in shards if shard.name.startswith("train")]
     shards = training or shards
     return unpack_parquet(shards, into / versioned_name(name, shards), on_progress, archive)
@@ -119,7 +129,9 @@ def unpack_zip(file: Path, target: Path, on_progress: Progress) -> Path:
     what = f"--data {file}"
     with refuse_damage(f"{what} is not a complete zip file"), zipfile.ZipFile(file) as archive:
         members = [info for info in archive.infolist() if is_wanted(info)]
-        Growth(what, file.stat().st_size).add(*(info.file_size for info in members))
+        growth = Growth(what, file.stat().st_size)
+        growth.add(*(info.file_size for info in members))
+        growth.add_entries(sum(len(PurePosixPath(info.filename).parts) for info in members))
         check_free_disk(sum(info.file_size for info in members), target.parent, what)
         if not members:
             raise UserError(f"{what}: no images in it{left_in(archive)}")
@@ -164,6 +176,15 @@ class Growth:
                 f"unpacked: {BY_HAND}"
             )
         self.total += sum(sizes)
+        self.check(self.total)
+
+    def add_entries(self, count: int) -> None:
+        """Count so many files and folders: an archive of a few bytes can hold millions of empty ones.
+
+        Raises:
+            UserError: as add.
+        """
+        self.total += count * BLOCK
         self.check(self.total)
 
     def check(self, total: int) -> None:
@@ -256,7 +277,7 @@ def unpack_parquet(
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise UserError("parquet files need pyarrow: pip install -e '.[hub]'") from error
+        raise UserError(f"parquet files need pyarrow: {install_command('hub')}") from error
     with refuse_damage(f"--data: {shards[0].parent}: a parquet file is damaged"):
         files = [parquet.ParquetFile(shard) for shard in shards]
         came_as = shards if archive is None else [archive]
@@ -286,6 +307,7 @@ def unpacked_rows(
             for row in batch.to_pylist():
                 caption = caption_of(row.get(text), f"--data {shard} row {number + 1}")
                 growth.add(len((row[column] or {}).get("bytes") or b""), len(caption))
+                growth.add_entries(1)
                 name = write_image_bytes(row[column] or {}, folder, number)
                 number += 1
                 on_progress(number, total)
@@ -367,7 +389,7 @@ def download_kaggle() -> Path:
         import kagglehub
     except ImportError as error:
         raise UserError(
-            f"--data kaggle needs kagglehub: pip install -e '.[hub]'; or {KAGGLE_MANUALLY}"
+            f"--data kaggle needs kagglehub: {install_command('hub')}; or {KAGGLE_MANUALLY}"
         ) from error
     if not hub_answers("https://www.kaggle.com"):
         raise UserError(f"--data kaggle: kaggle.com cannot be reached: {KAGGLE_MANUALLY}")

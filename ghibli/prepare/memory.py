@@ -137,7 +137,7 @@ def estimate_disk(config: Config, shapes: list[Shape], epochs: int, cells: int) 
     weights = sum(4 * math.prod(shape) for shape in shapes)
     every, side = config.sample.every_n_epochs, config.model.resolution
     tile = (side if side >= 256 else 2 * side) ** 2
-    grids = 0 if every == 0 else 1 + epochs // every
+    grids = 0 if every == 0 else 1 + epochs // every + (every > 1)  # at the end, every n, after epoch 1
     images = grids * 2 * cells * len(config.sample.prompts)
     checkpoint = weights + optimizer_state_size(config.optimizer, shapes)
     return Disk(int(CHECKPOINTS * checkpoint), 3 * weights, int(1.5 * tile * images))  # bytes of a PNG's px

@@ -13,17 +13,17 @@ from ghibli.images.read import open_image
 from ghibli.models.base import DEMO, resolve_path, weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight
-from ghibli.runtime.commands import command_line
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import counted, relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically, write_json, write_text
 
 SHEET_IMAGES = 8  # on the contact sheet
 MARK = "# Written by `ghibli prepare`"
-LOCAL = f"""# @package _global_
-{MARK}: defaults of `python train.py` on this machine; model= and data= override them.
+LOCAL = """# @package _global_
+{mark}: defaults of `python train.py` on this machine; model= and data= override them.
 defaults:
-  - override /model: sd15
+  - override /model: {model}
   - override /data: ghibli
 local:
 """
@@ -62,16 +62,17 @@ def prepare(
     logger.info(f"images {root}: {recognised(root)}; {usable_count(folder)}")
     logger.info(f"sheet    {relative_path(local / 'images.png')}: some of them with their captions")
     base_hash = download_and_hash(base, config)
-    settings = {"sd15": absolute_path(base), "ghibli": str(root.resolve())}
+    model = "demo" if base == "demo" else "sd15"  # with the resolution and learning rate that suit it
+    settings = {"ghibli": str(root.resolve())} | ({} if model == "demo" else {"sd15": absolute_path(base)})
     if config is not None:
         settings["sd15_config"] = absolute_path(config)
     if caption is not None:
         settings["caption"] = caption
-    findings = preflight.check(as_overrides(settings))
+    findings = preflight.check(as_overrides(model, settings))
     if not any(finding.level == "error" for finding in findings):
-        write_json(local / preflight.PREPARED, {"base": settings["sd15"], "base_hash": base_hash})
+        write_json(local / preflight.PREPARED, {"base": absolute_path(base), "base_hash": base_hash})
         lines = [f"  {key}: {quote(value)}\n" for key, value in settings.items()]
-        write_text(local / "default.yaml", LOCAL + "".join(lines))
+        write_text(local / "default.yaml", LOCAL.format(mark=MARK, model=model) + "".join(lines))
     return findings
 
 
@@ -101,7 +102,7 @@ def read_images(root: Path, caption: str | None) -> ImageFolder:
     except UserError as error:
         if caption is None and list_images(root) and NO_CAPTION in str(error):
             raise UserError(
-                f"{root} has images without captions: `{command_line('ghibli', 'caption', root)}` writes "
+                f"{root} has images without captions: `{command_here('ghibli', 'caption', root)}` writes "
                 "captions, or --caption "
                 "TEXT gives all of them the same"
             ) from None
@@ -128,9 +129,10 @@ def absolute_path(path: str) -> str:
     return str(place.resolve()) if place.exists() and not is_embedded else path
 
 
-def as_overrides(settings: dict[str, str]) -> list[str]:
+def as_overrides(model: str, settings: dict[str, str]) -> list[str]:
     """Return the overrides of train.py that are equivalent to default.yaml."""
-    return ["model=sd15", "data=ghibli"] + [f"local.{key}={quote(value)}" for key, value in settings.items()]
+    paths = [f"local.{key}={quote(value)}" for key, value in settings.items()]
+    return [f"model={model}", "data=ghibli", *paths]
 
 
 def quote(text: str) -> str:

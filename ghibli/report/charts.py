@@ -178,7 +178,10 @@ def bar_chart(
 
 
 def interval_chart(gain: Gain, low: float, high: float) -> Markup:
-    """Draw one row of a forest plot: a value and its 95 % interval on a scale that includes 0."""
+    """Draw one row of a forest plot: a value and its 95 % interval on a scale that includes 0.
+
+    An arrow at the edge stands for what lies below the scale.
+    """
     width, height = 170, 22
     x = Axis(low, high, 6, width - 6)
     middle = height / 2
@@ -189,6 +192,9 @@ def interval_chart(gain: Gain, low: float, high: float) -> Markup:
     ]
     if low <= gain.value <= high:
         shapes.append(tag("circle", cx=x(gain.value), cy=middle, r=3.6))
+    if interval_of(gain)[0] < low:
+        arrow = [(0.0, middle), (7.0, middle - 4), (7.0, middle + 4)]
+        shapes.append(tag("polygon", points=svg_points(arrow), class_="arrow"))
     colour = "c0" if gain.value >= 0 else "c1"
     return svg_image(gain_percent(gain), tag("g", *shapes, class_=colour), width=width, height=height)
 

@@ -1,5 +1,6 @@
 """The content of a report page, gathered from run folders; the template only lays it out."""
 
+import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from ghibli.sweeps.effects import Effect, effects, number_of, seed_noise
 from ghibli.sweeps.ranking import COLUMNS, visible_columns
 from ghibli.sweeps.trials import varied
 
+TIME = re.compile(r"\d{4}-\d\d-\d\d_")  # how a folder begins that is named after the time
 MAX_KEYS = 6  # settings in the short name of a run
 MAX_ALL_GRIDS = 4  # runs up to which each shows its grid; of more, only the best and the worst do
 
@@ -45,9 +47,9 @@ def run_page(data: RunData) -> dict[str, Any]:
     """Gather everything about one run."""
     settings = data.trial.settings
     page = {
-        "title": data.name,
+        "title": title_of(data),
         "kind": "run",
-        "subtitle": data.trial.status.get("settings", ""),
+        "subtitle": subtitle_of(data),
         "verdict": run_verdict(data),
         "settings": try_read(lambda: changed_settings(data), []),
         "all_settings": [(key, as_yaml(value)) for key, value in settings.items()],
@@ -62,6 +64,20 @@ def run_page(data: RunData) -> dict[str, Any]:
         "provenance": list(provenance_facts(data).items()),
     }
     return page | {"missing": missing_sentences(page, [("", data)])}
+
+
+def title_of(data: RunData) -> str:
+    """Return the name of a run; of one that is named after the time, what was trained."""
+    return str(data.trial.status.get("settings") or data.name) if TIME.match(data.name) else data.name
+
+
+def subtitle_of(data: RunData) -> str:
+    """Return what the title leaves open: what was trained, from and on what, and the folder."""
+    status = data.trial.status
+    facts = {"settings": "", "base": "base ", "images": "images "}
+    parts = [f"{before}{status[key]}" for key, before in facts.items() if status.get(key)]
+    title = title_of(data)
+    return ", ".join(part for part in (*parts, data.name) if part != title)
 
 
 def changed_settings(data: RunData) -> list[tuple[str, str]]:

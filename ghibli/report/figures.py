@@ -94,15 +94,24 @@ def loss_curves(runs: LabelledRuns) -> list[Figure | None]:
     rows = with_both[0][1].metrics if with_both else []
     raw = run_series(with_loss, lambda data: metric_points(data, LOSS))
     normalised = run_series(with_both, lambda data: metric_points(data, NORMALISED_LOSS))
-    raw_caption = (
-        "It depends far more on which timesteps were drawn than on the weights: a small gain is lost in it. "
-        f"{scatter_sentence(rows)}"
-    ).strip()
+    hidden = (
+        "It depends far more on which timesteps were drawn than on the weights: a small gain is lost in it."
+    )
+    falls = any(falls_visibly(data.metrics) for _, data in with_loss)
+    raw_caption = " ".join(filter(None, ("" if falls else hidden, scatter_sentence(rows))))
     caption = "The same loss divided by the base's at the same timesteps; 1 is the untouched base."
     return [
         line_chart("Training loss", raw, ChartAxes("step", "loss"), raw_caption),
         line_chart("Normalised training loss", normalised, ChartAxes("step", "loss / base's"), caption),
     ]
+
+
+def falls_visibly(rows: list[CsvRow]) -> bool:
+    """Return whether the loss of the last quarter of the rows is a fifth or more below that of the first."""
+    losses = [row[LOSS] for row in rows]
+    part = max(len(losses) // 4, 1)
+    first, last = (sum(quarter) / part for quarter in (losses[:part], losses[-part:]))
+    return last <= 0.8 * first
 
 
 def metric_points(data: RunData, column: str) -> list[Point]:

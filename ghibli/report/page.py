@@ -7,10 +7,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ghibli.report.content import comparison_page, run_page
+from ghibli.report.content import TIME, comparison_page, run_page
 from ghibli.report.run_data import read_run
 from ghibli.report.text import prose, typeset
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 
@@ -70,8 +71,14 @@ def page_content(folders: list[Path]) -> dict[str, Any]:
     if len(runs) == 1 and is_run(folders[0]):
         return run_page(read_run(runs[0], with_scores=False))
     study = folders[0] if len(folders) == 1 else None
-    title = study.resolve().name if study else f"{folders[0].resolve().name} and {len(runs) - 1} more"
+    title = study.resolve().name if study else title_of_several([folder.resolve().name for folder in folders])
     return comparison_page(title, [read_run(run, with_scores=True) for run in runs], study)
+
+
+def title_of_several(names: list[str]) -> str:
+    """Name a page about several folders, by one that is not named after the time if there is one."""
+    name = next((name for name in names if not TIME.match(name)), None)
+    return f"{len(names)} runs compared" if name is None else f"{name} and {len(names) - 1} more"
 
 
 def is_run(folder: Path) -> bool:
@@ -87,14 +94,14 @@ def runs_in(folder: Path) -> list[RunDir]:
         UserError: the folder is missing, or neither run nor study.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")
+        raise UserError(f"{folder}: no such folder {list_hint()}")
     if is_run(folder):
         return [RunDir(folder)]
     trials = [RunDir(path) for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
     if not trials:
         raise UserError(
             f"{folder} is neither a run nor a study: neither it nor a folder in it has a status.json "
-            "(`ghibli list` shows the runs)"
+            f"{list_hint()}"
         )
     return trials
 

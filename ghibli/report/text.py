@@ -11,7 +11,7 @@ from ghibli.evaluation.diagnosis import NOTHING
 from ghibli.evaluation.gain import Gain
 from ghibli.report.run_data import RunData, gain_of, timestep_gains
 from ghibli.report.svg import tag
-from ghibli.runtime.commands import resume_command
+from ghibli.runtime.commands import command_line, resume_words
 from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, number_of
 from ghibli.sweeps.trials import Trial
 from ghibli.sweeps.winner import winner
@@ -151,7 +151,7 @@ def format_time(time: object) -> str | None:
 def continue_advice(data: RunData) -> str:
     """Say how to continue an unfinished run."""
     if data.run.usable_checkpoint() is not None:
-        return f"`{resume_command(data.run.path)}` resumes it."
+        return f"`{command_line('python', *resume_words(data.run.path))}` resumes it."
     command = data.trial.status.get("command")
     again = f" with `python {command}`" if command else ""
     return f"It left no intact checkpoint to resume from: start it again{again}."

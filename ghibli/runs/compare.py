@@ -13,12 +13,14 @@ from ghibli.config.keys import affects_result
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import DEFAULTS_OF_OTHER_KEYS, as_yaml, differences, flatten
 from ghibli.runs.status import PLACE
+from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import LARGEST_TABLE, read_plain
 
 WEIGHTS = ("adapter/pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors")
 HASHES = {"base_hash": "base", "data_hash": "images"}
 COVERED = ("data.root", "model.path", *DEFAULTS_OF_OTHER_KEYS)  # by HASHES, and by the keys set from them
+NAMES = ("name", "wandb.name", "wandb.group")  # of a run, which are no difference to explain
 KINDS = {"code": "code", "versions": "versions"}  # kind of a key of status.json; all others: machine
 Row = tuple[str, str, str]  # what, value of the first run, value of the second
 
@@ -59,11 +61,9 @@ def read_side(folder: str) -> Side:
     """
     run = RunDir(Path(folder))
     if not run.path.is_dir():
-        raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")
+        raise UserError(f"{folder}: no such folder {list_hint()}")
     if not run.status.path.exists() or not run.config.exists():
-        raise UserError(
-            f"{folder} is not a run: it has no status.json and config.yaml (`ghibli list` shows the runs)"
-        )
+        raise UserError(f"{folder} is not a run: it has no status.json and config.yaml {list_hint()}")
     status = run.status.read()
     if not status:
         raise UserError(f"{run.status.path} is damaged: this run cannot be compared")
@@ -76,7 +76,7 @@ def read_side(folder: str) -> Side:
 def compare(first: Side, second: Side) -> tuple[list[Row], list[Row], str]:
     """Compare two runs: (what differs, their results, a concluding sentence)."""
     found = [*differences(first.settings, second.settings), *differences(first.facts, second.facts)]
-    rows = [(key, table_cell(left), table_cell(right)) for key, left, right in found]
+    rows = [(key, table_cell(left), table_cell(right)) for key, left, right in found if key not in NAMES]
     return rows, result_rows(first, second), conclusion(first, second, [key for key, _, _ in found])
 
 

@@ -20,7 +20,7 @@ from ghibli.config.files import section_to_dataclass, to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.keys import affects_result, all_keys
 from ghibli.config.paths import check_base_path
-from ghibli.config.schema import Command, Config
+from ghibli.config.schema import Command, Config, check_name
 from ghibli.config.trainer_flags import check_trainer, reject_unknown_flags
 from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs.find import run_to_resume
@@ -29,6 +29,7 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import ROOT
 
 NOT_OF_A_RUN = ("hydra", "experiment", "sweep")  # top-level keys that are not settings of a run
+CHOOSE_BASE = ("model", "data", "data.style", "experiment", "cache_dir")  # with model.* and local.*
 LONGEST_NAME = 150  # bytes of a trial's folder name; most file systems allow 255, and repeats add to it
 
 
@@ -41,6 +42,7 @@ def register() -> None:
         "alpha_for": default_alpha,
         "tenth": lambda number: number / 10,
         "run_dir_for": run_dir_for,
+        "name_or": lambda name, other: other if name is None else name,
         "hydra_subdir_for": lambda resume: ".hydra" if resume is None else ".hydra/resume",
     }
     for name, function in resolvers.items():
@@ -57,13 +59,16 @@ def default_alpha(variant: str, rank: int) -> int:
     return 16 if variant == "rslora" else 2 * rank
 
 
-def run_dir_for(resume: str | None) -> str:
-    """Return the folder that a command writes to: that of the run to resume, or one named after the time.
+def run_dir_for(resume: str | None, name: str | None) -> str:
+    """Return the folder that a command writes to: that of the run to resume, or one of this name or time.
 
     Where that is taken, launch.claimed finds another name.
     """
     if resume is not None:
         return str(run_to_resume(resume).path)
+    if name is not None:
+        check_name(str(name))
+        return f"outputs/train/{name}"
     return datetime.now().strftime("outputs/train/%Y-%m-%d_%H-%M-%S")
 
 
@@ -74,7 +79,7 @@ def folder_name(overrides: str) -> str:
     if len(content) <= LONGEST_NAME:
         return plain
     begin = content[: LONGEST_NAME - 13].decode(errors="ignore")  # a letter that is cut is left out
-    return f"{begin}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
+    return f"{begin}-{hashlib.sha256(os.fsencode(overrides)).hexdigest()[:12]}"
 
 
 def conf_folder() -> Path:
@@ -132,6 +137,23 @@ def compose_config(overrides: list[str]) -> Config:
     config, _, errors = check_overrides(overrides)
     if config is None:
         raise UserError(errors[0])
+    return config
+
+
+def base_config(overrides: list[str]) -> Config:
+    """Return the settings of a command that trains nothing: which base, and the style of its prompts.
+
+    Raises:
+        UserError: as compose_config, or a setting that only a training has.
+    """
+    config = compose_config(overrides)
+    for override in parse_overrides(with_typed_paths(overrides)):
+        key = override.key_or_group
+        if key not in CHOOSE_BASE and not key.startswith(("model.", "local.")):
+            raise UserError(
+                f"{override.input_line} changes nothing here: only model.*, data=NAME and data.style do; "
+                "leave it out"
+            )
     return config
 
 

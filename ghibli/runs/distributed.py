@@ -155,10 +155,11 @@ def leave_group() -> None:
 def following(run: RunDir) -> Iterator[None]:
     """Run as a further process: print nothing, ignore signals, and end when the first process does."""
     guard_terminal()
-    console.quiet = True
+    console.quiet = True  # the first process prints the same
     warnings.simplefilter("ignore")  # the first process has the same libraries, and shows what they say
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has two of them
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     first = int(os.environ[JOINS].split(" ", 1)[0]) if JOINS in os.environ else os.getppid()
     threading.Thread(target=leave_with, args=(first,), daemon=True).start()
     try:

@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import command_here, list_hint
 from ghibli.runtime.errors import UserError
 
 OUTPUTS = Path("outputs")
-NO_RUNS = ("checkpoints", "samples", "adapter", "adapter_last", "unet", "wandb", ".hydra", "cache")
+NO_RUNS = (
+    "checkpoints", "samples", "adapter", "adapter_last", "unet", "wandb", "tensorboard", ".hydra", "cache",
+)  # fmt: skip
 
 
 def all_runs(root: Path = OUTPUTS) -> list[RunDir]:
@@ -49,11 +52,11 @@ def run_to_resume(name: str, root: Path = OUTPUTS) -> RunDir:
     else:
         run = RunDir(Path(name))
     if not run.path.is_dir():
-        raise UserError(f"resume={name}: no such folder (`ghibli list` shows the runs)")
+        raise UserError(f"resume={name}: no such folder {list_hint()}")
     if not has_checkpoint(run):
         raise UserError(
             f"resume={name}: this folder has no checkpoints/last.ckpt to resume from; "
-            "start the run again (`ghibli list` shows the runs)"
+            f"start the run again {list_hint()}"
         )
     if not run.config.exists():
         raise UserError(
@@ -78,7 +81,7 @@ def run_named(name: str, root: Path = OUTPUTS) -> RunDir:
         return RunDir(Path(name))
     runs = all_runs(root)
     if not runs:
-        raise UserError(f"latest: no run below {root}/ yet: python train.py makes one")
+        raise UserError(f"latest: no run below {root}/ yet: {command_here('python', 'train.py')} makes one")
     return runs[-1]
 
 
@@ -92,8 +95,18 @@ def finished_run(name: str) -> RunDir:
         return RunDir(Path(name))
     finished = runs_with_weights()
     if not finished:
-        raise UserError("latest: no finished run below outputs/ yet: python train.py makes one")
+        command = command_here("python", "train.py")
+        raise UserError(f"latest: no finished run below {OUTPUTS}/ yet: {command} makes one")
     return finished[-1]
+
+
+def path_named(name: str | Path) -> Path:
+    """Return a path as it is; for `latest`, that of the newest finished run that trained something.
+
+    Raises:
+        UserError: `latest`, and there is none.
+    """
+    return finished_run("latest").path if str(name) == "latest" else Path(name)
 
 
 def runs_with_weights() -> list[RunDir]:

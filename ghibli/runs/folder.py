@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any
 
 from ghibli.runs import lock
 from ghibli.runs.status import RunStatus, read_json
@@ -25,7 +25,7 @@ FILES = (
     ".lock",
 )  # fmt: skip
 CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best.ckpt")
-BY_LIBRARIES = (".hydra", "wandb", ".wandb")  # folders that Hydra and W&B write into
+BY_LIBRARIES = (".hydra", "wandb", ".wandb", "tensorboard")  # folders that Hydra and dashboards write into
 EVALUATION_NAMES = {"reference_pictures": "reference_images", "floor_pictures": "floor_images"}
 
 
@@ -170,7 +170,7 @@ class RunDir:
             raise ValueError(f"{self.evaluation} is no JSON object")
         return {EVALUATION_NAMES.get(str(key), str(key)): value for key, value in content.items()}
 
-    def lock(self, key: str = "hydra.run.dir") -> BinaryIO:
+    def lock(self, key: str = "hydra.run.dir") -> lock.Lock:
         """Make this process the folder's only writer, until it ends or closes the result.
 
         Removes half-written files of a process that was killed.
@@ -185,11 +185,11 @@ class RunDir:
         self.refuse_links()
         if not is_first():
             self.path.mkdir(parents=True, exist_ok=True)
-            return open(self.path / ".lock", "ab", opener=lock.open_no_link)
-        file = lock.take(self.path / ".lock", key)
+            return lock.Lock(open(self.path / ".lock", "ab", opener=lock.open_no_link).close)
+        taken = lock.take(self.path / ".lock", key)
         for unfinished in self.unfinished():
             unfinished.unlink(missing_ok=True)
-        return file
+        return taken
 
     def refuse_links(self) -> None:
         """Check that nothing a run writes into is a link out of its folder, as in a run from elsewhere.

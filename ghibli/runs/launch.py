@@ -158,7 +158,9 @@ def check_new_run(cfg: Any) -> None:
     """
     config = to_config(cfg)
     check_paths(config)
-    is_folder_given = any(text.startswith("hydra.run.dir=") for text in cfg.hydra.overrides.hydra)
+    is_folder_given = config.name is not None or any(
+        text.startswith("hydra.run.dir=") for text in cfg.hydra.overrides.hydra
+    )
     if distributed.started_outside() and not is_folder_given:
         raise UserError(
             "several processes of this command were started at once (srun, torchrun): "
@@ -215,11 +217,6 @@ def current_run() -> RunDir:
     return RunDir(Path(HydraConfig.get().runtime.output_dir))
 
 
-def job_number() -> int:
-    """Return the index of the running job in its sweep, from 0."""
-    return int(HydraConfig.get().job.num)
-
-
 def job_config(cfg: Any) -> Config:
     """Return what the running job trains with: the composed settings, or with resume=RUN the run's own."""
     if cfg.resume is not None:
@@ -244,4 +241,5 @@ def resumed_here(run: RunDir, cfg: Any, overrides: Any) -> Config:
 def set_wandb_names(config: Config, run: RunDir, sweep: Path) -> None:
     """Name a trial on W&B after its folder, and its group after the sweep's, unless the user named them."""
     config.wandb.group = config.wandb.group or sweep.name
-    config.wandb.name = config.wandb.name or run.path.name
+    if config.wandb.name in (None, config.name):  # that names the sweep
+        config.wandb.name = run.path.name

@@ -1,5 +1,6 @@
 """The rows of `ghibli list`: which runs, in which order, and what fits beside each other."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ from ghibli.runtime.terminal import one_line
 
 SORTS = ("started", "gain", "name", "state")
 HEADS = ("run", "started", "state", "settings", "epoch", "gain")
-SHORTEST = {"settings": 8, "run": 16}  # what is shortened when a row is too wide, in this order, and how far
+NAMES, SETTINGS = HEADS.index("run"), HEADS.index("settings")
+SHORTEST_NAME, SHORTEST_SETTINGS = 16, 12  # columns; settings in fewer say nothing and are left out
 GAP = 2  # columns between two cells
+Origin = tuple[tuple[str | None, str | None], tuple[str | None, str | None]]  # (hash, name) of base, images
+COMMA = re.compile(r",(?=[+~]*[\w.@/]+=)")  # between the settings that name a trial's folder
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,30 @@ class ListedRun:
 
     @property
     def settings(self) -> str:
-        """What was trained, of which version, and why a run that failed did."""
+        """What was trained, and of which version."""
         if self.run.status.path.exists() and not self.status:
             return "damaged"
         version, text = self.status.get("config_version", CONFIG_VERSION), self.status.get("settings", "?")
         if version != CONFIG_VERSION:
             text = f"{text} (made by {age_of(version)} version)"
+        return str(text)
+
+    @property
+    def reason(self) -> str:
+        """Why a run failed; empty for any other."""
         reason = self.status.get("reason") if self.state == "failed" else None
-        return f"{text}: {reason}" if reason else str(text)
+        return one_line(reason or "")
+
+    @property
+    def base_and_images(self) -> str:
+        """From what and on what it was trained: `base demo (12ab34c), images film (56de78f)`."""
+        parts = []
+        for what, key in (("base", "base_hash"), ("images", "data_hash")):
+            name, content = self.status.get(what), str(self.status.get(key) or "")[:7]
+            parts.append(" ".join(filter(None, (what, name or "", f"({content})" if content else ""))))
+            if not name and not content:
+                parts[-1] = f"{what} unknown"
+        return one_line(", ".join(parts))
 
     @property
     def gain_text(self) -> str:
@@ -78,7 +98,7 @@ def chosen(rows: list[ListedRun], words: Iterable[str], sort: str, last: int | N
     if sort not in SORTS:
         hint = did_you_mean(sort, SORTS)
         raise UserError(f"--sort {sort} is unknown: choose one of {', '.join(SORTS)}{hint}")
-    rows = [row for row in rows if all(word in " ".join(row.cells) for word in words)]
+    rows = [row for row in rows if all(word in searched(row) for word in words)]
     keys = {
         "started": lambda row: (str(row.status.get("started", "")), str(row.run.path)),
         "gain": lambda row: (row.gain is not None, row.gain or 0.0),
@@ -89,33 +109,80 @@ def chosen(rows: list[ListedRun], words: Iterable[str], sort: str, last: int | N
     return rows if last is None else rows[-last:] if last > 0 else []
 
 
-def by_base(rows: list[ListedRun]) -> dict[str, list[ListedRun]]:
-    """Group rows by the base they started from, in the order of their first run: gains compare within one.
+def searched(row: ListedRun) -> str:
+    """Return the text in which the words of `ghibli list WORD` are looked for."""
+    return " ".join((*row.cells, row.reason, row.base_and_images))
 
-    Rows without a gain, which compare with nothing, stand in the first group.
+
+def by_base(rows: list[ListedRun]) -> dict[str, list[ListedRun]]:
+    """Group rows by base and images, within which gains compare; the group of the last row comes last.
+
+    A row that says less than another, as that of a run which failed before its images were read, stands in
+    the group of the last row that it may belong to.
     """
-    bases = [str(row.status.get("base_hash") or "") for row in rows if row.gain is not None]
-    groups: dict[str, list[ListedRun]] = {base: [] for base in bases or [""]}
-    first = next(iter(groups))
+    groups: list[tuple[set[Origin], list[ListedRun]]] = []
+    for row in reversed(rows):
+        own = origin(row)
+        group = next((group for group in groups if all(may_be_same(own, other) for other in group[0])), None)
+        if group is None:
+            groups.append(group := (set(), []))
+        group[0].add(own)
+        group[1].insert(0, row)
+    return {max((row.base_and_images for row in own), key=len): own for _, own in reversed(groups)}
+
+
+def origin(row: ListedRun) -> Origin:
+    """Return hash and name of the base, and of the image set, as far as the status tells."""
+    base, images = (
+        (row.status.get(content), row.status.get(name))
+        for content, name in (("base_hash", "base"), ("data_hash", "images"))
+    )
+    return base, images
+
+
+def may_be_same(one: Origin, other: Origin) -> bool:
+    """Return whether base and images agree as far as both are known: by hash, else by name."""
+    agrees = False
+    for ours, theirs in zip(one, other, strict=True):
+        known = [pair for pair in zip(ours, theirs, strict=True) if None not in pair]
+        if known and known[0][0] != known[0][1]:
+            return False
+        agrees = agrees or bool(known)
+    return agrees or one == other
+
+
+def short_names(rows: list[ListedRun]) -> list[str]:
+    """Return the names of runs, those of a study's trials without the settings that all of them share."""
+    trials: dict[Path, list[set[str]]] = {}
     for row in rows:
-        groups[first if row.gain is None else str(row.status.get("base_hash") or "")].append(row)
-    return groups
+        trials.setdefault(row.run.path.parent, []).append(set(COMMA.split(row.run.path.name)))
+    shared = {study: set.intersection(*own) if len(own) > 1 else set() for study, own in trials.items()}
+    names = []
+    for row in rows:
+        path = row.run.path
+        own = [part for part in COMMA.split(path.name) if part not in shared[path.parent]]
+        short = ",".join(re.sub(r"^[\w.]+\.(?=\w+=)", "", part) for part in own)
+        names.append(one_line(path.parent / short if shared[path.parent] and own else path))
+    return names
 
 
 def widths(rows: list[tuple[str, ...]], total: int | None) -> list[int]:
     """Return the width of each column so that a row takes at most `total` columns; None: as wide as it is.
 
-    Settings are shortened first, then the names of runs; nothing else ever is.
+    Settings are shortened first, and left out where too little of them would be seen (width 0), then the
+    names of runs; nothing else ever is.
     """
     own = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if total is None:
         return own
     surplus = sum(own) + GAP * (len(own) - 1) - total
-    for name, shortest in SHORTEST.items():
-        at = HEADS.index(name)
-        less = min(max(surplus, 0), max(own[at] - shortest, 0))
-        own[at] -= less
-        surplus -= less
+    if surplus > own[SETTINGS] - SHORTEST_SETTINGS:
+        surplus -= own[SETTINGS] + GAP
+        own[SETTINGS] = 0
+    elif surplus > 0:
+        own[SETTINGS] -= surplus
+        surplus = 0
+    own[NAMES] -= min(max(surplus, 0), max(own[NAMES] - SHORTEST_NAME, 0))
     return own
 
 
@@ -132,19 +199,26 @@ def shortened_name(name: str, width: int) -> str:
 
 
 def lines(rows: list[ListedRun], total: int | None) -> list[str]:
-    """Lay the rows out below a line of heads, in at most `total` columns, as far as the gains allow it."""
-    cells = [HEADS, *(row.cells for row in rows)]
+    """Lay the rows out below a line of heads, in at most `total` columns, as far as the gains allow it.
+
+    The reason of a failure stands below its row. With total=None names are whole.
+    """
+    names = [row.cells[NAMES] for row in rows] if total is None else short_names(rows)
+    cells = [HEADS, *((name, *row.cells[1:]) for name, row in zip(names, rows, strict=True))]
     wide = widths(cells, total)
     laid_out = []
-    for row in cells:
+    for at, row in enumerate(cells):
         parts = []
-        for head, text, width in zip(HEADS, row, wide, strict=True):
-            short = shortened_name(text, width) if head == "run" else shortened_end(text, width)
-            parts.append(short.ljust(width))
+        for place, (text, width) in enumerate(zip(row, wide, strict=True)):
+            short = shortened_name(text, width) if place == NAMES else shortened_end(text, width)
+            parts += [short.ljust(width)] if width else []
         laid_out.append((" " * GAP).join(parts).rstrip())
+        if at > 0 and rows[at - 1].reason:
+            reason = f"  failed: {rows[at - 1].reason}"
+            laid_out.append(reason if total is None else shortened_end(reason, total))
     return laid_out
 
 
 def shortened_end(text: str, width: int) -> str:
     """Cut the end of a text to a width."""
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"

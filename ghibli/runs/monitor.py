@@ -7,21 +7,28 @@ import csv
 import math
 import os
 import re
+import textwrap
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ghibli.runs import lock
 from ghibli.runs.find import folders_with
 from ghibli.runs.folder import RunDir
-from ghibli.runs.listing import ListedRun, lines, listed
+from ghibli.runs.listing import ListedRun, listed
+from ghibli.runtime.commands import list_hint, quoted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_rows
 from ghibli.runtime.terminal import one_line
 
-HEIGHT = 9  # rows of the gain's chart
-LABEL = 9  # columns before it
+HEIGHT = 9  # rows of the gain's chart, at most
+LEAST_HEIGHT = 4  # rows of it, however low the terminal is
+LABEL = 9  # columns before it, and before every other text
+LEAST_RANKED = 3  # rows of a study's ranking, however low the terminal is
 BARS = "▁▂▃▄▅▆▇█"
+CHART_ROW = re.compile(r"[-\d.% ]{8}(?: [-o| ]*[o|][-o| ]*)")
+CUT_NAME = re.compile("-[0-9a-f]{12}$")  # a long name of a trial ends in a hash instead of its last settings
 EPOCHS = re.compile(r"^trainer:\n(?:[ \t].*\n)*?[ \t]+max_epochs: (\d+)$", re.MULTILINE)
 
 
@@ -35,64 +42,135 @@ class Gain:
     high: float
 
 
-def view(folder: Path, width: int, now: datetime) -> list[str]:
+def view(folder: Path, width: int, now: datetime, height: int | None = None) -> list[str]:
     """Describe a run, or a study with its ranking so far, in lines of at most `width` columns.
 
+    Args:
+        height: lines that there is room for: the chart and the ranking are made smaller.
+
     Raises:
-        UserError: the folder holds neither.
+        UserError: the folder holds neither, or may not be read.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (`ghibli list` shows the runs)")
+    if not readable_folder(folder):
+        raise UserError(f"{folder}: no such folder {list_hint()}")
     run = RunDir(folder)
     if run.status.path.exists():
-        return run_lines(run, width, now)
+        return run_lines(run, width, now, height)
     trials = listed(RunDir(found) for found in folders_with("status.json", folder))
-    if not trials:
-        raise UserError(f"{folder} holds no run yet (`ghibli list` shows the runs)")
-    return study_lines(folder, trials, width, now)
+    if trials:
+        return study_lines(folder, trials, width, now, height)
+    if is_starting(folder):
+        return [cut(one_line(folder), width), "loading: a run writes its first file after some seconds"]
+    raise UserError(f"{folder} holds no run yet {list_hint()}")
+
+
+def readable_folder(folder: Path) -> bool:
+    """Return whether a folder is there.
+
+    Raises:
+        UserError: this user may not read it.
+    """
+    try:
+        is_there = folder.is_dir()
+    except PermissionError:
+        is_there = False
+    may_read = os.access(folder, os.R_OK | os.X_OK) if is_there else folder_above_is_open(folder)
+    if not may_read:
+        raise UserError(f"{folder}: you may not read it; its owner can: chmod -R go+rX {quoted(str(folder))}")
+    return is_there
+
+
+def folder_above_is_open(folder: Path) -> bool:
+    """Return whether this user could tell that a folder is not there."""
+    try:
+        folder.lstat()
+    except PermissionError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def is_starting(folder: Path) -> bool:
+    """Return whether a process has locked a run's folder, a study's or one of its trials'."""
+    return any(lock.is_held(path) for path in (folder / ".lock", *folder.glob("*/.lock")))
 
 
 def is_over(folder: Path) -> bool:
     """Return whether nothing will change any more: no run in the folder is being trained."""
-    return all(RunDir(found).status.state != "running" for found in folders_with("status.json", folder))
+    runs = [RunDir(found) for found in folders_with("status.json", folder)]
+    return not is_starting(folder) and all(run.status.state != "running" for run in runs)
 
 
-def run_lines(run: RunDir, width: int, now: datetime) -> list[str]:
+def run_lines(run: RunDir, width: int, now: datetime, height: int | None = None) -> list[str]:
     """Describe one run."""
     status = run.status.read()
     gains = read_gains(run)
-    shown = [
+    above = [
         one_line(run.path),
         f"{run.status.state_of(status)}   {one_line(status.get('settings', ''))}",
         *progress(run, status, now),
         "",
-        *chart(gains, width),
-        *losses(run, width),
     ]
+    below = after_chart(run, status, width)
+    if height is not None and len(above) + 1 + LEAST_HEIGHT + len(below) > height:
+        below = after_chart(run, status, width, most=2)
+    room = HEIGHT if height is None else height - len(above) - len(below) - 1
+    drawn = chart(gains, width, min(max(room, LEAST_HEIGHT), HEIGHT))
+    return [cut(line, width) for line in (*above, *drawn, *below)]
+
+
+def after_chart(run: RunDir, status: dict[str, Any], width: int, most: int | None = None) -> list[str]:
+    """Describe loss, findings, newest grid and why it ended; a finding in `most` lines, None: as it is."""
+    shown = losses(run, width)
     for finding in status.get("findings") or []:
-        shown.append(one_line(f"doctor   {finding['name']}: {finding['text']}"))
+        shown += wrapped(f"doctor   {one_line(finding['name'])}: {one_line(finding['text'])}", width, most)
     grid = newest_grid(run)
     if grid is not None:
         shown.append(one_line(f"grid     {grid}"))
     if status.get("reason"):
-        shown.append(one_line(f"reason   {status['reason']}"))
-    return [cut(line, width) for line in shown]
+        shown += wrapped(f"reason   {one_line(status['reason'])}", width, most)
+    return shown
 
 
-def study_lines(folder: Path, trials: list[ListedRun], width: int, now: datetime) -> list[str]:
+def study_lines(
+    folder: Path, trials: list[ListedRun], width: int, now: datetime, height: int | None = None
+) -> list[str]:
     """Describe a study: how many trials are in which state, the ranking so far, the trial at work."""
     states = [trial.state for trial in trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
     ranked = sorted(
         (trial for trial in trials if trial.gain is not None), key=lambda trial: -(trial.gain or 0.0)
     )
-    shown = [cut(one_line(folder), width), cut(counts, width), ""]
-    if ranked:
-        shown += [cut(line, width) for line in lines(ranked, width)]
+    at_work: list[str] = []
     for trial in trials:
         if trial.state == "running":
-            shown += ["", *run_lines(trial.run, width, now)]
-    return shown
+            less = None if height is None else height - len(at_work) - LEAST_RANKED - 6
+            at_work += ["", *run_lines(trial.run, width, now, less)]
+    shown = [cut(one_line(folder), width), cut(counts, width), ""]
+    if ranked:
+        room = len(ranked) if height is None else max(height - len(shown) - len(at_work) - 2, LEAST_RANKED)
+        shown += [cut(line, width) for line in ranking(ranked[:room], trials)]
+        if len(ranked) > room:
+            shown.append(f"and {len(ranked) - room} more below them (`ghibli list` shows all)")
+    return shown + at_work
+
+
+def ranking(ranked: list[ListedRun], trials: list[ListedRun]) -> list[str]:
+    """List trials with their gain below a line of heads; each is named by what not all trials have."""
+    every = [set(trial.run.path.name.split(",")) for trial in trials]
+    shared = set.intersection(*every) if len(every) > 1 else set()
+    rows = [("gain", "epoch", "state", "trial")]
+    for trial in ranked:
+        own = ",".join(part for part in trial.run.path.name.split(",") if part not in shared)
+        name = own or trial.run.path.name
+        if CUT_NAME.search(name):
+            name = str(trial.status.get("settings", name))
+        rows.append((trial.gain_text, str(trial.status.get("epoch", "-")), trial.state, one_line(name)))
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(text.ljust(size) for text, size in zip(row, wide, strict=True)).rstrip() for row in rows
+    ]
 
 
 def read_gains(run: RunDir) -> list[Gain]:
@@ -116,21 +194,25 @@ def readable_rows(file: Path) -> list[dict[str, str]]:
         return []
 
 
-def chart(gains: list[Gain], width: int) -> list[str]:
-    """Draw the gain by epoch as text: `o` the value, `|` its 95 % interval, `-` the base's 0."""
+def chart(gains: list[Gain], width: int, height: int = HEIGHT) -> list[str]:
+    """Draw the gain by epoch as text: `o` the value, `|` its 95 % interval, `-` the base's 0.
+
+    Args:
+        height: rows below the line of numbers.
+    """
     if len(gains) < 2:
         return ["gain     after the first epoch"]
     low = min(0.0, *(gain.low for gain in gains))
     high = max(0.0, *(gain.high for gain in gains))
-    step = (high - low) / (HEIGHT - 1) or 1.0
+    step = (high - low) / (height - 1) or 1.0
 
     def row_of(value: float) -> int:
-        return HEIGHT - 1 - round((value - low) / step)
+        return height - 1 - round((value - low) / step)
 
     columns = max(min(width - LABEL - 1, 3 * len(gains)), 1)
     shown = gains[-columns:]
     spacing = max(columns // len(shown), 1)
-    cells = [[" "] * (spacing * len(shown)) for _ in range(HEIGHT)]
+    cells = [[" "] * (spacing * len(shown)) for _ in range(height)]
     cells[row_of(0.0)] = ["-"] * (spacing * len(shown))
     for at, gain in enumerate(shown):
         for row in range(row_of(gain.high), row_of(gain.low) + 1):
@@ -141,7 +223,7 @@ def chart(gains: list[Gain], width: int) -> list[str]:
         f"gain     {last.value:.1f} % ({last.low:.1f} to {last.high:.1f}) after epoch {last.epoch}; "
         f"best {best.value:.1f} %, epoch {best.epoch}"
     )
-    labels = {0: f"{high:.1f} %", HEIGHT - 1: f"{low:.1f} %", row_of(0.0): "0 %"}
+    labels = {0: f"{high:.1f} %", height - 1: f"{low:.1f} %", row_of(0.0): "0 %"}
     return [
         head,
         *(f"{labels.get(at, ''):>{LABEL - 1}} {''.join(row)}".rstrip() for at, row in enumerate(cells)),
@@ -216,6 +298,12 @@ def newest_grid(run: RunDir) -> Path | None:
     except OSError:
         return None
     return Path(os.path.relpath(grids[-1])) if grids else None
+
+
+def wrapped(text: str, width: int, most: int | None = None) -> list[str]:
+    """Break a text into lines of a width, at most so many, all but the first one indented."""
+    indent = " " * LABEL
+    return textwrap.wrap(text, width, subsequent_indent=indent, max_lines=most, placeholder=" …")
 
 
 def cut(line: str, width: int) -> str:

@@ -1,10 +1,12 @@
 """Delete a run: the files that a run writes, and no others."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ghibli.runs.folder import BY_LIBRARIES, FILES, FOLDERS, RunDir
+from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
 
 
@@ -35,9 +37,9 @@ def plan_removal(run: RunDir) -> Removal:
         UserError: no such folder, no run in it, or a process trains there.
     """
     if not run.path.is_dir():
-        raise UserError(f"{run.path}: no such folder (`ghibli list` shows the runs)")
+        raise UserError(f"{run.path}: no such folder {list_hint()}")
     if not run.status.path.is_file():
-        raise UserError(f"{run.path} is no run: it has no status.json (`ghibli list` shows the runs)")
+        raise UserError(f"{run.path} is no run: it has no status.json {list_hint()}")
     if run.status.state == "running":
         raise UserError(f"{run.path} is running: stop it first")
     own = {*FILES, *FOLDERS, *BY_LIBRARIES}
@@ -51,7 +53,6 @@ def plan_removal(run: RunDir) -> Removal:
             links = [name for name in inner if Path(folder, name).is_symlink()]
             files += [Path(folder, name) for name in (*names, *links)]
             folders.append(Path(folder))
-    files.sort(key=lambda path: path == run.status.path)  # last: until then the rest can be deleted again
     return Removal(run, files, folders, others, sum(path.lstat().st_size for path in files))
 
 
@@ -59,13 +60,22 @@ def remove(plan: Removal) -> None:
     """Delete what was listed, and the run's folder if nothing else is left in it.
 
     Raises:
-        UserError: a process trains there.
+        UserError: a process trains there, or something cannot be deleted, such as a folder with a new file.
     """
-    with plan.run.lock():
-        for path in plan.files:
-            path.unlink(missing_ok=True)
-        for folder in plan.folders:
-            folder.rmdir()
-        (plan.run.path / ".lock").unlink(missing_ok=True)  # taking the lock has made it
-    if not any(plan.run.path.iterdir()):
-        plan.run.path.rmdir()
+    last = [plan.run.status.path, plan.run.path / ".lock"]  # until these go, the rest can be deleted again
+    try:
+        with plan.run.lock():
+            for path in [file for file in plan.files if file not in last]:
+                path.unlink(missing_ok=True)
+            for folder in plan.folders:
+                with suppress(FileNotFoundError):  # another `ghibli rm` was first
+                    folder.rmdir()
+            for path in last:
+                path.unlink(missing_ok=True)
+        if not any(plan.run.path.iterdir()):
+            plan.run.path.rmdir()
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be deleted ({error.strerror}): what is left of {plan.run.path} can be "
+            "deleted by the same command"
+        ) from error

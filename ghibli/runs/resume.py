@@ -56,7 +56,7 @@ def overrides_beside_resume(run: RunDir, overrides: list[str]) -> tuple[dict[str
         key = override.key_or_group
         if override.is_delete():
             raise UserError(f"a resumed run keeps its own settings: drop {override.input_line}")
-        if key not in ("model", "data", "experiment"):
+        if key not in ("model", "data", "compute", "experiment"):
             values[key] = override.value()
         elif choices.get(key) != override.value():
             refused.append((key, choices.get(key), override.value()))

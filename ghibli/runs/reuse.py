@@ -9,7 +9,7 @@ from ghibli.config.schema import CONFIG_VERSION, Config, age_of
 from ghibli.runs.folder import RunDir, step_of
 from ghibli.runs.identity import code_hash, describe_commit, finished_objective, settings_hash
 from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
-from ghibli.runtime.commands import command_line, path_setting, quoted
+from ghibli.runtime.commands import command_here, path_setting, quoted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import is_whole, read_plain
 from ghibli.runtime.rank import is_first
@@ -125,7 +125,7 @@ def resume_or_restart(config: Config, run: RunDir, resumes: bool = False) -> tup
         if has_ended(config, run):
             more = f"trainer.max_epochs={2 * config.trainer['max_epochs']}"
             folder = os.path.relpath(run.path)
-            again = command_line("python", "train.py", path_setting("resume", folder), more)
+            again = command_here("python", "train.py", path_setting("resume", folder), more)
             logger.info(f"{folder} is finished, and nothing was done; to train on: {again}")
             return finished_objective(run), True
         warn_of_changes(run)

@@ -7,7 +7,7 @@ from ghibli.config.files import from_yaml, read_settings
 from ghibli.config.keys import affects_result
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.commands import resume_command
+from ghibli.runtime.commands import list_hint, resume_command
 from ghibli.runtime.errors import UserError
 
 DEFAULTS_OF_OTHER_KEYS = ("data.epochs", "data.accumulate", "model.lr")  # the keys set from them do count
@@ -49,7 +49,7 @@ def finished_config(run: RunDir) -> Config:
         UserError: no such folder, no run in it, or one that has not finished.
     """
     if not run.config.is_file():
-        raise UserError(f"{run.path} holds no run: `ghibli list` shows them")
+        raise UserError(f"{run.path} holds no run {list_hint()}")
     if run.status.state != "finished":
         raise UserError(f"{run.path} is {run.status.state}, not finished: {resume_command(run.path)}")
     return from_yaml(run.config)

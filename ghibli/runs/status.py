@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ghibli.runs import lock
 from ghibli.runtime.files import read_plain, write_json
@@ -26,7 +27,7 @@ WHOLE_NUMBERS = (
 TEXTS = (
     "state", "reason", "started", "ended", "updated", "settings", "command", "git_commit", "code",
     "code_hash", "settings_hash", "base_hash", "configs_hash", "data_hash", "init_hash", "machine",
-    "processor", "device", "precision", "wandb_id", "seal",
+    "processor", "device", "precision", "wandb_id", "trackio_name", "seal", "base", "images",
 )  # fmt: skip
 
 
@@ -125,9 +126,6 @@ def checksum(content: dict[str, Any]) -> str:
 def is_alive(process: Any) -> bool:
     """Return whether a process with this id runs; False for what is no id, as in a damaged file."""
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, TypeError, OverflowError):
+        return psutil.pid_exists(process)  # os.kill(process, 0) would end it on Windows
+    except (TypeError, ValueError, OverflowError):
         return False
-    except PermissionError:
-        return True
-    return True

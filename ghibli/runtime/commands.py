@@ -3,6 +3,8 @@
 import os
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # what needs no quotes in bash, as in shlex
@@ -16,6 +18,49 @@ def command_line(*words: str | Path) -> str:
     """
     plain = (f"./{word}" if isinstance(word, Path) and str(word)[0] == "-" else str(word) for word in words)
     return " ".join(map(quoted, plain))
+
+
+def command_here(name: str, *words: str | Path) -> str:
+    """Return command_line for the shell that this process was started from.
+
+    Args:
+        name: python, ghibli or wandb. If that shell would not find this installation's, as before
+            `source .venv/bin/activate`, its path takes the place of the name.
+    """
+    return command_line(*program(name), *words)
+
+
+def program(name: str) -> list[str]:
+    """Return the words that start a program of this installation from the shell at hand."""
+    folder = Path(sys.executable).parent
+    found = shutil.which(name)
+    if found is not None and Path(found).parent.resolve() == folder.resolve():
+        return [name]
+    beside = shutil.which(name, path=str(folder))
+    if name == "python":
+        return [short_path(beside or sys.executable)]
+    if beside is None and name == "ghibli":  # the package is on the path, but was not installed
+        return [*program("python"), "-m", "ghibli"]
+    return [name if beside is None else short_path(beside)]
+
+
+def short_path(path: str) -> str:
+    """Return a path to a program relative to the current folder where it lies in it, else as it is."""
+    place, here = Path(path), Path.cwd()
+    if not place.is_relative_to(here):
+        return path
+    short = place.relative_to(here)
+    return f"./{short}" if len(short.parts) == 1 else str(short)  # without a slash bash would look in PATH
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra of pyproject.toml into this environment."""
+    return command_here("python", "-m", "pip", "install", "-e", f".[{extra}]")
+
+
+def list_hint() -> str:
+    """Return the words that end a message about a run which is not there."""
+    return f"(`{command_here('ghibli', 'list')}` shows the runs)"
 
 
 def quoted(word: str) -> str:
@@ -60,4 +105,9 @@ def path_setting(key: str, path: str | Path) -> str:
 
 def resume_command(folder: Path) -> str:
     """Return the command that resumes the run in a folder, given relative to the current one."""
-    return command_line("python", "train.py", path_setting("resume", os.path.relpath(folder)))
+    return command_here("python", *resume_words(folder))
+
+
+def resume_words(folder: Path) -> tuple[str, str]:
+    """Return what follows `python` in the command that resumes the run in a folder."""
+    return "train.py", path_setting("resume", os.path.relpath(folder))

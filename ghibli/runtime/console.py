@@ -6,6 +6,7 @@ through `logging.getLogger(__name__)`; importing this module sets up the logger 
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType
 from rich.logging import RichHandler
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 from rich.traceback import Traceback
 
-from ghibli.runtime.terminal import visible
+from ghibli.runtime.errors import stop_at_once
+from ghibli.runtime.terminal import one_line, visible
+from ghibli.runtime.wrapping import fold
 
 LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
@@ -33,7 +36,16 @@ class PlainConsole(Console):
     """
 
     def __init__(self, **options: Any):
+        if os.environ.get("COLUMNS") == "0":  # what knows no width sets it, and rich would print nothing
+            options.setdefault("width", 80)
         super().__init__(soft_wrap=True, highlight=False, markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(self.folded(one) if isinstance(one, str) else one for one in objects), **options)
+
+    def folded(self, text: str) -> str:
+        """Break the lines of a text between words, where they are wider than the terminal."""
+        return "\n".join(fold(line, self.width) for line in text.split("\n")) if self.is_terminal else text
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **(options | {"markup": False, "emoji": False}))
@@ -49,11 +61,16 @@ console = PlainConsole()
 class LineHandler(RichHandler):
     """Print a log record as its message alone, in one line, coloured by its level.
 
+    A name with a line break in it would otherwise write a line of its own, such as one about an error.
     RichHandler would lay it out as a table as wide as the console, which is 80 columns in a pipe.
     """
 
     def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
-        return Text(visible(message), LEVEL_STYLES.get(record.levelno, ""))
+        text = one_line(message)
+        return Text(
+            self.console.folded(text) if isinstance(self.console, PlainConsole) else text,
+            LEVEL_STYLES.get(record.levelno, ""),
+        )
 
     def render(
         self,
@@ -82,6 +99,24 @@ def set_up_logging() -> None:
 set_up_logging()
 
 
+class TimeLeftColumn(TimeRemainingColumn):
+    """The time left, with that word beside it; empty where it is not known, and when nothing is left."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished or task.time_remaining is None:
+            return Text("")
+        return Text(f"{super().render(task).plain} left", "progress.remaining")
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say on a terminal that libraries are loaded, around imports that take seconds; Ctrl-C ends them."""
+    if console.is_terminal and "torch" not in sys.modules:
+        console.print("loading torch and diffusers ...")
+    with stop_at_once():
+        yield
+
+
 def make_bar() -> Progress:
     """Create a progress bar with label, count, a free text and the time left; silent when piped."""
     return Progress(
@@ -89,7 +124,7 @@ def make_bar() -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}", markup=False),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TimeLeftColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -107,7 +142,7 @@ def full_width(table: Table) -> Table:
 def counted(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar for a loop; yield the function to call with (done, total)."""
     with make_bar() as bar:
-        task = bar.add_task(label, total=None, note="")
+        task = bar.add_task(visible(label), total=None, note="")  # visible before it is measured
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

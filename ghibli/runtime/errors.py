@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 from ghibli.runtime.home import expanded
 from ghibli.runtime.terminal import guard_terminal, one_line
+from ghibli.runtime.wrapping import fold
 
 
 class UserError(ValueError):
@@ -78,8 +80,10 @@ def loader_trouble(error: Exception) -> str | None:
 
 
 def fail(message: str) -> None:
-    """Print the error as one line on stderr and exit with code 2."""
-    print(f"error: {one_line(' '.join(message.split()))}", file=sys.stderr)
+    """Print the error as one line on stderr, broken between words on a terminal, and exit with code 2."""
+    text = f"error: {one_line(' '.join(message.split()))}"
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    print(fold(text, shutil.get_terminal_size().columns) if is_terminal else text, file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -17,3 +17,10 @@ def exists(path: str | Path) -> bool:
         return Path(path).exists()
     except (OSError, ValueError):
         return False
+
+
+def without_home(path: str) -> str:
+    """Return a path with ~ in the place of the home folder, whose name is the user's."""
+    home = Path.home()
+    inside = Path(path).is_relative_to(home) and home != Path("/")
+    return str(Path("~") / Path(path).relative_to(home)) if inside else path

@@ -8,10 +8,12 @@ strangers (captions, file names, status.json, titles of adapters), so control ch
 
 import atexit
 import errno
+import logging
 import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
@@ -102,8 +104,21 @@ class Terminal:
                 os.close(nowhere)
 
 
+class VisibleRecord(logging.LogRecord):
+    """A log record, of any library, whose message has its control characters visible.
+
+    `Terminal` lets colours and the cursor of progress bars through; a message may quote data that has both.
+    """
+
+    def getMessage(self) -> str:
+        return visible(super().getMessage())
+
+
 def guard_terminal() -> None:
-    """Put `Terminal`s in the place of stdout and stderr, also for tracebacks; once per process is enough."""
+    """Put `Terminal`s in the place of stdout and stderr, also for tracebacks; once per process is enough.
+
+    What libraries log and warn of is made visible before it gets there.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed before Python started: the next file opened would be taken for it
@@ -113,6 +128,9 @@ def guard_terminal() -> None:
     if sys.excepthook is not print_traceback:
         sys.excepthook = print_traceback
         atexit.register(flush_or_drop)
+        logging.setLogRecordFactory(VisibleRecord)
+        format_warning = warnings.formatwarning
+        warnings.formatwarning = lambda *words, **options: visible(format_warning(*words, **options))
 
 
 def print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:

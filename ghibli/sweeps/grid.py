@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -23,9 +23,12 @@ from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs.compose import conf_folder, parse_overrides, register, to_config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.launch import claimed, reject_chdir, set_wandb_names
+from ghibli.runs.lock import Lock
+from ghibli.runs.monitor import in_words
 from ghibli.runs.reuse import is_of_a_run
 from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.errors import UserError, one_line_errors
+from ghibli.sweeps.jobs import Stopwatch, Timed, Work, past_runs, progress, seconds_left
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +39,23 @@ STUDY_FILES = (  # that sweep.py and Hydra write beside the trials
 
 
 @dataclass(frozen=True)
+class PlannedTrial:
+    """One trial of a grid."""
+
+    name: str  # what distinguishes it from the others, as it was typed
+    work: Work
+
+
+@dataclass(frozen=True)
 class Study:
     """A sweep that this process runs."""
 
     folder: Path
     settings: SweepConfig
     evaluate: EvaluateConfig  # for sweep.evaluate
-    trials: int | None  # how many; None with a sweeper that decides while it runs
-    lock: BinaryIO  # held until the process ends
+    cache_dir: str  # of this command: a trial in the folder may be a stranger's
+    plan: list[PlannedTrial] | None  # None with a sweeper that decides while it runs
+    lock: Lock  # held until the process ends
 
 
 studies: list[Study] = []  # the sweep of this process, once it has started
@@ -52,9 +64,26 @@ studies: list[Study] = []  # the sweep of this process, once it has started
 class CheckSweep(Callback):
     """Check all trials of a sweep before Hydra starts the first, so that an error leaves nothing behind."""
 
+    def __init__(self) -> None:
+        self.stopwatch: Stopwatch | None = None
+
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         one_line_errors(lambda: reject_resume(config.hydra.overrides.task))
         one_line_errors(lambda: plan_sweep(config))
+
+    def on_job_start(self, config: Any, **_: Any) -> None:
+        """Say which trial begins, and how long the rest takes."""
+        if config.hydra.mode != RunMode.MULTIRUN or config.get("sweep", {}).get("report_only"):
+            return
+        plan, number = studies[-1].plan if studies else None, int(config.hydra.job.num)
+        name = plan[number].name if plan else Path(config.hydra.runtime.output_dir).name
+        position = progress(number, None if plan is None else [trial.work for trial in plan])
+        logger.info(f"\n{position}: {name}" if name else f"\n{position}")
+        self.stopwatch = Stopwatch(Work(int(config.trainer.max_epochs), config.loss.guidance != 1))
+
+    def on_job_end(self, config: Any, **_: Any) -> None:
+        if self.stopwatch is not None:
+            self.stopwatch.stop()
 
 
 def plan_sweep(cfg: Any) -> None:
@@ -69,33 +98,42 @@ def plan_sweep(cfg: Any) -> None:
     overrides = list(cfg.hydra.overrides.task)
     with read_write(cfg.hydra):
         cfg.hydra.sweeper.params = default_grid(cfg, overrides)
-    count = None
+    plan, example = None, None
     if "BasicSweeper" in cfg.hydra.sweeper._target_:
-        trials = grid_trials(cfg, overrides)
-        check_trials(cfg.hydra.job.config_name, trials)
-        count = len(trials)
+        plan, example = check_trials(cfg.hydra.job.config_name, grid_trials(cfg, overrides))
     chosen = any(word.startswith("hydra.sweep.dir=") for word in cfg.hydra.overrides.hydra)
     is_dated = cfg.hydra.job.config_name == "train" and not chosen  # named after the time
     if is_dated:
         name_anew(cfg)
-    study = open_study(cfg, count)
-    if count is not None:
-        logger.info(announcement(cfg, overrides, count))
+    study = open_study(cfg, plan)
+    if plan is not None and example is not None and not cfg.sweep.report_only:
+        for line in announcement(cfg, overrides, plan, past_runs(example)):
+            logger.info(line)
     if is_dated:
         again = quoted(path_setting("hydra.sweep.dir", study.folder))
         logger.info(f"to resume these trials: the same command with {again}")
 
 
-def announcement(cfg: Any, overrides: list[str], count: int) -> str:
-    """Say how many trials begin, where their values come from, and how to choose others."""
+def announcement(cfg: Any, overrides: list[str], plan: list[PlannedTrial], past: list[Timed]) -> list[str]:
+    """Say how many trials begin, where their values come from, about how long they take, and what else to do.
+
+    Args:
+        past: finished runs of this base and images, to estimate the time from.
+    """
     given = default_grid(cfg, overrides)
-    if not given:
-        return f"{count} trials, one after the other; after the first one the time left is known"
-    grid = cfg.hydra.runtime.choices.grid
-    return (
-        f"{count} trials of grid={grid}, over {', '.join(given)}; after the first one the time left is "
-        "known. For others sweep something yourself, such as lora.rank=4,8"
+    epochs = sum(trial.work.epochs for trial in plan)
+    of = f" of grid={cfg.hydra.runtime.choices.grid}, over {', '.join(given)}" if given else ""
+    left = seconds_left([trial.work for trial in plan], past)
+    time = (
+        "the first one will tell how long they take"
+        if left is None
+        else f"about {in_words(left)} at the pace of your last runs of this base and images"
     )
+    return [
+        f"{len(plan)} trials{of}: {epochs} epochs in all; {time}",
+        "to train others, sweep something yourself, such as lora.rank=4,8; Ctrl-C stops, the same command "
+        "goes on",
+    ]
 
 
 def name_anew(cfg: Any) -> None:
@@ -106,11 +144,11 @@ def name_anew(cfg: Any) -> None:
         cfg.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")
 
 
-def open_study(cfg: Any, trials: int | None) -> Study:
+def open_study(cfg: Any, plan: list[PlannedTrial] | None) -> Study:
     """Lock the study's folder for this process and forget which trials failed last time.
 
     Args:
-        trials: how many there will be; None where that is decided while the study runs.
+        plan: its trials; None where they are chosen while the study runs.
 
     Raises:
         UserError: another process works on this study, or the folder holds files that are not a study's.
@@ -119,7 +157,8 @@ def open_study(cfg: Any, trials: int | None) -> Study:
     refuse_foreign_study(folder)
     settings = to_dataclass(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
     evaluate = to_dataclass(OmegaConf.to_container(cfg.evaluate, resolve=True), EvaluateConfig)
-    studies.append(Study(folder, settings, evaluate, trials, RunDir(folder).lock(key="hydra.sweep.dir")))
+    lock = RunDir(folder).lock(key="hydra.sweep.dir")
+    studies.append(Study(folder, settings, evaluate, str(cfg.cache_dir), plan, lock))
     for note in failure_notes(folder):
         note.unlink()
     return studies[-1]
@@ -184,8 +223,8 @@ def listed_values(override: Override) -> list[str]:
     return list(override.sweep_string_iterator())
 
 
-def check_trials(config_name: str, trials: list[list[str]]) -> None:
-    """Check every trial of a sweep before the first one starts.
+def check_trials(config_name: str, trials: list[list[str]]) -> tuple[list[PlannedTrial], Config]:
+    """Check every trial of a sweep before the first one starts; return them, and the settings of the first.
 
     Raises:
         UserError: a trial that would be refused, or that has the same folder as another one; the
@@ -193,12 +232,14 @@ def check_trials(config_name: str, trials: list[list[str]]) -> None:
     """
     common = set(trials[0]).intersection(*trials)
     names: dict[str, str] = {}  # folder -> the trial that has it
+    plan, configs = [], []
     for overrides in trials:
         own = ", ".join(word for word in overrides if word not in common)
         try:
             with hydra_errors():
                 cfg = compose_trial(config_name, overrides)
-                check_paths(to_config(cfg))
+                config = to_config(cfg)
+                check_paths(config)
                 first = names.setdefault(cfg.hydra.sweep.subdir, own)
         except UserError as error:
             raise UserError(f"trial {own}: {error}" if own else str(error)) from None
@@ -208,6 +249,9 @@ def check_trials(config_name: str, trials: list[list[str]]) -> None:
                 "differs between them: sweep other keys, or give each a study of its own with "
                 "hydra.sweep.dir=DIR"
             )
+        plan.append(PlannedTrial(own, Work.of(config)))
+        configs.append(config)
+    return plan, configs[0]
 
 
 def compose_trial(config_name: str, overrides: list[str]) -> Any:

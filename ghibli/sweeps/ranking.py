@@ -79,7 +79,12 @@ COLUMNS = [
         csv_cells=lambda minutes: (f"{minutes:.1f}",),
     ),
     Column(
-        title="verdict", csv_names=("verdict",), value=lambda trial: trial.verdict, text=str, align="left"
+        title="verdict",
+        csv_names=("verdict",),
+        value=lambda trial: trial.verdict,
+        text=str,
+        align="left",
+        optional=True,
     ),
 ]
 
@@ -89,7 +94,7 @@ def visible_columns(rows: list[dict[str, Any]]) -> list[Column]:
     return [
         column
         for column in COLUMNS
-        if not column.optional or any(row[column.name] is not None for row in rows)
+        if not column.optional or any(row[column.name] not in (None, "") for row in rows)
     ]
 
 

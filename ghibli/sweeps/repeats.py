@@ -6,6 +6,7 @@ from collections.abc import Callable
 from ghibli.config.files import apply_overrides, from_yaml
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
+from ghibli.runs.here import on_this_machine
 from ghibli.sweeps.grid import Study
 from ghibli.sweeps.jobs import run_trial
 from ghibli.sweeps.trials import REPEAT, read_trials
@@ -18,15 +19,16 @@ def repeat_best_trials(study: Study, train: Callable[[Config, RunDir], float]) -
     first_attempts = [trial for trial in read_trials(study.folder) if trial.gain and not trial.repeats]
     for trial in first_attempts[: study.settings.best]:
         for number in range(1, study.settings.repeats + 1):
-            repeat_trial(trial.run, trial.settings["seed"] + number, train)
+            repeat_trial(study, trial.run, trial.settings["seed"] + number, train)
 
 
-def repeat_trial(first: RunDir, seed: int, train: Callable[[Config, RunDir], float]) -> None:
+def repeat_trial(study: Study, first: RunDir, seed: int, train: Callable[[Config, RunDir], float]) -> None:
     """Train a trial again with another seed; the dashboard shows it under the name of its own folder."""
     run = RunDir(first.path.with_name(f"{first.path.name}{REPEAT}{seed}"))
 
     def job() -> float:
-        config = apply_overrides(from_yaml(first.config), [f"seed={seed}"], ("seed",))
+        stored = on_this_machine(from_yaml(first.config), study.cache_dir)  # it may be a stranger's
+        config = apply_overrides(stored, [f"seed={seed}"], ("seed",))
         config.wandb.name = run.path.name
         return train(config, run)
 

@@ -13,6 +13,7 @@ from ghibli.config.files import read_settings
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.reuse import require_same_trial_except_epochs
+from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_rows
 from ghibli.sweeps.grid import Study, StudyRequest, settings_and_folder
@@ -43,7 +44,8 @@ def optuna_search(request: StudyRequest, study: Study, train: Train) -> None:
     )  # fmt: skip
     restore_trials(table, request, train)
     while (trial := next_trial(table, count)) is not None:
-        logger.info(f"\ntrial {search_position(table, trial) + 1} of {count}")
+        logger.info("")
+        logger.info(f"trial {search_position(table, trial) + 1} of {count}")
         config, run = settings_and_folder([*request.fixed, *suggested_overrides(table, trial, request)])
         gain = train(config, run, False)
         if math.isnan(gain):
@@ -79,8 +81,8 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UserError('sweep.search needs Optuna: pip install -e ".[search]"') from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+        raise UserError(f"sweep.search needs Optuna: {install_command('search')}") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # its line about each trial; train.py prints ours
     return optuna
 
 
@@ -211,7 +213,8 @@ def successive_halving(trials: list[list[str]], train: Train) -> None:
     for config, run in planned:
         require_same_trial_except_epochs(config, run)
     for rung in rungs(*epochs):
-        logger.info(f"\n{len(survivors)} trials until epoch {rung}")
+        logger.info("")
+        logger.info(f"{len(survivors)} trials until epoch {rung}")
         gains = [train_until(overrides, rung, train) for overrides in survivors]
         order = np.argsort([math.inf if math.isnan(gain) else -gain for gain in gains], kind="stable")
         survivors = [survivors[index] for index in order[: math.ceil(len(survivors) / REDUCTION)]]

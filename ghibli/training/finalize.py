@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import WandbLogger
-
 from ghibli.adapters import lora
 from ghibli.adapters.files import read_adapter
-from ghibli.adapters.kohya import metadata_of, only_as_a_whole, write_kohya
+from ghibli.adapters.kohya import metadata_of, only_as_a_whole, write_kohya, written_layers
 from ghibli.adapters.layers import same_update
 from ghibli.adapters.model_card import model_card
 from ghibli.adapters.sidecar import write_sidecar
@@ -17,14 +15,14 @@ from ghibli.config.schema import Config, describe
 from ghibli.diffusion.samplers import NotFinite
 from ghibli.evaluation.gain import Gain
 from ghibli.runs import identity
-from ghibli.runtime.commands import command_line
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now
 from ghibli.runtime.resources import peak_memory
-from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import load_weights
+from ghibli.training.loggers.dashboard import DashboardLogger
 from ghibli.training.session import Training
 
 ROW_NAMES = {"lora": "adapter", "full": "fine-tuned", "none": "base"}  # of the last grid
@@ -48,22 +46,27 @@ class Result:
         """The closing lines of a run."""
         return "\n".join(["", *self.lines])
 
+    @property
+    def brief(self) -> str:
+        """The closing lines of one trial of many: what was trained, and its gain."""
+        return "\n".join(line for line in self.lines if line.startswith(("trained ", "measured ", "gain ")))
 
-def finalize(training: Training, logger: WandbLogger | None) -> Result:
+
+def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
     """Export the best weights, draw them, write status and model card; return the result."""
     config, run, trainer, module = training.config, training.run, training.trainer, training.module
     run.status.update(peak_memory=peak_memory())
     module.to(trainer.strategy.root_device)
     best = best_row(training.callbacks.records.probe_rows)
-    freedom = best.get("probe/val_images", math.inf) - 1
-    gain = Gain(best["probe/val_gain"], best["probe/val_gain_se"], freedom=freedom)
-    best_epoch = best["epoch"]
+    gain, best_epoch = gain_of(best), best["epoch"]
     lines = [headline(training)]
     if config.finetune != "none":
         if config.finetune == "lora":
             lora.save_adapter(module.base, run.last_adapter)
         load_weights(module, run.best_checkpoint, best_epoch)
         lines.append(f"gain     {gain}, after epoch {best_epoch}")
+    else:
+        lines.append(base_loss_line(training))
     lines += draw_last_grid(training)
     lines += save_weights(training, {"step": trainer.global_step, "best_epoch": best_epoch})
     lines.append(f"run      {relative_path(run.path)}")
@@ -74,11 +77,15 @@ def finalize(training: Training, logger: WandbLogger | None) -> Result:
     run.status.update(seal=identity.result_checksum(run.status.read()))
     if config.finetune == "lora":
         names = [file.name for file in sorted(run.adapter.glob("*.safetensors"))]
-        card = model_card(run, config, run.path.resolve().name, [f"`{name}`" for name in names], names)
+        grid = run.samples / f"{ROW_NAMES['lora']}.png"
+        picture = f"../{grid.relative_to(run.path).as_posix()}" if grid.is_file() else None
+        lines_of_files = [f"`{name}`" for name in names]
+        card = model_card(run, config, run.path.resolve().name, lines_of_files, names, picture)
         write_text(run.adapter / "README.md", card)
-    if logger is not None:
-        wandb_logger.log_best(logger, gain.value, best_epoch)
-        lines.append(wandb_logger.how_to_look(run, logger))
+    for dashboard in dashboards:
+        best_values = {"best/val_gain": gain.value, "best/epoch": best_epoch}
+        dashboard.log_summary(best_values, trainer.global_step)
+        lines += dashboard.how_to_look()
     names = [finding.name for finding in training.callbacks.doctor.findings]
     lines.append(f"doctor   {', '.join(names) or 'nothing to report'}")
     lines += closing_lines(config, run.path, gain, training.callbacks.records.probe_rows[0]["probe/val_gain"])
@@ -92,6 +99,16 @@ def headline(training: Training) -> str:
     trainer = training.trainer
     what = describe(training.config)
     return f"trained  {what}, {trainer.global_step} steps, {trainer.current_epoch} epochs"
+
+
+def base_loss_line(training: Training) -> str:
+    """Say what the base scores: its loss on held-out images, with the standard error over images."""
+    loss = training.module.probe.history[0].val.mean(dim=1)  # (P,): an image each
+    error = loss.std() / math.sqrt(len(loss))
+    return (
+        f"loss     {loss.mean():.4f} +- {error:.4f} on {len(loss)} held-out images: what training has to get "
+        "below"
+    )
 
 
 def draw_last_grid(training: Training) -> list[str]:
@@ -116,7 +133,7 @@ def save_weights(training: Training, facts: dict[str, Any]) -> list[str]:
         return []
     file = lora.save_adapter(module.base, run.adapter)
     kohya = save_kohya(training, run.status.read() | facts | {"ended": None})
-    export = command_line("ghibli", "export", Path(relative_path(run.path)))
+    export = command_here("ghibli", "export", Path(relative_path(run.path)))
     elsewhere = f"`{export}` writes a file" if kohya is None else relative_path(kohya)
     return [f"adapter  {relative_path(file)}", f"         {elsewhere} for ComfyUI and A1111"]
 
@@ -139,7 +156,7 @@ def save_kohya(training: Training, facts: dict[str, Any]) -> Path | None:
     write_kohya(adapter, file, metadata_of(adapter, base, config, facts, describe(config)))
     write_sidecar(file, config, base)
     again = read_adapter(file, base, "adapter").layers
-    for name, layer in adapter.layers.items():
+    for name, layer in written_layers(adapter, base).items():
         written = again.get(name)
         if written is None or not same_update(written, layer):
             raise UserError(f"{file} was written wrongly: {name} differs; please report this")
@@ -152,18 +169,24 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return max(trained or rows, key=lambda row: row["probe/val_gain"])
 
 
+def gain_of(row: dict[str, Any]) -> Gain:
+    """Return the held-out gain of a row of probe.csv; rows of before do not say of how many images it is."""
+    freedom = row.get("probe/val_images", math.inf) - 1
+    return Gain(row["probe/val_gain"], row["probe/val_gain_se"], freedom=freedom)
+
+
 def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> list[str]:
     """Say what a gain below 0 means, and what to do with this run.
 
     Args:
         start: the gain before the first step, a share.
     """
-    name = relative_path(folder)
+    name = Path(relative_path(folder))
     if config.finetune == "none":
-        return ["next     python train.py"]
-    commands = [command_line("ghibli", "report", name)]
+        return [f"next     {command_here('python', 'train.py')}"]
+    commands = [command_here("ghibli", "report", name)]
     if gain.value >= 0 or config.loss.guidance != 1:
-        commands.append(command_line("ghibli", "generate", name, "--prompt", "a red train"))
+        commands.append(command_here("ghibli", "generate", name, "--prompt", "a red train"))
     else:
         commands.append("lower optimizer.lr, or give it more images or epochs")
     lines = [

@@ -10,7 +10,7 @@ from ghibli.adapters import lora
 from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.start import check_same_shape, start_from
 from ghibli.config.schema import Config
-from ghibli.diffusion.losses import check_weighting, loss_function, loss_weights, mse
+from ghibli.diffusion.losses import check_weighting, loss_function, loss_weights, mse, term_functions
 from ghibli.diffusion.process import add_noise, guided_noise, linear_betas, predict_branches, velocity
 from ghibli.diffusion.samplers import make_scheduler
 from ghibli.diffusion.timesteps import timestep_function
@@ -136,7 +136,7 @@ class GhibliModule(L.LightningModule):
             self.text_encoder.cpu()  # frees memory for training; sampling fetches it
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
-        """Return the batch's mean loss, and what the base is expected to score at its timesteps."""
+        """Return the batch's mean loss, what the base is expected to score there, and each term."""
         seed_global_rng(Stream.DROPOUT, self.config.seed, batch["example"][0])
         prediction, target = self.prediction(batch)
         losses = loss_function(self.config.loss)(prediction, target)
@@ -147,9 +147,13 @@ class GhibliModule(L.LightningModule):
             weighted = losses * loss_weights(
                 self.config.loss, batch["timesteps"], self.alphas_cumprod, self.base.prediction_type
             )
+        loss, terms = weighted.mean(), {}
+        for name, function in term_functions(self.config.loss).items():
+            terms[name] = function(prediction, target).mean()
+            loss = loss + self.config.loss.terms[name] * terms[name]
         expected = self.probe.expected[batch["timesteps"]].mean()
         plain = mse(prediction.detach(), target).mean()  # as `expected`, whatever loss.function trains
-        return {"loss": weighted.mean(), "plain": plain, "expected": expected}
+        return {"loss": loss, "plain": plain, "expected": expected, **prefixed(terms)}
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         use_average(self.optimizers(use_pl_optimizer=False), wanted=False)
@@ -226,6 +230,11 @@ class GhibliModule(L.LightningModule):
                 f"the first is {different[0]}"
             )
         self.probe.restore(checkpoint["probe"])
+
+
+def prefixed(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the values of loss terms under the names of their columns, detached."""
+    return {f"train/{name}": value.detach() for name, value in terms.items()}
 
 
 def training_schedule(noise_schedule: str, own: torch.Tensor) -> torch.Tensor:

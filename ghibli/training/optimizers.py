@@ -10,6 +10,7 @@ from torch import nn
 
 from ghibli.config.registry import OptimizerEntry, optimizer_entry
 from ghibli.config.schema import OptimizerConfig
+from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.registry import load_object
 
@@ -80,7 +81,7 @@ def load_factory(entry: OptimizerEntry) -> Any:
         if entry.extra is None:
             raise
         package = entry.factory.partition(":")[0].partition(".")[0]
-        raise UserError(f"{package} is not installed: pip install -e '.[{entry.extra}]'") from error
+        raise UserError(f"{package} is not installed: {install_command(entry.extra)}") from error
 
 
 def use_average(optimizer: torch.optim.Optimizer, wanted: bool) -> None:

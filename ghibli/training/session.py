@@ -16,18 +16,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ghibli.adapters.apply import load_base
 from ghibli.config.files import to_yaml
-from ghibli.config.schema import Config, describe
+from ghibli.config.schema import Config, base_name, describe, images_name
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.models.base import configs_hash
-from ghibli.runs import distributed, identity
+from ghibli.runs import distributed, identity, lock
 from ghibli.runs.folder import RunDir, check_unchanged, step_of
-from ghibli.runtime.commands import command_line, resume_command
+from ghibli.runtime.commands import command_here, command_line, resume_command
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now, provenance
 from ghibli.runtime.resources import device_name, reset_peak_memory
-from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import CleanStop, StopRequested, requeue
+from ghibli.training.loggers import choice
 from ghibli.training.module import GhibliModule
 from ghibli.training.trainer import Callbacks, make_callbacks, make_trainer
 
@@ -102,10 +102,6 @@ class Session:
         if module.start is not None:
             check_unchanged(self.run, "init_hash", module.start.hash, "lora.init")
 
-    def take_checkpoint(self) -> Path | None:
-        """Return the checkpoint to go on from; previous.ckpt first takes the place of a damaged last.ckpt."""
-        return replace_damaged(self.checkpoint, self.run)
-
     def note_start(self, trainer: L.Trainer) -> None:
         """Note in status.json from which step, by which code and on which device this process trains."""
         if self.checkpoint is not None:
@@ -132,7 +128,8 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
     write_text(run.config, to_yaml(config))
     run.status.update(
         state="running", reason=None, started=run.status.read().get("started", now()),
-        settings=describe(config), command=command_line(*sys.argv), seed=config.seed,
+        settings=describe(config), base=base_name(config), images=images_name(config),
+        command=command_line(*sys.argv), seed=config.seed,
         process=os.getpid(), threads=config.threads or torch.get_num_threads(), **provenance(),
         **identity.identity_fields(config, run),
     )  # fmt: skip
@@ -159,15 +156,7 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
             raise
         raise explained from error
     finally:
-        wandb_logger.close()
-
-
-def replace_damaged(checkpoint: Path | None, run: RunDir) -> Path | None:
-    """Put previous.ckpt in the place of a damaged last.ckpt, so that no save can lose it."""
-    if checkpoint != run.previous_checkpoint:
-        return checkpoint
-    logger.warning("last.ckpt is damaged: going on from the checkpoint before it")
-    return checkpoint.replace(run.last_checkpoint)
+        choice.close_all()
 
 
 def as_user_error(error: BaseException) -> BaseException:
@@ -186,16 +175,18 @@ def as_user_error(error: BaseException) -> BaseException:
 
 def note_interruption(run: RunDir, request: StopRequested) -> int:
     """Note the interruption, say how to resume, and return the exit code (130 or 143; 138 in Slurm)."""
-    if request.signal_number == signal.SIGUSR1:
+    if request.signal_number == getattr(signal, "SIGUSR1", None):  # Windows has none
         ask_to_requeue()
     if run.status.state == "finished":
-        logger.info("stopped; this run is finished")
+        logger.info(f"stopped; this run is finished{study_advice(run)}")
         return 128 + request.signal_number
     run.status.update(state="interrupted", reason=str(request), ended=now())
-    if run.last_checkpoint.exists():
+    if is_trial_at_work(run):
+        logger.info(f"stopped{study_advice(run)}")
+    elif run.last_checkpoint.exists():
         logger.info(f"stopped; go on with: {resume_command(run.path)}")
     else:
-        logger.info("stopped before the first checkpoint: start the same command again")
+        logger.info(f"stopped before the first checkpoint; start it again with: {this_command()}")
     return 128 + request.signal_number
 
 
@@ -206,6 +197,24 @@ def ask_to_requeue() -> None:
         logger.info("Slurm was asked to start this job again: the same command goes on")
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(f"scontrol requeue failed ({error}): submit the job again")
+
+
+def is_trial_at_work(run: RunDir) -> bool:
+    """Return whether a run is a trial of a sweep that is under way, which holds the folder above."""
+    return lock.is_held(run.path.parent / ".lock") is True
+
+
+def study_advice(run: RunDir) -> str:
+    """Say how the sweep of a trial goes on; empty for a run of its own."""
+    if not is_trial_at_work(run):
+        return ""
+    again = f": {this_command()}" if lock.is_ours(run.path.parent / ".lock") else ""  # else a launcher's
+    return f"; the same command goes on with the sweep{again}"
+
+
+def this_command() -> str:
+    """Return the command of this process, for the shell at hand."""
+    return command_here("python", *sys.argv)
 
 
 def follow(config: Config, run: RunDir, script: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from helpers.adapter_files import adapter_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -17,9 +18,10 @@ from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.layers import Full, LoRA
 from ghibli.adapters.names import named_layers
 from ghibli.cli.main import app
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.base import DEMO, BaseModel, weights_hash
 from ghibli.models.load import load
 from ghibli.models.save import save_folder
+from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
 NAMES = ("unet.down_blocks.0.resnets.0.conv1", "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
@@ -173,6 +175,9 @@ def test_the_commands(tmp_path: Path, base: BaseModel) -> None:
     assert "one_rank2.safetensors: 3 layers, rank 2, " in typed("resize", one, *demo, "--rank", 2)
     assert "exists already" in typed("resize", one, *demo, "--rank", 2)
     assert "one_keep0.9.safetensors: 3 layers, rank" in typed("resize", one, *demo, "--keep", 0.9)
+    long = tmp_path / f"{'ä' * 120}.safetensors"
+    long.write_bytes(one.read_bytes())
+    assert "_rank2.safetensors: 3 layers, rank 2, " in typed("resize", long, *demo, "--rank", 2)
     both = tmp_path / "both.safetensors"
     assert "3 layers, rank 12, 100 %" in typed("merge", f"{one}:0.7", f"{other}:-0.5", *demo, "--to", both)
     tuned = load("demo")
@@ -192,6 +197,28 @@ def test_the_commands(tmp_path: Path, base: BaseModel) -> None:
         metadata = opened.metadata()
     assert metadata["ss_network_dim"] == "12" and metadata["ss_sd_model_name"] == "it"
     assert metadata["modelspec.merged_from"] == "one:0.7, other:-0.5"
+
+
+def test_the_base_of_a_run_is_the_one_that_it_was_trained_from(base: BaseModel, tmp_path: Path) -> None:
+    """By content: what DoRA changes depends on W. A plain LoRA is two factors, whatever the base."""
+    demo, name = ("model=demo", "data=demo"), NAMES[1]
+    for kind, refused in (("dora_out", True), ("lora", False)):
+        run = RunDir(tmp_path / kind)
+        run.adapter.mkdir(parents=True)
+        run.config.touch()
+        run.status.update(base_hash="0" * 64)
+        save_file(adapter_state(base, {name: kind}), run.adapter / "pytorch_lora_weights.safetensors")
+        file = run.path / "it.safetensors"
+        said = [
+            typed("resize", run.path, *demo, "--rank", 2, "--to", file),
+            typed("merge", run.path, *demo, "--to", run.path / "sum.safetensors"),
+        ]
+        sentence = "the base model.path=demo is not the one it was trained from (base_hash"
+        assert all((sentence in text) is refused for text in said), said
+        assert file.exists() is not refused
+        run.status.update(base_hash=weights_hash(base))
+        said = typed("merge", run.path, *demo, "--to", run.path / "ok.safetensors")
+        assert f"1 layers, {'whole differences' if refused else 'rank 3'}, 100 %" in said
 
 
 @pytest.mark.parametrize(

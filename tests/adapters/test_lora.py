@@ -179,12 +179,17 @@ def test_an_unknown_target_is_refused_by_name(base: BaseModel) -> None:
 # Scaling and merging
 
 
-def test_the_scale_is_alpha_over_rank(base: BaseModel) -> None:
-    attach(base)
+@pytest.mark.parametrize(
+    ("variant", "scale"),
+    [(each, SCALE) for each in ("lora", "dora", "loha", "lokr")] + [("rslora", ALPHA / RANK**0.5)],
+)
+def test_the_scale_is_alpha_over_rank(variant: str, scale: float, base: BaseModel) -> None:
+    """Over the root of the rank for rslora, as PEFT's layers have it."""
+    attach(base, variant=variant)
     layers = [
         m for part in (base.unet, base.text_encoder) for m in part.modules() if isinstance(m, BaseTunerLayer)
     ]
-    assert {layer.scaling["default"] for layer in layers} == {SCALE}
+    assert {layer.scaling["default"] for layer in layers} == {scale}
 
 
 def test_one_layer_is_w_x_plus_scaled_b_a_x(base: BaseModel) -> None:
@@ -327,6 +332,7 @@ def test_diffusers_loads_all_of_it_at_its_strength(
 def test_our_reader_reads_it_as_it_was_trained(variant: str, base: BaseModel, tmp_path: Path) -> None:
     randomise(attach(base, variant=variant, targets=ALL, text_encoder_targets="all"))
     adapter = read_adapter(lora.save_adapter(base, tmp_path), base, "adapter")
+    assert adapter.kinds == ["DoRA" if variant == "dora" else "LoRA"]
     fresh, live = load("demo"), noise_pred(base)
     wanted = lora.layers_to_train(fresh, options_of(targets=ALL, text_encoder_targets="all"))
     assert adapter.layers.keys() == wanted

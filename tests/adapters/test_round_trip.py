@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,9 @@ def model() -> BaseModel:
 def options_of(variant: str, parts: tuple[str, ...]) -> LoraConfig:
     """Settings whose scale is not 1, but for oft, which has none."""
     targets = LINEAR + (KERNELS if variant != "oft" else []) if "unet" in parts else []
+    rank = 3 if variant == "rslora" else RANK  # whose root no float holds
     return LoraConfig(
-        rank=RANK, alpha=RANK if variant == "oft" else 6.0, dropout=0.1, targets=targets,
+        rank=rank, alpha=rank if variant == "oft" else 6.0, dropout=0.1, targets=targets,
         text_encoder="text_encoder" in parts, text_encoder_targets=OF_TEXT, variant=variant, init=None,
     )  # fmt: skip
 
@@ -102,12 +104,14 @@ def test_a_trained_adapter(variant: str, parts: str, model: BaseModel, tmp_path:
     adapter = read_adapter(file, model, "it")
     assert {name.partition(".")[0] for name in adapter.layers} == set(PARTS[parts])
     check_noise(adapter, model, wanted)
-    fresh = deepcopy(model)
-    options.alpha = float(RANK)  # the scale is in a factor, so that alpha is the rank
-    lora.add_lora(fresh, options, 1)
-    start_from(adapter, lora.trainable(fresh), options)
-    if variant != "rslora":  # its scale is alpha / sqrt(rank), so a factor would be rounded once more
-        assert lora.save_adapter(fresh, tmp_path / "again").read_bytes() == file.read_bytes()
+    for again in {variant, "lora" if variant == "rslora" else variant}:
+        # the scale is in a factor: alpha / rank is 1 now, and rslora's alpha / sqrt(rank)
+        alpha = options.rank**0.5 if again == "rslora" else float(options.rank)
+        further = replace(options, variant=again, alpha=alpha)
+        fresh = deepcopy(model)
+        lora.add_lora(fresh, further, 1)
+        start_from(adapter, lora.trainable(fresh), further)
+        assert lora.save_adapter(fresh, tmp_path / again).read_bytes() == file.read_bytes()
     in_kohyas = written_in_kohyas_layout(adapter.layers, {"ss_network_dim": "4"}, model, tmp_path)
     check_noise(in_kohyas, model, wanted)
 

@@ -93,6 +93,7 @@ def test_the_printed_settings_train_exactly_the_file(
     [
         (("oft",), "it holds OFT layers"),
         (("full",), "it holds full difference layers"),
+        (("tucker",), "it holds LoCon layers"),
         (("lora", "lokr"), "its layers are of several kinds: "),
         (("dora_in",), "its DoRA magnitudes are one an input"),
         (("lora", "dora_out"), "its layers are of several kinds: "),
@@ -101,7 +102,7 @@ def test_the_printed_settings_train_exactly_the_file(
 def test_what_cannot_be_trained_is_said_and_refused(
     kinds: tuple[str, ...], why: str, model: BaseModel, make_config: Callable, tmp_path: Path
 ) -> None:
-    names = layers_ending(model, *ATTENTION)
+    names = layers_ending(model, *(["conv1"] if kinds == ("tucker",) else ATTENTION))
     adapter = adapter_of(model, {name: kinds[n % len(kinds)] for n, name in enumerate(names)}, tmp_path)
     assert training_command(adapter, model, []).startswith(f"not possible: {why}")
     with pytest.raises(UserError, match=f"lora.init=.* cannot be trained further: {why}"):

@@ -12,7 +12,9 @@ from peft import (
     PeftConfig,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.oft.layer import OFTLayer
@@ -96,6 +98,30 @@ def test_the_file_is_what_peft_merges(variant: str, targets: list[str], tmp_path
         theirs = layer.get_base_layer().weight.detach().double() - weight.double()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
         assert theirs.abs().max() > 1e-3
+
+
+@ALL
+def test_pefts_own_loader_reads_the_file(variant: str, targets: list[str], tmp_path: Path) -> None:
+    """diffusers has none for these kinds: fresh layers of PEFT by the file's settings, and its tensors."""
+    live = trained(variant, targets)
+    adapter = read_adapter(lora.save_adapter(live, tmp_path), live, "adapter")
+    settings = json.loads(adapter.metadata["lora_adapter_metadata"])
+    fresh, state = load("demo"), load_file(adapter.file)
+    for part, module in fresh.adaptable.items():
+        own = {key.removeprefix(f"{part}."): each for key, each in settings.items() if key.startswith(part)}
+        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[own.pop("peft_type")]
+        inject_adapter_in_model(config_class(**own), module)
+        tensors = {
+            key.removeprefix(f"{part}.").removeprefix("text_model."): tensor
+            for key, tensor in state.items() if key.startswith(part)
+        }  # fmt: skip
+        assert not set_peft_model_state_dict(module, tensors).unexpected_keys
+    layers = peft_layers(live)
+    for name, layer in peft_layers(fresh).items():
+        layer.merge()
+        layers.pop(name).merge()
+    assert not layers
+    torch.testing.assert_close(noise_pred(fresh), noise_pred(live), rtol=0, atol=1e-5)
 
 
 @ALL

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import run_python
 
+from ghibli.config.schema import age_of
 from ghibli.config.typed_paths import at_home
 from ghibli.data.folder import read_folder
 from ghibli.runs.folder import RunDir
@@ -37,7 +38,8 @@ def test_list_shows_state_settings_and_gain(tmp_path: Path) -> None:
     code, out, _ = ghibli("list", cwd=tmp_path)
     lines = out.splitlines()
     assert code == 0
-    assert all(word in lines[1] for word in ("outputs/train/a", "finished", "LoRA rank 8", "12.3 % +- 0.5 %"))
+    assert lines[0] == "base unknown, images unknown"
+    assert all(word in lines[2] for word in ("outputs/train/a", "finished", "LoRA rank 8", "12.3 % +- 0.5 %"))
     assert "lora.targets=[to_q,to_k]" in "".join(out.split())  # brackets are no markup; a cell folds
     assert [state for line in lines for state in ("killed", "running") if state in line] == [
         "killed",
@@ -55,6 +57,11 @@ def test_runs_of_other_versions_say_so_and_the_way_out(
     warn_of_changes(run)
     said = " ".join(capsys.readouterr().out.split())
     assert f"it was made by {age} version" in said and "check out its commit, 0123456" in said
+
+
+@pytest.mark.parametrize("version", [None, "2", [2], {}, 1.5])
+def test_a_version_that_is_no_number_is_another_one(version: object) -> None:
+    assert age_of(version) == "another"
 
 
 @pytest.mark.parametrize("look", ["drawn", "photo"])
@@ -90,6 +97,12 @@ def test_demo_draw_replaces_nothing(tmp_path: Path, name: str) -> None:
     code, _, error = ghibli("demo", "draw", "mine", "--count", "1", "--size", "64", cwd=tmp_path)
     assert (code, error) == (2, "error: mine is not an empty folder: choose another folder\n")
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
+
+
+def test_demo_draw_says_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, _, error = ghibli("demo", "draw", "file/x", "--count", "1", cwd=tmp_path)
+    assert code == 2 and error == "error: FOLDER file/x: nothing can be written there: Not a directory\n"
 
 
 @pytest.mark.parametrize(

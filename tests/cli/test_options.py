@@ -1,9 +1,13 @@
 """The `ghibli` command: its help, in a sensible order and at once, and shell completion."""
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
-from helpers.commands import run_python
+import pytest
+from helpers.commands import REPO, run_python
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -20,6 +24,14 @@ from typer.testing import CliRunner
 from ghibli.cli.main import app
 codes = [CliRunner().invoke(app, [word]).exit_code for word in ("--help", "list")]
 print(json.dumps([codes, [name for name in {SLOW} if name in sys.modules]]))
+"""
+TYPO = """
+import json, runpy, sys
+sys.argv = ["train.py", "lora.rnk=4"]
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit as end:
+    print(json.dumps([end.code, [name for name in {TRAINING} if name in sys.modules]]))
 """
 
 
@@ -39,6 +51,30 @@ def test_help_and_list_load_nothing_slow(tmp_path: Path) -> None:
     run.status.update(state="finished", gain=0.1, gain_se=0.01, config_version=CONFIG_VERSION)
     done = run_python("-c", ANSWER, cwd=tmp_path)
     assert json.loads(done.stdout) == [[0, 0], []], done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["list"], ["demo", "draw"]])
+def test_h_is_help(words: list[str]) -> None:
+    answers = [CliRunner().invoke(app, [*words, flag]) for flag in ("-h", "--help")]
+    assert answers[0].exit_code == 0 and answers[0].output == answers[1].output
+
+
+def test_a_typo_loads_nothing_slow() -> None:
+    done = run_python("-c", TYPO)
+    assert json.loads(done.stdout) == [2, []], done.stderr
+    assert "did you mean rank?" in done.stderr
+
+
+def test_help_of_sweep_is_its_own_and_the_pipe_may_close() -> None:
+    for script, first in (("train.py", "Train a LoRA"), ("sweep.py", "Train a grid of runs")):
+        words = [sys.executable, script, "--help"]
+        shell = f"{shlex.join(words)} | head -1; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", shell], cwd=REPO, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(first)
+        help_of = {
+            flag: run_python(script, flag, stdin=subprocess.DEVNULL).stdout for flag in ("-h", "--help")
+        }
+        assert help_of["-h"] == help_of["--help"]
 
 
 def test_the_shell_can_complete_commands() -> None:

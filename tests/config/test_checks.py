@@ -78,7 +78,7 @@ def test_frozen_bits_without_its_package_is_refused_before_anything_is_loaded(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paths, "find_spec", lambda name: None)
-    message = "model.frozen_bits=4 needs bitsandbytes, which is not installed: pip install"
+    message = "model.frozen_bits=4 needs bitsandbytes, which is not installed: python -m pip install"
     with pytest.raises(UserError, match=message):
         paths.check_paths(make_config("model.frozen_bits=4"))
     paths.check_paths(make_config())

@@ -1,22 +1,44 @@
 """Saved settings are data: written and read back as they are, with nothing of the environment in them."""
 
+import typing
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ghibli.config.files import CHECKSUM_LINE, apply_overrides, from_yaml, to_yaml
+from ghibli.config.files import CHECKSUM_LINE, apply_overrides, from_yaml, to_dataclass, to_yaml
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.resume import chosen_groups, with_values
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import write_text
 
 CANARY = "canary-51f0"
-PIECES = st.sampled_from(["${oc.env:CANARY}", "${", "}", "\\", "$", "{", "data.root", ":", "ジ", "'", "#"])
+PIECES = st.sampled_from(
+    [
+        "${oc.env:CANARY}",
+        "${",
+        "}",
+        "\\",
+        "$",
+        "{",
+        "data.root",
+        ":",
+        "ジ",
+        "'",
+        "#",
+        "\x85",
+        "\u2028",
+        "\n",
+        "\udce9",
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +47,7 @@ def config(make_config: Callable[..., Config]) -> Config:
 
 
 def written(config: Config, file: Path, style: str) -> Path:
-    file.write_text(to_yaml(replace(config, data=replace(config.data, style=style))), encoding="utf-8")
+    write_text(file, to_yaml(replace(config, data=replace(config.data, style=style))))
     return file
 
 
@@ -69,3 +91,30 @@ def test_a_saved_interpolation_is_not_resolved(
         "hydra: {runtime: {choices: {model: '${oc.env:CANARY}'}}}"
     )
     assert chosen_groups(RunDir(tmp_path)) == {"model": "${oc.env:CANARY}"}
+
+
+ODD = (
+    None, True, float("nan"), "x", b"x", [], {}, [None], ["x"], [[]], [["ddim"]], [{"a": 1}], {"a": 1},
+    {1: 2}, "???", "${oc.env:HOME}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("section", [field.name for field in fields(Config) if is_dataclass(field.type)])
+def test_a_value_of_any_type_is_taken_as_its_type_or_named(config: Config, section: str) -> None:
+    """As a stranger's config.yaml or a command line has it: no other exception, and a text is a text."""
+    kind = type(getattr(config, section))
+    given = asdict(config)[section]
+    for name, expected in typing.get_type_hints(kind).items():
+        for value in ODD:
+            with suppress(UserError):
+                read = getattr(to_dataclass(given | {name: value}, kind), name)
+                assert has_type(read, expected), (name, value)
+
+
+def has_type(value: Any, expected: Any) -> bool:
+    """Tell whether a value, and what is in it, has a type of the schema."""
+    if typing.get_origin(expected) is list:
+        return isinstance(value, list) and all(has_type(one, typing.get_args(expected)[0]) for one in value)
+    if type(None) in typing.get_args(expected):
+        return value is None or any(has_type(value, one) for one in typing.get_args(expected)[:-1])
+    return expected is Any or isinstance(value, typing.get_origin(expected) or expected)

@@ -8,17 +8,18 @@ from ghibli.config.schema import Command, Config
 from ghibli.runs.compose import register
 
 WITHOUT_EFFECT = {
-    "resume", "cache_dir", "local", "wandb", "checkpoint", "evaluate", "model.clip", "data.workers",
+    "name", "resume", "cache_dir", "local", "logger", "wandb", "checkpoint", "evaluate", "model.clip",
+    "data.workers",
     "data.reference", "data.reference_draw", "data.grid_epochs",
 }  # fmt: skip
 NOT_IN_FOLDER_NAMES = {
-    "grid", "model", "data", "data.root", "data.draw", "resume", "cache_dir", "local.sd15",
+    "grid", "model", "data", "data.root", "data.draw", "name", "resume", "cache_dir", "local.sd15",
     "local.sd15_config", "local.ghibli", "local.caption", "model.clip", "model.config", "data.reference",
     "data.reference_draw", "data.workers", "data.grid_epochs", "checkpoint.every_n_steps",
     "evaluate.samples", "evaluate.scan_samples", "evaluate.every_n_epochs", "evaluate.epoch_samples",
     "evaluate.scales", "evaluate.sampler_steps", "evaluate.batch_size", "evaluate.features",
-    "evaluate.inception", "wandb.mode", "wandb.project", "wandb.group", "wandb.name", "sweep.report_only",
-    "sweep.evaluate", "sweep.search", "sweep.halving", "sweep.best", "sweep.repeats",
+    "evaluate.inception", "logger", "wandb.mode", "wandb.project", "wandb.group", "wandb.name",
+    "sweep.report_only", "sweep.evaluate", "sweep.search", "sweep.halving", "sweep.best", "sweep.repeats",
 }  # fmt: skip
 
 

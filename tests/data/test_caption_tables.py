@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from helpers.image_folders import read, write_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ghibli.data.caption_tables import csv_rows
 from ghibli.data.folder import list_images
 from ghibli.data.layouts import LAYOUTS
 from ghibli.inference.request import read_prompts
@@ -81,6 +83,15 @@ BOM = b"\xef\xbb\xbf"
 )  # fmt: skip
 def test_what_other_programs_write_is_read_whole(tmp_path: Path, table: str, content: bytes) -> None:
     assert captions(tmp_path, table, content) == {"a.png": "a girl, on a hill", "b.png": "plain"}
+
+
+@pytest.mark.parametrize("line", ["", " ", " \t" * 60])
+def test_a_caption_of_empty_lines_takes_no_time(tmp_path: Path, line: str) -> None:
+    """Time by the square of its length: 10 kB took a second and 100 kB, in one cell, minutes."""
+    caption = f"{line}\n" * (60_000 // (len(line) + 1))
+    start = time.process_time()
+    assert list(csv_rows(tmp_path, f'file_name,text\na.png,"{caption}"\n')) == [(2, "a.png", "")]
+    assert time.process_time() - start < 1
 
 
 def test_a_row_that_replaces_another_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -310,7 +310,6 @@ print(peak() - before)
 """
 
 
-@pytest.mark.slow
 def test_images_are_read_on_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waits until another one is being read too."""
     for place in range(4):

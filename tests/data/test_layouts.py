@@ -15,8 +15,9 @@ from PIL import Image
 from ghibli.data.dataset import EncodedImages, EpochPlan, TrainExamples, check_shared_memory
 from ghibli.data.folder import recognised
 from ghibli.data.latents import Moments
-from ghibli.inference.restyle import find_photos
+from ghibli.inference.photos import find_photos
 from ghibli.prepare.captioning import caption_folder
+from ghibli.prepare.download import fetch
 from ghibli.runtime.errors import UserError, loader_trouble
 from ghibli.runtime.files import write_json
 
@@ -48,6 +49,11 @@ def test_kohya_s_folders_are_entered_with_their_repeats(tmp_path: Path) -> None:
         "2_other/0.png": ("a house, in ink", 2),
     }
     assert folder.not_read == "1 images in 0_unused/ (1)"
+    photos = {
+        photo.path.relative_to(tmp_path).as_posix(): photo.prompt
+        for photo in find_photos([tmp_path], None, ", in ink")
+    }
+    assert photos == {image.name: image.caption for image in folder.images}  # the same captions to restyle
     assert "10_ghibli style/ (3 images, each 10 times in an epoch)" in recognised(tmp_path)
 
 
@@ -72,6 +78,23 @@ def test_a_single_inner_folder_is_entered(tmp_path: Path) -> None:
     result = caption_folder(tmp_path / "set", lambda: lambda images: ["new"] * len(images), batch_size=2)
     assert result.written == {"2.png": "new"}
     assert captions_of(read(tmp_path / "set"))["2.png"] == "new, in ink"
+
+
+def test_an_image_has_the_longest_name_that_a_file_can_have(tmp_path: Path) -> None:
+    """Beside it a .txt fits, and a .caption does not."""
+    names = [f"{'x' * 251}.png", f"{'ä' * 125}.jpeg", "b.png"]
+    for place, name in enumerate(names):
+        noise(tmp_path / name, place)
+    (tmp_path / names[1]).with_suffix(".txt").write_text("a cat")
+    found = read(tmp_path, caption="other")
+    assert found.unusable == {} and not found.not_read
+    assert captions_of(found) == {
+        names[0]: "other, in ink",
+        names[1]: "a cat, in ink",
+        "b.png": "other, in ink",
+    }
+    assert recognised(tmp_path) == "images with a .txt beside each"
+    assert [photo.prompt for photo in find_photos([tmp_path / names[1]], None, "")] == ["a cat"]
 
 
 # Inside the folder
@@ -109,6 +132,30 @@ def test_captions_do_not_lead_out_of_the_folder(tmp_path: Path, secret: Path) ->
     assert [photo.path.name for photo in photos if os.path.exists(photo.path)] == [
         f"{n}.png" for n in range(5)
     ]
+
+
+@pytest.mark.parametrize("name", ["captions.txt", "metadata.jsonl", "metadata.csv", "images/captions.txt"])
+def test_a_caption_table_does_not_lead_out_of_the_folder(tmp_path: Path, secret: Path, name: str) -> None:
+    """Training would learn another set's captions, and `ghibli caption` would copy the file into this one."""
+    for place in range(2):
+        noise(tmp_path / "set" / "images" / f"{place}.png", place)
+    table = secret / "table"
+    table.write_text("0.png|SECRET\n")
+    (tmp_path / "set" / name).symlink_to(table)
+    for act in (read, lambda root: caption_folder(root, lambda: lambda images: ["x"] * 2, batch_size=2)):
+        with pytest.raises(UserError, match=f"{name} cannot be used: it leads out of the folder"):
+            act(tmp_path / "set")
+    assert table.read_text() == "0.png|SECRET\n" and (tmp_path / "set" / name).is_symlink()
+
+
+def test_shards_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    """The images of another set would be unpacked into this one."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "theirs.parquet").write_bytes(b"PAR1")
+    (tmp_path / "set" / "train-0.parquet").symlink_to(tmp_path / "theirs.parquet")
+    with pytest.raises(UserError, match=r"train-0.parquet cannot be used: it leads out of the folder"):
+        fetch(str(tmp_path / "set"), tmp_path / "data", lambda done, total: None)
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_link_within_the_folder_and_a_linked_set_are_fine(tmp_path: Path) -> None:

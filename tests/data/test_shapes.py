@@ -21,17 +21,26 @@ from ghibli.runtime.errors import UserError
 SWAPPING = (5, 6, 7, 8)  # EXIF orientations that lay an image on its side
 
 
-def write(path: Path, size: tuple[int, int], orientation: int) -> None:
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{}"/></rdf:RDF>'
+    "</x:xmpmeta>"
+)
+
+
+def write(path: Path, size: tuple[int, int], orientation: int, xmp: bool = False) -> None:
+    """Write an image turned by its EXIF or, as some programs do, by its XMP alone."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.new("RGB", size, (90, 120, 40)).save(path, exif=exif)
+    note = {"xmp": XMP.format(orientation).encode()} if xmp else {"exif": exif}
+    Image.new("RGB", size, (90, 120, 40)).save(path, **note)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     size=st.tuples(st.integers(33, 1600), st.integers(33, 1600)),
     orientation=st.integers(1, 8),
-    ending=st.sampled_from(["jpg", "jpg", "png", "webp", "tif"]),
+    ending=st.sampled_from(["jpg", "jpg", "png", "webp", "tif", "xmp.jpg", "xmp.webp"]),
     resolution=st.sampled_from([64, 256, 512]),
     resize=st.sampled_from(["bucket", "bucket", "squash", "center_crop"]),
 )
@@ -40,7 +49,7 @@ def test_the_planned_shape_is_the_tensor_s(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"a.{ending}"
-        write(path, size, orientation)
+        write(path, size, orientation, ending.startswith("xmp"))
         with without_warnings():
             whole = check_image(path, min_side=32)[1]
         opened = open_image(path)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ghibli.data.folder import CaptionedImage
 from ghibli.data.split import split_apart, split_by_content
+from ghibli.images import duplicates
 from ghibli.images.duplicates import DUPLICATE, SIDE, near_duplicates
 
 
@@ -67,6 +68,43 @@ def test_one_copy_among_twenty_thousand(many: tuple[list[CaptionedImage], dict[P
     in_training = {*train, held}
     assert split.train == [image for image in images if image in in_training]
     assert split.held_out == [image for image in held_out if image != held]
+
+
+def looked_at_in_a_chain(monkeypatch: pytest.MonkeyPatch, count: int) -> int:
+    """Return how many images were looked up or compared, where each held-out one is like the one before."""
+    looked_at = 0
+
+    class Counting(duplicates.KDTree):
+        def query_ball_point(self, rows: np.ndarray, reach: float) -> np.ndarray:
+            nonlocal looked_at
+            near = super().query_ball_point(rows, reach)
+            looked_at += len(rows) + sum(map(len, near))
+            return near
+
+    monkeypatch.setattr(duplicates, "KDTree", Counting)
+    generator, rows = np.random.default_rng(0), [np.zeros(SIDE * SIDE)]
+    while (
+        len(rows) <= count
+    ):  # 8 degrees on, in a direction of its own: like its neighbours, and like no other
+        step = generator.standard_normal(SIDE * SIDE)
+        step -= step.mean() + (step @ rows[-1]) * rows[-1]
+        angle = np.radians(8) if len(rows) > 1 else np.pi / 2
+        rows.append(np.cos(angle) * rows[-1] + np.sin(angle) * step / np.linalg.norm(step))
+    hashes = [hashlib.sha256(str(place).encode()).hexdigest() for place in range(4 * count)]
+    images = [CaptionedImage(Path(f"{place}.png"), "x", content) for place, content in enumerate(hashes)]
+    train, held_out = split_by_content(images, 0.5)
+    chained = [train[0], *held_out[: count - 1]]
+    rest = thumbnails(4 * count, 7)
+    found = {image.path: row for image, row in zip(images, rest, strict=True)}
+    found |= {image.path: row.astype(np.float32) for image, row in zip(chained, rows[1:], strict=True)}
+    assert len(split_apart(images, found, 0.5).moved) == count - 1
+    return looked_at
+
+
+def test_a_chain_of_copies_takes_time_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever chooses the images can make one; comparing all again in every round took its square: 16."""
+    short, long = (looked_at_in_a_chain(monkeypatch, count) for count in (100, 400))
+    assert long < 7 * short
 
 
 def test_a_copy_of_a_copy_moves_too() -> None:

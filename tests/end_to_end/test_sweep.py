@@ -202,7 +202,7 @@ def test_a_missing_launcher_is_reported_with_the_command_that_installs_it(name: 
     """With Hydra's own message, which appears only where the extra is missing."""
     error = HydraException(f"In 'sweep': Could not find 'hydra/launcher/{name}'")
     extra = name.split("_")[0]
-    assert explain(error) == f'hydra/launcher={name} is not installed: pip install -e ".[{extra}]"'
+    assert explain(error) == f"hydra/launcher={name} is not installed: python -m pip install -e '.[{extra}]'"
 
 
 @pytest.mark.slow

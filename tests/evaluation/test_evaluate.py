@@ -29,7 +29,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import checksum_of, write_with_checksum
-from ghibli.training import wandb_logger
+from ghibli.training.loggers import choice, wandb_logger
 
 QUICK = (
     "evaluate.samples=6", "evaluate.scan_samples=3", "evaluate.scales=[1,3]", "evaluate.batch_size=4",
@@ -176,8 +176,9 @@ def test_a_run_that_was_online_is_logged_offline_without_a_login(
 ) -> None:
     config, modes, board = finished_config(finished), [], Dashboard()
     config.wandb.mode = "online"
-    monkeypatch.setattr(wandb_logger, "start", lambda *words: modes.append(words[-1]) or board)
-    wandb_logger.log_evaluation(config, finished, result)
+    opened = wandb_logger.WandbDashboard(finished, board)
+    monkeypatch.setattr(wandb_logger, "start", lambda *words: modes.append(words[-1]) or opened)
+    choice.log_evaluation(config, finished, result)
     assert modes == ["offline"] and "logging offline" in " ".join(capsys.readouterr().out.split())
     assert board.alerts == ["few images"] and len(board.logged["evaluate/cells"].data) == 5
 
@@ -350,6 +351,17 @@ def test_wrong_settings_are_one_line(finished: RunDir, word: str, message: str |
         return
     with pytest.raises(UserError, match=message):
         apply_overrides(config, [word], CHANGED_BY_EVALUATE)
+
+
+@pytest.mark.parametrize("finetune", ["none", "lora"])
+def test_another_base_than_in_training_is_refused(
+    finetune: str, make_config: Callable, tmp_path: Path
+) -> None:
+    """Also where the base alone is measured."""
+    run = RunDir(tmp_path)
+    run.status.update(base_hash="0" * 64)
+    with pytest.raises(UserError, match=r"the base model.path=demo is not the one it was trained from"):
+        evaluate.models_to_evaluate(run, make_config(f"finetune={finetune}"))
 
 
 def test_an_unfinished_run_is_refused_in_one_line(finished: RunDir, tmp_path: Path) -> None:

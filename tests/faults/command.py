@@ -21,6 +21,7 @@ def main() -> int:
             one.add_argument("--count", type=int, default=count)
             one.add_argument("--seed", type=int, default=0)
     verbs.choices["kill"].add_argument("--jobs", type=int, default=1, help="runs at a time")
+    verbs.choices["fuzz"].add_argument("--only", default="", help="the tests with this in their names")
     verbs.add_parser("table")
     words = parser.parse_args()
     if words.verb == "table":
@@ -36,7 +37,7 @@ def main() -> int:
             result = corrupt.corrupt_files(words.count, words.seed, scratch)
             sound = not result["broken"]
         elif words.verb == "fuzz":
-            result = fuzz.fuzz_all()
+            result = fuzz.fuzz_all(words.only)
             sound = all(one["passed"] for one in result["tests"])
         else:
             result = machine.all_faults(scratch)

@@ -19,13 +19,21 @@ def record(verb: str, result: dict[str, Any]) -> None:
     """Puts one verb's result into the record, with commit, date and machine; then writes the table."""
     file = REPO / RECORD
     content = json.loads(file.read_text()) if file.exists() else {}
-    content[verb] = result | {
-        "commit": commit(), "date": datetime.now(UTC).date().isoformat(),
+    if verb == "fuzz":  # a part of them may be repeated
+        new = {one["what"]: one for one in result["tests"]}
+        before = content.get(verb, {}).get("tests", [])
+        result = result | {"tests": [*({one["what"]: one for one in before} | new).values()]}
+    content[verb] = result | made() | {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(dict(sorted(content.items())), indent=1) + "\n")
     write()
+
+
+def made() -> dict[str, str]:
+    """The commit and the date of now."""
+    return {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
 
 
 def commit() -> str:
@@ -53,8 +61,9 @@ def table(content: dict[str, Any]) -> str:
     of_verb = {"kill": kill_rows, "corrupt": corrupt_rows, "machine": machine_rows, "fuzz": fuzz_rows}
     for verb, rows in of_verb.items():
         if verb in content:
-            made = f"{content[verb]['commit']}, {content[verb]['date']}"
-            lines += [f"| {what} | {often} | {end} | {made} |" for what, often, end in rows(content[verb])]
+            for what, often, end, *own in rows(content[verb]):
+                when = own[0] if own else content[verb]
+                lines.append(f"| {what} | {often} | {end} | {when['commit']}, {when['date']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -86,10 +95,11 @@ def machine_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def fuzz_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+def fuzz_rows(found: dict[str, Any]) -> list[tuple[str, str, str, dict[str, str]]]:
     sound = "read, or refused in one line; no file outside"
     rows = []
     for one in found["tests"]:
-        end = f"{sound} ({one['seconds']} s)" if one["passed"] else "**failed**"
-        rows.append((f"random input: {one['what']}", f"{found['inputs']:,}", end))
+        time = f" ({one['seconds']} s)" if one["seconds"] is not None else ""  # none on a busy machine
+        end = f"{sound}{time}" if one["passed"] else "**failed**"
+        rows.append((f"random input: {one['what']}", f"{found['inputs']:,}", end, one.get("made", found)))
     return rows

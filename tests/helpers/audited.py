@@ -1,4 +1,4 @@
-"""Runs commands in this process and notes what they connect to, delete, rename and open for writing.
+"""Runs commands in this process; notes where they connect and listen, delete, rename and open for writing.
 
     python tests/helpers/audited.py LOG COMMAND...
 
@@ -56,8 +56,9 @@ def install(log: int) -> None:
                 isinstance(mode, str) and set(mode) & set("wax+")
             ):
                 note(event, path)
-        elif event in ("socket.connect", "socket.sendto"):
-            note(event, arguments[1])
+        elif event in ("socket.connect", "socket.sendto", "socket.bind"):
+            if event != "socket.bind" or isinstance(arguments[1], tuple):  # a path is a Unix socket's
+                note(event, arguments[1])
         elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
             note(event, arguments[0])
         elif event in TARGETS:

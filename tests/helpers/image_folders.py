@@ -1,5 +1,6 @@
 """Small image folders, and reading them with `read_folder`."""
 
+import os
 from pathlib import Path
 from zlib import crc32
 
@@ -15,7 +16,7 @@ def write_image(path: Path, size: tuple[int, int] = (64, 48), colour: tuple[int,
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", size, colour)
     if min(size) > 8:
-        image.paste(crc32(path.name.encode()) % 2**24, (0, 0, 4, 4))
+        image.paste(crc32(os.fsencode(path.name)) % 2**24, (0, 0, 4, 4))
     image.save(path)
     return path
 

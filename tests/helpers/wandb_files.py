@@ -18,3 +18,14 @@ def offline_records(folder: Path) -> list[dict]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def wandb_curves(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """The curves among the records of a run, over the optimiser step."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        item = record["history"]["item"] if record["type"] == "history" else {}
+        for name, value in item.items():
+            if isinstance(value, int | float) and not name.startswith("_"):
+                curves.setdefault(name, []).append((item["trainer/global_step"], value))
+    return curves

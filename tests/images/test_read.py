@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import re
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -13,8 +14,10 @@ from helpers.image_folders import RED, read, write_image
 from PIL import Image, ImageCms, features
 
 from ghibli.images import read as reading
-from ghibli.images.read import Unusable, image_endings, open_image, read_image
-from ghibli.inference.restyle import find_photos
+from ghibli.images.jpeg import has_too_many_scans
+from ghibli.images.read import Unusable, check_image, image_endings, open_file, open_image, read_image
+from ghibli.inference.photos import find_photos
+from ghibli.prepare.download import write_image_bytes
 from ghibli.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -76,10 +79,54 @@ def test_a_png_that_is_postscript_starts_nothing(tmp_path: Path, ghostscript: Pa
 
 def test_no_other_module_opens_image_files() -> None:
     """`Image.open` without `formats` tries all that Pillow knows."""
+    others = re.compile(r"\b(cv2|imageio|skimage|torchvision\.io|load_image)\b")
     for path in [*(ROOT / "ghibli").rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open"):
+        text, names = path.read_text(), {"PIL.Image"}  # what the module calls Pillow's
+        assert not others.search(text), path
+        nodes = list(ast.walk(ast.parse(text))) if "PIL" in text else []
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module in ("PIL", "PIL.Image"):
+                names |= {name.asname or name.name for name in node.names}
+        openers = {f"{name}.open" for name in names} | {"open"} & names
+        for node in nodes:
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in openers:
                 assert "formats" in [keyword.arg for keyword in node.keywords], path
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".tif", ".txt"])
+def test_no_door_starts_it(tmp_path: Path, ghostscript: Path, ending: str) -> None:
+    """PostScript alone or behind the header of a preview: as an image, as a row of parquet, as any file."""
+    for before in (b"", b"\xc5\xd0\xd3\xc6" + (30).to_bytes(4, "little") + bytes([255, 0, 0, 0]) + bytes(18)):
+        file = tmp_path / f"a{ending}"
+        file.write_bytes(before + POSTSCRIPT)
+        for door in (check_image, read_image, lambda path, _: open_image(path)):
+            with pytest.raises((Unusable, UserError)):
+                door(file, 8)
+        with pytest.raises(OSError):
+            open_file(file)
+        assert write_image_bytes({"bytes": file.read_bytes()}, tmp_path, 1) == "000001.png"
+    assert not ghostscript.exists()
+
+
+def with_scans(count: int) -> bytes:
+    """A progressive JPEG, its last scan `count` times more; a preview and a video with the same bytes."""
+    content = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x010E] = "\xff\xda" * 300
+    Image.new("L", (640, 480), 128).save(content, "JPEG", progressive=True, exif=exif)
+    whole, end = content.getvalue()[:-2], content.getvalue()[-2:]
+    last = whole[whole.rindex(b"\xff\xda") :]
+    return whole + last * count + end + b"\xff\xda\x00\x02" * 300
+
+
+def test_a_jpeg_of_thousands_of_passes_is_refused(tmp_path: Path) -> None:
+    """Each takes 100 bytes and goes through all pixels: at 64 megapixels 1 MB of them took four minutes."""
+    (tmp_path / "usual.jpg").write_bytes(with_scans(100))
+    assert read_image(tmp_path / "usual.jpg")[1] == (640, 480)
+    (tmp_path / "many.jpg").write_bytes(with_scans(1000))
+    with pytest.raises(Unusable, match="hundreds of passes"):
+        read_image(tmp_path / "many.jpg")
+    assert not has_too_many_scans(b"\xff\xd8" + b"\xff\xd8\xff\x01" * 1000 + b"\xff\xe0\x00\x00")
 
 
 # Colour profiles
@@ -135,6 +182,12 @@ def matrix_profile(matrix: np.ndarray, gamma: float) -> bytes:
     return head + bytes(128 - len(head)) + table + body
 
 
+def srgb_of_adobe(colours: np.ndarray) -> np.ndarray:
+    """The formula: levels (..., 3) in Adobe RGB to levels in sRGB, in float64."""
+    linear = (colours.astype(np.float64) / 255) ** (563 / 256)
+    return encoded(linear @ (np.linalg.inv(SRGB) @ ADOBE).T)
+
+
 @pytest.fixture
 def colours() -> np.ndarray:
     """512 colours: (1, 512, 3) uint8."""
@@ -148,10 +201,8 @@ def test_adobe_rgb_becomes_srgb_by_the_formula(tmp_path: Path, colours: np.ndarr
     Image.fromarray(colours).save(
         file, icc_profile=adobe_rgb(), **({"lossless": True} if ending == "webp" else {})
     )
-    linear = (colours.astype(np.float64) / 255) ** (563 / 256)
-    expected = encoded(linear @ (np.linalg.inv(SRGB) @ ADOBE).T)
     got = np.asarray(open_image(file), dtype=float)
-    assert np.abs(got - expected).max() <= 1.5
+    assert np.abs(got - srgb_of_adobe(colours)).max() <= 1.5
     assert np.abs(got - colours).max() > 18  # without the profile
 
 
@@ -160,10 +211,10 @@ def test_a_transparent_image_keeps_its_profile(tmp_path: Path, colours: np.ndarr
     Image.fromarray(np.concatenate([colours, alpha], axis=2)).save(
         tmp_path / "a.png", icc_profile=adobe_rgb()
     )
-    Image.fromarray(colours).save(tmp_path / "b.png", icc_profile=adobe_rgb())
-    opaque = np.asarray(open_image(tmp_path / "b.png"), dtype=float)
     half = np.asarray(open_image(tmp_path / "a.png"), dtype=float)
-    assert np.abs(half - (opaque * 128 + 255 * 127) / 255).max() <= 1
+    opaque = srgb_of_adobe(colours)
+    assert np.abs(half - (opaque * 128 + 255 * 127) / 255).max() <= 1.5
+    assert np.abs(half - (colours.astype(float) * 128 + 255 * 127) / 255).max() > 9  # without the profile
 
 
 def test_an_srgb_profile_changes_no_level(tmp_path: Path, colours: np.ndarray) -> None:
@@ -207,6 +258,27 @@ def test_other_files_are_counted_by_ending(tmp_path: Path) -> None:
     assert folder.not_read == ("1 without an ending, 1 .cr3, 1 .jxl, 2 .mp4, 3 images in old/ (1), sub/ (2)")
 
 
+def test_later_images_of_a_file_and_links_to_folders_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an animation or a scan of several pages only the first is used; a link is not followed."""
+    root, frames = tmp_path / "set", [Image.new("RGB", (64, 48), (40 * n, 9, 9)) for n in range(3)]
+    for ending in ("gif", "png", "webp", "tif"):
+        write_image(root / f"{ending}.{ending}").unlink()
+        frames[0].save(root / f"{ending}.{ending}", save_all=True, append_images=frames[1:])
+    write_image(root / "still.gif")
+    frames[0].save(root / "phone.jpg", "MPO", save_all=True, append_images=frames[1:])  # its own small copy
+    (tmp_path / "more").mkdir()
+    (root / "more").symlink_to(tmp_path / "more")
+    folder = read(root, caption="x")
+    assert len(folder.images) == 6
+    assert folder.not_read == (
+        "1 links to folders (more/), later images of 4 files with several (gif.gif, png.png, tif.tif)"
+    )
+    found = find_photos([root], "a cat", "")
+    assert len(found) == 6 and "1 links to folders (more/)" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("name", "named"),
     [
@@ -247,12 +319,14 @@ def test_heic_without_its_extra_is_named_with_the_way_out(
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "b.png")
     (tmp_path / "c.HEIC").write_text("x")
-    assert read(tmp_path, caption="x").not_read == "1 .heic (pip install -e '.[heif]' reads them)"
+    assert read(tmp_path, caption="x").not_read == "1 .heic (python -m pip install -e '.[heif]' reads them)"
     (tmp_path / "d.mp4").write_text("x")
     assert len(find_photos([tmp_path], "a cat", "")) == 2
     said = " ".join(capsys.readouterr().out.split())
-    assert "not read: 1 .heic (pip install -e '.[heif]' reads them), 1 .mp4" in said
-    with pytest.raises(UserError, match=r"c.HEIC is not an image: pip install -e '.\[heif\]' reads them"):
+    assert "not read: 1 .heic (python -m pip install -e '.[heif]' reads them), 1 .mp4" in said
+    with pytest.raises(
+        UserError, match=r"c.HEIC is not an image: python -m pip install -e '.\[heif\]' reads them"
+    ):
         find_photos([tmp_path / "c.HEIC"], "a cat", "")
 
 

@@ -78,6 +78,14 @@ def test_hosts() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.3.0.1", "::1", "[::1]", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.7", "localhost.example")))
     assert is_wildcard("0.0.0.0") and is_wildcard("::") and not is_wildcard("127.0.0.1")
+    typed = {
+        "0": "0.0.0.0",
+        "127.1": "127.0.0.1",
+        "0x7f.1": "127.0.0.1",
+        "LocalHost": "localhost",
+        "[::1]": "::1",
+    }
+    assert {host: find_address(host, None)[0] for host in typed} == typed
 
 
 def test_proxies_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +101,7 @@ def test_proxies_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> No
 def test_words_that_are_no_settings() -> None:
     for word, reason in (
         ("nope=1", "unknown key nope"),
+        ("lora.rank=8", "lora.rank=8 changes nothing here: only model.*, data=NAME and data.style do"),
         ("outputs/train/run", "`outputs/train/run` is no setting"),
         ("model.path=no/such/base/here", "model.path=no/such/base/here: no such folder or file"),
     ):
@@ -175,6 +184,45 @@ def test_other_pages_may_only_link_here() -> None:
     for change in ({"sec-fetch-dest": "iframe"}, {"sec-fetch-mode": "no-cors", "sec-fetch-dest": "image"}):
         assert ask(headers=link | change)[0] == 403
     assert ask(headers=link | {"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"})[0] == 200
+    for path in ("/gradio_api/file=a.png", "/config", "/gradio_api/logout"):  # a link opens the page, no more
+        assert ask(headers=link, path=path)[0] == 403
+        assert ask(headers=link | {"sec-fetch-site": "none"}, path=path)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "accepted"),
+    [
+        ("127.0.0.1:7860", "http://127.0.0.1:7860", True),
+        ("127.0.0.1:7860", "http://evil.example", False),
+        ("evil.example:7860", "http://evil.example:7860", False),
+    ],
+)
+def test_a_websocket_passes_the_same_door(host: str, origin: str, accepted: bool) -> None:
+    """A browser sends one from any page, without asking first."""
+    sent, reached = [], []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    headers = [(b"host", host.encode()), (b"origin", origin.encode())]
+    scope = {"type": "websocket", "path": "/", "headers": headers}
+    asyncio.run(Guard(application, "127.0.0.1", Path("/nonexistent"))(scope, None, send))
+    assert (reached, sent) == ((["/"], []) if accepted else ([], ["websocket.close"]))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("host", "127.0.0.1:7860"), ("host", "evil.example")],
+        [("host", "127.0.0.1:7860"), ("origin", "http://127.0.0.1:7860"), ("origin", "http://evil.example")],
+    ],
+)
+def test_a_header_that_is_given_twice_is_refused(headers: list[tuple[str, str]]) -> None:
+    """Whoever reads the other one would be somebody else's page."""
+    assert ask(headers=headers)[0] == 403
 
 
 def test_routes_that_the_page_does_not_use_are_closed() -> None:

@@ -1,6 +1,7 @@
 """Adapters for other programs: verified after export, and no file of the user replaced."""
 
 import gc
+import json
 import re
 import shutil
 import weakref
@@ -98,6 +99,11 @@ def test_the_card_says_how_good_and_whose(exported: tuple[Path, list], run: RunD
         assert words in card
 
 
+def test_trigger_words_lie_beside_each_kohya_file(exported: tuple[Path, list], run: RunDir) -> None:
+    for file in (exported[0] / "run_kohya.json", run.adapter / "kohya.json"):
+        assert json.loads(file.read_text())["activation text"] == "Studio Ghibli style"
+
+
 def test_the_runs_own_kohya_file(run: RunDir, base: BaseModel) -> None:
     """Written at the end of every run, without a date: the same run gives the same bytes."""
     ours = read_adapter(run.adapter / "kohya.safetensors", base, "x")
@@ -120,6 +126,19 @@ def test_a_run_ends_well_with_an_alpha_that_no_float_is(make_config: Callable, t
         make_config("trainer.max_epochs=1", "lora.rank=2", "lora.alpha=0.1", "lora.variant=rslora"), run
     )
     assert run.status.state == "finished" and (run.adapter / "kohya.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["loha", "lokr", "oft"])
+def test_every_other_kind_is_exported(variant: str, make_config: Callable, tmp_path: Path) -> None:
+    """Both files are the trained model, with convolutions for all but oft."""
+    run = RunDir(tmp_path / variant)
+    targets = "lora.targets=attention" if variant == "oft" else "lora.targets=[to_k,conv1]"
+    train.run(make_config(*QUICK, f"lora.variant={variant}", targets, "optimizer.lr=5e-2"), run)
+    assert (run.adapter / "kohya.safetensors").exists() == (variant != "oft")
+    checks = export.export(run, finished_config(run), tmp_path / "out", merge=False)
+    assert [check.file.name for check in checks] == [ADAPTER_FILE, f"{variant}_kohya.safetensors"]
+    assert all(check.from_live < 1e-5 < 1e-3 < check.from_base for check in checks)
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def loaded(adapter: Path) -> LoadedModel:
         ({"sampler": "eulr"}, "--sampler eulr is unknown: choose one of ddpm, ddim, euler"),
         ({"prompts": ["a train", "  "]}, "an empty prompt: give --prompt TEXT"),
         ({"prompts": []}, "an empty prompt"),
+        ({"prompts": ["( [] :1.3)"]}, "an empty prompt"),
         ({"steps": 0}, "--steps 0 is out of range: from 1 to 1000"),
         ({"seed": 10**20}, "--seed 100000000000000000000: must be from 0 to 4294967295"),
         ({"seed": -1}, "--seed -1: must be from 0 to 4294967295"),
@@ -239,6 +240,13 @@ def test_an_image_carries_what_makes_it_again(loaded: LoadedModel, adapter: Path
     ]
 
 
+def test_a_note_is_json() -> None:
+    """Which knows no NaN: whoever reads the image in another program could not parse it."""
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            generate.note({"scale": value})
+
+
 def test_sheets_leave_the_adapter_as_it_was(loaded: LoadedModel) -> None:
     """Their columns equal the images generated alone; afterwards the adapter is at its scale again."""
     request = replace(REQUEST, prompts=["a red train"])
@@ -392,19 +400,21 @@ def test_the_command(adapter: Path, tmp_path: Path) -> None:
 QUICK = ("--steps", "1", "--size", "64", "model=demo")
 
 
-def test_a_second_call_leaves_the_images_of_the_first(tmp_path: Path) -> None:
+def test_a_second_call_leaves_the_images_of_the_first(adapter: Path, tmp_path: Path) -> None:
     """Numbers go on after the highest one; sheets and other files there stay too."""
-    (tmp_path / "beside_base.png").write_bytes(b"mine")
-    (tmp_path / "notes.png").write_bytes(b"mine")
+    out, words = tmp_path / "out", (str(adapter), "-p", "a lake", "-p", "a sea", "--base")
+    out.mkdir()
+    (out / "beside_base.png").write_bytes(b"mine")
+    (out / "notes.png").write_bytes(b"mine")
     for _ in range(2):
-        code, said = command("-p", "a lake", "-p", "a sea", "--base", "--to", str(tmp_path), *QUICK)
+        code, said = command(*words, "--to", str(out), *QUICK)
         assert code == 0, said
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
+    assert sorted(file.name for file in out.iterdir()) == [
         "000.png", "001.png", "002.png", "003.png",
         "beside_base-2.png", "beside_base-3.png", "beside_base.png", "notes.png",
     ]  # fmt: skip
-    assert (tmp_path / "beside_base.png").read_bytes() == b"mine"
-    with Image.open(tmp_path / "003.png") as opened:
+    assert (out / "beside_base.png").read_bytes() == b"mine"
+    with Image.open(out / "003.png") as opened:
         assert json.loads(opened.text["ghibli"])["prompts"] == ["a sea"]
 
 
@@ -481,6 +491,13 @@ def test_printed_names_pasted_into_bash_are_the_files(name: str) -> None:
         ),
         (["-p", "a lake", "modle=demo"], "modle"),
         (["-p", "a lake", "--interpolate"], "--interpolate varies the scale of an adapter"),
+        (["-p", "a lake", "--base"], "--base draws the base above what was trained"),
+        (["-p", "a lake", "--scale", "0.5"], "--scale 0.5 is a factor on adapters, and none is loaded"),
+        (["-p", "a lake", "--grid", "scale=0,0.5"], "--scale 0.5 is a factor on adapters, and none is"),
+        (["-p", "a lake", "--hires-strength", "0.3"], "--hires-strength is that of a second pass"),
+        (["-p", "a lake", "--grid", "hires_strength=0.3,0.5"], "--grid hires_strength is that of a second"),
+        (["-p", "a lake", "model=demo", "lora.rank=8"], "lora.rank=8 changes nothing here: only model.*"),
+        (["-p", "a lake", "model=demo", "data.caption=x"], "data.caption=x changes nothing here"),
     ],
 )
 def test_errors_of_the_command(words: list[str], reason: str) -> None:

@@ -130,3 +130,19 @@ def test_damaged_metadata(run: RunDir, base: BaseModel, tmp_path: Path) -> None:
     save_file(load_file(run.adapter / ADAPTER_FILE), file, {"lora_adapter_metadata": "{"})
     with pytest.raises(UserError, match="cannot be read as a LoRA"):
         read_adapter(file, base, "import")
+
+
+def test_latest_is_taken_where_a_run_is(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`import`, `resize` and `extract`; what they print and write is that of the run's own path."""
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "it").symlink_to(run.path)
+    monkeypatch.chdir(tmp_path)
+    said = [CliRunner().invoke(app, ["import", name]).output for name in ("latest", "outputs/it")]
+    assert said[0] == said[1] and "targets" in said[0]
+    for command in (["resize", "{}", "--rank", "2"], ["extract", "{}", "demo", "--rank", "2"]):
+        files = [tmp_path / f"{command[0]}{at}.safetensors" for at in range(2)]
+        for name, file in zip(("latest", "outputs/it"), files, strict=True):
+            done = CliRunner().invoke(app, [word.format(name) for word in command] + ["--to", str(file)])
+            assert done.exit_code == 0, done.output
+        one, other = (load_file(file) for file in files)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

@@ -17,6 +17,7 @@ def test_push_lists_the_files_and_sends_nothing(exported: tuple[Path, list], run
     assert done.exit_code == 0, done.output
     assert "run_kohya.safetensors" in done.output and "README.md" in done.output
     assert "nothing was sent" in done.output and "merged" not in done.output
+    assert "samples/adapter.png" in done.output  # the grid that the card shows
 
 
 def test_push_sends_just_that(
@@ -51,6 +52,11 @@ def test_push_sends_just_that(
     link = shutil.copytree(exported[0], tmp_path / "link", ignore=lambda *_: ["merged"])
     (link / "passwd.md").symlink_to("/etc/passwd")
     with pytest.raises(UserError, match=r"passwd.md is a link: only files of an export are sent"):
+        push.files_to_push(link)
+    (link / "passwd.md").unlink()
+    shutil.rmtree(link / "samples")
+    (link / "samples").symlink_to(exported[0] / "samples")
+    with pytest.raises(UserError, match=r"samples is a link"):
         push.files_to_push(link)
     (tmp_path / "whole").symlink_to(exported[0])
     with pytest.raises(UserError, match=r"whole is a link"):

@@ -14,14 +14,16 @@ from typer.testing import CliRunner
 
 from ghibli.cli.main import app
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
+from ghibli.diffusion.samplers import predictor
 from ghibli.images import grid
 from ghibli.images.grid import to_image
 from ghibli.inference import restyle
-from ghibli.inference.img2img import to_latents
+from ghibli.inference.img2img import covered, kept_outside, to_latents
 from ghibli.inference.inversion import invert, walked
 from ghibli.inference.load import LoadedModel, load_model
+from ghibli.inference.photos import Photo, find_photos, with_masks
 from ghibli.inference.request import RestyleOptions, unused_negative
-from ghibli.inference.restyle import Photo, find_photos, restyle_all, size_like
+from ghibli.inference.restyle import restyle_all, size_like
 from ghibli.models.base import DEMO
 from ghibli.runtime.errors import UserError
 
@@ -174,6 +176,29 @@ def test_strength_is_a_share_of_all_noise_levels(
     assert len(seen) == steps // 2 and abs(seen[0] - 500) <= 3 and min(seen) >= 0
 
 
+def test_a_negative_prompt_of_any_length_is_used(base_alone: LoadedModel) -> None:
+    """Words beyond the 75th token, which the library's own pipeline drops with a warning."""
+    photo = Image.new("RGB", (64, 64), "grey")
+    drawn = [
+        grey(restyle.restyle_photo(base_alone, photo, "a lake", replace(OPTIONS, negative=negative)))
+        for negative in ("fog, " * 60, "fog, " * 60 + "blue house")
+    ]
+    assert np.abs(drawn[0] - drawn[1]).max() > 1
+
+
+@pytest.mark.parametrize("command", ["generate", "restyle"])
+def test_the_commands_say_that_a_negative_prompt_is_not_used(
+    command: str, photos: Path, tmp_path: Path
+) -> None:
+    words = ["generate", "--prompt", "a lake", "--size", "64", "model=demo"]
+    if command == "restyle":
+        words = ["restyle", str(photos), "--prompt", "a lake", "--with", "model=demo"]
+    words += ["--negative", "fog", "--guidance", "1", "--steps", "2", "--to", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "the negative prompt is not used: at guidance 1" in " ".join(result.output.split())
+
+
 def test_a_negative_prompt_that_is_not_used_is_named() -> None:
     assert unused_negative("fog", 7.5) == unused_negative(" ", 1) == []
     (said,) = unused_negative("fog", 1)
@@ -242,31 +267,45 @@ def grey(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"), float)
 
 
-@pytest.mark.parametrize("steps", [10, 30, 334])
-def test_inversion_is_diffusers_ddim_backwards(base_alone: LoadedModel, steps: int) -> None:
-    """Its scheduler steps T // steps, so the comparison is at numbers that leave the strides equal."""
-    base, strength = base_alone.base, 0.3 if steps < 100 else 0.01
-    options = RestyleOptions(strength, "ddim", 1.0, steps, 0, "", 1.0, 64, "inversion")
+@pytest.mark.parametrize(("steps", "clean"), [(10, False), (30, False), (10, True)])
+def test_inversion_is_diffusers_ddim_backwards(base_alone: LoadedModel, steps: int, clean: bool) -> None:
+    """Its scheduler steps T // steps, so the comparison is at numbers that leave the strides equal.
+
+    What the base's scheduler file leaves out is SD 1.5's; `clean` begins below the first noise level.
+    """
+    base = replace(base_alone.base, scheduler_config={"set_alpha_to_one": clean})
+    options = RestyleOptions(0.3, "ddim", 1.0, steps, 0, "", 1.0, 64, "inversion")
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.5
     scheduler = DDIMInverseScheduler.from_config(
-        base.scheduler_config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        base_alone.base.scheduler_config, clip_sample=False, set_alpha_to_one=clean, steps_offset=1,
         timestep_spacing="leading",
     )  # fmt: skip
     scheduler.set_timesteps(steps)
     expected = start
     with torch.inference_mode():
         embeds = base.encode_captions(["a lake"])
-        count = int(steps * strength)
+        count = int(steps * 0.3)
         for t in scheduler.timesteps[:count]:
             expected = scheduler.step(base.unet(expected, t[None], embeds).sample, t, expected).prev_sample
-    calls: list[int] = []
-    found = invert(base, start, "a lake", options, lambda: calls.append(1))
-    assert len(calls) == count
-    if steps == 334:  # `trailing` there: other timesteps, and each step ends where the next one starts
-        assert walked(base, options)[-1] < 4
-        return
-    assert walked(base, options).flip(0).tolist() == scheduler.timesteps[:count].tolist()
+        found = invert(base, start, options, predictor(base, embeds, None, 1.0))
+    assert walked(base, options)[1].flip(0).tolist() == scheduler.timesteps[:count].tolist()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_each_step_ends_where_the_next_one_starts(base_alone: LoadedModel) -> None:
+    """With unequal strides (400 steps, `trailing`) too: Song et al. 2021, equation 13, in float64."""
+    options = RestyleOptions(0.012, "ddim", 1.0, 400, 0, "", 1.0, 64, "inversion")
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    scheduler, timesteps = walked(base_alone.base, options)
+    strides = timesteps.flip(0).diff()
+    assert len(timesteps) == 4 and len(strides.unique()) > 1
+    alphas, before, expected = scheduler.alphas_cumprod.double(), 0, start.double()
+    for t in timesteps.flip(0).tolist():
+        noise, low, high = (expected * t / 1000).sin(), alphas[before], alphas[t]
+        clean = (expected - (1 - low).sqrt() * noise) / low.sqrt()
+        expected, before = high.sqrt() * clean + (1 - high).sqrt() * noise, t
+    found = invert(base_alone.base, start, options, lambda latents, t: (latents * t / 1000).sin())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_a_photo_comes_back_from_its_own_noise(base_alone: LoadedModel, photos: Path) -> None:
@@ -277,7 +316,9 @@ def test_a_photo_comes_back_from_its_own_noise(base_alone: LoadedModel, photos: 
     options = RestyleOptions(0.5, "ddim", 1.0, 50, 1, "", 1.0, 64, "inversion")
     with torch.inference_mode():
         coded = to_image(base_alone.base.decode(to_latents(base_alone.base, small))[0])
-    back = restyle.restyle_photo(base_alone, small, photo.prompt, options)
+    calls: list[int] = []
+    back = restyle.restyle_photo(base_alone, small, photo.prompt, options, lambda: calls.append(1))
+    assert len(calls) == 50  # half of the steps, in both directions
     other = restyle.restyle_photo(base_alone, small, photo.prompt, replace(options, way="img2img"))
     near, far = (np.abs(grey(image) - grey(coded)).mean() for image in (back, other))
     assert near < 5 and near < far / 2
@@ -302,6 +343,17 @@ def test_outside_a_mask_the_photo_stays(base_alone: LoadedModel, photos: Path) -
     assert np.abs(grey(whole) - grey(plain)).max() <= 1
 
 
+def test_all_that_is_mixed_in_was_redrawn() -> None:
+    """Down to the last trace of a soft edge; else a rim of what was not redrawn would be mixed in."""
+    mask = Image.new("L", (50, 40))
+    mask.paste(255, (20, 10, 35, 30))
+    redrawn = covered(mask, (128, 96))
+    mixed = kept_outside(Image.new("RGB", (128, 96)), torch.ones(3, 96, 128), mask)[0] > 0
+    assert set(np.array(redrawn).flat) == {0, 255} and redrawn.size == (128, 96)
+    assert np.array_equal(np.array(redrawn) == 255, mixed.numpy())
+    assert mixed.sum() > 1.1 * 128 * 96 * 15 * 20 / (50 * 40)  # wider than what is white
+
+
 def test_masks_belong_to_their_photos(photos: Path, tmp_path: Path) -> None:
     found = find_photos([photos], "x", "")
     size = Image.open(found[0].path).size
@@ -309,17 +361,29 @@ def test_masks_belong_to_their_photos(photos: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for photo in found:
         Image.new("L", size, 255).save(folder / f"{photo.path.stem}.png")
-    masked = restyle.with_masks(found, folder)
+    masked = with_masks(found, folder)
     assert [photo.mask and photo.mask.stem for photo in masked] == [photo.path.stem for photo in found]
-    assert restyle.with_masks(found, None) == found
+    assert with_masks(found, None) == found
     Image.new("L", (10, 20)).save(folder / f"{found[1].path.stem}.png")
     with pytest.raises(UserError, match=rf"^--mask .* has 10x20 px and .* {size[0]}x{size[1]}: a mask has"):
-        restyle.with_masks(found, folder)
+        with_masks(found, folder)
     (folder / f"{found[0].path.stem}.png").unlink()
     with pytest.raises(UserError, match=r"^--mask .*: no image called .* there"):
-        restyle.with_masks(found, folder)
+        with_masks(found, folder)
     with pytest.raises(UserError, match=r"^--mask "):
-        restyle.with_masks(found, tmp_path / "nowhere.png")
+        with_masks(found, tmp_path / "nowhere.png")
+
+
+def test_the_default_way_is_one_that_the_sampler_can_go(photos: Path, tmp_path: Path) -> None:
+    """At the strength that docs/restyle.md found for it."""
+    for sampler, way, strength in (("DDIM", "inversion", 0.65), ("euler_a", "img2img", 0.5)):
+        out = tmp_path / sampler
+        words = [str(photos), "--with", "model=demo", "--steps", "2", "--sampler", sampler, "--to", str(out)]
+        result = CliRunner().invoke(app, ["restyle", *words])
+        assert result.exit_code == 0, result.output
+        with Image.open(next(out.glob("scene_*.png"))) as opened:
+            found = json.loads(opened.text["ghibli"])
+        assert (found["way"], found["strength"]) == (way, strength)
 
 
 def test_a_way_that_is_not_there() -> None:
@@ -376,6 +440,27 @@ def test_photos_that_cannot_be_read_are_skipped(
     assert (note["prompt"], note["strength"], note["seed"]) == ("a scene, drawn", 0.5, 1)
     with pytest.raises(UserError, match="none of the photos could be read"):
         restyle_all(base_alone, [p for p in found if p.path.suffix == ".jpg"], OPTIONS, tmp_path / "out")
+
+
+def test_ctrl_c_keeps_what_is_done(
+    base_alone: LoadedModel, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    plain, calls = restyle.restyle_photo, []
+
+    def restyle_photo(*args: object, **options: object) -> Image.Image:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    monkeypatch.setattr(restyle, "restyle_photo", restyle_photo)
+    found = find_photos([photos], "a scene", "")
+    with pytest.raises(KeyboardInterrupt):
+        restyle_all(base_alone, found, OPTIONS, tmp_path / "a (1)")
+    assert [file.stem for file in (tmp_path / "a (1)").iterdir()] == [found[0].path.stem]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"1 of 2 are done and kept in '{tmp_path / 'a (1)'}'" in said
 
 
 def test_one_photo_of_a_set(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import train
+from ghibli.adapters import lora
 from ghibli.adapters.apply import add_to_weights, load_base
 from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.names import named_layers
@@ -25,6 +26,7 @@ from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
 from ghibli.evaluation.layer_map import read_map
 from ghibli.evaluation.slimming import halves, lost_gain
 from ghibli.inference import layer_scorer, slim
+from ghibli.models.base import BaseModel
 from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
@@ -249,6 +251,32 @@ def test_no_adapter_without_a_bound_that_holds(
     for words in (str(checked), f"{100 * checked.bound:.2f} %", "--lose 2%", "data.val_fraction=0.5"):
         assert words in result.summary and "\n" not in result.summary
     assert "No smaller adapter was written" in page_of(run.path).text
+
+
+@pytest.mark.parametrize("variant", ["dora", "lokr"])
+def test_both_files_of_a_kind_that_kohyas_layout_holds_otherwise(
+    variant: str, make_config: Callable[..., Config], base: BaseModel, tmp_path: Path
+) -> None:
+    """Magnitudes one an output are whole differences there, and a LoKr's core is multiplied out."""
+    config = make_config(f"lora.variant={variant}", "lora.rank=4", "lora.targets=[conv1]")
+    plain = load_base(config.model)
+    lora.add_lora(base, config.lora, 0)
+    for parameter in lora.trainable(base).values():
+        parameter.data += 0.1
+    adapter = read_adapter(lora.save_adapter(base, tmp_path / "whole"), plain, "it")
+    layers = dict(list(adapter.layers.items())[::2])
+    choice = slim.Choice(layers, lost_gain(*torch.rand(3, 2, 2)), lost_gain(*torch.rand(3, 2, 2)), 0.1)
+    (tmp_path / "slim").mkdir()
+    files, notes = slim.prepare(
+        RunDir(tmp_path), config, adapter, choice, plain, tmp_path / "slim" / "it_kohya.safetensors"
+    )
+    assert [file.name for file in files] == [ADAPTER_FILE, "it_kohya.safetensors"] and not notes
+    for file in files:
+        found = read_adapter(file, plain, "it").layers
+        assert found.keys() == layers.keys()
+        for name, layer in layers.items():
+            weight = named_layers(plain)[name].weight.detach().double()
+            torch.testing.assert_close(found[name].delta(weight), layer.delta(weight), rtol=0, atol=1e-6)
 
 
 # What is refused at once

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
+from ghibli.cli.jury import count_votes
 from ghibli.jury import ballot, count
 from ghibli.runtime.errors import UserError
 
@@ -108,3 +109,14 @@ def test_what_is_no_file_of_votes_or_no_key_is_one_line(tmp_path: Path, key: cou
         count.read_votes([file], key)
     with pytest.raises(UserError, match="odd.json is not the key of a ballot"):
         count.read_key(file)
+
+
+def test_the_name_of_a_file_adds_no_line(
+    tmp_path: Path, key: count.Key, vote: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A voter may call the file as he likes."""
+    files = [vote(name, 1.0, 3, voter="jane") for name in ("b\nrun poor is preferred in 99 %", "a")]
+    count_votes(files, tmp_path / "key.json", tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert any("\\nrun poor" in line for line in said)
+    assert not any(line.startswith("run poor") for line in said)

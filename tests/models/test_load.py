@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from ghibli.models.base import DEMO, BaseModel, configs_hash, weights_hash
+from ghibli.models.base import DEMO, BaseModel, configs_hash, results_key, weights_hash
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
@@ -126,12 +126,15 @@ def test_the_hash_knows_every_weight_and_the_schedule(base: BaseModel) -> None:
 def test_the_other_hash_knows_tokenizer_and_settings(folder: Path, base: BaseModel) -> None:
     """Of a base with the same weights: each change is seen, what only names a library's version is not."""
 
+    keys: set[str] = set()  # of the caches, which follow
+
     def hash_after(file: str, **changes: object) -> str:
         before = (folder / file).read_text()
         (folder / file).write_text(json.dumps(json.loads(before) | changes))
         changed = load(str(folder))
         (folder / file).write_text(before)
         assert weights_hash(changed) == weights_hash(base)
+        keys.add(results_key("same", changed))
         return configs_hash(changed)
 
     ours = configs_hash(base)
@@ -150,7 +153,14 @@ def test_the_other_hash_knows_tokenizer_and_settings(folder: Path, base: BaseMod
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(swapped))
     (folder / "tokenizer" / "tokenizer.json").unlink()
     seen.add(configs_hash(load(str(folder))))
-    assert len(seen) == 5
+    keys.add(results_key("same", load(str(folder))))
+    assert len(seen) == len(keys) == 5
+
+
+def test_configs_for_a_folder_are_not_used_and_named(capsys: pytest.CaptureFixture) -> None:
+    load("demo", "/no/such/folder")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "model.config=/no/such/folder is not used: model.path=demo is no single file" in said
 
 
 # What is refused

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from ghibli.adapters.apply import load_base
-from ghibli.models.base import BaseModel
+from ghibli.models.base import BaseModel, results_key
 from ghibli.models.load import load
 from ghibli.models.pipeline import make_pipeline
 from ghibli.models.prompt_embeds import chunks_of, encode_weighted, same_length
@@ -46,6 +46,17 @@ def test_clip_skip_is_a_text_encoder_with_fewer_layers(demo: BaseModel, skip: in
     expected = shorter(demo.tokenize(["a red train"])).last_hidden_state
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
     assert skip == 1 or (ours - demo.encode_captions(["a red train"])).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_results_are_cached_apart_where_they_differ(demo: BaseModel) -> None:
+    """By clip_skip; without one the key is that of before, so that older caches are found."""
+    bases = [replace(demo, clip_skip=skip) for skip in (1, 2, 3)]
+    keys = [results_key("weights", base) for base in bases]
+    assert keys[0] == "weights" and results_key("others", bases[1]) not in keys
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        embeds = [bases[i].encode_captions(["a red train"]) for i in (one, other)]
+        assert not torch.equal(*embeds) and keys[one] != keys[other]
 
 
 def test_more_layers_than_there_are() -> None:
@@ -91,6 +102,15 @@ def test_weights_are_a1111s_formula(demo: BaseModel) -> None:
 
 
 @torch.no_grad()
+def test_weights_that_overflow_are_one_line(demo: BaseModel) -> None:
+    """And a weight of 0 alone, or negative ones, are numbers like others."""
+    for prompt in ("(a lake:0)", "(a lake:-1)", "((a:1e-200):1e-200)"):
+        assert encode_weighted(demo, [prompt]).isfinite().all()
+    with pytest.raises(UserError, match=r"^the weights in the prompt `\(a lake:1e39\)` are too large"):
+        encode_weighted(demo, ["a train", "(a lake:1e39)"])
+
+
+@torch.no_grad()
 def test_repeating_a_prompt_changes_no_prediction(demo: BaseModel) -> None:
     """What a prompt beside a longer one is made: every key occurs as often as every other."""
     short, long = encode_weighted(demo, ["a lake"]), encode_weighted(demo, [LONG])
@@ -102,3 +122,16 @@ def test_repeating_a_prompt_changes_no_prediction(demo: BaseModel) -> None:
     expected, found = (demo.unet(x, t, embeds).sample for embeds in (short, one))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (demo.unet(x, t, long).sample - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_two_and_three_pieces_meet_at_six(demo: BaseModel) -> None:
+    """In any order; each prompt is its own pieces, repeated whole."""
+    prompts = [LONG, "a lake", LONG + " train" * 60]
+    alone = [encode_weighted(demo, [prompt]) for prompt in prompts]
+    assert [embeds.shape[1] for embeds in alone] == [2 * 77, 77, 3 * 77]
+    together = encode_weighted(demo, prompts)
+    one, two = same_length(alone[0], alone[2])
+    for found, expected in zip([*together, one[0], two[0]], [*alone, alone[0], alone[2]], strict=True):
+        repeated = expected[0].repeat(6 * 77 // expected.shape[1], 1)
+        torch.testing.assert_close(found, repeated, rtol=0, atol=1e-5)

@@ -51,6 +51,12 @@ def test_a_weight_is_finite(weight: str) -> None:
         parse_prompt(f"(a:{weight})")
 
 
+@pytest.mark.parametrize("prompt", ["((a:1e300):1e300)", "[((a:1e200):-1e200)]"])
+def test_a_product_of_weights_is_finite(prompt: str) -> None:
+    with pytest.raises(UserError, match="has weights whose product is not a finite number$"):
+        parse_prompt(prompt)
+
+
 @given(st.text())
 def test_an_escaped_text_is_itself(text: str) -> None:
     assert parse_prompt(escaped(text)) == ([(text, 1.0)] if text else [])

@@ -82,6 +82,30 @@ def test_the_missing_weight_is_named(single: Path, configs: Path, tmp_path: Path
     assert f"it lacks text_encoder.{lost}" in refused(file, str(configs))
 
 
+def test_weights_that_the_configs_do_not_describe_are_named(
+    single: Path, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """diffusers only logs them. What training leaves in a file is no part of the model."""
+    more = {
+        key: torch.ones(1)
+        for key in ("model_ema.decay", "first_stage_model.loss.logvar", "first_stage_model.model_ema.decay")
+    }
+    save_file(load_file(single) | more, tmp_path / "whole.safetensors")
+    load(str(tmp_path / "whole.safetensors"), str(configs))
+    assert "holds weights" not in capsys.readouterr().out
+    save_file(
+        load_file(single) | {"first_stage_model.extra.weight": torch.ones(1)}, tmp_path / "v.safetensors"
+    )
+    load(str(tmp_path / "v.safetensors"), str(configs))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "do not describe, and they are not used: first_stage_model.extra.weight" in said
+    save_file(
+        load_file(single) | {"model.diffusion_model.extra.weight": torch.ones(1)}, tmp_path / "u.safetensors"
+    )
+    text = refused(tmp_path / "u.safetensors", str(configs))
+    assert "that its configs do not describe: model.diffusion_model.extra.weight; are these" in text
+
+
 def test_configs_of_another_model_are_refused(single: Path, configs: Path) -> None:
     config = configs / "unet" / "config.json"
     config.write_text(config.read_text().replace('"cross_attention_dim": 64', '"cross_attention_dim": 96'))

@@ -125,6 +125,13 @@ def test_a_zip_file(tmp_path: Path, set_of_ten: Path) -> None:
     assert (root / "mine.txt").is_file()
 
 
+def test_a_zip_file_may_have_the_longest_name(images: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"{'ä' * 125}.zip"
+    shutil.make_archive(str(tmp_path / "it"), "zip", images)
+    (tmp_path / "it.zip").rename(file)
+    assert len(list_images(download.fetch(str(file), tmp_path / "into", lambda *_: None))) == 24
+
+
 def test_another_zip_file_of_the_same_name_is_another_set(tmp_path: Path, set_of_ten: Path) -> None:
     file = zipped(set_of_ten, tmp_path / "archive.zip")
     root = download.fetch(str(file), tmp_path / "data", no_progress)
@@ -266,6 +273,23 @@ def test_nothing_is_saved_with_errors(local: Path, set_of_ten: Path, monkeypatch
     assert not (local / "default.yaml").exists()
 
 
+def test_the_demo_base_keeps_its_own_resolution_and_learning_rate(
+    local: Path, set_of_ten: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`model=demo data=ghibli` with these images, and not the demo's weights as Stable Diffusion 1.5."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(preflight, "check", lambda words: asked.append(words) or [])
+    result = CliRunner().invoke(app, ["prepare", "--base", "demo", "--data", str(set_of_ten)])
+    assert result.exit_code == 0, result.output
+    saved, typed, there = (
+        check_overrides(words)[0]
+        for words in ([], asked[0], ["model=demo", "data=ghibli", f"data.root={set_of_ten}"])
+    )
+    assert saved is not None and typed is not None and there is not None
+    assert saved.model == typed.model == there.model and saved.model.resolution == 128
+    assert saved.optimizer.lr == there.optimizer.lr and saved.data == there.data
+
+
 def test_defaults_written_by_hand_are_kept(local: Path, set_of_ten: Path) -> None:
     """conf/train.yaml asks for them there."""
     local.mkdir()
@@ -275,7 +299,8 @@ def test_defaults_written_by_hand_are_kept(local: Path, set_of_ten: Path) -> Non
     assert "default.yaml was not written by `ghibli prepare`" in str(result.exception)
     assert [path.name for path in local.iterdir()] == ["default.yaml"]
     assert (local / "default.yaml").read_text() == own
-    (local / "default.yaml").write_text(prepare.LOCAL + "  sd15: demo\n")
+    ours = prepare.LOCAL.format(mark=prepare.MARK, model="sd15")
+    (local / "default.yaml").write_text(f"{ours}  sd15: demo\n")
     prepare.refuse_own_defaults(local / "default.yaml")
 
 

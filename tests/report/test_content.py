@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.report_material import evaluation_of, make_run, page_of
@@ -13,7 +14,7 @@ from PIL import Image
 
 from ghibli.cli import main
 from ghibli.evaluation.gain import Gain
-from ghibli.report import charts, page, text
+from ghibli.report import charts, figures, page, text
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_rows
 from ghibli.sweeps import effects
@@ -107,6 +108,46 @@ def test_a_study_is_ranked_and_shows_its_effects(tmp_path: Path) -> None:
     assert "2 learned; 2 finished, 1 failed." in page.text
     assert "no image grid for 1 of 3 runs (samples/ is empty)" in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 2
+
+
+def test_the_gain_stands_before_the_settings(tmp_path: Path) -> None:
+    """A table that is wider than the page is cut at its right."""
+    make_run(tmp_path / "low", (0, 0.1, 0.2), lora__rank=4)
+    make_run(tmp_path / "high", (0, 0.3, 0.5), lora__rank=8)
+    ranking = page_of(tmp_path).text.partition("Ranking")[2]
+    head = ranking.partition("gain over the base")
+    assert "rank" not in head[0].rpartition("differ.")[2] and "rank" in head[2][:200]
+
+
+def test_what_lies_below_the_scale_is_an_arrow() -> None:
+    low, high = charts.common_scale([Gain(0.14, 0.01), Gain(-1.8, 0.05)])
+    below, inside = (charts.interval_chart(gain, low, high) for gain in (Gain(-1.8, 0.05), Gain(0.14, 0.01)))
+    assert low > -1.8
+    assert "arrow" in below and "circle" not in below
+    assert "arrow" not in inside and "circle" in inside
+    partly = charts.interval_chart(Gain(low + 0.01, 0.1), low, high)
+    assert "arrow" in partly and "circle" in partly
+
+
+@pytest.mark.parametrize(
+    ("losses", "falls"),
+    [([0.4] * 8, False), ([0.4, 0.38] * 4, False), ([0.4, 0.4, 0.3, 0.2], True), ([0.4], False)],
+)
+def test_a_loss_that_halves_hides_no_gain(losses: list[float], falls: bool) -> None:
+    assert figures.falls_visibly([{figures.LOSS: loss} for loss in losses]) == falls
+    rows = [{"step": step, figures.LOSS: loss} for step, loss in enumerate(losses)]
+    raw, _ = figures.loss_curves([("it", SimpleNamespace(metrics=rows, state="finished"))])
+    assert ("a small gain is lost in it" in raw.caption) == (not falls)
+
+
+def test_a_title_says_more_than_the_time(tmp_path: Path) -> None:
+    dated = make_run(tmp_path / "2026-01-02_03-04-05", settings="LoRA rank 4", base="demo", images="film")
+    named = make_run(tmp_path / "panda", settings="LoRA rank 4", base="demo", images="film")
+    text = page_of(dated.path).text
+    assert text.index("LoRA rank 4") < text.index("base demo, images film, 2026-01-02_03-04-05")
+    assert "panda LoRA rank 4, base demo, images film" in page_of(named.path).text
+    assert page.title_of_several(["2026-01-02_03-04-05", "panda", "x"]) == "panda and 2 more"
+    assert page.title_of_several(["2026-01-02_03-04-05", "2026-01-02_03-04-06"]) == "2 runs compared"
 
 
 def test_unfinished_runs_come_last_and_have_no_effect(tmp_path: Path) -> None:

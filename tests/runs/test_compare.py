@@ -1,5 +1,6 @@
 """`ghibli compare`: what differs between two runs, and what that says about their results."""
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ghibli.cli import main
+from ghibli.cli import main, runs
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import PlainConsole
 
 STATUS = {
     "state": "finished", "epoch": 2, "gain": 0.25, "gain_se": 0.01, "base_hash": "b", "data_hash": "d",
@@ -117,3 +119,26 @@ def test_what_cannot_be_compared(compared: Callable, tmp_path: Path, words: tupl
     code, said = compared(*words)
     assert code == 2
     assert said.startswith(answer)
+
+
+def test_what_differs_is_never_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two long paths that differ at their end, on a terminal of 80 columns; names are no difference."""
+    for name, count in (("a", 72), ("b", 36)):
+        make_run(tmp_path / name)
+        root = {"root": f"/data/{'long/' * 20}scenes-drawn-{count}"}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(SETTINGS | {"data": root, "name": name}))
+    output = io.StringIO()
+    terminal = PlainConsole(file=output, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(runs, "console", terminal)
+    runs.compare_command(str(tmp_path / "a"), str(tmp_path / "b"))
+    lines = output.getvalue().splitlines()
+    table = lines[next(at for at, line in enumerate(lines) if line.startswith("differs")) :]
+    table = table[: table.index("")]
+    assert all(len(line) <= 80 for line in table)
+    starts = [table[0].index(head) for head in ("differs", "A", "B")]
+    keys, left, right = (
+        "".join(line[start:end].strip() for line in table[1:])
+        for start, end in zip(starts, [*starts[1:], None], strict=True)
+    )
+    assert keys == "data.root"
+    assert left.endswith("long/scenes-drawn-72") and right.endswith("long/scenes-drawn-36")

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -122,6 +123,9 @@ def test_a_trials_folder_name_fits_any_file_system() -> None:
     assert folder_name("") == "defaults"
     long = [folder_name("lora.rank=4," * 40 + last) for last in ("a", "b")]
     assert all(len(name) == LONGEST_NAME for name in long) and long[0] != long[1]
+    for letter in ("ジ", "ä", "\U0001f600", "\udce9"):  # of 3, 2 and 4 bytes, and a byte that is not UTF-8
+        name = folder_name(f"data.root={letter * 200}")
+        assert len(os.fsencode(name)) <= LONGEST_NAME
 
 
 def test_experiment_slides_changes_nothing() -> None:

@@ -1,11 +1,14 @@
 """`ghibli watch`: the chart shows the numbers of probe.csv; a half-written or damaged folder is shown too."""
 
 import math
+import os
 import random
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from helpers.commands import run_python
 
 from ghibli.runs import monitor
 from ghibli.runs.folder import RunDir
@@ -82,7 +85,23 @@ def test_a_study_is_ranked_and_counted(tmp_path: Path) -> None:
         make_run(tmp_path / f"trial{number}", state=state, gain=gain, gain_se=gain and 0.01)
     lines = monitor.view(tmp_path, 80, START)
     assert lines[1] == "1 failed, 3 finished"
-    assert [line.split()[0][-6:] for line in lines[4:]] == ["trial1", "trial3", "trial0"]
+    assert [line.split()[-1] for line in lines[4:]] == ["trial1", "trial3", "trial0"]
+
+
+def test_a_trial_is_named_by_what_not_all_have(tmp_path: Path) -> None:
+    """Or by its settings, where its long name was cut and ends in a hash."""
+    names = ("data.draw.count=48,lora.rank=2,seed=1", "data.draw.count=48,lora.rank=4,seed=1")
+    for number, name in enumerate((*names, "data.draw.count=48,seed=1,sample.num-0123456789ab")):
+        make_run(tmp_path / name, state="finished", gain=number / 10, gain_se=0.01)
+    shown = monitor.view(tmp_path, 80, START)[3:]
+    assert shown[0].split() == ["gain", "epoch", "state", "trial"]
+    assert [line.split("finished  ")[1] for line in shown[1:]] == [
+        "LoRA rank 8",
+        "lora.rank=4",
+        "lora.rank=2",
+    ]
+    make_run(tmp_path / "alone" / "lora.rank=2", state="finished", gain=0.1, gain_se=0.01)
+    assert monitor.view(tmp_path / "alone", 80, START)[4].endswith("lora.rank=2")
 
 
 def test_what_is_missing_or_damaged_is_left_out(tmp_path: Path) -> None:
@@ -105,3 +124,72 @@ def test_nothing_not_finite_is_drawn(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     write_gains(run, [(0.0, 0.0, 0.0), (math.nan, 0.0, math.inf), (0.1, 0.05, 0.15)])
     assert [gain.epoch for gain in monitor.read_gains(run)] == [0, 2]
+
+
+@pytest.mark.parametrize(("height", "used", "words"), [(16, 20, 25), (23, 23, 30), (50, 50, 30)])
+def test_all_that_changes_fits_into_the_terminal(tmp_path: Path, height: int, used: int, words: int) -> None:
+    """Ranking, chart and long findings give way; the best trials and the numbers of the one at work stay."""
+    for number in range(40):
+        make_run(tmp_path / f"trial{number:02}", state="finished", gain=number / 100, gain_se=0.01)
+    at_work = make_run(tmp_path / "work", gain=None, findings=[{"name": "overfitting", "text": "word " * 30}])
+    write_gains(at_work, [(0.0, 0.0, 0.0), (0.1, 0.05, 0.15), (0.2, 0.15, 0.25)])
+    with at_work.lock():
+        lines = monitor.view(tmp_path, 80, START, height=height)
+    assert lines[1] == "40 finished, 1 running"
+    ranked = [line.split()[-1] for line in lines if "trial" in line and "finished  " in line]
+    assert ranked == [f"trial{number:02}" for number in range(39, 39 - len(ranked), -1)]
+    assert f"and {40 - len(ranked)} more below them (`ghibli list` shows all)" in lines
+    assert " ".join(" ".join(lines).split()).count("word") == words
+    assert len(lines) == used
+
+
+def test_a_finding_is_shown_whole(tmp_path: Path) -> None:
+    text = " ".join(f"word{number}" for number in range(60))
+    run = make_run(tmp_path, findings=[{"name": "overfitting", "text": text}])
+    lines = monitor.view(run.path, 80, START)
+    at = next(number for number, line in enumerate(lines) if line.startswith("doctor"))
+    assert " ".join(" ".join(lines[at:]).split()) == f"doctor overfitting: {text}"
+
+
+def test_a_run_that_has_written_nothing_yet_is_waited_for(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with run.lock():
+        assert monitor.view(run.path, 80, START)[1].startswith("loading")
+        assert not monitor.is_over(run.path)
+        assert monitor.view(tmp_path, 80, START)[1].startswith("loading")  # a study's first trial
+    with pytest.raises(UserError, match="holds no run yet"):
+        monitor.view(run.path, 80, START)
+
+
+def test_a_study_is_not_over_between_two_trials(tmp_path: Path) -> None:
+    make_run(tmp_path / "trial0", state="finished")
+    with RunDir(tmp_path).lock():
+        assert not monitor.is_over(tmp_path)
+    assert monitor.is_over(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_a_run_of_another_user_is_read_and_never_written(tmp_path: Path) -> None:
+    """By a process of another user, who may read the folder, and then may not."""
+    run = make_run(tmp_path / "run")
+    write_gains(run, [(0.0, 0.0, 0.0), (0.1, 0.05, 0.15), (0.2, 0.15, 0.25)])
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.is_relative_to(tempfile.gettempdir()) and folder != Path(tempfile.gettempdir()):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+
+    def watched() -> str:
+        code = (
+            "import os, sys; from pathlib import Path; from ghibli.runs import monitor; os.setuid(65534)\n"
+            "try: print('\\n'.join(monitor.view(Path(sys.argv[1]), 80, monitor.utc_now())))\n"
+            "except Exception as error: print(type(error).__name__, error)"
+        )
+        return run_python("-c", code, str(run.path)).stdout
+
+    with run.lock():
+        assert "20.0 % (15.0 to 25.0) after epoch 2" in (shown := watched()) and "running" in shown
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    run.path.chmod(0o700)
+    assert watched().startswith(f"UserError {run.path}: you may not read it")
+    tmp_path.chmod(0o700)
+    assert watched().startswith(f"UserError {run.path}: you may not read it")

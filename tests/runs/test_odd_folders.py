@@ -1,11 +1,14 @@
 """One odd run folder never hides the others; a lock tells who runs; two runs in one second; links."""
 
 import argparse
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from ghibli.report.page import page_content
 from ghibli.runs import lock
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
-from ghibli.runs.launch import claimed, readable_help
+from ghibli.runs.launch import claimed, hydra_entry, readable_help
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 from ghibli.sweeps.trials import read_trials
@@ -54,8 +57,8 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_odd_status_is_shown_as_damaged(name: str, outputs: Path, capsys: pytest.CaptureFixture) -> None:
     make_run(outputs / name).status.path.write_bytes(ODD[name])
     list_command()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and sum("finished" in line for line in lines) == 2
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("outputs/")]
+    assert len(lines) == 3 and sum("finished" in line for line in lines) == 2
     assert sum(" damaged " in line for line in lines) == 1
     assert len(read_trials(outputs)) == 3
     assert "status.json is missing or damaged" in page_of(outputs).text
@@ -200,7 +203,9 @@ def test_links_to_runs_are_followed_once(outputs: Path, tmp_path: Path) -> None:
 # Python 3.14
 
 
-def test_hydras_parser_is_built_where_argparse_checks_every_help(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hydras_parser_is_built_where_argparse_checks_every_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """As Python 3.14 does: a help is expanded as soon as it is added."""
     from hydra._internal.utils import get_args_parser
 
@@ -218,6 +223,33 @@ def test_hydras_parser_is_built_where_argparse_checks_every_help(monkeypatch: py
         get_args_parser()
     with readable_help():
         get_args_parser()
+    monkeypatch.setattr(sys, "argv", ["train.py", "nope=1"])
+    with pytest.raises(SystemExit, match="2"):  # the entry point itself comes to the settings
+        hydra_entry(Path(__file__).parents[2] / "conf", "train", pytest.fail)
+    assert capsys.readouterr().err.startswith("error: unknown key nope")
+
+
+def test_all_that_make_installs_has_its_hash() -> None:
+    """What builds a package runs too: in a build of its own, pip would fetch that without a hash."""
+    root = Path(__file__).parents[2]
+    lines = [line for line in (root / "Makefile").read_text().splitlines() if "pip install" in line]
+    locks = [word for line in lines for word in line.split() if word.startswith("locks/")]
+    assert len(lines) == 4 and locks == ["locks/build.txt", "locks/dev.txt", "locks/extras.txt"]
+    for line in lines:
+        assert "--require-hashes -r locks/" in line or line.endswith("--no-deps --no-build-isolation -e .")
+        assert "--no-build-isolation" in line or "locks/build.txt" in line
+    pinned = {}
+    for name in locks:
+        blocks = (root / name).read_text().replace("\\\n", " ").splitlines()
+        found = {block.split()[0]: block for block in blocks if block and block[0] not in "# "}
+        assert all("==" in pin and "--hash=sha256:" in block for pin, block in found.items())
+        pinned[name] = {pin.split("==")[0]: pin for pin in found}
+    for smaller, larger in itertools.pairwise(pinned[name] for name in locks):  # one after the other
+        assert smaller.items() <= larger.items()
+    named = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, words in named.items():
+        wanted = {re.split(r"[\[<>=]", word)[0].lower() for word in words}
+        assert extra in ("ray", "submitit") or wanted <= pinned["locks/extras.txt"].keys(), extra
 
 
 def test_make_names_an_old_python_before_it_installs(tmp_path: Path) -> None:
@@ -226,7 +258,7 @@ def test_make_names_an_old_python_before_it_installs(tmp_path: Path) -> None:
     old.chmod(0o755)
     folder = tmp_path / "project"
     (folder / "locks").mkdir(parents=True)
-    for name in ("Makefile", "pyproject.toml", "locks/dev.txt"):
+    for name in ("Makefile", "pyproject.toml", "locks/build.txt", "locks/dev.txt"):
         (folder / name).write_bytes((Path(__file__).parents[2] / name).read_bytes())
     done = subprocess.run(["make", "train", f"PYTHON={old}"], cwd=folder, capture_output=True, text=True)
     assert done.returncode and not (folder / ".venv").exists()

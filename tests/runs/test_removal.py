@@ -59,6 +59,21 @@ def test_a_link_goes_and_what_it_names_beside_it_stays(run: RunDir) -> None:
     assert [path.name for path in run.path.rglob("*")] == ["mine", "kept.txt"]
 
 
+def test_what_changes_between_the_list_and_the_deletion_is_one_line(run: RunDir) -> None:
+    """A file that another program writes meanwhile stays, and the rest can be deleted by the same command."""
+    plan = plan_removal(run)
+    (run.path / "samples" / "new.png").write_bytes(b"new")
+    with pytest.raises(
+        UserError, match=r"samples cannot be deleted \(Directory not empty\): what is left of"
+    ):
+        remove(plan)
+    assert (run.path / "samples" / "new.png").read_bytes() == b"new"
+    remove(plan_removal(run))
+    assert not run.path.exists()
+    remove(plan)  # deleted by another command in the meantime
+    assert not run.path.exists()
+
+
 def test_what_is_no_run_or_runs_is_refused(run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run: it has no status\.json"):
         plan_removal(RunDir(tmp_path))

@@ -17,7 +17,7 @@ from ghibli.config.files import apply_overrides
 from ghibli.config.schema import Config
 from ghibli.config.typed_paths import PATH_KEYS, with_typed_paths
 from ghibli.runs.compose import compose_config
-from ghibli.runtime.commands import command_line, path_setting, quoted, resume_command
+from ghibli.runtime.commands import command_here, command_line, path_setting, quoted, resume_command
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists, expanded
 
@@ -122,6 +122,49 @@ def test_a_command_is_one_line_for_bash() -> None:
     words = ["train.py", "lora.targets=[to_q,to_k]", "a b", "\n", ""]
     said = command_line(sys.executable, "-c", STUB, *words)
     assert pasted(said) == words
+
+
+@pytest.fixture
+def venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with .venv/bin/python and ghibli, which are this process's, and an empty PATH."""
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    for name in ("python", "ghibli"):
+        (folder / name).write_text('#!/bin/sh\nprintf "%s\\0" "${0##*/}" "$@"\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["python", "ghibli"])
+@pytest.mark.parametrize("place", ["activated", "below", "beside"])
+def test_a_command_runs_as_printed_in_the_shell_at_hand(
+    venv: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    """Bash in the same folder, with the same PATH, starts this installation's program with these words."""
+    if place == "activated":
+        monkeypatch.setenv("PATH", str(venv))
+    if place == "beside":
+        monkeypatch.chdir(venv)
+    command = command_here(name, "a b", "$x")
+    shown = {"activated": name, "below": f".venv/bin/{name}", "beside": f"./{name}"}
+    assert command == f"{shown[place]} 'a b' '$x'"
+    done = subprocess.run(["/bin/bash", "-c", command], capture_output=True, check=True)
+    assert done.stdout.split(b"\0")[:-1] == [name.encode(), b"a b", b"$x"]
+
+
+def test_another_python_on_the_path_is_not_ours(
+    venv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "python").symlink_to(venv / "python")
+    monkeypatch.setenv("PATH", str(other))
+    assert command_here("python", "train.py") == ".venv/bin/python train.py"
+    (venv / "ghibli").unlink()
+    assert command_here("ghibli", "list") == ".venv/bin/python -m ghibli list"
 
 
 def test_a_path_that_begins_with_a_dash_is_no_option() -> None:

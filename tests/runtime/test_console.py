@@ -19,7 +19,7 @@ handler = next(
 
 @pytest.mark.parametrize(
     "message",
-    ["lora.targets=[to_q,to_v]: 50 % of [red]it[/red] [/]", "word " * 60 + "end", ":smile: a\nb", "%s %d"],
+    ["lora.targets=[to_q,to_v]: 50 % of [red]it[/red] [/]", "word " * 60 + "end", ":smile: a", "%s %d"],
 )
 def test_a_message_is_printed_as_it_is(message: str, capsys: pytest.CaptureFixture[str]) -> None:
     logger.info(message)
@@ -27,6 +27,12 @@ def test_a_message_is_printed_as_it_is(message: str, capsys: pytest.CaptureFixtu
     logger.debug(message)
     console_module.console.print(message)
     assert capsys.readouterr() == (f"{message}\n" * 3, "")
+
+
+def test_a_logged_name_adds_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file may be called anything; what it is called must not read as a message of its own."""
+    logger.warning("a\nerror: the disk is full.png (it is damaged)")
+    assert capsys.readouterr().out == "a\\nerror: the disk is full.png (it is damaged)\n"
 
 
 def test_it_follows_the_stdout_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Train, resume, evaluate, report, app: what they connect to and where they write, by Python's audit hook."""
+"""Train, resume, evaluate, report, app: where they connect, listen and write, by Python's audit hook."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ def audited(tmp_path: Path, images: Path):
         }  # fmt: skip
         words = [json.dumps(command) for command in commands]
         script = str(REPO / "tests" / "helpers" / "audited.py")
-        done = run_python(script, str(log), *words, cwd=tmp_path / "work", env=environment)
+        done = run_python(script, str(log), *words, cwd=tmp_path / "work", env=environment, timeout=1200)
         assert done.returncode == 0, done.stderr
         return [tuple(json.loads(line)) for line in log.read_text().splitlines()]
 

@@ -131,6 +131,22 @@ def test_absurd_settings_are_named(folder: Path, file: str, changes: dict[str, o
     assert text.startswith(f"model.path={folder}: {file}") and named in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"size": {"height": 10**6, "width": 224}}, "height=1e+06"),
+        ({"size": 10**6}, "size=1e+06"),
+        ({"crop_size": {"height": 224, "width": 10**5}}, "width=1e+05"),
+        ({"size": {"shortest_edge": 10**6}}, "shortest_edge=1e+06"),
+    ],
+)
+def test_images_are_not_enlarged_to_terabytes(folder: Path, changes: dict[str, object], named: str) -> None:
+    """The size that an image is brought to before CLIP or the safety checker sees it is the folder's."""
+    edit_json(folder / "clip" / "preprocessor_config.json", **changes)
+    text = refused(lambda: load_clip(str(folder / "clip")))
+    assert text.startswith(f"model.clip={folder / 'clip'}: clip/preprocessor_config.json") and named in text
+
+
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "3", "{", '{"a": "' + "x" * 2**20 + '"}', "\udcff"])
 def test_configs_that_are_none(folder: Path, content: str) -> None:
     (folder / "vae" / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))

@@ -302,6 +302,22 @@ def test_a_parquet_file_in_a_zip_grows_by_the_zips_measure(
     assert download.fetch(str(packed), tmp_path / "data", no_progress).is_dir()
 
 
+def test_rows_and_files_of_nothing_count_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parquet file of 1 kB can hold millions of rows without an image; each would be a file."""
+    rows = [{"image": {"bytes": SEEDS[0], "path": None}, "text": "x"}]
+    rows += [{"image": {"bytes": None, "path": None}, "text": None}] * 2000
+    file = parquet_of(tmp_path / "a.parquet", rows, compression="zstd")
+    assert file.stat().st_size < 2**13
+    monkeypatch.setattr(download, "LEAST_TOTAL", 2**22)
+    assert "grows to more than 4 MiB" in fetched(file, tmp_path / "data")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for number in range(20):
+            archive.writestr(f"{'a/' * 100}{number}.png", b"")
+    monkeypatch.setattr(download, "MOST_GROWTH", 10)
+    assert (tmp_path / "b.zip").stat().st_size < 2**14
+    assert "grows to more than 4 MiB" in fetched(tmp_path / "b.zip", tmp_path / "data")
+
+
 def test_captions_in_parquet_that_are_not_text(tmp_path: Path) -> None:
     rows = [{"image": {"bytes": SEEDS[0], "path": None}, "text": {"a": 1}}]
     file = parquet_of(tmp_path / "a.parquet", rows)

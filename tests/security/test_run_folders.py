@@ -6,12 +6,14 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.commands import REPO, run_python
 from typer.testing import CliRunner
 
+import sweep
 from ghibli.cli.main import app
 from ghibli.config.files import from_yaml, to_yaml
 from ghibli.config.schema import Config, DrawConfig
@@ -21,6 +23,7 @@ from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runs.here import on_this_machine
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import temporary_beside, write_atomically, write_with_checksum
+from ghibli.sweeps.repeats import repeat_best_trials
 from ghibli.training.callbacks.checkpoints import (
     CleanStop,
     FolderCheckpoint,
@@ -153,6 +156,36 @@ def test_evaluate_draws_in_the_cache_of_its_command(
     monkeypatch.setattr(evaluate, "evaluate", noted)
     CliRunner().invoke(app, ["evaluate", str(tmp_path / "theirs"), *words])
     assert (seen[0].cache_dir, seen[0].data.root) == (cache, f"{cache}/scenes-drawn-24")
+
+
+def test_a_sweep_repeats_and_evaluates_a_trial_in_the_cache_of_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study's folder from elsewhere may hold trials already."""
+    shutil.copytree(KEPT / "finished", tmp_path / "trial")
+    run = RunDir(tmp_path / "trial")
+    config = from_yaml(run.config)
+    config.data = replace(config.data, root="/etc/scenes", draw=DrawConfig("drawn", 24))
+    run.config.write_text(to_yaml(replace(config, cache_dir="/etc")))
+    seen: list[Config] = []
+
+    def noted(run: RunDir, config: Config) -> None:
+        seen.append(config)
+        raise UserError("seen")
+
+    monkeypatch.setattr(evaluate, "evaluate", noted)
+    study = SimpleNamespace(evaluate=config.evaluate, cache_dir="mine", folder=tmp_path)
+    study.settings = SimpleNamespace(best=1, repeats=1)
+    repeat_best_trials(study, lambda config, run: seen.append(config) or 0.0)
+    assert (seen[0].cache_dir, seen[0].data.root) == ("mine", "mine/scenes-drawn-24")
+    seen.clear()
+    with pytest.raises(UserError, match="seen"):
+        sweep.evaluate_one(run, study)
+    assert (seen[0].cache_dir, seen[0].data.root) == ("mine", "mine/scenes-drawn-24")
+    shutil.rmtree(run.samples)
+    run.samples.symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="samples is a link to"):
+        sweep.evaluate_one(run, study)
 
 
 @pytest.mark.parametrize("word", ["data.workers=100000", "threads=100000", "trainer.devices=100000"])

@@ -4,6 +4,7 @@ The bytes are those a terminal gets: ECMA-48 gives ESC and the C1 controls their
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import pty
 import subprocess
 import sys
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from rich.table import Table
 
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.runtime import terminal
-from ghibli.runtime.console import PlainConsole, counted, full_width
+from ghibli.runtime.console import PlainConsole, counted, full_width, make_bar
 from ghibli.runtime.errors import UserError, one_line_errors
 from ghibli.runtime.terminal import Terminal, one_line, visible
 
@@ -67,9 +69,30 @@ def test_tables_bars_and_messages_show_data_as_it_is(capsys: pytest.CaptureFixtu
     assert "[bold]b[/bold] lora.targets=[to_q]" in said
 
 
-def test_a_progress_bar_with_markup_in_its_label_goes_on() -> None:
-    with counted("[/INST]") as on_progress:
+def test_a_progress_bar_with_markup_in_its_label_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn on a terminal: elsewhere there is none. Its note too, which is the loss or a caption."""
+    drawn = io.StringIO()
+    on_terminal = PlainConsole(file=drawn, force_terminal=True, width=100, legacy_windows=False)
+    monkeypatch.setattr("ghibli.runtime.console.console", on_terminal)
+    with counted(f"[/INST]{CLEAR}") as on_progress:
         on_progress(1, 2)
+    with make_bar() as bar:
+        bar.update(bar.add_task("x", total=2, note=f"[a] [/b]{CLEAR}"), completed=1)
+    assert "[/INST]\\x1b[2J" in drawn.getvalue() and "[a] [/b]" in drawn.getvalue()
+    assert CLEAR not in drawn.getvalue()
+
+
+def test_a_terminal_of_no_width_gets_everything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As within Emacs, or in a container without a terminal."""
+    monkeypatch.setenv("COLUMNS", "0")
+    table = Table("name", box=None, pad_edge=False)
+    table.add_row("x" * 100)
+    console = PlainConsole()
+    console.print(full_width(table))
+    console.print("y" * 100)
+    assert capsys.readouterr().out.split() == ["name", "x" * 100, "y" * 100]
 
 
 def test_errors_and_tracebacks_are_visible(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +110,43 @@ def test_errors_and_tracebacks_are_visible(capsys: pytest.CaptureFixture[str]) -
         terminal.print_traceback(RuntimeError, caught, caught.__traceback__)
     said = capsys.readouterr().err
     assert is_inert(said) and "\\x1b[2J" in said and "RuntimeError" in said
+
+
+QUOTES = """
+import logging, sys, warnings
+from ghibli.runtime.errors import UserError, one_line_errors
+from ghibli.runtime.console import console
+def say():
+    evil = "a\\x1b[9A\\x1b[2K\\rforged\\x1b[8m"
+    logging.getLogger("transformers").warning(evil)
+    logging.getLogger("ghibli").warning(evil)
+    warnings.warn(evil)
+    console.print(evil)
+    try:
+        raise RuntimeError(evil)
+    except RuntimeError as error:
+        sys.excepthook(RuntimeError, error, error.__traceback__)
+    raise UserError(evil)
+one_line_errors(say)
+"""
+
+
+def test_what_libraries_log_or_warn_of_moves_no_cursor_of_a_terminal() -> None:
+    """A terminal gets colours and the cursor of bars, but not out of a name of a weight or of a file."""
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-c", QUOTES]
+    quoting = subprocess.Popen(
+        words, env=os.environ | {"PYTHONPATH": str(REPO)}, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    said = b""
+    with suppress(OSError):  # EIO: the end, as Linux has it
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    assert quoting.wait(60) == 2
+    assert said.count(b"forged") == 6 and said.count(b"a\\x1b[9A\\x1b[2K") == 6
+    assert b"\x1b[9A" not in said and b"\rforged" not in said and b"\x1b[8m" not in said
 
 
 # A stream that fails

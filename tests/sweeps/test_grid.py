@@ -34,7 +34,7 @@ def test_single_runs_and_sweeps_have_callbacks_of_their_own() -> None:
         {name for name, value in vars(kind).items() if inspect.isfunction(value) and name in dir(Callback)}
         for kind in classes
     ]
-    assert hooks == [{"on_run_start"}, {"on_multirun_start"}]
+    assert hooks == [{"on_run_start"}, {"__init__", "on_multirun_start", "on_job_start", "on_job_end"}]
     assert "ghibli.sweeps" not in Path(launch.__file__).read_text()
 
 

@@ -136,7 +136,9 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     options = make_config("optimizer.name=prodigy").optimizer
-    with pytest.raises(UserError, match=r"^prodigyopt is not installed: pip install -e '.\[prodigy\]'$"):
+    with pytest.raises(
+        UserError, match=r"^prodigyopt is not installed: python -m pip install -e '.\[prodigy\]'$"
+    ):
         make_optimizer(options, weights, on_gpu=False)
 
 

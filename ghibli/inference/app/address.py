@@ -3,6 +3,7 @@
 import errno
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,19 @@ from ghibli.runtime.errors import UserError
 
 PORTS = range(7860, 7960)  # tried in this order when none is named
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+NUMBER = re.compile(r"[0-9][0-9a-fx.]*|\*")  # an IPv4 address, perhaps short or in hex; * is 0.0.0.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def find_address(host: str, port: int | None) -> tuple[str, int]:
     """Return (host without brackets, port) to listen on; the port is the first free one if none is named.
 
+    A number is written out: `0` is 0.0.0.0, and `127.1` is 127.0.0.1.
+
     Raises:
         UserError: an unknown host, one of another machine, or a port that cannot be used.
     """
-    host = host.removeprefix("[").removesuffix("]")
+    host = host.removeprefix("[").removesuffix("]").lower()
     if port is not None and not 1 <= port <= 65535:
         raise UserError(f"--port {port}: must be from 1 to 65535")
     try:
@@ -30,6 +34,8 @@ def find_address(host: str, port: int | None) -> tuple[str, int]:
             f"--host {host}: unknown host; use 127.0.0.1 for this machine only, 0.0.0.0 for all networks"
         ) from error
     family, where = found[0][0], found[0][4]
+    if NUMBER.fullmatch(host):
+        host = str(where[0])
     for candidate in PORTS if port is None else (port,):
         reason = trouble(family, (where[0], candidate, *where[2:]))
         if reason is None:

@@ -59,16 +59,17 @@ class Guard:
     def refusal(self, scope: Scope, headers: Headers) -> str | None:
         """Return why a request is refused; None if it is not."""
         host, origin = headers.get("host", ""), headers.get("origin")
+        if any(len(headers.getlist(name)) > 1 for name in ("host", "origin")):
+            return "a header that is given twice"
         name = hostname(host)
         if name not in self.hosts and not (self.any_ip and as_ip(name) is not None):
             return "the page was not opened on this host"
         if origin is not None and urlsplit_or_none(origin) != host.lower():
             return "a request from another page"
-        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and not (
-            headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
-        ):
-            return "a request from another page"
         path = scope["path"].rstrip("/")
+        is_link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and not (is_link and path == ""):
+            return "a request from another page"
         reads = scope.get("method", "GET") in ("GET", "HEAD")
         if path.startswith(CLOSED) or not (reads or path in POSTS):
             return "not used by the page"

@@ -216,8 +216,9 @@ def serve(overrides: list[str], host: str, port: int | None) -> tuple[gr.Blocks,
         with without_proxies(host):
             _, address, _ = blocks.launch(
                 server_name=in_url(host), server_port=port, max_file_size=UPLOAD_LIMIT, share=False,
-                quiet=True, prevent_thread_lock=True, show_error=False, footer_links=[], css=STYLE,
-                ssr_mode=False, theme=THEME, app_kwargs={"middleware": [guard]},
+                quiet=True,  # its line with the address, which the command prints
+                prevent_thread_lock=True, show_error=False, footer_links=[], css=STYLE, ssr_mode=False,
+                theme=THEME, app_kwargs={"middleware": [guard]},
             )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port {port} on {host} cannot be used: {error}") from error

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ghibli.runtime.errors import UserError
 
 PREFIX = "ghibli-page-"
@@ -37,20 +39,22 @@ def remove_left_over() -> None:
     """Remove this user's folders whose process was killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
         pid = folder.name.removeprefix(PREFIX).partition("-")[0]
-        ours = folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+        ours = folder.is_dir() and not folder.is_symlink() and is_own(folder)
         if ours and pid.isdigit() and not is_running(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_own(folder: Path) -> bool:
+    """Tell whether a folder is this user's; on Windows the temporary folder is each user's own."""
+    return not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
 
 
 def is_running(pid: int) -> bool:
     """Tell whether a process with this id exists."""
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        return psutil.pid_exists(pid)
+    except OverflowError:
         return False
-    except PermissionError:
-        pass
-    return True
 
 
 @contextmanager
@@ -63,7 +67,7 @@ def ended_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only that one receives signals
         yield
         return
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = [signal.signal(number, leave) for number in numbers]
     try:
         yield

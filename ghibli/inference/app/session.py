@@ -23,6 +23,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from ghibli.adapters.files import format_number
 from ghibli.images.grid import to_image
 from ghibli.images.read import Unusable, open_file, read_image
 from ghibli.inference.generate import (
@@ -39,7 +40,7 @@ from ghibli.inference.safety import SafetyChecker, has_checker
 from ghibli.models.prompt_syntax import escaped
 from ghibli.runs.find import runs_with_weights
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.commands import command_line, quoted
+from ghibli.runtime.commands import command_line, path_setting, quoted
 from ghibli.runtime.errors import UserError
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
@@ -259,6 +260,10 @@ class AppSession:
         self.stop(request)
         self._stops.pop(request.session_hash, None)
 
+    def sources(self, settings: Settings, model: LoadedModel) -> list[str]:
+        """Return what the commands name to load the same: runs, or what chooses the base."""
+        return settings.runs or self._overrides or [path_setting("model.path", model.config.model.path)]
+
     # Handlers of the page's events
 
     @errors_on_page
@@ -297,7 +302,7 @@ class AppSession:
             notes += unused_negative(asked.negative, asked.guidance)
             for image, scale in zip(images, (0.0, asked.scale), strict=True):
                 image.info.update(text_of(replace(asked, scale=scale), model).items())
-        return [*images, status_line(notes, start), draw_command(settings, self._overrides)]
+        return [*images, status_line(notes, start), draw_command(settings, self.sources(settings, model))]
 
     @errors_in_words
     def grid(self, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any) -> list[Any]:
@@ -318,7 +323,9 @@ class AppSession:
             sheet = settings_grid(model, asked, axes, count)
             (sheet,), notes = checked([sheet], model, settings.safe)
         sheet.thumbnail((4 * WIDTH, 4 * WIDTH), Image.Resampling.LANCZOS)
-        command = draw_command(settings, self._overrides) + "".join(f" --grid {quoted(w)}" for w in words)
+        command = draw_command(settings, self.sources(settings, model)) + "".join(
+            f" --grid {quoted(w)}" for w in words
+        )
         return [sheet, status_line(notes, start), command]
 
     @errors_on_page
@@ -369,7 +376,8 @@ class AppSession:
             trained = restyle_counted(model, before, prompt, options, count("trained")) if runs else afters[0]
             afters, notes = checked([*afters, trained], model, settings.safe)
             notes += unused_negative(options.negative, options.guidance)
-        command = restyle_command(settings, Path(photo).name, options, self._overrides)
+        sources = self.sources(settings, model)
+        command = restyle_command(settings, Path(Path(photo).name), options, sources)
         return [before, *afters, status_line(notes, start), command]
 
 
@@ -406,26 +414,26 @@ def stored_settings(file: Path) -> dict[str, Any]:
     return stored
 
 
-def draw_command(settings: Settings, overrides: list[str]) -> str:
+def draw_command(settings: Settings, sources: list[str]) -> str:
     """Return the command that draws the trained image of some settings."""
-    words: list[Any] = ["ghibli", "generate", *(settings.runs or overrides), "--prompt", settings.prompt]
-    return command_line(*map(str, words + shared_words(settings)))
+    return command_line("ghibli", "generate", *sources, "--prompt", settings.prompt, *shared_words(settings))
 
 
-def restyle_command(settings: Settings, photo: str, options: RestyleOptions, overrides: list[str]) -> str:
+def restyle_command(settings: Settings, photo: Path, options: RestyleOptions, sources: list[str]) -> str:
     """Return the command that restyles the photo of this name."""
-    sources = [word for name in settings.runs or overrides for word in ("--with", name)]
-    words: list[Any] = ["ghibli", "restyle", photo, *sources, "--prompt", settings.prompt]
-    words += ["--strength", f"{options.strength:g}"]
-    words += ["--way", options.way] if options.way != "img2img" else []
-    return command_line(*map(str, words + shared_words(settings)))
+    loaded = [word for name in sources for word in ("--with", name)]
+    way = ["--way", options.way] if options.way != "img2img" else []
+    return command_line(
+        "ghibli", "restyle", photo, *loaded, "--prompt", settings.prompt,
+        "--strength", format_number(options.strength), *way, *shared_words(settings),
+    )  # fmt: skip
 
 
 def shared_words(settings: Settings) -> list[str]:
     """Return the options that both commands have."""
-    words = ["--sampler", settings.sampler, "--guidance", f"{settings.guidance:g}"]
+    words = ["--sampler", settings.sampler, "--guidance", format_number(settings.guidance)]
     words += ["--steps", str(int(settings.steps)), "--seed", str(int(settings.seed or 0))]
-    words += ["--scale", f"{settings.scale:g}"] if settings.scale != 1 else []
+    words += ["--scale", format_number(settings.scale)] if settings.scale != 1 and settings.runs else []
     return words + (["--negative", settings.negative] if settings.negative else [])
 
 

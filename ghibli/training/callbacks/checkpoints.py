@@ -23,6 +23,8 @@ from ghibli.training.module import GhibliModule
 
 logger = logging.getLogger(__name__)
 
+SIGHUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
+
 
 class StopRequested(BaseException):
     """Ctrl-C, SIGTERM or SIGHUP arrived and what could be saved is saved. No error handler catches it."""
@@ -134,6 +136,18 @@ class StepCheckpoint(FolderCheckpoint):
     after validation and grid.
     """
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        """Put the previous.ckpt that the run goes on from in the place of the damaged last.ckpt.
+
+        Else the first save would replace the only good one. This is after all checks: a refused resume
+        renames nothing.
+        """
+        super().on_train_start(trainer, pl_module)
+        start = trainer.ckpt_path
+        if trainer.is_global_zero and start is not None and Path(start).name == "previous.ckpt":
+            logger.warning("last.ckpt is damaged: going on from the checkpoint before it")
+            os.replace(start, Path(start).with_name("last.ckpt"))
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -162,9 +176,9 @@ class CleanStop(Callback):
 
     def __enter__(self) -> "CleanStop":
         if threading.current_thread() is threading.main_thread():  # signals reach only that one
-            numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGUSR1] * in_slurm()
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-                numbers.append(signal.SIGHUP)
+            numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if in_slurm() else [])]
+            if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
+                numbers.append(SIGHUP)
             self.previous = {n: signal.getsignal(n) for n in numbers}
             self.install()
         return self
@@ -180,7 +194,7 @@ class CleanStop(Callback):
     def note(self, number: int, frame: Any) -> None:
         if not is_first():  # the first process tells the others when to stop
             return
-        if number == signal.SIGHUP:  # the shell and the kernel both send it
+        if number == SIGHUP:  # the shell and the kernel both send it
             self.obeyed.add(number)
             signal.signal(number, signal.SIG_IGN)
         if self.received or not self.in_training:

@@ -12,7 +12,6 @@ from ghibli.evaluation import diagnosis
 from ghibli.evaluation.gain import Diverged
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
-from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import between_steps
 from ghibli.training.module import GhibliModule
 
@@ -38,7 +37,7 @@ class Update(NamedTuple):
 class Doctor(Callback):
     """Diagnose a run before it starts, at every optimiser step and after every epoch.
 
-    Each finding is reported once: in the terminal, in status.json, as an alert of the dashboard.
+    Each finding is reported once: in the terminal, in status.json, on the dashboards.
     """
 
     def __init__(self, config: Config, run: RunDir):
@@ -136,7 +135,8 @@ class Doctor(Callback):
         for finding in new:
             if say:
                 logger.warning(f"doctor: {finding.name}: {finding.text}")
-            wandb_logger.alert(trainer.loggers, finding.name, finding.text)
+            for dashboard in trainer.loggers:
+                dashboard.log_finding(finding.name, finding.text, trainer.global_step)
 
 
 def is_awaited(value: torch.Tensor) -> bool:

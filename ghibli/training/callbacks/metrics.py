@@ -1,7 +1,7 @@
-"""The rows of metrics.csv (within epochs) and probe.csv (after each epoch), also sent to the dashboard."""
+"""The rows of metrics.csv (within epochs) and probe.csv (after each epoch), also sent to the dashboards."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from ghibli.evaluation.gain import Gain, Probe
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.files import write_rows
-from ghibli.training import wandb_logger
 from ghibli.training.callbacks.checkpoints import between_steps
+from ghibli.training.loggers import tables
 from ghibli.training.module import GhibliModule
 
 METRICS = ("step", "epoch", "train/loss", "train/loss_normalised", "lr", "time/images_per_second")
@@ -67,7 +67,8 @@ class Records(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GhibliModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        here = torch.stack([outputs["loss"].detach(), outputs["plain"], outputs["expected"]]).double()
+        terms = [outputs[name] for name in term_columns(trainer)]
+        here = torch.stack([outputs["loss"].detach(), outputs["plain"], outputs["expected"], *terms]).double()
         here[0] *= trainer.accumulate_grad_batches
         everywhere = trainer.strategy.reduce(
             here, reduce_op="mean"
@@ -84,6 +85,7 @@ class Records(Callback):
         row = {
             "train/loss": values["loss"], "train/loss_normalised": values["normalised"],
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            **dict(zip(term_columns(trainer), self.row.term_means(), strict=True)),
         }  # fmt: skip
         self.rows.append(numbered(trainer, row | {"time/images_per_second": round(speed, 2)}))
         log(trainer, self.rows[-1])
@@ -102,7 +104,7 @@ class Records(Callback):
             pl_module.log("train/epoch_loss", float(loss), logger=False)
 
     def add_probe(self, trainer: L.Trainer, history: list[Probe]) -> None:
-        """Add the newest probe to probe.csv and the dashboard."""
+        """Add the newest probe to probe.csv and the dashboards."""
         losses: dict[str, Any] = self.epoch.means() if self.epoch.batches else {}
         known = {
             "step": trainer.global_step, "epoch": len(history) - 1,
@@ -112,15 +114,16 @@ class Records(Callback):
         self.probe_rows.append(row)
         log(trainer, {key: value for key, value in row.items() if value != ""})
         bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
-        wandb_logger.log_gain_by_timestep(trainer.loggers, bars, trainer.global_step)
-        wandb_logger.log_gain_curve(trainer.loggers, self.probe_rows, trainer.global_step)
+        for dashboard in trainer.loggers:
+            dashboard.log_table(tables.gain_by_timestep(bars), trainer.global_step)
+            dashboard.log_table(tables.gain_curve(self.probe_rows), trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
         self.flush(trainer)
 
     def flush(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
-            write_rows(self.run.metrics, METRICS, self.rows)
+            write_rows(self.run.metrics, (*METRICS, *term_columns(trainer)), self.rows)
             if self.probe_rows:
                 write_rows(self.run.probe, tuple(self.probe_rows[0]), self.probe_rows)
 
@@ -134,11 +137,20 @@ class Sums:
     square: torch.Tensor | float = 0.0
     plain: torch.Tensor | float = 0.0  # before any weighting
     expected: torch.Tensor | float = 0.0  # what the base scores at these timesteps
+    terms: list[torch.Tensor] = field(default_factory=list)  # of loss.terms, in their order
 
-    def add(self, loss: torch.Tensor, plain: torch.Tensor, expected: torch.Tensor) -> None:
+    def add(
+        self, loss: torch.Tensor, plain: torch.Tensor, expected: torch.Tensor, *terms: torch.Tensor
+    ) -> None:
         self.batches += 1
+        sums = self.terms or [torch.zeros_like(term) for term in terms]
+        self.terms = [total + term for total, term in zip(sums, terms, strict=True)]
         self.loss, self.square = self.loss + loss, self.square + loss.square()
         self.plain, self.expected = self.plain + plain, self.expected + expected
+
+    def term_means(self) -> list[float]:
+        """Return the mean of each term, before its weight."""
+        return [float(term) / self.batches for term in self.terms]
 
     def means(self) -> dict[str, float]:
         """Return the mean loss, its standard error over passes, and the loss over the base's expected one."""
@@ -147,6 +159,11 @@ class Sums:
         variance = max(0.0, square / self.batches - mean**2)
         error = (variance / max(1, self.batches - 1)) ** 0.5
         return {"loss": mean, "error": error, "normalised": plain / expected}
+
+
+def term_columns(trainer: L.Trainer) -> list[str]:
+    """Return the columns of metrics.csv for the terms of the loss: `train/NAME`."""
+    return [f"train/{name}" for name in trainer.lightning_module.config.loss.terms]
 
 
 def probe_row(known: dict[str, Any], probe: Probe, num_train_timesteps: int) -> dict[str, Any]:
@@ -187,6 +204,6 @@ def numbered(trainer: L.Trainer, values: dict[str, float]) -> dict[str, float]:
 
 
 def log(trainer: L.Trainer, row: dict[str, float]) -> None:
-    """Send a row to every logger."""
-    for logger in trainer.loggers:
-        logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+    """Send a row to every dashboard."""
+    for dashboard in trainer.loggers:
+        dashboard.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from ghibli.adapters import lora
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.commands import command_line, path_setting
+from ghibli.runtime.commands import command_here, path_setting
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.provenance import processor_name
@@ -82,7 +82,7 @@ class ResumeCheck(Callback):
         if ended is None or not trainer.is_global_zero:
             return
         more = 2 * trainer.max_epochs
-        go_on = command_line(
+        go_on = command_here(
             "python", "train.py", path_setting("resume", relative_path(self.run.path)),
             f"trainer.max_epochs={more}",
         )  # fmt: skip
@@ -144,9 +144,9 @@ class ResumeCheck(Callback):
         stretched = "" if old == new else ", as its schedule is stretched over all epochs"
         logger.info(
             f"{done} of {before} epochs are done; now {planned} are planned, so {planned - done} are to do"
-            f"{at_most(ended, stoppings(trainer))}\n"
-            f"the learning rate {rate}{stretched}"
+            f"{at_most(ended, stoppings(trainer))}"
         )
+        logger.info(f"the learning rate {rate}{stretched}")
         if trainer.is_global_zero:
             grown = [*self.run.status.read().get("grown", []), [trainer.global_step, before, planned]]
             self.run.status.update(grown=grown)  # [step, epochs before, epochs planned now]

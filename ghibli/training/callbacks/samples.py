@@ -16,14 +16,16 @@ from ghibli.runtime.cache import cached
 from ghibli.runtime.console import counted
 from ghibli.runtime.files import write_atomically
 from ghibli.runtime.resources import device_name
-from ghibli.training import wandb_logger
 from ghibli.training.module import GhibliModule
 
 logger = logging.getLogger(__name__)
 
 
 class SampleGrid(Callback):
-    """Draw prompts x samplers x guidance every n epochs, below the untouched base, from the same noise."""
+    """Draw prompts x samplers x guidance, below the untouched base, from the same noise.
+
+    After the first epoch, for a look at what is learned, and then every n epochs.
+    """
 
     def __init__(self, config: Config, run: RunDir):
         self.config, self.run = config, run
@@ -53,8 +55,9 @@ class SampleGrid(Callback):
             logger.warning(f"no sample grids: {error}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        epoch, every = trainer.current_epoch + 1, self.config.sample.every_n_epochs
-        if self.base_images is not None and epoch % every == 0 and epoch < trainer.max_epochs:
+        epoch = trainer.current_epoch + 1
+        is_due = epoch == 1 or epoch % self.config.sample.every_n_epochs == 0
+        if self.base_images is not None and is_due and epoch < trainer.max_epochs:
             try:
                 self.save(trainer, pl_module, f"epoch_{epoch:03d}", f"epoch {epoch}")
             except NotFinite as error:
@@ -70,7 +73,8 @@ class SampleGrid(Callback):
         grid = compose_grid(rows, self.config.sample.prompts, columns, self.title())
         path = self.run.samples / f"{name}.png"
         write_atomically(path, lambda file: grid.save(file, format="PNG"))
-        wandb_logger.log_grid(trainer.loggers, grid, label, trainer.global_step)
+        for dashboard in trainer.loggers:
+            dashboard.log_image("samples", grid, label, trainer.global_step)
         return path
 
     def draw(self, trainer: L.Trainer, pl_module: GhibliModule, label: str) -> torch.Tensor:

@@ -135,7 +135,7 @@ def test_settings_from_before_the_later_keys(config: Config, tmp_path: Path) -> 
     """A config.yaml without them is read with what runs had then."""
     content = yaml.safe_load(files.to_yaml(config))
     for key, values in LATER_KEYS.items():
-        for name in values or {}:
+        for name in values if isinstance(values, dict) else ():
             del content[key][name]
         if not isinstance(values, dict):
             del content[key]
@@ -337,15 +337,28 @@ def test_images_and_base_that_only_moved(
         assert (run.path / name).read_bytes() == (straight.path / name).read_bytes()
 
 
-def test_a_damaged_checkpoint_is_replaced_only_when_the_run_goes_on(run: RunDir, config: Config) -> None:
-    damaged = run.last_checkpoint.read_bytes()[:-1]
-    run.last_checkpoint.write_bytes(damaged)
-    previous = run.previous_checkpoint.read_bytes()
-    run.status.update(base_hash="of another base")
-    with pytest.raises(UserError, match="the base model.path=demo is not the same"):
+@pytest.mark.parametrize("refused_by", ["base", "images", "weights", "ctrl-c"])
+def test_a_damaged_checkpoint_is_replaced_only_when_the_run_goes_on(
+    refused_by: str, run: RunDir, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume that is refused, at whatever point, or stopped before its first step, renames nothing."""
+    error, words = UserError, "is not the same as when the run was started"
+    if refused_by == "base":
+        run.status.update(base_hash="of another base")
+    if refused_by == "images":
+        run.status.update(data_hash="of other images")
+    if refused_by == "weights":
+        edit(run, change_a_weight)
+        run.last_checkpoint.replace(run.previous_checkpoint)
+        words = "the weights in the networks are not those of the checkpoint"
+    if refused_by == "ctrl-c":
+        monkeypatch.setattr(ResumeCheck, "on_train_start", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        error, words = SystemExit, "130"
+    run.last_checkpoint.write_bytes(b"damaged")
+    before = {file: file.read_bytes() for file in run.checkpoints.iterdir()}
+    with pytest.raises(error, match=words):
         train.run(config, run, resumes=True)
-    assert run.last_checkpoint.read_bytes() == damaged
-    assert run.previous_checkpoint.read_bytes() == previous
+    assert {file: file.read_bytes() for file in run.checkpoints.iterdir()} == before
 
 
 def test_what_cannot_change_on_the_way(run: RunDir, command: Callable[..., str]) -> None:
@@ -361,12 +374,12 @@ def test_what_cannot_change_on_the_way(run: RunDir, command: Callable[..., str])
 
 def test_a_resumed_run_keeps_its_dashboard_id(config: Config, tmp_path: Path) -> None:
     """By W&B itself, offline: one id in two folders of its own, which `wandb sync` joins."""
-    from ghibli.training import wandb_logger
+    from ghibli.training.loggers import wandb_logger
 
     offline = replace(config, wandb=replace(config.wandb, mode="offline"))
     ids = []
     for _ in range(2):
-        ids.append(wandb_logger.make_logger(offline, RunDir(tmp_path), "x").experiment.id)
+        ids.append(wandb_logger.open_dashboard(offline, RunDir(tmp_path), "x").experiment.id)
         wandb_logger.close()
     assert ids[0] == ids[1] == RunDir(tmp_path).status.read()["wandb_id"]
     folders = [path.name.split("-")[3] for path in tmp_path.glob("wandb/offline-run-*")]

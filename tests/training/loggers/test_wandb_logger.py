@@ -8,22 +8,20 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest.mock import MagicMock
 
 import psutil
 import pytest
 import wandb
 from helpers.commands import run_python
+from helpers.dashboards import use_all
 from helpers.wandb_files import environment, offline_records
-from PIL import Image
 from wandb.sdk.wandb_setup import _WandbSetup
 
 from ghibli.config.hydra_errors import hydra_errors
-from ghibli.evaluation.gain import Gain
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
-from ghibli.training import wandb_logger
+from ghibli.training.loggers import choice, dashboard, wandb_logger
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
@@ -91,15 +89,16 @@ sys.addaudithook(note)
 from ghibli.config.schema import Config
 from ghibli.runs.compose import compose_config
 from ghibli.runs.folder import RunDir
-from ghibli.training import wandb_logger
+from ghibli.training.loggers import choice, tables
 
 run = RunDir(Path(sys.argv[1]))
-logger = wandb_logger.make_logger(compose_config(["wandb.mode=auto"]), run, "name")
+(logger,) = choice.start(compose_config(["wandb.mode=auto"]), run, "name")
 logger.log_metrics({"loss": 1.0}, step=1)
-wandb_logger.log_grid([logger], Image.new("RGB", (8, 8)), "caption", 1)
+logger.log_image("samples", Image.new("RGB", (8, 8)), "caption", 1)
 row = {"epoch": 0} | {f"probe/val_gain{end}": 0.0 for end in ("", "_low", "_high")}
-wandb_logger.log_gain_curve([logger], [row], 1)
-wandb_logger.close()
+logger.log_table(tables.gain_curve([row]), 1)
+choice.close_all()
+assert not logger.is_lost
 assert not [name for name in os.environ if name.startswith("WANDB_")], os.environ
 print(asked)
 """
@@ -162,31 +161,17 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The warnings of the dashboard."""
+    """The warnings of the dashboards."""
     lines: list[str] = []
-    monkeypatch.setattr(wandb_logger.log, "warning", lines.append)
+    monkeypatch.setattr(dashboard.log, "warning", lines.append)
     return lines
-
-
-def use_all(logger: Any) -> None:
-    """Everything that a run does with its dashboard."""
-    logger.log_metrics({"loss": 1.0}, step=1)
-    logger.log_hyperparams({"a": 1})
-    wandb_logger.log_grid([logger], Image.new("RGB", (8, 8)), "caption", 1)
-    rows = [{"epoch": 0} | {f"probe/val_gain{end}": 0.0 for end in ("", "_low", "_high")}]
-    wandb_logger.log_gain_curve([logger], rows, 1)
-    wandb_logger.log_gain_by_timestep([logger], {"0-9": Gain(0.1, 0.1)}, 1)
-    wandb_logger.alert([logger], "name", "text")
-    wandb_logger.log_best(logger, 0.5, 1)
-    logger.finalize("success")
 
 
 @pytest.mark.parametrize("how", ["killed", "hanging"])
 def test_a_service_that_dies_in_mid_run_is_one_warning(
     how: str, alone: pytest.MonkeyPatch, make_config: Callable, tmp_path: Path, said: list[str]
 ) -> None:
-    logger = wandb_logger.make_logger(make_config("wandb.mode=auto"), RunDir(tmp_path), "name")
-    assert logger is not None
+    (logger,) = choice.start(make_config("wandb.mode=auto"), RunDir(tmp_path), "name")
     services = [one for one in psutil.Process().children() if one.name().startswith("wandb")]
     assert services
     for service in services:
@@ -194,7 +179,7 @@ def test_a_service_that_dies_in_mid_run_is_one_warning(
     if how == "killed":
         psutil.wait_procs(services)
     use_all(logger)
-    wandb_logger.close()
+    choice.close_all()
     assert len(said) == 1 and said[0].endswith("going on without it; metrics.csv has all numbers")
     assert not [one for one in services if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
@@ -206,8 +191,8 @@ def test_a_service_that_does_not_start_is_one_warning(
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o755)
     alone.setattr("wandb.sdk.lib.service.service_process.get_core_path", lambda: str(broken))
-    assert wandb_logger.make_logger(make_config("wandb.mode=auto"), RunDir(tmp_path / "run"), "name") is None
-    wandb_logger.close()
+    assert choice.start(make_config("wandb.mode=auto"), RunDir(tmp_path / "run"), "name") == []
+    choice.close_all()
     assert len(said) == 1 and said[0].startswith("W&B failed (")
 
 
@@ -226,9 +211,9 @@ def test_an_error_of_any_call_is_one_warning(
         define_metric = MagicMock()
 
     alone.setattr("wandb.init", lambda **settings: Broken())
-    logger = wandb_logger.make_logger(make_config("wandb.mode=offline"), RunDir(tmp_path), "name")
+    (logger,) = choice.start(make_config("wandb.mode=offline"), RunDir(tmp_path), "name")
     use_all(logger)
-    wandb_logger.close()
+    choice.close_all()
     assert len(said) == 1 and said[0].startswith("W&B failed (no more)")
 
 
@@ -245,10 +230,10 @@ def test_an_error_of_any_call_is_one_warning(
     ],
 )  # fmt: skip
 def test_auto_follows_the_environment(
-    name: str, value: str, mode: str, expected: str, alone: pytest.MonkeyPatch, make_config: Callable
+    name: str, value: str, mode: str, expected: str, alone: pytest.MonkeyPatch
 ) -> None:
     alone.setenv(name, value)
-    assert wandb_logger.chosen_mode(make_config(f"wandb.mode={mode}")) == expected
+    assert wandb_logger.chosen_mode(mode) == expected
 
 
 @pytest.mark.parametrize("project", ["a/b", "x" * 129, "what?", ""])
@@ -269,10 +254,10 @@ def test_a_resumed_run_keeps_its_id_and_all_its_parts_are_named(
         return MagicMock(offline=True, id="abc")
 
     alone.setattr("wandb.init", init)
-    loggers = [wandb_logger.make_logger(make_config("wandb.mode=offline"), run, "name") for _ in range(2)]
+    boards = [wandb_logger.open_dashboard(make_config("wandb.mode=offline"), run, "name") for _ in range(2)]
     wandb_logger.close()
     assert asked == [None, "abc"]
-    leet, sync = wandb_logger.how_to_look(run, loggers[-1]).splitlines()
+    leet, sync = boards[-1].how_to_look()
     words = shlex.split(sync.partition("(once")[0])
     parts = sorted((run.path / "wandb").glob("offline-run-*"))
     assert words[:2] == ["wandb", "sync"] and [Path(word).resolve() for word in words[2:]] == parts

@@ -1,0 +1,48 @@
+"""The tables that every dashboard shows: the gain by epoch and by timestep, and an evaluation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ghibli.evaluation.gain import Gain
+from ghibli.training.loggers.dashboard import Table
+
+
+def gain_curve(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the gain of all epochs so far with its 95 % band, from rows of probe.csv."""
+    ends = ("", "_low", "_high")
+    return Table(
+        "probe/gain_curve", "held-out gain over the base", ("epoch", "gain", "95 % low", "95 % high"),
+        [[int(row["epoch"]), *(float(row[f"probe/val_gain{end}"]) for end in ends)] for row in rows],
+        chart="lines",
+    )  # fmt: skip
+
+
+def gain_by_timestep(gains: Mapping[str, Gain]) -> Table:
+    """Return the gain at each part of the timesteps, with its standard error."""
+    return Table(
+        "probe/gain_by_timestep", "held-out gain by timestep", ("timesteps", "gain", "standard error"),
+        [[part, gain.value, gain.standard_error] for part, gain in gains.items()],
+        chart="bar",
+    )  # fmt: skip
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
+    """Return the content of evaluation.json: the cells, and the guidance scan."""
+    cells = [
+        [model, row["sampler"], row["guidance"], *row["kernel"], row["frechet"], row["recall"]]
+        for model, found in result["models"].items()
+        for row in found
+    ]
+    scan = [
+        [model, float(scale), *kernel]
+        for model, kernels in result["scan"].items()
+        for scale, kernel in kernels.items()
+    ]
+    distance = ("kernel distance", "standard error")
+    return [
+        Table(
+            "evaluate/cells", "images by sampler and guidance",
+            ("model", "sampler", "guidance", *distance, "frechet", "recall"), cells,
+        ),
+        Table("evaluate/scan", "guidance scan", ("model", "guidance", *distance), scan),
+    ]  # fmt: skip
