@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ghibli.cli.options import app
+from ghibli.cli.options import app, loading
 from ghibli.config.checks import share
-from ghibli.runtime.console import console, loading
+from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ghibli.cli.options import app
+from ghibli.cli.options import app, loading
 from ghibli.runtime.commands import command_here, path_setting, quoted
-from ghibli.runtime.console import console, counted, loading
+from ghibli.runtime.console import console, counted
 from ghibli.runtime.errors import UserError
 
 demo = typer.Typer(no_args_is_help=True, help="The embedded demo.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
+from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app, loading
 from ghibli.config.paths import check_base_path
 from ghibli.inference.request import (
     Axis,
@@ -22,7 +22,7 @@ from ghibli.inference.request import (
 )
 from ghibli.models.prompt_syntax import escaped
 from ghibli.runtime.commands import install_command, quoted
-from ghibli.runtime.console import console, loading
+from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
 from ghibli.runtime.home import exists

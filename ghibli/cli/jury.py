@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from ghibli.cli.options import Guidance, Negative, Sampler, Seed, Steps, app
+from ghibli.cli.options import Guidance, Negative, Sampler, Seed, Steps, app, loading
 from ghibli.inference.request import ImageRequest, parse_size, read_prompts
 from ghibli.runtime.commands import command_here
-from ghibli.runtime.console import console, loading, relative_path
+from ghibli.runtime.console import console, relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
 from ghibli.runtime.home import exists

@@ -9,13 +9,13 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from ghibli.cli.options import app
+from ghibli.cli.options import app, loading
 from ghibli.config.registry import sampler_label
 from ghibli.runs import cleaning, listing, monitor, removal
 from ghibli.runs.find import OUTPUTS, finished_run, folders_with, run_named
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.commands import command_here, list_hint
-from ghibli.runtime.console import console, full_width, loading
+from ghibli.runtime.console import console, full_width
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line

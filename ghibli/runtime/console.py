@@ -6,7 +6,6 @@ through `logging.getLogger(__name__)`; importing this module sets up the logger 
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 from rich.traceback import Traceback
 
-from ghibli.runtime.errors import stop_at_once
 from ghibli.runtime.terminal import visible
 from ghibli.runtime.wrapping import fold
 
@@ -103,15 +101,6 @@ class TimeLeftColumn(TimeRemainingColumn):
         if task.finished or task.time_remaining is None:
             return Text("")
         return Text(f"{super().render(task).plain} left", "progress.remaining")
-
-
-@contextmanager
-def loading() -> Iterator[None]:
-    """Say on a terminal that libraries are loaded, around imports that take seconds; Ctrl-C ends them."""
-    if console.is_terminal and "torch" not in sys.modules:
-        console.print("loading torch and diffusers ...")
-    with stop_at_once():
-        yield
 
 
 def make_bar() -> Progress:
