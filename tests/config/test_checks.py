@@ -18,7 +18,7 @@ def float_keys(section: type = Config, prefix: str = "") -> list[str]:
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(field.type):
             keys += float_keys(field.type, f"{prefix}{field.name}.")
-        elif "float" in str(field.type):
+        elif "float" in str(field.type) and "dict" not in str(field.type):
             keys.append(prefix + field.name)
     return keys
 
