@@ -196,6 +196,8 @@ def test_the_term_of_the_page_is_added_and_has_a_column(
     with pytest.raises(UserError, match=r"loss.terms=toy is unknown"):
         make_config("+loss.terms.toy=0.5")
     register(TERMS, TermEntry(f"{__name__}:slope"))
+    with pytest.raises(UserError, match=r"loss.terms.toy=inf .*a finite number"):
+        make_config("+loss.terms.toy=inf")
     train.run(make_config(*words, "+loss.terms.toy=0.5"), RunDir(tmp_path / "with"))
     train.run(make_config(*words), RunDir(tmp_path / "without"))
     (first, second, *_), (plain, *_) = (

@@ -16,8 +16,9 @@ import yaml
 from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, describe
 from ghibli.diffusion.process import usual_guidance
-from ghibli.models.base import place_in_repository
+from ghibli.models.base import DEMO, resolve_path
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.files import ROOT
 from ghibli.runtime.home import expanded
 
 LICENCE = """The style and the training images are Studio Ghibli's. Do not pass off generated images as
@@ -140,12 +141,10 @@ def usage_section(config: Config, files: list[str]) -> str:
     # diffusers counts the layers that are left out, everyone else the one that is used
     skip = f", clip_skip={config.model.clip_skip - 1}" if config.model.clip_skip > 1 else ""
     if config.finetune == "lora":
-        shipped, where = (
-            place_in_repository(config.model.path),
-            "" if "/" in base else "  # a folder on your disk",
-        )
-        if shipped is not None:
-            base, where = shipped, "  # a folder of Ghibli LoRA Lab's repository"
+        where = "" if "/" in base else "  # a folder on your disk"
+        place = resolve_path(config.model.path)
+        if place.is_relative_to(DEMO):
+            base, where = place.relative_to(ROOT).as_posix(), "  # in Ghibli LoRA Lab's repository"
         loaded = f"diffusers.StableDiffusionPipeline.from_pretrained({quoted(base)}){where}"
         parts.append(f"""    pipeline = {loaded}
     pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ghibli.cli.loading import loading
-from ghibli.cli.options import app
+from ghibli.cli.options import app, loading
 from ghibli.config.checks import share
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ghibli.cli.loading import loading
-from ghibli.cli.options import app
+from ghibli.cli.options import app, loading
 from ghibli.runtime.commands import command_here, path_setting, quoted
 from ghibli.runtime.console import console, counted
 from ghibli.runtime.errors import UserError

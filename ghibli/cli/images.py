@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ghibli.cli.loading import loading
-from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app
+from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app, loading
 from ghibli.config.paths import check_base_path
 from ghibli.inference.request import (
     CONTROLS,

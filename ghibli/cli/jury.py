@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ghibli.cli.loading import loading
-from ghibli.cli.options import Guidance, Negative, Sampler, Seed, Steps, app
+from ghibli.cli.options import Guidance, Negative, Sampler, Seed, Steps, app, loading
 from ghibli.inference.request import ImageRequest, parse_size, read_prompts
 from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import console, relative_path

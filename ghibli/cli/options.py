@@ -1,11 +1,16 @@
-"""The Typer app, the order of its commands in the help, and options that several commands share."""
+"""The Typer app, the order of its commands in the help, and what several commands share."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ghibli.config.registry import SAMPLERS
+from ghibli.runtime.console import console
+from ghibli.runtime.errors import stop_at_once
 
 Sources = Annotated[
     list[str] | None,
@@ -51,3 +56,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # rich's would print what an error quotes unfiltered
     help="Everything around a training run: prepare, compare, generate, share. Training itself is train.py.",
 )
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say on a terminal that libraries are loaded, around imports that take seconds; Ctrl-C ends them."""
+    if console.is_terminal and "torch" not in sys.modules:
+        console.print("loading torch and diffusers ...")
+    with stop_at_once():
+        yield

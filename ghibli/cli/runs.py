@@ -11,8 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ghibli.cli.loading import loading
-from ghibli.cli.options import app
+from ghibli.cli.options import app, loading
 from ghibli.config.checks import require_finite
 from ghibli.config.registry import sampler_label
 from ghibli.runs import cleaning, listing, monitor, removal

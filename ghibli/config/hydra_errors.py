@@ -119,6 +119,7 @@ EXPLANATIONS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
             f"{match[1]}: expected a section; set its keys instead ({', '.join(names_in(match[2]))})"
         ),
     ),
+    (OVERRIDE + "Cannot assign .+ to Dict", r"\1: expected entries, each with a plus: +KEY.NAME=VALUE"),
     (r"Error merging override \+*(.+)\n(.*)", r"\1: \2"),
     (r"Could not find 'hydra/(launcher|sweeper)/(\w+)'", missing_plugin),
     (

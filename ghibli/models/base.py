@@ -135,12 +135,6 @@ def resolve_path(path: str) -> Path:
     return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else expanded(path)
 
 
-def place_in_repository(path: str) -> str | None:
-    """Return where a base that this repository ships lies below its root; None for any other."""
-    folder = resolve_path(path)
-    return folder.relative_to(ROOT).as_posix() if folder.is_relative_to(DEMO) else None
-
-
 def results_key(weights: str, base: BaseModel) -> str:
     """Return what decides on a base's results, for cache keys: weights, tokenizer, settings and clip_skip."""
     return f"{weights} {configs_hash(base)} clip_skip {base.clip_skip}"

@@ -62,9 +62,9 @@ def prepare(
     logger.info(f"images {root}: {recognised(root)}; {usable_count(folder)}")
     logger.info(f"sheet    {relative_path(local / 'images.png')}: some of them with their captions")
     base_hash = download_and_hash(base, config)
-    shipped = place_in_repository(base)  # conf/model has a file of its name, with what suits it
-    model = "sd15" if shipped is None else Path(shipped).name
-    settings = {"ghibli": str(root.resolve())} | ({} if shipped else {"sd15": absolute_path(base)})
+    is_known = (local.parent / "model" / f"{base}.yaml").is_file()  # with what suits it in conf/model
+    model = base if is_known else "sd15"
+    settings = {"ghibli": str(root.resolve())} | ({} if is_known else {"sd15": absolute_path(base)})
     if config is not None:
         settings["sd15_config"] = absolute_path(config)
     if caption is not None:

@@ -25,7 +25,8 @@ from ghibli.cli.main import app
 codes = [CliRunner().invoke(app, [word]).exit_code for word in ("--help", "list")]
 print(json.dumps([codes, [name for name in {SLOW} if name in sys.modules]]))
 """
-TYPO = """
+TRAINING = ("torch", "diffusers", "lightning", "transformers", "wandb", "scipy")
+TYPO = f"""
 import json, runpy, sys
 sys.argv = ["train.py", "lora.rnk=4"]
 try:

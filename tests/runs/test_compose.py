@@ -275,6 +275,7 @@ ERRORS = {
     "lora.rank=1.5": "lora.rank=1.5: expected a whole number",
     "++lora.rank=two": "lora.rank=two: expected a whole number",
     "lora.rank=null": "lora.rank=null: expected a value, not null",
+    "loss.terms=5": "loss.terms=5: expected entries, each with a plus: +KEY.NAME=VALUE",
     "lora.text_encoder=maybe": "lora.text_encoder=maybe: expected true or false",
     "data.val_fraction=10%": "data.val_fraction=10%: expected a number",
     "sample.prompts=panda": "sample.prompts=panda: expected a list, [VALUE,VALUE]",

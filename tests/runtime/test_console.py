@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from ghibli.runtime import console as console_module
 
@@ -79,3 +80,14 @@ def test_the_root_logger_stays_out_of_it(capsys: pytest.CaptureFixture[str]) -> 
     finally:
         root.removeHandler(stream)
     assert capsys.readouterr().out == "once\n" and stream.stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(("done", "shown"), [(3, "0:00:09 left"), (12, ""), (0, "")])
+def test_a_bar_says_what_is_left_and_never_what_it_took(done: int, shown: str) -> None:
+    """One step a second on a clock of its own; at 12 of 12 nothing is left."""
+    clock = iter(range(100))
+    bar = Progress(console_module.TimeLeftColumn(), get_time=lambda: float(next(clock)))
+    task = bar.add_task("training", total=12)
+    for _ in range(done):
+        bar.advance(task)
+    assert console_module.TimeLeftColumn().render(bar.tasks[0]).plain == shown

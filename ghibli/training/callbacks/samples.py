@@ -55,9 +55,11 @@ class SampleGrid(Callback):
             logger.warning(f"no sample grids: {error}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
+        if self.base_images is None:  # no grids are wanted
+            return
         epoch = trainer.current_epoch + 1
         is_due = epoch == 1 or epoch % self.config.sample.every_n_epochs == 0
-        if self.base_images is not None and is_due and epoch < trainer.max_epochs:
+        if is_due and epoch < trainer.max_epochs:
             try:
                 self.save(trainer, pl_module, f"epoch_{epoch:03d}", f"epoch {epoch}")
             except NotFinite as error:

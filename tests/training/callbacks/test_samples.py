@@ -32,3 +32,10 @@ def test_the_first_grid_comes_after_the_first_epoch(
     assert names == [f"epoch_{epoch:03d}" for epoch in drawn]
     one = memory.estimate_disk(make_config("sample.every_n_epochs=1"), [], epochs=0, cells=1).grids
     assert memory.estimate_disk(config, [], epochs=epochs, cells=1).grids >= (len(drawn) + 1) * one
+
+
+def test_without_grids_nothing_is_due(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    grid = SampleGrid(make_config("sample.every_n_epochs=0"), RunDir(tmp_path))
+    for epoch in range(3):
+        grid.on_train_epoch_end(SimpleNamespace(current_epoch=epoch, max_epochs=4), None)
+    assert list(tmp_path.iterdir()) == []

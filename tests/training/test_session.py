@@ -1,0 +1,37 @@
+"""What a stopped run says: a trial of a sweep names the sweep's command, a run of its own its own."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from ghibli.runs.folder import RunDir
+from ghibli.training.callbacks.checkpoints import StopRequested
+from ghibli.training.session import note_interruption
+
+SWEEP = ["sweep.py", "lora.rank=4,8", "data.root=a b"]
+
+
+@pytest.mark.parametrize("state", ["running", "finished"])
+@pytest.mark.parametrize("is_trial", [True, False])
+def test_ctrl_c_names_the_command_that_goes_on(
+    state: str, is_trial: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", SWEEP)
+    study, run = RunDir(Path("study")), RunDir(Path("study") / "lora.rank=4")
+    run.status.update(state=state)
+    run.checkpoints.mkdir()
+    run.last_checkpoint.write_bytes(b"")
+    lock = study.lock() if is_trial else None
+    try:
+        assert note_interruption(run, StopRequested(signal.SIGINT)) == 130
+    finally:
+        if lock is not None:
+            lock.close()
+    said = capsys.readouterr().out
+    assert ("python sweep.py lora.rank=4,8 'data.root=a b'" in said) == is_trial
+    resumes = not is_trial and state == "running"
+    assert ("python train.py resume=study/lora.rank=4" in said) == resumes
+    assert run.status.state == ("finished" if state == "finished" else "interrupted")
