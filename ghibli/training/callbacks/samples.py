@@ -55,8 +55,8 @@ class SampleGrid(Callback):
             logger.warning(f"no sample grids: {error}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
-        epoch = trainer.current_epoch + 1
-        is_due = epoch == 1 or epoch % self.config.sample.every_n_epochs == 0
+        epoch, every = trainer.current_epoch + 1, self.config.sample.every_n_epochs
+        is_due = every > 0 and (epoch == 1 or epoch % every == 0)
         if self.base_images is not None and is_due and epoch < trainer.max_epochs:
             try:
                 self.save(trainer, pl_module, f"epoch_{epoch:03d}", f"epoch {epoch}")
