@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ghibli.images.read import open_image
+from ghibli.images.read import open_file, open_image
 from ghibli.runs.find import run_named
 from ghibli.runs.folder import RunDir
 from ghibli.runs.monitor import read_gains
@@ -98,7 +98,7 @@ class Run:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         drawn = BytesIO()
         figure.savefig(drawn, format="png")
-        return Image.open(drawn).convert("RGB")
+        return open_file(drawn).convert("RGB")
 
 
 def show(run: Run | str | Path = "latest") -> None:

@@ -16,10 +16,10 @@ pytest.importorskip("gradio")
 
 from ghibli.cli import images
 from ghibli.cli.main import app
-from ghibli.inference import restyle
+from ghibli.inference import photos, restyle
 from ghibli.inference.app.session import AppSession, Settings, draw_command, restyle_command
 from ghibli.inference.photos import Photo
-from ghibli.inference.request import RestyleOptions
+from ghibli.inference.request import WAYS, RestyleOptions
 
 SIDE = 128
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0()[]\\"), min_size=1, max_size=20)
@@ -64,10 +64,10 @@ def asked() -> Any:
         patch.setattr(
             images, "write_generated", lambda model, request, *_, **__: vars(found).update(request=request)
         )
-        patch.setattr(restyle, "find_photos", lambda paths, prompt, style: [Photo(p, prompt) for p in paths])
+        patch.setattr(photos, "find_photos", lambda paths, prompt, style: [Photo(p, prompt) for p in paths])
 
-        def restyle_all(model: Any, photos: list[Photo], options: RestyleOptions, folder: Path) -> None:
-            vars(found).update(photos=photos, options=options)
+        def restyle_all(model: Any, found_photos: list[Photo], options: RestyleOptions, folder: Path) -> None:
+            vars(found).update(photos=found_photos, options=options)
             raise KeyboardInterrupt  # before anything is written
 
         patch.setattr(restyle, "restyle_all", restyle_all)
@@ -91,10 +91,10 @@ def test_a_drawn_image(page: Settings, asked: Any) -> None:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(page=on_the_page(), strength=st.floats(0.3, 1), name=st.sampled_from(ODD))
-def test_a_restyled_photo(page: Settings, strength: float, name: str, asked: Any) -> None:
-    page = replace(page, sampler="ddim")
-    wanted = page.restyle_options(strength, SIDE, "inversion")
+@given(page=on_the_page(), strength=st.floats(0.3, 1), name=st.sampled_from(ODD), way=st.sampled_from(WAYS))
+def test_a_restyled_photo(page: Settings, strength: float, name: str, way: str, asked: Any) -> None:
+    page = replace(page, sampler="ddim")  # with which the command by itself takes the other way
+    wanted = page.restyle_options(strength, SIDE, way)
     CliRunner().invoke(app, pasted(restyle_command(page, Path(f"{name}.jpg"), wanted, sources_of(page))))
     assert asked.options == wanted and asked.sources == (page.runs or ["model.path=a base/it's"])
     assert asked.photos == [Photo(Path(f"{name}.jpg"), page.prompt)]

@@ -422,10 +422,9 @@ def draw_command(settings: Settings, sources: list[str]) -> str:
 def restyle_command(settings: Settings, photo: Path, options: RestyleOptions, sources: list[str]) -> str:
     """Return the command that restyles the photo of this name."""
     loaded = [word for name in sources for word in ("--with", name)]
-    way = ["--way", options.way] if options.way != "img2img" else []
     return command_line(
         "ghibli", "restyle", photo, *loaded, "--prompt", settings.prompt,
-        "--strength", format_number(options.strength), *way, *shared_words(settings),
+        "--strength", format_number(options.strength), "--way", options.way, *shared_words(settings),
     )  # fmt: skip
 
 
