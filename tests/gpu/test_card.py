@@ -155,7 +155,7 @@ def config(make_config: Callable[..., Config], card: Card) -> Callable[..., Conf
     """Settings of a short run on this card."""
 
     def make(*words: str) -> Config:
-        short = ["trainer.max_epochs=1", "sample.every_n_epochs=0", "validation.max_images=1", "lora.rank=4"]
+        short = ["trainer.max_epochs=1", "sample.every_n_epochs=0", "lora.rank=4"]
         where = f"trainer.accelerator={'cpu' if card.device.type == 'cpu' else 'cuda'}"
         return make_config(*card.words, *short, where, *words)
 

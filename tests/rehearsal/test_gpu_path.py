@@ -114,7 +114,7 @@ def set_up(
         module: Any = GhibliModule(config, base, base_hash="rehearsed")
         data = GhibliDataModule(config, base, RunDir(folder), module.num_train_timesteps)
         trainer = stand_in(config, data, precision)
-        module.trainer = data.trainer = trainer
+        trainer.lightning_module, module.trainer, data.trainer = module, trainer, trainer
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ghibli.data.datamodule.part_hash", lambda part: "rehearsed")
             patch.setattr(GhibliDataModule, "_moments", moments)
