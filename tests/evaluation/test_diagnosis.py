@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.commands import CACHE
-from lightning.pytorch.loggers import WandbLogger
 
 import train
 from ghibli.data import latents
@@ -22,6 +21,8 @@ from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.training.callbacks.diagnosis import Doctor
 from ghibli.training.callbacks.progress import worse_range_line
+from ghibli.training.loggers.dashboard import DashboardLogger
+from ghibli.training.loggers.wandb_logger import WandbDashboard
 from ghibli.training.module import GhibliModule
 
 QUIET = ("sample.every_n_epochs=0", "early_stopping.patience=null", "data.batch_size=4", "data.accumulate=1")
@@ -284,14 +285,11 @@ def test_on_a_gpu_the_answer_is_read_later(
         read()
 
 
-def test_a_finding_is_an_alert_on_the_dashboard(
-    make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finding_is_an_alert_on_the_dashboard(make_config: Callable, tmp_path: Path) -> None:
     alerts = []
     experiment = SimpleNamespace(alert=lambda **words: alerts.append(words))
-    logger = WandbLogger.__new__(WandbLogger)
-    monkeypatch.setattr(WandbLogger, "experiment", experiment)
-    trainer = SimpleNamespace(is_global_zero=True, loggers=[logger])
+    logger = DashboardLogger(WandbDashboard(RunDir(tmp_path), experiment))
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[logger], global_step=3)
     Doctor(make_config(), RunDir(tmp_path)).report(trainer, [Finding("collapse", "the loss is 1")])
     assert [(alert["title"], alert["text"]) for alert in alerts] == [("collapse", "the loss is 1")]
 

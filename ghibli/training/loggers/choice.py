@@ -4,10 +4,9 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from PIL import Image
-
 from ghibli.config.registry import DASHBOARDS
 from ghibli.config.schema import Config, describe
+from ghibli.images.read import open_file
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.registry import load_object
@@ -65,7 +64,7 @@ def log_evaluation(config: Config, run: RunDir, result: dict[str, Any]) -> None:
     for logger in start_afterwards(config, run):
         for table in evaluation_tables(result):
             logger.log_table(table, step)
-        with Image.open(run.evaluation_images) as image:
+        with open_file(run.evaluation_images) as image:
             logger.log_image("evaluate/images", image, "evaluation", step)
         logger.log_summary(best, step)
         for finding in result["findings"]:
