@@ -78,7 +78,7 @@ class CheckSweep(Callback):
         plan, number = studies[-1].plan if studies else None, int(config.hydra.job.num)
         name = plan[number].name if plan else Path(config.hydra.runtime.output_dir).name
         position = progress(number, None if plan is None else [trial.work for trial in plan])
-        logger.info(f"\n{position}: {name}" if name else f"\n{position}")
+        logger.info(f"{position}: {name}" if name else position)
         self.stopwatch = Stopwatch(Work(int(config.trainer.max_epochs), config.loss.guidance != 1))
 
     def on_job_end(self, config: Any, **_: Any) -> None:

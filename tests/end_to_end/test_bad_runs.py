@@ -469,9 +469,10 @@ def test_list_survives_damaged_status_files(
         (runs / name / "status.json").write_bytes(content)
     (runs / "folder" / "status.json").mkdir(parents=True)
     list_command()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0].rsplit("/", 1)[-1] for line in lines[1:]] == [
+    group, _, *lines = capsys.readouterr().out.splitlines()
+    assert group == "base unknown, images unknown"
+    assert [line.split()[0].rsplit("/", 1)[-1] for line in lines] == [
         "bytes", "cut", "empty", "folder", "list", "good",
     ]  # fmt: skip
-    assert all("unknown" in line for line in lines[1:-1])
+    assert all("unknown" in line for line in lines[:-1])
     assert "finished" in lines[-1]
