@@ -30,7 +30,7 @@ INTENDED = "## Intended use and licence"
 
 
 def model_card(
-    run: RunDir, config: Config, name: str, lines: list[str], files: list[str], picture: str | None = None
+    run: RunDir, config: Config, name: str, lines: list[str], files: list[str], grid: str | None = None
 ) -> str:
     """Write the card's text, with the YAML header that the hub reads.
 
@@ -38,7 +38,7 @@ def model_card(
         name: title of the card.
         lines: a sentence for each file, and for each that could not be written.
         files: names of the files beside the card.
-        picture: path of a grid, from the card's folder; None = there is none.
+        grid: path of a sample grid, from the card's folder; None = there is none.
     """
     status, words = run.status.read(), config.data.style.strip(" ,")
     base = public_name(config.model.path)
@@ -57,7 +57,7 @@ license: creativeml-openrail-m
 # {plain(name)}
 
 {describe(config)}, for {plain(base)}{on_top}.{ending}
-{picture_section(picture)}
+{grid_section(grid)}
 ## Use
 
 {usage_section(config, files)}
@@ -84,12 +84,12 @@ For exploring a style and for studying how adapters learn. {LICENCE}
 """
 
 
-def picture_section(picture: str | None) -> str:
+def grid_section(grid: str | None) -> str:
     """Show a grid of the run; empty without one."""
-    if picture is None:
+    if grid is None:
         return ""
     what = "Prompts, samplers and guidance scales: the base above, this model below, from the same noise"
-    return f"\n![{what}]({picture})\n\n*{what}.*\n"
+    return f"\n![{what}]({grid})\n\n*{what}.*\n"
 
 
 def public_name(path: str) -> str:

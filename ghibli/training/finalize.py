@@ -76,12 +76,7 @@ def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
     )  # fmt: skip
     run.status.update(seal=identity.result_checksum(run.status.read()))
     if config.finetune == "lora":
-        names = [file.name for file in sorted(run.adapter.glob("*.safetensors"))]
-        grid = run.samples / f"{ROW_NAMES['lora']}.png"
-        picture = f"../{grid.relative_to(run.path).as_posix()}" if grid.is_file() else None
-        lines_of_files = [f"`{name}`" for name in names]
-        card = model_card(run, config, run.path.resolve().name, lines_of_files, names, picture)
-        write_text(run.adapter / "README.md", card)
+        write_card(training)
     for dashboard in dashboards:
         best_values = {"best/val_gain": gain.value, "best/epoch": best_epoch}
         dashboard.log_summary(best_values, trainer.global_step)
@@ -90,6 +85,17 @@ def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
     lines.append(f"doctor   {', '.join(names) or 'nothing to report'}")
     lines += closing_lines(config, run.path, gain, training.callbacks.records.probe_rows[0]["probe/val_gain"])
     return Result(gain, best_epoch, lines)
+
+
+def write_card(training: Training) -> None:
+    """Write the model card beside the adapter, with the last grid."""
+    run = training.run
+    names = [file.name for file in sorted(run.adapter.glob("*.safetensors"))]
+    last = run.samples / f"{ROW_NAMES['lora']}.png"
+    grid = f"../{last.relative_to(run.path).as_posix()}" if last.is_file() else None
+    lines = [f"`{name}`" for name in names]
+    card = model_card(run, training.config, run.path.resolve().name, lines, names, grid)
+    write_text(run.adapter / "README.md", card)
 
 
 def headline(training: Training) -> str:
