@@ -12,7 +12,7 @@ from ghibli.inference.app.address import find_address, in_url, is_wildcard, with
 from ghibli.inference.app.guard import Guard
 from ghibli.inference.app.private_folder import make_private_folder
 from ghibli.inference.app.session import PROMPT_LIMIT, AppSession
-from ghibli.inference.request import AXES, WAYS
+from ghibli.inference.request import AXES, KNEES, WAYS, default_way
 from ghibli.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -164,9 +164,10 @@ def restyle_tab(session: AppSession, settings: SettingsColumn) -> Any:
             max_length=PROMPT_LIMIT,
             elem_id="what",
         )
-        strength = gr.Slider(0.1, 1, value=0.5, step=0.05, label="Strength", info="1 = all new")
+        usual = default_way("ddim")
+        strength = gr.Slider(0.1, 1, value=KNEES[usual], step=0.05, label="Strength", info="1 = all new")
         way = gr.Radio(
-            list(WAYS), value=WAYS[0], label="Way", info="inversion, with DDIM only, keeps more of the photo"
+            list(WAYS), value=usual, label="Way", info="inversion, with DDIM only, keeps more of the photo"
         )
         start = gr.Button("Restyle", variant="primary", elem_id="restyle")
         with gr.Row():
