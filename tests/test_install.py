@@ -65,5 +65,8 @@ def test_a_failure_of_pip_is_shown_and_its_status_kept(tmp_path: Path) -> None:
 
 def test_uv_is_used_where_it_is(tmp_path: Path) -> None:
     fake(tmp_path, "uv", "print(sys.argv[1:])")
-    asked = ["pip", "install", "--python", ".venv/bin/python", "--require-hashes", "-r", "locks/dev.txt"]
+    asked = [
+        "pip", "install", "--python", ".venv/bin/python", "--no-build-isolation", "--require-hashes", "-r",
+        "locks/dev.txt",
+    ]  # fmt: skip
     assert installed(".venv/bin/python", tmp_path).stdout == f"{asked}\n"

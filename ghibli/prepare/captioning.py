@@ -25,6 +25,7 @@ from ghibli.runtime.home import expanded
 
 Captioner = Callable[[list[Image.Image]], list[str]]  # RGB images -> a caption each
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # older and newer transformers'
 MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
 GENERATION = {
     "max_new_tokens": 30,
@@ -34,8 +35,8 @@ GENERATION = {
 }
 TABLE = "captions.txt"
 MANUALLY = (
-    "download its files into a folder (of the weights, pytorch_model.bin is enough), run python -m ghibli "
-    "convert FOLDER/pytorch_model.bin, and give --model FOLDER"
+    "download its files into a folder (of the weights, pytorch_model.bin is enough), run ghibli convert "
+    "FOLDER/pytorch_model.bin, and give --model FOLDER"
 )
 
 
@@ -60,8 +61,10 @@ class Blip:
         """
         folder = resolve_path(path) if resolve_path(path).is_dir() else download_model(path)
         check_weights(folder, path)
-        for name in ("config.json", "preprocessor_config.json"):
-            check_config(folder / name, f"--model {path}")
+        check_config(folder / "config.json", f"--model {path}")
+        for name in PROCESSOR_FILES:
+            if (folder / name).exists():
+                check_config(folder / name, f"--model {path}")
         try:
             # Silenced: the report on keys, which is asked for instead and checked below.
             with quiet("transformers"):

@@ -55,7 +55,7 @@ def test_every_load_is_of_tensors_only(path: Path) -> None:
 
 def command_in(message: str) -> list[str]:
     """Extract the words after `ghibli` from the command in a message."""
-    return message.split("python -m ghibli ")[1].split(", and")[0].rstrip(")").split()
+    return ["convert", *message.split("ghibli convert ")[1].split(", and")[0].rstrip(")").split()]
 
 
 @pytest.mark.parametrize("ending", [".bin", ".pt", ".ckpt", ".pkl"])

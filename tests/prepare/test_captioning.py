@@ -190,7 +190,7 @@ def test_models_that_cannot_be_used(folder: Path, model: Path, tmp_path: Path) -
     empty.mkdir()
     assert "has no .safetensors weights: download its files into a folder" in load(empty)
     (empty / "pytorch_model.bin").write_bytes(b"PK")
-    assert f"convert it once: python -m ghibli convert {empty / 'pytorch_model.bin'}" in load(empty)
+    assert f"ghibli convert {empty / 'pytorch_model.bin'}" in load(empty)
     (empty / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
     assert "model.safetensors is cut off or damaged" in load(empty)
     assert "no such folder, and not a hub id" in load(tmp_path / "nowhere")
