@@ -558,15 +558,15 @@ def describe(config: Config) -> str:
     return ", ".join(parts)
 
 
-def base_name(config: Config) -> str:
+def base_name(model: ModelConfig) -> str:
     """Return a short name of the base: `demo`, or `demo + near` with an adapter merged into it."""
-    paths = [config.model.path, *([config.model.adapter] if config.model.adapter else [])]
+    paths = [model.path, *([model.adapter] if model.adapter else [])]
     return " + ".join(PurePath(path).name for path in paths)
 
 
-def images_name(config: Config) -> str:
+def images_name(data: DataConfig) -> str:
     """Return a short name of the image set, that of its folder."""
-    return PurePath(config.data.root_folder).name
+    return PurePath(data.root_folder).name
 
 
 def age_of(version: object) -> str:

@@ -103,7 +103,7 @@ def past_runs(config: Config) -> list[Timed]:
     for run in reversed(all_runs()):
         status = run.status.read()
         origin = (status.get("base"), status.get("images"))
-        if status.get("state") != "finished" or origin != (base_name(config), images_name(config)):
+        if status.get("state") != "finished" or origin != (base_name(config.model), images_name(config.data)):
             continue
         guidance = ((read_settings(run.config) or {}).get("loss") or {}).get("guidance", 1)
         with suppress(KeyError, TypeError, ValueError):

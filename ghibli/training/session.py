@@ -128,7 +128,7 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
     write_text(run.config, to_yaml(config))
     run.status.update(
         state="running", reason=None, started=run.status.read().get("started", now()),
-        settings=describe(config), base=base_name(config), images=images_name(config),
+        settings=describe(config), base=base_name(config.model), images=images_name(config.data),
         command=command_line(*sys.argv), seed=config.seed,
         process=os.getpid(), threads=config.threads or torch.get_num_threads(), **provenance(),
         **identity.identity_fields(config, run),

@@ -66,7 +66,7 @@ def test_earlier_runs_of_this_base_and_images_tell_the_pace(
     for at, (name, what) in enumerate(others.items()):
         run = RunDir(Path("outputs/train") / name)
         run.status.update(**{
-            "state": "finished", "base": base_name(config), "images": images_name(config), "epoch": 2,
+            "state": "finished", "base": base_name(config.model), "images": images_name(config.data), "epoch": 2,
             "started": (began + timedelta(days=at)).isoformat(), "starts": [{}],
             "ended": (began + timedelta(days=at, seconds=60 + at)).isoformat(),
         } | {key: value for key, value in what.items() if key != "guidance"})  # fmt: skip
