@@ -66,7 +66,8 @@ def test_earlier_runs_of_this_base_and_images_tell_the_pace(
     for at, (name, what) in enumerate(others.items()):
         run = RunDir(Path("outputs/train") / name)
         run.status.update(**{
-            "state": "finished", "base": base_name(config.model), "images": images_name(config.data), "epoch": 2,
+            "state": "finished", "base": base_name(config.model), "images": images_name(config.data),
+            "epoch": 2,
             "started": (began + timedelta(days=at)).isoformat(), "starts": [{}],
             "ended": (began + timedelta(days=at, seconds=60 + at)).isoformat(),
         } | {key: value for key, value in what.items() if key != "guidance"})  # fmt: skip
@@ -105,4 +106,4 @@ def test_train_m_says_which_trial_begins(mode: str, monkeypatch: pytest.MonkeyPa
     callback = grid.CheckSweep()
     callback.on_job_start(SimpleNamespace(**cfg, get=lambda key, default: default))
     callback.on_job_end(None)
-    assert said == (["\ntrial 2 of 2: seed=2"] if mode == "MULTIRUN" else [])
+    assert said == (["trial 2 of 2: seed=2"] if mode == "MULTIRUN" else [])
