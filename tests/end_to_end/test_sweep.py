@@ -280,4 +280,4 @@ def test_a_grid_on_the_command_line_replaces_the_one_of_conf(
     monkeypatch.setattr(train, "main", lambda cfg: started.append(cfg.loss.guidance) or 0.0)
     monkeypatch.setattr(sweep, "report", lambda folder: None)
     python_sweep(f"data.root={images}", "data.draw=null", f"hydra.sweep.dir={tmp_path}", *given)
-    assert len(started) == grid.studies[0].trials == count
+    assert len(started) == len(grid.studies[0].plan) == count
