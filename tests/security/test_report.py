@@ -1,13 +1,14 @@
 """A report about a stranger's run: its texts stay text, and whatever its files hold, there is a page."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from helpers.report_material import EVIL, SETTINGS, STATUS, Page, evaluation_of, make_run, page_of
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from ghibli.report import page
@@ -67,6 +68,25 @@ def test_no_text_of_any_file_is_markup(runs: tuple[RunDir, RunDir]) -> None:
         made = page_of(folder)
         check_inert(made)
         assert EVIL in made.text
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, database=None)
+@given(
+    text=st.text(max_size=40),
+    place=st.text(st.characters(codec="utf-8", exclude_characters="/\0"), max_size=20),
+)
+@example(text="[/INST]\x1b[2J {{ x }} </p> \u2028\x85\u202e", place="\n(1) <b> \U0001f600")
+def test_any_text_and_any_name_reach_the_page(text: str, place: str) -> None:
+    """Word for word, each of their spaces as a space."""
+    with tempfile.TemporaryDirectory() as parent:
+        run = make_run(Path(parent, f"run{place}"))
+        for grid in run.samples.iterdir():
+            grid.unlink()
+        run.status.update(machine=f"M{text}.")
+        made = page_of(run.path)
+    for wanted in (f"M{text}.", f"run{place}"):
+        shown = wanted.encode("utf-8", "backslashreplace").decode()
+        assert " ".join(shown.split()) in made.text
 
 
 @pytest.mark.slow
