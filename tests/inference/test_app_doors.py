@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -371,7 +373,8 @@ def test_behind_a_proxy_on_ipv6(folder: Path) -> None:
 def test_its_folder_is_gone_after_a_signal(folder: Path, number: signal.Signals) -> None:
     environment = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(REPO), "HTTP_PROXY": ""}
     words = [sys.executable, "-u", "-m", "ghibli", "app", "model=demo", "data=demo"]
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as page:
+    options = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": heed_ctrl_c}
+    with subprocess.Popen(words, env=environment, **options) as page, ended(page):
         assert page.stdout is not None
         line = next(line for line in page.stdout if line.startswith("page "))
         address = line.split()[1]
@@ -382,6 +385,20 @@ def test_its_folder_is_gone_after_a_signal(folder: Path, number: signal.Signals)
         page.send_signal(number)
         assert page.wait(20) in (128 + number, 0, 130)
     assert not list(folder.glob("ghibli-page-*"))
+
+
+def heed_ctrl_c() -> None:
+    """Undo that a shell starts background jobs, such as these tests perhaps, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def ended(process: subprocess.Popen) -> Iterator[None]:
+    """Kill the process at the end, if a failed test has left it running."""
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 def test_folders_of_killed_pages_are_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
