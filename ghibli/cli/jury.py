@@ -72,8 +72,12 @@ def jury_command(
     page = ballot.write(folder, named, request.prompts, planned, drawn)
     console.print(f"ballot   {relative_path(page)}: {len(planned)} pairs; send it to people, or open it")
     console.print(f"         keep {relative_path(page.with_suffix('.key.json'))}, which says who drew what")
-    votes = command_here("ghibli", "jury", "--count", Path("votes-*.json"), "--to", folder)
-    console.print(f"count    {votes.replace(chr(39), '')}")
+    console.print(f"count    {counting_command(folder)}")
+
+
+def counting_command(folder: Path) -> str:
+    """Return the command that counts the files of votes in this folder; the shell finds them."""
+    return f"{command_here('ghibli', 'jury', '--count', '--to', folder)} votes-*.json"
 
 
 def count_votes(files: list[Path], key: Path | None, folder: Path) -> None:

@@ -1,6 +1,8 @@
 """How often a JPEG file has its whole image gone through: a file of 1 MB can take minutes to decode."""
 
+import mmap
 import re
+from pathlib import Path
 
 MOST_SCANS = 250  # in a file; encoders write 1 to about 20
 MARKER = re.compile(
@@ -9,11 +11,17 @@ MARKER = re.compile(
 ALONE, END, SCAN = (b"\xff\x01", b"\xff\xd8"), b"\xff\xd9", b"\xff\xda"
 
 
-def has_too_many_scans(content: bytes) -> bool:
+def has_too_many_scans(file: Path) -> bool:
     """Tell whether a JPEG file has more than MOST_SCANS; each is a pass over all pixels, and takes 100 bytes.
 
     What follows the image, such as the video of a moving photo, does not count, nor does a preview in it.
     """
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return has_more_scans(content)
+
+
+def has_more_scans(content: bytes | mmap.mmap) -> bool:
+    """Tell the same of a file's content."""
     scans, at = 0, 2
     while scans <= MOST_SCANS and (marker := MARKER.search(content, at)) and marker[0] != END:
         at = marker.end()

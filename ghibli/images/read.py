@@ -162,7 +162,7 @@ def decode(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
     """
     try:
         with open_file(path) as file:
-            if file.format in ("JPEG", "MPO") and has_too_many_scans(path.read_bytes()):
+            if file.format in ("JPEG", "MPO") and has_too_many_scans(path):
                 raise Unusable("it is a JPEG of hundreds of passes and would take minutes: save it anew")
             size, frames = file.size, frames_in(file)
             if at_least is not None:

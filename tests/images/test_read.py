@@ -14,7 +14,7 @@ from helpers.image_folders import RED, read, write_image
 from PIL import Image, ImageCms, features
 
 from ghibli.images import read as reading
-from ghibli.images.jpeg import has_too_many_scans
+from ghibli.images.jpeg import has_more_scans
 from ghibli.images.read import Unusable, check_image, image_endings, open_file, open_image, read_image
 from ghibli.inference.photos import find_photos
 from ghibli.prepare.download import write_image_bytes
@@ -126,7 +126,7 @@ def test_a_jpeg_of_thousands_of_passes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "many.jpg").write_bytes(with_scans(1000))
     with pytest.raises(Unusable, match="hundreds of passes"):
         read_image(tmp_path / "many.jpg")
-    assert not has_too_many_scans(b"\xff\xd8" + b"\xff\xd8\xff\x01" * 1000 + b"\xff\xe0\x00\x00")
+    assert not has_more_scans(b"\xff\xd8" + b"\xff\xd8\xff\x01" * 1000 + b"\xff\xe0\x00\x00")
 
 
 # Colour profiles

@@ -1,6 +1,7 @@
 """Votes that come back as files: read as a stranger's, matched with the key, and counted in words."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from ghibli.cli.jury import count_votes
+from ghibli.cli.jury import count_votes, counting_command
 from ghibli.jury import ballot, count
 from ghibli.runtime.errors import UserError
 
@@ -120,3 +121,11 @@ def test_the_name_of_a_file_adds_no_line(
     said = capsys.readouterr().out.splitlines()
     assert any("\\nrun poor" in line for line in said)
     assert not any(line.startswith("run poor") for line in said)
+
+
+def test_the_printed_command_is_for_a_shell(tmp_path: Path) -> None:
+    """Its pattern is left to the shell, and a folder of any name is one word."""
+    folder = tmp_path / "it's (1) here"
+    command = counting_command(folder)
+    assert shlex.split(command)[-5:] == ["jury", "--count", "--to", str(folder), "votes-*.json"]
+    assert command.endswith(" votes-*.json")
