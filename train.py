@@ -33,10 +33,13 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
             return objective
         console.print("loading torch, diffusers and Lightning ...")
         with stop_at_once():  # they take seconds to import
-            from ghibli.prepare import preflight
-            from ghibli.training.finalize import finalize
-            from ghibli.training.loggers import choice
-            from ghibli.training.session import build, is_trial_at_work, training_session
+            from ghibli.data.drawing import drawn_meanwhile
+
+            with drawn_meanwhile(config.data.root_folder, config.data.draw):
+                from ghibli.prepare import preflight
+                from ghibli.training.finalize import finalize
+                from ghibli.training.loggers import choice
+                from ghibli.training.session import build, is_trial_at_work, training_session
 
         with training_session(config, run_dir, resumes) as session:
             training = build(config, run_dir, session.stop)

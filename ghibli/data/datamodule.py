@@ -24,9 +24,10 @@ from ghibli.data.dataset import (
     example_bytes,
     share_of_probe,
 )
+from ghibli.data.drawing import draw_missing
 from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, repeated_folders, summarise
 from ghibli.data.latents import CHUNK, Moments, chunk_size, encode
-from ghibli.data.sources import draw_missing, image_set_hash
+from ghibli.data.sources import image_set_hash
 from ghibli.data.split import first_by_content, split_apart
 from ghibli.data.validation_items import make_items
 from ghibli.images.duplicates import thumbnail

@@ -1,4 +1,4 @@
-"""Images that are drawn when missing, and the real images that samples are measured against."""
+"""The real images that samples are measured against."""
 
 import hashlib
 import logging
@@ -7,35 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ghibli.config.schema import Config, DrawConfig
+from ghibli.config.schema import Config
+from ghibli.data.drawing import draw_missing
 from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import first_by_content, split_apart
-from ghibli.demo.scenes.scene import EVALUATION_SEEDS, FINETUNE_SEEDS, PRETRAIN_SEEDS, damaged, write_folder
+from ghibli.demo.scenes.scene import EVALUATION_SEEDS
 from ghibli.images.duplicates import near_duplicates, thumbnail
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-
-def draw_missing(root: str, draw: DrawConfig | None, cache_dir: str, seeds: range | None = None) -> None:
-    """Draw the images of a folder that is missing, or damaged in the cache.
-
-    Args:
-        draw: what to draw; None = nothing.
-        seeds: of the scenes; None = those that training uses.
-    """
-    folder = Path(root)
-    if draw is None:
-        return
-    if (folder / "captions.txt").exists():
-        if not (folder.is_relative_to(cache_dir) and damaged(folder)):
-            return
-        logger.warning(f"the drawn images in {root} are damaged: drawing them again")
-    usual = {"drawn": FINETUNE_SEEDS, "photo": PRETRAIN_SEEDS}
-    first = (seeds or usual[draw.look]).start
-    with counted("drawing the demo images") as on_progress:
-        write_folder(folder, draw.look, draw.count, first, on_progress=on_progress)
 
 
 LEAST = 3  # images; with fewer a kernel distance has no standard error
