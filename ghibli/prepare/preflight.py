@@ -314,11 +314,9 @@ def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Traine
 
 
 def peak_of_process(more: float) -> float:
-    """Return the bytes of a run's process at its peak: `more` than this one has held so far, after loading.
-
-    What it holds now may be less, as the system takes pages of libraries back where memory is short.
-    """
-    return more + (resources.peak_resident_memory() or resources.resident_memory())
+    """Return the bytes of a run's process at its peak: while the base is loaded, or with `more` beside it."""
+    loading = resources.peak_resident_memory() or 0  # None where there is no /proc
+    return max(loading, resources.resident_memory() + more)
 
 
 def about_gpu_memory(module: GhibliModule, precision: str, free: float) -> Finding:

@@ -17,7 +17,9 @@ NAMES, SETTINGS = HEADS.index("run"), HEADS.index("settings")
 SHORTEST_NAME, SHORTEST_SETTINGS = 16, 12  # columns; settings in fewer say nothing and are left out
 GAP = 2  # columns between two cells
 Origin = tuple[tuple[str | None, str | None], tuple[str | None, str | None]]  # (hash, name) of base, images
-COMMA = re.compile(r",(?=[+~]*[\w.@/]+=)")  # between the settings that name a trial's folder
+COMMA = re.compile(  # between the settings that name a trial's folder; the last may be cut, with a hash
+    r",(?=[+~]*[\w.@/]+(?:=|-[0-9a-f]{12}$))"
+)
 
 
 @dataclass(frozen=True)
@@ -153,16 +155,22 @@ def may_be_same(one: Origin, other: Origin) -> bool:
 
 def short_names(rows: list[ListedRun]) -> list[str]:
     """Return the names of runs, those of a study's trials without the settings that all of them share."""
-    trials: dict[Path, list[set[str]]] = {}
+    studies: dict[Path, list[Path]] = {}
     for row in rows:
-        trials.setdefault(row.run.path.parent, []).append(set(COMMA.split(row.run.path.name)))
-    shared = {study: set.intersection(*own) if len(own) > 1 else set() for study, own in trials.items()}
-    names = []
-    for row in rows:
-        path = row.run.path
-        own = [part for part in COMMA.split(path.name) if part not in shared[path.parent]]
-        short = ",".join(re.sub(r"^[\w.]+\.(?=\w+=)", "", part) for part in own)
-        names.append(one_line(path.parent / short if shared[path.parent] and own else path))
+        studies.setdefault(row.run.path.parent, []).append(row.run.path)
+    own = {path: name for trials in studies.values() for path, name in own_settings(trials).items()}
+    names = (own[row.run.path] for row in rows)
+    return [one_line(row.run.path.parent / name) for row, name in zip(rows, names, strict=True)]
+
+
+def own_settings(trials: list[Path]) -> dict[Path, str]:
+    """Name each trial of a study by the settings that not all of them share; by its folder's name if none."""
+    settings = {trial: COMMA.split(trial.name) for trial in trials}
+    shared = set.intersection(*map(set, settings.values())) if len(trials) > 1 else set()
+    names = {}
+    for trial, every in settings.items():
+        own = [re.sub(r"^[\w.]+\.(?=\w+=)", "", part) for part in every if part not in shared]
+        names[trial] = ",".join(own) if shared and own else trial.name
     return names
 
 

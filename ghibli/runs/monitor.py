@@ -16,8 +16,8 @@ from typing import Any
 from ghibli.runs import lock
 from ghibli.runs.find import folders_with
 from ghibli.runs.folder import RunDir
-from ghibli.runs.listing import ListedRun, listed
-from ghibli.runtime.commands import list_hint, quoted
+from ghibli.runs.listing import ListedRun, listed, own_settings
+from ghibli.runtime.commands import command_here, list_hint, quoted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_rows
 from ghibli.runtime.terminal import one_line
@@ -152,18 +152,18 @@ def study_lines(
         room = len(ranked) if height is None else max(height - len(shown) - len(at_work) - 2, LEAST_RANKED)
         shown += [cut(line, width) for line in ranking(ranked[:room], trials)]
         if len(ranked) > room:
-            shown.append(f"and {len(ranked) - room} more below them (`ghibli list` shows all)")
+            shown.append(
+                f"and {len(ranked) - room} more below them (`{command_here('ghibli', 'list')}` shows all)"
+            )
     return shown + at_work
 
 
 def ranking(ranked: list[ListedRun], trials: list[ListedRun]) -> list[str]:
     """List trials with their gain below a line of heads; each is named by what not all trials have."""
-    every = [set(trial.run.path.name.split(",")) for trial in trials]
-    shared = set.intersection(*every) if len(every) > 1 else set()
+    names = own_settings([trial.run.path for trial in trials])
     rows = [("gain", "epoch", "state", "trial")]
     for trial in ranked:
-        own = ",".join(part for part in trial.run.path.name.split(",") if part not in shared)
-        name = own or trial.run.path.name
+        name = names[trial.run.path]
         if CUT_NAME.search(name):
             name = str(trial.status.get("settings", name))
         rows.append((trial.gain_text, str(trial.status.get("epoch", "-")), trial.state, one_line(name)))

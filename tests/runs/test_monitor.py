@@ -12,6 +12,7 @@ from helpers.commands import run_python
 
 from ghibli.runs import monitor
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_rows
 
@@ -97,8 +98,8 @@ def test_a_trial_is_named_by_what_not_all_have(tmp_path: Path) -> None:
     assert shown[0].split() == ["gain", "epoch", "state", "trial"]
     assert [line.split("finished  ")[1] for line in shown[1:]] == [
         "LoRA rank 8",
-        "lora.rank=4",
-        "lora.rank=2",
+        "rank=4",
+        "rank=2",
     ]
     make_run(tmp_path / "alone" / "lora.rank=2", state="finished", gain=0.1, gain_se=0.01)
     assert monitor.view(tmp_path / "alone", 80, START)[4].endswith("lora.rank=2")
@@ -138,7 +139,7 @@ def test_all_that_changes_fits_into_the_terminal(tmp_path: Path, height: int, us
     assert lines[1] == "40 finished, 1 running"
     ranked = [line.split()[-1] for line in lines if "trial" in line and "finished  " in line]
     assert ranked == [f"trial{number:02}" for number in range(39, 39 - len(ranked), -1)]
-    assert f"and {40 - len(ranked)} more below them (`ghibli list` shows all)" in lines
+    assert f"and {40 - len(ranked)} more below them (`{command_here('ghibli', 'list')}` shows all)" in lines
     assert " ".join(" ".join(lines).split()).count("word") == words
     assert len(lines) == used
 
