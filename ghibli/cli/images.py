@@ -1,13 +1,26 @@
 """`ghibli generate`, `restyle` and `app`."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ghibli.cli.options import Guidance, Negative, Sampler, Scale, Seed, Sources, Steps, app, loading
+from ghibli.cli.options import (
+    Guidance,
+    Negative,
+    Prompt,
+    Prompts,
+    Sampler,
+    Scale,
+    Seed,
+    Sources,
+    Steps,
+    app,
+    loading,
+    prompt_lines,
+    split_words,
+)
 from ghibli.config.paths import check_base_path
 from ghibli.inference.request import (
     CONTROLS,
@@ -21,7 +34,6 @@ from ghibli.inference.request import (
     grid_requests,
     parse_axis,
     parse_size,
-    read_prompts,
     unused_negative,
 )
 from ghibli.models.prompt_syntax import escaped
@@ -29,7 +41,6 @@ from ghibli.runtime.commands import install_command, quoted
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
-from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
 
 if TYPE_CHECKING:  # torch takes seconds to load
@@ -39,8 +50,8 @@ if TYPE_CHECKING:  # torch takes seconds to load
 @app.command("generate")
 def generate_command(
     sources: Sources = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="can be repeated")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="text file with a prompt per line")] = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
     sampler: Sampler = "ddim",
     guidance: Guidance = None,
     steps: Steps = 30,
@@ -67,7 +78,7 @@ def generate_command(
     folder: Annotated[Path, typer.Option("--to", help="folder to fill")] = Path("outputs/generated"),
 ) -> None:
     """Generate images from prompts with a run, adapter files or the base, as PNG files with all settings."""
-    lines = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    lines = prompt_lines(prompt, prompts)
     if not lines:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
     if hires_strength is not None and hires == 1:
@@ -276,8 +287,7 @@ def load_sources(sources: list[str] | None) -> "LoadedModel":
     """Load what was named; by default the newest finished run, or the base if there is none."""
     from ghibli.runs.find import finished_run
 
-    overrides = [w for w in sources or [] if re.match(r"[a-z_.]+=", w) and not exists(w)]
-    named = [word for word in sources or [] if word not in overrides]
+    named, overrides = split_words(sources or [])
     if not named and not overrides:
         try:
             named = [str(finished_run("latest").path)]

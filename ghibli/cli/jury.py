@@ -1,18 +1,28 @@
 """`ghibli jury`."""
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ghibli.cli.options import Guidance, Negative, Sampler, Seed, Steps, app, loading
-from ghibli.inference.request import ImageRequest, parse_size, read_prompts
+from ghibli.cli.options import (
+    Guidance,
+    Negative,
+    Prompt,
+    Prompts,
+    Sampler,
+    Seed,
+    Steps,
+    app,
+    loading,
+    prompt_lines,
+    split_words,
+)
+from ghibli.inference.request import ImageRequest, parse_size
 from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import console, relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
-from ghibli.runtime.home import exists
 from ghibli.runtime.terminal import one_line
 
 BYTES = 10**6  # of an image in the page, at most, about
@@ -33,8 +43,8 @@ def jury_command(
     key: Annotated[
         Path | None, typer.Option(help="the ballot's key, for --count; by default searched beside the votes")
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="can be repeated")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="text file with a prompt per line")] = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
     pairs: Annotated[int, typer.Option(help="pairs of images on the page", min=4, max=500)] = 60,
     sampler: Sampler = "ddim",
     guidance: Guidance = None,
@@ -50,9 +60,8 @@ def jury_command(
     if count:
         count_votes([Path(source) for source in sources], key, folder)
         return
-    lines = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
-    overrides = [word for word in sources if re.match(r"[a-z_.]+=", word) and not exists(word)]
-    named = [word for word in sources if word not in overrides]
+    lines = prompt_lines(prompt, prompts)
+    named, overrides = split_words(sources)
     with loading():
         from ghibli.jury import ballot
         from ghibli.runs.compose import compose_config

@@ -1,16 +1,20 @@
 """The Typer app, the order of its commands in the help, and what several commands share."""
 
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ghibli.config.registry import SAMPLERS
+from ghibli.inference.request import read_prompts
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import stop_at_once
+from ghibli.runtime.home import exists
 
 Sources = Annotated[
     list[str] | None,
@@ -19,6 +23,8 @@ Sources = Annotated[
         help="by default the newest finished run, or the base if there is none",
     ),
 ]
+Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="can be repeated")]
+Prompts = Annotated[Path | None, typer.Option(help="text file with a prompt per line")]
 Sampler = Annotated[str, typer.Option(help=f"{', '.join(SAMPLERS)}; names of A1111 and ComfyUI too")]
 Guidance = Annotated[float | None, typer.Option(help="1 = off; by default what suits the training", min=0)]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
@@ -65,3 +71,14 @@ def loading() -> Iterator[None]:
         console.print("loading torch and diffusers ...")
     with stop_at_once():
         yield
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell what is named, runs and files, from KEY=VALUE settings; a file that is there is no setting."""
+    settings = [word for word in words if re.match(r"[a-z_.]+=", word) and not exists(word)]
+    return [word for word in words if word not in settings], settings
+
+
+def prompt_lines(prompt: list[str] | None, prompts: Path | None) -> list[str]:
+    """Return the prompts of --prompt, then those of the file --prompts."""
+    return [*(prompt or []), *(read_prompts(prompts) if prompts else [])]

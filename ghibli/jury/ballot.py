@@ -21,6 +21,7 @@ from ghibli.inference.generate import generate_images
 from ghibli.inference.load import load_model
 from ghibli.inference.request import ImageRequest
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_json, write_text
 
 SAME_EVERY = 8  # one pair in so many shows one model twice, from two noises
@@ -112,11 +113,15 @@ def write(
     """Write the page and, beside it, the key that says which model drew what; return the page's file.
 
     Both are named after the ballot, a hash of all that is shown, so the same ballot replaces itself only.
+    The names stay out of the hash, from which they could be guessed.
 
     Args:
         names: of the models, which only the key has.
         prompts: of the items.
         drawn: as `draw` returns it.
+
+    Raises:
+        UserError: there is a key of the same images under other names, by which votes may be counted.
     """
     shown = list(dict.fromkeys(drawing for pair in pairs for drawing in (pair.a, pair.b)))
     order = np.random.default_rng(len(shown)).permutation(len(shown))  # a number tells no model
@@ -127,13 +132,16 @@ def write(
     ballot = hashlib.sha256(content.encode()).hexdigest()[:8]
     page = folder / f"ballot-{ballot}.html"
     data: dict[str, Any] = {"ballot": ballot, "images": uris, "pairs": listed}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(page, environment().get_template("page.html.jinja").render(data=data, count=len(pairs)))
     key = {
         "ballot": ballot, "models": list(names),
         "pairs": [{"models": [p.a.model, p.b.model], "items": [p.a.item, p.b.item]} for p in pairs],
     }  # fmt: skip
-    write_json(folder / f"ballot-{ballot}.key.json", key)
+    file = page.with_suffix(".key.json")
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != key:
+        raise UserError(f"{file} is of the same images under other names: move it away, or give another --to")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(page, environment().get_template("page.html.jinja").render(data=data, count=len(pairs)))
+    write_json(file, key)
     return page
 
 

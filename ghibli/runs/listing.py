@@ -65,10 +65,9 @@ class ListedRun:
         parts = []
         for what, key in (("base", "base_hash"), ("images", "data_hash")):
             name, content = self.status.get(what), str(self.status.get(key) or "")[:7]
-            parts.append(" ".join(filter(None, (what, name or "", f"({content})" if content else ""))))
-            if not name and not content:
-                parts[-1] = f"{what} unknown"
-        return one_line(", ".join(parts))
+            if name or content:
+                parts.append(" ".join(filter(None, (what, name or "", f"({content})" if content else ""))))
+        return one_line(", ".join(parts) or "base and images unknown")
 
     @property
     def gain_text(self) -> str:

@@ -38,7 +38,7 @@ def test_list_shows_state_settings_and_gain(tmp_path: Path) -> None:
     code, out, _ = ghibli("list", cwd=tmp_path)
     lines = out.splitlines()
     assert code == 0
-    assert lines[0] == "base unknown, images unknown"
+    assert lines[0] == "base and images unknown"
     assert all(word in lines[2] for word in ("outputs/train/a", "finished", "LoRA rank 8", "12.3 % +- 0.5 %"))
     assert "lora.targets=[to_q,to_k]" in "".join(out.split())  # brackets are no markup; a cell folds
     assert [state for line in lines for state in ("killed", "running") if state in line] == [

@@ -14,6 +14,7 @@ from ghibli.inference.load import load_model
 from ghibli.inference.request import ImageRequest
 from ghibli.jury import ballot
 from ghibli.jury.ballot import Drawing
+from ghibli.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(("models", "prompts", "most"), [(2, 3, 40), (3, 2, 60), (5, 4, 24), (2, 2, 4)])
@@ -68,6 +69,9 @@ def test_the_same_ballot_has_the_same_name(page: Path, tmp_path: Path) -> None:
         ballot.write(tmp_path, ["outputs/train/secret", "other.safetensors"], prompts, pairs, drawn) == page
     )
     assert page.read_bytes() == before
+    with pytest.raises(UserError, match="same images under other names"):
+        ballot.write(tmp_path, ["other.safetensors", "outputs/train/secret"], prompts, pairs, drawn)
+    assert page.read_bytes() == before and "secret" in page.with_suffix(".key.json").read_text()
     drawn[1] = 1 - drawn[1]
     assert ballot.write(tmp_path, ["a", "b"], prompts, pairs, drawn) != page
 
