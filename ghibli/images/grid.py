@@ -114,6 +114,43 @@ def compose_grid(
     return lay_out(size, tiles, lefts, tops, texts)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Rows of images that share a caption in each column."""
+
+    captions: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Image.Image]]]  # (label, an image for each caption), all of one size
+
+
+def captioned_blocks(blocks: Sequence[Block]) -> Image.Image:
+    """Compose blocks below one another, at the images' own size: captions above, labels at the left."""
+    width, height = blocks[0].rows[0][1][0].size
+    gap, line, most = 4, 15, 4  # px, px, lines of a caption
+    head = most * line + 3 * gap
+    left = 16 + max(
+        round(font_and_text(label, 13)[0].getlength(label)) for b in blocks for label, _ in b.rows
+    )
+    tops: list[int] = []
+    texts: list[Text] = []
+    tiles: list[Sequence[Image.Image]] = []
+    lefts = evenly(max(len(block.captions) for block in blocks), width + gap, first=left)
+    bottom = 0
+    for block in blocks:
+        wrapped = [textwrap.fill(caption, width // 7, max_lines=most) for caption in block.captions]
+        texts += [
+            Text(x, bottom + head - gap - line * (text.count("\n") + 1), text, 12, spacing=2)
+            for x, text in zip(lefts, wrapped, strict=False)
+        ]
+        for top, (label, images) in zip(
+            evenly(len(block.rows), height + gap, first=bottom + head), block.rows, strict=True
+        ):
+            texts.append(Text(8, top + height // 2, label, 13, "lm"))
+            tiles.append(images)
+            tops.append(top)
+        bottom = tops[-1] + height + gap
+    return lay_out((lefts[-1] + width + gap, bottom + gap), tiles, lefts, tops, texts)
+
+
 def contact_sheet(images: list[tuple[Image.Image, str]]) -> Image.Image:
     """Lay out (image, caption) pairs in rows of COLUMNS, each image fitted into TILE px squared."""
     rows = in_rows(images, COLUMNS)

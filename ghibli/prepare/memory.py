@@ -39,11 +39,8 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
     """Estimate what training, probe and grids of this run take beside what the process holds already.
 
     The model runs on 64 x 64 and 64 x 128 px; what its operations keep alive is counted, scaled up and
-    multiplied by FRAGMENTS. That and BESIDE were fitted to the demo on a CPU, whose process held 985 MiB
-    before and grew by 97, 302 and 1104 MiB with batch 1, 18 and 72; the estimate is 98, 321 and 1124.
-    Elsewhere expect an error of a third: for SD 1.5 at 64 px and batch 1 the estimate was 0.25 GiB on top
-    of the 5.2 that it held, and it took 0.1, while loading it had taken 6.5 (and 6.9 on another machine)
-    before anything could be estimated. For a GPU, see prepare.rehearsal.
+    multiplied by FRAGMENTS. That and BESIDE were fitted to the demo on a CPU. How near the peaks are to the
+    measured ones, up to SD 1.5's size, is in benchmarks/RESULTS.md. For a GPU, see prepare.rehearsal.
 
     Args:
         module: on the CPU, before training; left as it was.

@@ -13,6 +13,9 @@ from ghibli.runtime.files import write_atomically
 from ghibli.sweeps.trials import Trial, setting_values, varied
 
 matplotlib.use("Agg")
+GUIDANCE = "loss.guidance"
+COLOURS = ("#1f77b4", "#d8731a", "#2ca02c", "#9467bd", "#8c564b")  # of its values, in order
+GREY = "#999999"
 
 
 def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
@@ -30,6 +33,8 @@ def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
     for axis, key in zip(axes[0], keys, strict=True):
         plot_setting(axis, key, keys, scored)
     axes[0, 0].set_ylabel("gain over the base (%)")
+    entries, names = axes[0, -1].get_legend_handles_labels()
+    figure.legend(entries, names, loc="outside upper right", ncols=len(names), frameon=False)
     file = folder / "study.png"
     write_atomically(file, lambda opened: figure.savefig(opened, format="png", dpi=120))
     plt.close(figure)
@@ -37,20 +42,29 @@ def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
 
 
 def plot_setting(axis: plt.Axes, key: str, keys: list[str], trials: list[Trial]) -> None:
-    """Plot the gain over one setting: thin lines through trials equal in all other keys, the mean thick."""
-    values = setting_values(key, trials)
+    """Plot the gain over one setting: thin lines through trials equal in all other keys, the mean thick.
+
+    The lines have the colour of their training guidance where that varies, as the gain of a guided training
+    starts far below the base's; in the panel of the guidance itself, each point has.
+    """
+    values, guidances = setting_values(key, trials), setting_values(GUIDANCE, trials)
+    colours = dict(zip(map(as_yaml, guidances), COLOURS, strict=False)) if GUIDANCE in keys else {}
     lines: dict[tuple, list[tuple[int, float]]] = {}
     for trial in trials:
-        rest = tuple(str(trial.settings.get(other)) for other in keys if other != key)
+        own = colours.get(as_yaml(trial.settings.get(GUIDANCE)), GREY)
         point = values.index(trial.settings.get(key)), 100 * trial.scores.val_gain.value
-        lines.setdefault(rest, []).append(point)
-    for points in lines.values():
-        axis.plot(*zip(*sorted(points), strict=True), color="#999999", lw=0.8, marker=".")
+        rest = tuple(str(trial.settings.get(other)) for other in keys if other != key)
+        lines.setdefault((GREY if key == GUIDANCE else own, *rest), []).append(point)
+        axis.plot(*point, color=own, marker=".")
+    for (colour, *_), points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), color=colour, lw=0.8, zorder=0)
     means = [
         np.mean([y for points in lines.values() for x, y in points if x == index])
         for index in range(len(values))
     ]
-    axis.plot(range(len(values)), means, color="#1f6fb4", lw=2, marker="o")
+    for guidance, colour in colours.items():
+        axis.plot([], [], color=colour, lw=0.8, marker=".", label=f"training guidance {guidance}")
+    axis.plot(range(len(values)), means, color="black", lw=2, marker="o", label="mean")
     axis.set_xticks(range(len(values)), [as_yaml(value) for value in values])
     axis.set(xlabel=key, xlim=(-0.3, len(values) - 0.7))
     axis.grid(alpha=0.2)

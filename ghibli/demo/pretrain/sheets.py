@@ -4,12 +4,16 @@ import argparse
 from pathlib import Path
 
 from diffusers import AutoencoderKL
+from PIL import Image
 
 from ghibli.demo.pretrain import stages
 from ghibli.demo.pretrain.run import PLANS, draw_samples
 from ghibli.demo.scenes import canvas
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
+from ghibli.images.grid import Block, captioned_blocks, in_rows
 from ghibli.models.base import DEMO
+
+COLUMNS = 8  # of a sheet
 
 PROMPTS = (
     "a panda on the top of a red train at sunset",
@@ -31,19 +35,41 @@ PROMPTS = (
 )
 
 
-def scene_sheet(file: Path, first: int, count: int = 24, columns: int = 8) -> None:
+def save(blocks: list[Block], file: Path) -> None:
+    """Save a sheet as PNG."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    captioned_blocks(blocks).save(file, optimize=True)
+
+
+def scene_sheet(file: Path, first: int, count: int = 24) -> None:
     """Draw scenes in both looks, the photo above the drawn one."""
-    pairs = [[draw(compose(first + i), look) for look in canvas.LOOKS] for i in range(count)]
-    rows = []
-    for start in range(0, count, columns):
-        rows += [list(row) for row in zip(*pairs[start : start + columns], strict=True)]
-    stages.save_sheet(rows, file)
+    blocks = []
+    for scenes in in_rows([compose(first + i) for i in range(count)], COLUMNS):
+        rows = [(look, [draw(scene, look) for scene in scenes]) for look in canvas.LOOKS]
+        blocks.append(Block([scene.caption for scene in scenes], rows))
+    save(blocks, file)
+
+
+def reconstruction_sheet(file: Path, first: int, rows: list[list[Image.Image]]) -> None:
+    """Draw originals above what the VAE makes of them, in both looks."""
+    captions = [compose(first + i).caption for i in range(COLUMNS)]
+    labels = ("original", "decoded")
+    blocks = [
+        Block(captions, [(f"{look}, {label}", row) for label, row in zip(labels, pair, strict=True)])
+        for look, pair in zip(canvas.LOOKS, in_rows(rows, 2), strict=True)
+    ]
+    save(blocks, file)
 
 
 def sample_sheet(file: Path, folder: Path) -> None:
     """Sample 16 prompts in two blocks of eight columns; rows are guidance 1, 4 and 7.5."""
-    rows = [draw_samples(folder, PROMPTS, guidance) for guidance in (1.0, 4.0, 7.5)]
-    stages.save_sheet([row[:8] for row in rows] + [row[8:] for row in rows], file)
+    drawn = {guidance: draw_samples(folder, PROMPTS, guidance) for guidance in (1.0, 4.0, 7.5)}
+    blocks = []
+    for start in range(0, len(PROMPTS), COLUMNS):
+        part = slice(start, start + COLUMNS)
+        rows = [(f"guidance {guidance:g}", images[part]) for guidance, images in drawn.items()]
+        blocks.append(Block(PROMPTS[part], rows))
+    save(blocks, file)
 
 
 def main():
@@ -59,7 +85,7 @@ def main():
         print(f"VAE PSNR, 64 held-out {look} scenes: {stages.psnr(vae, images):.2f} dB")
     scene_sheet(args.out / "scenes.png", first)
     rows = stages.reconstruction_rows(vae, list(held_out.values()))
-    stages.save_sheet(rows, args.out / "reconstructions.png")
+    reconstruction_sheet(args.out / "reconstructions.png", first, rows)
     sample_sheet(args.out / "samples.png", args.folder)
     for stage, plan in PLANS.items():
         print(f"{stage}: {plan.steps} steps, learning rate {plan.learning_rate}")
