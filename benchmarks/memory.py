@@ -53,7 +53,10 @@ def predicted(words: list[str]) -> float:
 
 
 def measured(words: list[str]) -> float:
-    """Return the largest resident memory of `train.py WORDS` in bytes, as the kernel counts it."""
+    """Return the largest resident memory of `train.py WORDS` in bytes, as the kernel counts it.
+
+    It counts what this process held as it started that one, too, so this one must be small.
+    """
     with tempfile.TemporaryDirectory() as out, open(Path(out) / "log", "wb") as log:
         command = [sys.executable, "train.py", *words, f"hydra.run.dir={out}/run", "wandb.mode=disabled"]
         process = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log)

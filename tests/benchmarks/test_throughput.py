@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.commands import REPO, SMALL
+from helpers.commands import REPO, SMALL, run_python
 
 sys.path.insert(0, str(REPO / "benchmarks"))
-import memory
 import throughput
 
 ONE_STEP = ("--batch", "1", "--guidance", "7.5", "--repeats", "1")
@@ -96,5 +95,9 @@ def test_making_batches_ahead_hides_them(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_as_predicted(images: Path) -> None:
-    row = memory.compare([*SMALL, f"data.root={images}", "data.draw=null", "sample.every_n_epochs=0"])
-    assert row.predicted == pytest.approx(row.measured, rel=0.15)
+    """In a process of its own, as the kernel counts the peak of the process that starts one as its own."""
+    words = [*SMALL, f"data.root={images}", "data.draw=null", "sample.every_n_epochs=0"]
+    done = run_python(str(REPO / "benchmarks" / "memory.py"), *words)
+    row = done.stdout.splitlines()[-1]
+    predicted, measured = (int(cell) for cell in row.split("|")[2:4])
+    assert predicted == pytest.approx(measured, rel=0.15), row
