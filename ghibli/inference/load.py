@@ -63,7 +63,7 @@ class LoadedModel:
     def guidance(self) -> float:
         """The guidance scale that suits the training."""
         trained = any(RunDir(Path(name)).config.is_file() for name in self.names)
-        return usual_guidance(self.config.loss.guidance) if trained else 7.5
+        return usual_guidance(self.config.loss.own_guidance) if trained else 7.5
 
 
 def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
