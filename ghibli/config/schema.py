@@ -526,6 +526,7 @@ class SweepConfig:
     evaluate: bool  # run `ghibli evaluate` on every finished trial
     search: int | None  # number of trials chosen by Optuna; None = the full grid
     halving: bool  # successive halving: train all briefly, the best third longer, and so on
+    race: bool  # stop a trial that is behind the best one by more than chance allows
     best: int  # how many of the best trials to repeat
     repeats: int  # repetitions of each, with other seeds
 
@@ -535,6 +536,8 @@ class SweepConfig:
         require(self.repeats >= 0, "sweep.repeats", self.repeats, "0 or more")
         both = self.search is not None and self.halving
         require(not both, "sweep.halving", self.halving, "cannot be combined with sweep.search")
+        both = self.race and (self.search is not None or self.halving)
+        require(not both, "sweep.race", self.race, "cannot be combined with sweep.search or sweep.halving")
 
 
 @dataclass
