@@ -152,8 +152,8 @@ def unguided_cell_notes(trials: list[Trial]) -> list[str]:
         if model.trial is not None and any(row["guidance"] == 1 for row in model.rows)
     }
     return [
-        f"A model trained at guidance {scale:g} learns to undo that guidance: sampled at 1 its images are "
-        f"mush, which does not mean that training failed; its own scale is about {usual_guidance(scale):g}."
+        f"A model trained at guidance {scale:g} is not made to be sampled at 1: its images are mush there, "
+        f"which does not mean that training failed; its own scale is about {usual_guidance(scale):g}."
         for scale in sorted(guided - {1})
     ]
 
