@@ -121,9 +121,9 @@ def guided_sampling_scale(guidance: float) -> Finding | None:
     scale = usual_guidance(guidance)
     return Finding(
         "sampling scale",
-        f"trained with loss.guidance={guidance:g}, the images are mush when sampled at 1 and not at their best "
-        f"at {guidance:g}; neither means that training failed: sample at about {scale:g}, the last column of "
-        "the grids (`ghibli evaluate RUN` tries more)",
+        f"trained with loss.guidance={guidance:g}, the images are mush when sampled at 1 and not at their "
+        f"best at {guidance:g}; neither means that training failed: sample at about {scale:g}, the last "
+        "column of the grids (`ghibli evaluate RUN` tries more)",
     )
 
 

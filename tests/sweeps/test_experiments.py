@@ -53,7 +53,7 @@ def test_one_pair_has_no_error_over_pairs(experiments: ModuleType) -> None:
 
 
 def test_holm_is_the_papers_step_down(experiments: ModuleType) -> None:
-    """The least times their number, the next times one less and so on in order of size, never falling, at most 1."""
+    """The least times their number, the next times one less and so on; never falling, at most 1."""
     assert experiments.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert experiments.holm([0.9, 0.8]) == [1.0, 1.0]
     assert experiments.holm([]) == []
