@@ -325,7 +325,8 @@ def guidance_of(base: BaseModel, count: int = 48) -> torch.Tensor:
 def noisy_scenes(base: BaseModel, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (latents, noise, timesteps) of scenes of the prompts, the same for every model."""
     scaling = base.vae.config.scaling_factor
-    latents = base.vae.encode(scenes(PROMPTS, count) * 2 - 1).latent_dist.mean * scaling
+    means = [base.vae.encode(part * 2 - 1).latent_dist.mean for part in scenes(PROMPTS, count).split(20)]
+    latents = torch.cat(means) * scaling
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     return latents, noise, torch.arange(count) * 1000 // count
 
