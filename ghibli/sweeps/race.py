@@ -9,6 +9,7 @@ all images.) What the test cannot know is whether a trial that is behind now wou
 """
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -101,15 +102,15 @@ def images_needed(points: float, spread: float, chance: float) -> int:
         points: the difference of the gain.
         spread: standard deviation over images of a difference between trials, in points.
         chance: as for behind.
+
+    The power is that of the noncentral t.
     """
-    count = 3
-    while count < MOST_IMAGES:
-        quantiles = sum(float(scipy.special.stdtrit(count - 1, p)) for p in (1 - chance, POWER))
-        wanted = (quantiles * spread / points) ** 2
-        if wanted <= count:
-            return count
-        count = max(count + 1, min(int(wanted), 2 * count))
-    return MOST_IMAGES
+
+    def finds(count: int) -> bool:
+        bound = scipy.special.stdtrit(count - 1, 1 - chance)
+        return bool(scipy.special.nctdtr(count - 1, points / spread * count**0.5, bound) < 1 - POWER)
+
+    return bisect_left(range(3, MOST_IMAGES), True, key=finds) + 3
 
 
 def spread_of(histories: list[list[Probe]]) -> float | None:

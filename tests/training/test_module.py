@@ -187,7 +187,7 @@ def test_the_plain_loss_of_a_guided_target_is_that_of_the_noise(
         (["loss.guidance_target=0.5"], "loss.guidance_target=0.5 is out of range: 1 or more"),
         (
             ["loss.guidance_target=3", "loss.guidance=2"],
-            "loss.guidance_target=3.0 is out of range: null",
+            "loss.guidance_target=3 is out of range: null",
         ),
         (["loss.unconditional=none"], "loss.unconditional"),
         (["loss.unconditional=base", "finetune=full"], "loss.unconditional=base needs the untouched base"),
