@@ -56,7 +56,7 @@ QUIET = (
     f"cache_dir={WORK}/cache",
 )  # fmt: skip
 STYLE, SIDE, STEPS = ", Studio Ghibli style", 128, 20
-SAMPLES, REFERENCE, UNITS = 100, 300, 200  # images of a cell, real images, real images that give the units
+REFERENCE, UNITS = 300, 200  # real images to compare with, and those that give the units
 PROMPTS, REAL = EVALUATION_SEEDS.start + 60_000, EVALUATION_SEEDS.start + 70_000  # their first scenes
 Settings = dict[str, tuple[str, ...]]  # name of a run -> its words, beside those of its part
 
@@ -102,18 +102,17 @@ class Lab:
     Args:
         words: for every run.
         seeds: how many seeds each setting is trained with.
+        samples: images of a cell.
     """
 
-    def __init__(self, words: list[str], seeds: int):
-        self.words, self.seeds = tuple(words), seeds
+    def __init__(self, words: list[str], seeds: int, samples: int):
+        self.words, self.seeds, self.samples = tuple(words), seeds, samples
 
     def run(self, part: str, name: str, words: tuple[str, ...], seed: int) -> RunDir:
-        """Train a run, or what is left of it, and return it."""
+        """Train a run, or what is left of it, and return it; one of other settings or code is refused."""
         run = RunDir(WORK / part / f"{name.replace(' ', '_').replace('/', '_')}+seed={seed}")
-        if run.status.state != "finished":
-            print(f"{part}: {name}, seed {seed}", flush=True)
-            config = compose_config([*QUIET, *words, *self.words, f"seed={seed}"])
-            train_run(config, run)
+        print(f"{part}: {name}, seed {seed}", flush=True)
+        train_run(compose_config([*QUIET, *words, *self.words, f"seed={seed}"]), run)
         return run
 
     def probes(self, part: str, settings: Settings, common: tuple[str, ...]) -> dict[str, list[Probe]]:
@@ -170,6 +169,7 @@ def note(part: str, lab: Lab, began: float, **numbers: Any) -> None:
     old = known.get(part, {}).get("minutes of each call", [])
     about = {
         "date": now(), "commit": provenance()["git_commit"], "words": list(lab.words), "seeds": lab.seeds,
+        "samples": lab.samples,
         "minutes of each call": [*old, round((time.monotonic() - began) / 60, 1)],
     }  # fmt: skip
     write_json(file, known | {part: about | numbers})
@@ -185,7 +185,7 @@ def scenes(first: int, count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255
 
 
-def prompts(count: int = SAMPLES) -> list[str]:
+def prompts(count: int) -> list[str]:
     """Return captions of scenes that no run has seen."""
     return [f"{compose(PROMPTS + i).caption}{STYLE}" for i in range(count)]
 
@@ -212,7 +212,7 @@ def scaled(rows: torch.Tensor) -> torch.Tensor:
     return standardised(rows, real(FINETUNE_SEEDS.start, UNITS))
 
 
-def measured(run: RunDir, scale: float, count: int = SAMPLES) -> dict[str, torch.Tensor]:
+def measured(run: RunDir, scale: float, count: int) -> dict[str, torch.Tensor]:
     """Return features and caption fit of images that a run draws by DDIM, from the same noise as all runs."""
 
     def make() -> dict[str, torch.Tensor]:
@@ -230,15 +230,15 @@ def measured(run: RunDir, scale: float, count: int = SAMPLES) -> dict[str, torch
     return cached(WORK / "measured", {"version": 1, "run": weights, "scale": scale, "count": count}, make)
 
 
-def distance(run: RunDir, scale: float, count: int = SAMPLES) -> Estimate:
+def distance(run: RunDir, scale: float, count: int) -> Estimate:
     """Return the style distance of a run's images to drawn ones."""
     rows = measured(run, scale, count)["features"]
     return kernel_distance(scaled(rows), scaled(real(REAL, REFERENCE)))
 
 
-def apart(run: RunDir, other: RunDir, scale: float, other_scale: float) -> Estimate:
+def apart(run: RunDir, other: RunDir, scale: float, count: int) -> Estimate:
     """Return a run's style distance minus another's, same prompts and start noise."""
-    ours, theirs = measured(run, scale)["features"], measured(other, other_scale)["features"]
+    ours, theirs = (measured(one, scale, count)["features"] for one in (run, other))
     return kernel_difference(scaled(ours), scaled(theirs), scaled(real(REAL, REFERENCE)))
 
 
@@ -297,12 +297,14 @@ def losses(lab: Lab) -> None:
         )
         row: dict[str, Any] = {"gain": gains(found[name])}
         row["balanced gain"] = [probe.balanced_gain.signed_size for probe in found[name]]
-        row["style distance"] = [pair(distance(run, scale)) for run in runs]
-        row["caption fit"] = [round(measured(run, scale)["caption_fit"].mean().item(), 1) for run in runs]
+        row["style distance"] = [pair(distance(run, scale, lab.samples)) for run in runs]
+        row["caption fit"] = [
+            round(measured(run, scale, lab.samples)["caption_fit"].mean().item(), 1) for run in runs
+        ]
         if name != first:
             row["gain minus default's"] = points(found[name], found[first])
             row["distance minus default's"] = [
-                pair(apart(run, other, scale, scale)) for run, other in zip(runs, others, strict=True)
+                pair(apart(run, other, scale, lab.samples)) for run, other in zip(runs, others, strict=True)
             ]
         table[name] = row
     note("losses", lab, began, guidance=scale, table=table)
@@ -348,7 +350,7 @@ def guidance(lab: Lab) -> None:
         row = {
             "projection": rounded(rho.item(), 3),
             "cosine": rounded((rho * usual.norm() / ours.norm()).item(), 3),
-            "distance by scale": {f"{s:g}": pair(distance(run, s)) for s in scales},
+            "distance by scale": {f"{s:g}": pair(distance(run, s, lab.samples)) for s in scales},
         }
         rows.setdefault(name, []).append(row)
         note("guidance", lab, began, runs=rows)
@@ -364,7 +366,8 @@ def rates(lab: Lab) -> None:
         runs.setdefault(kind, {}).setdefault(rate, []).append(run)
     means = {
         kind: {
-            rate: float(np.mean([distance(run, scale).value for run in found])) for rate, found in of.items()
+            rate: float(np.mean([distance(run, scale, lab.samples).value for run in found]))
+            for rate, found in of.items()
         }
         for kind, of in runs.items()
     }
@@ -372,7 +375,7 @@ def rates(lab: Lab) -> None:
     compared: dict[str, Estimate] = {}
     for one, other in combinations(KINDS, 2):
         matched = zip(runs[one][best[one]], runs[other][best[other]], strict=True)
-        values = [apart(a, b, scale, scale).value for a, b in matched]
+        values = [apart(a, b, scale, lab.samples).value for a, b in matched]
         compared[f"{one} minus {other}"] = over_pairs(values)
     chances = [
         2 * float(scipy.stats.t.sf(abs(e.value / e.standard_error), e.freedom)) for e in compared.values()
@@ -421,9 +424,9 @@ def sizes(lab: Lab) -> None:
 
 
 @torch.no_grad()
-def noise(lab: Lab, count: int = 200) -> None:
+def noise(lab: Lab) -> None:
     """The reference study's FID: decode the *predicted noise* as if it were a latent, and measure that."""
-    began, common = time.monotonic(), ("model=demo", "trainer.max_epochs=3")
+    began, common, count = time.monotonic(), ("model=demo", "trainer.max_epochs=3"), 2 * lab.samples
     runs = {
         "LoRA": lab.run("noise", "LoRA", common, 0),
         "all weights": lab.run("noise", "all weights", (*common, "experiment=full_finetune"), 0),
@@ -517,6 +520,7 @@ def main() -> None:
     )
     parser.add_argument("words", nargs="*", metavar="PART | KEY=VALUE", help=", ".join(parts))
     parser.add_argument("--seeds", type=int, default=3, help="of each setting (default: 3)")
+    parser.add_argument("--samples", type=int, default=100, help="images of a cell (default: 100)")
     given = parser.parse_args()
     words = [word for word in given.words if "=" in word]
     names = [word for word in given.words if "=" not in word]
@@ -526,7 +530,7 @@ def main() -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     for name in names or parts:
-        parts[name](Lab(words, given.seeds))
+        parts[name](Lab(words, given.seeds, given.samples))
 
 
 if __name__ == "__main__":
