@@ -189,14 +189,16 @@ def race(trials: list[list[str]], train: Train) -> None:
     known = [history for _, run in planned if len(history := history_of(run)) > 1]
     for line in announcement(epochs, known if len(known) > 1 else past_histories(planned[0][0])):
         logger.info(line)
+    common = set(trials[0]).intersection(*trials)
+    names = [", ".join(word for word in overrides if word not in common) for overrides in trials]
     chance, finished = ALPHA / looks(epochs), list[Runner]()
     plan = [Work.of(config) for config, _ in planned]
     for number, (config, run) in enumerate(planned):
         logger.info("")
-        logger.info(progress(number, plan))
+        logger.info(f"{progress(number, plan)}: {names[number]}")
         train(config, run, judge_by(finished, epochs[number], chance))
         if run.status.state == "finished" and len(history := history_of(run)) > 1:
-            finished.append(Runner(run.path.name, epochs[number], history))
+            finished.append(Runner(names[number], epochs[number], history))
         elif run.status.state == "interrupted":
             logger.info(str(run.status.read().get("reason")))
     trained = sum(max(0, len(history_of(run)) - 1) for _, run in planned)

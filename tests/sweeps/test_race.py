@@ -140,7 +140,7 @@ def test_a_raced_study_stops_the_hopeless_and_the_plain_grid_resumes_them_to_the
         assert best.settings["optimizer.lr"] == 2e-3
         assert dropped.gain is None
         assert "stopped by sweep.race after epoch 1" in dropped.verdict
-        assert dropped.run.status.read()["epoch"] == 1
+        assert dropped.verdict.endswith("points of gain behind optimizer.lr=0.002")
         assert "raced: 1 of 2 trials stopped, 4 of 6 epochs trained" in said
     python_sweep(*raced)
     python_sweep(*words, f"hydra.sweep.dir={tmp_path / 'plain'}")
