@@ -521,7 +521,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="PART | KEY=VALUE", help=", ".join(parts))
     parser.add_argument("--seeds", type=int, default=3, help="of each setting (default: 3)")
     parser.add_argument("--samples", type=int, default=100, help="images of a cell (default: 100)")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     words = [word for word in given.words if "=" in word]
     names = [word for word in given.words if "=" not in word]
     if unknown := set(names) - set(parts):
