@@ -50,19 +50,22 @@ def hydra_job(cfg: Any) -> float:
 
 
 def run_requested_study(request: grid.StudyRequest) -> None:
-    """Train the trials of sweep.search or sweep.halving; none with sweep.report_only."""
+    """Train the trials of sweep.search, sweep.halving or sweep.race; none with sweep.report_only."""
     if request.settings.report_only:
         grid.open_study(request.cfg, None)
         return
-    from ghibli.sweeps import search
+    from ghibli.sweeps import race, search
 
-    if request.settings.halving:
+    if request.settings.halving or request.settings.race:
         with grid.hydra_on_conf():
             overrides = [*request.fixed, *(override.input_line for override in request.free)]
             trials = grid.grid_trials(request.cfg, overrides)
             plan, _ = grid.check_trials("sweep", trials)
         grid.open_study(request.cfg, plan)
-        search.successive_halving(trials, requested_job)
+        if request.settings.race:
+            race.race(trials, raced_job)
+        else:
+            search.successive_halving(trials, requested_job)
     else:
         with grid.hydra_on_conf():
             grid.check_trials("sweep", search.corner_trials(request))
@@ -74,6 +77,12 @@ def requested_job(config: Config, run: RunDir, resumes: bool = False) -> float:
     """Train one trial of a search or of halving."""
     console.print(run.path.name, style="bold")
     return run_trial(run, lambda: train.run(config, run, resumes))
+
+
+def raced_job(config: Config, run: RunDir, judge: Any) -> float:
+    """Train one trial of a race."""
+    console.print(run.path.name, style="bold")
+    return run_trial(run, lambda: train.run(config, run, judge=judge))
 
 
 def repeat_best(study: grid.Study) -> None:

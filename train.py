@@ -16,16 +16,19 @@ from ghibli.runtime.rank import is_first
 SCRIPT = Path(__file__).resolve()  # what further processes of a run start
 
 
-def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
+def run(config: Config, run_dir: RunDir, resumes: bool = False, judge: Any = None) -> float:
     """Train as the configuration says and write everything into the run folder, which this process locks.
 
     A folder that holds this very run half done is resumed; a finished one answers at once.
 
     Args:
         resumes: go on from checkpoints/last.ckpt of the folder, whatever code it was started by.
+        judge: of a sweep's race, called with the probe's history before every epoch but the first; what it
+            returns, unless None, is why the run stops there.
 
     Returns:
-        The objective of sweeps: the best share by which the held-out loss is below the base's.
+        The objective of sweeps: the best share by which the held-out loss is below the base's; NaN for a run
+        that the judge has stopped.
     """
     with run_dir.lock():
         objective, resumes = reuse.resume_or_restart(config, run_dir, resumes)
@@ -37,20 +40,24 @@ def run(config: Config, run_dir: RunDir, resumes: bool = False) -> float:
 
             with drawn_meanwhile(config.data.root_folder, config.data.draw):
                 from ghibli.prepare import preflight
+                from ghibli.training.callbacks.race import Outrun
                 from ghibli.training.finalize import finalize
                 from ghibli.training.loggers import choice
                 from ghibli.training.session import build, is_trial_at_work, training_session
 
-        with training_session(config, run_dir, resumes) as session:
-            training = build(config, run_dir, session.stop)
-            session.check_inputs(training.module)
-            session.note_start(training.trainer)
-            training.trainer.loggers = dashboards = choice.start(config, run_dir)
-            if not resumes:
-                preflight.before_training(training.module, training.data, training.trainer, run_dir)
-            training.fit(session.checkpoint, SCRIPT)
-            result = finalize(training, dashboards)
-            console.print(result.brief if is_trial_at_work(run_dir) else result.summary)
+        try:
+            with training_session(config, run_dir, resumes) as session:
+                training = build(config, run_dir, session.stop, judge)
+                session.check_inputs(training.module)
+                session.note_start(training.trainer)
+                training.trainer.loggers = dashboards = choice.start(config, run_dir)
+                if not resumes:
+                    preflight.before_training(training.module, training.data, training.trainer, run_dir)
+                training.fit(session.checkpoint, SCRIPT)
+                result = finalize(training, dashboards)
+                console.print(result.brief if is_trial_at_work(run_dir) else result.summary)
+        except Outrun:
+            return math.nan
     return result.objective
 
 

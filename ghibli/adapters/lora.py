@@ -8,6 +8,8 @@ Hu et al. 2021, "LoRA", section 4.1. PEFT builds the layers; this module chooses
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, get_peft_model_state_dict
 from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
 from torch import nn
 
@@ -154,6 +157,22 @@ def check_blocks(base: BaseModel, options: LoraConfig) -> None:
                 f"lora.rank={options.rank} is, for lora.variant=oft, the number of blocks of a layer's "
                 f"inputs, and {name} has {inputs}: it takes one of {', '.join(map(str, fitting))}"
             )
+
+
+@contextmanager
+def without_adapters(base: BaseModel) -> Iterator[None]:
+    """Let the base compute as if it had no adapters; for use without gradients."""
+    layers = [
+        layer for part in base.adaptable.values() for layer in part.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]  # fmt: skip
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def unfreeze_unet(base: BaseModel) -> None:

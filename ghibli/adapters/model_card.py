@@ -148,7 +148,7 @@ def usage_section(config: Config, files: list[str]) -> str:
         loaded = f"diffusers.StableDiffusionPipeline.from_pretrained({quoted(base)}){where}"
         parts.append(f"""    pipeline = {loaded}
     pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")
-    pipeline({prompt}, guidance_scale={usual_guidance(config.loss.guidance):g}{skip})""")
+    pipeline({prompt}, guidance_scale={usual_guidance(config.loss.own_guidance):g}{skip})""")
     kohya = next((Path(name).stem for name in files if name.endswith("kohya.safetensors")), None)
     if kohya is not None:
         parts.append(

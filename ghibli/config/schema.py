@@ -51,6 +51,9 @@ LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without
         "timestep_distribution": "uniform",
         "timestep_parameters": None,
         "terms": {},
+        "share_dropout": False,
+        "unconditional": "trained",
+        "guidance_target": None,
     },
     "optimizer": {"text_encoder_lr": None, "lora_plus": None, "options": {}, "ema_decay": None},
     "early_stopping": {"min_improvement": 0.0},
@@ -216,6 +219,9 @@ class LossConfig:
 
     function: str  # one of LOSSES; the probe measures with mse, whatever trains
     guidance: float  # w of uncond + w (cond - uncond); 1 = off
+    guidance_target: float | None  # s of the target uncond + s (noise - uncond) of cond; None = the noise
+    unconditional: str  # trained, detached or base: where uncond comes from
+    share_dropout: bool  # the adapters drop the same in both branches
     caption_dropout: float  # share of examples trained without a caption
     huber_c: float  # error at which `huber` turns from a square to a line
     weighting: str | None  # one of WEIGHTINGS; None = equal weights, or min_snr where snr_gamma is set
@@ -227,6 +233,14 @@ class LossConfig:
     timestep_distribution: str  # uniform, or one of DISTRIBUTIONS over the range
     timestep_parameters: list[float] | None  # its two; None = its own
     terms: dict[str, float]  # name in TERMS -> weight of what is added to the loss
+
+    @property
+    def own_guidance(self) -> float:
+        """The g at which uncond + g (cond - uncond) learns to predict the noise: the probe measures there.
+
+        At the optimum of guidance_target, cond is uncond + s (noise - uncond), so g is 1 / s.
+        """
+        return self.guidance if self.guidance_target is None else 1 / self.guidance_target
 
     @property
     def weighting_name(self) -> str | None:
@@ -243,6 +257,12 @@ class LossConfig:
             self.guidance >= 1, "loss.guidance", self.guidance,
             "1 (off) or more; 7.5 is the reference study's second value",
         )  # fmt: skip
+        target = self.guidance_target
+        ok = target is None or (1 <= target < inf)
+        require(ok, "loss.guidance_target", target, "1 or more, and finite; or null")
+        wanted = f"null with loss.guidance={self.guidance:g}: one of the two is guided, loss or target"
+        require(target is None or self.guidance == 1, "loss.guidance_target", target, wanted)
+        require_choice("loss.unconditional", self.unconditional, ("trained", "detached", "base"))
         dropout, gamma = self.caption_dropout, self.snr_gamma
         require(0 <= dropout <= 1, "loss.caption_dropout", dropout, "from 0 to 1")
         require(gamma is None or gamma > 0, "loss.snr_gamma", gamma, "more than 0, or null")
@@ -489,6 +509,11 @@ class Config:
             names = ", ".join(sorted(unused))
             raise UserError(f"evaluate.sampler_steps names {names}, which sample.samplers does not")
         check_frozen_bits(self)
+        if self.loss.unconditional == "base" and self.finetune == "full":
+            raise UserError(
+                "loss.unconditional=base needs the untouched base, and finetune=full trains it: "
+                "use finetune=lora, or loss.unconditional=detached"
+            )
         for section in fields(self):  # what no section refuses by its range
             require_finite(section.name, getattr(self, section.name))
 
@@ -501,6 +526,7 @@ class SweepConfig:
     evaluate: bool  # run `ghibli evaluate` on every finished trial
     search: int | None  # number of trials chosen by Optuna; None = the full grid
     halving: bool  # successive halving: train all briefly, the best third longer, and so on
+    race: bool  # stop a trial that is behind the best one by more than chance allows
     best: int  # how many of the best trials to repeat
     repeats: int  # repetitions of each, with other seeds
 
@@ -510,6 +536,8 @@ class SweepConfig:
         require(self.repeats >= 0, "sweep.repeats", self.repeats, "0 or more")
         both = self.search is not None and self.halving
         require(not both, "sweep.halving", self.halving, "cannot be combined with sweep.search")
+        both = self.race and (self.search is not None or self.halving)
+        require(not both, "sweep.race", self.race, "cannot be combined with sweep.search or sweep.halving")
 
 
 @dataclass

@@ -114,9 +114,15 @@ def predict_noise(
     return cond if uncond is None else guided_noise(uncond, cond, guidance_scale)
 
 
-GUIDED_SCALE = 2  # times the training guidance: images nearest to real ones, measured in docs/loss-anomaly.md
-
-
 def usual_guidance(training_guidance: float) -> float:
-    """Return the sampling guidance scale that suits a training guidance: SD's usual 7.5 for 1 (off)."""
-    return 7.5 if training_guidance == 1 else GUIDED_SCALE * training_guidance
+    """Return the sampling guidance scale that suits a training guidance: SD's usual 7.5 for 1 (off).
+
+    Two scales were measured on the demo (docs/loss-anomaly.md): 7.5 suits trainings at 1, and 15 those at
+    7.5. Elsewhere this is the straight line through the two, a guess; `ghibli evaluate` scans a run.
+
+    Args:
+        training_guidance: LossConfig.own_guidance; below 1 for a guided target, which is sampled at less.
+    """
+    if training_guidance < 1:
+        return round(max(1.0, 7.5 * training_guidance), 1)
+    return round(7.5 + (15 - 7.5) / (7.5 - 1) * (training_guidance - 1), 1)

@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ghibli.config.registry import SAMPLERS, sampler_label
 from ghibli.config.schema import SampleConfig
-from ghibli.diffusion.process import GUIDED_SCALE, Unet, predict_noise
+from ghibli.diffusion.process import Unet, predict_noise, usual_guidance
 from ghibli.models.base import BaseModel
 from ghibli.models.prompt_embeds import same_length
 from ghibli.runtime.errors import UserError
@@ -193,11 +193,11 @@ def check_finite(found: Iterable[torch.Tensor], prompt: str, seed: int, cell: Ce
 def cells_of(config: SampleConfig, training_guidance: float) -> list[Cell]:
     """Return the columns of a grid: every sampler at every guidance scale, each once.
 
-    A run trained with guidance w is also drawn at GUIDED_SCALE times w, where its images are best.
+    A run trained with guidance w is also drawn at the scale that suits it, usual_guidance(w).
     """
     scales = list(config.guidance)
     if training_guidance != 1:
-        scales.append(GUIDED_SCALE * training_guidance)
+        scales.append(usual_guidance(training_guidance))
     return list(dict.fromkeys(Cell(sampler, scale) for sampler in config.samplers for scale in scales))
 
 

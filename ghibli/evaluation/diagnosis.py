@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ghibli.config.schema import Config
-from ghibli.diffusion.process import GUIDED_SCALE
+from ghibli.diffusion.process import usual_guidance
 from ghibli.evaluation.gain import Probe, best_epoch, paired_difference, paired_gain
 
 EPOCHS_TO_LEARN = 3  # a learning rate that fits shows in the first epoch; three leave a margin
@@ -118,11 +118,12 @@ def guided_sampling_scale(guidance: float) -> Finding | None:
     """
     if guidance == 1:
         return None
+    scale = usual_guidance(guidance)
     return Finding(
         "sampling scale",
-        f"trained with loss.guidance={guidance:g}, the images are mush when sampled at 1 and look like an "
-        f"ordinary model's at 1 when sampled at {guidance:g}; neither means that training failed: sample at "
-        f"about {GUIDED_SCALE * guidance:g}, the last column of the grids (`ghibli evaluate RUN` tries more)",
+        f"trained with loss.guidance={guidance:g}, the images are mush when sampled at 1 and not at their "
+        f"best at {guidance:g}; neither means that training failed: sample at about {scale:g}, the last "
+        "column of the grids (`ghibli evaluate RUN` tries more)",
     )
 
 

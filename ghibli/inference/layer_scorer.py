@@ -126,7 +126,7 @@ def make_scorer(run: RunDir, config: Config, base: BaseModel, adapter: Adapter) 
     weights = {name: known[name].weight for name in adapter.layers}
     untouched = {name: weight.detach().clone() for name, weight in weights.items()}
     on_device = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in batches]
-    return LayerScorer(module, config.loss.guidance, on_device, parts, weights, untouched)
+    return LayerScorer(module, config.loss.own_guidance, on_device, parts, weights, untouched)
 
 
 def check_images(run: RunDir, data: GhibliDataModule) -> None:

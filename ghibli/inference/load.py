@@ -61,9 +61,26 @@ class LoadedModel:
 
     @property
     def guidance(self) -> float:
-        """The guidance scale that suits the training."""
-        trained = any(RunDir(Path(name)).config.is_file() for name in self.names)
-        return usual_guidance(self.config.loss.guidance) if trained else 7.5
+        """The guidance scale that suits the training: of a guided one that of its scan, if it was scanned."""
+        runs = [run for name in self.names if (run := RunDir(Path(name))).config.is_file()]
+        if not runs:
+            return 7.5
+        own = self.config.loss.own_guidance
+        scanned = None if own == 1 else scanned_scale(runs[0])
+        return usual_guidance(own) if scanned is None else scanned
+
+
+def scanned_scale(run: RunDir) -> float | None:
+    """Return the scale whose images are nearest to real ones in the scan of `ghibli evaluate`.
+
+    None for a run that was not scanned, or trained on since.
+    """
+    try:
+        scan = run.read_evaluation()["scan"]["run"]
+        found = float(min(scan, key=lambda scale: float(scan[scale][0])))
+    except (KeyError, TypeError, ValueError, IndexError):
+        return None
+    return found if math.isfinite(found) and found >= 1 else None
 
 
 def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:

@@ -52,7 +52,7 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
     shapes = [tuple(p.shape) for p in module.trainable.values()]
     gradients = sum(4 * p.numel() for p in module.trainable.values())
     latents = latents_size(config.model.resolution, images, config.data.flip)
-    branches = 1 if loss.guidance == 1 else 2
+    branches = 1 if loss.own_guidance == 1 else 2
     phases = {
         "encoding the images": cost["encode"].at(side, chunk_size(side)),
         "the probe": cost["score"].at(side, branches * config.validation.items_per_image),

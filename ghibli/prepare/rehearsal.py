@@ -205,7 +205,7 @@ def idle_phases(module: GhibliModule, precision: str, gpu: FakeGpu) -> dict[str,
     """Rehearse the probe and, if grids are wanted, drawing them."""
     config, vae = module.config, module.base.vae
     module.eval()
-    guidance = config.loss.guidance
+    guidance = config.loss.own_guidance
 
     def probe() -> None:
         with autocast(precision):

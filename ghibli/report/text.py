@@ -14,7 +14,7 @@ from ghibli.report.svg import tag
 from ghibli.runtime.commands import command_line, resume_words
 from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, number_of
 from ghibli.sweeps.trials import Trial
-from ghibli.sweeps.winner import winner
+from ghibli.sweeps.winner import winner_lines
 
 MAX_UNFINISHED = 5  # unfinished runs that the verdict on several names
 
@@ -195,9 +195,8 @@ def noise_sentence(noise: SeedNoise) -> str:
 
 
 def winner_sentences(trials: list[Trial]) -> list[str]:
-    """Say what the best of several runs is worth on images that did not choose it, where that is known."""
-    found = winner(trials)
-    return [] if found is None else [f"{str(found)[:1].upper()}{str(found)[1:]}."]
+    """Say what the best of several runs is worth on images and seeds that did not choose it, where known."""
+    return [f"{line[:1].upper()}{line[1:]}." for line in winner_lines(trials)]
 
 
 def lower_first(sentence: str) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 from ghibli.adapters.trained import starting_base, trained_base
 from ghibli.config.registry import SAMPLERS, sampler_label
 from ghibli.config.schema import Config
-from ghibli.diffusion.process import GUIDED_SCALE
+from ghibli.diffusion.process import usual_guidance
 from ghibli.diffusion.samplers import Cell, cells_of, draw_cells
 from ghibli.evaluation.features import ReferenceSet, distance_names
 from ghibli.images.grid import compose_grid
@@ -152,8 +152,8 @@ def unguided_cell_notes(trials: list[Trial]) -> list[str]:
         if model.trial is not None and any(row["guidance"] == 1 for row in model.rows)
     }
     return [
-        f"A model trained at guidance {scale:g} learns to undo that guidance: sampled at 1 its images are "
-        f"mush, which does not mean that training failed; its own scale is about {GUIDED_SCALE * scale:g}."
+        f"A model trained at guidance {scale:g} is not made to be sampled at 1: its images are mush there, "
+        f"which does not mean that training failed; its own scale is about {usual_guidance(scale):g}."
         for scale in sorted(guided - {1})
     ]
 

@@ -1,6 +1,7 @@
 """What each swept setting did to the gain, and how much of that the seed alone explains."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,13 @@ class Effect:
     low: Any
     high: Any
     pairs: int
-    difference: Gain  # gain at `high` minus gain at `low`
+    difference: Gain  # gain at `high` minus gain at `low`, its error over images
+    each: tuple[float, ...] = ()  # the same of each pair
+
+    @property
+    def error_over_pairs(self) -> float:
+        """The standard error of the mean over pairs: how much it depends on the rest, and on luck."""
+        return float(np.std(self.each, ddof=1) / len(self.each) ** 0.5) if len(self.each) > 1 else math.nan
 
     @property
     def matters(self) -> bool:
@@ -48,7 +55,15 @@ class Effect:
         change = f"{self.key} {as_yaml(self.low)} -> {as_yaml(self.high)}"
         size = f"{value:+.2f} +- {error:.2f} points of gain, 95 % {low:+.2f} .. {high:+.2f}"
         doubt = "" if self.matters else " (indistinguishable from zero)"
-        return f"{change}: {size}, {number_of(self.pairs, 'pair')}{doubt}"
+        return f"{change}: {size}, {number_of(self.pairs, 'pair')}{self.spread}{doubt}"
+
+    @property
+    def spread(self) -> str:
+        """What the pairs say one by one: a mean can hide that a setting acts differently beside others."""
+        if len(self.each) < 2:
+            return ""
+        least, most = 100 * min(self.each), 100 * max(self.each)
+        return f" from {least:+.2f} to {most:+.2f} (mean +- {100 * self.error_over_pairs:.2f} over pairs)"
 
 
 def number_of(count: int, noun: str) -> str:
@@ -82,7 +97,8 @@ def effects_of(key: str, trials: list[Trial]) -> Iterator[Effect]:
             and torch.equal(a.scores.base_val, b.scores.base_val)
         ]
         if pairs:
-            yield Effect(key, low, high, len(pairs), gain_difference(pairs))
+            each = tuple(gain_difference([pair]).value for pair in pairs)
+            yield Effect(key, low, high, len(pairs), gain_difference(pairs), each)
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,10 @@ def plan_sweep(cfg: Any) -> None:
         UserError: a trial that would be refused, or another process works on this study.
     """
     reject_chdir(cfg)
-    if cfg.sweep.search is not None or cfg.sweep.halving:
-        raise UserError("sweep.search and sweep.halving work only with `python sweep.py KEY=VALUE ...`")
+    if cfg.sweep.search is not None or cfg.sweep.halving or cfg.sweep.race:
+        raise UserError(
+            "sweep.search, sweep.halving and sweep.race work only with `python sweep.py KEY=VALUE ...`"
+        )
     overrides = list(cfg.hydra.overrides.task)
     with read_write(cfg.hydra):
         cfg.hydra.sweeper.params = default_grid(cfg, overrides)
@@ -275,7 +277,7 @@ def hydra_on_conf() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StudyRequest:
-    """A study that sweep.py runs without Hydra's sweeper: sweep.search, halving or report_only."""
+    """A study that sweep.py runs without Hydra's sweeper: sweep.search, halving, race or report_only."""
 
     cfg: Any  # the composed settings without the sweeps
     fixed: list[str]  # overrides that all trials share
@@ -301,13 +303,14 @@ def parse_study_request(overrides: list[str]) -> StudyRequest | None:
         given = {o.key_or_group: o for o in parsed}.values()  # the last one given for a key counts
         fixed = [o.input_line for o in given if not o.is_sweep_override()]
         cfg = compose_trial("sweep", fixed)
-        if cfg.sweep.search is None and not cfg.sweep.halving and not cfg.sweep.report_only:
+        if cfg.sweep.search is None and not (cfg.sweep.halving or cfg.sweep.race or cfg.sweep.report_only):
             return None
         reject_chdir(cfg)
         reject_resume(overrides)
         if "BasicLauncher" not in cfg.hydra.launcher._target_ and not cfg.sweep.report_only:
             raise UserError(
-                "sweep.search and sweep.halving train one trial after the other: drop hydra/launcher"
+                "sweep.search, sweep.halving and sweep.race train one trial after the other: "
+                "drop hydra/launcher"
             )
         params = parse_overrides([f"{key}={value}" for key, value in default_grid(cfg, overrides).items()])
         return StudyRequest(cfg, fixed, [o for o in (*params, *given) if o.is_sweep_override()])

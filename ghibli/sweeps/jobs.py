@@ -33,7 +33,7 @@ class Work:
 
     @classmethod
     def of(cls, config: Config) -> "Work":
-        return cls(int(config.trainer["max_epochs"]), config.loss.guidance != 1)
+        return cls(int(config.trainer["max_epochs"]), config.loss.own_guidance != 1)
 
 
 Timed = tuple[Work, float]  # a trial that was trained, and its seconds
@@ -105,11 +105,12 @@ def past_runs(config: Config) -> list[Timed]:
         origin = (status.get("base"), status.get("images"))
         if status.get("state") != "finished" or origin != (base_name(config.model), images_name(config.data)):
             continue
-        guidance = ((read_settings(run.config) or {}).get("loss") or {}).get("guidance", 1)
+        loss = (read_settings(run.config) or {}).get("loss") or {}
+        is_guided = loss.get("guidance", 1) != 1 or loss.get("guidance_target") is not None
         with suppress(KeyError, TypeError, ValueError):
             began, ended = (datetime.fromisoformat(status[key]) for key in ("started", "ended"))
             if len(status["starts"]) == 1 and status["epoch"] > 0:
-                found.append((Work(status["epoch"], guidance != 1), (ended - began).total_seconds()))
+                found.append((Work(status["epoch"], is_guided), (ended - began).total_seconds()))
         if len(found) == PAST_RUNS:
             break
     return found

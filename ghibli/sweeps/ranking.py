@@ -128,13 +128,19 @@ def ranking_csv(trials: list[Trial]) -> str:
 
 
 def effects_csv(trials: list[Trial]) -> str:
-    """Return each setting's effect in points of gain, with standard error and 95 % interval, as CSV."""
+    """Return each setting's effect in points of gain, with errors, 95 % interval and its range, as CSV.
+
+    se and the interval are over images, se_pairs is over pairs; least and most are of single pairs.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["key", "low", "high", "pairs", "difference", "se", "low95", "high95"])
+    writer.writerow(
+        ["key", "low", "high", "pairs", "difference", "se", "low95", "high95", "se_pairs", "least", "most"]
+    )
     for effect in effects(trials):
         gain = effect.difference
-        points = [f"{100 * x:.4f}" for x in (gain.value, gain.standard_error, gain.low, gain.high)]
+        numbers = [gain.value, gain.standard_error, gain.low, gain.high, effect.error_over_pairs]
+        points = [f"{100 * x:.4f}" for x in (*numbers, min(effect.each), max(effect.each))]
         writer.writerow([effect.key, as_yaml(effect.low), as_yaml(effect.high), effect.pairs, *points])
     return text.getvalue()
 

@@ -7,7 +7,7 @@ from rich.console import RenderableType
 
 from ghibli.sweeps import comparison, costs, effects, plots, ranking
 from ghibli.sweeps.trials import Trial
-from ghibli.sweeps.winner import winner
+from ghibli.sweeps.winner import winner_lines
 
 
 def study_summary(trials: list[Trial]) -> Iterator[RenderableType]:
@@ -16,7 +16,7 @@ def study_summary(trials: list[Trial]) -> Iterator[RenderableType]:
     The tables are the comparison and the costs.
     """
     yield ranking.ranking_table(trials)
-    for line in (*effects.effects(trials), effects.seed_noise(trials), winner(trials)):
+    for line in (*effects.effects(trials), effects.seed_noise(trials), *winner_lines(trials)):
         yield str(line or "")
     for table in (comparison.cell_table(trials), costs.cost_table(trials)):
         if table is not None:

@@ -1,11 +1,13 @@
-"""What the best trial of a study is worth on images that did not choose it."""
+"""What the best trial of a study is worth on images, and with seeds, that did not choose it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from ghibli.evaluation.gain import Gain, paired_gain
-from ghibli.sweeps.effects import without_duplicates
+from ghibli.evaluation.gain import Gain, paired_difference, paired_gain
+from ghibli.sweeps.effects import number_of, settings_key, without_duplicates
 from ghibli.sweeps.trials import Trial
 
 FEWEST_IMAGES = 8  # held out; in halves of fewer than four nothing is chosen
@@ -49,3 +51,79 @@ def winner(trials: list[Trial]) -> Winner | None:
         best = min(same, key=lambda trial: trial.scores.val[chosen_on::2].double().sum().item())
         losses[judged_on::2] = best.scores.val[judged_on::2]
     return Winner(len(same), first.scores.val_gain, paired_gain(losses, base))
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """The gain of the best trial's settings with other seeds, which did not choose them."""
+
+    seeds: int
+    gain: Gain  # mean over these seeds; its error is over images and over seeds
+
+    def __str__(self) -> str:
+        return (
+            f"the best trial's settings with {number_of(self.seeds, 'other seed')}: "
+            f"{self.gain.signed_size}, an error over images and seeds"
+        )
+
+
+def seeded(trials: list[Trial]) -> Seeded | None:
+    """Return the gain of the best trial's settings with other seeds (`sweep.repeats`).
+
+    The seed that was the best of many trials was partly lucky and is left out. Images and seeds are crossed:
+    the variance of the mean is that over images of the seeds' mean losses, and that over seeds of their gains
+    divided by their number, added; the degrees of freedom are Welch's and Satterthwaite's.
+
+    Returns:
+        None for fewer than two repeats of the best trial on the same items.
+    """
+    scored = without_duplicates([trial for trial in trials if trial.best is not None])
+    first = max((t for t in scored if not t.repeats), key=lambda t: t.scores.val_gain.value, default=None)
+    if first is None:
+        return None
+    base = first.scores.base_val
+    again = [
+        trial for trial in scored
+        if trial.repeats and without_seed(trial) == without_seed(first)
+        and torch.equal(trial.scores.base_val, base)
+    ]  # fmt: skip
+    if len(again) < 2 or len(base) < 2:
+        return None
+    of_images = paired_gain(torch.stack([trial.scores.val.double() for trial in again]).mean(0), base)
+    values = [trial.scores.val_gain.value for trial in again]
+    parts = of_images.standard_error**2, float(np.var(values, ddof=1)) / len(values)
+    within = parts[0] ** 2 / of_images.freedom + parts[1] ** 2 / (len(values) - 1)
+    freedom = sum(parts) ** 2 / within if within > 0 else of_images.freedom
+    return Seeded(len(again), Gain(float(np.mean(values)), sum(parts) ** 0.5, freedom=freedom))
+
+
+def without_seed(trial: Trial) -> str:
+    """Return a text that is the same for trials which differ in the seed alone."""
+    return settings_key({key: value for key, value in trial.settings.items() if key != "seed"})
+
+
+def close_second(trials: list[Trial]) -> str | None:
+    """Say that the order of the best two trials may be chance, and what tells; None where it is clear.
+
+    That is a paired difference below two errors, and the best trial was not repeated yet.
+    """
+    first_attempts = [trial for trial in trials if trial.best is not None and not trial.repeats]
+    best = sorted(without_duplicates(first_attempts), key=lambda trial: -trial.scores.val_gain.value)[:2]
+    if len(best) < 2 or seeded(trials) is not None:
+        return None
+    if not torch.equal(best[0].scores.base_val, best[1].scores.base_val):
+        return None
+    difference, error = paired_difference(best[1].scores.val, best[0].scores.val)
+    if difference >= 2 * error:
+        return None
+    return (
+        "the second trial is within two errors of the best, and another seed is not in these errors: "
+        "sweep.repeats=3 trains both with three more"
+    )
+
+
+def winner_lines(trials: list[Trial]) -> Iterator[str]:
+    """Yield what is to be expected of the best trial, as far as the study tells."""
+    for line in (winner(trials), seeded(trials), close_second(trials)):
+        if line is not None:
+            yield str(line)

@@ -93,10 +93,38 @@ class GhibliModule(L.LightningModule):
         return uncond, cond, velocity(latents, noise, timesteps, alphas_cumprod)
 
     def prediction(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (prediction at the training guidance, target), each (B, C, H, W)."""
-        guidance = self.config.loss.guidance
-        uncond, cond, target = self.branches(batch, guidance, self.alphas_cumprod)
-        return cond if uncond is None else guided_noise(uncond, cond, guidance), target
+        """Return what is trained and its target, each (B, C, H, W): the guided loss, or a guided target.
+
+        The guided target, uncond + s (noise - uncond) without a gradient, is ai-toolkit's do_guidance_loss.
+        """
+        loss = self.config.loss
+        if loss.share_dropout or loss.unconditional == "base":
+            uncond, cond, target = self.branches_apart(batch)
+        else:
+            uncond, cond, target = self.branches(batch, loss.own_guidance, self.alphas_cumprod)
+        if uncond is None:
+            return cond, target
+        if loss.guidance_target is not None:
+            return cond, guided_noise(uncond.detach(), target, loss.guidance_target)
+        if loss.unconditional != "trained":
+            uncond = uncond.detach()
+        return guided_noise(uncond, cond, loss.guidance), target
+
+    def branches_apart(self, batch: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Return branches() of training from two calls: the same dropout in both, or uncond of the base."""
+        loss, input_ids = self.config.loss, batch["input_ids"]
+        uncond = None
+        if loss.own_guidance != 1:
+            empty = batch | {"input_ids": self.empty_ids.expand(len(input_ids), -1)}
+            devices = [self.device] if torch.cuda.is_available() and self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices, enabled=loss.share_dropout):
+                if loss.unconditional == "base":
+                    with torch.no_grad(), lora.without_adapters(self.base):
+                        uncond = self.branches(empty, 1, self.alphas_cumprod)[1]
+                else:
+                    uncond = self.branches(empty, 1, self.alphas_cumprod)[1]
+        _, cond, target = self.branches(batch, 1, self.alphas_cumprod)
+        return uncond, cond, target
 
     def losses(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the training loss of each example before any weighting, (B,) float32."""
@@ -153,6 +181,8 @@ class GhibliModule(L.LightningModule):
             loss = loss + self.config.loss.terms[name] * terms[name]
         expected = self.probe.expected[batch["timesteps"]].mean()
         plain = mse(prediction.detach(), target).mean()  # as `expected`, whatever loss.function trains
+        if self.config.loss.guidance_target is not None:  # the error of the noise is 1 / s of the target's
+            plain = plain / self.config.loss.guidance_target**2
         return {"loss": loss, "plain": plain, "expected": expected, **prefixed(terms)}
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -165,7 +195,7 @@ class GhibliModule(L.LightningModule):
         self.probe.begin_epoch()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.probe.add(self.scores(batch, self.config.loss.guidance, self.base_alphas_cumprod))
+        self.probe.add(self.scores(batch, self.config.loss.own_guidance, self.base_alphas_cumprod))
 
     def on_validation_epoch_end(self) -> None:
         """Log what stops early and chooses the best epoch."""

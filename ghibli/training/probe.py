@@ -56,7 +56,7 @@ class PairedProbe:
         Raises:
             UserError: the base's own loss is not finite.
         """
-        guidance, own = self.config.loss.guidance, module.base_alphas_cumprod
+        guidance, own = self.config.loss.own_guidance, module.base_alphas_cumprod
         self.base_losses = self._score_base(module, 1, own)[:, 0]
         start_scores = self._score_base(module, guidance, own)
         on_training_schedule = self._score_base(module, guidance, module.alphas_cumprod)[:, 0]

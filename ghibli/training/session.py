@@ -27,6 +27,7 @@ from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now, provenance
 from ghibli.runtime.resources import device_name, reset_peak_memory
 from ghibli.training.callbacks.checkpoints import CleanStop, StopRequested, requeue
+from ghibli.training.callbacks.race import Judge, Outrun
 from ghibli.training.loggers import choice
 from ghibli.training.module import GhibliModule
 from ghibli.training.trainer import Callbacks, make_callbacks, make_trainer
@@ -69,14 +70,18 @@ class Training:
             raise UserError(TOO_SHORT)
 
 
-def build(config: Config, run: RunDir, stop: CleanStop) -> Training:
-    """Load the base, attach what is trained, and make data, callbacks and trainer; nothing is written."""
+def build(config: Config, run: RunDir, stop: CleanStop, judge: Judge | None = None) -> Training:
+    """Load the base, attach what is trained, and make data, callbacks and trainer; nothing is written.
+
+    Args:
+        judge: as for make_callbacks.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     base = load_base(config.model)
     module = GhibliModule(config, base)
     data = GhibliDataModule(config, base, run, module.num_train_timesteps)
-    callbacks = make_callbacks(config, run, stop)
+    callbacks = make_callbacks(config, run, stop, judge)
     return Training(config, run, module, data, callbacks, make_trainer(config, run, callbacks))
 
 
@@ -119,6 +124,7 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
     A resume that is refused or stopped before its first step leaves the folder as it was.
 
     Raises:
+        Outrun: the run lost a sweep's race.
         SystemExit: Ctrl-C, SIGTERM or, under Slurm, SIGUSR1; with the exit code that is due.
         UserError: the settings, the files or the machine do not allow it.
     """
@@ -141,6 +147,9 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
         if resumes and not stop.began:
             restore()
         raise SystemExit(note_interruption(run, request)) from None
+    except Outrun as reason:
+        run.status.update(state="interrupted", reason=str(reason), ended=now())
+        raise
     except BaseException as error:
         explained = as_user_error(error)
         refused = resumes and not stop.began  # nothing was trained

@@ -22,6 +22,7 @@ from ghibli.training.callbacks.diagnosis import Doctor
 from ghibli.training.callbacks.image_distance import DistanceCurve
 from ghibli.training.callbacks.metrics import Records
 from ghibli.training.callbacks.progress import ProgressLine, StatusWriter
+from ghibli.training.callbacks.race import Judge, RaceStop
 from ghibli.training.callbacks.resume_check import ResumeCheck
 from ghibli.training.callbacks.samples import SampleGrid
 
@@ -68,8 +69,12 @@ def make_trainer(config: Config, run: RunDir, callbacks: Callbacks) -> L.Trainer
         raise UserError(f"trainer: Lightning refuses these flags: {error}") from error
 
 
-def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> Callbacks:
-    """Build all callbacks; Lightning runs the checkpoints last, so they see what the others did."""
+def make_callbacks(config: Config, run: RunDir, stop: CleanStop, judge: Judge | None = None) -> Callbacks:
+    """Build all callbacks; Lightning runs the checkpoints last, so they see what the others did.
+
+    Args:
+        judge: of a sweep's race, which may stop the run after an epoch; None = nothing does.
+    """
     records, samples, doctor = Records(run), SampleGrid(config, run), Doctor(config, run)
     ordered = [ResumeCheck(run), records, samples, StatusWriter(run), ProgressLine(records), doctor, stop]
     if config.finetune != "none":
@@ -77,6 +82,8 @@ def make_callbacks(config: Config, run: RunDir, stop: CleanStop) -> Callbacks:
             ordered.insert(0, WeightAverage(config.optimizer.ema_decay))
         if config.evaluate.every_n_epochs > 0:
             ordered.insert(-1, DistanceCurve(config, run))
+        if judge is not None:
+            ordered.insert(-1, RaceStop(judge))
         ordered += [
             *early_stopping(config.early_stopping),
             *checkpoints(run, config.checkpoint.every_n_steps),

@@ -19,7 +19,8 @@ NOT_IN_FOLDER_NAMES = {
     "evaluate.samples", "evaluate.scan_samples", "evaluate.every_n_epochs", "evaluate.epoch_samples",
     "evaluate.scales", "evaluate.sampler_steps", "evaluate.batch_size", "evaluate.features",
     "evaluate.inception", "logger", "wandb.mode", "wandb.project", "wandb.group", "wandb.name",
-    "sweep.report_only", "sweep.evaluate", "sweep.search", "sweep.halving", "sweep.best", "sweep.repeats",
+    "sweep.report_only", "sweep.evaluate", "sweep.search", "sweep.halving", "sweep.race", "sweep.best",
+    "sweep.repeats",
 }  # fmt: skip
 
 

@@ -94,6 +94,17 @@ def test_guided_noise_is_the_formula() -> None:
     assert torch.equal(process.guided_noise(uncond, cond, 0), uncond)
 
 
+def test_usual_guidance_goes_through_what_was_measured_without_a_jump() -> None:
+    assert process.usual_guidance(1) == 7.5
+    assert process.usual_guidance(7.5) == 15
+    assert process.usual_guidance(1.01) - 7.5 == pytest.approx(0, abs=0.06)
+    assert process.usual_guidance(1 / 1.01) - 7.5 == pytest.approx(0, abs=0.11)
+    assert process.usual_guidance(1 / 7.5) == 1
+    scales = [process.usual_guidance(w) for w in (1 / 30, 1 / 3, 1, 2, 4, 7.5, 15)]
+    assert scales == sorted(scales)
+    assert min(scales) == 1
+
+
 class FakeUnet:
     """Returns a fixed function of its inputs and remembers them."""
 

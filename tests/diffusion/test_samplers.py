@@ -513,15 +513,15 @@ def test_cells_are_every_sampler_at_every_guidance(make_config: Callable[..., Co
     assert cells == [Cell("ddpm", 1), Cell("ddpm", 7.5), Cell("ddim", 1), Cell("ddim", 7.5)]
 
 
-def test_a_run_trained_with_guidance_w_is_also_drawn_at_twice_w(make_config: Callable) -> None:
+def test_a_run_trained_with_guidance_w_is_also_drawn_at_its_own_scale(make_config: Callable) -> None:
     cells = cells_of(make_config().sample, training_guidance=7.5)
     assert [c.guidance for c in cells if c.sampler == "ddim"] == [1, 7.5, 15]
     assert [c.guidance for c in cells if c.sampler == "ddpm"] == [1, 7.5, 15]
     assert cells[2].label == "DDPM  guidance 15"
     three = cells_of(make_config("sample.samplers=[ddim]").sample, training_guidance=3)
-    assert three == [Cell("ddim", 1), Cell("ddim", 7.5), Cell("ddim", 6)]
-    half = cells_of(make_config("sample.samplers=[ddim]").sample, training_guidance=3.75)
-    assert half == [Cell("ddim", 1), Cell("ddim", 7.5)]
+    assert three == [Cell("ddim", 1), Cell("ddim", 7.5), Cell("ddim", 9.8)]
+    fixed = make_config("sample.samplers=[ddim]", "sample.guidance=[1,15]").sample
+    assert cells_of(fixed, training_guidance=7.5) == [Cell("ddim", 1), Cell("ddim", 15)]
 
 
 def test_draw_cells_is_sample_with_the_rows_seed_in_every_cell(

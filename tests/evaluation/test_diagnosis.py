@@ -138,7 +138,7 @@ def test_overfitting(findings: Callable) -> None:
 def test_guided_training_wants_another_sampling_scale(findings: Callable) -> None:
     found = findings("trainer.max_epochs=1", "loss.guidance=4")
     assert set(found) == {"sampling scale"}
-    assert "sample at about 8, the last column" in found["sampling scale"]
+    assert "sample at about 11, the last column" in found["sampling scale"]
 
 
 @pytest.mark.slow

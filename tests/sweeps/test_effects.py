@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
 from ghibli.evaluation.gain import Gain, Probe, paired_gain
@@ -53,6 +54,13 @@ def test_effects_of_a_grid_are_what_was_put_in(tmp_path: Path) -> None:
     one = paired_gain(trials[2].best.val, base).value - paired_gain(trials[0].best.val, base).value
     two = paired_gain(trials[3].best.val, base).value - paired_gain(trials[1].best.val, base).value
     assert first.difference.value == pytest.approx((one + two) / 2)
+    assert first.each == pytest.approx((one, two))
+    assert first.error_over_pairs == pytest.approx(scipy.stats.sem([one, two]))
+    assert float(line["se_pairs"]) == pytest.approx(100 * scipy.stats.sem([one, two]), abs=1e-4)
+    assert (float(line["least"]), float(line["most"])) == pytest.approx(
+        (100 * min(one, two), 100 * max(one, two)), abs=1e-4
+    )
+    assert f"2 pairs from {100 * min(one, two):+.2f} to {100 * max(one, two):+.2f} (mean +- " in str(first)
 
 
 def test_alpha_that_is_chosen_apart_from_rank_is_a_setting(tmp_path: Path) -> None:

@@ -126,6 +126,9 @@ def test_other_choices_in_the_same_folder_are_refused(
         (("sweep.halving=true", "optimizer.schedule=constant", "trainer.max_epochs=2,3"), "give one value"),
         (("sweep.halving=true", "sweep.search=3"), "sweep.halving=True is out of range: cannot be combined"),
         (("sweep.halving=true", "lora.rank=0,2"), "trial lora.rank=0"),
+        (("sweep.race=true", "sweep.search=3"), "sweep.race=True is out of range: cannot be combined"),
+        (("sweep.race=true", "hydra/launcher=elsewhere"), "drop hydra/launcher"),
+        (("sweep.race=true", "trainer.devices=2"), "set trainer.devices=1"),
         (("sweep.search=0",), "sweep.search=0 is out of range"),
         (("sweep.search=3", "lora.rnak=2,4"), "unknown key lora.rnak"),
         (("sweep.search=3", "lora.rank=4,0"), "trial lora.rank=0: lora.rank=0 is out of range"),
@@ -149,7 +152,12 @@ def test_what_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("more", "said"), [("sweep.search=3", "python sweep.py"), ("seed=0", "to resume these trials: the same")]
+    ("more", "said"),
+    [
+        ("sweep.search=3", "python sweep.py"),
+        ("sweep.race=true", "python sweep.py"),
+        ("seed=0", "to resume these trials: the same"),
+    ],
 )
 def test_train_py_refuses_a_search_and_says_how_to_resume_a_grid(
     more: str, said: str, images: Path, tmp_path: Path,
@@ -167,7 +175,7 @@ def test_train_py_refuses_a_search_and_says_how_to_resume_a_grid(
     lines = [re.sub(", about .* left:", ":", line) for line in printed.splitlines()]  # of earlier trials
     assert said in printed and [line for line in lines if line.startswith("trial ")] == begun[: len(started)]
     assert (lines[0] == announced) == bool(started) and (len(lines) == 1 or started)
-    assert started == ([] if "search" in more else [2, 4])
+    assert started == ([] if "sweep." in more else [2, 4])
     assert ("hydra.sweep.dir=outputs/sweeps/" in printed) == bool(started)
 
 

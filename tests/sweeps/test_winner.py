@@ -8,7 +8,7 @@ import torch
 from ghibli.evaluation.gain import Probe, paired_gain
 from ghibli.runs.folder import RunDir
 from ghibli.sweeps.trials import Trial
-from ghibli.sweeps.winner import winner
+from ghibli.sweeps.winner import close_second, seeded, winner
 
 
 def trials_of(base: torch.Tensor, losses: list[torch.Tensor]) -> list[Trial]:
@@ -52,3 +52,56 @@ def test_nothing_is_said_of_one_trial_or_too_few_images() -> None:
     assert winner([]) is None
     assert winner(trials_of(base, [base])) is None
     assert winner(trials_of(base[:6], [base[:6], 0.5 * base[:6]])) is None
+
+
+def repeated(base: torch.Tensor, seeds: list[torch.Tensor], chosen: torch.Tensor) -> list[Trial]:
+    """A trial that was chosen, with seed 0, and its repeats with other seeds."""
+    trials = []
+    for seed, losses in enumerate([chosen, *seeds]):
+        probe = Probe(val=losses, val_g1=losses, train=losses, base_val=base, base_train=base)
+        path = Path(f"a+seed={seed}" if seed else "a")
+        trials.append(Trial(RunDir(path), {"lora.rank": 8, "seed": seed}, {}, probe))
+    return trials
+
+
+def test_the_interval_over_images_and_seeds_holds_the_true_gain() -> None:
+    """300 studies of a winner with three other seeds: luck of images, of seeds and of both, 30 % in truth."""
+    covered, images_alone = 0, 0
+    for number in range(300):
+        draws = torch.Generator().manual_seed(number)
+        base = torch.ones(40, 4)
+        of_image = 0.1 * torch.randn(40, 1, generator=draws)  # shared by the seeds
+        seeds = [
+            base * (0.7 + 0.03 * torch.randn(1, generator=draws))
+            + of_image + 0.05 * torch.randn(40, 4, generator=draws)
+            for _ in range(3)
+        ]  # fmt: skip
+        found = seeded(repeated(base, seeds, chosen=seeds[0] - 0.2))
+        assert found.seeds == 3
+        covered += found.gain.low <= 0.3 <= found.gain.high
+        alone = paired_gain(torch.stack(seeds).mean(0), base)
+        images_alone += alone.low <= 0.3 <= alone.high
+    assert 0.9 < covered / 300 < 0.995
+    assert images_alone < covered - 15
+
+
+def test_the_seed_that_was_chosen_is_left_out() -> None:
+    base = torch.ones(8, 2)
+    others = [base - 0.2 - 0.01 * torch.arange(8)[:, None] for _ in range(2)]
+    found = seeded(repeated(base, others, chosen=base - 0.9))
+    assert found.gain.value == paired_gain(others[0], base).value
+    assert "with 2 other seeds" in str(found)
+    assert seeded(repeated(base, others[:1], chosen=base - 0.9)) is None
+    assert seeded([]) is None
+
+
+def test_a_second_within_two_errors_asks_for_repeats() -> None:
+    draws = torch.Generator().manual_seed(0)
+    base = torch.ones(40, 2)
+    best = base - 0.5 + 0.1 * torch.randn(40, 2, generator=draws)
+    near = best + 0.1 * torch.randn(40, 2, generator=draws)
+    assert "sweep.repeats=3" in close_second(trials_of(base, [best, near]))
+    assert close_second(trials_of(base, [best, best + 0.1])) is None
+    assert close_second(trials_of(base, [best])) is None
+    again = repeated(base, [near, best - 0.01], chosen=best - 0.02)
+    assert close_second([*again, *trials_of(base, [near])]) is None

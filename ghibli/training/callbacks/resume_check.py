@@ -196,7 +196,7 @@ def trained_weights_hash(module: GhibliModule) -> str:
 @torch.no_grad()
 def rescore(trainer: L.Trainer, module: GhibliModule) -> torch.Tensor:
     """Score the current weights on the first held-out images; return (images, 2, K) on the CPU."""
-    data, guidance = trainer.datamodule, module.config.loss.guidance
+    data, guidance = trainer.datamodule, module.config.loss.own_guidance
     count = min(IMAGES, len(data.val_images))
     with undisturbed(module), trainer.precision_plugin.forward_context():
         batches = [

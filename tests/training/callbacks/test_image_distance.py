@@ -55,7 +55,7 @@ def test_the_points_are_the_base_and_the_trained_model_measured_alone(measured: 
     rows = read_rows(measured.distances)
     assert [(row["step"], row["epoch"]) for row in rows] == [("0", "0"), ("5", "1"), ("10", "2")]
     assert measured.status.read()["best_epoch"] == 2
-    own_scales = (rows[0], base, 7.5), (rows[2], trained_base(measured, config), 15)  # twice the training's
+    own_scales = (rows[0], base, 7.5), (rows[2], trained_base(measured, config), 15)  # its own
     for row, model, scale in own_scales:
         wanted = reference.kernel(ruler.measure_model(model, Cell("ddim", scale), 6)["features"])
         assert float(row[NAME]) == pytest.approx(wanted.value, rel=1e-3)
