@@ -8,6 +8,8 @@ Hu et al. 2021, "LoRA", section 4.1. PEFT builds the layers; this module chooses
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, get_peft_model_state_dict
 from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
 from torch import nn
 
@@ -54,6 +57,23 @@ def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
         parameter.data = parameter.data.float()
     for module in base.adaptable.values():
         module.train(module.training)  # PEFT's new layers are in training mode, with dropout on
+
+
+@contextmanager
+def switched_off(base: BaseModel) -> Iterator[None]:
+    """Let the base predict as if it had no adapter; outside, the adapter is trained as before.
+
+    PEFT freezes the weights of a layer that it switches off, so no backward pass may run inside.
+    """
+    modules = [module for part in base.adaptable.values() for module in part.modules()]
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def peft_config(options: LoraConfig, targets: list[str]) -> PeftConfig:

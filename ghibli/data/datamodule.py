@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ghibli.config.schema import Config
+from ghibli.data import everyday
 from ghibli.data.ahead import AheadLoader
 from ghibli.data.dataset import (
     WORKER_TIMEOUT,
@@ -58,6 +59,19 @@ class GhibliDataModule(L.LightningDataModule):
         self.num_train_timesteps = num_train_timesteps
         self.folder: ImageFolder | None = None
         self.is_ready = False
+        self.price_images: list[CaptionedImage] = []  # what the base was made for: see training.price
+        self.price_batches: list[dict[str, torch.Tensor]] = []
+        self.keep_ids: torch.Tensor | None = None  # (N, L) of the training images, with loss.keep
+
+    @property
+    def scored_images(self) -> list[CaptionedImage]:
+        """All images of the probe: held-out ones, training images, and what the base was made for."""
+        return self.probe_images + self.price_images
+
+    @property
+    def scored_batches(self) -> list[dict[str, torch.Tensor]]:
+        """The items of scored_images, a batch each."""
+        return self.probe_batches + self.price_batches
 
     @property
     def base(self) -> BaseModel:
@@ -142,6 +156,9 @@ class GhibliDataModule(L.LightningDataModule):
         input_ids = self.base.tokenize([p.caption for p in images])
         self.input_ids = input_ids[: len(self.train_images)]
         self.all_input_ids = torch.cat([self.base.tokenize([""]), input_ids])  # of every caption in use
+        if self.config.loss.keep > 0:
+            self.keep_ids = self.base.tokenize(everyday.captions_to_keep(self.train_images, self.config))
+            self.all_input_ids = torch.cat([self.all_input_ids, self.keep_ids])
         rows = [images.index(image) for image in self.probe_images]
         self.probe_batches = self._items(self.probe_images, moments.of(rows), input_ids[rows])
 
@@ -237,7 +254,7 @@ class GhibliDataModule(L.LightningDataModule):
         images = EncodedImages(
             [image.name for image in self.train_images], self.moments, self.mirrored, self.input_ids,
             self.base.tokenize([""])[0], self.image_shapes, self.base.vae.config.scaling_factor,
-            [image.repeats for image in self.train_images],
+            [image.repeats for image in self.train_images], self.keep_ids,
         )  # fmt: skip
         plan = EpochPlan(batches * together, together, self.num_train_timesteps)
         examples = TrainExamples(images, plan, self.config.loss, self.config.seed)
@@ -253,9 +270,10 @@ class GhibliDataModule(L.LightningDataModule):
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:
-        """Return this device's share of the probe: a batch per held-out image, then per training image."""
-        mine = share_of_probe(len(self.probe_batches), self.trainer.global_rank, self.trainer.world_size)
-        batches = [self.probe_batches[index] for index in mine]
+        """Return this device's share of the probe: a batch for each of scored_images."""
+        scored = self.scored_batches
+        mine = share_of_probe(len(scored), self.trainer.global_rank, self.trainer.world_size)
+        batches = [scored[index] for index in mine]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # any sequence will do
 
 

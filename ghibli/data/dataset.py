@@ -87,6 +87,7 @@ class EncodedImages:
     shapes: list[Size]  # (width, height) in px
     scaling_factor: float  # the VAE's: latents are sampled moments times this
     repeats: Sequence[int] = ()  # times that an epoch has each; empty = once
+    keep_ids: torch.Tensor | None = None  # (N, L) of captions on which the base is kept (loss.keep)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class TrainExamples(Dataset):
     def __getitem__(self, example: int) -> dict[str, Any]:
         """Return one example: latents and noise (4, h, w) float32, timesteps () and input_ids (L,) int64.
 
-        Beside them `example`, the running number, and `name`, the image's path inside the image folder.
+        Beside them `example`, the running number, `name`, the image's path inside the image folder, and with
+        loss.keep `keep_ids` (L,), like input_ids.
         """
         images, image, seed = self.images, self.image_of(example), self.seed
         moments = images.moments
@@ -144,6 +146,7 @@ class TrainExamples(Dataset):
             "input_ids": images.empty_ids if dropped else images.input_ids[image],
             "example": example,
             "name": images.names[image],
+            **({} if images.keep_ids is None else {"keep_ids": images.keep_ids[image]}),
         }
 
 

@@ -3,14 +3,15 @@
 Pure functions from settings and scores to findings; the callback Doctor calls them and reports.
 """
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import GUIDED_SCALE
-from ghibli.evaluation.gain import Probe, best_epoch, paired_difference, paired_gain
+from ghibli.evaluation.gain import Gain, Probe, best_epoch, paired_difference, paired_gain
 
 EPOCHS_TO_LEARN = 3  # a learning rate that fits shows in the first epoch; three leave a margin
 NOTHING = 0.001  # a gain below this is nothing, even if it is significantly above zero
@@ -78,6 +79,7 @@ def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
         least = min(EPOCHS_TO_LEARN, planned) if isinstance(planned, int) and planned > 0 else EPOCHS_TO_LEARN
         if len(history) - 1 >= least:
             found.append(worse_at_some_noise(history[-1]))
+    found.append(forgets_faster(history, config))
     return [finding for finding in found if finding is not None]
 
 
@@ -225,6 +227,36 @@ def worse_at_some_noise(probe: Probe) -> Finding | None:
         "last parts decide the layout of an image, the first its texture: look at the grids, and at "
         "probe/val_gain_balanced in probe.csv, which counts all parts alike",
     )
+
+
+def forgets_faster(history: list[Probe], config: Config) -> Finding | None:
+    """Return a finding if the last epoch cost more than it taught.
+
+    What it cost is the growth of the price, what it taught that of the gain, each a share of the base's loss
+    on its own images; the difference must be above 2 standard errors, and the cost above VISIBLE.
+    """
+    now, before = history[-1], history[-2]
+    if min(len(now.price), len(before.price), len(now.val)) < FEWEST_IMAGES:
+        return None
+    lost = growth(before.price, now.price, now.base_price)
+    learned = growth(now.val, before.val, now.base_val)
+    error = math.hypot(lost.standard_error, learned.standard_error)
+    if not (lost.value > VISIBLE and lost.value - learned.value > 2 * error):
+        return None
+    brake = " or brake with loss.keep=1 (docs/understanding.md)" if config.finetune == "lora" else ""
+    return Finding(
+        "forgets faster than it learns",
+        f"in epoch {len(history) - 1} the loss on held-out images fell by {learned.signed_size} of the base's, and "
+        f"that on what the base was made for rose by {lost.signed_size}: stop before it, "
+        f"trainer.max_epochs={max(1, len(history) - 2)}, lower optimizer.lr (it is {config.optimizer.lr:g})"
+        f"{',' if brake else ''}{brake}",
+    )
+
+
+def growth(before: torch.Tensor, now: torch.Tensor, base: torch.Tensor) -> Gain:
+    """Compute (sum(now) - sum(before)) / sum(base), all (P, K), with its jackknife error over images."""
+    fall = paired_gain(base.double() + now.double() - before.double(), base)
+    return replace(fall, value=0.0 - fall.value)
 
 
 def memorising(now: Probe, then: Probe) -> bool:

@@ -56,10 +56,11 @@ def fake_batch(module: GhibliModule, size: int) -> dict[str, Any]:
     """Make a training batch on the GPU."""
     side = module.config.model.resolution // module.base.vae_factor
     latents = torch.zeros(size, module.base.unet.config.in_channels, side, side).to(CUDA)
+    captions = module.empty_ids.expand(size, -1)
     return {
         "latents": latents, "noise": torch.zeros_like(latents),
         "timesteps": torch.zeros(size, dtype=torch.long).to(CUDA),
-        "input_ids": module.empty_ids.expand(size, -1), "example": list(range(size)), "name": [""] * size,
+        "input_ids": captions, "keep_ids": captions, "example": list(range(size)), "name": [""] * size,
     }  # fmt: skip
 
 
