@@ -246,8 +246,8 @@ def forgets_faster(history: list[Probe], config: Config) -> Finding | None:
     brake = " or brake with loss.keep=1 (docs/understanding.md)" if config.finetune == "lora" else ""
     return Finding(
         "forgets faster than it learns",
-        f"in epoch {len(history) - 1} the loss on held-out images fell by {learned.signed_size} of the base's, and "
-        f"that on what the base was made for rose by {lost.signed_size}: stop before it, "
+        f"in epoch {len(history) - 1} the loss on held-out images fell by {learned.signed_size} of the "
+        f"base's, and that on what the base was made for rose by {lost.signed_size}: stop before it, "
         f"trainer.max_epochs={max(1, len(history) - 2)}, lower optimizer.lr (it is {config.optimizer.lr:g})"
         f"{',' if brake else ''}{brake}",
     )
