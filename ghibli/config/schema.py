@@ -485,6 +485,12 @@ class Config:
     logger: Any = field(metadata=NO_EFFECT)  # a dashboard or a list of them; here always a list
     wandb: WandbConfig = field(metadata=NO_EFFECT)
 
+    @property
+    def samples_price(self) -> bool:
+        """Whether the base is sampled before training, for the price of what is trained."""
+        asked = self.validation.price_images > 0 and self.finetune != "none"
+        return asked and self.model.made_for == "samples"
+
     def __post_init__(self) -> None:
         self.logger = dashboard_names(self.logger)
         if self.name is not None:

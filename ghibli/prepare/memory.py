@@ -69,6 +69,8 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
         both = 1 if max(config.sample.guidance) == 1 else 2
         denoising = cost["score"].at(side, both * len(config.sample.prompts))
         phases["drawing the grid"] = max(denoising, cost["decode"].at(side, 1))
+    elif config.samples_price:  # one image at a time, so with grids these decide
+        phases["sampling the base"] = max(cost["score"].at(side, 2), cost["decode"].at(side, 1))
     return Memory(gradients + optimizer_state_size(config.optimizer, shapes) + latents, phases)
 
 
