@@ -20,7 +20,7 @@ PLACE = (  # the entries that name code and machine; every start of a run notes 
 
 
 LARGEST = 2**24  # bytes of a status.json; ours have some kilobytes
-NUMBERS = ("gain", "gain_se", "objective")
+NUMBERS = ("gain", "gain_se", "price", "price_se", "objective")
 WHOLE_NUMBERS = (
     "epoch", "step", "best_epoch", "seed", "process", "threads", "devices", "peak_memory", "config_version",
 )  # fmt: skip
