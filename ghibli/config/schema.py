@@ -35,7 +35,7 @@ LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without
     "name": None,
     "threads": None,
     "logger": "wandb",
-    "data": {"grid_epochs": ""},
+    "data": {"grid_epochs": "", "regularization": None},
     "model": {"config": None, "clip_skip": 1, "frozen_bits": None, "made_for": "samples"},
     "local": {"sd15_config": None, "caption": None},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64, "sampler_steps": None},
@@ -53,6 +53,7 @@ LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without
         "timestep_parameters": None,
         "terms": {},
         "keep": 0.0,
+        "regularization": 1.0,
     },
     "validation": {"price_images": 0},
     "optimizer": {"text_encoder_lr": None, "lora_plus": None, "options": {}, "ema_decay": None},
@@ -134,6 +135,7 @@ class DataConfig:
     draw: DrawConfig | None  # images to draw there first; None = the folder must exist
     reference: str | None = field(metadata=NO_EFFECT)  # folder of images that evaluation compares with
     reference_draw: DrawConfig | None = field(metadata=NO_EFFECT)  # as draw, for the reference folder
+    regularization: str | None  # folder of images of what is to be kept; None = none
     style: str  # appended to every caption
     caption: str | None  # caption of images that have none
     val_fraction: float  # share of images held out
@@ -233,16 +235,12 @@ class LossConfig:
     timestep_parameters: list[float] | None  # its two; None = its own
     terms: dict[str, float]  # name in TERMS -> weight of what is added to the loss
     keep: float  # weight of the distance to the frozen base on other captions; 0 = off
+    regularization: float  # weight of the loss on the images of data.regularization
 
     @property
     def weighting_name(self) -> str | None:
         """The entry of WEIGHTINGS that weighs the examples; None = none does."""
         return "min_snr" if self.weighting is None and self.snr_gamma is not None else self.weighting
-
-    @property
-    def term_names(self) -> list[str]:
-        """What is added to the denoising loss, by the names of the columns in metrics.csv."""
-        return [*self.terms, *(["keep"] if self.keep > 0 else [])]
 
     def __post_init__(self) -> None:
         LOSSES.require(self.function)
@@ -251,6 +249,8 @@ class LossConfig:
             require(isfinite(weight), f"loss.terms.{name}", weight, "a finite number")
         require(0 < self.huber_c < inf, "loss.huber_c", self.huber_c, "more than 0, and finite")
         require(0 <= self.keep < inf, "loss.keep", self.keep, "0 (off) or more, and finite")
+        weight = self.regularization
+        require(0 < weight < inf, "loss.regularization", weight, "more than 0, and finite")
         require(
             self.guidance >= 1, "loss.guidance", self.guidance,
             "1 (off) or more; 7.5 is the reference study's second value",
@@ -484,6 +484,12 @@ class Config:
     evaluate: EvaluateConfig = field(metadata=NO_EFFECT)
     logger: Any = field(metadata=NO_EFFECT)  # a dashboard or a list of them; here always a list
     wandb: WandbConfig = field(metadata=NO_EFFECT)
+
+    @property
+    def term_names(self) -> list[str]:
+        """What is added to the denoising loss, by the names of the columns in metrics.csv."""
+        own = {"keep": self.loss.keep > 0, "regularization": self.data.regularization is not None}
+        return [*self.loss.terms, *(name for name, is_on in own.items() if is_on)]
 
     @property
     def samples_price(self) -> bool:

@@ -61,7 +61,8 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
         "the probe": cost["score"].at(side, branches * config.validation.items_per_image),
     }
     if config.finetune != "none":
-        passes = 2 if loss.keep > 0 else 1  # of which the backward pass needs what they computed
+        # of all of which the backward pass needs what they computed
+        passes = 1 + (loss.keep > 0) + (config.data.regularization is not None)
         phases["training"] = cost["train"].at(side, passes * branches * config.data.batch_size)
         if precision.endswith("mixed"):
             phases["training"] *= MIXED

@@ -57,8 +57,11 @@ def fake_batch(module: GhibliModule, size: int) -> dict[str, Any]:
     """Make a training batch on the GPU."""
     side = module.config.model.resolution // module.base.vae_factor
     latents = torch.zeros(size, module.base.unet.config.in_channels, side, side).to(CUDA)
-    captions = module.empty_ids.expand(size, -1)
+    captions, besides = module.empty_ids.expand(size, -1), {}
+    if module.config.data.regularization is not None:
+        besides = {"latents": latents, "noise": torch.zeros_like(latents), "ids": captions}
     return {
+        **{f"regularization_{name}": value for name, value in besides.items()},
         "latents": latents, "noise": torch.zeros_like(latents),
         "timesteps": torch.zeros(size, dtype=torch.long).to(CUDA),
         "input_ids": captions, "keep_ids": captions, "example": list(range(size)), "name": [""] * size,

@@ -26,7 +26,8 @@ WHOLE_NUMBERS = (
 )  # fmt: skip
 TEXTS = (
     "state", "reason", "started", "ended", "updated", "settings", "command", "git_commit", "code",
-    "code_hash", "settings_hash", "base_hash", "configs_hash", "data_hash", "init_hash", "machine",
+    "code_hash", "settings_hash", "base_hash", "configs_hash", "data_hash", "init_hash",
+    "regularization_hash", "machine",
     "processor", "device", "precision", "wandb_id", "trackio_name", "seal", "base", "images",
 )  # fmt: skip
 

@@ -153,21 +153,27 @@ class GhibliModule(L.LightningModule):
         losses = loss_function(self.config.loss)(prediction, target)
         for listen in self.loss_listeners:
             listen(batch, losses.detach())
-        weighted = losses
-        if self.config.loss.weighting_name is not None:
-            weighted = losses * loss_weights(
-                self.config.loss, batch["timesteps"], self.alphas_cumprod, self.base.prediction_type
-            )
-        loss, terms = weighted.mean(), {}
+        loss, terms = self.weighted(losses, batch["timesteps"]).mean(), {}
         for name, function in term_functions(self.config.loss).items():
             terms[name] = function(prediction, target).mean()
             loss = loss + self.config.loss.terms[name] * terms[name]
         if kept is not None:
             terms["keep"] = mse(self.prediction(on_other_captions(batch))[0], kept).mean()
             loss = loss + self.config.loss.keep * terms["keep"]
+        if "regularization_latents" in batch:
+            besides = loss_function(self.config.loss)(*self.prediction(of_regularization(batch)))
+            terms["regularization"] = self.weighted(besides, batch["timesteps"]).mean()
+            loss = loss + self.config.loss.regularization * terms["regularization"]
         expected = self.probe.expected[batch["timesteps"]].mean()
         plain = mse(prediction.detach(), target).mean()  # as `expected`, whatever loss.function trains
         return {"loss": loss, "plain": plain, "expected": expected, **prefixed(terms)}
+
+    def weighted(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the losses of examples (B,) times the weights of their timesteps under loss.weighting."""
+        options = self.config.loss
+        if options.weighting_name is None:
+            return losses
+        return losses * loss_weights(options, timesteps, self.alphas_cumprod, self.base.prediction_type)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         use_average(self.optimizers(use_pl_optimizer=False), wanted=False)
@@ -258,6 +264,12 @@ class GhibliModule(L.LightningModule):
 def on_other_captions(batch: dict[str, Any]) -> dict[str, Any]:
     """Return a training batch with the captions on which loss.keep holds it to the base."""
     return batch | {"input_ids": batch["keep_ids"]}
+
+
+def of_regularization(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the images of data.regularization in a training batch, as a batch at the same timesteps."""
+    names = {"latents": "latents", "noise": "noise", "input_ids": "ids"}
+    return batch | {name: batch[f"regularization_{key}"] for name, key in names.items()}
 
 
 def prefixed(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -138,7 +138,7 @@ class Sums:
     square: torch.Tensor | float = 0.0
     plain: torch.Tensor | float = 0.0  # before any weighting
     expected: torch.Tensor | float = 0.0  # what the base scores at these timesteps
-    terms: list[torch.Tensor] = field(default_factory=list)  # of loss.term_names, in their order
+    terms: list[torch.Tensor] = field(default_factory=list)  # of config.term_names, in their order
 
     def add(
         self, loss: torch.Tensor, plain: torch.Tensor, expected: torch.Tensor, *terms: torch.Tensor
@@ -164,7 +164,7 @@ class Sums:
 
 def term_columns(trainer: L.Trainer) -> list[str]:
     """Return the columns of metrics.csv for the terms of the loss: `train/NAME`."""
-    return [f"train/{name}" for name in trainer.lightning_module.config.loss.term_names]
+    return [f"train/{name}" for name in trainer.lightning_module.config.term_names]
 
 
 def probe_row(known: dict[str, Any], probe: Probe, num_train_timesteps: int) -> dict[str, Any]:
