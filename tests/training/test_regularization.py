@@ -20,9 +20,9 @@ from ghibli.runtime.files import read_rows
 from ghibli.training.module import GhibliModule
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("photos")
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
     write_folder(root, "photo", 5, PRETRAIN_SEEDS.start)
     return root
 
