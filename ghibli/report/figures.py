@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ghibli.evaluation.gain import Gain
 from ghibli.report.charts import COLOUR_COUNT, ChartAxes, Figure, Point, Series, bar_chart, line_chart
 from ghibli.report.run_data import CsvRow, RunData, freedom_of, gain_of, price_of, timestep_gains
 
@@ -38,18 +39,22 @@ def gain_curve(data: RunData) -> Figure | None:
     return gain_chart("Gain over the base", series, caption) if len(held_out) > 1 else None
 
 
-def price_points(rows: list[CsvRow]) -> list[Point]:
-    """Return (epoch, price, standard error) in percent of each row of probe.csv that has a price."""
-    prices = [(row["epoch"], price) for row in rows if (price := price_of(row)) is not None]
-    return [(epoch, 100 * price.value, 100 * price.standard_error) for epoch, price in prices]
+def priced_rows(rows: list[CsvRow]) -> list[tuple[CsvRow, Gain]]:
+    """Return the rows of probe.csv that have a price, with it.
+
+    The start of a guided training is left out: its price is that of guidance, far above all others.
+    """
+    found = [(row, price) for row in rows if (price := price_of(row)) is not None]
+    return [(row, price) for row, price in found if row["epoch"] > 0 or price.value == 0]
 
 
 def price_curve(data: RunData) -> Figure | None:
     """Draw what a run has forgotten of what the base was made for, with its band, over epochs."""
-    points = price_points(data.probe)
-    if len(points) < 2:
+    rows = priced_rows(data.probe)
+    if len(rows) < 2:
         return None
-    freedom = min(price.freedom for row in data.probe if (price := price_of(row)) is not None)
+    points = [(row["epoch"], 100 * price.value, 100 * price.standard_error) for row, price in rows]
+    freedom = min(price.freedom for _, price in rows)
     caption = (
         "How far the loss on what the base was made for is above the untouched base's. The band is a 95 % "
         "interval."
@@ -60,16 +65,13 @@ def price_curve(data: RunData) -> Figure | None:
 
 def price_curves(runs: LabelledRuns) -> Figure | None:
     """Draw the gain of all runs over their price, from epoch to epoch."""
-    priced = [(label, data) for label, data in runs if len(price_points(data.probe)) > 1]
+    priced = [(label, data) for label, data in runs if len(priced_rows(data.probe)) > 1]
 
     def path(data: RunData) -> list[Point]:
-        rows = [(price_of(row), gain_of(row)) for row in data.probe]
-        return [(100 * price.value, 100 * gain.value, math.nan) for price, gain in rows if price is not None]
+        pairs = [(price, gain_of(row)) for row, price in priced_rows(data.probe)]
+        return [(100 * price.value, 100 * gain.value, math.nan) for price, gain in pairs]
 
-    caption = (
-        "Each run from its start, a point an epoch: up is learned, right is forgotten of what the base was "
-        "made for."
-    )
+    caption = "Each run from epoch to epoch: up is learned, right is forgotten of what the base was made for."
     axes = ChartAxes("price, %", "gain, %", zero=True)
     return line_chart("Gain over price", run_series(priced, path), axes, caption)
 
