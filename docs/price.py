@@ -12,17 +12,16 @@ import matplotlib
 import matplotlib.pyplot as plt
 import torch
 
-from ghibli.evaluation.diagnosis import growth
-from ghibli.evaluation.gain import Gain, Probe
+from ghibli.evaluation.gain import Gain, Probe, paired_gain
 from ghibli.runs.folder import RunDir, read_checkpoint
 
 matplotlib.use("Agg")
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / "docs" / "understanding" / "price.png"
-COMMON = ("model=demo", "data=demo", "data.epochs=3", "sample.every_n_epochs=0", "wandb.mode=disabled")
-RATES = ("1.25e-4", "2.5e-4", "5e-4", "1e-3", "2e-3")  # without a brake
-BRAKES = ("0.1", "0.3", "1", "3")  # at the default rate, 5e-4
+COMMON = ("model=demo", "data=demo", "data.epochs=2", "sample.every_n_epochs=0", "wandb.mode=disabled")
+RATES = ("1.25e-4", "2.5e-4", "5e-4")  # without a brake
+BRAKES = ("0.1", "0.3", "1")  # at the default rate, 5e-4
 
 
 def trained(name: str, *words: str) -> list[Probe]:
@@ -52,7 +51,8 @@ def saved(end: Probe, others: list[list[Probe]]) -> Gain | None:
     paid = [price for history in others if (price := price_at(end.val_gain.value, history)) is not None]
     if not paid:
         return None
-    return growth(end.price, min(paid, key=lambda losses: losses.sum().item()), end.base_price)
+    rise = min(paid, key=lambda losses: losses.sum().item()) - end.price.double()
+    return paired_gain(end.base_price.double() - rise, end.base_price)
 
 
 def draw(plain: dict[str, list[Probe]], held: dict[str, list[Probe]]) -> None:

@@ -94,8 +94,9 @@ def test_an_epoch_that_costs_more_than_it_teaches_is_told(make_config: Callable)
     """By what the last epoch added alone, beyond its error, and not for a trifle."""
     config = make_config()
     text = diagnosis.forgets_faster(bought([(0, 0), (0.5, 0.1), (0.55, 0.2)]), config).text
-    assert text.startswith("in epoch 2 the loss on held-out images fell by 5.")
-    assert "made for rose by 10." in text and "trainer.max_epochs=1" in text and "loss.keep=" in text
+    assert re.match(r"in epoch 2 the loss on held-out images fell by 0\.0[45]\d\d \+- 0\.00\d\d, and ", text)
+    assert re.search(r"made for rose by 0\.(09|10)\d\d \+- 0", text)
+    assert "trainer.max_epochs=1" in text and "loss.keep=" in text
     quiet = [
         bought([(0, 0), (0.5, 0.1)]),
         bought([(0, 0), (0.1, 0.3), (0.4, 0.4)]),  # the first epoch is told in its time
