@@ -244,13 +244,14 @@ def forgets_faster(history: list[Probe], config: Config) -> Finding | None:
     visible = VISIBLE * now.base_price.double().mean().item()
     if not (lost > visible and lost - learned > 2 * math.hypot(lost_error, learned_error)):
         return None
-    brake = " or brake with loss.keep (docs/understanding.md)" if config.finetune == "lora" else ""
+    epoch = len(history) - 1
+    stop = f"stop before it, trainer.max_epochs={epoch - 1}, or " if epoch > 1 else ""
+    brake = " or brake with loss.keep=1 (docs/understanding.md)" if config.finetune == "lora" else ""
     return Finding(
         "forgets faster than it learns",
-        f"in epoch {len(history) - 1} the loss on held-out images fell by {learned:.4f} +- "
-        f"{learned_error:.4f}, and that on what the base was made for rose by {lost:.4f} +- {lost_error:.4f}: stop before it, "
-        f"trainer.max_epochs={max(1, len(history) - 2)}, lower optimizer.lr (it is {config.optimizer.lr:g})"
-        f"{',' if brake else ''}{brake}",
+        f"in epoch {epoch} the loss on held-out images fell by {learned:.4f} +- {learned_error:.4f}, and that "
+        f"on what the base was made for rose by {lost:.4f} +- {lost_error:.4f}: {stop}lower optimizer.lr (it "
+        f"is {config.optimizer.lr:g}){brake}",
     )
 
 
