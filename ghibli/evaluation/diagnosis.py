@@ -249,9 +249,9 @@ def forgets_faster(history: list[Probe], config: Config) -> Finding | None:
     brake = " or brake with loss.keep=1 (docs/understanding.md)" if config.finetune == "lora" else ""
     return Finding(
         "forgets faster than it learns",
-        f"in epoch {epoch} the loss on held-out images fell by {learned:.4f} +- {learned_error:.4f}, and that "
-        f"on what the base was made for rose by {lost:.4f} +- {lost_error:.4f}: {stop}lower optimizer.lr (it "
-        f"is {config.optimizer.lr:g}){brake}",
+        f"in epoch {epoch} the loss on held-out images fell by {learned:.4f} +- {learned_error:.4f}, and "
+        f"that on what the base was made for rose by {lost:.4f} +- {lost_error:.4f}: {stop}lower "
+        f"optimizer.lr (it is {config.optimizer.lr:g}){brake}",
     )
 
 
