@@ -59,6 +59,23 @@ def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
         module.train(module.training)  # PEFT's new layers are in training mode, with dropout on
 
 
+@contextmanager
+def switched_off(base: BaseModel) -> Iterator[None]:
+    """Let the base predict as if it had no adapter; outside, the adapter is trained as before.
+
+    PEFT freezes the weights of a layer that it switches off, so no backward pass may run inside.
+    """
+    modules = [module for part in base.adaptable.values() for module in part.modules()]
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 def peft_config(options: LoraConfig, targets: list[str]) -> PeftConfig:
     """Translate our settings into PEFT's for the layers whose names end in `targets`.
 

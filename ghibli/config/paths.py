@@ -33,6 +33,8 @@ def check_paths(config: Config) -> None:
     for name in config.logger:
         check_dashboard(name)
     check_images(config)
+    if config.data.regularization is not None:
+        require_folder("data.regularization", config.data.regularization)
     check_base_path(config.model.path)
     if config.model.adapter is not None:
         check_adapter(Path(config.model.adapter))

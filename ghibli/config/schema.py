@@ -25,6 +25,7 @@ from ghibli.runtime.errors import UserError
 
 NO_EFFECT = {"affects_result": False}  # metadata of a field or section that cannot change a run's result
 MOST_THREADS = 1024
+MOST_PRICE_IMAGES = 32  # as many captions of data/everyday_captions.txt are for measuring
 CONFIG_VERSION = 2  # raise it when a key is renamed, removed or changes its meaning
 RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who types the old name
     ("validation", "items_per_picture"): "items_per_image",
@@ -34,8 +35,8 @@ LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without
     "name": None,
     "threads": None,
     "logger": "wandb",
-    "data": {"grid_epochs": ""},
-    "model": {"config": None, "clip_skip": 1, "frozen_bits": None},
+    "data": {"grid_epochs": "", "regularization": None},
+    "model": {"config": None, "clip_skip": 1, "frozen_bits": None, "made_for": "samples"},
     "local": {"sd15_config": None, "caption": None},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64, "sampler_steps": None},
     "lora": {
@@ -54,7 +55,10 @@ LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without
         "share_dropout": False,
         "unconditional": "trained",
         "guidance_target": None,
+        "keep": 0.0,
+        "regularization": 1.0,
     },
+    "validation": {"price_images": 0},
     "optimizer": {"text_encoder_lr": None, "lora_plus": None, "options": {}, "ema_decay": None},
     "early_stopping": {"min_improvement": 0.0},
     "compute": {"compile": False, "channels_last": False, "checkpoint_every": 0},
@@ -95,6 +99,7 @@ class ModelConfig:
     adapter: str | None  # folder of an adapter to merge into the base first; None = none
     adapter_scale: float  # weight of that adapter
     clip_skip: int  # the text encoder's last layer that is used, counted from its end: 1 = all
+    made_for: str  # what its price is measured on: scenes, drawn by our code, or samples of its own
     frozen_bits: int | None  # of the linear layers' frozen weights in training; None = those of precision
 
     def __post_init__(self) -> None:
@@ -108,6 +113,7 @@ class ModelConfig:
             "model.resolution", self.resolution, "a multiple of 64 (the UNet halves the latents thrice)",
         )  # fmt: skip
         require_finite("model.adapter_scale", self.adapter_scale)
+        require_choice("model.made_for", self.made_for, ("scenes", "samples"))
         ok = self.frozen_bits in (None, 8, 4)
         require(ok, "model.frozen_bits", self.frozen_bits, "null, 8 or 4")
 
@@ -132,6 +138,7 @@ class DataConfig:
     draw: DrawConfig | None  # images to draw there first; None = the folder must exist
     reference: str | None = field(metadata=NO_EFFECT)  # folder of images that evaluation compares with
     reference_draw: DrawConfig | None = field(metadata=NO_EFFECT)  # as draw, for the reference folder
+    regularization: str | None  # folder of images of what is to be kept; None = none
     style: str  # appended to every caption
     caption: str | None  # caption of images that have none
     val_fraction: float  # share of images held out
@@ -233,6 +240,8 @@ class LossConfig:
     timestep_distribution: str  # uniform, or one of DISTRIBUTIONS over the range
     timestep_parameters: list[float] | None  # its two; None = its own
     terms: dict[str, float]  # name in TERMS -> weight of what is added to the loss
+    keep: float  # weight of the distance to the frozen base on other captions; 0 = off
+    regularization: float  # weight of the loss on the images of data.regularization
 
     @property
     def own_guidance(self) -> float:
@@ -253,6 +262,9 @@ class LossConfig:
             TERMS.require(name)
             require(isfinite(weight), f"loss.terms.{name}", weight, "a finite number")
         require(0 < self.huber_c < inf, "loss.huber_c", self.huber_c, "more than 0, and finite")
+        require(0 <= self.keep < inf, "loss.keep", self.keep, "0 (off) or more, and finite")
+        weight = self.regularization
+        require(0 < weight < inf, "loss.regularization", weight, "more than 0, and finite")
         require(
             self.guidance >= 1, "loss.guidance", self.guidance,
             "1 (off) or more; 7.5 is the reference study's second value",
@@ -359,10 +371,14 @@ class ValidationConfig:
 
     items_per_image: int  # fixed (timestep, noise) pairs
     max_images: int  # most held-out images to score, and as many training images
+    price_images: int  # images of what the base was made for, on which the price is measured
 
     def __post_init__(self) -> None:
         for name in ("items_per_image", "max_images"):
             require(getattr(self, name) >= 1, f"validation.{name}", getattr(self, name), "at least 1")
+        ok = 0 <= self.price_images <= MOST_PRICE_IMAGES
+        wanted = f"from 0 (none) to {MOST_PRICE_IMAGES}"
+        require(ok, "validation.price_images", self.price_images, wanted)
 
 
 @dataclass
@@ -489,6 +505,18 @@ class Config:
     logger: Any = field(metadata=NO_EFFECT)  # a dashboard or a list of them; here always a list
     wandb: WandbConfig = field(metadata=NO_EFFECT)
 
+    @property
+    def term_names(self) -> list[str]:
+        """What is added to the denoising loss, by the names of the columns in metrics.csv."""
+        own = {"keep": self.loss.keep > 0, "regularization": self.data.regularization is not None}
+        return [*self.loss.terms, *(name for name, is_on in own.items() if is_on)]
+
+    @property
+    def samples_price(self) -> bool:
+        """Whether the base is sampled before training, for the price of what is trained."""
+        asked = self.validation.price_images > 0 and self.finetune != "none"
+        return asked and self.model.made_for == "samples"
+
     def __post_init__(self) -> None:
         self.logger = dashboard_names(self.logger)
         if self.name is not None:
@@ -514,6 +542,7 @@ class Config:
                 "loss.unconditional=base needs the untouched base, and finetune=full trains it: "
                 "use finetune=lora, or loss.unconditional=detached"
             )
+        check_keep(self)
         for section in fields(self):  # what no section refuses by its range
             require_finite(section.name, getattr(self, section.name))
 
@@ -567,6 +596,15 @@ def check_frozen_bits(config: Config) -> None:
         raise UserError(
             f"model.frozen_bits={bits}: PEFT has no lora.variant={config.lora.variant} for such layers: "
             f"choose one of {', '.join(kinds)}"
+        )
+
+
+def check_keep(config: Config) -> None:
+    """Raise a UserError for loss.keep in a full fine-tuning, which leaves no frozen base to compare with."""
+    if config.loss.keep > 0 and config.finetune == "full":
+        raise UserError(
+            f"loss.keep={config.loss.keep:g} compares with the frozen base, and finetune=full has none: use "
+            "finetune=lora, or set loss.keep=0"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ghibli.config.schema import Config
+from ghibli.data import everyday
 from ghibli.data.ahead import AheadLoader
 from ghibli.data.dataset import (
     WORKER_TIMEOUT,
@@ -59,6 +60,20 @@ class GhibliDataModule(L.LightningDataModule):
         self.num_train_timesteps = num_train_timesteps
         self.folder: ImageFolder | None = None
         self.is_ready = False
+        self.price_images: list[CaptionedImage] = []  # what the base was made for: see training.price
+        self.price_batches: list[dict[str, torch.Tensor]] = []
+        self.keep_ids: torch.Tensor | None = None  # (N, L) of the training images, with loss.keep
+        self.regularization: EncodedImages | None = None  # the images of data.regularization
+
+    @property
+    def scored_images(self) -> list[CaptionedImage]:
+        """All images of the probe: held-out ones, training images, and what the base was made for."""
+        return self.probe_images + self.price_images
+
+    @property
+    def scored_batches(self) -> list[dict[str, torch.Tensor]]:
+        """The items of scored_images, a batch each."""
+        return self.probe_batches + self.price_batches
 
     @property
     def base(self) -> BaseModel:
@@ -128,7 +143,7 @@ class GhibliDataModule(L.LightningDataModule):
         check_unchanged(self.run, "data_hash", data_hash, f"the image set data.root={self.config.data.root}")
 
     def _encode(self) -> None:
-        images = self.train_images + self.val_images
+        images, data = self.train_images + self.val_images, self.config.data
         device = self.trainer.strategy.root_device
         home = next(self.base.vae.parameters()).device
         self.base.vae.to(device)
@@ -137,14 +152,39 @@ class GhibliDataModule(L.LightningDataModule):
         check_shapes(images, moments, self.image_shapes, self.base.vae_factor)
         self.moments = moments.of(range(count))
         self.mirrored = None
-        if self.config.data.flip:
+        if data.flip:
             self.mirrored = self._moments(self.train_images, device, mirrored=True)
-        self.base.vae.to(home)
         input_ids = self.base.tokenize([p.caption for p in images])
         self.input_ids = input_ids[: len(self.train_images)]
         self.all_input_ids = torch.cat([self.base.tokenize([""]), input_ids])  # of every caption in use
+        if self.config.loss.keep > 0:
+            self.keep_ids = self.base.tokenize(everyday.captions_to_keep(self.train_images, self.config))
+            self.all_input_ids = torch.cat([self.all_input_ids, self.keep_ids])
+        if data.regularization is not None:
+            self.regularization = self._encode_regularization(Path(data.regularization), device)
+            self.all_input_ids = torch.cat([self.all_input_ids, self.regularization.input_ids])
+        self.base.vae.to(home)
         rows = [images.index(image) for image in self.probe_images]
         self.probe_batches = self._items(self.probe_images, moments.of(rows), input_ids[rows])
+
+    def _encode_regularization(self, root: Path, device: torch.device) -> EncodedImages:
+        """Read and encode data.regularization: as squares, so that any of them fit into one batch.
+
+        Raises:
+            UserError: no such folder, too few usable images, or others than before a resume.
+        """
+        data = self.config.data
+        found = read_folder(
+            root, style="", default_caption=data.caption, min_side=data.min_side, key="data.regularization"
+        ).images
+        if self.trainer.is_global_zero:
+            what = f"the image set data.regularization={root}"
+            check_unchanged(self.run, "regularization_hash", image_set_hash(found), what)
+        moments = self._moments(found, device, mirrored=False, resize=data.square_resize)
+        return EncodedImages(
+            [image.name for image in found], moments, None, self.base.tokenize([p.caption for p in found]),
+            self.base.tokenize([""])[0], [], self.base.vae.config.scaling_factor,
+        )  # fmt: skip
 
     def held_out_items(self, device: torch.device) -> list[dict[str, torch.Tensor]]:
         """Return the probe's items of the held-out images alone, a batch an image, as training has them.
@@ -169,9 +209,15 @@ class GhibliDataModule(L.LightningDataModule):
             scaling_factor=self.base.vae.config.scaling_factor,
         )  # fmt: skip
 
-    def _moments(self, images: list[CaptionedImage], device: torch.device, *, mirrored: bool) -> Moments:
-        """Return the VAE moments of some images, from the cache where they are known."""
-        resolution, resize = self.config.model.resolution, self.config.data.resize
+    def _moments(
+        self, images: list[CaptionedImage], device: torch.device, *, mirrored: bool, resize: str | None = None
+    ) -> Moments:
+        """Return the VAE moments of some images, from the cache where they are known.
+
+        Args:
+            resize: None = data.resize.
+        """
+        resolution, resize = self.config.model.resolution, resize or self.config.data.resize
         paths = {p.content_hash: p.path for p in images}
 
         def make(contents: list[str], before: int, total: int) -> dict[str, Rows]:
@@ -238,7 +284,8 @@ class GhibliDataModule(L.LightningDataModule):
         images = EncodedImages(
             [image.name for image in self.train_images], self.moments, self.mirrored, self.input_ids,
             self.base.tokenize([""])[0], self.image_shapes, self.base.vae.config.scaling_factor,
-            [image.repeats for image in self.train_images],
+            [image.repeats for image in self.train_images], self.keep_ids,
+            self.regularization,
         )  # fmt: skip
         plan = EpochPlan(batches * together, together, self.num_train_timesteps)
         examples = TrainExamples(images, plan, self.config.loss, self.config.seed)
@@ -254,9 +301,10 @@ class GhibliDataModule(L.LightningDataModule):
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:
-        """Return this device's share of the probe: a batch per held-out image, then per training image."""
-        mine = share_of_probe(len(self.probe_batches), self.trainer.global_rank, self.trainer.world_size)
-        batches = [self.probe_batches[index] for index in mine]
+        """Return this device's share of the probe: a batch for each of scored_images."""
+        scored = self.scored_batches
+        mine = share_of_probe(len(scored), self.trainer.global_rank, self.trainer.world_size)
+        batches = [scored[index] for index in mine]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # any sequence will do
 
 

@@ -16,7 +16,7 @@ from ghibli.data.latents import Moments
 from ghibli.diffusion.timesteps import timestep_function
 from ghibli.images.read import Size
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.seeding import Stream, chance, epoch_order, normal
+from ghibli.runtime.seeding import Stream, chance, epoch_order, normal, rng
 
 SHARED_MEMORY = Path("/dev/shm")  # through which loader processes hand over tensors, on Linux
 PREFETCHED = 3  # batches of one worker: two ahead, and the one in use
@@ -87,6 +87,8 @@ class EncodedImages:
     shapes: list[Size]  # (width, height) in px
     scaling_factor: float  # the VAE's: latents are sampled moments times this
     repeats: Sequence[int] = ()  # times that an epoch has each; empty = once
+    keep_ids: torch.Tensor | None = None  # (N, L) of captions on which the base is kept (loss.keep)
+    regularization: "EncodedImages | None" = None  # images of what is to be kept, all of one shape
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class TrainExamples(Dataset):
     def __getitem__(self, example: int) -> dict[str, Any]:
         """Return one example: latents and noise (4, h, w) float32, timesteps () and input_ids (L,) int64.
 
-        Beside them `example`, the running number, and `name`, the image's path inside the image folder.
+        Beside them `example`, the running number, `name`, the image's path inside the image folder, and with
+        loss.keep `keep_ids` (L,), like input_ids; with data.regularization what `beside` returns.
         """
         images, image, seed = self.images, self.image_of(example), self.seed
         moments = images.moments
@@ -144,6 +147,26 @@ class TrainExamples(Dataset):
             "input_ids": images.empty_ids if dropped else images.input_ids[image],
             "example": example,
             "name": images.names[image],
+            **({} if images.keep_ids is None else {"keep_ids": images.keep_ids[image]}),
+            **({} if images.regularization is None else self.beside(images.regularization, example, dropped)),
+        }
+
+    def beside(self, images: EncodedImages, example: int, dropped: bool) -> dict[str, torch.Tensor]:
+        """Return the image of data.regularization that is trained beside an example, at its timestep.
+
+        They take turns in an order that depends on the seed.
+
+        Args:
+            dropped: train it without its caption.
+        """
+        count, seed = len(images.names), self.seed
+        image = int(rng(Stream.REGULARIZATION, seed).permutation(count)[example % count])
+        shape = tuple(images.moments.mean[image].shape)
+        noise, posterior_noise = (normal(shape, Stream.REGULARIZATION, seed, example, k) for k in range(2))
+        return {
+            "regularization_latents": images.moments.sample(image, posterior_noise, images.scaling_factor),
+            "regularization_noise": noise,
+            "regularization_ids": images.empty_ids if dropped else images.input_ids[image],
         }
 
 

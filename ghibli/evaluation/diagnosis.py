@@ -3,6 +3,7 @@
 Pure functions from settings and scores to findings; the callback Doctor calls them and reports.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -78,6 +79,7 @@ def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
         least = min(EPOCHS_TO_LEARN, planned) if isinstance(planned, int) and planned > 0 else EPOCHS_TO_LEARN
         if len(history) - 1 >= least:
             found.append(worse_at_some_noise(history[-1]))
+    found.append(forgets_faster(history, config))
     return [finding for finding in found if finding is not None]
 
 
@@ -225,6 +227,32 @@ def worse_at_some_noise(probe: Probe) -> Finding | None:
         f"better: that part has {percent_text(share)} of the base's loss, so the gain hardly shows it. The "
         "last parts decide the layout of an image, the first its texture: look at the grids, and at "
         "probe/val_gain_balanced in probe.csv, which counts all parts alike",
+    )
+
+
+def forgets_faster(history: list[Probe], config: Config) -> Finding | None:
+    """Return a finding if the last epoch took more from what the base was made for than it gave to the style.
+
+    Both are squared errors of the noise, so they compare as they are, unlike gain and price, which are shares
+    of two different losses: on the demo the base's is ten times as high on the style. The difference must be
+    above 2 standard errors, and the rise above VISIBLE of the base's loss.
+    """
+    now, before = history[-1], history[-2]
+    if min(len(now.price), len(before.price), len(now.val)) < FEWEST_IMAGES:
+        return None
+    lost, lost_error = paired_difference(now.price, before.price)
+    learned, learned_error = paired_difference(before.val, now.val)
+    visible = VISIBLE * now.base_price.double().mean().item()
+    if not (lost > visible and lost - learned > 2 * math.hypot(lost_error, learned_error)):
+        return None
+    epoch = len(history) - 1
+    stop = f"stop before it, trainer.max_epochs={epoch - 1}, or " if epoch > 1 else ""
+    brake = " or brake with loss.keep=1 (docs/understanding.md)" if config.finetune == "lora" else ""
+    return Finding(
+        "forgets faster than it learns",
+        f"in epoch {epoch} the loss on held-out images fell by {learned:.4f} +- {learned_error:.4f}, and "
+        f"that on what the base was made for rose by {lost:.4f} +- {lost_error:.4f}: {stop}lower "
+        f"optimizer.lr (it is {config.optimizer.lr:g}){brake}",
     )
 
 

@@ -1,7 +1,7 @@
 """The paired gain on held-out images: whether scores on fixed items show learning."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -82,6 +82,9 @@ class Probe:
     train: torch.Tensor  # (Q, K) a fixed part of the training images, at the training guidance
     base_val: torch.Tensor  # (P, K) the base at guidance 1
     base_train: torch.Tensor  # (Q, K)
+    price: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    # (R, K) what the base was made for, at the training guidance; R = 0 where that is not measured
+    base_price: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))  # (R, K)
 
     @property
     def val_gain(self) -> Gain:
@@ -92,6 +95,17 @@ class Probe:
     def train_gain(self) -> Gain:
         """The gain over the base on training images."""
         return paired_gain(self.train, self.base_train)
+
+    @property
+    def forgotten(self) -> Gain | None:
+        """The price: how far the loss on what the base was made for is above the base's; None = not measured.
+
+        A share of the base's loss, like the gain, with the opposite sign: 0.04 = 4 % above.
+        """
+        if not self.price.numel():
+            return None
+        gain = paired_gain(self.price, self.base_price)
+        return replace(gain, value=0.0 - gain.value)
 
     @property
     def balanced_gain(self) -> Gain:
@@ -110,8 +124,10 @@ class Probe:
 
     @property
     def broken(self) -> list[int]:
-        """Indices of images with a score that is not finite, held-out first: the model's or the base's."""
+        """Indices of images with a score that is not finite: held-out, training, price; model's or base's."""
         scores = torch.cat([self.val + self.base_val, self.train + self.base_train])
+        if self.price.numel():
+            scores = torch.cat([scores, self.price + self.base_price])
         return (~scores.isfinite().all(1)).nonzero()[:, 0].tolist()
 
 

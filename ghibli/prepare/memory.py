@@ -58,13 +58,17 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
         "the probe": cost["score"].at(side, branches * config.validation.items_per_image),
     }
     if config.finetune != "none":
-        phases["training"] = cost["train"].at(side, branches * config.data.batch_size)
+        # of all of which the backward pass needs what they computed
+        passes = 1 + (loss.keep > 0) + (config.data.regularization is not None)
+        phases["training"] = cost["train"].at(side, passes * branches * config.data.batch_size)
         if precision.endswith("mixed"):
             phases["training"] *= MIXED
     if config.sample.every_n_epochs > 0:
         both = 1 if max(config.sample.guidance) == 1 else 2
         denoising = cost["score"].at(side, both * len(config.sample.prompts))
         phases["drawing the grid"] = max(denoising, cost["decode"].at(side, 1))
+    elif config.samples_price:  # one image at a time, so with grids these decide
+        phases["sampling the base"] = max(cost["score"].at(side, 2), cost["decode"].at(side, 1))
     return Memory(gradients + optimizer_state_size(config.optimizer, shapes) + latents, phases)
 
 

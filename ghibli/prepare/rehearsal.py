@@ -20,6 +20,7 @@ from ghibli.models.performance import recompute, shrink_frozen
 from ghibli.prepare.fake_gpu import CUDA, FakeGpu, fake_gpu
 from ghibli.prepare.memory import optimizer_state_size
 from ghibli.training.module import GhibliModule
+from ghibli.training.price import CELL
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 CUDA_CONTEXT = 2**29  # bytes that the GPU's own libraries take; assumed, not measured
@@ -56,10 +57,14 @@ def fake_batch(module: GhibliModule, size: int) -> dict[str, Any]:
     """Make a training batch on the GPU."""
     side = module.config.model.resolution // module.base.vae_factor
     latents = torch.zeros(size, module.base.unet.config.in_channels, side, side).to(CUDA)
+    captions, besides = module.empty_ids.expand(size, -1), {}
+    if module.config.data.regularization is not None:
+        besides = {"latents": latents, "noise": torch.zeros_like(latents), "ids": captions}
     return {
+        **{f"regularization_{name}": value for name, value in besides.items()},
         "latents": latents, "noise": torch.zeros_like(latents),
         "timesteps": torch.zeros(size, dtype=torch.long).to(CUDA),
-        "input_ids": module.empty_ids.expand(size, -1), "example": list(range(size)), "name": [""] * size,
+        "input_ids": captions, "keep_ids": captions, "example": list(range(size)), "name": [""] * size,
     }  # fmt: skip
 
 
@@ -202,7 +207,7 @@ def peak_of(work: Callable[[], Any], gpu: FakeGpu) -> float:
 
 
 def idle_phases(module: GhibliModule, precision: str, gpu: FakeGpu) -> dict[str, float]:
-    """Rehearse the probe and, if grids are wanted, drawing them."""
+    """Rehearse the probe and, if grids or samples of the base are wanted, drawing them."""
     config, vae = module.config, module.base.vae
     module.eval()
     guidance = config.loss.own_guidance
@@ -214,17 +219,20 @@ def idle_phases(module: GhibliModule, precision: str, gpu: FakeGpu) -> dict[str,
             )
 
     found = {"the probe": peak_of(probe, gpu)}
+
+    def draw(images: int, scale: float) -> None:
+        batch = fake_batch(module, images)
+        with autocast(precision):
+            module.scores(batch, scale, module.base_alphas_cumprod)
+        module.base.decode(batch["latents"][:1])
+
     if config.sample.every_n_epochs > 0:
         vae.to(CUDA)
-        scale = max(config.sample.guidance)
-
-        def draw() -> None:
-            batch = fake_batch(module, len(config.sample.prompts))
-            with autocast(precision):
-                module.scores(batch, scale, module.base_alphas_cumprod)
-            module.base.decode(batch["latents"][:1])
-
-        found["drawing the grid"] = peak_of(draw, gpu)
+        images, scale = len(config.sample.prompts), max(config.sample.guidance)
+        found["drawing the grid"] = peak_of(lambda: draw(images, scale), gpu)
+    elif config.samples_price:  # one image at a time, so with grids these decide
+        vae.to(CUDA)
+        found["sampling the base"] = peak_of(lambda: draw(1, CELL.guidance), gpu)
     module.train()
     return found
 

@@ -14,13 +14,14 @@ from ghibli.report.figures import (
     gain_curve,
     gain_curves,
     loss_curves,
+    price_curves,
     run_figures,
     timestep_chart,
 )
 from ghibli.report.images import EmbeddedImage, embed, embed_grids, embed_last_grid
 from ghibli.report.layers import layer_section
 from ghibli.report.provenance import provenance_facts, shared_facts
-from ghibli.report.run_data import RunData, gain_of, try_read
+from ghibli.report.run_data import RunData, gain_of, price_of, try_read
 from ghibli.report.text import (
     difference_points,
     gain_percent,
@@ -56,6 +57,7 @@ def run_page(data: RunData) -> dict[str, Any]:
         "costs": cost_section([(data.name, data)]),
         "figures": run_figures(data),
         "epochs": epoch_rows(data),
+        "has_price": any(price_of(row) is not None for row in data.probe),
         "grids": embed_grids(data),
         "evaluation": try_read(lambda: evaluation_section([data])),
         "evaluation_images": evaluation_images(data),
@@ -215,6 +217,7 @@ def comparison_figures(runs: LabelledRuns) -> list[Figure]:
     """Draw the curves of all runs in common charts, and the best run's gain by timestep."""
     figures = [
         gain_curves(runs),
+        price_curves(runs),
         distance_curves(runs),
         *loss_curves(runs),
         timestep_chart(runs[0][1], " of the best run"),
@@ -222,12 +225,15 @@ def comparison_figures(runs: LabelledRuns) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def epoch_rows(data: RunData) -> list[tuple[int, str, str]]:
-    """Return (epoch, gain on held-out images, gain on training images) of every epoch."""
+def epoch_rows(data: RunData) -> list[tuple[int, str, str, str]]:
+    """Return (epoch, gain on held-out images, gain on training images, price) of every epoch."""
     return [
-        (int(row["epoch"]), gain_percent(gain_of(row)), gain_percent(gain_of(row, "train")))
+        (
+            int(row["epoch"]), gain_percent(gain_of(row)), gain_percent(gain_of(row, "train")),
+            gain_percent(price_of(row)),
+        )
         for row in data.probe
-    ]
+    ]  # fmt: skip
 
 
 def comparison_grids(runs: LabelledRuns) -> list[EmbeddedImage]:

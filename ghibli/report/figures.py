@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from ghibli.evaluation.gain import Gain
 from ghibli.report.charts import COLOUR_COUNT, ChartAxes, Figure, Point, Series, bar_chart, line_chart
-from ghibli.report.run_data import CsvRow, RunData, freedom_of, gain_of, timestep_gains
+from ghibli.report.run_data import CsvRow, RunData, freedom_of, gain_of, price_of, timestep_gains
 
 LabelledRuns = list[tuple[str, RunData]]  # (name on the page, run): best first, unfinished ones last
 LOWEST_GAIN = -200.0  # percent; below that a curve shows only that the run diverged
@@ -18,6 +19,7 @@ def run_figures(data: RunData) -> list[Figure]:
     """Draw gain, distance, losses and gain by timestep of one run, as far as its files allow."""
     found = [
         gain_curve(data),
+        price_curve(data),
         distance_curves([("distance", data)]),
         *loss_curves([("loss", data)]),
         timestep_chart(data),
@@ -35,6 +37,43 @@ def gain_curve(data: RunData) -> Figure | None:
     ]
     caption = "How far the loss on fixed items is below the untouched base's; epoch 0 is before training."
     return gain_chart("Gain over the base", series, caption) if len(held_out) > 1 else None
+
+
+def priced_rows(rows: list[CsvRow]) -> list[tuple[CsvRow, Gain]]:
+    """Return the rows of probe.csv that have a price, with it.
+
+    The start of a guided training is left out: its price is that of guidance, far above all others.
+    """
+    found = [(row, price) for row in rows if (price := price_of(row)) is not None]
+    return [(row, price) for row, price in found if row["epoch"] > 0 or price.value == 0]
+
+
+def price_curve(data: RunData) -> Figure | None:
+    """Draw what a run has forgotten of what the base was made for, with its band, over epochs."""
+    rows = priced_rows(data.probe)
+    if len(rows) < 2:
+        return None
+    points = [(row["epoch"], 100 * price.value, 100 * price.standard_error) for row, price in rows]
+    freedom = min(price.freedom for _, price in rows)
+    caption = (
+        "How far the loss on what the base was made for is above the untouched base's. The band is a 95 % "
+        "interval."
+    )
+    series = [Series("price", points, "c1", band=True, freedom=freedom)]
+    return line_chart("Price: what it forgot", series, ChartAxes("epoch", "price, %", zero=True), caption)
+
+
+def price_curves(runs: LabelledRuns) -> Figure | None:
+    """Draw the gain of all runs over their price, from epoch to epoch."""
+    priced = [(label, data) for label, data in runs if len(priced_rows(data.probe)) > 1]
+
+    def path(data: RunData) -> list[Point]:
+        pairs = [(price, gain_of(row)) for row, price in priced_rows(data.probe)]
+        return [(100 * price.value, 100 * gain.value, math.nan) for price, gain in pairs]
+
+    caption = "Each run from epoch to epoch: up is learned, right is forgotten of what the base was made for."
+    axes = ChartAxes("price, %", "gain, %", zero=True)
+    return line_chart("Gain over price", run_series(priced, path), axes, caption)
 
 
 def gain_chart(title: str, series: list[Series], caption: str) -> Figure | None:

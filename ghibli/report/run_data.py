@@ -176,6 +176,14 @@ def gain_of(row: CsvRow, split: str = "val") -> Gain:
     return Gain(row[f"probe/{split}_gain"], row[f"probe/{split}_gain_se"], freedom=freedom_of(row, split))
 
 
+def price_of(row: CsvRow) -> Gain | None:
+    """Return the price in a row of probe.csv; None where it was not measured."""
+    names = ("probe/price", "probe/price_se", "probe/price_groups")
+    if not row.keys() >= set(names) or math.isnan(row[names[0]]):
+        return None
+    return Gain(row[names[0]], row[names[1]], freedom=row[names[2]] - 1)
+
+
 def freedom_of(row: CsvRow, split: str = "val") -> float:
     """Return the degrees of freedom of a gain's error: images - 1; endless where an old run tells none."""
     return row.get(f"probe/{split}_images", math.inf) - 1

@@ -9,7 +9,7 @@ from scipy.stats import norm
 
 from ghibli.evaluation.diagnosis import NOTHING
 from ghibli.evaluation.gain import Gain
-from ghibli.report.run_data import RunData, gain_of, timestep_gains
+from ghibli.report.run_data import RunData, gain_of, price_of, timestep_gains
 from ghibli.report.svg import tag
 from ghibli.runtime.commands import command_line, resume_words
 from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, number_of
@@ -52,6 +52,7 @@ def run_verdict(data: RunData) -> list[str]:
     """Return the sentences about one run, the most important first."""
     sentences = (
         learning_sentence(data),
+        price_sentence(data),
         timestep_sentence(data),
         best_epoch_sentence(data),
         overfitting_sentence(data),
@@ -74,6 +75,18 @@ def learning_sentence(data: RunData) -> str:
     if gain.high < 0:
         return f"It did not learn: even its best epoch is {gain}."
     return f"It shows no learning beyond chance: the gain is {gain_percent(gain)}."
+
+
+def price_sentence(data: RunData) -> str | None:
+    """Say what the best epoch has forgotten of what the base was made for, where that was measured."""
+    price = None if data.best is None else price_of(data.best)
+    if price is None or not math.isfinite(price.value):
+        return None
+    if price.low > 0:
+        return f"The price: on what the base was made for, its loss is {price.size} above the base's."
+    if price.high < 0:
+        return f"It cost nothing: on what the base was made for, its loss is {price.size} below the base's."
+    return f"What the base was made for cost no more than chance: {price.signed_size}."
 
 
 def timestep_sentence(data: RunData) -> str | None:

@@ -16,6 +16,7 @@ FILES_OF = (
     "base_scores",
     "evaluation",
     "latents",
+    "price",
 )  # folders of the cache, with a file per entry
 DRAWN = "scenes-*"  # folders of drawn images, each an entry
 DAY = 86_400.0  # seconds

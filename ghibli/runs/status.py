@@ -20,13 +20,14 @@ PLACE = (  # the entries that name code and machine; every start of a run notes 
 
 
 LARGEST = 2**24  # bytes of a status.json; ours have some kilobytes
-NUMBERS = ("gain", "gain_se", "objective")
+NUMBERS = ("gain", "gain_se", "price", "price_se", "objective")
 WHOLE_NUMBERS = (
     "epoch", "step", "best_epoch", "seed", "process", "threads", "devices", "peak_memory", "config_version",
 )  # fmt: skip
 TEXTS = (
     "state", "reason", "started", "ended", "updated", "settings", "command", "git_commit", "code",
-    "code_hash", "settings_hash", "base_hash", "configs_hash", "data_hash", "init_hash", "machine",
+    "code_hash", "settings_hash", "base_hash", "configs_hash", "data_hash", "init_hash",
+    "regularization_hash", "machine",
     "processor", "device", "precision", "wandb_id", "trackio_name", "seal", "base", "images",
 )  # fmt: skip
 

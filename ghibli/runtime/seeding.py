@@ -27,6 +27,7 @@ class Stream(IntEnum):
     ADAPTER_INIT = 7
     DROPOUT = 8
     PROBE = 9
+    REGULARIZATION = 10
 
 
 def rng(stream: Stream, *key: int) -> np.random.Generator:

@@ -10,6 +10,7 @@ from ghibli.images.grid import Text, lay_out
 from ghibli.images.read import open_file
 from ghibli.runs.settings import as_yaml
 from ghibli.runtime.files import write_atomically
+from ghibli.sweeps.tradeoffs import front, priced
 from ghibli.sweeps.trials import Trial, setting_values, varied
 
 matplotlib.use("Agg")
@@ -21,17 +22,21 @@ GREY = "#999999"
 def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
     """Write study.png and return its path, None if no setting varies.
 
-    A panel for each varied setting, a line for each set of trials equal in all else.
+    A panel for each varied setting, a line for each set of trials equal in all else; where prices were
+    measured, one more for the gain over them.
     """
     scored = [trial for trial in trials if trial.gain is not None]
     keys = varied(scored)
     if not keys:
         return None
+    panels = len(keys) + (len(priced(scored)) > 1)
     figure, axes = plt.subplots(
-        1, len(keys), figsize=(1.2 + 2.4 * len(keys), 3.6), sharey=True, squeeze=False, layout="constrained"
+        1, panels, figsize=(1.2 + 2.4 * panels, 3.6), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, key in zip(axes[0], keys, strict=True):
+    for axis, key in zip(axes[0], keys, strict=False):
         plot_setting(axis, key, keys, scored)
+    if panels > len(keys):
+        plot_price(axes[0, -1], scored)
     axes[0, 0].set_ylabel("gain over the base (%)")
     entries, names = axes[0, -1].get_legend_handles_labels()
     figure.legend(entries, names, loc="outside upper right", ncols=len(names), frameon=False)
@@ -67,6 +72,20 @@ def plot_setting(axis: plt.Axes, key: str, keys: list[str], trials: list[Trial])
     axis.plot(range(len(values)), means, color="black", lw=2, marker="o", label="mean")
     axis.set_xticks(range(len(values)), [as_yaml(value) for value in values])
     axis.set(xlabel=key, xlim=(-0.3, len(values) - 0.7))
+    axis.grid(alpha=0.2)
+
+
+def plot_price(axis: plt.Axes, trials: list[Trial]) -> None:
+    """Plot the gain over the price with 95 % intervals, and the front of best trade-offs as a line."""
+    for _, gain, price in priced(trials):
+        axis.errorbar(
+            100 * price.value, 100 * gain.value, xerr=100 * price.reach, yerr=100 * gain.reach,
+            color="#999999", lw=0.8, marker=".",
+        )  # fmt: skip
+    best = [(100 * price.value, 100 * gain.value) for _, gain, price in front(trials)]
+    axis.plot(*zip(*best, strict=True), color="#1f6fb4", lw=2, marker="o", label="best trade-offs")
+    axis.set(xlabel="price: forgot (%)")
+    axis.legend(frameon=False, fontsize="small")
     axis.grid(alpha=0.2)
 
 

@@ -63,6 +63,14 @@ COLUMNS = [
         csv_cells=lambda gain: (gain.value, gain.standard_error),
     ),
     Column(
+        title="price",
+        csv_names=("price", "price_se"),
+        value=lambda trial: trial.price,
+        text=lambda price: price.signed_size,
+        csv_cells=lambda price: (price.value, price.standard_error),
+        optional=True,
+    ),
+    Column(
         title="kernel distance",
         csv_names=("distance", "distance_se"),
         value=lambda trial: trial.distance,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from ghibli.sweeps import comparison, costs, effects, plots, ranking
+from ghibli.sweeps import comparison, costs, effects, plots, ranking, tradeoffs
 from ghibli.sweeps.trials import Trial
 from ghibli.sweeps.winner import winner_lines
 
@@ -18,6 +18,8 @@ def study_summary(trials: list[Trial]) -> Iterator[RenderableType]:
     yield ranking.ranking_table(trials)
     for line in (*effects.effects(trials), effects.seed_noise(trials), *winner_lines(trials)):
         yield str(line or "")
+    if line := tradeoffs.front_line(trials):
+        yield line
     for table in (comparison.cell_table(trials), costs.cost_table(trials)):
         if table is not None:
             yield ""

@@ -37,6 +37,11 @@ class Trial:
         return None if self.best is None else self.best.val_gain
 
     @property
+    def price(self) -> Gain | None:
+        """What the best epoch has forgotten of what the base was made for; None where it was not measured."""
+        return None if self.best is None else self.best.forgotten
+
+    @property
     def best_epoch(self) -> int | None:
         """The epoch with the lowest held-out loss."""
         return self.status.get("best_epoch")

@@ -25,6 +25,7 @@ from ghibli.training.callbacks.checkpoints import load_weights
 from ghibli.training.loggers.dashboard import DashboardLogger
 from ghibli.training.session import Training
 
+BRIEF = ("trained ", "measured ", "gain ", "price ")  # how the lines begin that a trial of many prints
 ROW_NAMES = {"lora": "adapter", "full": "fine-tuned", "none": "base"}  # of the last grid
 
 
@@ -49,7 +50,7 @@ class Result:
     @property
     def brief(self) -> str:
         """The closing lines of one trial of many: what was trained, and its gain."""
-        return "\n".join(line for line in self.lines if line.startswith(("trained ", "measured ", "gain ")))
+        return "\n".join(line for line in self.lines if line.startswith(BRIEF))
 
 
 def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
@@ -58,13 +59,15 @@ def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
     run.status.update(peak_memory=peak_memory())
     module.to(trainer.strategy.root_device)
     best = best_row(training.callbacks.records.probe_rows)
-    gain, best_epoch = gain_of(best), best["epoch"]
+    gain, price, best_epoch = gain_of(best), price_of(best), best["epoch"]
     lines = [headline(training)]
     if config.finetune != "none":
         if config.finetune == "lora":
             lora.save_adapter(module.base, run.last_adapter)
         load_weights(module, run.best_checkpoint, best_epoch)
         lines.append(f"gain     {gain}, after epoch {best_epoch}")
+        if price is not None:
+            lines.append(f"price    forgot {price.signed_size} of what the base was made for")
     else:
         lines.append(base_loss_line(training))
     lines += draw_last_grid(training)
@@ -74,11 +77,14 @@ def finalize(training: Training, dashboards: list[DashboardLogger]) -> Result:
         state="finished", ended=now(), step=trainer.global_step, epoch=trainer.current_epoch,
         gain=gain.value, gain_se=gain.standard_error, best_epoch=best_epoch, objective=gain.value,
     )  # fmt: skip
+    if price is not None:
+        run.status.update(price=price.value, price_se=price.standard_error)
     run.status.update(seal=identity.result_checksum(run.status.read()))
     if config.finetune == "lora":
         write_card(training)
     for dashboard in dashboards:
         best_values = {"best/val_gain": gain.value, "best/epoch": best_epoch}
+        best_values |= {} if price is None else {"best/price": price.value}
         dashboard.log_summary(best_values, trainer.global_step)
         lines += dashboard.how_to_look()
     names = [finding.name for finding in training.callbacks.doctor.findings]
@@ -179,6 +185,13 @@ def gain_of(row: dict[str, Any]) -> Gain:
     """Return the held-out gain of a row of probe.csv; rows of before do not say of how many images it is."""
     freedom = row.get("probe/val_images", math.inf) - 1
     return Gain(row["probe/val_gain"], row["probe/val_gain_se"], freedom=freedom)
+
+
+def price_of(row: dict[str, Any]) -> Gain | None:
+    """Return the price of a row of probe.csv; None where it was not measured."""
+    if "probe/price" not in row:
+        return None
+    return Gain(row["probe/price"], row["probe/price_se"], freedom=row["probe/price_groups"] - 1)
 
 
 def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> list[str]:

@@ -21,6 +21,7 @@ from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.seeding import Stream, seed_global_rng
 from ghibli.training.optimizers import check_optimizer, lr_factor, make_optimizer, use_average
+from ghibli.training.price import price_items
 from ghibli.training.probe import PairedProbe
 
 LossListener = Callable[[dict[str, Any], torch.Tensor], None]  # (batch, losses (B,)) of a forward pass
@@ -85,7 +86,7 @@ class GhibliModule(L.LightningModule):
         noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
         prompt_embeds, negative_prompt_embeds = self.embed(batch["input_ids"], guidance_scale)
         uncond, cond = predict_branches(
-            self._predict_compiled if self.training else self.predict,
+            self._predict_compiled if self.training and torch.is_grad_enabled() else self.predict,
             noisy_latents, timesteps, prompt_embeds, negative_prompt_embeds,
         )  # fmt: skip
         if self.base.prediction_type == "epsilon":
@@ -126,6 +127,15 @@ class GhibliModule(L.LightningModule):
         _, cond, target = self.branches(batch, 1, self.alphas_cumprod)
         return uncond, cond, target
 
+    @torch.no_grad()
+    def base_prediction(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return what the frozen base predicts at guidance 1 on the batch's other captions, (B, C, H, W).
+
+        It is this very network without its adapter, so it takes no memory of its own.
+        """
+        with lora.switched_off(self.base):
+            return self.branches(on_other_captions(batch), 1, self.alphas_cumprod)[1]
+
     def losses(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the training loss of each example before any weighting, (B,) float32."""
         return loss_function(self.config.loss)(*self.prediction(batch))
@@ -165,25 +175,35 @@ class GhibliModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
         """Return the batch's mean loss, what the base is expected to score there, and each term."""
+        kept = self.base_prediction(batch) if self.config.loss.keep > 0 else None
         seed_global_rng(Stream.DROPOUT, self.config.seed, batch["example"][0])
         prediction, target = self.prediction(batch)
         losses = loss_function(self.config.loss)(prediction, target)
         for listen in self.loss_listeners:
             listen(batch, losses.detach())
-        weighted = losses
-        if self.config.loss.weighting_name is not None:
-            weighted = losses * loss_weights(
-                self.config.loss, batch["timesteps"], self.alphas_cumprod, self.base.prediction_type
-            )
-        loss, terms = weighted.mean(), {}
+        loss, terms = self.weighted(losses, batch["timesteps"]).mean(), {}
         for name, function in term_functions(self.config.loss).items():
             terms[name] = function(prediction, target).mean()
             loss = loss + self.config.loss.terms[name] * terms[name]
+        if kept is not None:
+            terms["keep"] = mse(self.prediction(on_other_captions(batch))[0], kept).mean()
+            loss = loss + self.config.loss.keep * terms["keep"]
+        if "regularization_latents" in batch:
+            besides = loss_function(self.config.loss)(*self.prediction(of_regularization(batch)))
+            terms["regularization"] = self.weighted(besides, batch["timesteps"]).mean()
+            loss = loss + self.config.loss.regularization * terms["regularization"]
         expected = self.probe.expected[batch["timesteps"]].mean()
         plain = mse(prediction.detach(), target).mean()  # as `expected`, whatever loss.function trains
         if self.config.loss.guidance_target is not None:  # the error of the noise is 1 / s of the target's
             plain = plain / self.config.loss.guidance_target**2
         return {"loss": loss, "plain": plain, "expected": expected, **prefixed(terms)}
+
+    def weighted(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the losses of examples (B,) times the weights of their timesteps under loss.weighting."""
+        options = self.config.loss
+        if options.weighting_name is None:
+            return losses
+        return losses * loss_weights(options, timesteps, self.alphas_cumprod, self.base.prediction_type)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         use_average(self.optimizers(use_pl_optimizer=False), wanted=False)
@@ -210,12 +230,21 @@ class GhibliModule(L.LightningModule):
         shrink_frozen(self.base, str(self.trainer.precision))
         self.to(self.trainer.strategy.root_device)
         self.eval()
+        self.add_price_items()
         self.remember_prompts()
         self.probe.score_untouched(self, stage)
 
+    def add_price_items(self) -> None:
+        """Give the probe its items of what the base was made for; a base that trains nothing has no price."""
+        count, data = self.config.validation.price_images, self.trainer.datamodule
+        if count > 0 and self.config.finetune != "none":
+            images, batches = price_items(self, count)
+            data.price_images, data.price_batches = images, batches
+
     def remember_prompts(self) -> None:
         """Encode all captions once, if the text encoder is not trained."""
-        input_ids = self.trainer.datamodule.all_input_ids
+        data = self.trainer.datamodule
+        input_ids = torch.cat([data.all_input_ids, *(batch["input_ids"] for batch in data.price_batches)])
         if is_frozen(self.text_encoder) and prompts_fit(self.base, input_ids):
             with (
                 counted("encoding the captions") as on_progress,
@@ -260,6 +289,17 @@ class GhibliModule(L.LightningModule):
                 f"the first is {different[0]}"
             )
         self.probe.restore(checkpoint["probe"])
+
+
+def on_other_captions(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a training batch with the captions on which loss.keep holds it to the base."""
+    return batch | {"input_ids": batch["keep_ids"]}
+
+
+def of_regularization(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the images of data.regularization in a training batch, as a batch at the same timesteps."""
+    names = {"latents": "latents", "noise": "noise", "input_ids": "ids"}
+    return batch | {name: batch[f"regularization_{key}"] for name, key in names.items()}
 
 
 def prefixed(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -39,14 +39,14 @@ class PairedProbe:
         config: the run's configuration.
         base_hash: results_key of the untouched base, under which its scores are cached.
 
-    P held-out and Q training images have K items each; scores are (P + Q, 2, K): at the training
-    guidance, and of the conditional branch alone.
+    P held-out and Q training images and R groups of what the base was made for have K items each; scores
+    are (P + Q + R, 2, K): at the training guidance, and of the conditional branch alone.
     """
 
     def __init__(self, config: Config, base_hash: str):
         self.config, self.base_hash = config, base_hash
         self.history: list[Probe] = []  # of the untouched model, then after every epoch
-        self.base_losses = torch.empty(0)  # (P + Q, K) of the base at guidance 1
+        self.base_losses = torch.empty(0)  # (P + Q + R, K) of the base at guidance 1
         self.expected = torch.empty(0)  # (T,): what the base is expected to score at each timestep
         self._scores: list[torch.Tensor] = []
 
@@ -60,8 +60,10 @@ class PairedProbe:
         self.base_losses = self._score_base(module, 1, own)[:, 0]
         start_scores = self._score_base(module, guidance, own)
         on_training_schedule = self._score_base(module, guidance, module.alphas_cumprod)[:, 0]
-        timesteps = torch.cat([batch["timesteps"] for batch in module.trainer.datamodule.probe_batches])
-        expected = expected_losses(timesteps, on_training_schedule.flatten(), len(module.alphas_cumprod))
+        of_style = module.trainer.datamodule.probe_batches
+        timesteps = torch.cat([batch["timesteps"] for batch in of_style])
+        losses = on_training_schedule[: len(of_style)].flatten()
+        expected = expected_losses(timesteps, losses, len(module.alphas_cumprod))
         self.expected = expected.to(module.device)
         start = self.probe_of(start_scores, module.trainer.datamodule)
         if start.broken:
@@ -100,11 +102,12 @@ class PairedProbe:
         }
 
     def probe_of(self, scores: torch.Tensor, data: Any) -> Probe:
-        """Pair the scores of the whole probe, (P + Q, 2, K), with the base's."""
-        held_out = len(data.val_images)
+        """Pair the scores of the whole probe, (P + Q + R, 2, K), with the base's."""
+        held_out, of_style = len(data.val_images), len(data.probe_images)
         return Probe(
-            val=scores[:held_out, 0], val_g1=scores[:held_out, 1], train=scores[held_out:, 0],
-            base_val=self.base_losses[:held_out], base_train=self.base_losses[held_out:],
+            val=scores[:held_out, 0], val_g1=scores[:held_out, 1], train=scores[held_out:of_style, 0],
+            base_val=self.base_losses[:held_out], base_train=self.base_losses[held_out:of_style],
+            price=scores[of_style:, 0], base_price=self.base_losses[of_style:],
         )  # fmt: skip
 
     def state(self) -> list[dict[str, Any]]:
@@ -116,7 +119,7 @@ class PairedProbe:
         self.history = [Probe(**probe) for probe in stored]
 
     def _score_base(self, module: Scorer, guidance: float, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-        """Return the base's scores on the whole probe, (P + Q, 2, K), from the cache where they are known.
+        """Return the base's scores on the whole probe, (P + Q + R, 2, K), from the cache where known.
 
         With several devices the first one scores and tells the others.
         """
@@ -134,26 +137,26 @@ class PairedProbe:
         }  # fmt: skip
         if self.config.model.frozen_bits is not None:
             settings["frozen_bits"] = self.config.model.frozen_bits
-        folder = Path(self.config.cache_dir) / "base_scores"
+        folder, batches = Path(self.config.cache_dir) / "base_scores", data.scored_batches
         with counted("scoring the base") as on_progress, trainer.precision_plugin.forward_context():
 
             def score(index: int) -> torch.Tensor:
-                batch = module.transfer_batch_to_device(data.probe_batches[index], module.device, 0)
+                batch = module.transfer_batch_to_device(batches[index], module.device, 0)
                 scores = module.scores(batch, guidance, alphas_cumprod)
-                on_progress(index + 1, len(data.probe_batches))
+                on_progress(index + 1, len(batches))
                 return scores
 
-            return trainer.strategy.broadcast(cached_scores(folder, settings, data.probe_images, score))
+            return trainer.strategy.broadcast(cached_scores(folder, settings, data.scored_images, score))
 
 
 def named_items(images: list[int], data: Any) -> list[tuple[str, list[int]]]:
     """Return (file name, timesteps) of images of the probe, by index."""
-    return [(data.probe_images[i].path.name, data.probe_batches[i]["timesteps"].tolist()) for i in images]
+    return [(data.scored_images[i].path.name, data.scored_batches[i]["timesteps"].tolist()) for i in images]
 
 
 def gather(module: L.LightningModule, scores: torch.Tensor) -> torch.Tensor:
-    """Put together (P + Q, 2, K) of the whole probe from each device's share; see dataset.share_of_probe."""
+    """Put together (P + Q + R, 2, K) of the probe from each device's share; see dataset.share_of_probe."""
     if module.trainer.world_size == 1:
         return scores
     shares = module.all_gather(scores)  # (devices, images each, 2, K)
-    return shares.transpose(0, 1).flatten(0, 1)[: len(module.trainer.datamodule.probe_batches)]
+    return shares.transpose(0, 1).flatten(0, 1)[: len(module.trainer.datamodule.scored_batches)]

@@ -9,7 +9,7 @@ from helpers.commands import REPO, SMALL, run_python
 
 pytestmark = pytest.mark.slow
 
-EXTRA = ("lora.dropout=0.1", "loss.caption_dropout=0.5")
+EXTRA = ("lora.dropout=0.1", "loss.caption_dropout=0.5", "validation.price_images=3", "loss.keep=0.5")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def overrides(images: Path, folder: Path) -> list[str]:
 MOMENTS = [
     ("training_step", 8),  # in the middle of an accumulation, in the first epoch
     ("grid", 1),  # after the first validation, before the epoch's checkpoint
-    ("validation_step", 6),  # in the second epoch's validation, which has 4
+    ("validation_step", 8),  # in the second epoch's validation, which has 6
     ("save_checkpoint", 4),  # while the first epoch's checkpoint is written
     ("training_step", 17),  # in the second epoch
 ]

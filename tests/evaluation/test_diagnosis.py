@@ -78,6 +78,39 @@ def test_a_part_of_the_timesteps_that_is_worse_is_told() -> None:
     assert diagnosis.worse_at_some_noise(probe_with([-0.5, -0.5, -0.3, -0.8])) is None  # other rules' matter
 
 
+def bought(epochs: list[tuple[float, float]], groups: int = 7) -> list[Probe]:
+    """Probes after epochs with these gains and prices, on 30 images and some groups, with some scatter."""
+    draws = torch.Generator().manual_seed(0)
+    base, base_price = torch.rand(30, 4, generator=draws) + 0.5, torch.rand(groups, 4, generator=draws) + 0.5
+    found = []
+    for gain, price in epochs:
+        ours = base * (1 - gain * (1 + 0.05 * torch.randn(30, 4, generator=draws)))
+        forgot = base_price * (1 + price * (1 + 0.05 * torch.randn(groups, 4, generator=draws)))
+        found.append(Probe(ours, ours, ours, base, base, forgot, base_price))
+    return found
+
+
+def test_an_epoch_that_costs_more_than_it_teaches_is_told(make_config: Callable) -> None:
+    """By what the last epoch added alone, beyond its error, and not for a trifle."""
+    config = make_config()
+    text = diagnosis.forgets_faster(bought([(0, 0), (0.5, 0.1), (0.55, 0.2)]), config).text
+    assert re.match(r"in epoch 2 the loss on held-out images fell by 0\.0[45]\d\d \+- 0\.00\d\d, and ", text)
+    assert re.search(r"made for rose by 0\.(09|10)\d\d \+- 0", text)
+    assert "trainer.max_epochs=1" in text and "loss.keep=" in text
+    quiet = [
+        bought([(0, 0), (0.5, 0.1)]),
+        bought([(0, 0), (0.1, 0.3), (0.4, 0.4)]),  # the first epoch is told in its time
+        bought([(0, 0), (0.5, 0.1), (0.5, 0.105)]),
+        bought([(0, 0), (0.5, 0.1), (0.55, 0.2)], groups=2),
+        [probe_with([0.5] * 4), probe_with([0.1] * 4)],  # without a price
+    ]
+    assert [diagnosis.forgets_faster(history, config) for history in quiet] == [None] * 5
+    found = diagnosis.after_epoch(bought([(0, 0), (0.1, 0.3)]), config)
+    assert [finding.name for finding in found] == ["forgets faster than it learns"]
+    full = diagnosis.forgets_faster(bought([(0, 0), (0.1, 0.3)]), make_config("finetune=full"))
+    assert "loss.keep" not in full.text
+
+
 @pytest.mark.slow
 def test_a_healthy_run_has_no_finding(findings: Callable, capsys: pytest.CaptureFixture) -> None:
     assert findings("trainer.max_epochs=4") == {}

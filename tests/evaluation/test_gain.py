@@ -105,6 +105,36 @@ def test_the_balanced_gain_counts_a_quarter_with_small_losses_as_much() -> None:
     assert probe.balanced_gain.value == pytest.approx((0.5 + 0.5 + 0.25 - 0.8) / 4, abs=1e-5)
 
 
+def priced(losses: np.ndarray, base: np.ndarray) -> Probe:
+    ours = torch.ones(3, 4)
+    return Probe(ours, ours, ours, ours, ours, torch.from_numpy(losses), torch.from_numpy(base))
+
+
+@pytest.mark.parametrize(("groups", "items"), [(2, 1), (7, 4)])
+def test_the_price_is_the_share_above_the_base_by_hand(groups: int, items: int) -> None:
+    losses, base = losses_of(4, groups, items, -0.1)
+    price = priced(losses, base).forgotten
+    value, error = jackknife(losses, base)
+    assert price.value == pytest.approx(losses.sum() / base.sum() - 1, rel=1e-10)
+    assert price.value == pytest.approx(-value, rel=1e-10) and price.value > 0
+    assert (price.standard_error, price.freedom) == (pytest.approx(error, rel=1e-9), groups - 1)
+
+
+def test_the_price_of_nothing_is_exactly_zero_and_of_no_images_none() -> None:
+    _, base = losses_of(5, 7, 4, 0)
+    assert priced(base.copy(), base).forgotten == Gain(0.0, 0.0, freedom=6)
+    assert priced(base.copy(), base).forgotten.signed_size == "0.0 % +- 0.0 %"
+    ours = torch.ones(3, 4)
+    for without in (Probe(ours, ours, ours, ours, ours), priced(np.empty((0, 4)), np.empty((0, 4)))):
+        assert without.forgotten is None and without.broken == []
+
+
+def test_a_price_that_is_not_finite_is_found() -> None:
+    losses, base = losses_of(6, 7, 4, 0)
+    losses[2, 1] = np.nan
+    assert priced(losses, base).broken == [3 + 3 + 2]  # behind three held-out and three training images
+
+
 def test_pairing_shrinks_the_standard_error() -> None:
     """Against base losses of other images the same gain would have a several times larger one."""
     losses, base = map(torch.from_numpy, losses_of(2, 64, 8, 0.3))

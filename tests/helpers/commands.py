@@ -18,6 +18,7 @@ SMALL = (
     "model=demo", "data=demo", "model.resolution=64", "data.batch_size=2", "data.accumulate=2",
     "trainer.max_epochs=2", "sample.num_inference_steps=2", "sample.every_n_epochs=1",
     "checkpoint.every_n_steps=2", "trainer.log_every_n_steps=1", "validation.items_per_image=2",
+    "validation.price_images=0",
     "wandb.mode=disabled", f"cache_dir={CACHE}",
 )  # fmt: skip
 QUICK = ("trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4", "lora.alpha=6")  # large steps

@@ -333,7 +333,7 @@ def test_features_and_caption_fit(
 def test_devices_put_their_scores_together(gpu: FakeGpu) -> None:
     """DDP's gather, with Lightning's collective stood in for: the probe's images in their order."""
     shares = torch.zeros(2, 3, 2, 4).to(CUDA)
-    data = SimpleNamespace(probe_batches=[0] * 5)
+    data = SimpleNamespace(scored_batches=[0] * 5)
     module: Any = SimpleNamespace(
         trainer=SimpleNamespace(world_size=2, datamodule=data), all_gather=lambda scores: shares
     )

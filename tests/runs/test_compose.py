@@ -100,7 +100,8 @@ def test_the_probe_is_cheap() -> None:
         steps = training // (data.batch_size * settings.trainer["accumulate_grad_batches"])
         saves = steps // settings.checkpoint.every_n_steps + 1  # and at the end of the epoch
         images = 2 * min(settings.validation.max_images, held_out) + resume_check.IMAGES * saves
-        return images * settings.validation.items_per_image / (3 * training)
+        groups = -(-settings.validation.price_images // settings.validation.items_per_image)
+        return (images + groups) * settings.validation.items_per_image / (3 * training)
 
     assert share(composed("model=sd15", "data=ghibli", "data.root=images"), 2250, 250) <= 0.12
     assert share(composed(*DEMO), 500 - 54, 54) <= 0.35  # what its own images split into

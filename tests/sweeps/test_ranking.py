@@ -56,7 +56,8 @@ def test_one_more_column_is_one_entry(study: Path, steps_column: Column) -> None
     assert rows[2] == "3 16 - - - 6.5 failed: the disk is full"
 
     table = csv_rows(study)
-    assert list(table[0])[3:9] == ["gain", "gain_se", "distance", "distance_se", "steps", "thousands"]
+    names = ["gain", "gain_se", "price", "price_se", "steps", "thousands", "distance", "distance_se"]
+    assert list(table[0])[3:11] == names
     assert [(row["steps"], row["thousands"]) for row in table] == [("30", "0.03")] * 2 + [("", "")]
 
     page = page_of(study)
@@ -66,7 +67,8 @@ def test_one_more_column_is_one_entry(study: Path, steps_column: Column) -> None
 def test_without_it_the_tables_are_as_before(study: Path) -> None:
     head, *rows = terminal(study)
     assert head == "lora.rank gain over the base epoch min verdict" and len(rows) == 3
-    names = ["place", "trial", "lora.rank", "gain", "gain_se", "distance", "distance_se"]
+    names = ["place", "trial", "lora.rank", "gain", "gain_se", "price", "price_se"]
+    names += ["distance", "distance_se"]
     assert list(csv_rows(study)[0]) == [*names, "best_epoch", "minutes", "verdict"]
     assert "optimiser steps" not in page_of(study).text
 

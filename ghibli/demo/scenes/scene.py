@@ -21,6 +21,7 @@ from ghibli.runtime.files import write_atomically, write_text
 PRETRAIN_SEEDS = range(0, 1_000_000)
 FINETUNE_SEEDS = range(1_000_000, 2_000_000)
 EVALUATION_SEEDS = range(2_000_000, 3_000_000)
+PRICE_SEEDS = range(3_000_000, 4_000_000)
 
 TIMES = {
     "morning": ("in the morning", "on a sunny morning"),

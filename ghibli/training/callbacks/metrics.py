@@ -116,7 +116,8 @@ class Records(Callback):
         bars = gain_by_timestep(history[-1], trainer.datamodule.num_train_timesteps)
         for dashboard in trainer.loggers:
             dashboard.log_table(tables.gain_by_timestep(bars), trainer.global_step)
-            dashboard.log_table(tables.gain_curve(self.probe_rows), trainer.global_step)
+            for table in (tables.gain_curve(self.probe_rows), *tables.gain_and_price(self.probe_rows)):
+                dashboard.log_table(table, trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: GhibliModule, checkpoint: dict) -> None:
         self.flush(trainer)
@@ -137,7 +138,7 @@ class Sums:
     square: torch.Tensor | float = 0.0
     plain: torch.Tensor | float = 0.0  # before any weighting
     expected: torch.Tensor | float = 0.0  # what the base scores at these timesteps
-    terms: list[torch.Tensor] = field(default_factory=list)  # of loss.terms, in their order
+    terms: list[torch.Tensor] = field(default_factory=list)  # of config.term_names, in their order
 
     def add(
         self, loss: torch.Tensor, plain: torch.Tensor, expected: torch.Tensor, *terms: torch.Tensor
@@ -163,7 +164,7 @@ class Sums:
 
 def term_columns(trainer: L.Trainer) -> list[str]:
     """Return the columns of metrics.csv for the terms of the loss: `train/NAME`."""
-    return [f"train/{name}" for name in trainer.lightning_module.config.loss.terms]
+    return [f"train/{name}" for name in trainer.lightning_module.config.term_names]
 
 
 def probe_row(known: dict[str, Any], probe: Probe, num_train_timesteps: int) -> dict[str, Any]:
@@ -186,6 +187,12 @@ def probe_values(probe: Probe, num_train_timesteps: int) -> dict[str, float]:
         "probe/val_images": len(probe.val), "probe/train_images": len(probe.train),
         "probe/val_gain_balanced": balanced.value, "probe/val_gain_balanced_se": balanced.standard_error,
     }  # fmt: skip
+    if (price := probe.forgotten) is not None:
+        values |= {
+            "probe/price": price.value, "probe/price_se": price.standard_error,
+            "probe/price_low": price.low, "probe/price_high": price.high,
+            "probe/price_loss": probe.price.double().mean().item(), "probe/price_groups": len(probe.price),
+        }  # fmt: skip
     for part, gain in gain_by_timestep(probe, num_train_timesteps).items():
         values[f"probe/val_gain_t{part}"] = gain.value
         values[f"probe/val_gain_t{part}_se"] = gain.standard_error

@@ -53,7 +53,8 @@ class ProgressLine(Callback):
             return
         probe = pl_module.probe.history[-1]
         train = f"(train {100 * probe.train_gain.value:.1f} %)"
-        console.print(f"epoch {len(pl_module.probe.history) - 1}  {probe.val_gain} {train}")
+        price = "" if probe.forgotten is None else f", forgot {probe.forgotten.signed_size}"
+        console.print(f"epoch {len(pl_module.probe.history) - 1}  {probe.val_gain} {train}{price}")
         if worse := worse_range_line(probe, trainer.datamodule.num_train_timesteps):
             console.print(worse)
 

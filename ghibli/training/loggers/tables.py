@@ -17,6 +17,17 @@ def gain_curve(rows: Sequence[Mapping[str, Any]]) -> Table:
     )  # fmt: skip
 
 
+def gain_and_price(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return what was learned and what was forgotten in every epoch so far; nothing without a price."""
+    if not rows or "probe/price" not in rows[0]:
+        return []
+    return [Table(
+        "probe/gain_and_price", "learned and forgotten", ("epoch", "gain", "price"),
+        [[int(row["epoch"]), float(row["probe/val_gain"]), float(row["probe/price"])] for row in rows],
+        chart="lines",
+    )]  # fmt: skip
+
+
 def gain_by_timestep(gains: Mapping[str, Gain]) -> Table:
     """Return the gain at each part of the timesteps, with its standard error."""
     return Table(

@@ -29,7 +29,11 @@ BANDS = {  # charts of a value within its 95 % interval, on the tab "Custom Scal
         "held-out gain over the base": [
             "Margin",
             ["probe/val_gain", "probe/val_gain_low", "probe/val_gain_high"],
-        ]
+        ],
+        "price: what the base forgot": [
+            "Margin",
+            ["probe/price", "probe/price_low", "probe/price_high"],
+        ],
     }
 }
 

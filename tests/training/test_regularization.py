@@ -1,0 +1,111 @@
+"""data.regularization: images of what is to be kept, as in DreamBooth and in kohya's scripts."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from ghibli.config.paths import check_paths
+from ghibli.config.schema import Config
+from ghibli.data.dataset import EncodedImages, EpochPlan, TrainExamples
+from ghibli.data.latents import Moments
+from ghibli.demo.scenes.scene import PRETRAIN_SEEDS, write_folder
+from ghibli.models.load import load
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import read_rows
+from ghibli.training.module import GhibliModule
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    write_folder(root, "photo", 5, PRETRAIN_SEEDS.start)
+    return root
+
+
+def encoded(count: int, shape: tuple[int, ...], regularization: EncodedImages | None = None) -> EncodedImages:
+    """Images whose latents are their number, without spread."""
+    means = [torch.full(shape, float(i)) for i in range(count)]
+    moments = Moments(torch.stack(means), torch.full((count, *shape), -60.0))
+    ids = torch.arange(count)[:, None].expand(-1, 3) + 1
+    names, empty = [str(i) for i in range(count)], torch.zeros(3, dtype=torch.long)
+    sizes = [(64, 64)] * count
+    return EncodedImages(names, moments, None, ids, empty, sizes, 1.0, regularization=regularization)
+
+
+def test_they_take_turns_beside_the_examples(make_config: Callable[..., Config]) -> None:
+    """Each as often as any other, with its own caption and noise; the examples stay as they are."""
+    loss, plan = make_config("loss.caption_dropout=0").loss, EpochPlan(8, 2, 1000)
+    plain = TrainExamples(encoded(8, (4, 8, 8)), plan, loss, seed=3)
+    examples = TrainExamples(encoded(8, (4, 8, 8), encoded(5, (4, 8, 8))), plan, loss, seed=3)
+    seen = []
+    for example in range(20):
+        with_it, without = examples[example], plain[example]
+        assert all(with_it[name] == without[name] for name in ("example", "name"))
+        tensors = ("latents", "noise", "timesteps", "input_ids")
+        assert all(torch.equal(with_it[name], without[name]) for name in tensors)
+        image = round(with_it["regularization_latents"].mean().item())
+        assert with_it["regularization_ids"].tolist() == [image + 1] * 3
+        assert not torch.equal(with_it["regularization_noise"], with_it["noise"])
+        seen.append(image)
+    assert [seen.count(image) for image in range(5)] == [4] * 5 and seen[:5] != [0, 1, 2, 3, 4]
+    dropped = make_config("loss.caption_dropout=1").loss
+    first = TrainExamples(encoded(8, (4, 8, 8), encoded(5, (4, 8, 8))), plan, dropped, seed=3)[0]
+    assert first["regularization_ids"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_the_loss_is_dreambooths(make_config: Callable[..., Config], photos: Path, guidance: float) -> None:
+    """Instance loss + weight x prior loss, as in diffusers' examples/dreambooth/train_dreambooth.py."""
+    words = (f"data.regularization={photos}", "loss.regularization=0.7", f"loss.guidance={guidance}")
+    module = GhibliModule(make_config(*words, "lora.dropout=0"), load("demo"), base_hash="tested")
+    module.probe.expected = torch.ones(module.num_train_timesteps)
+    draws = torch.Generator().manual_seed(0)
+    latents, noise, others, other_noise = torch.randn(4, 2, 4, 8, 8, generator=draws)
+    base, timesteps = module.base, torch.tensor([100, 800])
+    ids = {name: base.tokenize([name] * 2) for name in ("a red train", "a lake")}
+    batch = {
+        "latents": latents, "noise": noise, "timesteps": timesteps, "input_ids": ids["a red train"],
+        "regularization_latents": others, "regularization_noise": other_noise,
+        "regularization_ids": ids["a lake"], "example": [0, 1], "name": ["a", "b"],
+    }  # fmt: skip
+    found = module.training_step(batch, 0)
+
+    def prediction(clean: torch.Tensor, added: torch.Tensor, caption: str) -> torch.Tensor:
+        abar = module.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noisy = abar.sqrt() * clean + (1 - abar).sqrt() * added
+        cond, uncond = (
+            base.unet(noisy, timesteps, base.encode_prompts(base.tokenize([text] * 2)), return_dict=False)[0]
+            for text in (caption, "")
+        )
+        return uncond + guidance * (cond - uncond)
+
+    prior = F.mse_loss(prediction(others, other_noise, "a lake"), other_noise)
+    wanted = F.mse_loss(prediction(latents, noise, "a red train"), noise) + 0.7 * prior
+    assert found["loss"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert found["train/regularization"].item() == pytest.approx(prior.item(), rel=1e-5)
+
+
+def test_a_run_has_its_column_and_knows_its_images_again(
+    make_config: Callable[..., Config], photos: Path, tmp_path: Path
+) -> None:
+    """Beside images of other shapes too; another folder at the same place is refused."""
+    words = (
+        f"data.regularization={photos}", "data.resize=bucket", "lora.text_encoder=false",
+        "trainer.max_epochs=1", "sample.every_n_epochs=0",
+    )  # fmt: skip
+    run = RunDir(tmp_path / "run")
+    train.run(make_config(*words), run)
+    assert all(float(row["train/regularization"]) > 0 for row in read_rows(run.metrics))
+    (photos / "captions.txt").write_text((photos / "captions.txt").read_text().replace("|", "|really "))
+    with pytest.raises(UserError, match="the image set data.regularization=.* is not the same"):
+        train.run(make_config(*words, "trainer.max_epochs=2"), run, resumes=True)
+
+
+def test_a_folder_that_is_not_there_is_named(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^data.regularization=.*nowhere.* no such folder"):
+        check_paths(make_config(f"data.regularization={tmp_path / 'nowhere'}"))
