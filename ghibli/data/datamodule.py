@@ -24,10 +24,11 @@ from ghibli.data.dataset import (
     example_bytes,
     share_of_probe,
 )
+from ghibli.data.exclude import split_without_excluded
 from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, repeated_folders, summarise
 from ghibli.data.latents import CHUNK, Moments, chunk_size, encode
 from ghibli.data.sources import draw_missing, image_set_hash
-from ghibli.data.split import first_by_content, split_apart
+from ghibli.data.split import first_by_content
 from ghibli.data.validation_items import make_items
 from ghibli.images.duplicates import thumbnail
 from ghibli.images.read import READING, Size
@@ -88,7 +89,9 @@ class GhibliDataModule(L.LightningDataModule):
                 on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
                 on_size=lambda path, size: sizes.update({path: size_for(size, resolution, data.resize)}),
             )  # fmt: skip
-        split = split_apart(folder.images, thumbnails, data.val_fraction)
+        everything = {image.name for image in folder.images}
+        folder, split = split_without_excluded(folder, thumbnails, data)
+        self.excluded = sorted(everything - {image.name for image in folder.images})
         self.train_images, self.held_out, self.moved = split.train, split.held_out, split.moved
         if not self.train_images:
             raise UserError(f"data.root={data.root}: every image is the same file; add others")
@@ -107,6 +110,8 @@ class GhibliDataModule(L.LightningDataModule):
         if self.trainer.is_global_zero:
             if folder.unusable:
                 logger.warning(f"images: {summarise(folder.unusable)}")
+            if self.excluded:
+                logger.info(f"images: data.exclude leaves out {len(self.excluded)}")
             if repeated := repeated_folders([image.name for image in folder.images]):
                 logger.info(f"images: {repeated}")
             self._write_split(folder, self.held_out)
@@ -121,7 +126,7 @@ class GhibliDataModule(L.LightningDataModule):
             "train": hashes(self.train_images),
             "val": hashes(val),
             "unusable": folder.unusable,
-        }
+        } | ({"excluded": self.excluded} if self.excluded else {})
         write_json(self.run.split, split)
         data_hash = image_set_hash(folder.images)
         check_unchanged(self.run, "data_hash", data_hash, f"the image set data.root={self.config.data.root}")

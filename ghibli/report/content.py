@@ -26,6 +26,7 @@ from ghibli.report.text import (
     gain_percent,
     noise_sentence,
     run_verdict,
+    seed_sentences,
     study_verdict,
     winner_sentences,
 )
@@ -113,7 +114,11 @@ def comparison_page(title: str, runs: list[RunData], study: Path | None) -> dict
         "kind": "study" if study else "comparison",
         "subtitle": number_of(len(runs), "run"),
         "unfinished": len(finished) < len(runs),
-        "verdict": [*study_verdict(labelled, found, noise), *winner_sentences(finished)],
+        "verdict": [
+            *study_verdict(labelled, found, noise),
+            *try_read(lambda: seed_sentences(finished), []),
+            *winner_sentences(finished),
+        ],
         "keys": keys,
         "named": names != settings_labels(runs, keys),
         "ranking": ranking_section(labelled, keys),

@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain
 from ghibli.evaluation.layer_map import LayerMap, read_map
+from ghibli.evaluation.scores import best_probe
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import relevant_settings
 from ghibli.runtime.commands import command_line
 from ghibli.runtime.files import read_rows
-from ghibli.sweeps.trials import Trial, best_probe
+from ghibli.sweeps.trials import Trial
 
 CsvRow = dict[str, float]
 READ_ERRORS = (  # raised by damaged files
