@@ -1,4 +1,4 @@
-"""Train one run, or with seeds=N several: `python train.py KEY=VALUE ...`; with -m a sweep. See conf/train.yaml."""
+"""Train one run, with seeds=N several: `python train.py KEY=VALUE ...`; -m: a sweep. See conf/train.yaml."""
 
 import math
 from pathlib import Path

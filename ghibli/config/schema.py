@@ -536,7 +536,9 @@ def check_seeds(config: Config) -> None:
     require(1 <= count <= MOST_SEEDS, "seeds", count, f"a whole number from 1 to {MOST_SEEDS}")
     require(config.seed + count <= 2**32, "seeds", count, f"with seed={config.seed} the last is 2^32 or more")
     if count > 1 and config.finetune == "none":
-        raise UserError(f"seeds={count} with finetune=none: nothing is trained, so no seed changes it: drop it")
+        raise UserError(
+            f"seeds={count} with finetune=none: nothing is trained, so no seed changes it: drop it"
+        )
 
 
 def check_frozen_bits(config: Config) -> None:

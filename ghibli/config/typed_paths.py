@@ -10,7 +10,8 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists, expanded
 
 PATH_KEYS = (
-    "resume", "cache_dir", "data.root", "data.exclude", "data.reference", "model.path", "model.config", "model.adapter",
+    "resume", "cache_dir", "data.root", "data.exclude", "data.reference",
+    "model.path", "model.config", "model.adapter",
     "model.clip", "lora.init", "local.sd15", "local.sd15_config", "local.ghibli", "evaluate.inception",
     "hydra.run.dir", "hydra.sweep.dir",
 )  # fmt: skip

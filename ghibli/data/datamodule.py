@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -159,9 +159,17 @@ class GhibliDataModule(L.LightningDataModule):
             device: where the VAE encodes the images; it stays there.
         """
         self.read()
+        return list(self.items_of(self.val_images, device))
+
+    def items_of(
+        self, images: list[CaptionedImage], device: torch.device
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the items of some images, as the probe has them, a batch each; Args: as held_out_items."""
         self.base.vae.to(device)
-        moments = self._moments(self.val_images, device, mirrored=False)
-        return self._items(self.val_images, moments, self.base.tokenize([p.caption for p in self.val_images]))
+        moments = self._moments(images, device, mirrored=False)
+        input_ids = self.base.tokenize([image.caption for image in images])
+        for row, image in enumerate(images):
+            yield from self._items([image], moments.of([row]), input_ids[row : row + 1])
 
     def _items(
         self, images: list[CaptionedImage], moments: Moments, input_ids: torch.Tensor

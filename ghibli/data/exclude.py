@@ -45,7 +45,9 @@ def split_without_excluded(
     left = Split(kept(split.train), kept(split.held_out), moved)
     for images, what in ((left.train, "to train on"), (left.held_out, "held out")):
         if not images:
-            raise UserError(f"{path_setting('data.exclude', data.exclude)} leaves no image {what}: shorten it")
+            raise UserError(
+                f"{path_setting('data.exclude', data.exclude)} leaves no image {what}: shorten it"
+            )
     return replace(folder, images=kept(folder.images)), left
 
 

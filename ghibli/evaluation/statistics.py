@@ -83,10 +83,10 @@ def mean_of(values: torch.Tensor, groups: torch.Tensor | None = None) -> Estimat
 def crossed_mean(values: torch.Tensor) -> Estimate:
     """Compute the mean of a table (S, P) whose rows and whose columns are both samples, with its error.
 
-    Two-way random effects without replication (Searle, Casella and McCulloch 1992, section 4.3): the mean
-    squares of rows, columns and their interaction give an unbiased variance of the mean,
-    (MS_rows + MS_columns - MS_interaction) / (S P), with the degrees of freedom of Satterthwaite (1946). It is
-    taken to be no smaller than the variance over rows alone, or over columns alone. NaN for one row or column.
+    Two-way random effects without replication (Searle, Casella and McCulloch 1992, chapter 4): the mean
+    squares of rows, columns and their interaction give an unbiased variance of the mean, (MS_rows +
+    MS_columns - MS_interaction) / (S P), with the degrees of freedom of Satterthwaite (1946). It is taken to
+    be no smaller than the variance over rows alone, or over columns alone. NaN for one row or column.
     """
     table = values.double()
     rows, columns = table.shape

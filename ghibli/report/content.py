@@ -18,6 +18,7 @@ from ghibli.report.figures import (
     timestep_chart,
 )
 from ghibli.report.images import EmbeddedImage, embed, embed_grids, embed_last_grid
+from ghibli.report.influence import influence_section
 from ghibli.report.layers import layer_section
 from ghibli.report.provenance import provenance_facts, shared_facts
 from ghibli.report.run_data import RunData, gain_of, try_read
@@ -61,6 +62,7 @@ def run_page(data: RunData) -> dict[str, Any]:
         "evaluation": try_read(lambda: evaluation_section([data])),
         "evaluation_images": evaluation_images(data),
         "layers": try_read(lambda: layer_section(data)),
+        "influence": try_read(lambda: influence_section(data)),
         "findings": merged_findings([(data.name, data)]),
         "provenance": list(provenance_facts(data).items()),
     }

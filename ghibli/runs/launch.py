@@ -191,8 +191,8 @@ def reject_seeds_of_trial(config: Config) -> None:
     """Raise a UserError for seeds=3 in a sweep."""
     if config.seeds > 1:
         raise UserError(
-            f"seeds={config.seeds} repeats a single run: in a sweep use sweep.repeats={config.seeds - 1}, for "
-            "the best trials, or sweep seed=0,1,2"
+            f"seeds={config.seeds} repeats a single run: in a sweep use sweep.repeats={config.seeds - 1}, "
+            "for the best trials, or sweep seed=0,1,2"
         )
 
 

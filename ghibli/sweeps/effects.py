@@ -118,9 +118,7 @@ def repeated_trials(trials: list[Trial]) -> list[list[Trial]]:
 
 def seed_noise(trials: list[Trial]) -> SeedNoise | None:
     """Compute the pooled spread among trials that differ only in the seed; None without such trials."""
-    repeated = [
-        [trial.scores.val_gain.value for trial in group] for group in repeated_trials(trials)
-    ]
+    repeated = [[trial.scores.val_gain.value for trial in group] for group in repeated_trials(trials)]
     if not repeated:
         return None
     freedom = sum(len(gains) - 1 for gains in repeated)

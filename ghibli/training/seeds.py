@@ -54,8 +54,8 @@ def closing_lines(first: RunDir, seeds: list[int]) -> list[str]:
     found = over_seeds({seed: probe for seed, probe in probes.items() if probe is not None})
     if found is None:
         raise UserError(
-            f"seeds={len(seeds)}: fewer than two trainings have a result on the same held-out images, so there "
-            f"is no mean ({relative_path(first.path)} and the folders beside it say why)"
+            f"seeds={len(seeds)}: fewer than two trainings have a result on the same held-out images, so "
+            f"there is no mean ({relative_path(first.path)} and the folders beside it say why)"
         )
     missing = [seed for seed in seeds if seed not in found.seeds]
     lines = [f"missing  seed {', '.join(map(str, missing))}: no result"] if missing else []
