@@ -164,12 +164,18 @@ class GhibliDataModule(L.LightningDataModule):
     def items_of(
         self, images: list[CaptionedImage], device: torch.device
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the items of some images, as the probe has them, a batch each; Args: as held_out_items."""
+        """Return the items of some images, as the probe has them, a batch each, made one after the other.
+
+        Args:
+            device: where the VAE encodes the images, all of them at once; it stays there.
+        """
         self.base.vae.to(device)
         moments = self._moments(images, device, mirrored=False)
         input_ids = self.base.tokenize([image.caption for image in images])
-        for row, image in enumerate(images):
-            yield from self._items([image], moments.of([row]), input_ids[row : row + 1])
+        return (
+            self._items([image], moments.of([row]), input_ids[row : row + 1])[0]
+            for row, image in enumerate(images)
+        )
 
     def _items(
         self, images: list[CaptionedImage], moments: Moments, input_ids: torch.Tensor

@@ -63,14 +63,14 @@ class Material:
     images: list[CaptionedImage]  # of training, each content once, in an order by content
     device: torch.device
 
-    def batch(self, batch: Batch) -> Batch:
-        """Return items of a training image on the device, at the timesteps that training draws."""
-        timesteps = self.quantile(batch["timesteps"])
-        return {key: tensor.to(self.device) for key, tensor in (batch | {"timesteps": timesteps}).items()}
+    def on_device(self, batch: Batch) -> Batch:
+        """Return items of an image on the device."""
+        return {key: tensor.to(self.device) for key, tensor in batch.items()}
 
-    @property
-    def quantile(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return quantile_function(self.module.config.loss, self.module.num_train_timesteps)
+    def as_trained(self, batch: Batch) -> Batch:
+        """Return items of a training image on the device, at the timesteps that training draws."""
+        quantile = quantile_function(self.module.config.loss, self.module.num_train_timesteps)
+        return self.on_device(batch | {"timesteps": quantile(batch["timesteps"])})
 
 
 def influence(run: RunDir, config: Config, options: InfluenceOptions) -> Influences:
@@ -162,21 +162,18 @@ def measure(
     Args:
         minutes: after which no further image is begun; None = no limit.
     """
-    began, total = time.monotonic(), (len(missing) + found.held_out) * len(material.stages)
-    parts = dict(found.parts)
+    began, parts = time.monotonic(), dict(found.parts)
+    total = (len(missing) + found.held_out) * len(material.stages)
+    held_out = [material.on_device(batch) for batch in material.data.held_out_items(material.device)]
+    batches = material.data.items_of(missing, material.device)
+    material.module.base.vae.cpu()
+    remember_prompts(material, held_out)
     with counted("influence") as on_progress, keeping(material.run, found, parts) as keep:
-        ahead = Ahead(began, total, on_progress)
-        held_out = [
-            {key: tensor.to(material.device) for key, tensor in batch.items()}
-            for batch in material.data.held_out_items(material.device)
-        ]
-        remember_prompts(material, held_out)
-        ahead.began = time.monotonic()  # the VAE is done
+        ahead = Ahead(time.monotonic(), total, on_progress)
         gradients = HeldOut(material.module, material.stages, held_out, ahead.add)
         examples = len(material.data.shapes)
-        batches = material.data.items_of(missing, material.device)
         for image, batch in zip(missing, batches, strict=True):
-            own = gradients.parts(material.batch(batch)) * image.repeats / examples
+            own = gradients.parts(material.as_trained(batch)) * image.repeats / examples
             parts[key_of(image)] = own.tolist()
             keep()
             for _ in material.stages:
@@ -236,8 +233,9 @@ def remember_prompts(material: Material, held_out: list[Batch]) -> None:
 def rank(found: Influences, images: list[CaptionedImage]) -> list[RankedImage]:
     """Rank the images that were measured, the most helpful first."""
     measured = [image for image in images if key_of(image) in found.parts]
-    base = torch.tensor(found.base)
-    own = [influence_of(torch.tensor(found.parts[key_of(image)]), base) for image in measured]
+    base = torch.tensor(found.base, dtype=torch.float64)
+    parts = [torch.tensor(found.parts[key_of(image)], dtype=torch.float64) for image in measured]
+    own = [influence_of(one, base) for one in parts]
     ranked = [
         RankedImage(image.name, image.caption, one)
         for image, one in zip(measured, in_mean_sizes(own), strict=True)

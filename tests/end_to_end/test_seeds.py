@@ -51,7 +51,7 @@ def test_killed_in_the_second_training_it_goes_on_to_the_same_result(
     stacked = [probe.val for probe in probes]
     mean = gain_over_seeds(pytest.importorskip("torch").stack(stacked), probes[0].base_val)
     assert f"mean {mean.signed_size}" in done.stdout
-    command = re.search(r"^next +\S+ report (.+)$", done.stdout.splitlines()[-1])
+    command = re.search(r"^next .* report (.+)$", done.stdout.splitlines()[-1])
     assert command is not None and str(member.name) in command[1]
     assert (
         f"Over 2 seeds (0, 1) the mean gain is {mean.signed_size}".replace("+-", "\u00b1")
