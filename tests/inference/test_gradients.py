@@ -128,11 +128,11 @@ def test_step_sizes_are_those_of_adamw(make_config: Callable[..., Config]) -> No
     """Against what torch's AdamW subtracts for a gradient that is small beside those before it."""
     words = ("optimizer.lr=1e-3", "optimizer.text_encoder_lr=2e-4", "optimizer.lora_plus=4")
     module = make_module(
-        make_config(*SETTINGS, *words, "optimizer.betas=[0,0.999]", "optimizer.weight_decay=0")
+        make_config(*SETTINGS, *words, "optimizer.betas=[0.0,0.999]", "optimizer.weight_decay=0")
     )
     options, trainable = module.config.optimizer, module.trainable
     optimizer = torch.optim.AdamW(
-        groups_of(options, trainable), lr=options.lr, betas=(0, 0.999), weight_decay=0
+        groups_of(options, trainable), lr=options.lr, betas=(0.0, 0.999), weight_decay=0
     )
     draw = torch.Generator().manual_seed(3)
 
