@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 
 from ghibli.data.exclude import write_names
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, Scene, compose, draw
-from ghibli.evaluation.influence import read_influences
+from ghibli.evaluation.influence import ODD, read_influences
 from ghibli.evaluation.scores import best_probe
 from ghibli.evaluation.seeds import over_seeds
 from ghibli.evaluation.statistics import Estimate, crossed_mean
@@ -131,9 +131,14 @@ def area(bad: np.ndarray, good: np.ndarray) -> Estimate:
     return Estimate(float(below.mean()), float(variance**0.5))
 
 
-def found_in(run: RunDir, kinds: dict[str, str]) -> dict[str, Estimate]:
-    """Return the area under the ROC curve for all planted images of a run, and for each kind alone."""
-    values = {one.name: one.influence.value for one in read_influences(run.influence).ranked}
+def found_in(run: RunDir, kinds: dict[str, str], by: str) -> dict[str, Estimate]:
+    """Return the area under the ROC curve for all planted images of a run, and for each kind alone.
+
+    Args:
+        by: what ranks the images, agreement or influence.
+    """
+    ranked = read_influences(run.influence).ranked
+    values = {one.name: one.agreement if by == "agreement" else one.influence.value for one in ranked}
     good = np.array([value for name, value in values.items() if name not in kinds])
     return {
         kind: area(
@@ -171,10 +176,11 @@ def table(work: Path, number: int) -> None:
     kinds = json.loads((work / "planted.json").read_text())
     found: dict[str, Any] = {"planted": {kind: list(kinds.values()).count(kind) for kind in KINDS}}
     for run in runs_of(work, "all"):
-        areas = found_in(run, kinds)
-        found[f"AUROC {run.path.name}"] = {
-            kind: f"{one.value:.3f} +- {one.standard_error:.3f}" for kind, one in areas.items()
-        }
+        for by in ("agreement", "influence"):
+            found[f"AUROC of {by}, {run.path.name}"] = {
+                kind: f"{one.value:.3f} +- {one.standard_error:.3f}"
+                for kind, one in found_in(run, kinds, by).items()
+            }
     for name in ("all", "without_worst", "without_random"):
         probes = {seed: best_probe(run) for seed, run in enumerate(runs_of(work, name))}
         found[name] = str(over_seeds({seed: probe for seed, probe in probes.items() if probe is not None}))
@@ -189,17 +195,20 @@ def table(work: Path, number: int) -> None:
 
 
 def plot(run: RunDir, kinds: dict[str, str], file: Path) -> None:
-    """Draw the influence of every image by its place, the planted ones in colour."""
+    """Draw agreement over influence of every image, the planted ones in colour."""
     ranked = read_influences(run.influence).ranked
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    colours = {None: "0.75", "photo": "C3", "swapped": "C0"}
-    for kind, colour in colours.items():
-        own = [(place, one.influence) for place, one in enumerate(ranked, 1) if kinds.get(one.name) == kind]
-        values, errors = [one.value for _, one in own], [one.reach for _, one in own]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for kind, colour, mark in ((None, "0.7", "o"), ("photo", "C3", "s"), ("swapped", "C0", "D")):
+        own = [one for one in ranked if kinds.get(one.name) == kind]
+        values, reaches = [one.influence.value for one in own], [one.influence.reach for one in own]
         label = "others" if kind is None else KINDS[kind]
-        axes.errorbar([p for p, _ in own], values, errors, fmt="o", ms=3, lw=0.8, color=colour, label=label)
-    axes.axhline(0, color="black", lw=0.6)
-    axes.set(xlabel="place in the ranking", ylabel="influence (95 % intervals)")
+        axes.errorbar(
+            values, [one.agreement for one in own], xerr=reaches, fmt=mark, ms=4, lw=0.6, color=colour,
+            label=label,
+        )  # fmt: skip
+    axes.axvline(0, color="black", lw=0.6)
+    axes.axhline(ODD, color="black", lw=0.6, ls=":")
+    axes.set(xlabel="influence on the gain, 95 % intervals", ylabel="agreement, lowest noise level")
     axes.legend(frameon=False)
     figure.savefig(file, dpi=90)
 

@@ -8,14 +8,14 @@ from rich.table import Table
 from ghibli.cli.options import app, loading
 from ghibli.config.checks import require_finite, share
 from ghibli.runtime.commands import path_setting, quoted
-from ghibli.runtime.console import console, relative_path
+from ghibli.runtime.console import console, full_width, relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.terminal import one_line
 
 if TYPE_CHECKING:
     from ghibli.evaluation.influence import Influences
 
-ROWS = 5  # most helpful and most harmful images in the terminal's table; influence.csv has all
+ROWS = 5  # images of each kind in the terminal's table; influence.csv has all
 LONGEST = 70  # characters of a caption there
 
 
@@ -66,36 +66,36 @@ def influence_command(
 
 
 def influence_table(found: "Influences") -> Table:
-    """Build the table of the images that help and that harm most."""
-    title = "Influence on the gain, 1 = the mean size"
-    table = Table(title=title, box=None, pad_edge=False, title_justify="left")
-    table.add_column("influence", justify="right", no_wrap=True)
+    """Build the table of the images at the ends of both rankings."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("influence", "agreement"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("image", no_wrap=True)
     table.add_column("caption")
-    count = min(ROWS, (len(found.ranked) + 1) // 2)
-    for one in found.ranked[:count]:
-        table.add_row(one.text, one_line(one.name), one_line(one.caption)[:LONGEST])
-    table.add_row("...", "", "")
-    for one in found.ranked[-count:]:
-        table.add_row(one.text, one_line(one.name), one_line(one.caption)[:LONGEST])
-    return table
+    for title, images in found.ends(ROWS).items():
+        table.add_row("", "", title, "", style="bold")
+        for one in images:
+            name, caption = one_line(one.name), one_line(one.caption)[:LONGEST]
+            table.add_row(one.text, f"{one.agreement:.1f}", name, caption)
+    return full_width(table)
 
 
 def closing_lines(found: "Influences", share: float, folder: str) -> list[str]:
     """Say what was ranked, where it is, and what to do with it."""
-    harmful = sum(one.is_harmful for one in found.ranked)
+    harmful, odd = sum(one.is_harmful for one in found.ranked), sum(one.is_odd for one in found.ranked)
     worst = found.worst(share)
     left = found.images - len(found.ranked)
     lines = [
         f"ranked   {len(found.ranked)} of {found.images} training images on {found.held_out} held-out ones, "
-        f"at {' and '.join(found.checkpoints)}; {harmful} lower the gain beyond doubt (95 %)"
+        f"at {' and '.join(found.checkpoints)}: {harmful} lower the gain (95 %), {odd} disagree with "
+        "held-out images at some noise"
     ]
     if left:
         lines.append(f"left     {left} images: the same command goes on with them")
     exclude = path_setting("data.exclude", f"{folder}/influence_exclude.txt")
     return [
         *lines,
-        f"files    {quoted(f'{folder}/influence.csv')}, influence.png: most helpful and most harmful",
-        f"list     {quoted(f'{folder}/influence_exclude.txt')}: the worst {len(worst)}; to train without "
-        f"them, add {quoted(exclude)} to the run's command",
+        f"files    {quoted(f'{folder}/influence.csv')}, influence.png: both rankings",
+        f"list     {quoted(f'{folder}/influence_exclude.txt')}: the {len(worst)} that agree least; to train "
+        f"without them, add {quoted(exclude)} to the run's command",
     ]

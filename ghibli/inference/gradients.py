@@ -4,7 +4,7 @@ A training image's gradient is multiplied with the held-out ones and forgotten, 
 their number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,7 @@ from ghibli.runtime.files import is_whole
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import groups_of, lr_factor
 
-BLOCKS = 8  # of held-out images, each with a gradient of its own; most of the memory is theirs
-AT_ONCE = 2**12  # latent pixels in one backward pass: 16 of the demo's items, 1 of Stable Diffusion 1.5's
+BLOCKS = 8  # of held-out images, each with a gradient of its own: with those by item, most of the memory
 Batch = dict[str, torch.Tensor]
 
 
@@ -136,30 +135,23 @@ def held_out_loss(module: GhibliModule, batch: Batch) -> torch.Tensor:
     return module.scores(batch, module.config.loss.guidance, module.base_alphas_cumprod)[0].mean()
 
 
-def gradient(
+def item_gradients(
     module: GhibliModule, batch: Batch, loss: Callable[[GhibliModule, Batch], torch.Tensor]
-) -> torch.Tensor:
-    """Return the gradient (n,) of an image's mean loss over its items.
+) -> Iterator[torch.Tensor]:
+    """Yield the gradient (n,) of the loss on each item of an image, one backward pass each.
 
     Raises:
-        UserError: it is not finite.
+        UserError: one is not finite.
     """
-    parameters, items = list(module.trainable.values()), len(batch["timesteps"])
-    size = max(1, AT_ONCE // batch["latents"][0, 0].numel())
-    first = parameters[0]
-    total = torch.zeros(sum(p.numel() for p in parameters), device=first.device, dtype=first.dtype)
-    for start in range(0, items, size):
-        part = {key: tensor[start : start + size] for key, tensor in batch.items()}
-        share = len(part["timesteps"]) / items
-        with autocast(first.device):
-            value = loss(module, part) * share
+    parameters = list(module.trainable.values())
+    for item in range(len(batch["timesteps"])):
+        with autocast(parameters[0].device):
+            value = loss(module, {key: tensor[item : item + 1] for key, tensor in batch.items()})
         found = torch.autograd.grad(value, parameters, allow_unused=True)
-        total += flat(
-            [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        )
-    if not total.isfinite().all():
-        raise UserError("a gradient is not finite: look at the weights (ghibli check)")
-    return total
+        own = flat([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
+        if not own.isfinite().all():
+            raise UserError("a gradient is not finite: look at the weights (ghibli check)")
+        yield own
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -173,6 +165,14 @@ def block_of(image: int, images: int) -> int:
     return image * min(BLOCKS, images) // images
 
 
+@dataclass(frozen=True)
+class Products:
+    """What is kept of a training image's gradients."""
+
+    blocks: torch.Tensor  # (B,) by how much the image lowers the loss on each block of held-out images
+    levels: torch.Tensor  # (K,) cosine with the held-out gradient at the same noise level, -1 .. 1
+
+
 class HeldOut:
     """Gradients of the held-out loss at each checkpoint, times the rates of the steps before it.
 
@@ -184,23 +184,44 @@ class HeldOut:
         self, module: GhibliModule, stages: list[Stage], batches: list[Batch], add: Callable[[], None]
     ):
         self.module, self.stages = module, stages
-        self.gradients: list[torch.Tensor] = []  # of each stage (B, n)
+        self.blocks: list[torch.Tensor] = []  # of each stage (B, n): summed over images, mean over items
+        self.levels: list[torch.Tensor] = []  # of each stage (K, n): summed over images, by item
+        self.squares = torch.zeros(len(batches[0]["timesteps"]), dtype=torch.float64)
         for stage in stages:
             put(module, stage)
-            rates = stage.rates.to(next(iter(module.trainable.values())))
-            total = torch.zeros(min(BLOCKS, len(batches)), len(rates)).to(rates)
+            rates = self.rates_of(stage)
+            blocks = torch.zeros(min(BLOCKS, len(batches)), len(rates)).to(rates)
+            levels = torch.zeros(len(self.squares), len(rates)).to(rates)
             for image, batch in enumerate(batches):
-                total[block_of(image, len(batches))] += rates * gradient(module, batch, held_out_loss)
+                for level, own in enumerate(item_gradients(module, batch, held_out_loss)):
+                    blocks[block_of(image, len(batches))] += rates * own / len(levels)
+                    levels[level] += own
                 add()
-            self.gradients.append(total)
+            self.blocks.append(blocks)
+            self.squares += (levels.square() @ rates).cpu().double()
+            self.levels.append(levels.mul_(rates))
 
-    def parts(self, batch: Batch) -> torch.Tensor:
-        """Return by how much a training image lowers the loss on each held-out block, (B,) float64."""
-        total = torch.zeros(len(self.gradients[0]), dtype=torch.float64)
-        for stage, gradients in zip(self.stages, self.gradients, strict=True):
+    def rates_of(self, stage: Stage) -> torch.Tensor:
+        """Return a stage's rates (n,) like the trained weights."""
+        return stage.rates.to(next(iter(self.module.trainable.values())))
+
+    def products(self, batch: Batch) -> Products:
+        """Multiply a training image's gradients with the held-out ones, each checkpoint with its rates.
+
+        The cosine is that of the gradients of all checkpoints as one vector, in the metric of the rates: as
+        large as the cosine of the steps that gradient and optimiser make of it.
+        """
+        blocks = torch.zeros(len(self.blocks[0]), dtype=torch.float64)
+        dots, squares = torch.zeros_like(self.squares), torch.zeros_like(self.squares)
+        for stage, of_blocks, of_levels in zip(self.stages, self.blocks, self.levels, strict=True):
             put(self.module, stage)
-            total += (gradients @ gradient(self.module, batch, training_loss)).cpu().double()
-        return total
+            rates = self.rates_of(stage)
+            for level, own in enumerate(item_gradients(self.module, batch, training_loss)):
+                blocks += (of_blocks @ own).cpu().double() / len(dots)
+                dots[level] += (of_levels[level] @ own).item()
+                squares[level] += (own.square() @ rates).item()
+        sizes = (squares * self.squares).sqrt()
+        return Products(blocks, torch.where(sizes > 0, dots / sizes, 0.0))
 
 
 def base_by_block(run: RunDir, images: int) -> torch.Tensor:

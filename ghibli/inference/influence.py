@@ -18,9 +18,11 @@ from ghibli.data.folder import CaptionedImage
 from ghibli.data.split import first_by_content
 from ghibli.diffusion.timesteps import quantile_function
 from ghibli.evaluation.influence import (
+    ODD,
     VERSION,
     Influences,
     RankedImage,
+    agreements,
     in_mean_sizes,
     influence_of,
     kept_influences,
@@ -40,7 +42,7 @@ from ghibli.training.module import GhibliModule
 logger = logging.getLogger(__name__)
 
 KEEP_EVERY = 20  # seconds between two writes of what is done
-SHOWN = 8  # most helpful and most harmful images on the sheet
+SHOWN = 8  # images of each kind on the sheet
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def influence(run: RunDir, config: Config, options: InfluenceOptions) -> Influen
     kept = kept_influences(run)
     material = read_material(run, config, options)
     found = start(material, kept)
-    missing = [image for image in material.images if key_of(image) not in found.parts]
+    missing = [image for image in material.images if key_of(image) not in found.blocks]
     if missing:
         announce(found, material, len(missing))
         found = measure(material, found, missing, options.minutes)
@@ -132,6 +134,7 @@ def start(material: Material, kept: Influences | None) -> Influences:
     run, module = material.run, material.module
     of = {
         "version": VERSION, "items": module.config.validation.items_per_image,
+        "timesteps": module.num_train_timesteps,
         "weights": [checksum_of(file) for file in (run.best_checkpoint, run.last_checkpoint)],
     }  # fmt: skip
     if kept is not None and kept.of == of:
@@ -149,8 +152,8 @@ def announce(found: Influences, material: Material, missing: int) -> None:
     items, stages = found.of["items"], len(material.stages)
     logger.info(
         f"influence of {missing} training images on the loss of {found.held_out} held-out ones, at "
-        f"{' and '.join(found.checkpoints)}, {items} items an image: {(missing + found.held_out) * stages} "
-        f"forward and backward passes of {items} items"
+        f"{' and '.join(found.checkpoints)}, {items} items an image: "
+        f"{(missing + found.held_out) * stages * items} forward and backward passes"
     )
 
 
@@ -162,25 +165,27 @@ def measure(
     Args:
         minutes: after which no further image is begun; None = no limit.
     """
-    began, parts = time.monotonic(), dict(found.parts)
+    began = time.monotonic()
+    found = replace(found, blocks=dict(found.blocks), levels=dict(found.levels))  # filled below
     total = (len(missing) + found.held_out) * len(material.stages)
     held_out = [material.on_device(batch) for batch in material.data.held_out_items(material.device)]
     batches = material.data.items_of(missing, material.device)
     material.module.base.vae.cpu()
     remember_prompts(material, held_out)
-    with counted("influence") as on_progress, keeping(material.run, found, parts) as keep:
+    with counted("influence") as on_progress, keeping(material.run, found) as keep:
         ahead = Ahead(time.monotonic(), total, on_progress)
         gradients = HeldOut(material.module, material.stages, held_out, ahead.add)
         examples = len(material.data.shapes)
         for image, batch in zip(missing, batches, strict=True):
-            own = gradients.parts(material.as_trained(batch)) * image.repeats / examples
-            parts[key_of(image)] = own.tolist()
+            own = gradients.products(material.as_trained(batch))
+            found.blocks[key_of(image)] = (own.blocks * image.repeats / examples).tolist()
+            found.levels[key_of(image)] = own.levels.tolist()
             keep()
             for _ in material.stages:
                 ahead.add()
             if minutes is not None and time.monotonic() - began > 60 * minutes:
                 break
-    return replace(found, parts=parts)
+    return found
 
 
 @dataclass
@@ -201,21 +206,22 @@ class Ahead:
 
 
 @contextmanager
-def keeping(run: RunDir, found: Influences, parts: dict[str, list[float]]) -> Iterator[Callable[[], None]]:
-    """Write what is in `parts` now and then, by the function that is yielded, and whatever ends the block."""
-    written = [time.monotonic()]
+def keeping(run: RunDir, found: Influences) -> Iterator[Callable[[], None]]:
+    """Write what is measured now and then, by the function that is yielded, and whatever ends the block."""
+    written, before = [time.monotonic()], len(found.levels)
 
     def keep() -> None:
         if time.monotonic() - written[0] > KEEP_EVERY:
-            write_influences(run, replace(found, parts=parts))
+            write_influences(run, found)
             written[0] = time.monotonic()
 
     try:
         yield keep
     except BaseException:
-        if len(parts) > len(found.parts):
-            write_influences(run, replace(found, parts=parts))
-            logger.info(f"{len(parts)} of {found.images} images are done and kept: the same command goes on")
+        done = {key: found.blocks[key] for key in found.levels}  # both of an image, or none
+        if len(done) > before:
+            write_influences(run, replace(found, blocks=done))
+            logger.info(f"{len(done)} of {found.images} images are done and kept: the same command goes on")
         raise
 
 
@@ -232,27 +238,29 @@ def remember_prompts(material: Material, held_out: list[Batch]) -> None:
 
 def rank(found: Influences, images: list[CaptionedImage]) -> list[RankedImage]:
     """Rank the images that were measured, the most helpful first."""
-    measured = [image for image in images if key_of(image) in found.parts]
+    measured = [image for image in images if key_of(image) in found.levels]
     base = torch.tensor(found.base, dtype=torch.float64)
-    parts = [torch.tensor(found.parts[key_of(image)], dtype=torch.float64) for image in measured]
-    own = [influence_of(one, base) for one in parts]
+    blocks = torch.tensor([found.blocks[key_of(image)] for image in measured], dtype=torch.float64)
+    levels = torch.tensor([found.levels[key_of(image)] for image in measured], dtype=torch.float64)
+    lowest = agreements(levels).min(1)
+    own = in_mean_sizes([influence_of(one, base) for one in blocks])
     ranked = [
-        RankedImage(image.name, image.caption, one)
-        for image, one in zip(measured, in_mean_sizes(own), strict=True)
+        RankedImage(image.name, image.caption, one, lowest.values[at].item(), int(lowest.indices[at]))
+        for at, (image, one) in enumerate(zip(measured, own, strict=True))
     ]
     return sorted(ranked, key=lambda one: -one.influence.value)
 
 
 def write_sheet(file: Path, found: Influences, by_name: dict[str, CaptionedImage]) -> None:
-    """Draw the most helpful and the most harmful images with their influence and caption."""
-    count = min(SHOWN, (len(found.ranked) + 1) // 2)
-    sides = {
-        "Most helpful: they raise the gain on held-out images": found.ranked[:count],
-        "Most harmful, or least helpful": found.ranked[: -count - 1 : -1],
-    }
+    """Draw the images at the ends of both rankings with their influence, agreement and caption."""
+
+    def text(one: RankedImage) -> str:
+        where = f" at {found.timesteps(one.level)}" if one.agreement < ODD else ""
+        return f"{one.text}, agreement {one.agreement:.1f}{where}: {one.caption}"
+
     parts = [
-        (title, [(open_image(by_name[one.name].path), f"{one.text}  {one.caption}") for one in side])
-        for title, side in sides.items()
+        (title, [(open_image(by_name[one.name].path), text(one)) for one in side])
+        for title, side in found.ends(SHOWN).items()
     ]
     sheet = titled_sheets(parts)
     write_atomically(file, lambda opened: sheet.save(opened, format="PNG"))

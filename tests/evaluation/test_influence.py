@@ -5,12 +5,15 @@ import math
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
 from ghibli.evaluation.influence import (
+    ODD,
     OUTPUTS,
     Influences,
     RankedImage,
+    agreements,
     in_mean_sizes,
     influence_of,
     kept_influences,
@@ -52,12 +55,14 @@ def test_one_is_the_mean_size() -> None:
 
 def example(count: int = 5) -> Influences:
     ranked = [
-        RankedImage(f"{place}.png", f"a cat, {place}", Estimate(2.0 - place, 0.2, freedom=7))
-        for place in range(count)
+        RankedImage(
+            f"{place}.png", f"a cat, {place}", Estimate(2.0 - place, 0.2, freedom=7), agreement, place % 4
+        )
+        for place, agreement in enumerate((-1.0, -9.5, 0.5, -3.6, -3.4)[:count])
     ]
     return Influences(
-        of={"weights": ["a", None], "items": 4}, checkpoints=["best.ckpt (step 8)"], preconditioned=True,
-        held_out=9, images=5, base=[0.1, 0.2], parts={"k": [1.0, -2.0]}, ranked=ranked,
+        of={"weights": ["a", None], "items": 4, "timesteps": 1000}, checkpoints=["best.ckpt (step 8)"],
+        preconditioned=True, held_out=9, images=5, base=[0.1, 0.2], blocks={"k": [1.0, -2.0]}, levels={"k": [0.5]}, ranked=ranked,
     )  # fmt: skip
 
 
@@ -69,12 +74,26 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [one.name for one in found.ranked]
     assert float(rows[4]["high95"]) == pytest.approx(-2 + 2.3646 * 0.2, abs=1e-3)  # Student's t, 7 degrees
+    assert [row["timesteps"] for row in rows] == ["0-249", "250-499", "500-749", "750-999", "0-249"]
 
 
-def test_the_worst_are_those_at_the_end() -> None:
+def test_an_agreement_is_a_modified_z_score() -> None:
+    cosines = torch.tensor([[0.1, 0.5], [0.2, 0.5], [0.3, 0.5], [0.4, 0.5], [-0.9, 0.5]])
+    found = agreements(cosines)
+    column = cosines[:, 0]
+    spread = scipy.stats.median_abs_deviation(column.numpy())
+    torch.testing.assert_close(found[:, 0], 0.6745 * (column - 0.2) / spread)
+    assert (found[:, 1] == 0).all()  # a level at which all are alike says nothing
+    assert found[4, 0] < ODD < found[:4, 0].min()
+
+
+def test_the_worst_are_those_that_agree_least() -> None:
     found = example()
-    assert [one.name for one in found.worst(0.4)] == ["4.png", "3.png"]
-    assert [one.name for one in found.worst(0.01)] == ["4.png"]  # at least one
+    assert [one.name for one in found.worst(0.4)] == ["1.png", "3.png"]
+    assert [one.name for one in found.worst(0.01)] == ["1.png"]  # at least one
+    assert [one.is_odd for one in found.ranked] == [False, True, False, True, False]
+    ends = [[one.name[0] for one in images] for images in found.ends(2).values()]
+    assert ends == [["0", "1"], ["4", "3"], ["1", "3"]]
     assert [one.is_harmful for one in found.ranked] == [False, False, False, True, True]
     assert found.is_whole and not example(3).is_whole
 

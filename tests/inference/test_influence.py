@@ -19,7 +19,7 @@ from ghibli.config.schema import Config
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.evaluation.influence import Influences, read_influences
 from ghibli.inference import influence as command
-from ghibli.inference.gradients import Batch, HeldOut
+from ghibli.inference.gradients import Batch, HeldOut, Products
 from ghibli.inference.influence import InfluenceOptions, influence
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
@@ -76,18 +76,18 @@ def test_every_training_image_is_ranked(trained: RunDir, measured: Influences) -
 def test_interrupted_and_continued_equals_undisturbed(
     trained: RunDir, measured: Influences, copied: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, parts, keeps = [], HeldOut.parts, monkeypatch.setattr
+    asked, products = [], HeldOut.products
 
-    def some(gradients: HeldOut, batch: Batch) -> torch.Tensor:
+    def some(gradients: HeldOut, batch: Batch) -> Products:
         asked.append(batch)
         if len(asked) == 5:
             raise KeyboardInterrupt
-        return parts(gradients, batch)
+        return products(gradients, batch)
 
-    keeps(HeldOut, "parts", some)
+    monkeypatch.setattr(HeldOut, "products", some)
     with pytest.raises(KeyboardInterrupt):
         influence(copied, finished_config(copied), ALL)
-    assert len(read_influences(copied.influence).parts) == 4
+    assert len(read_influences(copied.influence).blocks) == 4
     found = influence(copied, finished_config(copied), ALL)
     assert found == measured and len(asked) == 5 + len(measured.ranked) - 4
     for name in ("influence.csv", "influence_exclude.txt", "influence.png"):
@@ -113,7 +113,7 @@ def test_it_ends_in_time_and_goes_on(
 def test_other_weights_are_measured_anew(measured: Influences, copied: RunDir, trained: RunDir) -> None:
     content = json.loads(trained.influence.read_text())
     content["of"]["weights"][0] = "0" * 64
-    content["parts"] = dict.fromkeys(content["parts"], [1.0] * len(content["base"]))
+    content["blocks"] = dict.fromkeys(content["blocks"], [1.0] * len(content["base"]))
     copied.influence.write_text(json.dumps(content))
     assert "influence.json is older than the run" in page_of(copied.path).text
     assert influence(copied, finished_config(copied), ALL) == measured
@@ -126,7 +126,8 @@ def test_the_list_leaves_out_the_worst(trained: RunDir, measured: Influences, tm
     config = replace(config, data=replace(config.data, exclude=str(file)))
     data = GhibliDataModule(config, None, RunDir(tmp_path), 1000)
     data.read()
-    worst = {one.name for one in measured.ranked[-round(0.2 * len(measured.ranked)) :]}
+    ordered = sorted(measured.ranked, key=lambda one: one.agreement)
+    worst = {one.name for one in ordered[: round(0.2 * len(ordered))]}
     assert {image.name for image in data.train_images} == images_of(trained) - worst
 
 
@@ -134,7 +135,9 @@ def test_the_list_leaves_out_the_worst(trained: RunDir, measured: Influences, tm
 def test_the_page_and_the_sheet_show_both_ends(trained: RunDir, measured: Influences) -> None:
     page = page_of(trained.path)
     assert "Influence of the training images" in page.text
-    for one in (measured.ranked[0], measured.ranked[-1]):
+    odd = min(measured.ranked, key=lambda one: one.agreement)
+    assert f"{odd.agreement:.1f}".replace("-", "\u2212") in page.text
+    for one in (measured.ranked[0], measured.ranked[-1], odd):
         assert one.name in page.text and one.caption in page.text
         assert one.text.replace("+-", "\u00b1").replace("-", "\u2212") in page.text
     with Image.open(trained.path / "influence.png") as sheet:
@@ -147,7 +150,7 @@ def test_the_command_says_what_it_did(measured: Influences, trained: RunDir) -> 
     assert done.exit_code == 0, done.output
     count = len(measured.ranked)
     assert f"{count} of {count} training images on {measured.held_out} held-out ones" in done.output
-    assert f"the worst {round(0.2 * count)}" in done.output and "data.exclude=" in done.output
+    assert f"the {round(0.2 * count)} that agree least" in done.output and "data.exclude=" in done.output
     assert measured.ranked[0].name in done.output and measured.ranked[-1].name in done.output
 
 
