@@ -66,17 +66,18 @@ def gain_over_seeds(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
     """Compute the mean gain of trainings with S seeds, with its error over seeds and images together.
 
     So the interval holds what another seed and other held-out images would give. The gain is a ratio of sums;
-    its error is that of the ratio's linear part, as in Taylor linearisation (Woodruff 1971), a table of seeds
-    and images for crossed_mean.
+    its jackknife pseudo-values (Tukey 1958) of every seed and image are the table for crossed_mean, so seeds
+    that agree have the error of paired_gain.
 
     Args:
         losses: (S, P, K) of P images with K items each.
         base_losses: (P, K) of the base, the same for all seeds.
     """
     ours, base = losses.double().sum(2), base_losses.double().sum(1)
-    ratio = ours.sum() / (len(ours) * base.sum())
-    found = crossed_mean((ratio * base - ours) / base.mean())
-    return Gain(1 - ratio.item(), found.standard_error, freedom=found.freedom)
+    gains, count = 1 - ours.sum(1, keepdim=True) / base.sum(), len(base)
+    without_one = 1 - (ours.sum(1, keepdim=True) - ours) / (base.sum() - base)
+    found = crossed_mean(count * gains - (count - 1) * without_one)
+    return Gain(gains.mean().item(), found.standard_error, freedom=found.freedom)
 
 
 def paired_difference(losses: torch.Tensor, others: torch.Tensor) -> tuple[float, float]:

@@ -62,7 +62,8 @@ def example(count: int = 5) -> Influences:
     ]
     return Influences(
         of={"weights": ["a", None], "items": 4, "timesteps": 1000}, checkpoints=["best.ckpt (step 8)"],
-        preconditioned=True, held_out=9, images=5, base=[0.1, 0.2], blocks={"k": [1.0, -2.0]}, levels={"k": [0.5]}, ranked=ranked,
+        preconditioned=True, held_out=9, images=5, base=[0.1, 0.2], blocks={"k": [1.0, -2.0]},
+        levels={"k": [0.5]}, ranked=ranked,
     )  # fmt: skip
 
 
