@@ -1,5 +1,6 @@
 """`ghibli influence`."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from ghibli.evaluation.influence import Influences
 
 ROWS = 5  # images of each kind in the terminal's table; influence.csv has all
-LONGEST = 70  # characters of a caption there
 
 
 @app.command("influence")
@@ -60,24 +60,25 @@ def influence_command(
 
     here = on_this_machine(config, cache_of_this_machine())
     result = influence(found, here, InfluenceOptions(items, minutes, worst))
-    console.print(influence_table(result))
+    for table in influence_tables(result):
+        console.print(table)
+        console.print("")
     for line in closing_lines(result, worst, relative_path(found.path)):
         console.print(one_line(line))
 
 
-def influence_table(found: "Influences") -> Table:
-    """Build the table of the images at the ends of both rankings."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("influence", "agreement"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("image", no_wrap=True)
-    table.add_column("caption")
+def influence_tables(found: "Influences") -> Iterator[Table]:
+    """Build a table of the images at each end of the rankings."""
     for title, images in found.ends(ROWS).items():
-        table.add_row("", "", title, "", style="bold")
+        table = Table(title=title, box=None, pad_edge=False, title_justify="left")
+        for name in ("influence", "agreement"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name in ("image", "caption"):
+            table.add_column(name, overflow="fold")
         for one in images:
-            name, caption = one_line(one.name), one_line(one.caption)[:LONGEST]
+            name, caption = one_line(one.name), one_line(one.caption)
             table.add_row(one.text, f"{one.agreement:.1f}", name, caption)
-    return full_width(table)
+        yield table if console.is_terminal else full_width(table)
 
 
 def closing_lines(found: "Influences", share: float, folder: str) -> list[str]:
