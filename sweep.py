@@ -13,6 +13,7 @@ from typing import Any
 import train
 from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config
+from ghibli.runs.attempts import failures
 from ghibli.runs.folder import RunDir
 from ghibli.runs.here import on_this_machine
 from ghibli.runs.launch import current_run, hydra_entry
@@ -21,7 +22,7 @@ from ghibli.runtime.errors import UserError, one_line_errors
 from ghibli.runtime.terminal import one_line
 from ghibli.sweeps import grid
 from ghibli.sweeps.grid import studies
-from ghibli.sweeps.jobs import failures, run_trial
+from ghibli.sweeps.jobs import run_trial
 
 
 def main() -> None:

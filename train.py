@@ -1,4 +1,4 @@
-"""Train one run: `python train.py KEY=VALUE ...`; with -m a sweep. See conf/train.yaml."""
+"""Train one run, with seeds=N several: `python train.py KEY=VALUE ...`; -m: a sweep. See conf/train.yaml."""
 
 import math
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Any
 from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config
 from ghibli.runs import distributed, identity, reuse
+from ghibli.runs.attempts import failures
 from ghibli.runs.folder import RunDir
 from ghibli.runs.launch import current_run, hydra_entry, job_config
+from ghibli.runs.repeats import planned_seeds
 from ghibli.runtime.console import console
 from ghibli.runtime.errors import stop_at_once
 from ghibli.runtime.rank import is_first
@@ -73,7 +75,18 @@ def main(cfg: Any) -> float:
     """Run one Hydra job with the composed settings, or resume with the run's; return the objective."""
     run_dir = current_run()
     if is_first():
-        return run(job_config(cfg), run_dir, resumes=cfg.resume is not None)
+        config, resumes = job_config(cfg), cfg.resume is not None
+        objective = run(config, run_dir, resumes)
+        first, seeds = planned_seeds(run_dir, config)
+        if len(seeds) > 1:
+            from ghibli.training.seeds import closing_lines, train_other_seeds
+
+            train_other_seeds(first, seeds, config.cache_dir, resumes, run)
+            for line in closing_lines(first, seeds):
+                console.print(line)
+            if failures:
+                raise SystemExit(1)
+        return objective
     if cfg.resume is not None or identity.finished_objective(run_dir) is None:  # else the first has left
         follow(job_config(cfg), run_dir)
     return math.nan

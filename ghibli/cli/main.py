@@ -2,7 +2,7 @@
 
 import sys
 
-from ghibli.cli import adapters, data, images, jury, runs  # noqa: F401  (they register their commands)
+from ghibli.cli import adapters, data, images, influence, jury, runs  # noqa: F401  (they register their commands)
 from ghibli.cli.options import app
 from ghibli.config.typed_paths import at_home
 from ghibli.runtime.errors import one_line_errors

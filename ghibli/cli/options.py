@@ -34,7 +34,7 @@ Scale = Annotated[float, typer.Option(help="factor on all adapters: 0 = the base
 
 PANELS = {  # of --help, in the order of a project's life
     "Before training": ("check", "prepare", "caption", "convert", "demo"),
-    "Runs": ("list", "watch", "compare", "evaluate", "report", "rm", "clean"),
+    "Runs": ("list", "watch", "compare", "evaluate", "influence", "report", "rm", "clean"),
     "Images": ("generate", "restyle", "jury", "app"),
     "Adapters": ("export", "import", "resize", "merge", "extract", "slim", "push"),
 }

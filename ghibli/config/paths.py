@@ -48,8 +48,10 @@ def check_dashboard(name: str) -> None:
 
 
 def check_images(config: Config) -> None:
-    """Raise a UserError unless data.root exists, or is a folder of the cache in which to draw images."""
+    """Raise a UserError unless data.root exists, or is a folder of the cache to draw in, and data.exclude."""
     root = config.data.root_folder
+    if config.data.exclude is not None and not expanded(config.data.exclude).is_file():
+        raise UserError(f"{path_setting('data.exclude', config.data.exclude)}: no such file")
     if config.data.draw is None:
         require_folder("data.root", root)
     elif not (Path(root) / "captions.txt").is_file() and not Path(root).is_relative_to(config.cache_dir):

@@ -26,6 +26,7 @@ from ghibli.runtime.errors import UserError
 NO_EFFECT = {"affects_result": False}  # metadata of a field or section that cannot change a run's result
 MOST_THREADS = 1024
 MOST_PRICE_IMAGES = 32  # as many captions of data/everyday_captions.txt are for measuring
+MOST_SEEDS = 100
 CONFIG_VERSION = 2  # raise it when a key is renamed, removed or changes its meaning
 RENAMED_KEYS = {  # (section, old name) -> new name; for older runs, and for who types the old name
     ("validation", "items_per_picture"): "items_per_image",
@@ -35,7 +36,8 @@ LATER_KEYS: dict[str, Any] = {  # added within this version -> what runs without
     "name": None,
     "threads": None,
     "logger": "wandb",
-    "data": {"grid_epochs": "", "regularization": None},
+    "seeds": 1,
+    "data": {"grid_epochs": "", "regularization": None, "exclude": None},
     "model": {"config": None, "clip_skip": 1, "frozen_bits": None, "made_for": "samples"},
     "local": {"sd15_config": None, "caption": None},
     "evaluate": {"every_n_epochs": 0, "epoch_samples": 64, "sampler_steps": None},
@@ -141,6 +143,7 @@ class DataConfig:
     regularization: str | None  # folder of images of what is to be kept; None = none
     style: str  # appended to every caption
     caption: str | None  # caption of images that have none
+    exclude: str | None  # file with the name of an image a line, which are left out; None = none
     val_fraction: float  # share of images held out
     resize: str  # squash, center_crop or bucket
     flip: bool  # mirror every training example with probability 1/2
@@ -485,6 +488,7 @@ class Config:
 
     name: str | None = field(metadata=NO_EFFECT)  # of the run and its folder; None = named after the time
     seed: int  # of order, noise, timesteps and initial adapter
+    seeds: int = field(metadata=NO_EFFECT)  # trainings: with seed, seed + 1, ...
     finetune: str  # lora, full or none
     resume: str | None = field(metadata=NO_EFFECT)  # a run folder, or latest
     threads: int | None  # CPU threads of torch; rounding depends on them
@@ -523,6 +527,7 @@ class Config:
             check_name(self.name)
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
         require_choice("finetune", self.finetune, ("lora", "full", "none"))
+        check_seeds(self)
         threads = self.threads
         require(threads is None or threads >= 1, "threads", threads, "at least 1, or null")
         require(threads is None or threads <= MOST_THREADS, "threads", threads, f"at most {MOST_THREADS}")
@@ -580,6 +585,17 @@ def check_name(name: str) -> None:
     """Raise a UserError for a name that would be no folder, an option, or `latest`."""
     ok = re.fullmatch(r"\w[\w.-]{0,99}", name) is not None and name not in ("latest", "null")
     require(ok, "name", name, "up to 100 letters, digits and . _ -, not latest")
+
+
+def check_seeds(config: Config) -> None:
+    """Raise a UserError for more or fewer trainings than there can be."""
+    count = config.seeds
+    require(1 <= count <= MOST_SEEDS, "seeds", count, f"a whole number from 1 to {MOST_SEEDS}")
+    require(config.seed + count <= 2**32, "seeds", count, f"with seed={config.seed} the last is 2^32 or more")
+    if count > 1 and config.finetune == "none":
+        raise UserError(
+            f"seeds={count} with finetune=none: nothing is trained, so no seed changes it: drop it"
+        )
 
 
 def check_frozen_bits(config: Config) -> None:

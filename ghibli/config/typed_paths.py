@@ -10,9 +10,9 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.home import exists, expanded
 
 PATH_KEYS = (
-    "resume", "cache_dir", "data.root", "data.reference", "data.regularization", "model.path", "model.config",
-    "model.adapter", "model.clip", "lora.init", "local.sd15", "local.sd15_config", "local.ghibli",
-    "evaluate.inception", "hydra.run.dir", "hydra.sweep.dir",
+    "resume", "cache_dir", "data.root", "data.exclude", "data.reference", "data.regularization",
+    "model.path", "model.config", "model.adapter", "model.clip", "lora.init", "local.sd15",
+    "local.sd15_config", "local.ghibli", "evaluate.inception", "hydra.run.dir", "hydra.sweep.dir",
 )  # fmt: skip
 OVERRIDE = re.compile(rf"(\+{{0,2}}({'|'.join(map(re.escape, PATH_KEYS))})=)(.*)", re.DOTALL)
 PLAIN = re.compile(r"[\w./@%+-]*/[\w./@%+-]*|(?!null|true|false|inf|nan)[a-z_][a-z_-]*", re.ASCII | re.I)

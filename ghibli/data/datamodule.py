@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -26,10 +26,11 @@ from ghibli.data.dataset import (
     share_of_probe,
 )
 from ghibli.data.drawing import draw_missing
+from ghibli.data.exclude import split_without_excluded
 from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, repeated_folders, summarise
 from ghibli.data.latents import CHUNK, Moments, chunk_size, encode
 from ghibli.data.sources import image_set_hash
-from ghibli.data.split import first_by_content, split_apart
+from ghibli.data.split import first_by_content
 from ghibli.data.validation_items import make_items
 from ghibli.images.duplicates import thumbnail
 from ghibli.images.read import READING, Size
@@ -104,7 +105,9 @@ class GhibliDataModule(L.LightningDataModule):
                 on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
                 on_size=lambda path, size: sizes.update({path: size_for(size, resolution, data.resize)}),
             )  # fmt: skip
-        split = split_apart(folder.images, thumbnails, data.val_fraction)
+        everything = {image.name for image in folder.images}
+        folder, split = split_without_excluded(folder, thumbnails, data)
+        self.excluded = sorted(everything - {image.name for image in folder.images})
         self.train_images, self.held_out, self.moved = split.train, split.held_out, split.moved
         if not self.train_images:
             raise UserError(f"data.root={data.root}: every image is the same file; add others")
@@ -123,6 +126,8 @@ class GhibliDataModule(L.LightningDataModule):
         if self.trainer.is_global_zero:
             if folder.unusable:
                 logger.warning(f"images: {summarise(folder.unusable)}")
+            if self.excluded:
+                logger.info(f"images: data.exclude leaves out {len(self.excluded)}")
             if repeated := repeated_folders([image.name for image in folder.images]):
                 logger.info(f"images: {repeated}")
             self._write_split(folder, self.held_out)
@@ -137,7 +142,7 @@ class GhibliDataModule(L.LightningDataModule):
             "train": hashes(self.train_images),
             "val": hashes(val),
             "unusable": folder.unusable,
-        }
+        } | ({"excluded": self.excluded} if self.excluded else {})
         write_json(self.run.split, split)
         data_hash = image_set_hash(folder.images)
         check_unchanged(self.run, "data_hash", data_hash, f"the image set data.root={self.config.data.root}")
@@ -195,9 +200,23 @@ class GhibliDataModule(L.LightningDataModule):
             device: where the VAE encodes the images; it stays there.
         """
         self.read()
+        return list(self.items_of(self.val_images, device))
+
+    def items_of(
+        self, images: list[CaptionedImage], device: torch.device
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Return the items of some images, as the probe has them, a batch each, made one after the other.
+
+        Args:
+            device: where the VAE encodes the images, all of them at once; it stays there.
+        """
         self.base.vae.to(device)
-        moments = self._moments(self.val_images, device, mirrored=False)
-        return self._items(self.val_images, moments, self.base.tokenize([p.caption for p in self.val_images]))
+        moments = self._moments(images, device, mirrored=False)
+        input_ids = self.base.tokenize([image.caption for image in images])
+        return (
+            self._items([image], moments.of([row]), input_ids[row : row + 1])[0]
+            for row, image in enumerate(images)
+        )
 
     def _items(
         self, images: list[CaptionedImage], moments: Moments, input_ids: torch.Tensor

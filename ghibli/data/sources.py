@@ -9,8 +9,9 @@ import numpy as np
 
 from ghibli.config.schema import Config
 from ghibli.data.drawing import draw_missing
+from ghibli.data.exclude import split_without_excluded
 from ghibli.data.folder import CaptionedImage, read_folder
-from ghibli.data.split import first_by_content, split_apart
+from ghibli.data.split import first_by_content
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS
 from ghibli.images.duplicates import near_duplicates, thumbnail
 from ghibli.runtime.console import counted
@@ -113,8 +114,8 @@ def real_images(
             on_progress=on_progress,
             on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
         )
+    found, split = split_without_excluded(found, thumbnails, data)
     require_same_images(found.images, noted_hash, data.root)
-    split = split_apart(found.images, thumbnails, data.val_fraction)
     training, held_out = split.train, split.held_out
     if data.reference is not None:
         if Path(data.reference).is_relative_to(config.cache_dir):  # any other folder is the user's

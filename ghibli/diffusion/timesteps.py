@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import scipy.special
+import torch
 
 from ghibli.config.registry import DISTRIBUTIONS
 from ghibli.config.schema import LossConfig
@@ -48,6 +49,26 @@ def timestep_function(options: LossConfig, num_train_timesteps: int) -> Callable
         return partial(uniform_timestep, draw=draw, first=first, count=count)
     point = spread_point if is_spread else independent_point
     return partial(bent_timestep, point=point, first=first, bounds=cumulative(options, count))
+
+
+def quantile_function(
+    options: LossConfig, num_train_timesteps: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function from timesteps that are uniform over 0 .. T-1 to those that training draws as often.
+
+    Without range and distribution it changes none.
+    """
+    first, last = options.timestep_range or (0, num_train_timesteps - 1)
+    count, is_uniform = last - first + 1, options.timestep_distribution == "uniform"
+    bounds = [] if is_uniform else cumulative(options, count)
+
+    def quantile(timesteps: torch.Tensor) -> torch.Tensor:
+        if is_uniform:
+            return first + timesteps * count // num_train_timesteps
+        points = [(2 * int(t) + 1) * POINTS // (2 * num_train_timesteps) for t in timesteps]
+        return torch.tensor([first + bisect_right(bounds, point) for point in points])
+
+    return quantile
 
 
 def uniform_timestep(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from ghibli.evaluation.statistics import Estimate
+from ghibli.evaluation.statistics import Estimate, crossed_mean
 from ghibli.runtime.errors import UserError
 
 
@@ -60,6 +60,24 @@ def mean_gain(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
     without_one = (1 - (ours.sum(0) - ours) / (base.sum(0) - base)).mean(1)
     variance = (count - 1) / count * (without_one - without_one.mean()).square().sum()
     return Gain(value.item(), variance.sqrt().item(), freedom=count - 1)
+
+
+def gain_over_seeds(losses: torch.Tensor, base_losses: torch.Tensor) -> Gain:
+    """Compute the mean gain of trainings with S seeds, with its error over seeds and images together.
+
+    So the interval holds what another seed and other held-out images would give. The gain is a ratio of sums;
+    its jackknife pseudo-values (Tukey 1958) of every seed and image are the table for crossed_mean, so seeds
+    that agree have the error of paired_gain.
+
+    Args:
+        losses: (S, P, K) of P images with K items each.
+        base_losses: (P, K) of the base, the same for all seeds.
+    """
+    ours, base = losses.double().sum(2), base_losses.double().sum(1)
+    gains, count = 1 - ours.sum(1, keepdim=True) / base.sum(), len(base)
+    without_one = 1 - (ours.sum(1, keepdim=True) - ours) / (base.sum() - base)
+    found = crossed_mean(count * gains - (count - 1) * without_one)
+    return Gain(gains.mean().item(), found.standard_error, freedom=found.freedom)
 
 
 def paired_difference(losses: torch.Tensor, others: torch.Tensor) -> tuple[float, float]:

@@ -78,3 +78,33 @@ def mean_of(values: torch.Tensor, groups: torch.Tensor | None = None) -> Estimat
     if len(members) < 2:
         return Estimate(values.mean().item(), math.nan, freedom=0)
     return jackknife(values.mean().item(), [(values.sum() - sums) / (count - members)])
+
+
+def crossed_mean(values: torch.Tensor) -> Estimate:
+    """Compute the mean of a table (S, P) whose rows and whose columns are both samples, with its error.
+
+    Two-way random effects without replication (Searle, Casella and McCulloch 1992, chapter 4): the mean
+    squares of rows, columns and their interaction give an unbiased variance of the mean, (MS_rows +
+    MS_columns - MS_interaction) / (S P), with the degrees of freedom of Satterthwaite (1946). It is taken to
+    be no smaller than the variance over rows alone, or over columns alone. NaN for one row or column.
+    """
+    table = values.double()
+    rows, columns = table.shape
+    mean = table.mean()
+    if min(rows, columns) < 2:
+        return Estimate(mean.item(), math.nan, freedom=0)
+    of_rows, of_columns = table.mean(1) - mean, table.mean(0) - mean
+    rest = table - mean - of_rows[:, None] - of_columns
+    parts = {  # what each adds to the variance of the mean -> its degrees of freedom
+        "rows": (of_rows.square().sum() / (rows * (rows - 1)), rows - 1),
+        "columns": (of_columns.square().sum() / (columns * (columns - 1)), columns - 1),
+        "rest": (
+            rest.square().sum() / (rows * columns * (rows - 1) * (columns - 1)), (rows - 1) * (columns - 1)
+        ),
+    }  # fmt: skip
+    variances = {name: variance.item() for name, (variance, _) in parts.items()}
+    variance = variances["rows"] + variances["columns"] - variances["rest"]
+    variance = max(variance, variances["rows"], variances["columns"])
+    squares = sum(variances[name] ** 2 / freedom for name, (_, freedom) in parts.items())
+    freedom = variance**2 / squares if squares > 0 else min(rows, columns) - 1
+    return Estimate(mean.item(), variance**0.5, freedom=max(freedom, 1.0))

@@ -17,6 +17,7 @@ from ghibli.images.fonts import font_and_text, width_of
 TILE, GAP, LINE, COLUMNS = 256, 12, 18, 4  # of a contact sheet: px, px, px, tiles in a row
 LETTERS, LINES = 36, 4  # of a caption below a tile: letters in a line, lines
 CAPTION_SIZE = 13  # px
+HEADING, TITLE_SIZE = 48, 19  # px, of a title above a contact sheet
 FILL = "\ufffe"  # no character: takes the place of the second half of a wide one
 PAIR_COLUMNS = 6  # pairs in a row of a before-and-after sheet
 
@@ -163,6 +164,21 @@ def contact_sheet(images: list[tuple[Image.Image, str]]) -> Image.Image:
         for (_, caption), left in zip(row, lefts, strict=False)
     ]
     return lay_out((COLUMNS * (TILE + GAP) + GAP, len(rows) * height + GAP), tiles, lefts, tops, texts)
+
+
+def titled_sheets(parts: list[tuple[str, list[tuple[Image.Image, str]]]]) -> Image.Image:
+    """Lay out contact sheets of (image, caption) pairs below each other, each under its title."""
+    sheets = [contact_sheet(images) for _, images in parts]
+    tops, height = [], 0
+    for sheet in sheets:
+        tops.append(height + HEADING)
+        height += HEADING + sheet.height
+    titles = [
+        Text(GAP, top - HEADING // 2, title, TITLE_SIZE, "lm")
+        for top, (title, _) in zip(tops, parts, strict=True)
+    ]
+    size = max(sheet.width for sheet in sheets), height
+    return lay_out(size, [[sheet] for sheet in sheets], [0], tops, titles)
 
 
 def shorten(caption: str) -> str:

@@ -19,6 +19,7 @@ from ghibli.report.figures import (
     timestep_chart,
 )
 from ghibli.report.images import EmbeddedImage, embed, embed_grids, embed_last_grid
+from ghibli.report.influence import influence_section
 from ghibli.report.layers import layer_section
 from ghibli.report.provenance import provenance_facts, shared_facts
 from ghibli.report.run_data import RunData, gain_of, price_of, try_read
@@ -27,6 +28,7 @@ from ghibli.report.text import (
     gain_percent,
     noise_sentence,
     run_verdict,
+    seed_sentences,
     study_verdict,
     winner_sentences,
 )
@@ -62,6 +64,7 @@ def run_page(data: RunData) -> dict[str, Any]:
         "evaluation": try_read(lambda: evaluation_section([data])),
         "evaluation_images": evaluation_images(data),
         "layers": try_read(lambda: layer_section(data)),
+        "influence": try_read(lambda: influence_section(data)),
         "findings": merged_findings([(data.name, data)]),
         "provenance": list(provenance_facts(data).items()),
     }
@@ -115,7 +118,11 @@ def comparison_page(title: str, runs: list[RunData], study: Path | None) -> dict
         "kind": "study" if study else "comparison",
         "subtitle": number_of(len(runs), "run"),
         "unfinished": len(finished) < len(runs),
-        "verdict": [*study_verdict(labelled, found, noise), *winner_sentences(finished)],
+        "verdict": [
+            *study_verdict(labelled, found, noise),
+            *try_read(lambda: seed_sentences(finished), []),
+            *winner_sentences(finished),
+        ],
         "keys": keys,
         "named": names != settings_labels(runs, keys),
         "ranking": ranking_section(labelled, keys),

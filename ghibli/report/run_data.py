@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 
 from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain
+from ghibli.evaluation.influence import Influences, read_influences
 from ghibli.evaluation.layer_map import LayerMap, read_map
+from ghibli.evaluation.scores import best_probe
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import relevant_settings
 from ghibli.runtime.commands import command_line
 from ghibli.runtime.files import read_rows
-from ghibli.sweeps.trials import Trial, best_probe
+from ghibli.sweeps.trials import Trial
 
 CsvRow = dict[str, float]
 READ_ERRORS = (  # raised by damaged files
@@ -100,6 +102,25 @@ class RunData:
         if None not in (content.weights, self.run.weights) and content.weights != self.run.weights:
             self.problems.append(
                 f"slim.json is older than the run, which was trained further: {command} updates it"
+            )
+            return None
+        return content
+
+    @cached_property
+    def influence(self) -> Influences | None:
+        """The content of influence.json; None if it is missing, damaged, or older than the weights."""
+        if not self.run.influence.exists():
+            return None
+        command = f"`{command_line('ghibli', 'influence', self.run.path)}`"
+        try:
+            content = read_influences(self.run.influence)
+            measured = content.of["weights"][0]
+        except READ_ERRORS:
+            self.problems.append(f"influence.json is damaged: move it away, and {command} writes it again")
+            return None
+        if None not in (measured, self.run.weights) and measured != self.run.weights:
+            self.problems.append(
+                f"influence.json is older than the run, which was trained further: {command} updates it"
             )
             return None
         return content

@@ -9,10 +9,11 @@ from scipy.stats import norm
 
 from ghibli.evaluation.diagnosis import NOTHING
 from ghibli.evaluation.gain import Gain
+from ghibli.evaluation.seeds import over_seeds
 from ghibli.report.run_data import RunData, gain_of, price_of, timestep_gains
 from ghibli.report.svg import tag
 from ghibli.runtime.commands import command_line, resume_words
-from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, number_of
+from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, number_of, repeated_trials
 from ghibli.sweeps.trials import Trial
 from ghibli.sweeps.winner import winner_lines
 
@@ -205,6 +206,15 @@ def noise_sentence(noise: SeedNoise) -> str:
     """Say how much the seed alone changes the gain."""
     text = str(noise)
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def seed_sentences(trials: list[Trial]) -> list[str]:
+    """Say what trainings that differ only in the seed come to, where there is one group of them."""
+    groups = repeated_trials(trials)
+    if len(groups) != 1:
+        return []
+    found = over_seeds({trial.settings["seed"]: trial.scores for trial in groups[0]})
+    return [] if found is None else [f"{str(found)[:1].upper()}{str(found)[1:]}."]
 
 
 def winner_sentences(trials: list[Trial]) -> list[str]:

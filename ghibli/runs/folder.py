@@ -21,8 +21,8 @@ FOLDERS = (  # that a run writes into
 )  # fmt: skip
 FILES = (
     "config.yaml", "status.json", "no_result.txt", "split.json", "metrics.csv", "probe.csv", "distance.csv",
-    "evaluation.json", "evaluation.png", "evaluation_nearest.png", "slim.json", "slim.csv", "report.html",
-    ".lock",
+    "evaluation.json", "evaluation.png", "evaluation_nearest.png", "slim.json", "slim.csv", "influence.json",
+    "influence.csv", "influence.png", "influence_exclude.txt", "report.html", ".lock",
 )  # fmt: skip
 CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best.ckpt")
 BY_LIBRARIES = (".hydra", "wandb", ".wandb", "tensorboard")  # folders that Hydra and dashboards write into
@@ -131,6 +131,11 @@ class RunDir:
     def layer_map(self) -> Path:
         """Which layers carry the gain, as `ghibli slim` measured it."""
         return self.path / "slim.json"
+
+    @property
+    def influence(self) -> Path:
+        """What each training image did to the gain, as `ghibli influence` measured it."""
+        return self.path / "influence.json"
 
     @property
     def has_weights(self) -> bool:

@@ -146,7 +146,9 @@ def check_job(cfg: Any) -> None:
             if cfg.resume == "latest":
                 done = run.status.read().get("epoch") or 0
                 logger.info(f"latest   {run.path}: {run.status.state}, {done} epochs done")
-            check_places(resumed_here(run, cfg, cfg.hydra.overrides))
+            config = resumed_here(run, cfg, cfg.hydra.overrides)
+            check_places(config)
+            reject_seeds_outside(config)
             run.lock().close()
 
 
@@ -158,6 +160,7 @@ def check_new_run(cfg: Any) -> None:
     """
     config = to_config(cfg)
     check_paths(config)
+    reject_seeds_outside(config)
     is_folder_given = config.name is not None or any(
         text.startswith("hydra.run.dir=") for text in cfg.hydra.overrides.hydra
     )
@@ -173,6 +176,24 @@ def check_new_run(cfg: Any) -> None:
         with read_write(cfg.hydra.run):
             cfg.hydra.run.dir = str(run.path)
     run.lock().close()
+
+
+def reject_seeds_outside(config: Config) -> None:
+    """Raise a UserError for seeds=3 of processes that srun or torchrun started, which share one training."""
+    if config.seeds > 1 and distributed.started_outside():
+        raise UserError(
+            f"seeds={config.seeds}: several processes of this command were started at once (srun, torchrun), "
+            "which train one run: start one command for each seed, seed=0, seed=1, ..."
+        )
+
+
+def reject_seeds_of_trial(config: Config) -> None:
+    """Raise a UserError for seeds=3 in a sweep."""
+    if config.seeds > 1:
+        raise UserError(
+            f"seeds={config.seeds} repeats a single run: in a sweep use sweep.repeats={config.seeds - 1}, "
+            "for the best trials, or sweep seed=0,1,2"
+        )
 
 
 def check_places(config: Config) -> None:
@@ -227,6 +248,7 @@ def job_config(cfg: Any) -> Config:
         return config
     config = to_config(cfg)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
+        reject_seeds_of_trial(config)
         set_wandb_names(config, current_run(), Path(HydraConfig.get().sweep.dir))
     return config
 

@@ -18,8 +18,9 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_plain
 
 PLACES = {  # key of a folder or file -> the hash in status.json of its content
-    "data.root": "data_hash", "model.path": "base_hash", "model.config": "base_hash",
-    "model.adapter": "base_hash", "lora.init": "init_hash", "data.regularization": "regularization_hash",
+    "data.root": "data_hash", "data.exclude": "data_hash", "data.regularization": "regularization_hash",
+    "model.path": "base_hash", "model.config": "base_hash", "model.adapter": "base_hash",
+    "lora.init": "init_hash",
 }  # fmt: skip
 
 

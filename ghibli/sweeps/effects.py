@@ -123,13 +123,18 @@ class SeedNoise:
         )
 
 
-def seed_noise(trials: list[Trial]) -> SeedNoise | None:
-    """Compute the pooled spread among trials that differ only in the seed; None without such trials."""
-    groups: dict[str, list[float]] = {}
+def repeated_trials(trials: list[Trial]) -> list[list[Trial]]:
+    """Return the groups of two or more scored trials that differ in nothing but the seed."""
+    groups: dict[str, list[Trial]] = {}
     for trial in without_duplicates([trial for trial in trials if trial.gain is not None]):
         rest = settings_key({key: value for key, value in trial.settings.items() if key != "seed"})
-        groups.setdefault(rest, []).append(trial.scores.val_gain.value)
-    repeated = [gains for gains in groups.values() if len(gains) > 1]
+        groups.setdefault(rest, []).append(trial)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def seed_noise(trials: list[Trial]) -> SeedNoise | None:
+    """Compute the pooled spread among trials that differ only in the seed; None without such trials."""
+    repeated = [[trial.scores.val_gain.value for trial in group] for group in repeated_trials(trials)]
     if not repeated:
         return None
     freedom = sum(len(gains) - 1 for gains in repeated)

@@ -22,7 +22,7 @@ from ghibli.config.schema import Config, EvaluateConfig, SweepConfig
 from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs.compose import conf_folder, parse_overrides, register, to_config
 from ghibli.runs.folder import RunDir
-from ghibli.runs.launch import claimed, reject_chdir, set_wandb_names
+from ghibli.runs.launch import claimed, reject_chdir, reject_seeds_of_trial, set_wandb_names
 from ghibli.runs.lock import Lock
 from ghibli.runs.monitor import in_words
 from ghibli.runs.reuse import is_of_a_run
@@ -242,6 +242,7 @@ def check_trials(config_name: str, trials: list[list[str]]) -> tuple[list[Planne
                 cfg = compose_trial(config_name, overrides)
                 config = to_config(cfg)
                 check_paths(config)
+                reject_seeds_of_trial(config)
                 first = names.setdefault(cfg.hydra.sweep.subdir, own)
         except UserError as error:
             raise UserError(f"trial {own}: {error}" if own else str(error)) from None

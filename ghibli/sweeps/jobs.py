@@ -1,27 +1,19 @@
 """Run one trial of a sweep so that its failure stops no other, and estimate the time left."""
 
-import logging
-import math
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 from ghibli.config.files import read_settings
 from ghibli.config.schema import Config, base_name, images_name
+from ghibli.runs.attempts import attempt
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir
 from ghibli.runs.monitor import in_words
-from ghibli.runtime.errors import UserError, disk_trouble
-from ghibli.runtime.files import write_text
-
-logger = logging.getLogger(__name__)
 
 PAST_RUNS = 5  # the newest, from which the time of a sweep is estimated before its first trial
-failures: list[Path] = []  # trials that failed in this process; those in a launcher's processes leave a note
 
 
 @dataclass(frozen=True)
@@ -42,18 +34,7 @@ timed: list[Timed] = []  # of this process
 
 def run_trial(run: RunDir, job: Callable[[], float]) -> float:
     """Run `job` and return its objective; NaN, a printed line and a note in the run folder if it raises."""
-    run.no_result.unlink(missing_ok=True)
-    try:
-        return job()
-    except Exception as error:
-        trouble = str(error) if isinstance(error, UserError) else disk_trouble(error)
-        if trouble is None:
-            traceback.print_exc()
-        logger.warning(f"this trial failed: {trouble or repr(error)}")
-        failures.append(run.path)
-        with suppress(OSError):  # a full disk; `failures` knows about it
-            write_text(run.no_result, (trouble or repr(error)).removeprefix(f"{run.path} "))
-        return math.nan
+    return attempt(run, job, "trial")
 
 
 class Stopwatch:

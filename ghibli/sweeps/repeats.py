@@ -3,13 +3,12 @@
 import logging
 from collections.abc import Callable
 
-from ghibli.config.files import apply_overrides, from_yaml
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.runs.here import on_this_machine
+from ghibli.runs.repeats import repeated_config, repetition
 from ghibli.sweeps.grid import Study
 from ghibli.sweeps.jobs import run_trial
-from ghibli.sweeps.trials import REPEAT, read_trials
+from ghibli.sweeps.trials import read_trials
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +22,7 @@ def repeat_best_trials(study: Study, train: Callable[[Config, RunDir], float]) -
 
 
 def repeat_trial(study: Study, first: RunDir, seed: int, train: Callable[[Config, RunDir], float]) -> None:
-    """Train a trial again with another seed; the dashboard shows it under the name of its own folder."""
-    run = RunDir(first.path.with_name(f"{first.path.name}{REPEAT}{seed}"))
-
-    def job() -> float:
-        stored = on_this_machine(from_yaml(first.config), study.cache_dir)  # it may be a stranger's
-        config = apply_overrides(stored, [f"seed={seed}"], ("seed",))
-        config.wandb.name = run.path.name
-        return train(config, run)
-
+    """Train a trial again with another seed."""
+    run = repetition(first, seed)
     logger.info(run.path.name)
-    run_trial(run, job)
+    run_trial(run, lambda: train(repeated_config(first, seed, study.cache_dir), run))

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ghibli.config.files import read_settings
-from ghibli.evaluation.gain import Gain, Probe, best_epoch
-from ghibli.runs.folder import RunDir, read_checkpoint
+from ghibli.evaluation.gain import Gain, Probe
+from ghibli.evaluation.scores import best_probe
+from ghibli.runs.folder import RunDir
+from ghibli.runs.repeats import REPEAT
 from ghibli.runs.settings import relevant_settings
-from ghibli.runtime.errors import UserError
-from ghibli.runtime.files import is_whole, read_plain
+from ghibli.runtime.files import read_plain
 
 LONGEST_REASON = 2**16  # bytes of a no_result.txt
-REPEAT = "+seed="  # in the folder name of a trial that repeats another one with a new seed
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,6 @@ def read_trial(run: RunDir) -> Trial | None:
     )  # a running trial's may still change
     best = best_probe(run) if has_result else None
     return Trial(run, relevant_settings(content), run.status.read(), best)
-
-
-def best_probe(run: RunDir) -> Probe | None:
-    """Read the best epoch's scores from best.ckpt; None if that is missing, damaged or holds no epoch."""
-    if not is_whole(run.best_checkpoint):
-        return None
-    try:
-        history = [Probe(**probe) for probe in read_checkpoint(run.best_checkpoint)["probe"]]
-    except (UserError, KeyError, TypeError):  # of another program
-        return None
-    return history[best_epoch(history)] if len(history) > 1 else None
 
 
 def varied(trials: list[Trial]) -> list[str]:

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from ghibli.evaluation.gain import Gain, paired_difference, paired_gain
+from ghibli.evaluation.gain import Gain, gain_over_seeds, paired_difference, paired_gain
 from ghibli.sweeps.effects import number_of, settings_key, without_duplicates
 from ghibli.sweeps.trials import Trial
 
@@ -70,9 +69,7 @@ class Seeded:
 def seeded(trials: list[Trial]) -> Seeded | None:
     """Return the gain of the best trial's settings with other seeds (`sweep.repeats`).
 
-    The seed that was the best of many trials was partly lucky and is left out. Images and seeds are crossed:
-    the variance of the mean is that over images of the seeds' mean losses, and that over seeds of their gains
-    divided by their number, added; the degrees of freedom are Welch's and Satterthwaite's.
+    The seed that was the best of many trials was partly lucky and is left out.
 
     Returns:
         None for fewer than two repeats of the best trial on the same items.
@@ -89,12 +86,8 @@ def seeded(trials: list[Trial]) -> Seeded | None:
     ]  # fmt: skip
     if len(again) < 2 or len(base) < 2:
         return None
-    of_images = paired_gain(torch.stack([trial.scores.val.double() for trial in again]).mean(0), base)
-    values = [trial.scores.val_gain.value for trial in again]
-    parts = of_images.standard_error**2, float(np.var(values, ddof=1)) / len(values)
-    within = parts[0] ** 2 / of_images.freedom + parts[1] ** 2 / (len(values) - 1)
-    freedom = sum(parts) ** 2 / within if within > 0 else of_images.freedom
-    return Seeded(len(again), Gain(float(np.mean(values)), sum(parts) ** 0.5, freedom=freedom))
+    losses = torch.stack([trial.scores.val for trial in again])
+    return Seeded(len(again), gain_over_seeds(losses, base))
 
 
 def without_seed(trial: Trial) -> str:

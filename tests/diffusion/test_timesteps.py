@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+import torch
 
 from ghibli.config.schema import Config, LossConfig
-from ghibli.diffusion.timesteps import timestep_function
+from ghibli.diffusion.timesteps import quantile_function, timestep_function
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.seeding import independent_timestep, timestep
 
@@ -117,3 +118,14 @@ def test_what_no_distribution_has_is_refused(
 def test_a_range_beyond_the_base_is_refused(options: LossConfig) -> None:
     with pytest.raises(UserError, match=r"loss.timestep_range=\[0,1000\]: this base has timesteps 0 to 999"):
         timestep_function(replace(options, timestep_range=[0, 1000]), T)
+
+
+def test_quantiles_of_uniform_timesteps_are_drawn_as_often_as_in_training(options: LossConfig) -> None:
+    every = torch.arange(T)
+    assert torch.equal(quantile_function(options, T)(every), every)
+    ranged = quantile_function(replace(options, timestep_range=[250, 269]), T)(every)
+    assert torch.bincount(ranged - 250, minlength=20).tolist() == [T // 20] * 20
+    for name, (*_, cdf) in CASES.items():
+        found = quantile_function(bent(options, name, timestep_range=[100, 899]), T)(every).numpy()
+        assert found.min() >= 100 and found.max() <= 899
+        assert largest_gap(found, cdf, 100, 800) < 2 / T

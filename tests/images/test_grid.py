@@ -3,7 +3,16 @@
 import numpy as np
 from PIL import Image
 
-from ghibli.images.grid import Block, captioned_blocks
+from ghibli.images.grid import (
+    COLUMNS,
+    GAP,
+    HEADING,
+    TILE,
+    Block,
+    captioned_blocks,
+    contact_sheet,
+    titled_sheets,
+)
 
 
 def test_captioned_blocks_show_each_image_as_it_is() -> None:
@@ -27,3 +36,21 @@ def test_captioned_blocks_show_each_image_as_it_is() -> None:
     above = sheet[: tops[0]]
     assert (above < 128).any(), "the caption is above"
     assert (sheet[0] == 255).all() and (sheet[:, 0] == 255).all(), "nothing is cut off at the edges"
+
+
+def test_titled_sheets_stand_below_each_other() -> None:
+    sides = [
+        (title, [(Image.new("RGB", (64, 64), colour), "a cat")] * count)
+        for title, colour, count in (("good", "green", COLUMNS + 1), ("bad", "red", 1))
+    ]
+    sheet = titled_sheets(sides)
+    first, second = (contact_sheet(images) for _, images in sides)
+    assert sheet.size == (first.width, 2 * HEADING + first.height + second.height)
+    pixels = np.array(sheet)
+    assert (pixels[HEADING : HEADING + first.height] == np.array(first)).all()
+    top = 2 * HEADING + first.height
+    assert (pixels[top:] == np.array(second)).all()
+    assert (pixels[top + GAP : top + GAP + TILE, GAP : GAP + TILE] == (255, 0, 0)).all()
+    for start in (0, HEADING + first.height):  # a title is drawn above each
+        heading = pixels[start : start + HEADING]
+        assert (heading < 128).any() and (heading[:4] == 255).all()

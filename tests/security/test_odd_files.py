@@ -37,7 +37,7 @@ KEPT = REPO / "tests" / "end_to_end" / "runs_of_73ce106" / "finished"
 HUGE = 2**28  # bytes
 TEXTS = (
     "config.yaml", "status.json", "split.json", "metrics.csv", "probe.csv", "distance.csv", "evaluation.json",
-    "slim.json", "no_result.txt", ".lock",
+    "slim.json", "influence.json", "no_result.txt", ".lock",
 )  # fmt: skip
 BINARY = ("checkpoints/best.ckpt", "samples/epoch_009.png")
 

@@ -1,0 +1,63 @@
+"""One run with several seeds: the further trainings, each in a folder beside the first, and what all say."""
+
+import logging
+from collections.abc import Callable
+
+from ghibli.config.schema import Config
+from ghibli.evaluation.scores import best_probe
+from ghibli.evaluation.seeds import over_seeds
+from ghibli.runs.attempts import attempt
+from ghibli.runs.find import has_checkpoint
+from ghibli.runs.folder import RunDir
+from ghibli.runs.repeats import repeated_config, repetition
+from ghibli.runtime.commands import command_here
+from ghibli.runtime.console import relative_path
+from ghibli.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Train = Callable[[Config, RunDir, bool], float]  # (settings, folder, resumes) -> objective
+
+
+def train_other_seeds(first: RunDir, seeds: list[int], cache_dir: str, resumes: bool, train: Train) -> None:
+    """Train what is missing of a run with several seeds; a training that fails stops none of the others.
+
+    Args:
+        first: trained with seeds[0]; the others lie beside it.
+        resumes: go on from checkpoints that are there, whatever code they were made by.
+    """
+    for number, seed in enumerate(seeds[1:], start=2):
+        run = repetition(first, seed)
+
+        def job(seed: int = seed, run: RunDir = run) -> float:
+            config = repeated_config(first, seed, cache_dir)
+            return train(config, run, resumes and has_checkpoint(run))
+
+        logger.info("")
+        logger.info(f"seed {seed}: training {number} of {len(seeds)}, {relative_path(run.path)}")
+        attempt(run, job, "training")
+
+
+def runs_of(first: RunDir, seeds: list[int]) -> dict[int, RunDir]:
+    """Return seed -> folder of a run with several seeds."""
+    return {seed: first if seed == seeds[0] else repetition(first, seed) for seed in seeds}
+
+
+def closing_lines(first: RunDir, seeds: list[int]) -> list[str]:
+    """Say what the trainings with several seeds come to.
+
+    Raises:
+        UserError: fewer than two of them have a result on the same items.
+    """
+    runs = {seed: run for seed, run in runs_of(first, seeds).items() if run.status.state == "finished"}
+    probes = {seed: best_probe(run) for seed, run in runs.items()}
+    found = over_seeds({seed: probe for seed, probe in probes.items() if probe is not None})
+    if found is None:
+        raise UserError(
+            f"seeds={len(seeds)}: fewer than two trainings have a result on the same held-out images, so "
+            f"there is no mean ({relative_path(first.path)} and the folders beside it say why)"
+        )
+    missing = [seed for seed in seeds if seed not in found.seeds]
+    lines = [f"missing  seed {', '.join(map(str, missing))}: no result"] if missing else []
+    folders = [relative_path(runs[seed].path) for seed in found.seeds]
+    return ["", *found.lines, *lines, f"next     {command_here('ghibli', 'report', *folders)}"]

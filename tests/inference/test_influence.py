@@ -1,0 +1,177 @@
+"""`ghibli influence` on a run: resumed after Ctrl-C, bounded in time, its list, its sheet and its section."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.report_material import page_of
+from PIL import Image
+from typer.testing import CliRunner
+
+import train
+from ghibli.cli.main import app
+from ghibli.config.files import to_yaml
+from ghibli.config.schema import Config
+from ghibli.data.datamodule import GhibliDataModule
+from ghibli.evaluation.influence import Influences, read_influences
+from ghibli.inference import influence as command
+from ghibli.inference.gradients import Batch, HeldOut, Products
+from ghibli.inference.influence import InfluenceOptions, influence
+from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
+from ghibli.runtime.errors import UserError
+
+BLOCK = "attentions.1.transformer_blocks.0"
+SETTINGS = (
+    "trainer.max_epochs=2", "optimizer.lr=5e-3", "lora.rank=4", "lora.alpha=6", "data.val_fraction=0.4",
+    "model.resolution=64", "lora.text_encoder=false", "sample.every_n_epochs=0", "threads=1",
+    f"lora.targets=[{BLOCK}.attn1.to_v,{BLOCK}.attn2.to_v]",
+)  # fmt: skip
+ALL = InfluenceOptions(items=None, minutes=None, exclude=0.2)
+
+
+@pytest.fixture(scope="module")
+def trained(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A finished run of a few steps."""
+    found = RunDir(tmp_path_factory.mktemp("influence") / "run")
+    train.run(make_config(*SETTINGS), found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(trained: RunDir) -> Influences:
+    return influence(trained, finished_config(trained), ALL)
+
+
+@pytest.fixture
+def copied(trained: RunDir, tmp_path: Path) -> RunDir:
+    """A copy of the run without what was measured."""
+    run = RunDir(tmp_path / "run")
+    ignored = shutil.ignore_patterns("influence*")
+    shutil.copytree(trained.path, run.path, ignore=ignored)
+    return run
+
+
+def images_of(run: RunDir) -> set[str]:
+    return set(json.loads(run.split.read_text())["train"])
+
+
+@pytest.mark.slow
+def test_every_training_image_is_ranked(trained: RunDir, measured: Influences) -> None:
+    assert {one.name for one in measured.ranked} == images_of(trained) and measured.is_whole
+    values = [one.influence.value for one in measured.ranked]
+    assert values == sorted(values, reverse=True)
+    assert sum(map(abs, values)) / len(values) == pytest.approx(1)
+    assert measured.preconditioned and measured.held_out == len(json.loads(trained.split.read_text())["val"])
+    steps = [torch.load(file, weights_only=True)["global_step"] for file in
+             (trained.best_checkpoint, trained.last_checkpoint)]  # fmt: skip
+    assert len(measured.checkpoints) == len(set(steps))
+
+
+@pytest.mark.slow
+def test_interrupted_and_continued_equals_undisturbed(
+    trained: RunDir, measured: Influences, copied: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, products = [], HeldOut.products
+
+    def some(gradients: HeldOut, batch: Batch) -> Products:
+        asked.append(batch)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return products(gradients, batch)
+
+    monkeypatch.setattr(HeldOut, "products", some)
+    with pytest.raises(KeyboardInterrupt):
+        influence(copied, finished_config(copied), ALL)
+    assert len(read_influences(copied.influence).blocks) == 4
+    found = influence(copied, finished_config(copied), ALL)
+    assert found == measured and len(asked) == 5 + len(measured.ranked) - 4
+    for name in ("influence.csv", "influence_exclude.txt", "influence.png"):
+        assert (copied.path / name).read_bytes() == (trained.path / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_it_ends_in_time_and_goes_on(
+    measured: Influences, copied: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = replace(ALL, minutes=0)
+    for count in (1, 2):
+        found = influence(copied, finished_config(copied), limited)
+        assert len(found.ranked) == count and not found.is_whole
+    assert "as the measurement is unfinished" in page_of(copied.path).text
+    kept = copied.influence.read_text()
+    monkeypatch.setattr(command, "KEEP_EVERY", 0)  # a write after every image changes nothing
+    assert influence(copied, finished_config(copied), ALL) == measured
+    assert copied.influence.read_text() != kept
+
+
+@pytest.mark.slow
+def test_other_weights_are_measured_anew(measured: Influences, copied: RunDir, trained: RunDir) -> None:
+    content = json.loads(trained.influence.read_text())
+    content["of"]["weights"][0] = "0" * 64
+    content["blocks"] = dict.fromkeys(content["blocks"], [1.0] * len(content["base"]))
+    copied.influence.write_text(json.dumps(content))
+    assert "influence.json is older than the run" in page_of(copied.path).text
+    assert influence(copied, finished_config(copied), ALL) == measured
+
+
+@pytest.mark.slow
+def test_the_list_leaves_out_the_worst(trained: RunDir, measured: Influences, tmp_path: Path) -> None:
+    file = trained.path / "influence_exclude.txt"
+    config = finished_config(trained)
+    config = replace(config, data=replace(config.data, exclude=str(file)))
+    data = GhibliDataModule(config, None, RunDir(tmp_path), 1000)
+    data.read()
+    ordered = sorted(measured.ranked, key=lambda one: one.agreement)
+    worst = {one.name for one in ordered[: round(0.2 * len(ordered))]}
+    assert {image.name for image in data.train_images} == images_of(trained) - worst
+
+
+@pytest.mark.slow
+def test_the_page_and_the_sheet_show_both_ends(trained: RunDir, measured: Influences) -> None:
+    page = page_of(trained.path)
+    assert "Influence of the training images" in page.text
+    odd = min(measured.ranked, key=lambda one: one.agreement)
+    assert f"{odd.agreement:.1f}".replace("-", "\u2212") in page.text
+    for one in (measured.ranked[0], measured.ranked[-1], odd):
+        assert one.name in page.text and one.caption in page.text
+        assert one.text.replace("+-", "\u00b1").replace("-", "\u2212") in page.text
+    with Image.open(trained.path / "influence.png") as sheet:
+        assert sheet.width > 1000 and sheet.height > 700
+
+
+@pytest.mark.slow
+def test_the_command_says_what_it_did(measured: Influences, trained: RunDir) -> None:
+    done = CliRunner().invoke(app, ["influence", str(trained.path), "--exclude", "20%"])
+    assert done.exit_code == 0, done.output
+    count = len(measured.ranked)
+    assert f"{count} of {count} training images on {measured.held_out} held-out ones" in done.output
+    assert f"the {round(0.2 * count)} that agree least" in done.output and "data.exclude=" in done.output
+    assert measured.ranked[0].name in done.output and measured.ranked[-1].name in done.output
+
+
+def refused(*words: str) -> str:
+    """Run `ghibli influence WORDS`, which fails, and return its one line."""
+    done = CliRunner().invoke(app, ["influence", *words])
+    assert isinstance(done.exception, UserError), done.output
+    return str(done.exception)
+
+
+def test_what_cannot_be_measured(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    for settings, state, expected in (
+        ("finetune=full", "finished", "trained all weights"),
+        ("finetune=none", "finished", "only measured the base"),
+        ("finetune=lora", "interrupted", "is interrupted, not finished"),
+    ):
+        run = RunDir(tmp_path / f"{settings}-{state}")
+        run.path.mkdir()
+        run.config.write_text(to_yaml(make_config(settings)))
+        run.status.update(state=state)
+        assert expected in refused(str(run.path))
+        assert "--exclude 0 is out of range" in refused(str(run.path), "--exclude", "0")
+        assert "--minutes nan is not a finite number" in refused(str(run.path), "--minutes", "nan")
+    assert "holds no run" in refused(str(tmp_path))
