@@ -60,7 +60,7 @@ def add_lora(base: BaseModel, options: LoraConfig, seed: int) -> None:
 
 
 @contextmanager
-def switched_off(base: BaseModel) -> Iterator[None]:
+def without_adapters(base: BaseModel) -> Iterator[None]:
     """Let the base predict as if it had no adapter; outside, the adapter is trained as before.
 
     PEFT freezes the weights of a layer that it switches off, so no backward pass may run inside.
@@ -174,22 +174,6 @@ def check_blocks(base: BaseModel, options: LoraConfig) -> None:
                 f"lora.rank={options.rank} is, for lora.variant=oft, the number of blocks of a layer's "
                 f"inputs, and {name} has {inputs}: it takes one of {', '.join(map(str, fitting))}"
             )
-
-
-@contextmanager
-def without_adapters(base: BaseModel) -> Iterator[None]:
-    """Let the base compute as if it had no adapters; for use without gradients."""
-    layers = [
-        layer for part in base.adaptable.values() for layer in part.modules()
-        if isinstance(layer, BaseTunerLayer)
-    ]  # fmt: skip
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 def unfreeze_unet(base: BaseModel) -> None:

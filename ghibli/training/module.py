@@ -133,7 +133,7 @@ class GhibliModule(L.LightningModule):
 
         It is this very network without its adapter, so it takes no memory of its own.
         """
-        with lora.switched_off(self.base):
+        with lora.without_adapters(self.base):
             return self.branches(on_other_captions(batch), 1, self.alphas_cumprod)[1]
 
     def losses(self, batch: dict[str, Any]) -> torch.Tensor:

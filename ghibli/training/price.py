@@ -144,7 +144,7 @@ def sampled(module: Untouched, captions: list[str]) -> torch.Tensor:
     with (
         counted("sampling what the base was made for") as on_progress,
         module.trainer.precision_plugin.forward_context(),
-        lora.switched_off(module.base),
+        lora.without_adapters(module.base),
     ):
         step = counter(on_progress, len(captions) * STEPS)
         images = [

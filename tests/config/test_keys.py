@@ -8,7 +8,7 @@ from ghibli.config.schema import Command, Config
 from ghibli.runs.compose import register
 
 WITHOUT_EFFECT = {
-    "name", "resume", "cache_dir", "local", "logger", "wandb", "checkpoint", "evaluate", "model.clip",
+    "name", "seeds", "resume", "cache_dir", "local", "logger", "wandb", "checkpoint", "evaluate", "model.clip",
     "data.workers",
     "data.reference", "data.reference_draw", "data.grid_epochs",
 }  # fmt: skip

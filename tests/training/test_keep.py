@@ -8,7 +8,7 @@ import torch
 
 import train
 from ghibli.adapters import lora
-from ghibli.adapters.lora import switched_off
+from ghibli.adapters.lora import without_adapters
 from ghibli.config.schema import Config
 from ghibli.data.everyday import captions_to_keep, everyday_captions
 from ghibli.data.folder import CaptionedImage
@@ -57,7 +57,7 @@ def fresh_prediction(batch: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora", "loha", "lokr", "oft"])
-def test_switched_off_is_the_base_and_afterwards_all_is_as_before(
+def test_without_adapters_is_the_base_and_afterwards_all_is_as_before(
     make_config: Callable, variant: str
 ) -> None:
     module = module_of(make_config(f"lora.variant={variant}", "lora.rank=4", "lora.dropout=0"), 0.05)
@@ -77,7 +77,7 @@ def test_an_error_inside_leaves_the_adapter_on(make_config: Callable) -> None:
     module = module_of(make_config("lora.dropout=0"), 0.05)
     batch = batch_of(module.base)
     before = module.prediction(batch)[0]
-    with pytest.raises(ZeroDivisionError), switched_off(module.base):
+    with pytest.raises(ZeroDivisionError), without_adapters(module.base):
         _ = 1 / 0
     assert torch.equal(module.prediction(batch)[0], before)
 
