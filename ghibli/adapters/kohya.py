@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from ghibli.adapters.files import Adapter, is_plain
-from ghibli.adapters.layers import UNSCALED, Full, InputOFT, Layer, LoKr, LoRA, at_alpha, tucker
+from ghibli.adapters.layers import UNSCALED, Full, InputOFT, Layer, LoHa, LoKr, LoRA, at_alpha, tucker
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.adapters.sidecar import clean_name, title_of
 from ghibli.config.schema import Config, describe
@@ -45,10 +45,11 @@ def to_kohya(adapter: Adapter, base: BaseModel | None = None) -> dict[str, torch
 def written_layers(adapter: Adapter, base: BaseModel | None = None) -> dict[str, Layer]:
     """Return the same updates in the form in which the readers of kohya's layout get them right.
 
-    DoRA's magnitudes, one an input, are kept: ComfyUI, A1111 and LyCORIS agree on them. Of magnitudes one
-    an output, ComfyUI divides by the norm of W instead of W + B A, and A1111 takes them for those of the
-    inputs. Such a layer is its whole difference from the base, which all of them read. LoKr's decomposition
-    over the kernel is multiplied out, since ComfyUI and LyCORIS fail on most of them.
+    DoRA's magnitudes, one an input, are kept: ComfyUI and A1111 agree on them. Of magnitudes one an output,
+    ComfyUI divides by the norm of W instead of W + B A, and A1111 takes them for those of the inputs. Such a
+    layer is its whole difference from the base, which all of them read. A Tucker decomposition over the
+    kernel is multiplied out: ComfyUI and LyCORIS fail on most LoKr that have one, and stable-diffusion.cpp
+    takes the core of LoRA and LoHa for its transpose.
 
     Args:
         base: what the adapter was trained on; only needed for DoRA.
@@ -57,11 +58,13 @@ def written_layers(adapter: Adapter, base: BaseModel | None = None) -> dict[str,
         UserError: DoRA with magnitudes one an output, and no base.
     """
     known, found = {} if base is None else named_layers(base), dict[str, Layer]()
-    for name, layer in at_one_alpha(adapter.layers).items():
+    layers = {
+        name: layer if only_as_a_whole(layer) else in_two_factors(layer)
+        for name, layer in adapter.layers.items()
+    }
+    for name, layer in at_one_alpha(layers).items():
         if only_as_a_whole(layer):
             layer = whole_difference(layer, adapter, known[name].weight if known else None)
-        elif isinstance(layer, LoKr) and layer.t2 is not None:
-            layer = in_two_factors(layer)
         found[name] = layer
     return found
 
@@ -97,11 +100,28 @@ def whole_difference(layer: Layer, adapter: Adapter, weight: torch.Tensor | None
 
 
 @torch.no_grad()
-def in_two_factors(layer: LoKr) -> LoKr:
-    """Multiply the core of a Tucker decomposition into the inner factor: the same matrix of the same rank."""
-    assert layer.t2 is not None and layer.w2_a is not None and layer.w2_b is not None
-    wide = tucker(layer.t2.double(), torch.eye(len(layer.w2_a)).double(), layer.w2_b.double())
-    return replace(layer, w2_a=layer.w2_a.T, w2_b=wide.flatten(1).to(layer.w2_b.dtype), t2=None)
+def in_two_factors(layer: Layer) -> Layer:
+    """Multiply the core of a Tucker decomposition into the factor of the inputs: same update, same rank.
+
+    A layer without a core stays as it is.
+    """
+    if isinstance(layer, LoRA) and layer.mid is not None:
+        alpha = layer.alpha * len(layer.mid) / layer.rank  # the core need not be square
+        return replace(layer, down=times_core(layer.mid, layer.down), mid=None, alpha=alpha)
+    if isinstance(layer, LoHa) and layer.t1 is not None and layer.t2 is not None:
+        w1_b, w2_b = times_core(layer.t1, layer.w1_b), times_core(layer.t2, layer.w2_b)
+        outside = replace(layer, w1_a=layer.w1_a.T, w2_a=layer.w2_a.T, t1=None, t2=None)
+        return replace(outside, w1_b=w1_b.flatten(1), w2_b=w2_b.flatten(1))
+    if isinstance(layer, LoKr) and layer.t2 is not None:
+        assert layer.w2_a is not None and layer.w2_b is not None
+        return replace(layer, w2_a=layer.w2_a.T, w2_b=times_core(layer.t2, layer.w2_b).flatten(1), t2=None)
+    return layer
+
+
+def times_core(core: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiply a core (p, q, k, k) with the factor (q, in) beside the inputs: (p, in, k, k), in its dtype."""
+    one = torch.eye(len(core), dtype=torch.float64, device=core.device)
+    return tucker(core.double(), one, factor.double().flatten(1)).to(factor.dtype)
 
 
 def write_kohya(

@@ -98,3 +98,14 @@ def test_layers_that_differ_are_dynamic(make_config: Callable) -> None:
     adapter = files.Adapter(Path("x"), "diffusers", layers, {})
     found = kohya.metadata_of(adapter, base_of(768, "epsilon"), make_config(), {}, "x")
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+
+
+def test_a_core_that_is_not_square_keeps_its_strength() -> None:
+    """LoCon's Tucker decomposition between two ranks: alpha / rank is of the inner one, that of A."""
+    draw = torch.Generator().manual_seed(0)
+    up, mid, down = (torch.randn(*shape, generator=draw) for shape in ((6, 2), (2, 5, 3, 3), (5, 4)))
+    layer = LoRA(down=down[..., None, None], up=up[..., None, None], alpha=3.0, mid=mid)
+    written = kohya.written_layers(files.Adapter(Path("x"), "kohya", {"unet.conv1": layer}, {}))["unet.conv1"]
+    wanted = 3 / 5 * torch.einsum("op,pqxy,qi->oixy", up.double(), mid.double(), down.double())
+    assert isinstance(written, LoRA) and written.is_plain and written.rank == 2
+    torch.testing.assert_close(written.delta(torch.zeros(6, 4, 3, 3).double()), wanted, rtol=1e-6, atol=1e-6)
