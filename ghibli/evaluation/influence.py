@@ -194,7 +194,7 @@ def kept_influences(run: RunDir) -> Influences | None:
     try:
         return read_influences(run.influence)
     except FileNotFoundError:
-        names = OUTPUTS
+        names: tuple[str, ...] = OUTPUTS
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         names = (run.influence.name, *OUTPUTS)
     foreign = next((run.path / name for name in names if (run.path / name).exists()), None)

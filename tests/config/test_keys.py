@@ -8,12 +8,12 @@ from ghibli.config.schema import Command, Config
 from ghibli.runs.compose import register
 
 WITHOUT_EFFECT = {
-    "name", "resume", "cache_dir", "local", "logger", "wandb", "checkpoint", "evaluate", "model.clip",
+    "name", "seeds", "resume", "cache_dir", "local", "logger", "wandb", "checkpoint", "evaluate", "model.clip",
     "data.workers",
     "data.reference", "data.reference_draw", "data.grid_epochs",
 }  # fmt: skip
 NOT_IN_FOLDER_NAMES = {
-    "grid", "model", "data", "data.root", "data.draw", "name", "resume", "cache_dir", "local.sd15",
+    "grid", "model", "data", "data.root", "data.draw", "name", "seeds", "resume", "cache_dir", "local.sd15",
     "local.sd15_config", "local.ghibli", "local.caption", "model.clip", "model.config", "data.reference",
     "data.reference_draw", "data.workers", "data.grid_epochs", "checkpoint.every_n_steps",
     "evaluate.samples", "evaluate.scan_samples", "evaluate.every_n_epochs", "evaluate.epoch_samples",
