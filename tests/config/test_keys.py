@@ -8,9 +8,8 @@ from ghibli.config.schema import Command, Config
 from ghibli.runs.compose import register
 
 WITHOUT_EFFECT = {
-    "name", "seeds", "resume", "cache_dir", "local", "logger", "wandb", "checkpoint", "evaluate", "model.clip",
-    "data.workers",
-    "data.reference", "data.reference_draw", "data.grid_epochs",
+    "name", "seeds", "resume", "cache_dir", "local", "logger", "wandb", "checkpoint", "evaluate",
+    "model.clip", "data.workers", "data.reference", "data.reference_draw", "data.grid_epochs",
 }  # fmt: skip
 NOT_IN_FOLDER_NAMES = {
     "grid", "model", "data", "data.root", "data.draw", "name", "seeds", "resume", "cache_dir", "local.sd15",
