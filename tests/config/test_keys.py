@@ -9,11 +9,10 @@ from ghibli.runs.compose import register
 
 WITHOUT_EFFECT = {
     "name", "seeds", "resume", "cache_dir", "local", "logger", "wandb", "checkpoint", "evaluate",
-    "model.clip", "data.workers",
-    "data.reference", "data.reference_draw", "data.grid_epochs",
+    "model.clip", "data.workers", "data.reference", "data.reference_draw", "data.grid_epochs",
 }  # fmt: skip
 NOT_IN_FOLDER_NAMES = {
-    "grid", "model", "data", "data.root", "data.draw", "name", "resume", "cache_dir", "local.sd15",
+    "grid", "model", "data", "data.root", "data.draw", "name", "seeds", "resume", "cache_dir", "local.sd15",
     "local.sd15_config", "local.ghibli", "local.caption", "model.clip", "model.config", "data.reference",
     "data.reference_draw", "data.workers", "data.grid_epochs", "checkpoint.every_n_steps",
     "evaluate.samples", "evaluate.scan_samples", "evaluate.every_n_epochs", "evaluate.epoch_samples",

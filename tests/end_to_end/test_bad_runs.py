@@ -470,7 +470,7 @@ def test_list_survives_damaged_status_files(
     (runs / "folder" / "status.json").mkdir(parents=True)
     list_command()
     group, _, *lines = capsys.readouterr().out.splitlines()
-    assert group == "base unknown, images unknown"
+    assert group == "base and images unknown"
     assert [line.split()[0].rsplit("/", 1)[-1] for line in lines] == [
         "bytes", "cut", "empty", "folder", "list", "good",
     ]  # fmt: skip

@@ -173,5 +173,5 @@ def test_what_cannot_be_measured(make_config: Callable[..., Config], tmp_path: P
         run.status.update(state=state)
         assert expected in refused(str(run.path))
         assert "--exclude 0 is out of range" in refused(str(run.path), "--exclude", "0")
-        assert "--minutes nan is not a finite number" in refused(str(run.path), "--minutes", "nan")
+        assert "--minutes inf is not a finite number" in refused(str(run.path), "--minutes", "inf")
     assert "holds no run" in refused(str(tmp_path))
