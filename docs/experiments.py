@@ -34,7 +34,7 @@ from ghibli.evaluation.distances import (
     kernel_distance,
 )
 from ghibli.evaluation.features import FeatureExtractor, standardised
-from ghibli.evaluation.gain import Gain, Probe, paired_gain
+from ghibli.evaluation.gain import Gain, Probe, best_epoch, paired_gain
 from ghibli.evaluation.statistics import Estimate
 from ghibli.images.grid import to_image
 from ghibli.models.base import BaseModel
@@ -46,6 +46,7 @@ from ghibli.runtime.cache import cached
 from ghibli.runtime.console import counted
 from ghibli.runtime.files import write_json
 from ghibli.runtime.provenance import now, provenance
+from ghibli.sweeps.race import Runner, history_of, replay
 from ghibli.sweeps.trials import best_probe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -481,7 +482,8 @@ def plot_noise(
     figure = plt.figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.25))
     axis = left.subplots()
-    rows = {f"{name},\nits noise decoded": distances[name] for name in names}
+    rows = {f"{name},\nits noise decoded": distances[name] for name in names[:3]}
+    rows["pure noise,\ndecoded"] = distances["pure noise"]
     rows |= {f"{name},\nimages": of_images[name] for name in names[:3]}
     rows["real images"] = of_images["real images"]
     colours = ["#d9731a"] * len(names) + ["#1f6fb4"] * 3 + ["#777777"]
@@ -496,7 +498,7 @@ def plot_noise(
             tile = axes[row, col]
             tile.set(xticks=[], yticks=[])
             if name in found:
-                tile.imshow(to_image(found[name][0]))
+                tile.imshow(to_image(found[name][len(found[name]) // 2]))  # of timestep 500
             else:
                 tile.axis("off")
         axes[0, col].set_title(name, fontsize=9)
@@ -507,8 +509,53 @@ def plot_noise(
     plt.close(figure)
 
 
+def race(lab: Lab, orders: int = 50, bootstraps: int = 200) -> None:
+    """Race the trials that other parts have trained to the end: winner, epochs, and false stops."""
+    began, rows, draws = time.monotonic(), {}, np.random.default_rng(0)
+    for folder in sorted(path for path in WORK.glob("*/") if path.name not in ("cache", "measured")):
+        runs = [RunDir(path) for path in sorted(folder.glob("*+seed=0"))]
+        histories = [history_of(run) for run in runs if run.status.state == "finished"]
+        if len(histories) < 4:
+            continue
+        last = [history[best_epoch(history)].val.double().mean().item() for history in histories]
+        best, found = int(np.argmin(last)), []
+        for _ in range(orders):
+            order = draws.permutation(len(histories))
+            one = replay([histories[index] for index in order])
+            found.append((int(order[one["winner"]]) == best, one["epochs"]))
+        false = sum(
+            is_false(histories, draws.integers(len(histories[0][0].val), size=len(histories[0][0].val)))
+            for _ in range(bootstraps)
+        )
+        rows[folder.name] = {
+            "trials": len(histories), "epochs in all": sum(len(history) - 1 for history in histories),
+            "orders": orders, "the same winner": sum(same for same, _ in found),
+            "mean epochs": round(float(np.mean([epochs for _, epochs in found])), 1),
+            "bootstraps": bootstraps, "with a false stop": false,
+        }  # fmt: skip
+    note("race", lab, began, studies=rows)
+
+
+def is_false(histories: list[list[Probe]], images: np.ndarray) -> bool:
+    """Tell whether a race on resampled images stops a trial that on all images is not behind its leader."""
+    drawn = [[Probe(**{key: rows[images] for key, rows in held_out(one)}) for one in h] for h in histories]
+    stopped = replay(drawn)["stopped"]
+    for number, at in stopped.items():
+        before = [other for other in range(number) if other not in stopped]
+        leader = min(before, key=lambda other: Runner("", 0, drawn[other]).loss)
+        if histories[number][at].val.double().mean() <= histories[leader][at].val.double().mean():
+            return True
+    return False
+
+
+def held_out(probe: Probe) -> list[tuple[str, torch.Tensor]]:
+    """Return a probe's fields, those of training images replaced by the held-out ones of the same length."""
+    val, base = probe.val, probe.base_val
+    return [("val", val), ("val_g1", val), ("train", val), ("base_val", base), ("base_train", base)]
+
+
 PARTS: tuple[Callable[[Lab], None], ...] = (
-    mistakes, noise, dropout, losses, guidance, rates, ranks, sizes,
+    mistakes, noise, dropout, losses, guidance, rates, ranks, sizes, race,
 )  # fmt: skip
 
 

@@ -147,8 +147,8 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
         if resumes and not stop.began:
             restore()
         raise SystemExit(note_interruption(run, request)) from None
-    except Outrun as outrun:
-        run.status.update(state="interrupted", reason=str(outrun), ended=now())
+    except Outrun as lost:
+        run.status.update(state="interrupted", reason=str(lost), ended=now())
         raise
     except BaseException as error:
         explained = as_user_error(error)

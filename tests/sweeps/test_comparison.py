@@ -142,7 +142,7 @@ def test_the_notes_below_the_table(trials: list[Trial], tmp_path: Path) -> None:
     trials[2].run.evaluation.write_text(json.dumps(content))
     text = comparison.write_cells(tmp_path, trials).read_text()
     assert "\nFloor, 41 real images: 0.05 +- 0.10.\n" in text and "\nfew images: 12 are few.\n" in text
-    assert "A model trained at guidance 7.5 learns to undo that guidance" in text
+    assert "A model trained at guidance 7.5 is not made to be sampled at 1" in text
     assert comparison.unguided_cell_notes(trials[:2]) == []
 
 
