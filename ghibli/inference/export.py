@@ -29,6 +29,11 @@ TOLERANCE = 1e-4  # largest difference from the live model, relative to its larg
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # latents, timesteps, input_ids
 GRIDS = ("samples/adapter.png", "samples/fine-tuned.png", "evaluation.png")
 MERGED = "merged"  # the folder of a complete pipeline
+V_NOTE = (
+    "{file} predicts v, which ComfyUI and A1111 cannot tell from the weights of a Stable Diffusion 1: "
+    "in ComfyUI add ModelSamplingDiscrete with v_prediction; for A1111 copy its configs/v1-inference.yaml "
+    'beside the file, under its name, with `parameterization: "v"` among the params'
+)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -119,7 +124,7 @@ def write_adapters(
 
 
 def write_merged(run: RunDir, config: Config, folder: Path, checkpoint: str) -> tuple[list[Path], list[str]]:
-    """Write the complete model as a pipeline and as one file; return them, and why one is not written."""
+    """Write the complete model as a pipeline and as one file; return them, and what users must know."""
     base = trained_base(run, config)
     save_folder(base, folder / MERGED)
     if not has_original_layout(base):
@@ -127,7 +132,8 @@ def write_merged(run: RunDir, config: Config, folder: Path, checkpoint: str) -> 
             "no single checkpoint file: Stable Diffusion 2's text encoder has another layout there"
         ]
     save_single_file(base, folder / checkpoint, {"modelspec.title": describe(config)})
-    return [folder / MERGED, folder / checkpoint], []
+    notes = [V_NOTE.format(file=checkpoint)] if base.prediction_type == "v_prediction" else []
+    return [folder / MERGED, folder / checkpoint], notes
 
 
 def copy_grid(source: Path, target: Path) -> bool:

@@ -158,6 +158,20 @@ def test_a_dora_is_written_for_everyone(
     assert all(key.endswith(".diff") for key in load_file(tmp_path / "out" / "dora_kohya.safetensors"))
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_checkpoint_that_predicts_v_is_said_to(
+    prediction_type: str, make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI and A1111 take any with Stable Diffusion 1's layers for one that predicts noise."""
+    base = load("demo")
+    base.scheduler_config = base.scheduler_config | {"prediction_type": prediction_type}
+    monkeypatch.setattr(export, "trained_base", lambda *_: base)
+    files, notes = export.write_merged(RunDir(tmp_path), make_config(), tmp_path, "it_merged.safetensors")
+    assert [file.exists() for file in files] == [True, True]
+    said = "it_merged.safetensors predicts v, which ComfyUI and A1111 cannot tell"
+    assert [note.startswith(said) for note in notes] == [True] * (prediction_type == "v_prediction")
+
+
 # What is there already
 
 
