@@ -37,7 +37,7 @@ def influence_command(
         str, typer.Option("--exclude", help="share of the images, the worst, that the list names")
     ] = "10%",
 ) -> None:  # fmt: skip
-    """Rank a run's training images by what each did to its gain, and list the worst for data.exclude."""
+    """Rank a run's training images by what each did to its gain."""
     from ghibli.runs.compose import cache_of_this_machine
     from ghibli.runs.find import finished_run
     from ghibli.runs.here import on_this_machine
