@@ -18,8 +18,7 @@ def study_summary(trials: list[Trial]) -> Iterator[RenderableType]:
     yield ranking.ranking_table(trials)
     for line in (*effects.effects(trials), effects.seed_noise(trials), *winner_lines(trials)):
         yield str(line or "")
-    if line := tradeoffs.front_line(trials):
-        yield line
+    yield from filter(None, [tradeoffs.front_line(trials)])
     for table in (comparison.cell_table(trials), costs.cost_table(trials)):
         if table is not None:
             yield ""
