@@ -143,6 +143,8 @@ def test_settings_from_before_the_later_keys(config: Config, tmp_path: Path) -> 
     read = files.from_yaml(tmp_path / "config.yaml")
     assert (read.threads, read.data.grid_epochs, read.early_stopping.min_improvement) == (None, "", 0)
     others = {name: getattr(config, name) for name in ("data", "early_stopping", "evaluate", "threads")}
+    assert (read.model.made_for, read.validation.price_images) == ("samples", 0)  # never measured
+    others["model"] = replace(read.model, made_for=config.model.made_for)
     assert replace(read, **others) == config
 
 
