@@ -85,7 +85,7 @@ def plot_price(axis: plt.Axes, trials: list[Trial]) -> None:
     best = [(100 * price.value, 100 * gain.value) for _, gain, price in front(trials)]
     axis.plot(*zip(*best, strict=True), color="#1f6fb4", lw=2, marker="o", label="best trade-offs")
     axis.set(xlabel="price: forgot (%)")
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(frameon=False, fontsize="small", loc="lower right")
     axis.grid(alpha=0.2)
 
 
