@@ -49,18 +49,18 @@ SGD = OptimizerEntry("torch.optim:SGD", fp32_copies(1), takes_betas=False, setti
 
 
 @pytest.fixture
-def register() -> Iterator[Callable[[Registry, Any], None]]:
+def register() -> Iterator[Callable[..., None]]:
     """Register a toy in a registry; take it out again after the test."""
-    used: list[Registry] = []
+    used: list[tuple[Registry, str]] = []
 
-    def add(registry: Registry, entry: Any) -> None:
-        registry.register("toy", entry)
-        used.append(registry)
+    def add(registry: Registry, entry: Any, name: str = "toy") -> None:
+        registry.register(name, entry)
+        used.append((registry, name))
 
     yield add
-    for registry in used:
-        registry.remove("toy")
-        assert "toy" not in registry
+    for registry, name in used:
+        registry.remove(name)
+        assert name not in registry
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +198,9 @@ def test_the_term_of_the_page_is_added_and_has_a_column(
     register(TERMS, TermEntry(f"{__name__}:slope"))
     with pytest.raises(UserError, match=r"loss.terms.toy=inf .*a finite number"):
         make_config("+loss.terms.toy=inf")
+    register(TERMS, TermEntry(f"{__name__}:slope"), name="keep")
+    with pytest.raises(UserError, match=r"loss.terms.keep: metrics.csv has a column train/keep of its own"):
+        make_config("+loss.terms.keep=1")
     train.run(make_config(*words, "+loss.terms.toy=0.5"), RunDir(tmp_path / "with"))
     train.run(make_config(*words), RunDir(tmp_path / "without"))
     (first, second, *_), (plain, *_) = (

@@ -263,6 +263,10 @@ class LossConfig:
         LOSSES.require(self.function)
         for name, weight in self.terms.items():
             TERMS.require(name)
+            if name in ("loss", "keep", "regularization"):
+                raise UserError(
+                    f"loss.terms.{name}: metrics.csv has a column train/{name} of its own: rename the term"
+                )
             require(isfinite(weight), f"loss.terms.{name}", weight, "a finite number")
         require(0 < self.huber_c < inf, "loss.huber_c", self.huber_c, "more than 0, and finite")
         require(0 <= self.keep < inf, "loss.keep", self.keep, "0 (off) or more, and finite")
