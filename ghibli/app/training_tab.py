@@ -1,0 +1,216 @@
+"""The tab that trains: a form, a queue, and the run at work. What they hold is made in training.py."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import gradio as gr
+
+from ghibli.app import training
+from ghibli.app.answers import errors_on_page
+from ghibli.app.images import sample_grids
+from ghibli.app.parts import HANDLER, command_box, sheets
+from ghibli.app.training import Runs, TrainingForm
+from ghibli.images.read import Unusable
+from ghibli.runs.folder import RunDir
+from ghibli.runs.queue import Queue
+from ghibli.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+EVERY = 2.0  # s between two looks at the files
+PAUSE = 1.0  # s after which the queue is looked at again
+MOST_GRIDS = 6
+FIELDS = tuple(field.name for field in fields(TrainingForm))
+AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "queue": False, **HANDLER}
+CLOSED = (
+    "Training is offered only where the page is opened for this machine alone, which is without `--host`: "
+    "whoever can reach this page could start anything here."
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """The handlers, which share a queue."""
+
+    queue: Queue
+    runs: Runs
+
+    def command(self, *values: Any) -> str:
+        """Return the command of the form; empty while its quotes do not fit together."""
+        try:
+            return TrainingForm(*values).command()
+        except ValueError:
+            return ""
+
+    @errors_on_page
+    def start(self, *values: Any) -> None:
+        """Put the run of the form into the queue."""
+        job = self.queue.add(TrainingForm(*values).words())
+        self.queue.advance()
+        gr.Info(f"run {job.number} is in the queue")
+
+    @errors_on_page
+    def check(self, *values: Any) -> str:
+        """Return what `ghibli check` finds for the run of the form."""
+        return training.check(TrainingForm(*values).words())
+
+    @errors_on_page
+    def stop(self, choice: str) -> None:
+        """Ask the watched run to stop."""
+        run = self.runs.watched(self.queue, choice)
+        if run is not None:
+            self.queue.stop(run.path)
+            gr.Info("asked to stop: it saves after this step; once more stops it at once")
+
+    @errors_on_page
+    def resume(self, choice: str) -> None:
+        """Put the watched run into the queue, to be resumed."""
+        run = self.runs.watched(self.queue, choice)
+        if run is not None:
+            job = self.queue.add_resume(run.path)
+            self.queue.advance()
+            gr.Info(f"run {job.number} of the queue resumes it")
+
+    @errors_on_page
+    def take_out(self, number: int | None) -> None:
+        """Take a waiting run out of the queue."""
+        if number is not None:
+            self.queue.remove(int(number))
+
+    def look(self, choice: str, seen: dict[str, Any]) -> list[Any]:
+        """Return what there is to see, but what has not changed: view, grids, queue, waiting runs, state.
+
+        Args:
+            choice: the run to watch.
+            seen: what the last call returned.
+        """
+        try:
+            run = self.runs.watched(self.queue, choice)
+        except ValueError:
+            run = None
+        now = {
+            "view": training.run_view(self.queue, run),
+            "grids": training.grids_of(run),
+            "jobs": training.queue_list(self.queue),
+            "waiting": training.waiting_choices(self.queue),
+        }
+        changed = {name for name, value in now.items() if seen.get(name) != value}
+        return [
+            now["view"] if "view" in changed else gr.skip(),
+            shown_grids(run) if "grids" in changed else gr.skip(),
+            now["jobs"] if "jobs" in changed else gr.skip(),
+            gr.update(choices=now["waiting"], value=None) if "waiting" in changed else gr.skip(),
+            now if changed else gr.skip(),
+        ]
+
+
+def shown_grids(run: RunDir | None) -> list[Any]:
+    """Return the newest sample grids of a run; none of one with links out of its folder."""
+    if run is None:
+        return []
+    try:
+        run.refuse_links()
+        return sample_grids([str(run.path)], MOST_GRIDS)
+    except (UserError, Unusable, OSError):
+        return []
+
+
+def training_tab(blocks: gr.Blocks, queue: Queue | None) -> None:
+    """Build the tab.
+
+    Args:
+        queue: that runs are put into; None where the page may start none.
+    """
+    with gr.Tab("Train", elem_id="train-tab") as tab:
+        if queue is None:
+            gr.Markdown(CLOSED)
+            return
+        handlers = Training(queue, Runs())
+        form = form_fields()
+        with gr.Row():
+            check = gr.Button("Check", elem_id="check", min_width=120)
+            start = gr.Button("Train", variant="primary", elem_id="train", min_width=120)
+        command = command_box("train-command")
+        findings = gr.HTML(elem_id="findings")
+        jobs = gr.HTML(elem_id="jobs")
+        with gr.Row(equal_height=True):
+            waiting = gr.Dropdown([], label="Waiting runs", elem_id="waiting", min_width=140)
+            take_out = gr.Button("Take out of the queue", elem_id="take-out", min_width=140)
+        with gr.Row(equal_height=True):
+            choice = gr.Dropdown(
+                handlers.runs.choices(), value=training.AT_WORK, label="Watch", elem_id="watch"
+            )
+            stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=90)
+            resume = gr.Button("Resume", elem_id="resume", min_width=90)
+        view = gr.HTML(elem_id="run")
+        grids = sheets("its sample grids", "run-grids")
+        seen, timer = gr.State({}), gr.Timer(EVERY)
+    for field in form:
+        field.change(handlers.command, form, command, **AT_ONCE)
+    check.click(handlers.check, form, findings, **(AT_ONCE | {"show_progress": "full"}))
+    looks: dict[str, Any] = {
+        "fn": handlers.look, "inputs": [choice, seen], "outputs": [view, grids, jobs, waiting, seen],
+        **AT_ONCE,
+    }  # fmt: skip
+    start.click(handlers.start, form, None, **AT_ONCE).then(**looks)
+    stop.click(handlers.stop, choice, None, **AT_ONCE).then(**looks)
+    resume.click(handlers.resume, choice, None, **AT_ONCE).then(**looks)
+    take_out.click(handlers.take_out, waiting, None, **AT_ONCE).then(**looks)
+    choice.input(**looks)
+    timer.tick(**looks)
+    blocks.load(handlers.command, form, command, **AT_ONCE).then(**looks)
+    tab.select(lambda: gr.update(choices=handlers.runs.choices()), None, choice, **AT_ONCE)
+
+
+def form_fields() -> list[Any]:
+    """Build the fields of the form, in the order of TrainingForm; an empty one leaves what conf/ says."""
+    usual, narrow = [("as usual", "")], {"min_width": 110}
+    with gr.Row():
+        base = gr.Dropdown(
+            [*usual, *training.names_in_conf("model")], value="", label="Base", elem_id="base-name", **narrow
+        )
+        path = gr.Textbox(
+            "", label="its folder or hub id", placeholder="as usual", elem_id="base-path", **narrow
+        )
+        images = gr.Dropdown(
+            [*usual, *training.names_in_conf("data")],
+            value="",
+            label="Images",
+            elem_id="images-name",
+            **narrow,
+        )
+        root = gr.Textbox("", label="their folder", placeholder="as usual", elem_id="images-root", **narrow)
+    with gr.Row():
+        name = gr.Textbox("", label="Name", placeholder="date and time", elem_id="run-name", **narrow)
+        epochs = gr.Number(
+            None, label="Epochs", precision=0, minimum=1, elem_id="epochs", placeholder="as usual", **narrow
+        )
+        rank = gr.Number(
+            None, label="LoRA rank", precision=0, minimum=1, elem_id="rank", placeholder="as usual", **narrow
+        )
+        rate = gr.Number(None, label="Learning rate", elem_id="rate", placeholder="as usual", **narrow)
+        guidance = gr.Number(
+            None, label="Guidance in training", elem_id="loss-guidance", placeholder="1: off", **narrow
+        )
+    more = gr.Textbox(
+        "", label="Further settings", elem_id="more", placeholder="seed=1 compute=gpu_8gb", max_length=2000,
+        info="KEY=VALUE with spaces between, as after train.py",
+    )  # fmt: skip
+    return [base, path, images, root, name, epochs, rank, rate, guidance, more]
+
+
+def keep_advancing(queue: Queue, is_served: Callable[[], bool]) -> None:
+    """Start the next run whenever one is over, while the page is served; a trouble is logged once."""
+    told = ""
+    while is_served():
+        try:
+            queue.advance()
+            told = ""
+        except (UserError, OSError) as error:
+            if str(error) != told:
+                logger.warning(f"the queue of runs: {error}")
+            told = str(error)
+        time.sleep(PAUSE)
