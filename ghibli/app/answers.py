@@ -50,6 +50,19 @@ def errors_in_words(frames: int, commands: int) -> Callable[[Handler], Handler]:
     return decorate
 
 
+def errors_as_text(handler: Callable[..., str]) -> Callable[..., str]:
+    """Have a handler return the message of a UserError in the place of its text, in bold."""
+
+    @functools.wraps(handler)
+    def wrapped(*args: Any, **options: Any) -> str:
+        try:
+            return handler(*args, **options)
+        except UserError as error:
+            return f"**{without_places(str(error))}**"
+
+    return wrapped
+
+
 def errors_on_page(handler: Callable[..., Any]) -> Callable[..., Any]:
     """Show a handler's UserError as a message on the page; on a stop, leave the page unchanged."""
 

@@ -3,14 +3,15 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from ghibli.app import training
-from ghibli.app.answers import errors_on_page
+from ghibli.app.answers import errors_as_text
 from ghibli.app.images import sample_grids
+from ghibli.app.labels import run_name
 from ghibli.app.parts import HANDLER, command_box, sheets
 from ghibli.app.training import Runs, TrainingForm
 from ghibli.images.read import Unusable
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 EVERY = 2.0  # s between two looks at the files
 PAUSE = 1.0  # s after which the queue is looked at again
 MOST_GRIDS = 6
-FIELDS = tuple(field.name for field in fields(TrainingForm))
 AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "queue": False, **HANDLER}
 CLOSED = (
     "Training is offered only where the page is opened for this machine alone, which is without `--host`: "
@@ -45,40 +45,53 @@ class Training:
         except ValueError:
             return ""
 
-    @errors_on_page
-    def start(self, *values: Any) -> None:
-        """Put the run of the form into the queue."""
+    @errors_as_text
+    def start(self, *values: Any) -> str:
+        """Put the run of the form into the queue; say so."""
         job = self.queue.add(TrainingForm(*values).words())
         self.queue.advance()
-        gr.Info(f"run {job.number} is in the queue")
+        return f"run {job.number} is in the queue"
 
-    @errors_on_page
     def check(self, *values: Any) -> str:
-        """Return what `ghibli check` finds for the run of the form."""
-        return training.check(TrainingForm(*values).words())
+        """Return as HTML what `ghibli check` finds for the run of the form."""
+        try:
+            return training.check(TrainingForm(*values).words())
+        except UserError as error:
+            return str(training.finding(f"error: {error}"))
 
-    @errors_on_page
-    def stop(self, choice: str) -> None:
-        """Ask the watched run to stop."""
+    @errors_as_text
+    def stop(self, choice: str) -> str:
+        """Ask the watched run to stop; say so."""
+        run = self.watched(choice)
+        self.queue.stop(run.path)
+        return f"{run_name(run)} was asked to stop: it saves after its step; once more stops it at once"
+
+    @errors_as_text
+    def resume(self, choice: str) -> str:
+        """Put the watched run into the queue, to be resumed; say so."""
+        run = self.watched(choice)
+        job = self.queue.add_resume(run.path)
+        self.queue.advance()
+        return f"run {job.number} of the queue resumes {run_name(run)}"
+
+    @errors_as_text
+    def take_out(self, number: int | None) -> str:
+        """Take a waiting run out of the queue; say so."""
+        if number is None:
+            raise UserError("choose a run that waits")
+        self.queue.remove(int(number))
+        return f"run {int(number)} is out of the queue"
+
+    def watched(self, choice: str) -> RunDir:
+        """Return the watched run.
+
+        Raises:
+            UserError: there is none.
+        """
         run = self.runs.watched(self.queue, choice)
-        if run is not None:
-            self.queue.stop(run.path)
-            gr.Info("asked to stop: it saves after this step; once more stops it at once")
-
-    @errors_on_page
-    def resume(self, choice: str) -> None:
-        """Put the watched run into the queue, to be resumed."""
-        run = self.runs.watched(self.queue, choice)
-        if run is not None:
-            job = self.queue.add_resume(run.path)
-            self.queue.advance()
-            gr.Info(f"run {job.number} of the queue resumes it")
-
-    @errors_on_page
-    def take_out(self, number: int | None) -> None:
-        """Take a waiting run out of the queue."""
-        if number is not None:
-            self.queue.remove(int(number))
+        if run is None:
+            raise UserError("there is no run yet")
+        return run
 
     def look(self, choice: str, seen: dict[str, Any]) -> list[Any]:
         """Return what there is to see, but what has not changed: view, grids, queue, waiting runs, state.
@@ -133,6 +146,7 @@ def training_tab(blocks: gr.Blocks, queue: Queue | None) -> None:
         with gr.Row():
             check = gr.Button("Check", elem_id="check", min_width=120)
             start = gr.Button("Train", variant="primary", elem_id="train", min_width=120)
+        asked = gr.Markdown(elem_id="asked")
         command = command_box("train-command")
         findings = gr.HTML(elem_id="findings")
         jobs = gr.HTML(elem_id="jobs")
@@ -145,6 +159,7 @@ def training_tab(blocks: gr.Blocks, queue: Queue | None) -> None:
             )
             stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=90)
             resume = gr.Button("Resume", elem_id="resume", min_width=90)
+        answer = gr.Markdown(elem_id="answer")
         view = gr.HTML(elem_id="run")
         grids = sheets("its sample grids", "run-grids")
         seen, timer = gr.State({}), gr.Timer(EVERY)
@@ -155,10 +170,10 @@ def training_tab(blocks: gr.Blocks, queue: Queue | None) -> None:
         "fn": handlers.look, "inputs": [choice, seen], "outputs": [view, grids, jobs, waiting, seen],
         **AT_ONCE,
     }  # fmt: skip
-    start.click(handlers.start, form, None, **AT_ONCE).then(**looks)
-    stop.click(handlers.stop, choice, None, **AT_ONCE).then(**looks)
-    resume.click(handlers.resume, choice, None, **AT_ONCE).then(**looks)
-    take_out.click(handlers.take_out, waiting, None, **AT_ONCE).then(**looks)
+    start.click(handlers.start, form, asked, **AT_ONCE).then(**looks)
+    stop.click(handlers.stop, choice, answer, **AT_ONCE).then(**looks)
+    resume.click(handlers.resume, choice, answer, **AT_ONCE).then(**looks)
+    take_out.click(handlers.take_out, waiting, answer, **AT_ONCE).then(**looks)
     choice.input(**looks)
     timer.tick(**looks)
     blocks.load(handlers.command, form, command, **AT_ONCE).then(**looks)

@@ -38,6 +38,7 @@ PATIENCE = 10.0  # s to wait for another process that changes the queue
 CLOCK = 2.0  # s by which the clock may have been set since a process began
 KEPT = 30  # jobs that are over
 TAIL = 2**13  # bytes at the end of what a job printed that are looked at
+SCRIPTS = ("train.py", "sweep.py")
 SAVED_AT_STOP = (0, 130)  # exit codes of a run that finished, or was stopped by SIGINT
 
 
@@ -78,6 +79,15 @@ def is_process(number: int, began: float | None) -> bool:
         return is_same and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, ValueError, OverflowError):
         return False
+
+
+def is_training(number: Any) -> bool:
+    """Return whether a process of this id was started as a training."""
+    try:
+        words = psutil.Process(number).cmdline()
+    except (psutil.Error, ValueError, TypeError, OverflowError):
+        return False
+    return any(Path(word).name in SCRIPTS for word in words)
 
 
 class Queue:
@@ -179,7 +189,8 @@ class Queue:
         starting = next((job for job in self.jobs() if job.folder == str(folder) and job.is_alive), None)
         holder = lock.holder(run.path / ".lock")
         if lock.is_held(run.path / ".lock") is None and run.status.state == "running":  # as on macOS
-            holder = run.status.read().get("process")
+            noted = run.status.read().get("process")
+            holder = noted if is_training(noted) else None
         with suppress(ProcessLookupError):
             if holder is not None and holder != os.getpid():
                 os.kill(holder, signal.SIGINT)

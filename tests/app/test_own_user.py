@@ -10,7 +10,14 @@ import pytest
 from ghibli.app import own_user
 from ghibli.app.own_user import is_own_user
 
-VISIT = "import socket, sys; s = socket.create_connection((sys.argv[1], int(sys.argv[2]))); sys.stdin.read()"
+VISIT = """
+import encodings.idna, os, socket, sys  # all of it, as nobody may not be able to read it
+host, port, user = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+if user != os.getuid():
+    os.setuid(user)
+connection = socket.create_connection((host, port))
+sys.stdin.read()
+"""
 NOBODY = 65534
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells")
@@ -21,9 +28,11 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="on
 def test_another_user_is_told_apart(host: str, user: int | None) -> None:
     if user is not None and os.getuid() != 0:
         pytest.skip("only root can be somebody else")
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-        words = [sys.executable, "-c", VISIT, host, str(server.getsockname()[1])]
-        with subprocess.Popen(words, stdin=subprocess.PIPE, user=user) as visitor:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as server:
+        server.settimeout(30)
+        words = [sys.executable, "-c", VISIT, host, str(server.getsockname()[1]), str(user or os.getuid())]
+        with subprocess.Popen(words, stdin=subprocess.PIPE) as visitor:
             connection, client = server.accept()
             with connection:
                 ends = client[:2], connection.getsockname()[:2]

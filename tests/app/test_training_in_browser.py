@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.browsers import click, fill, new_browser, one, open_tab, said, wait
+from helpers.browsers import click, fill, new_browser, one, open_tab, wait, words
 from helpers.commands import REPO, SMALL
 
 from ghibli.runs import lock
@@ -154,7 +154,7 @@ def test_a_run_from_the_form_to_the_end(browser: Any, server: Server, folder: Pa
     assert "outputs/train/first" in run_text(tab) and "running" in run_text(tab)
 
     click(tab, "#stop")
-    assert "asked to stop" in said(tab)
+    wait(lambda: "asked to stop" in words(tab, "answer"))
     wait(lambda: first.status.read()["state"] == "interrupted" and not is_trained(first))
     step = first.status.read()["step"]
     wait(lambda: is_trained(second))  # the next one begins by itself
@@ -193,16 +193,16 @@ def choose(browser: Any, selector: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"), [("lora.rnak=3", "unknown key lora.rnak"), ("-m", "is no setting of a run")]
+    ("mistake", "reason"), [("lora.rnak=3", "unknown key lora.rnak"), ("-m", "is no setting of a run")]
 )
 def test_mistakes_are_told_and_nothing_is_started(
-    browser: Any, server: Server, folder: Path, words: str, reason: str
+    browser: Any, server: Server, folder: Path, mistake: str, reason: str
 ) -> None:
     tab, jobs = opened(browser, server), Queue(folder / "outputs/queue").jobs()
-    fill(tab, "#more input, #more textarea", words)
-    wait(lambda: words in one(tab, "#train-command textarea").get_attribute("value"))
+    fill(tab, "#more input, #more textarea", mistake)
+    wait(lambda: mistake in one(tab, "#train-command textarea").get_attribute("value"))
     click(tab, "#train")
-    wait(lambda: reason in said(tab))
+    wait(lambda: reason in one(tab, "#asked").text)
     assert Queue(folder / "outputs/queue").jobs() == jobs
 
 

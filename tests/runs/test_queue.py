@@ -181,7 +181,7 @@ def test_a_run_that_ends_in_an_error_says_which(here: Path) -> None:
         (["+hydra.sweeper=x"], "'?.*hydra.sweeper=x'? is no setting of a run"),
         (["a panda"], "'a panda' is no setting of a run"),
         (["lora.rnak=3"], "unknown key lora.rnak"),
-        (["lora.rank=0", "seed=-1"], "lora.rank=0.*; and: seed=-1"),
+        (["lora.rank=0", "optimizer.lr=-1"], "lora.rank=0.*; and: optimizer.lr=-1"),
         (["data=ghibli", "data.root=no/such"], "data.root=no/such: no such folder"),
     ],
 )
@@ -190,6 +190,33 @@ def test_settings_are_checked_before_they_wait(here: Path, words: list[str], rea
     with pytest.raises(UserError, match=f"^{reason}") as told:
         runs.add(words)
     assert "\n" not in str(told.value) and runs.jobs() == []
+
+
+def test_a_folder_from_elsewhere_stops_no_process_here(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a lock to ask, its status may name any process of this machine as the one at work."""
+    run = RunDir(here / "outputs/train/copied")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        run.status.update(state="running", process=other.pid)
+        with pytest.raises(UserError, match="^nothing is trained in"):
+            Queue().stop(run.path)
+        assert other.poll() is None
+        other.communicate(b"\n")
+    monkeypatch.setattr(lock, "other_holder", lambda path: None)  # as on macOS
+    job = started_unseen(Queue())
+    Queue().stop(Path(job.folder))
+    wait(lambda: not job.is_alive)
+    assert RunDir(Path(job.folder)).status.read()["state"] == "interrupted"
+
+
+def started_unseen(runs: Queue) -> Job:
+    """Start a run, and wait until it trains, where locks cannot be asked."""
+    runs.add([])
+    runs.advance()
+    job = runs.jobs()[0]
+    status = RunDir(Path(job.folder)).status
+    wait(lambda: status.read().get("step"))
+    status.update(process=job.process)  # as train.py notes it
+    return job
 
 
 def test_only_what_waits_is_taken_out(here: Path) -> None:
