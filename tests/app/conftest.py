@@ -1,5 +1,6 @@
 """A folder with a finished run, the page served in it, and a browser."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from ghibli.runs.folder import RunDir
 QUICK = ("model.resolution=128", "trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4")
 
 
+@pytest.fixture(scope="session")
+def trained(make_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's folder."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train.run(make_config(*QUICK), RunDir(folder))
+    return folder
+
+
 @pytest.fixture(scope="module")
-def outside(make_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def outside(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder in which the page is served, with a finished run below outputs/."""
     folder = tmp_path_factory.mktemp("app")
-    train.run(make_config(*QUICK), RunDir(folder / RUN))
+    shutil.copytree(trained, folder / RUN)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder

@@ -197,3 +197,37 @@ def test_it_fits_a_phone(tab: Any) -> None:
     draw, runs = (tab.execute_script(height, name) for name in ("#draw", "#runs"))
     tab.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert wide <= room and draw < min(runs, 600)  # the button is on the first screen
+
+
+def test_the_history_gives_command_and_settings_back(tab: Any) -> None:
+    """A reload forgets nothing, and what was drawn stands first."""
+    fill(tab, "#seed input", 77)
+    fill(tab, "#prompt textarea", "a (lake:1.2)")
+    click(tab, "#draw")
+    wait(lambda: re.search(r"\d\.\d s$", words(tab, "drawn")))
+    command = one(tab, "#draw-command textarea").get_attribute("value")
+    opened(tab, tab.current_url)
+    open_tab(tab, "History")
+    wait(lambda: one(tab, "#history img"))
+    tab.execute_script("arguments[0].click()", one(tab, "#history button.thumbnail-item"))
+    wait(lambda: one(tab, "#history-command textarea").get_attribute("value") == command)
+    click(tab, "#history-settings")
+    wait(lambda: one(tab, "#seed input").get_attribute("value") == "77")
+    open_tab(tab, "Draw")
+    assert one(tab, "#prompt textarea").get_attribute("value") == "a (lake:1.2)"
+    assert one(tab, "#steps input[type=number]").get_attribute("value") == str(STEPS)
+
+
+def test_a_mask_of_another_size_is_told_on_the_page(tab: Any, tmp_path: Path) -> None:
+    for name, size in (("photo.png", (96, 96)), ("mask.png", (64, 64))):
+        Image.new("RGB", size, "teal").save(tmp_path / name)
+    open_tab(tab, "Restyle a photo")
+    one(tab, "#upload input[type=file]").send_keys(str(tmp_path / "photo.png"))
+    assert shown(tab, "photo").shape == (96, 96, 3)
+    fill(tab, "#what textarea", "a lake")
+    click(tab, "#structure button")
+    wait(lambda: one(tab, "#mask input[type=file]")).send_keys(str(tmp_path / "mask.png"))
+    wait(lambda: "mask.png" in one(tab, "#mask").text)
+    click(tab, "#restyle")
+    told = "the mask has 64x64 px and the photo 96x96: a mask has its photo's size"
+    wait(lambda: told in words(tab, "restyled"))

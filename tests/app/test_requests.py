@@ -36,7 +36,7 @@ def test_no_file_of_this_machine_is_shown(address: str, outside: Path) -> None:
 
 
 def test_a_run_that_is_not_offered_is_refused(address: str) -> None:
-    settings = ["a lake", "", "ddim", 1, 2, 0, 1, False]
+    settings = ["a lake", "", "ddim", 1, 2, 0, 1, False, 1]
     event = call(address, index_of(address, "draw"), [["/etc"], *settings])
     assert not event["success"]
     event = call(address, index_of(address, "draw"), [[RUN], *settings])

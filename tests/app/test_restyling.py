@@ -11,8 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ghibli.cli.main import app as command_line
-from ghibli.demo.scenes.canvas import draw
-from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose
+from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
 
 gradio = pytest.importorskip("gradio")
 from gradio import processing_utils  # noqa: E402
