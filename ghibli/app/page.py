@@ -54,19 +54,20 @@ def page(session: AppSession, queue: Queue | None) -> gr.Blocks:
     drawing = Drawing(session)
     with gr.Blocks(title="Ghibli LoRA Lab", delete_cache=UPLOAD_CLEANUP) as blocks:
         gr.Markdown(f"# Ghibli LoRA Lab\n{ABOUT}")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=240, elem_id="settings"):
-                settings, suggested = settings_column(session), gr.State(None)
-            with gr.Column(scale=3, min_width=240, elem_id="work"):
-                cancel = gr.Button("Cancel", size="sm", elem_id="cancel")
-                with gr.Tabs():
-                    drawn, first = draw_tab(drawing, settings)
-                    restyled = restyle_tab(session, settings)
-                    varied = grid_tab(drawing, settings, first)
-                    history_tab(session, drawing, settings, first)
-                    with gr.Tab("Sample grids"):
-                        gallery = sheets("sample grids of the runs", "grids")
-                    training_tab(blocks, queue)
+        with gr.Tabs():
+            with gr.Tab("Images"), gr.Row():
+                with gr.Column(scale=2, min_width=240, elem_id="settings"):
+                    settings, suggested = settings_column(session), gr.State(None)
+                with gr.Column(scale=3, min_width=240, elem_id="work"):
+                    cancel = gr.Button("Cancel", size="sm", elem_id="cancel")
+                    with gr.Tabs():
+                        drawn, first = draw_tab(drawing, settings)
+                        restyled = restyle_tab(session, settings)
+                        varied = grid_tab(drawing, settings, first)
+                        history_tab(session, drawing, settings, first)
+                        with gr.Tab("Sample grids"):
+                            gallery = sheets("sample grids of the runs", "grids")
+            training_tab(blocks, queue)
         runs, now = settings.runs, [settings.runs, settings.guidance, suggested]
         updated = [settings.guidance, suggested, settings.safe, gallery]
         changed = drawing.on_runs_changed

@@ -13,7 +13,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ghibli.adapters.files import format_number
 from ghibli.app.labels import run_label, run_name, with_numbers
 from ghibli.report.charts import Figure
 from ghibli.report.figures import gain_curve, loss_curves
@@ -21,10 +20,11 @@ from ghibli.report.run_data import RunData
 from ghibli.report.svg import tag
 from ghibli.runs import monitor
 from ghibli.runs.compose import conf_folder
-from ghibli.runs.find import all_runs
+from ghibli.runs.find import all_runs, has_checkpoint
 from ghibli.runs.folder import RunDir
 from ghibli.runs.queue import Job, Queue, require_setting
 from ghibli.runtime.commands import command_here, path_setting
+from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.terminal import one_line
 from ghibli.sweeps.trials import Trial
@@ -36,9 +36,11 @@ AGE = 10.0  # s for which the list of runs is used
 PRINTED = 6  # last lines of what a process printed
 LEVEL = re.compile(r"(error|warning|note): ")  # begin of a finding of `ghibli check`
 AT_WORK = ""  # the choice that follows whatever is being trained
-NUMBERS = {  # fields of the form -> settings of train.py
+KEYS = {  # fields of the form -> settings of train.py
+    "base": "model", "path": "model.path", "images": "data", "root": "data.root", "name": "name",
     "epochs": "trainer.max_epochs", "rank": "lora.rank", "rate": "optimizer.lr", "guidance": "loss.guidance",
 }  # fmt: skip
+PATHS = ("model.path", "data.root")
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class TrainingForm:
     images: str  # a name in conf/data
     root: str  # folder of the images
     name: str
-    epochs: float | None
-    rank: float | None
-    rate: float | None
-    guidance: float | None
+    epochs: str
+    rank: str
+    rate: str
+    guidance: str
     more: str  # further settings, as after train.py
 
     def words(self) -> list[str]:
@@ -62,14 +64,11 @@ class TrainingForm:
         Raises:
             UserError: further settings whose quotes do not fit together.
         """
-        words = [
-            f"{key}={text.strip()}" for key, text in (("model", self.base), ("data", self.images)) if text
-        ]
-        for key, text in (("model.path", self.path), ("data.root", self.root)):
-            words += [path_setting(key, text.strip())] if text.strip() else []
-        words += [f"name={self.name.strip()}"] if self.name.strip() else []
-        given = {key: getattr(self, field) for field, key in NUMBERS.items()}
-        words += [f"{key}={format_number(value)}" for key, value in given.items() if value is not None]
+        words = []
+        for field, key in KEYS.items():
+            text = getattr(self, field).strip()
+            if text:
+                words.append(path_setting(key, text) if key in PATHS else f"{key}={text}")
         try:
             return words + shlex.split(self.more)
         except ValueError as error:
@@ -106,6 +105,17 @@ def finding(line: str) -> Markup:
     return tag("li", line, class_=level[1] if level else None)
 
 
+def can_stop(queue: Queue, run: RunDir) -> bool:
+    """Return whether a run is being trained, or is about to be."""
+    job = queue.at_work()
+    return run.status.state == "running" or (job is not None and job.folder == str(run.path))
+
+
+def can_resume(run: RunDir) -> bool:
+    """Return whether a run was stopped or killed, or failed, with a checkpoint to go on from."""
+    return run.status.state in ("interrupted", "killed", "failed") and has_checkpoint(run)
+
+
 def queue_list(queue: Queue) -> str:
     """List the jobs as HTML: what is at work, what waits, and the last ones that are over, newest first."""
     jobs = queue.jobs()
@@ -120,7 +130,7 @@ def queue_list(queue: Queue) -> str:
 def label_of(job: Job) -> str:
     """Name a job: its number, and its folder or what it is to train."""
     words = " ".join(word for word in job.words if not word.startswith("hydra."))
-    return one_line(f"{job.number}. {words or 'the usual settings'}")[:COLUMNS]
+    return monitor.cut(one_line(f"{job.number}. {words or 'the usual settings'}"), COLUMNS)
 
 
 def waiting_choices(queue: Queue) -> list[tuple[str, int]]:
@@ -197,7 +207,7 @@ def run_view(queue: Queue, run: RunDir | None) -> str:
         parts.append(tag("p", "loading: a run writes its first file after some seconds"))
     printed = [] if job is None else queue.tail(job, PRINTED)
     if job is not None and printed:
-        heading = f"what it printed last, of {one_line(queue.printed(job))}"
+        heading = f"what it printed last, of {one_line(relative_path(queue.printed(job)))}"
         text = "\n".join(one_line(line) for line in printed)
         parts.append(
             tag("details", tag("summary", heading), tag("pre", text), open="" if not status else None)

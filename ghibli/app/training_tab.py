@@ -94,7 +94,7 @@ class Training:
         return run
 
     def look(self, choice: str, seen: dict[str, Any]) -> list[Any]:
-        """Return what there is to see, but what has not changed: view, grids, queue, waiting runs, state.
+        """Return what has changed: view, grids, queue, waiting runs, buttons, and what this call saw.
 
         Args:
             choice: the run to watch.
@@ -109,6 +109,8 @@ class Training:
             "grids": training.grids_of(run),
             "jobs": training.queue_list(self.queue),
             "waiting": training.waiting_choices(self.queue),
+            "stop": run is not None and training.can_stop(self.queue, run),
+            "resume": run is not None and training.can_resume(run),
         }
         changed = {name for name, value in now.items() if seen.get(name) != value}
         return [
@@ -116,6 +118,11 @@ class Training:
             shown_grids(run) if "grids" in changed else gr.skip(),
             now["jobs"] if "jobs" in changed else gr.skip(),
             gr.update(choices=now["waiting"], value=None) if "waiting" in changed else gr.skip(),
+            *(
+                gr.update(interactive=now[name]) if name in changed else gr.skip()
+                for name in ("stop", "resume")
+            ),
+            gr.update(interactive=bool(now["waiting"])) if "waiting" in changed else gr.skip(),
             now if changed else gr.skip(),
         ]
 
@@ -150,15 +157,15 @@ def training_tab(blocks: gr.Blocks, queue: Queue | None) -> None:
         command = command_box("train-command")
         findings = gr.HTML(elem_id="findings")
         jobs = gr.HTML(elem_id="jobs")
-        with gr.Row(equal_height=True):
-            waiting = gr.Dropdown([], label="Waiting runs", elem_id="waiting", min_width=140)
-            take_out = gr.Button("Take out of the queue", elem_id="take-out", min_width=140)
-        with gr.Row(equal_height=True):
-            choice = gr.Dropdown(
-                handlers.runs.choices(), value=training.AT_WORK, label="Watch", elem_id="watch"
-            )
-            stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=90)
-            resume = gr.Button("Resume", elem_id="resume", min_width=90)
+        with gr.Row():
+            with gr.Column(min_width=240):
+                runs = handlers.runs.choices()
+                choice = gr.Dropdown(runs, value=training.AT_WORK, label="Watch", elem_id="watch")
+                with gr.Row():
+                    stop, resume = small_button("Stop", "stop"), small_button("Resume", "resume")
+            with gr.Column(min_width=240):
+                waiting = gr.Dropdown([], label="Waiting runs", elem_id="waiting")
+                take_out = small_button("Take out of the queue", "take-out")
         answer = gr.Markdown(elem_id="answer")
         view = gr.HTML(elem_id="run")
         grids = sheets("its sample grids", "run-grids")
@@ -167,7 +174,8 @@ def training_tab(blocks: gr.Blocks, queue: Queue | None) -> None:
         field.change(handlers.command, form, command, **AT_ONCE)
     check.click(handlers.check, form, findings, **(AT_ONCE | {"show_progress": "full"}))
     looks: dict[str, Any] = {
-        "fn": handlers.look, "inputs": [choice, seen], "outputs": [view, grids, jobs, waiting, seen],
+        "fn": handlers.look, "inputs": [choice, seen],
+        "outputs": [view, grids, jobs, waiting, stop, resume, take_out, seen],
         **AT_ONCE,
     }  # fmt: skip
     start.click(handlers.start, form, asked, **AT_ONCE).then(**looks)
@@ -180,41 +188,35 @@ def training_tab(blocks: gr.Blocks, queue: Queue | None) -> None:
     tab.select(lambda: gr.update(choices=handlers.runs.choices()), None, choice, **AT_ONCE)
 
 
+def small_button(label: str, element: str) -> gr.Button:
+    """Build a button that can be pressed once there is something to press it for."""
+    return gr.Button(label, size="sm", elem_id=element, min_width=90, interactive=False)
+
+
 def form_fields() -> list[Any]:
     """Build the fields of the form, in the order of TrainingForm; an empty one leaves what conf/ says."""
-    usual, narrow = [("as usual", "")], {"min_width": 110}
+
+    def choice(group: str, label: str, element: str) -> gr.Dropdown:
+        names = [("as usual", ""), *training.names_in_conf(group)]
+        return gr.Dropdown(names, value="", label=label, elem_id=element, min_width=110)
+
+    def text(label: str, element: str, usual: str = "as usual") -> gr.Textbox:
+        return gr.Textbox("", label=label, placeholder=usual, elem_id=element, min_width=110, max_length=1000)
+
     with gr.Row():
-        base = gr.Dropdown(
-            [*usual, *training.names_in_conf("model")], value="", label="Base", elem_id="base-name", **narrow
-        )
-        path = gr.Textbox(
-            "", label="its folder or hub id", placeholder="as usual", elem_id="base-path", **narrow
-        )
-        images = gr.Dropdown(
-            [*usual, *training.names_in_conf("data")],
-            value="",
-            label="Images",
-            elem_id="images-name",
-            **narrow,
-        )
-        root = gr.Textbox("", label="their folder", placeholder="as usual", elem_id="images-root", **narrow)
+        base, path = choice("model", "Base", "base-name"), text("its folder or hub id", "base-path")
+        images, root = choice("data", "Images", "images-name"), text("their folder", "images-root")
     with gr.Row():
-        name = gr.Textbox("", label="Name", placeholder="date and time", elem_id="run-name", **narrow)
-        epochs = gr.Number(
-            None, label="Epochs", precision=0, minimum=1, elem_id="epochs", placeholder="as usual", **narrow
-        )
-        rank = gr.Number(
-            None, label="LoRA rank", precision=0, minimum=1, elem_id="rank", placeholder="as usual", **narrow
-        )
-        rate = gr.Number(None, label="Learning rate", elem_id="rate", placeholder="as usual", **narrow)
-        guidance = gr.Number(
-            None, label="Guidance in training", elem_id="loss-guidance", placeholder="1: off", **narrow
-        )
+        name = text("Name", "run-name", "date and time")
+        numbers = [
+            text("Epochs", "epochs"), text("LoRA rank", "rank"), text("Learning rate", "rate"),
+            text("Guidance in training", "loss-guidance"),
+        ]  # fmt: skip
     more = gr.Textbox(
-        "", label="Further settings", elem_id="more", placeholder="seed=1 compute=gpu_8gb", max_length=2000,
+        "", label="Further settings", elem_id="more", placeholder="seed=1 compute=gpu_8gb", max_length=4000,
         info="KEY=VALUE with spaces between, as after train.py",
     )  # fmt: skip
-    return [base, path, images, root, name, epochs, rank, rate, guidance, more]
+    return [base, path, images, root, name, *numbers, more]
 
 
 def keep_advancing(queue: Queue, is_served: Callable[[], bool]) -> None:

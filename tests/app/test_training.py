@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from ghibli.runs.folder import RunDir
 from ghibli.runs.queue import Job, Queue
 from ghibli.runtime.errors import UserError
 
-EMPTY = TrainingForm("", "", "", "", "", None, None, None, None, "")
+EMPTY = TrainingForm("", "", "", "", "", "", "", "", "", "")
 ROOT = Path(training.__file__).parents[2]
 
 
@@ -45,10 +46,10 @@ def test_the_form_asks_for_what_its_fields_say(here: Path) -> None:
         "ghibli",
         "my images",
         "it's",
-        3,
-        8,
-        1e-4,
-        7.5,
+        "3",
+        " 8 ",
+        "1e-4",
+        "7.5",
         "seed=5 data.caption='a b' loss.snr_gamma=5",
     )
     assert shlex.split(form.command())[-len(form.words()) :] == form.words()
@@ -59,7 +60,7 @@ def test_the_form_asks_for_what_its_fields_say(here: Path) -> None:
     )  # fmt: skip
     assert found == ("my images", 3, 8, 1e-4, 7.5, 5, "a b", 5)
     with pytest.raises(UserError, match="^further settings: No closing quotation$"):
-        TrainingForm("", "", "", "", "", None, None, None, None, "name='x").words()
+        replace(EMPTY, more="name='x").words()
 
 
 def test_a_check_runs_no_option_of_hydra() -> None:

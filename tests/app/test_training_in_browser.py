@@ -33,7 +33,8 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.folder, self.process = folder, self.start()
+        self.folder = folder
+        self.process = self.start()
 
     @property
     def address(self) -> str:
@@ -98,7 +99,7 @@ def ask_for(browser: Any, name: str, images: Path, *words: str) -> None:
     ]
     more = " ".join([*settings, f"data.root={images}", "data.draw=null", "model=demo", "data=demo", *words])
     fill(browser, "#run-name input, #run-name textarea", name)
-    fill(browser, "#epochs input", 40)
+    fill(browser, "#epochs input, #epochs textarea", 40)
     fill(browser, "#more input, #more textarea", more)
     wait(lambda: f"name={name}" in one(browser, "#train-command textarea").get_attribute("value"))
     click(browser, "#train")
