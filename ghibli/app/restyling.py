@@ -113,7 +113,9 @@ class Restyling:
             options = settings.restyle_options(
                 structure.strength, model.config.model.resolution, structure.way, control
             )
-            steers = control and self.session.control_of(control, structure.controlled_by, model)
+            steers = None
+            if control is not None:
+                steers = self.session.control_of(control, structure.controlled_by, model)
             asked = Asked(before, settings.prompt + escaped(model.config.data.style), mask, steers)
             afters = [restyle_counted(model, asked, replace(options, scale=0.0), count("base"))]
             afters.append(

@@ -22,7 +22,8 @@ from ghibli.runs import monitor
 from ghibli.runs.compose import conf_folder
 from ghibli.runs.find import all_runs, has_checkpoint
 from ghibli.runs.folder import RunDir
-from ghibli.runs.queue import Job, Queue, require_setting
+from ghibli.runs.jobs import Job
+from ghibli.runs.queue import Queue, require_setting
 from ghibli.runtime.commands import command_here, path_setting
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError

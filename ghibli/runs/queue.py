@@ -14,9 +14,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -25,6 +24,7 @@ from ghibli.runs import lock
 from ghibli.runs.compose import check_overrides, run_dir_for
 from ghibli.runs.find import OUTPUTS, run_to_resume
 from ghibli.runs.folder import RunDir
+from ghibli.runs.jobs import Job, as_job, is_training
 from ghibli.runs.launch import claimed
 from ghibli.runs.status import read_json
 from ghibli.runtime.commands import path_setting, quoted
@@ -35,59 +35,9 @@ logger = logging.getLogger(__name__)
 
 FOLDER = OUTPUTS / "queue"
 PATIENCE = 10.0  # s to wait for another process that changes the queue
-CLOCK = 2.0  # s by which the clock may have been set since a process began
 KEPT = 30  # jobs that are over
 TAIL = 2**13  # bytes at the end of what a job printed that are looked at
-SCRIPTS = ("train.py", "sweep.py")
 SAVED_AT_STOP = (0, 130)  # exit codes of a run that finished, or was stopped by SIGINT
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that was asked for: it waits, is at work, or is over."""
-
-    number: int
-    words: list[str]  # what follows train.py
-    folder: str | None = None  # of the run; None until it begins, if nothing names it
-    process: int | None = None  # its id; None until it begins
-    began: float | None = None  # when the process was made, in seconds since 1970
-    code: int | None = None  # what it exited with; None until then, and where nobody waited for it
-
-    @property
-    def waits(self) -> bool:
-        """Whether it has not begun."""
-        return self.process is None
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether its process runs, and not a later one that has its id."""
-        return self.process is not None and is_process(self.process, self.began)
-
-    @property
-    def is_at_work(self) -> bool:
-        """Whether its process runs, or its folder is locked."""
-        if self.waits or self.code is not None or self.folder is None:
-            return False
-        return self.is_alive or lock.is_held(Path(self.folder) / ".lock") is True
-
-
-def is_process(number: int, began: float | None) -> bool:
-    """Return whether a process of this id runs that was made at this time."""
-    try:
-        process = psutil.Process(number)
-        is_same = began is None or abs(process.create_time() - began) <= CLOCK
-        return is_same and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, ValueError, OverflowError):
-        return False
-
-
-def is_training(number: Any) -> bool:
-    """Return whether a process of this id was started as a training."""
-    try:
-        words = psutil.Process(number).cmdline()
-    except (psutil.Error, ValueError, TypeError, OverflowError):
-        return False
-    return any(Path(word).name in SCRIPTS for word in words)
 
 
 class Queue:
@@ -279,20 +229,6 @@ def patient_lock(path: Path) -> lock.Lock:
             if time.monotonic() > end or not lock.is_held(path):
                 raise
             time.sleep(0.05)
-
-
-def as_job(entry: Any) -> Job | None:
-    """Read a job from an entry of queue.json; None where it is damaged."""
-    kinds: dict[str, Any] = {
-        "number": int, "words": list, "folder": str | None, "process": int | None, "began": float | None,
-        "code": int | None,
-    }  # fmt: skip
-    names = {field.name for field in fields(Job)}
-    if not isinstance(entry, dict) or entry.keys() != names:
-        return None
-    if not all(isinstance(entry[name], kind) for name, kind in kinds.items()):
-        return None
-    return Job(**entry) if all(isinstance(word, str) for word in entry["words"]) else None
 
 
 def folder_of(words: list[str]) -> str | None:

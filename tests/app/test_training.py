@@ -16,7 +16,8 @@ from ghibli.report.run_data import read_run
 from ghibli.runs import monitor
 from ghibli.runs.compose import compose_config
 from ghibli.runs.folder import RunDir
-from ghibli.runs.queue import Job, Queue
+from ghibli.runs.jobs import Job
+from ghibli.runs.queue import Queue
 from ghibli.runtime.errors import UserError
 
 EMPTY = TrainingForm("", "", "", "", "", "", "", "", "", "")

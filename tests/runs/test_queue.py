@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from ghibli.runs import lock, queue
 from ghibli.runs.folder import RunDir
-from ghibli.runs.queue import Job, Queue
+from ghibli.runs.jobs import Job, as_job
+from ghibli.runs.queue import Queue
 from ghibli.runtime.errors import UserError
 
 STAND_IN = f"""
@@ -271,7 +272,7 @@ ENTRIES = st.recursive(
 
 @given(entry=ENTRIES)
 def test_a_damaged_file_is_no_job(entry: Any) -> None:
-    job = queue.as_job(entry)
+    job = as_job(entry)
     assert job is None or isinstance(job.words, list)
 
 
