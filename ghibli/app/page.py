@@ -32,6 +32,7 @@ STYLE = """
 #run figcaption {font-weight: 600}
 #run .legend span {margin-right: 1rem; font-size: .85rem}
 #run .c0 {color: var(--c0)} #run .c1 {color: var(--c1)}
+#run svg * {color: inherit}
 #run svg.chart {width: 100%; height: auto}
 #run svg text {fill: currentColor; font-size: 12px}
 #run svg .grid, #run svg .tick {stroke: var(--line)}

@@ -85,5 +85,5 @@ def sheets(label: str, element: str) -> gr.Gallery:
     """Build a gallery that shows sheets whole, one below the other."""
     return gr.Gallery(
         label=label, columns=1, format="png", height="auto", object_fit="contain", elem_id=element,
-        elem_classes="sheets",
+        elem_classes="sheets", show_label=False,
     )  # fmt: skip

@@ -36,11 +36,10 @@ def draw_tab(handlers: Drawing, settings: SettingsColumn) -> tuple[Any, PromptFi
         with gr.Row():
             images = [image_frame("base", "base"), image_frame("trained", "trained")]
         status = gr.Markdown(elem_id="drawn")
-        with gr.Row():
-            commands = [
-                command_box("base-command", "The base's in the terminal"),
-                command_box("draw-command", "The trained one's in the terminal"),
-            ]
+        commands = [
+            command_box("draw-command", "The trained one in the terminal"),
+            command_box("base-command", "The base in the terminal"),
+        ][::-1]  # as the handlers return them
         hires = gr.Slider(
             1, 2, value=1, step=0.25, label="Larger", elem_id="hires",
             info="a second pass at so many times the size, by image-to-image; 1 = none",
@@ -102,11 +101,10 @@ def restyle_tab(session: AppSession, settings: SettingsColumn) -> Any:
             preview = image_frame("photo", "photo")
             images = [image_frame("base", "restyled-base"), image_frame("trained", "restyled-trained")]
         status = gr.Markdown(elem_id="restyled")
-        with gr.Row():
-            commands = [
-                command_box("restyle-base-command", "The base's in the terminal"),
-                command_box("restyle-command", "The trained one's in the terminal"),
-            ]
+        commands = [
+            command_box("restyle-command", "The trained one in the terminal"),
+            command_box("restyle-base-command", "The base in the terminal"),
+        ][::-1]  # as the handlers return them
     photo.change(handlers.preview, photo, preview, show_progress="hidden", **HANDLER, **PREVIEWS)
     inputs = [settings.runs, photo, prompt, *settings.others, strength, way, *structure]
     outputs = [preview, *images, status, *commands]

@@ -105,6 +105,12 @@ def ask_for(browser: Any, name: str, images: Path, *words: str) -> None:
     click(browser, "#train")
 
 
+def press(browser: Any, selector: str) -> None:
+    """Click a button once it can be pressed."""
+    wait(lambda: one(browser, selector).is_enabled())
+    click(browser, selector)
+
+
 def run_text(browser: Any) -> str:
     return wait(lambda: one(browser, "#run").text)
 
@@ -154,7 +160,7 @@ def test_a_run_from_the_form_to_the_end(browser: Any, server: Server, folder: Pa
     wait(lambda: epochs_done(tab) > epoch)
     assert "outputs/train/first" in run_text(tab) and "running" in run_text(tab)
 
-    click(tab, "#stop")
+    press(tab, "#stop")
     wait(lambda: "asked to stop" in words(tab, "answer"))
     wait(lambda: first.status.read()["state"] == "interrupted" and not is_trained(first))
     step = first.status.read()["step"]
@@ -167,19 +173,19 @@ def resume_and_see(tab: Any, server: Server, first: RunDir, second: RunDir, step
     """Put the first run back behind the second, stop that one, and see the first go on where it stopped."""
     choose(opened(tab, server), "#watch", "first")
     wait(lambda: "interrupted" in run_text(tab) and "outputs/train/first" in run_text(tab))
-    click(tab, "#resume")
+    press(tab, "#resume")
     wait(lambda: "resume=outputs/train/first" in one(tab, "#jobs").text)
     assert not is_trained(first)
     choose(tab, "#watch", "whatever")
     wait(lambda: "outputs/train/second" in run_text(tab))
     wait(lambda: second.status.read().get("step"))
-    click(tab, "#stop")
+    press(tab, "#stop")
     wait(lambda: is_trained(first))
     wait(lambda: first.status.read()["step"] > step)
     starts = first.status.read()["starts"]
     assert len(starts) == 2 and starts[1]["step"] >= step - 1
     choose(opened(tab, server), "#watch", "first")
-    click(tab, "#stop")
+    press(tab, "#stop")
     wait(lambda: not is_trained(first))
 
 
