@@ -246,6 +246,7 @@ def test_nothing_is_lost_when_many_add_at_once(here: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     with subprocess.Popen([sys.executable, "-c", script], env=environment) as other:
         runs = Queue()
+        wait(runs.jobs)  # the other one has begun
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda i: runs._append([f"seed={i}"], None), range(100, 140)))
         assert other.wait() == 0
