@@ -117,7 +117,9 @@ def test_words_that_are_no_settings() -> None:
 # The guard, without gradio behind it
 
 
-def ask(host: str = "127.0.0.1", folder: Path = Path("/nonexistent"), **request: Any) -> tuple[int, int]:
+def ask(
+    host: str = "127.0.0.1", folder: Path = Path("/nonexistent"), is_private: bool = False, **request: Any
+) -> tuple[int, int]:
     """Send a request through a Guard; return the status, and how many bytes reached the application."""
     reached = 0
 
@@ -132,7 +134,7 @@ def ask(host: str = "127.0.0.1", folder: Path = Path("/nonexistent"), **request:
         await send({"type": "http.response.body", "body": b""})
 
     async def main() -> int:
-        transport = httpx.ASGITransport(app=Guard(app, host, folder))
+        transport = httpx.ASGITransport(app=Guard(app, host, folder, is_private))
         headers = request.pop("headers", {})
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:7860") as client:
             method, path = request.pop("method", "GET"), request.pop("path", "/")
@@ -180,6 +182,18 @@ def test_only_its_own_origin(origin: str, accepted: bool) -> None:
     for method, path in (("GET", "/config"), ("POST", "/gradio_api/upload")):
         status, _ = ask(method=method, path=path, headers={"origin": origin})
         assert status == (200 if accepted else 403)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_private_page_answers_its_own_user_alone(is_own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can start a training can run code as its user."""
+    seen: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(guard, "is_own_user", lambda *ends: seen.append(ends) or is_own)
+    assert ask()[0] == 200 and not seen  # a page that others may reach
+    for method, path in (("GET", "/"), ("POST", "/gradio_api/run/predict"), ("POST", "/gradio_api/upload")):
+        status, _ = ask(method=method, path=path, is_private=True)
+        assert status == (200 if is_own else 403)
+    assert seen == [(("127.0.0.1", 123), ("127.0.0.1", 7860))] * 3
 
 
 def test_other_pages_may_only_link_here() -> None:
