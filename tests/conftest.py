@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that no worker idles at the end beside a long one."""
-    folders = ("end_to_end", "training", "sweeps", "inference", "evaluation")
+    folders = ("end_to_end", "training", "sweeps", "app", "inference", "evaluation")
 
     def place(item: pytest.Item) -> int:
         return next((at for at, name in enumerate(folders) if name in item.path.parts), len(folders))

@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [  # bottom up; packages of one line know nothing of ea
     {"evaluation"},
     {"training", "sweeps"},
     {"prepare", "inference", "report"},
-    {"jury"},
+    {"jury", "app"},
     {"cli", "api"},
 ]
 LINE = {package: line for line, packages in enumerate(LAYERS) for package in packages}

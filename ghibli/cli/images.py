@@ -253,15 +253,15 @@ def app_command(
     port: Annotated[int | None, typer.Option(help="by default the first free one from 7860")] = None,
 ) -> None:
     """Open a page in the browser to generate and restyle with a run, the base beside it, until Ctrl-C."""
-    from ghibli.inference.app.address import find_address, is_loopback
-    from ghibli.inference.app.private_folder import ended_by_signals
+    from ghibli.app.address import find_address, is_loopback
+    from ghibli.app.private_folder import ended_by_signals
 
     words = overrides or []
     require_settings(words)
     host, _ = find_address(host, port)
     with loading():
         try:
-            from ghibli.inference.app.page import serve
+            from ghibli.app.page import serve
         except ImportError as error:
             raise UserError(f"the page needs gradio: {install_command('app')} ({error})") from error
     with ended_by_signals():
@@ -269,7 +269,8 @@ def app_command(
             page, address = serve(words, host, port)
         console.print(f"page     {address}   stop with Ctrl-C")
         if not is_loopback(host):
-            console.print(f"there is no password: anyone who can reach {host} can use it", style="yellow")
+            text = f"there is no password: anyone who can reach {host} can use it, but for training"
+            console.print(text, style="yellow")
         page.block_thread()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
@@ -30,6 +31,7 @@ from ghibli.runtime.files import ROOT
 
 NOT_OF_A_RUN = ("hydra", "experiment", "sweep")  # top-level keys that are not settings of a run
 CHOOSE_BASE = ("model", "data", "data.style", "experiment", "cache_dir")  # with model.* and local.*
+COMPOSING = threading.Lock()  # Hydra keeps one state for the whole process, and a page has several threads
 LONGEST_NAME = 150  # bytes of a trial's folder name; most file systems allow 255, and repeats add to it
 
 
@@ -164,7 +166,7 @@ def check_overrides(overrides: list[str]) -> tuple[Config | None, RunDir | None,
     """
     register()
     overrides = with_typed_paths(overrides)
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+    with COMPOSING, initialize_config_dir(str(conf_folder()), version_base="1.3"):
         errors = errors_in(lambda: compose_cfg(overrides))
         if errors:
             own_errors, overrides = check_each_override(overrides)

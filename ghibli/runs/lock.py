@@ -109,14 +109,35 @@ def is_held(path: Path) -> bool | None:
     try:
         if is_ours(path):
             return True
-        found = os.stat(path)
-        if fcntl is None or not (sys.platform.startswith("linux") and stat.S_ISREG(found.st_mode)):
-            return None
-        with open(path, "rb") as file:
-            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            return struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
+        return None if (found := other_holder(path)) is None else found[0]
     except OSError:
         return None
+
+
+def holder(path: Path) -> int | None:
+    """Return the id of the other process that has locked the file; None without one, or if it is hidden."""
+    try:
+        found = None if is_ours(path) else other_holder(path)
+    except OSError:
+        return None
+    return found[1] if found is not None and found[0] and found[1] > 0 else None
+
+
+def other_holder(path: Path) -> tuple[bool, int] | None:
+    """Ask Linux who has locked a file that is not ours: (whether it is locked, process id); else None.
+
+    The id is 0 for a process that this one cannot see, such as one outside its container.
+
+    Raises:
+        OSError: the file is not there, or may not be read.
+    """
+    found = os.stat(path)
+    if fcntl is None or not (sys.platform.startswith("linux") and stat.S_ISREG(found.st_mode)):
+        return None
+    with open(path, "rb") as file:
+        asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, _, _, _, process = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    return kind != fcntl.F_UNLCK, process
 
 
 def is_ours(path: Path) -> bool:

@@ -23,7 +23,7 @@ from PIL import Image
 REPO = Path(__file__).parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
-from helpers.page_requests import call, index_of, upload  # noqa: E402
+from helpers.page_requests import NO_STRUCTURE, call, index_of, upload  # noqa: E402
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 TARGETS = {  # audit event -> positions of a path and of the folder's descriptor that it is relative to
@@ -73,11 +73,11 @@ def visit(address: str, run: str) -> None:
     try:
         answers(address)
         settings = ["a lake", "", "ddim", 1, 2, 0, 1, False]
-        drawn = call(address, index_of(address, "draw"), [[run], *settings])
+        drawn = call(address, index_of(address, "draw"), [[run], *settings, 1])
         photo = io.BytesIO()
         Image.new("RGB", (64, 64), "green").save(photo, "PNG")
         uploaded = {"path": upload(address, photo.getvalue()), "meta": {"_type": "gradio.FileData"}}
-        words = [[run], uploaded, *settings, 1, "img2img"]
+        words = [[run], uploaded, *settings, 1, "img2img", *NO_STRUCTURE]
         restyled = call(address, index_of(address, "restyle"), words)
         if not (drawn["success"] and restyled["success"]):
             print(f"the page refused: {drawn} {restyled}", file=sys.stderr)

@@ -4,6 +4,9 @@ import json
 import urllib.request
 from typing import Any
 
+RUN = "outputs/train/run"  # the finished run of tests/app/conftest.py
+NO_STRUCTURE = [None, "", None, 1, None]  # no mask, no ControlNet
+
 
 def call(address: str, index: int, data: list[Any]) -> dict[str, Any]:
     """Send what a browser would; return the last event."""

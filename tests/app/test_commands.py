@@ -14,16 +14,21 @@ from typer.testing import CliRunner
 
 pytest.importorskip("gradio")
 
+from ghibli.app.commands import draw_command, restyle_command
+from ghibli.app.session import AppSession
+from ghibli.app.settings import Settings
 from ghibli.cli import images
 from ghibli.cli.main import app
 from ghibli.inference import photos, restyle
-from ghibli.inference.app.session import AppSession, Settings, draw_command, restyle_command
 from ghibli.inference.photos import Photo
-from ghibli.inference.request import WAYS, RestyleOptions
+from ghibli.inference.request import WAYS, ControlOptions, RestyleOptions
 
 SIDE = 128
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0()[]\\"), min_size=1, max_size=20)
 NUMBERS = st.floats(0, 30, allow_nan=False)
+CONTROLS = [
+    None, ControlOptions("canny", "demo/control"), ControlOptions("depth", "somebody/it's", 0.7),
+]  # fmt: skip
 ODD = ["-x", "--help", "a (1) $HOME", "~/it", "naïve ジブリ", "'", '"', "a=b", "x:0.5"]
 
 
@@ -35,6 +40,7 @@ def on_the_page(draw: st.DrawFn) -> Settings:
         runs, "a " + draw(TEXTS | st.sampled_from(ODD)), draw(TEXTS | st.sampled_from(["", *ODD])),
         draw(st.sampled_from(["ddim", "euler_a"])), draw(NUMBERS), draw(st.integers(5, 40)),
         draw(st.integers(0, 2**32 - 2)), draw(st.just(1.0) | NUMBERS) if runs else 1.0, False,
+        draw(st.sampled_from([1.0, 1.5, 2.0])),
     )  # fmt: skip
 
 
@@ -91,10 +97,13 @@ def test_a_drawn_image(page: Settings, asked: Any) -> None:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(page=on_the_page(), strength=st.floats(0.3, 1), name=st.sampled_from(ODD), way=st.sampled_from(WAYS))
-def test_a_restyled_photo(page: Settings, strength: float, name: str, way: str, asked: Any) -> None:
+@given(
+    page=on_the_page(), name=st.sampled_from(ODD),
+    structure=st.tuples(st.floats(0.3, 1), st.sampled_from(WAYS), st.sampled_from(CONTROLS)),
+)  # fmt: skip
+def test_a_restyled_photo(page: Settings, name: str, structure: tuple[Any, ...], asked: Any) -> None:
     page = replace(page, sampler="ddim")  # with which the command by itself takes the other way
-    wanted = page.restyle_options(strength, SIDE, way)
+    wanted = page.restyle_options(structure[0], SIDE, *structure[1:])
     CliRunner().invoke(app, pasted(restyle_command(page, Path(f"{name}.jpg"), wanted, sources_of(page))))
     assert asked.options == wanted and asked.sources == (page.runs or ["model.path=a base/it's"])
     assert asked.photos == [Photo(Path(f"{name}.jpg"), page.prompt)]

@@ -21,22 +21,24 @@ from helpers.commands import REPO
 from PIL import Image
 from typer.testing import CliRunner
 
-from ghibli.cli.main import app as command_line
-from ghibli.inference.app.address import (
+from ghibli.app.address import (
     find_address,
     in_url,
     is_loopback,
     is_wildcard,
     without_proxies,
 )
+from ghibli.cli.main import app as command_line
 from ghibli.runtime.errors import UserError
 
 pytest.importorskip("gradio")
+from ghibli.app import guard, images
+from ghibli.app.answers import without_places
+from ghibli.app.guard import Guard
+from ghibli.app.page import serve
+from ghibli.app.session import AppSession
+from ghibli.app.settings import Settings
 from ghibli.images.read import Unusable
-from ghibli.inference.app import guard, session
-from ghibli.inference.app.guard import Guard
-from ghibli.inference.app.page import serve
-from ghibli.inference.app.session import Settings
 
 SETTINGS = ([], "a lake", "", "ddim", 7.5, 30, 0, 1.0, False)
 DEAD_PROXY = "http://127.0.0.1:9"  # the port that discards
@@ -115,7 +117,9 @@ def test_words_that_are_no_settings() -> None:
 # The guard, without gradio behind it
 
 
-def ask(host: str = "127.0.0.1", folder: Path = Path("/nonexistent"), **request: Any) -> tuple[int, int]:
+def ask(
+    host: str = "127.0.0.1", folder: Path = Path("/nonexistent"), is_private: bool = False, **request: Any
+) -> tuple[int, int]:
     """Send a request through a Guard; return the status, and how many bytes reached the application."""
     reached = 0
 
@@ -130,7 +134,7 @@ def ask(host: str = "127.0.0.1", folder: Path = Path("/nonexistent"), **request:
         await send({"type": "http.response.body", "body": b""})
 
     async def main() -> int:
-        transport = httpx.ASGITransport(app=Guard(app, host, folder))
+        transport = httpx.ASGITransport(app=Guard(app, host, folder, is_private))
         headers = request.pop("headers", {})
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:7860") as client:
             method, path = request.pop("method", "GET"), request.pop("path", "/")
@@ -178,6 +182,18 @@ def test_only_its_own_origin(origin: str, accepted: bool) -> None:
     for method, path in (("GET", "/config"), ("POST", "/gradio_api/upload")):
         status, _ = ask(method=method, path=path, headers={"origin": origin})
         assert status == (200 if accepted else 403)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_private_page_answers_its_own_user_alone(is_own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can start a training can run code as its user."""
+    seen: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(guard, "is_own_user", lambda *ends: seen.append(ends) or is_own)
+    assert ask()[0] == 200 and not seen  # a page that others may reach
+    for method, path in (("GET", "/"), ("POST", "/gradio_api/run/predict"), ("POST", "/gradio_api/upload")):
+        status, _ = ask(method=method, path=path, is_private=True)
+        assert status == (200 if is_own else 403)
+    assert seen == [(("127.0.0.1", 123), ("127.0.0.1", 7860))] * 3
 
 
 def test_other_pages_may_only_link_here() -> None:
@@ -289,15 +305,15 @@ def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
     Image.new("P", (13_300, 13_300)).save(bomb)
     assert bomb.stat().st_size < 10**6
     with pytest.raises(Unusable, match="13300x13300 px, more than this page decodes"):
-        session.read_small(bomb)
+        images.read_small(bomb)
     Image.new("RGBA", (10, 10)).save(bomb)
-    assert session.read_small(bomb).size == (10, 10)
+    assert images.read_small(bomb).size == (10, 10)
 
 
 def test_one_photo_is_decoded_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes up to a gigabyte, and every thread that decoded one keeps the freed memory for itself."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    inside, most, threads, decode = [], [], set(), session.read_image
+    inside, most, threads, decode = [], [], set(), images.read_image
 
     def counted(*words: Any, **options: Any) -> Any:
         inside.append(1)
@@ -307,16 +323,16 @@ def test_one_photo_is_decoded_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
         inside.pop()
         return decode(*words, **options)
 
-    monkeypatch.setattr(session, "read_image", counted)
+    monkeypatch.setattr(images, "read_image", counted)
     with ThreadPoolExecutor(8) as pool:
-        assert len(list(pool.map(session.read_small, [tmp_path / "a.png"] * 8))) == 8
+        assert len(list(pool.map(images.read_small, [tmp_path / "a.png"] * 8))) == 8
     assert most == [1] * 8 and len(threads) == 1
 
 
 def test_messages_name_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
-    told = session.without_places(f"{tmp_path}/outputs/a and {tmp_path} and /home/somebody/base")
+    told = without_places(f"{tmp_path}/outputs/a and {tmp_path} and /home/somebody/base")
     assert told == "outputs/a and . and ~/base"
 
 
@@ -329,7 +345,7 @@ def test_a_run_from_elsewhere_does_not_keep_the_page_shut(
     (run / "status.json").write_text('{"state": "finished", "gain": null}')
     (run / "samples").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
-    app_session = session.AppSession([])
+    app_session = AppSession([])
     assert app_session.run_choices() == [("theirs", "outputs/theirs")]
     with pytest.raises(UserError, match="samples is a link to"):
         app_session.model_of(["outputs/theirs"])
@@ -402,7 +418,7 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
 
 
 def test_folders_of_killed_pages_are_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ghibli.inference.app import private_folder
+    from ghibli.app import private_folder
 
     monkeypatch.setattr(private_folder.tempfile, "tempdir", str(folder))
     (folder / "ghibli-page-999999999-x").mkdir()

@@ -8,14 +8,15 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ghibli.inference.app.address import LOOPBACK, as_ip, is_wildcard
+from ghibli.app.address import LOOPBACK, as_ip, is_wildcard
+from ghibli.app.own_user import is_own_user
 
-LARGEST_UPLOAD = 31 * 2**20  # bytes of a request that uploads a photo, a little above page.UPLOAD_LIMIT
+LARGEST_UPLOAD = 31 * 2**20  # bytes of a request that uploads a photo, a little above parts.UPLOAD_LIMIT
 LARGEST_REQUEST = 2**18  # bytes of any other request
 ALL_FILES = 500 * 2**20  # bytes of uploads and images that the page keeps
 DROPPED = 2**28  # bytes of a refused request that are read all the same
 UPLOAD = "/gradio_api/upload"
-POSTS = (  # what the page sends; run/predict is for Cancel alone, as all other events are queued
+POSTS = (  # what the page sends; run/predict is for what is not queued: Cancel, and training
     UPLOAD, "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/reset",
 )  # fmt: skip
 CLOSED = (
@@ -38,10 +39,11 @@ class Guard:
         app: the application behind it.
         host: that the page was opened on; 0.0.0.0 and :: stand for every IP address, but for no name.
         folder: where gradio keeps uploads and images.
+        is_private: answer nobody but the user of this process, as far as the system tells.
     """
 
-    def __init__(self, app: ASGIApp, host: str, folder: Path):
-        self.app, self.folder = app, folder
+    def __init__(self, app: ASGIApp, host: str, folder: Path, is_private: bool = False):
+        self.app, self.folder, self.is_private = app, folder, is_private
         self.hosts = {host.lower(), *LOOPBACK}
         self.any_ip = is_wildcard(host)
         self.arriving = 0  # bytes, at most, of the uploads that are being received
@@ -58,6 +60,9 @@ class Guard:
 
     def refusal(self, scope: Scope, headers: Headers) -> str | None:
         """Return why a request is refused; None if it is not."""
+        client, server = scope.get("client"), scope.get("server")
+        if self.is_private and client and server and not is_own_user(client, server):
+            return "the page belongs to another user of this machine"
         host, origin = headers.get("host", ""), headers.get("origin")
         if any(len(headers.getlist(name)) > 1 for name in ("host", "origin")):
             return "a header that is given twice"

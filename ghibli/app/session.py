@@ -1,0 +1,132 @@
+"""The model behind the page, which all visitors share, and the runs that it offers."""
+
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import gradio as gr
+
+from ghibli.app.answers import Stopped
+from ghibli.app.history import History
+from ghibli.app.labels import run_label, with_numbers
+from ghibli.app.settings import Settings
+from ghibli.inference.control import ControlOf, load_control
+from ghibli.inference.generate import Count
+from ghibli.inference.load import LoadedModel, load_model
+from ghibli.inference.request import ControlOptions
+from ghibli.runs.find import runs_with_weights
+from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import path_setting
+from ghibli.runtime.errors import UserError
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
+
+PROGRESS = gr.Progress()  # as a parameter's default it makes gradio pass a progress bar of its own
+
+
+class AppSession:
+    """The model behind the page; one request is served at a time, across all visitors."""
+
+    def __init__(self, overrides: list[str], is_private: bool = False) -> None:
+        """Start without a model; the first request loads one.
+
+        Args:
+            overrides: of train.py, which choose the base when no run is selected.
+            is_private: the page is reached from this machine only, by one person.
+        """
+        self.is_private = is_private
+        self.history = History(shared=is_private)
+        self.lock = threading.Lock()  # of the model
+        self._overrides = overrides
+        self._model: tuple[list[str], LoadedModel] | None = None
+        self._control: tuple[ControlOptions, LoadedModel, Callable[[Path | None], ControlOf]] | None = None
+        self._stops: defaultdict[str, set[threading.Event]] = defaultdict(set)  # by visitor
+
+    def runs(self) -> dict[str, RunDir]:
+        """Return the runs to choose from by path, newest first: the finished ones that trained something."""
+        return {str(run.path): run for run in reversed(runs_with_weights())}
+
+    def run_choices(self) -> list[tuple[str, str]]:
+        """Return (label, path) of the runs, for a dropdown."""
+        runs = self.runs()
+        labels = with_numbers([run_label(run, run.status.read().get("gain")) for run in runs.values()])
+        return list(zip(labels, runs, strict=True))
+
+    def model_of(self, names: list[str]) -> LoadedModel:
+        """Load the base of some runs with their adapters on it; the last one is kept.
+
+        Raises:
+            UserError: no longer a run, a link out of a run folder, or runs that cannot be combined.
+        """
+        known = self.runs()
+        unknown = next((name for name in names if name not in known), None)
+        if unknown is not None:
+            raise UserError(f"{unknown[:80]} is no longer a finished run: reload the page")
+        for name in names:
+            known[name].refuse_links()  # its sample grids are shown to everyone who can reach the page
+        if self._model is None or self._model[0] != names:
+            self._model = self._control = None  # frees the memory for the next one
+            self._model = (names, load_model(names, [] if names else self._overrides))
+        return self._model[1]
+
+    def control_of(self, options: ControlOptions, file: Path | None, model: LoadedModel) -> ControlOf:
+        """Load a ControlNet for a photo; the last one is kept.
+
+        Args:
+            file: the photo's own control image; None = computed of the photo.
+
+        Raises:
+            UserError: as load_control.
+        """
+        if self._control is None or self._control[0] != options or self._control[1] is not model:
+            self._control = None
+            self._control = (options, model, load_control(options, model.base))
+        return self._control[2](file)
+
+    @contextmanager
+    def turn(self, visitor: str, progress: gr.Progress) -> Iterator[Count]:
+        """Wait until nobody else uses the model; yield a progress bar that stops when told to.
+
+        Args:
+            visitor: gradio's session hash.
+
+        Raises:
+            Stopped: at the next step after a stop.
+        """
+        stop = threading.Event()
+        self._stops[visitor].add(stop)
+
+        @contextmanager
+        def count(label: str) -> Iterator[Callable[[int, int], None]]:
+            def on_progress(done: int, total: int) -> None:
+                if stop.is_set():
+                    raise Stopped
+                progress((done, total), desc=label)
+
+            yield on_progress
+
+        try:
+            with self.lock:
+                if stop.is_set():
+                    raise Stopped
+                yield count
+        finally:
+            self._stops.get(visitor, set()).discard(stop)
+
+    def stop(self, request: gr.Request) -> None:
+        """Stop all requests of this visitor at their next step."""
+        for stop in tuple(self._stops.get(str(request.session_hash), ())):
+            stop.set()
+
+    def leave(self, request: gr.Request) -> None:
+        """Forget a visitor whose tab was closed."""
+        self.stop(request)
+        self._stops.pop(str(request.session_hash), None)
+        self.history.forget(str(request.session_hash))
+
+    def sources(self, settings: Settings, model: LoadedModel) -> list[str]:
+        """Return what the commands name to load the same: runs, or what chooses the base."""
+        return settings.runs or self._overrides or [path_setting("model.path", model.config.model.path)]

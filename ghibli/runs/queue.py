@@ -1,0 +1,252 @@
+"""Runs that are trained one after another in the background, each in a process of its own.
+
+All of it is in files: whoever looks again, after a crash too, finds what waits and what is trained. A run's
+process has a session of its own, so neither the end of the one that started it nor its Ctrl-C reaches it.
+"""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+
+from ghibli.config.paths import check_paths
+from ghibli.runs import lock
+from ghibli.runs.compose import check_overrides, run_dir_for
+from ghibli.runs.find import OUTPUTS, run_to_resume
+from ghibli.runs.folder import RunDir
+from ghibli.runs.jobs import Job, as_job, is_training
+from ghibli.runs.launch import claimed
+from ghibli.runs.status import read_json
+from ghibli.runtime.commands import path_setting, quoted
+from ghibli.runtime.errors import UserError
+from ghibli.runtime.files import ROOT, write_json
+
+logger = logging.getLogger(__name__)
+
+FOLDER = OUTPUTS / "queue"
+PATIENCE = 10.0  # s to wait for another process that changes the queue
+KEPT = 30  # jobs that are over
+TAIL = 2**13  # bytes at the end of what a job printed that are looked at
+SAVED_AT_STOP = (0, 130)  # exit codes of a run that finished, or was stopped by SIGINT
+
+
+class Queue:
+    """The jobs in a folder, which several threads and processes may change at once."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        """Look at a folder, which is made when the first job comes.
+
+        Args:
+            folder: holds queue.json, and what each job printed.
+        """
+        self.folder = folder.absolute()
+        self._turn = threading.Lock()
+        self._children: dict[int, subprocess.Popen[bytes]] = {}  # by the job's number
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "queue.json"
+
+    def printed(self, job: Job) -> Path:
+        """Return the file with what a job's process printed."""
+        return self.folder / f"{job.number}.txt"
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs in the order in which they came; none where the file cannot be read."""
+        content = read_json(self.file)
+        listed = content if isinstance(content, list) else []
+        return [job for entry in listed if (job := as_job(entry)) is not None]
+
+    def at_work(self) -> Job | None:
+        """Return the job whose run is being trained."""
+        return next((job for job in self.jobs() if job.is_at_work), None)
+
+    def add(self, words: list[str]) -> Job:
+        """Check what follows train.py and put it at the end.
+
+        Raises:
+            UserError: a setting that is not accepted, or a path that does not exist.
+        """
+        return self._append(words, folder_of(words))
+
+    def add_resume(self, folder: Path) -> Job:
+        """Put an unfinished run at the end, to be resumed.
+
+        Raises:
+            UserError: there is nothing to resume from, or it is trained or waits already.
+        """
+        run = run_to_resume(str(folder))
+        if lock.is_held(run.path / ".lock"):
+            raise UserError(f"{run.path} is being trained")
+        if any(job.folder == str(run.path) and job.waits for job in self.jobs()):
+            raise UserError(f"{run.path} waits already")
+        return self._append([path_setting("resume", run.path)], str(run.path))
+
+    def remove(self, number: int) -> None:
+        """Take a job out that has not begun.
+
+        Raises:
+            UserError: it has, or there is no such job.
+        """
+        with self._changing() as jobs:
+            found = next((job for job in jobs if job.number == number), None)
+            if found is None or not found.waits:
+                raise UserError(f"run {number} of the queue waits no longer")
+            jobs.remove(found)
+
+    def advance(self) -> None:
+        """Note what ended, and start the next run if none is at work.
+
+        Raises:
+            UserError: the queue's folder cannot be changed.
+        """
+        ended = {
+            number: code for number, child in self._children.items() if (code := child.poll()) is not None
+        }
+        if not ended and not any(job.waits for job in self.jobs()):
+            return
+        with self._changing() as jobs:
+            jobs[:] = [replace(job, code=ended.get(job.number, job.code)) for job in jobs]
+            for number in ended:
+                del self._children[number]
+            at = next((at for at, job in enumerate(jobs) if job.waits), None)
+            if at is None or self._children or any(job.is_at_work for job in jobs):
+                return
+            self._store(jobs)  # on a full disk a run would be started that nobody knew of
+            jobs[at] = self._start(jobs[at])
+
+    def stop(self, folder: Path) -> None:
+        """Ask the process that trains in a folder to stop, as Ctrl-C does: it saves after its step.
+
+        A second call stops it at once.
+
+        Raises:
+            UserError: nothing is trained there, or this system cannot do it.
+        """
+        if os.name == "nt":
+            raise UserError("on Windows a run in the background cannot be asked to stop: end its process")
+        run = RunDir(folder)
+        starting = next((job for job in self.jobs() if job.folder == str(folder) and job.is_alive), None)
+        holder = lock.holder(run.path / ".lock")
+        if lock.is_held(run.path / ".lock") is None and run.status.state == "running":  # as on macOS
+            noted = run.status.read().get("process")
+            holder = noted if is_training(noted) else None
+        with suppress(ProcessLookupError):
+            if holder is not None and holder != os.getpid():
+                os.kill(holder, signal.SIGINT)
+                return
+            if starting is not None and starting.process is not None:  # a shell may have it ignore SIGINT
+                os.kill(starting.process, signal.SIGTERM)
+                return
+        raise UserError(f"nothing is trained in {folder}")
+
+    def outcome(self, job: Job) -> str:
+        """Say in some words what a job does, or how it ended."""
+        if job.waits:
+            return "waits"
+        if job.is_at_work:
+            return "is being trained"
+        last = (self.tail(job, 1) or [""])[0]
+        if job.code not in (None, *SAVED_AT_STOP) and last.startswith("error:"):
+            return last
+        status = RunDir(Path(job.folder or "")).status
+        return status.state if status.path.exists() else last or "stopped before it began"
+
+    def tail(self, job: Job, lines: int) -> list[str]:
+        """Return the last lines that a job printed."""
+        try:
+            with open(self.printed(job), "rb") as file:
+                file.seek(max(os.fstat(file.fileno()).st_size - TAIL, 0))
+                text = file.read(TAIL).decode(errors="replace")
+        except OSError:
+            return []
+        return [line for line in text.splitlines() if line.strip()][-lines:]
+
+    def _append(self, words: list[str], folder: str | None) -> Job:
+        """Add a job under the next number; forget the oldest that are over."""
+        with self._changing() as jobs:
+            job = Job(max((other.number for other in jobs), default=0) + 1, words, folder)
+            over = [other for other in jobs if not (other.waits or other.is_at_work)]
+            for old in over[: max(len(over) - KEPT, 0)]:
+                jobs.remove(old)
+                self.printed(old).unlink(missing_ok=True)
+            jobs.append(job)
+        return job
+
+    def _start(self, job: Job) -> Job:
+        """Start a job's process; return it with its folder and process."""
+        words, folder = list(job.words), job.folder
+        if folder is None:
+            folder = str(claimed(Path(run_dir_for(None, None))))
+            words.append(path_setting("hydra.run.dir", folder))
+        with open(self.printed(job), "wb") as printed:
+            child = subprocess.Popen(
+                [sys.executable, "-u", str(ROOT / "train.py"), *words],
+                stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        self._children[job.number] = child
+        began = time.time()
+        with suppress(psutil.Error):
+            began = psutil.Process(child.pid).create_time()
+        return replace(job, folder=folder, process=child.pid, began=began)
+
+    @contextmanager
+    def _changing(self) -> Iterator[list[Job]]:
+        """Yield the jobs to be changed in place, which nobody else changes meanwhile; store them."""
+        with self._turn, patient_lock(self.folder / ".lock"):
+            jobs = self.jobs()
+            before = list(jobs)
+            yield jobs
+            if jobs != before:
+                self._store(jobs)
+
+    def _store(self, jobs: list[Job]) -> None:
+        """Write queue.json."""
+        write_json(self.file, [asdict(job) for job in jobs])
+
+
+def patient_lock(path: Path) -> lock.Lock:
+    """Take a lock, waiting up to PATIENCE for another process to release it.
+
+    Raises:
+        UserError: it did not, or the folder cannot be made.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return lock.take(path, "the current folder")
+        except UserError:
+            if time.monotonic() > end or not lock.is_held(path):
+                raise
+            time.sleep(0.05)
+
+
+def folder_of(words: list[str]) -> str | None:
+    """Check what follows train.py as it does itself; return the run's folder if the words name one.
+
+    Raises:
+        UserError: what is wrong, all of it in one line.
+    """
+    for word in words:
+        require_setting(word)
+    config, run, errors = check_overrides(words)
+    if config is None or run is None:
+        raise UserError("; and: ".join(errors))
+    check_paths(config)
+    return str(run.path) if config.name is not None else None
+
+
+def require_setting(word: str) -> None:
+    """Raise a UserError for a word that is no KEY=VALUE of a run, such as an option of Hydra's."""
+    if not re.match(r"[+~]{0,2}[\w./@]+=", word) or re.match(r"[+~]*hydra", word):
+        raise UserError(f"{quoted(word[:60])} is no setting of a run: give KEY=VALUE, as after train.py")

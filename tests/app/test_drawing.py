@@ -1,0 +1,65 @@
+"""Drawing on the page: what a visitor chose stays, and settings and commands make the same image again."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.page_requests import RUN
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from typer.testing import CliRunner
+
+from ghibli.cli.main import app as command_line
+from ghibli.inference.load import load_model
+
+gradio = pytest.importorskip("gradio")
+from gradio import processing_utils  # noqa: E402
+
+from ghibli.app.drawing import Drawing  # noqa: E402  (needs gradio)
+
+STEPS = 2
+
+
+def test_what_the_visitor_chose_stays_when_the_run_changes(app_session: Any) -> None:
+    """The guidance that suits the new run replaces the one that suited the old, and no other."""
+    drawing = Drawing(app_session)
+    usual = load_model([RUN], []).guidance
+    first = drawing.on_runs_changed([RUN], 7.5, 7.5)
+    assert first[0]["value"] == first[1] == usual
+    assert "value" not in drawing.on_runs_changed([], 3.0, usual)[0]
+    assert drawing.on_runs_changed([], usual, usual)[0]["value"] == 7.5
+
+
+def test_settings_come_back_from_a_png(app_session: Any, tmp_path: Path) -> None:
+    """From the page's own image and from generate's; what is no such file is named."""
+    drawing = Drawing(app_session)
+    page_now = [[], "x", "", "ddim", 7.5, 30, 0, 1, False, 1]
+    values = [[RUN], "a (lake:1.2)", "fog", "euler_a", 3.0, STEPS, 9, 0.5, False, 1.25]
+    request = gradio.Request(session_hash="somebody")
+    base, trained, _, base_command, command = drawing.draw(request, lambda *a, **k: None, *values)
+    file = tmp_path / "page.png"
+    file.write_bytes(processing_utils.encode_pil_to_bytes(trained))
+    assert drawing.settings_of(str(file), *page_now) == values
+    assert drawing.settings_of(None, *page_now) == page_now
+    for line in (command, base_command):
+        words = shlex.split(line)
+        assert words[:3] == ["ghibli", "generate", RUN]
+        result = CliRunner().invoke(command_line, [*words[1:], "--to", str(tmp_path / "out")])
+        assert result.exit_code == 0, result.output
+    for name, image in (("000", trained), ("001", base)):
+        with Image.open(tmp_path / f"out/{name}.png") as opened:
+            assert np.abs(np.asarray(opened, float) - np.asarray(image, float)).max() <= 1
+    drawn = app_session.history.of("somebody")
+    assert [(one.image, one.command) for one in drawn] == [(trained, command), (base, base_command)]
+    assert drawing.settings_of(str(tmp_path / "out/000.png"), *page_now) == values
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    for stored in ('{"prompts": [5]}', '{"sampler": 5}', '{"steps": "many"}', "[]", "{"):
+        info = PngInfo()
+        info.add_text("ghibli", stored)
+        Image.new("RGB", (8, 8)).save(tmp_path / "forged.png", pnginfo=info)
+        with pytest.raises(gradio.Error):
+            drawing.settings_of(str(tmp_path / "forged.png"), *page_now)
+    with pytest.raises(gradio.Error, match="that file holds no settings"):
+        drawing.settings_of(str(tmp_path / "other.png"), *page_now)
