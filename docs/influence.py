@@ -1,4 +1,4 @@
-"""Does `ghibli influence` find bad training images? `python docs/influence.py [PART...]`, half an hour.
+"""Does `ghibli influence` find bad training images? `python docs/influence.py [PART...]`.
 
 Scenes of the demo, among whose training images a tenth are planted in the look of photographs and a twentieth
 have each other's captions; the held-out ones are clean. Parts, each of which goes on where it stopped:
@@ -34,6 +34,7 @@ from ghibli.runtime.files import write_json, write_text
 from ghibli.runtime.seeding import hash_fraction
 
 ROOT, WORK = Path(__file__).parents[1], Path("outputs/influence")
+FIGURE = ROOT / "docs" / "understanding" / "agreement.png"
 COUNT, SEEDS, HELD_OUT = 200, 3, 0.25
 PHOTOS, SWAPPED = 0.10, 0.05  # shares of the training images
 FIRST = EVALUATION_SEEDS.start + 500_000  # of the scenes; set N begins 1000 N further
@@ -195,7 +196,7 @@ def table(work: Path, number: int) -> None:
     found["in the worst tenth"] = caught | {"images": len(worst)}
     write_json(work / "table.json", found)
     print(json.dumps(found, indent=1))
-    plot(RunDir(work / "all"), kinds, work / "ranking.png")
+    plot(RunDir(work / "all"), kinds, FIGURE if number == 0 else work / "agreement.png")
 
 
 def plot(run: RunDir, kinds: dict[str, str], file: Path) -> None:
@@ -214,6 +215,7 @@ def plot(run: RunDir, kinds: dict[str, str], file: Path) -> None:
     axes.axhline(ODD, color="black", lw=0.6, ls=":")
     axes.set(xlabel="influence on the gain, 95 % intervals", ylabel="agreement, lowest noise level")
     axes.legend(frameon=False)
+    file.parent.mkdir(exist_ok=True)
     figure.savefig(file, dpi=90)
 
 
