@@ -38,7 +38,7 @@ def write_plot(folder: Path, trials: list[Trial]) -> Path | None:
     if panels > len(keys):
         plot_price(axes[0, -1], scored)
     axes[0, 0].set_ylabel("gain over the base (%)")
-    entries, names = axes[0, -1].get_legend_handles_labels()
+    entries, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(entries, names, loc="outside upper right", ncols=len(names), frameon=False)
     file = folder / "study.png"
     write_atomically(file, lambda opened: figure.savefig(opened, format="png", dpi=120))

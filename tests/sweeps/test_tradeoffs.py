@@ -1,12 +1,15 @@
 """The front of best trade-offs between gain and price, against every pair of trials."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from ghibli.evaluation.gain import Probe
 from ghibli.runs.folder import RunDir
+from ghibli.sweeps import plots
 from ghibli.sweeps.plots import write_plot
 from ghibli.sweeps.tradeoffs import front, front_line
 from ghibli.sweeps.trials import Trial
@@ -55,3 +58,18 @@ def test_the_plot_has_one_more_panel_where_prices_were_measured(tmp_path: Path) 
         return int.from_bytes(data[16:20], "big")  # of a PNG
 
     assert width([0.1, 0.2, 0.15]) - width([None] * 3) == round(2.4 * 120)
+
+
+def test_the_legend_names_guidances_and_the_mean_beside_prices_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what the last panel draws, which has a legend of its own."""
+    trials = [trial(0.1 * number, 0.1, rank=number) for number in (1, 2)]
+    for one, guidance in zip(trials, (1.0, 7.5), strict=True):
+        one.settings["loss.guidance"] = guidance
+    figures: list[Any] = []
+    monkeypatch.setattr(plots.plt, "close", figures.append)
+    write_plot(tmp_path, trials)
+    (figure,) = figures
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["training guidance 1.0", "training guidance 7.5", "mean"]
