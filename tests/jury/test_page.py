@@ -1,6 +1,7 @@
 """The ballot's page in a browser, on a phone and on a desk: vote, go back, reload in the middle, save."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def test_people_vote_reload_and_save(browser: Any, page: Path, tmp_path: Path) -
     click(browser, "back")
     assert place(browser) == "pair 3 of 6"
     order = browser.execute_script("return state.order")
+    time.sleep(1)  # Chromium hands what a page stores to its other processes in its own time
     browser.refresh()
     assert place(browser) == "pair 3 of 6" and browser.execute_script("return state.order") == order
     body = browser.find_element("tag name", "body")
