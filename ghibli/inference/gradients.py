@@ -132,7 +132,7 @@ def training_loss(module: GhibliModule, batch: Batch) -> torch.Tensor:
 
 def held_out_loss(module: GhibliModule, batch: Batch) -> torch.Tensor:
     """Return the mean score of some items of one image: what the gain is made of."""
-    return module.scores(batch, module.config.loss.guidance, module.base_alphas_cumprod)[0].mean()
+    return module.scores(batch, module.config.loss.own_guidance, module.base_alphas_cumprod)[0].mean()
 
 
 def item_gradients(

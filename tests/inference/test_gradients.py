@@ -175,3 +175,13 @@ def test_rates_are_summed_over_the_steps_of_a_stage(make_config: Callable[..., C
     assert gradients.summed_factors(config, 0, 20, 5) == pytest.approx(sum(every))
     parts = gradients.summed_factors(config, 0, 12, 5), gradients.summed_factors(config, 12, 20, 5)
     assert sum(parts) == pytest.approx(sum(every)) and parts[0] == pytest.approx(sum(every[:12]))
+
+
+def test_held_out_images_are_scored_where_the_gain_is(make_config: Callable[..., Config]) -> None:
+    """A guided target trains cond to be uncond + 2 (noise - uncond): the noise is at a guidance of 1 / 2."""
+    module = make_module(make_config(*SETTINGS, "loss.guidance_target=2"))
+    batch = items(module, 0)
+    with torch.no_grad():
+        uncond, cond, noise = module.branches(batch, 0.5, module.base_alphas_cumprod)
+        wanted = ((uncond + cond) / 2 - noise).square().mean()
+        assert torch.allclose(held_out_loss(module, batch), wanted, rtol=1e-5)
