@@ -227,7 +227,7 @@ def test_a_mask_of_another_size_is_told_on_the_page(tab: Any, tmp_path: Path) ->
     fill(tab, "#what textarea", "a lake")
     click(tab, "#structure button")
     wait(lambda: one(tab, "#mask input[type=file]")).send_keys(str(tmp_path / "mask.png"))
-    wait(lambda: "mask.png" in one(tab, "#mask").text)
+    wait(lambda: "mask.png" in one(tab, "#mask").text.replace("\n", ""))  # gradio cuts long names in two
     click(tab, "#restyle")
     told = "the mask has 64x64 px and the photo 96x96: a mask has its photo's size"
     wait(lambda: told in words(tab, "restyled"))
