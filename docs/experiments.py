@@ -35,6 +35,7 @@ from ghibli.evaluation.distances import (
 )
 from ghibli.evaluation.features import FeatureExtractor, standardised
 from ghibli.evaluation.gain import Gain, Probe, best_epoch, paired_gain
+from ghibli.evaluation.scores import best_probe
 from ghibli.evaluation.statistics import Estimate
 from ghibli.images.grid import to_image
 from ghibli.models.base import BaseModel
@@ -47,7 +48,6 @@ from ghibli.runtime.console import counted
 from ghibli.runtime.files import write_json
 from ghibli.runtime.provenance import now, provenance
 from ghibli.sweeps.race import Runner, history_of, replay
-from ghibli.sweeps.trials import best_probe
 
 ROOT = Path(__file__).resolve().parents[1]
 train_run = runpy.run_path(str(ROOT / "train.py"))["run"]  # as `python train.py`, in this process
@@ -217,15 +217,8 @@ def measured(run: RunDir, scale: float, count: int) -> dict[str, torch.Tensor]:
     """Return features and caption fit of images that a run draws by DDIM, from the same noise as all runs."""
 
     def make() -> dict[str, torch.Tensor]:
-        base, wanted, parts = trained_base(run, finished_config(run)), prompts(count), []
-        with counted(f"drawing: {run.path.name}, guidance {scale:g}") as on_progress:
-            for start in range(0, count, 20):
-                part = wanted[start : start + 20]
-                seeds = list(range(start, start + len(part)))
-                options = {"num_inference_steps": STEPS, "seeds": seeds, "resolution": SIDE}
-                parts.append(sample(base, part, Cell("ddim", scale), **options))
-                on_progress(start + len(part), count)
-        return extractor().measure(torch.cat(parts), wanted)
+        images = sampled(trained_base(run, finished_config(run)), run.path.name, scale, count)
+        return extractor().measure(images, prompts(count))
 
     weights = run.status.read()["settings_hash"], run.status.read()["code_hash"]
     return cached(WORK / "measured", {"version": 1, "run": weights, "scale": scale, "count": count}, make)
@@ -443,7 +436,7 @@ def noise(lab: Lab) -> None:
             base.unet(noisy[i : i + 20], timesteps[i : i + 20], embeds[i : i + 20], return_dict=False)[0]
             for i in range(0, count, 20)
         ])  # fmt: skip
-        images[name] = sampled(base, name, count)
+        images[name] = sampled(base, name, 7.5, count)
     decoded = {name: models["base"].decode(latent) for name, latent in predicted.items()}
     reference = scaled(real(REAL, REFERENCE))
 
@@ -458,15 +451,15 @@ def noise(lab: Lab) -> None:
     note("noise", lab, began, count=count, predicted_noise_decoded=distances, images=of_images)
 
 
-def sampled(base: BaseModel, name: str, count: int) -> torch.Tensor:
-    """Draw images of the prompts by DDIM at 7.5, (count, 3, SIDE, SIDE) in 0 .. 1."""
+def sampled(base: BaseModel, name: str, scale: float, count: int) -> torch.Tensor:
+    """Draw images of the prompts by DDIM, from the same noise for all, (count, 3, SIDE, SIDE) in 0 .. 1."""
     parts = []
-    with counted(f"drawing: {name}") as on_progress:
+    with counted(f"drawing: {name}, guidance {scale:g}") as on_progress:
         for start in range(0, count, 20):
             part = prompts(count)[start : start + 20]
             seeds = list(range(start, start + len(part)))
             options = {"num_inference_steps": STEPS, "seeds": seeds, "resolution": SIDE}
-            parts.append(sample(base, part, Cell("ddim", 7.5), **options))
+            parts.append(sample(base, part, Cell("ddim", scale), **options))
             on_progress(start + len(part), count)
     return torch.cat(parts)
 

@@ -141,7 +141,7 @@ class Queue:
         if lock.is_held(run.path / ".lock") is None and run.status.state == "running":  # as on macOS
             noted = run.status.read().get("process")
             holder = noted if is_training(noted) else None
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # it has just ended: said below
             if holder is not None and holder != os.getpid():
                 os.kill(holder, signal.SIGINT)
                 return
@@ -196,7 +196,7 @@ class Queue:
             )  # fmt: skip
         self._children[job.number] = child
         began = time.time()
-        with suppress(psutil.Error):
+        with suppress(psutil.Error):  # it has ended already: the time of its start will do
             began = psutil.Process(child.pid).create_time()
         return replace(job, folder=folder, process=child.pid, began=began)
 

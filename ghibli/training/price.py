@@ -141,6 +141,10 @@ def sampled(module: Untouched, captions: list[str]) -> torch.Tensor:
     Raises:
         NotFinite: NaN or inf in one of them.
     """
+    logger.info(
+        f"sampling {len(captions)} images of the base, once, to measure what training costs it: "
+        "validation.price_images=0 leaves this out"
+    )
     with (
         counted("sampling what the base was made for") as on_progress,
         module.trainer.precision_plugin.forward_context(),

@@ -51,7 +51,7 @@ class Server:
         return started
 
     def answers(self) -> bool:
-        with suppress(OSError), urllib.request.urlopen(self.address):
+        with suppress(OSError), urllib.request.urlopen(self.address):  # it is not up yet
             return True
         return False
 

@@ -425,3 +425,15 @@ def test_a_card_that_is_not_here_is_told_what_fits(check: Callable) -> None:
     text = texts(check(card="8GB"), "note")["card"]
     assert text.startswith("on a card of 8 GB this fits: data.batch_size=32 data.accumulate=1 (")
     assert "no settings fit" in texts(check(card="0.3"), "error")["card"]
+
+
+@pytest.mark.parametrize(
+    ("loading", "now", "more", "peak"), [(6.5, 5.2, 0.5, 6.5), (6.5, 5.2, 2.8, 8.0), (None, 5.2, 0.5, 5.7)]
+)
+def test_the_peak_is_of_loading_or_of_training_and_not_of_both(
+    loading: float | None, now: float, more: float, peak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As measured of SD 1.5's size, whose loading takes more than it keeps."""
+    monkeypatch.setattr(resources, "peak_resident_memory", lambda: loading)
+    monkeypatch.setattr(resources, "resident_memory", lambda: now)
+    assert preflight.peak_of_process(more) == pytest.approx(peak)
