@@ -16,6 +16,7 @@ from ghibli.app.training_tab import keep_advancing, training_tab
 from ghibli.runs.queue import Queue
 from ghibli.runtime.errors import UserError
 
+ATTEMPTS = 10  # at a free port, which another program may take first
 QUEUE_LIMIT = 16  # waiting requests; further ones are refused
 UPLOAD_CLEANUP = (600, 3600)  # seconds: between two checks for old uploads, age at which one is deleted
 ABOUT = "Base and trained model start from the same noise, so the difference is what was learned."
@@ -95,24 +96,38 @@ def serve(overrides: list[str], host: str, port: int | None) -> tuple[gr.Blocks,
     Raises:
         UserError: the host is unknown, the port is taken, or the base cannot be loaded.
     """
-    host, port = find_address(host, port)
+    host, found = find_address(host, port)
     folder = make_private_folder()
     gr.routes.DEFAULT_TEMP_DIR = str(folder)  # set at gradio's import; the server makes a folder in it
     is_private = is_loopback(host)
     queue = Queue() if is_private else None
     blocks = page(AppSession(overrides, is_private), queue)
     guard = Middleware(Guard, host=host, folder=folder, is_private=is_private)
-    try:
-        with without_proxies(host):
-            _, address, _ = blocks.launch(
-                server_name=in_url(host), server_port=port, max_file_size=UPLOAD_LIMIT, share=False,
-                quiet=True,  # its line with the address, which the command prints
-                prevent_thread_lock=True, show_error=False, footer_links=[], css=STYLE, ssr_mode=False,
-                theme=THEME, app_kwargs={"middleware": [guard]},
-            )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"--port {port} on {host} cannot be used: {error}") from error
+    for further in reversed(range(1 if port else ATTEMPTS)):
+        try:
+            address = listen(blocks, guard, host, found)
+            break
+        except OSError as error:  # another program took the port while the page was built
+            if not further:
+                raise UserError(f"--port {found} on {host} cannot be used: {error}") from error
+            host, found = find_address(host, None)
     if queue is not None:
         words = (queue, lambda: blocks.is_running)
         threading.Thread(target=keep_advancing, args=words, name="queue", daemon=True).start()
-    return blocks, f"http://localhost:{port}/" if is_wildcard(host) else address
+    return blocks, f"http://localhost:{found}/" if is_wildcard(host) else address
+
+
+def listen(blocks: gr.Blocks, guard: Middleware, host: str, port: int) -> str:
+    """Serve a page in the background; return its address.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    with without_proxies(host):
+        _, address, _ = blocks.launch(
+            server_name=in_url(host), server_port=port, max_file_size=UPLOAD_LIMIT, share=False,
+            quiet=True,  # its line with the address, which the command prints
+            prevent_thread_lock=True, show_error=False, footer_links=[], css=STYLE, ssr_mode=False,
+            theme=THEME, app_kwargs={"middleware": [guard]},
+        )  # fmt: skip
+    return str(address)

@@ -12,6 +12,8 @@ from ghibli.cli.main import app as command_line
 from ghibli.runtime.errors import UserError
 
 pytest.importorskip("gradio")
+from ghibli.app import page
+from ghibli.app.address import find_address
 from ghibli.app.parts import UPLOAD_LIMIT
 
 
@@ -20,6 +22,18 @@ def test_a_port_that_is_taken(address: str) -> None:
     result = CliRunner().invoke(command_line, ["app", "model=demo", "data=demo", "--port", port])
     assert isinstance(result.exception, UserError)
     assert str(result.exception).startswith(f"--port {port} on 127.0.0.1 cannot be used")
+
+
+def test_a_port_that_another_program_takes_first(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = int(address.rstrip("/").rpartition(":")[2])
+    found = iter([("127.0.0.1", taken)])
+    monkeypatch.setattr(page, "find_address", lambda *words: next(found, None) or find_address(*words))
+    served, moved = page.serve(["model=demo", "data=demo"], "127.0.0.1", None)
+    try:
+        assert moved != address
+        assert urllib.request.urlopen(moved).status == urllib.request.urlopen(address).status == 200
+    finally:
+        served.close()
 
 
 def test_no_file_of_this_machine_is_shown(address: str, outside: Path) -> None:
