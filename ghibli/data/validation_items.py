@@ -1,5 +1,7 @@
 """Make the fixed (timestep, noise) items of the paired probe."""
 
+from itertools import groupby
+
 import torch
 
 from ghibli.data.folder import CaptionedImage
@@ -49,3 +51,26 @@ def make_items(
         }
         batches.append(batch)
     return batches
+
+
+def in_passes(
+    batches: list[dict[str, torch.Tensor]], rows: list[int], size: int
+) -> list[tuple[int, dict[str, torch.Tensor]]]:
+    """Divide some images into passes of up to `size` that follow each other and have one shape.
+
+    A pass is (number of images, one batch of size x K items). Its last image fills it up, so that all
+    passes are equally large: then rounding does not depend on which images share one.
+
+    Args:
+        batches: the items of all images, from make_items.
+        rows: which images, in the order of their passes.
+    """
+    passes = []
+    for _, alike in groupby(rows, key=lambda row: batches[row]["latents"].shape):
+        same = list(alike)
+        for start in range(0, len(same), size):
+            chosen = same[start : start + size]
+            filled = [*chosen, *chosen[-1:] * (size - len(chosen))]
+            together = {key: torch.cat([batches[row][key] for row in filled]) for key in batches[chosen[0]]}
+            passes.append((len(chosen), together))
+    return passes

@@ -16,7 +16,7 @@ def cached_scores(
     folder: Path,
     settings: dict[str, Any],
     images: list[CaptionedImage],
-    score: Callable[[int], torch.Tensor],
+    score: Callable[[list[int]], torch.Tensor],
 ) -> torch.Tensor:
     """Return the scores of all images, (P, ...) float32; compute only those not in the cache.
 
@@ -25,7 +25,7 @@ def cached_scores(
             safe to delete. Runs may share it: none changes another's file, and a score depends on
             nothing but the settings and the image.
         settings: everything a score depends on, such as base, guidance, device.
-        score: returns the scores of an image, by index.
+        score: returns the scores of some images, (their number, ...), by their indices.
     """
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     known: dict[str, list[float]] = {}
@@ -33,8 +33,10 @@ def cached_scores(
         known |= read_scores(file, settings)
     keys = [hashlib.sha256(f"{p.content_hash}\n{p.caption}".encode()).hexdigest()[:32] for p in images]
     missing = [index for index, key in enumerate(keys) if key not in known]
-    new = {keys[index]: score(index).cpu().double().tolist() for index in missing}
-    if new:
+    new = {}
+    if missing:
+        found = score(missing).cpu().double().tolist()
+        new = {keys[index]: scores for index, scores in zip(missing, found, strict=True)}
         file = folder / f"{name[:32]}-{hashlib.sha256(repr(sorted(new)).encode()).hexdigest()[:16]}.json"
         write_json(file, {"settings": settings, "scores": new, "sha256": checksum(new)})
     return torch.tensor([(known | new)[key] for key in keys], dtype=torch.float32)

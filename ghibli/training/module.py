@@ -214,8 +214,10 @@ class GhibliModule(L.LightningModule):
             use_average(self.optimizers(use_pl_optimizer=False), wanted=True)
         self.probe.begin_epoch()
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.probe.add(self.scores(batch, self.config.loss.own_guidance, self.base_alphas_cumprod))
+    def validation_step(self, batch: tuple[int, dict[str, Any]], batch_idx: int) -> None:
+        count, items = batch
+        scores = self.scores(items, self.config.loss.own_guidance, self.base_alphas_cumprod)
+        self.probe.add(scores, count)
 
     def on_validation_epoch_end(self) -> None:
         """Log what stops early and chooses the best epoch."""

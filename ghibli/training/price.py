@@ -63,8 +63,7 @@ def price_items(module: Untouched, count: int) -> tuple[list[CaptionedImage], li
     moments = price_moments(module, captions)
     if moments is None:
         return [], []
-    hashes = [hashlib.sha256(mean.numpy().tobytes()).hexdigest() for mean in moments.mean]
-    images = [CaptionedImage(Path(text), text, found) for text, found in zip(captions, hashes, strict=True)]
+    images = [CaptionedImage(Path(text), text, name_of(row, text)) for row, text in enumerate(captions)]
     batches = make_items(
         images, moments, base.tokenize(captions), items_per_image=items,
         num_train_timesteps=module.num_train_timesteps, scaling_factor=base.vae.config.scaling_factor,
@@ -75,6 +74,14 @@ def price_items(module: Untouched, count: int) -> tuple[list[CaptionedImage], li
         for group in groups
     ]
     return [as_one([images[row] for row in group], i) for i, group in enumerate(groups)], mixed
+
+
+def name_of(row: int, caption: str) -> str:
+    """Return a hash that stands for an image of the set: of what it is made from, not of its values.
+
+    The values' last bits depend on the machine, and its timesteps and noise must not.
+    """
+    return hashlib.sha256(f"{VERSION}\n{row}\n{caption}".encode()).hexdigest()
 
 
 def as_one(images: list[CaptionedImage], index: int) -> CaptionedImage:

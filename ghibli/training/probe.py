@@ -12,6 +12,7 @@ import lightning as L
 import torch
 
 from ghibli.config.schema import Config
+from ghibli.data.validation_items import in_passes
 from ghibli.evaluation.gain import Diverged, Probe, expected_losses, significant_best
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
@@ -79,9 +80,13 @@ class PairedProbe:
         """Forget the scores of the epoch before."""
         self._scores = []
 
-    def add(self, scores: torch.Tensor) -> None:
-        """Add the scores (2, K) of one image."""
-        self._scores.append(scores)
+    def add(self, scores: torch.Tensor, count: int) -> None:
+        """Add the scores of a pass whose first `count` images count, (2, images x K)."""
+        self._scores.append(self.by_image(scores)[:count])
+
+    def by_image(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of a pass, (2, images x K), as (images, 2, K)."""
+        return scores.unflatten(1, (-1, self.config.validation.items_per_image)).transpose(0, 1)
 
     def end_epoch(self, module: L.LightningModule) -> dict[str, float]:
         """Add a Probe to the history; return what early stopping and the best checkpoint go by.
@@ -90,7 +95,7 @@ class PairedProbe:
             Diverged: a score is not finite.
         """
         data = module.trainer.datamodule
-        probe = self.probe_of(gather(module, torch.stack(self._scores)).cpu(), data)
+        probe = self.probe_of(gather(module, torch.cat(self._scores)).cpu(), data)
         if probe.broken:
             items = named_items(probe.broken, data)
             raise Diverged(items, len(self.history), self.config.optimizer.lr)
@@ -135,16 +140,20 @@ class PairedProbe:
             "precision": str(trainer.precision), "device": device_name(module.device),
             "torch": torch.__version__,
         }  # fmt: skip
+        if data.images_in_a_pass != 1:  # rounding may depend on it
+            settings["images_in_a_pass"] = data.images_in_a_pass
         if self.config.model.frozen_bits is not None:
             settings["frozen_bits"] = self.config.model.frozen_bits
         folder, batches = Path(self.config.cache_dir) / "base_scores", data.scored_batches
         with counted("scoring the base") as on_progress, trainer.precision_plugin.forward_context():
 
-            def score(index: int) -> torch.Tensor:
-                batch = module.transfer_batch_to_device(batches[index], module.device, 0)
-                scores = module.scores(batch, guidance, alphas_cumprod)
-                on_progress(index + 1, len(batches))
-                return scores
+            def score(rows: list[int]) -> torch.Tensor:
+                found: list[torch.Tensor] = []
+                for count, items in in_passes(batches, rows, data.images_in_a_pass):
+                    batch = module.transfer_batch_to_device(items, module.device, 0)
+                    found += self.by_image(module.scores(batch, guidance, alphas_cumprod))[:count].cpu()
+                    on_progress(len(found), len(rows))
+                return torch.stack(found)
 
             return trainer.strategy.broadcast(cached_scores(folder, settings, data.scored_images, score))
 

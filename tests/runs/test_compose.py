@@ -92,6 +92,7 @@ def test_the_defaults_are_those_of_the_reference_study() -> None:
 def test_the_probe_is_cheap() -> None:
     """Counted in UNet passes; a training example takes three: forward, and backward twice that.
 
+    What fills up a pass counts too. In time the demo's share is smaller: docs/understanding.md.
     Includes the images scored at each checkpoint; tests/training/test_base_scores.py counts a real epoch.
     """
 
@@ -99,12 +100,14 @@ def test_the_probe_is_cheap() -> None:
         data = settings.data
         steps = training // (data.batch_size * settings.trainer["accumulate_grad_batches"])
         saves = steps // settings.checkpoint.every_n_steps + 1  # and at the end of the epoch
-        images = 2 * min(settings.validation.max_images, held_out) + resume_check.IMAGES * saves
-        groups = -(-settings.validation.price_images // settings.validation.items_per_image)
-        return (images + groups) * settings.validation.items_per_image / (3 * training)
+        probed = 2 * min(settings.validation.max_images, held_out)
+        items = settings.validation.items_per_image
+        groups, together = -(-settings.validation.price_images // items), max(1, data.batch_size // items)
+        scored = -(-(probed + groups) // together) * together + resume_check.IMAGES * saves
+        return scored * items / (3 * training)
 
     assert share(composed("model=sd15", "data=ghibli", "data.root=images"), 2250, 250) <= 0.12
-    assert share(composed(*DEMO), 500 - 54, 54) <= 0.35  # what its own images split into
+    assert share(composed(*DEMO), 500 - 54, 54) <= 0.36  # what its own images split into
 
 
 def test_experiment_slides_asrun_repeats_the_errors_only() -> None:

@@ -25,14 +25,16 @@ def image(number: int, caption: str = "a cat") -> CaptionedImage:
 
 
 class Scorer:
-    """Scores an image by its number and counts how often it was asked."""
+    """Scores images by their numbers and counts for how many it was asked."""
 
     def __init__(self, images: list[CaptionedImage]):
         self.images, self.asked = images, 0
 
-    def __call__(self, index: int) -> torch.Tensor:
-        self.asked += 1
-        return torch.tensor([1 / 3, 1.0]) * int(self.images[index].content_hash, 16)
+    def __call__(self, rows: list[int]) -> torch.Tensor:
+        self.asked += len(rows)
+        return torch.tensor([[1 / 3, 1.0]]) * torch.tensor(
+            [[int(self.images[row].content_hash, 16)] for row in rows]
+        )
 
 
 def scored(folder: Path, images: list[CaptionedImage], settings: dict[str, Any] = SETTINGS) -> tuple:
@@ -81,7 +83,7 @@ def test_a_damaged_cache_is_computed_again(tmp_path: Path) -> None:
 
 @pytest.fixture
 def probe_of(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[Probe, list[str], int]]:
-    """Starts a run with finetune=none: (its probe, held-out images, images scored for the base)."""
+    """Starts a run with finetune=none: (its probe, the probe's images, passes made to score the base)."""
 
     def start(root: Path, *overrides: str) -> tuple[Probe, list[str], int]:
         seen: dict[str, Any] = {"asked": 0}
@@ -99,20 +101,22 @@ def probe_of(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[Probe
             train.run(make_config("finetune=none", *words, *overrides), run)
         module = seen["module"]
         names = [p.path.name for p in module.trainer.datamodule.probe_images]
-        return module.probe.history[-1], names, seen["asked"] - len(names)  # validation itself asks for each
+        validation = len(module.trainer.datamodule.val_dataloader())
+        return module.probe.history[-1], names, seen["asked"] - validation
 
     return start
 
 
-def test_scores_are_bit_equal_whatever_the_batch_size_workers_and_added_images(
+def test_scores_are_bit_equal_whatever_the_workers_and_added_images(
     probe_of: Callable, tmp_path: Path
 ) -> None:
+    """And the batch size, where as many images share a pass: one does in batches of two and of three."""
     few, many = tmp_path / "few", tmp_path / "many"
     write_folder(few, "drawn", 14, FINETUNE_SEEDS.start)
     write_folder(many, "drawn", 22, FINETUNE_SEEDS.start)
     reference, names, _ = probe_of(few, "data.val_fraction=0.4")
     other, more, _ = probe_of(
-        many, "data.val_fraction=0.4", "data.batch_size=5", "data.workers=1", f"cache_dir={tmp_path / 'new'}"
+        many, "data.val_fraction=0.4", "data.batch_size=3", "data.workers=1", f"cache_dir={tmp_path / 'new'}"
     )
     held_out = len(reference.val)
     assert 2 <= held_out < len(other.val)
@@ -120,6 +124,9 @@ def test_scores_are_bit_equal_whatever_the_batch_size_workers_and_added_images(
         place = more.index(name)
         assert torch.equal(reference.val[row], other.val[place])
         assert torch.equal(reference.base_val[row], other.base_val[place])
+    together, _, _ = probe_of(few, "data.val_fraction=0.4", "data.batch_size=6")  # three images in a pass
+    torch.testing.assert_close(together.val, reference.val, rtol=1e-5, atol=0)
+    assert torch.equal(together.val, together.base_val)
 
 
 def test_the_base_is_scored_once_and_read_by_the_next_run(probe_of: Callable, images: Path) -> None:
