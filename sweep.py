@@ -87,7 +87,7 @@ def raced_job(config: Config, run: RunDir, judge: Any) -> float:
 
 
 def repeat_best(study: grid.Study) -> None:
-    """Train the best trials again with other seeds, when sweep.repeats asks for it."""
+    """Train the best trials again with other seeds, as sweep.repeats asks, or where their order is open."""
     if study.settings.repeats == 0 or study.settings.report_only:
         return
     from ghibli.sweeps.repeats import repeat_best_trials

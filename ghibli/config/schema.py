@@ -566,12 +566,13 @@ class SweepConfig:
     halving: bool  # successive halving: train all briefly, the best third longer, and so on
     race: bool  # stop a trial that is behind the best one by more than chance allows
     best: int  # how many of the best trials to repeat
-    repeats: int  # repetitions of each, with other seeds
+    repeats: int | None  # repetitions of each, with other seeds; None = two where their order may be chance
 
     def __post_init__(self) -> None:
         require(self.search is None or self.search >= 1, "sweep.search", self.search, "at least 1, or null")
         require(self.best >= 1, "sweep.best", self.best, "at least 1")
-        require(self.repeats >= 0, "sweep.repeats", self.repeats, "0 or more")
+        ok = self.repeats is None or self.repeats >= 0
+        require(ok, "sweep.repeats", self.repeats, "0 or more, or null")
         both = self.search is not None and self.halving
         require(not both, "sweep.halving", self.halving, "cannot be combined with sweep.search")
         both = self.race and (self.search is not None or self.halving)

@@ -95,19 +95,26 @@ def without_seed(trial: Trial) -> str:
     return settings_key({key: value for key, value in trial.settings.items() if key != "seed"})
 
 
-def close_second(trials: list[Trial]) -> str | None:
-    """Say that the order of the best two trials may be chance, and what tells; None where it is clear.
+def is_close(trials: list[Trial]) -> bool:
+    """Tell whether the order of the best two trials may be chance: a paired difference below two errors.
 
-    That is a paired difference below two errors, and the best trial was not repeated yet.
+    Not if the best was repeated already, or if the two differ in the seed alone.
     """
     first_attempts = [trial for trial in trials if trial.best is not None and not trial.repeats]
     best = sorted(without_duplicates(first_attempts), key=lambda trial: -trial.scores.val_gain.value)[:2]
     if len(best) < 2 or seeded(trials) is not None:
-        return None
+        return False
+    if without_seed(best[0]) == without_seed(best[1]):
+        return False
     if not torch.equal(best[0].scores.base_val, best[1].scores.base_val):
-        return None
+        return False
     difference, error = paired_difference(best[1].scores.val, best[0].scores.val)
-    if difference >= 2 * error:
+    return difference < 2 * error
+
+
+def close_second(trials: list[Trial]) -> str | None:
+    """Say that the order of the best two trials may be chance, and what tells; None where it is clear."""
+    if not is_close(trials):
         return None
     return (
         "the second trial is within two errors of the best, and another seed is not in these errors: "

@@ -31,7 +31,14 @@ RAY = (
 
 def words(folder: Path, images: Path) -> list[str]:
     """`python sweep.py ...` of eight small trials into a folder."""
-    settings = [*SMALL, f"data.root={images}", "data.draw=null", "sample.every_n_epochs=0", *GRID]
+    settings = [
+        *SMALL,
+        f"data.root={images}",
+        "data.draw=null",
+        "sample.every_n_epochs=0",
+        "sweep.repeats=0",
+        *GRID,
+    ]
     return [str(REPO / "sweep.py"), *settings, f"hydra.sweep.dir={folder}"]
 
 

@@ -69,7 +69,9 @@ def warm_python() -> subprocess.Popen[str]:
 
 
 def python_sweep(*words: str) -> None:
-    """`python sweep.py WORDS`, in this process."""
+    """`python sweep.py WORDS`, in this process; the best are repeated only where the words ask for it."""
+    if not any(word.startswith("sweep.repeats=") for word in words):
+        words = (*words, "sweep.repeats=0")
     import sweep  # loads torch, which must not be loaded before conftest has set OMP_NUM_THREADS
     from ghibli.sweeps import grid
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.commands import REPO, SMALL, python_sweep
@@ -15,7 +16,8 @@ import sweep
 import train
 from ghibli.runs import launch
 from ghibli.runs.folder import RunDir
-from ghibli.sweeps import grid, search, trials
+from ghibli.sweeps import grid, repeats, search, trials
+from ghibli.sweeps.winner import seeded
 from ghibli.training import session
 
 LINES = ("lora.rank=2,4,8", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "seed=3")
@@ -223,6 +225,24 @@ def test_the_best_are_repeated_with_other_seeds(words: list[str], capsys: pytest
     assert trials.read_trial(RunDir(folder / repeat)).settings["optimizer.lr"] == 2e-3
     assert repeat.endswith("+seed=1")
     assert "seed: a new one alone moves the gain by" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("close", "expected"), [(True, 2), (False, 0)])
+def test_unasked_the_best_are_repeated_where_the_second_is_close(
+    words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch, close: bool, expected: int
+) -> None:
+    """What is close, tests/sweeps/test_winner.py tells; trials this small differ by many errors."""
+    if close:
+        monkeypatch.setattr(repeats, "is_close", lambda trials: seeded(trials) is None)
+    fast = ["sample.every_n_epochs=0", "trainer.max_epochs=1", "lora.text_encoder=false"]
+    line = [*words, *fast, "optimizer.lr=1e-6,2e-3", "sweep.best=1", "sweep.repeats=null"]
+    for _ in range(2):  # the second time they are there
+        python_sweep(*line)
+        folder = grid.studies[0].folder
+        assert len([path for path in folder.iterdir() if "+seed=" in path.name]) == expected
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("the best trial's settings with 2 other seeds" in printed) == (expected > 0)
 
 
 def test_a_running_trial_is_reopened_with_its_values() -> None:

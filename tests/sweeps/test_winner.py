@@ -8,7 +8,7 @@ import torch
 from ghibli.evaluation.gain import Probe, paired_gain
 from ghibli.runs.folder import RunDir
 from ghibli.sweeps.trials import Trial
-from ghibli.sweeps.winner import close_second, seeded, winner
+from ghibli.sweeps.winner import close_second, is_close, seeded, winner
 
 
 def trials_of(base: torch.Tensor, losses: list[torch.Tensor]) -> list[Trial]:
@@ -105,3 +105,14 @@ def test_a_second_within_two_errors_asks_for_repeats() -> None:
     assert close_second(trials_of(base, [best])) is None
     again = repeated(base, [near, best - 0.01], chosen=best - 0.02)
     assert close_second([*again, *trials_of(base, [near])]) is None
+
+
+def test_two_seeds_of_the_same_settings_have_no_order() -> None:
+    base = torch.ones(40, 2)
+    best = base - 0.5 + 0.1 * torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    pair = trials_of(base, [best, best + 0.001 * torch.arange(40)[:, None].cos()])
+    assert is_close(pair)
+    for seed, trial in enumerate(pair):
+        trial.settings.clear()
+        trial.settings.update({"lora.rank": 8, "seed": seed})
+    assert not is_close(pair)
