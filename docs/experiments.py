@@ -502,6 +502,47 @@ def plot_noise(
     plt.close(figure)
 
 
+@torch.no_grad()
+def asrun(lab: Lab) -> None:
+    """The reference study's LoRA with its mistakes, and as meant: images at guidance 1 and 7.5."""
+    began, scales, common = time.monotonic(), (1, 7.5), ("model=demo", "trainer.max_epochs=6")
+    rows: dict[str, Any] = {}
+    for seed, name in product(range(lab.seeds), ("slides", "slides_asrun")):
+        run = lab.run("asrun", name, (*common, f"experiment={name}"), seed)
+        probe = best_probe(run)
+        assert probe is not None, f"{run.path} has finished"
+        row = {
+            "gain": probe.val_gain.signed_size,
+            "by timestep": [gain.signed_size for gain in probe.gain_by_timestep],
+            "distance by scale": {f"{s:g}": pair(distance(run, s, lab.samples)) for s in scales},
+        }
+        rows.setdefault(name, []).append(row)
+    base = {f"{s:g}": pair(base_distance(s, lab.samples)) for s in scales}
+    note("asrun", lab, began, runs=rows, base=base)
+
+
+def base_distance(scale: float, count: int) -> Estimate:
+    """Return the style distance of the untouched base's images."""
+    images = sampled(load("demo"), "base", scale, count)
+    rows = extractor().measure(images, prompts(count))["features"]
+    return kernel_distance(scaled(rows), scaled(real(REAL, REFERENCE)))
+
+
+def which_gain(lab: Lab) -> None:
+    """Which gain goes along with better images, over the runs of `rates`."""
+    began, compare = time.monotonic(), runpy.run_path(str(ROOT / "docs" / "gain_check.py"))["compare"]
+    rows = []
+    for run in (RunDir(path) for path in sorted((WORK / "rates").glob("*"))):
+        probe, found = best_probe(run), measured(run, 7.5, lab.samples)
+        assert probe is not None, f"{run.path} has finished"
+        rows.append({
+            "gain": probe.val_gain.value, "balanced gain": probe.balanced_gain.value,
+            "distance": distance(run, 7.5, lab.samples).value,
+            "caption fit": found["caption_fit"].mean().item(),
+        })  # fmt: skip
+    note("which_gain", lab, began, lines=compare(rows))
+
+
 def race(lab: Lab, orders: int = 50, bootstraps: int = 200) -> None:
     """Race the trials that other parts have trained to the end: winner, epochs, and false stops."""
     began, rows, draws = time.monotonic(), {}, np.random.default_rng(0)
@@ -548,7 +589,7 @@ def held_out(probe: Probe) -> list[tuple[str, torch.Tensor]]:
 
 
 PARTS: tuple[Callable[[Lab], None], ...] = (
-    mistakes, noise, dropout, losses, guidance, rates, ranks, sizes, race,
+    mistakes, noise, dropout, losses, guidance, rates, which_gain, ranks, sizes, asrun, race,
 )  # fmt: skip
 
 

@@ -34,12 +34,15 @@ EPOCHS = re.compile(r"^trainer:\n(?:[ \t].*\n)*?[ \t]+max_epochs: (\d+)$", re.MU
 
 @dataclass(frozen=True)
 class Gain:
-    """The gain after an epoch and its 95 % interval, in percent."""
+    """The gain or the price after an epoch and its 95 % interval, in percent."""
 
     epoch: int
     value: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f} % ({self.low:.1f} to {self.high:.1f}) after epoch {self.epoch}"
 
 
 def view(folder: Path, width: int, now: datetime, height: int | None = None) -> list[str]:
@@ -121,8 +124,8 @@ def run_lines(run: RunDir, width: int, now: datetime, height: int | None = None)
 
 
 def after_chart(run: RunDir, status: dict[str, Any], width: int, most: int | None = None) -> list[str]:
-    """Describe loss, findings, newest grid and why it ended; a finding in `most` lines, None: as it is."""
-    shown = losses(run, width)
+    """Describe all below the chart; a finding in `most` lines, None: as it is."""
+    shown = [f"price    forgot {last}" for last in read_gains(run, "price")[1:][-1:]] + losses(run, width)
     for finding in status.get("findings") or []:
         shown += wrapped(f"doctor   {one_line(finding['name'])}: {one_line(finding['text'])}", width, most)
     grid = newest_grid(run)
@@ -173,13 +176,12 @@ def ranking(ranked: list[ListedRun], trials: list[ListedRun]) -> list[str]:
     ]
 
 
-def read_gains(run: RunDir) -> list[Gain]:
-    """Read the gain of each epoch from probe.csv, the untouched model's first."""
+def read_gains(run: RunDir, measure: str = "val_gain") -> list[Gain]:
+    """Read the gain or the price of each epoch from probe.csv, the untouched model's first."""
     found = []
     for row in readable_rows(run.probe):
         try:
-            names = ("probe/val_gain", "probe/val_gain_low", "probe/val_gain_high")
-            values = [100 * float(row[name]) for name in names]
+            values = [100 * float(row[f"probe/{measure}{end}"]) for end in ("", "_low", "_high")]
             found.append(Gain(int(row["epoch"]), *values))
         except (KeyError, TypeError, ValueError):
             continue
@@ -219,10 +221,7 @@ def chart(gains: list[Gain], width: int, height: int = HEIGHT) -> list[str]:
             cells[row][at * spacing] = "|"
         cells[row_of(gain.value)][at * spacing] = "o"
     best, last = max(gains[1:], key=lambda gain: gain.value), gains[-1]
-    head = (
-        f"gain     {last.value:.1f} % ({last.low:.1f} to {last.high:.1f}) after epoch {last.epoch}; "
-        f"best {best.value:.1f} %, epoch {best.epoch}"
-    )
+    head = f"gain     {last}; best {best.value:.1f} %, epoch {best.epoch}"
     labels = {0: f"{high:.1f} %", height - 1: f"{low:.1f} %", row_of(0.0): "0 %"}
     return [
         head,

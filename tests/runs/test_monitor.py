@@ -55,6 +55,23 @@ def test_the_chart_is_true_to_half_a_row() -> None:
     assert f"best {max(values):.1f} %" in head
 
 
+def test_the_price_is_that_of_the_last_epoch(tmp_path: Path) -> None:
+    """Runs without one, and before the first epoch, have no such line."""
+    run = make_run(tmp_path)
+    names = (*COLUMNS, "probe/price", "probe/price_low", "probe/price_high")
+    rows = [
+        (0, 0, *[0.0] * 6),
+        (10, 1, 0.2, 0.1, 0.3, 1.2, 0.9, 1.5),
+        (20, 2, 0.3, 0.2, 0.4, 1.354, 0.849, 1.859),
+    ]
+    for count, expected in ((1, []), (3, ["price    forgot 135.4 % (84.9 to 185.9) after epoch 2"])):
+        write_rows(run.probe, names, [dict(zip(names, row, strict=True)) for row in rows[:count]])
+        lines = monitor.view(run.path, 80, START)
+        assert [line for line in lines if line.startswith("price")] == expected
+    write_gains(run, [(0.0, 0.0, 0.0), (0.2, 0.1, 0.3)])
+    assert not [line for line in monitor.view(run.path, 80, START) if line.startswith("price")]
+
+
 @pytest.mark.parametrize("width", [40, 80, 120])
 @pytest.mark.parametrize("epochs", [2, 12, 500])
 def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int, epochs: int) -> None:
