@@ -252,7 +252,7 @@ def schedule() -> None:
         axes[1].plot((1 - table).sqrt(), color=colour, label=label)
         numbers[label] = {"mean loss of the base": round(losses.mean().item(), 4)}
     axes[0].set(xlabel="timestep", ylabel="loss of the untouched base", yscale="log")
-    axes[1].set(xlabel="timestep", ylabel="share of noise in the noisy latents", ylim=(0, 1.02))
+    axes[1].set(xlabel="timestep", ylabel="amplitude of the noise, sqrt(1 - abar)", ylim=(0, 1.02))
     axes[1].legend(frameon=False, loc="lower right")
     save(figure, "schedule")
     own, linear = (list(numbers.values())[i]["mean loss of the base"] for i in (0, 1))
@@ -370,7 +370,7 @@ def plot_guidance(numbers: dict[str, dict[str, list[float]]]) -> None:
     for axis in axes:
         axis.minorticks_off()
     axes[0].text(4.5, numbers["photo"][0] * 1.06, "photograph-like images", color=GREY, fontsize=8)
-    axes[1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     save(figure, "guidance")
 
 
