@@ -52,6 +52,7 @@ from ghibli.sweeps.race import Runner, history_of, replay
 ROOT = Path(__file__).resolve().parents[1]
 train_run = runpy.run_path(str(ROOT / "train.py"))["run"]  # as `python train.py`, in this process
 FIGURES, WORK = ROOT / "docs" / "experiments", Path("outputs/experiments")
+NUMBERS = FIGURES / "numbers.json"
 QUIET = (
     "data=demo", "wandb.mode=disabled", "early_stopping.patience=null", "sample.every_n_epochs=0",
     f"cache_dir={WORK}/cache",
@@ -108,6 +109,7 @@ class Lab:
 
     def __init__(self, words: list[str], seeds: int, samples: int):
         self.words, self.seeds, self.samples = tuple(words), seeds, samples
+        self.before = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
 
     def run(self, part: str, name: str, words: tuple[str, ...], seed: int) -> RunDir:
         """Train a run, or what is left of it, and return it; one of other settings or code is refused."""
@@ -164,16 +166,15 @@ def gains(probes: list[Probe]) -> list[str]:
 
 def note(part: str, lab: Lab, began: float, **numbers: Any) -> None:
     """Add a part's numbers to numbers.json, with date, commit and minutes of this call, and print them."""
-    file = FIGURES / "numbers.json"
-    file.parent.mkdir(exist_ok=True)
-    known = json.loads(file.read_text()) if file.exists() else {}
-    old = known.get(part, {}).get("minutes of each call", [])
+    FIGURES.mkdir(exist_ok=True)
+    known = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
+    old = lab.before.get(part, {}).get("minutes of each call", [])
     about = {
         "date": now(), "commit": provenance()["git_commit"], "words": list(lab.words), "seeds": lab.seeds,
         "samples": lab.samples,
         "minutes of each call": [*old, round((time.monotonic() - began) / 60, 1)],
     }  # fmt: skip
-    write_json(file, known | {part: about | numbers})
+    write_json(NUMBERS, known | {part: about | numbers})
     print(part, json.dumps(numbers, indent=1), flush=True)
 
 
@@ -358,29 +359,44 @@ def rates(lab: Lab) -> None:
         rate = f"{least * factor:g}"
         run = lab.run("rates", f"{kind} {rate}", (*common, *words, f"optimizer.lr={rate}"), seed)
         runs.setdefault(kind, {}).setdefault(rate, []).append(run)
-    means = {
-        kind: {
-            rate: float(np.mean([distance(run, scale, lab.samples).value for run in found]))
-            for rate, found in of.items()
-        }
+    distances = {
+        kind: {rate: [distance(run, scale, lab.samples).value for run in found] for rate, found in of.items()}
         for kind, of in runs.items()
     }
-    best = {kind: min(of, key=of.__getitem__) for kind, of in means.items()}
     compared: dict[str, Estimate] = {}
     for one, other in combinations(KINDS, 2):
-        matched = zip(runs[one][best[one]], runs[other][best[other]], strict=True)
-        values = [apart(a, b, scale, lab.samples).value for a, b in matched]
+        values = []
+        for seed in range(lab.seeds):  # the rates are chosen by the other seeds
+            a, b = (runs[kind][best_rate(distances[kind], seed)][seed] for kind in (one, other))
+            values.append(apart(a, b, scale, lab.samples).value)
         compared[f"{one} minus {other}"] = over_pairs(values)
     chances = [
         2 * float(scipy.stats.t.sf(abs(e.value / e.standard_error), e.freedom)) for e in compared.values()
     ]
     note(
-        "rates", lab, began, mean_distance=means, best_rate=best,
+        "rates", lab, began,
+        distances={
+            kind: {rate: [round(value, 2) for value in found] for rate, found in of.items()}
+            for kind, of in distances.items()
+        },
+        chosen={
+            kind: [best_rate(of, seed) for seed in range(lab.seeds)] for kind, of in distances.items()
+        },
         compared={
             name: {"distance": pair(estimate), "p by Holm": rounded(p, 4)}
             for (name, estimate), p in zip(compared.items(), holm(chances), strict=True)
         },
     )  # fmt: skip
+
+
+def best_rate(distances: dict[str, list[float]], seed: int) -> str:
+    """Return the rate with the least mean distance over all seeds but one, or over the only one."""
+
+    def mean(rate: str) -> float:
+        values = distances[rate]
+        return float(np.mean(values[:seed] + values[seed + 1 :] or values))
+
+    return min(distances, key=mean)
 
 
 def holm(chances: list[float]) -> list[float]:
@@ -531,8 +547,9 @@ def base_distance(scale: float, count: int) -> Estimate:
 def which_gain(lab: Lab) -> None:
     """Which gain goes along with better images, over the runs of `rates`."""
     began, compare = time.monotonic(), runpy.run_path(str(ROOT / "docs" / "gain_check.py"))["compare"]
-    rows = []
+    rows, groups = [], []
     for run in (RunDir(path) for path in sorted((WORK / "rates").glob("*"))):
+        groups.append(run.path.name.partition("+seed=")[0])
         probe, found = best_probe(run), measured(run, 7.5, lab.samples)
         assert probe is not None, f"{run.path} has finished"
         rows.append({
@@ -540,7 +557,7 @@ def which_gain(lab: Lab) -> None:
             "distance": distance(run, 7.5, lab.samples).value,
             "caption fit": found["caption_fit"].mean().item(),
         })  # fmt: skip
-    note("which_gain", lab, began, lines=compare(rows))
+    note("which_gain", lab, began, lines=compare(rows, groups))
 
 
 def race(lab: Lab, orders: int = 50, bootstraps: int = 200) -> None:

@@ -33,7 +33,7 @@ def row_of(run: RunDir) -> dict[str, float]:
     ranges = [gain.value for gain in timestep_gains(best).values()]  # older trials have no balanced gain
     return {
         "gain": best["probe/val_gain"], "balanced gain": float(np.mean(ranges)),
-        "distance": cell["kernel"][0], "caption fit": cell["caption_fit"][0],
+        "distance": cell["kernel"][0], "caption fit": (cell["caption_fit"] or [np.nan])[0],
     }  # fmt: skip
 
 
@@ -45,8 +45,11 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(ranks)[0, 1])
 
 
-def compare(rows: list[dict[str, float]], seed: int = 0) -> list[str]:
+def compare(rows: list[dict[str, float]], groups: list[str] | None = None, seed: int = 0) -> list[str]:
     """Return a line for each measure of the images: the correlation of both gains with it, and which wins.
+
+    Args:
+        groups: of each trial, such as its settings; trials of one group are resampled together.
 
     Raises:
         UserError: too few trials.
@@ -54,9 +57,12 @@ def compare(rows: list[dict[str, float]], seed: int = 0) -> list[str]:
     if len(rows) < FEWEST:
         raise UserError(f"{len(rows)} evaluated trials: at least {FEWEST} are needed")
     table = {key: np.array([row[key] for row in rows]) for key in (*GAINS, *IMAGES)}
-    drawn = np.random.default_rng(seed).integers(len(rows), size=(RESAMPLES, len(rows)))
+    drawn = resampled(groups or [str(row) for row in range(len(rows))], seed)
     lines = [f"{len(rows)} trials; rank correlation, 1 = the best gain has the best images"]
     for key, sign in IMAGES.items():
+        if np.isnan(table[key]).any():
+            lines.append(f"{key}: not measured (model.clip)")
+            continue
         every = [
             sign * np.array([rank_correlation(table[gain][i], table[key][i]) for i in drawn])
             for gain in GAINS
@@ -67,6 +73,13 @@ def compare(rows: list[dict[str, float]], seed: int = 0) -> list[str]:
         ]
         lines.append(f"{key}: {', '.join(texts)}, difference {interval(every[0] - every[1])}")
     return lines
+
+
+def resampled(groups: list[str], seed: int) -> list[np.ndarray]:
+    """Return the trials of RESAMPLES bootstrap samples of the groups."""
+    members = [np.flatnonzero(np.array(groups) == name) for name in dict.fromkeys(groups)]
+    chosen = np.random.default_rng(seed).integers(len(members), size=(RESAMPLES, len(members)))
+    return [np.concatenate([members[group] for group in one]) for one in chosen]
 
 
 def interval(values: np.ndarray) -> str:

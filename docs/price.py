@@ -25,11 +25,10 @@ BRAKES = ("0.1", "0.3", "1")  # at the default rate, 5e-4
 
 
 def trained(name: str, *words: str) -> list[Probe]:
-    """Train a run of this name, unless it has finished, and return its probes, the base's first."""
+    """Train a run of this name and return its probes, the base's first; a finished one answers at once."""
     run = RunDir(ROOT / "outputs" / "price" / name)
-    if run.status.state != "finished":
-        command = [sys.executable, str(ROOT / "train.py"), *COMMON, f"hydra.run.dir={run.path}", *words]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    command = [sys.executable, str(ROOT / "train.py"), *COMMON, f"hydra.run.dir={run.path}", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     return [Probe(**probe) for probe in read_checkpoint(run.last_checkpoint)["probe"]]
 
 

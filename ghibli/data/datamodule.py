@@ -31,7 +31,7 @@ from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, repeate
 from ghibli.data.latents import CHUNK, Moments, chunk_size, encode
 from ghibli.data.sources import image_set_hash
 from ghibli.data.split import first_by_content
-from ghibli.data.validation_items import in_passes, make_items
+from ghibli.data.validation_items import images_in_a_pass, in_passes, make_items
 from ghibli.images.duplicates import thumbnail
 from ghibli.images.read import READING, Size
 from ghibli.images.resize import size_for
@@ -78,8 +78,8 @@ class GhibliDataModule(L.LightningDataModule):
 
     @property
     def images_in_a_pass(self) -> int:
-        """How many images of the probe are scored at once: as many as a training batch has items for."""
-        return max(1, self.config.data.batch_size // self.config.validation.items_per_image)
+        """How many images of the probe are scored at once."""
+        return images_in_a_pass(self.config.model.resolution, self.config.validation.items_per_image)
 
     @property
     def base(self) -> BaseModel:
@@ -325,7 +325,7 @@ class GhibliDataModule(L.LightningDataModule):
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:
-        """Return this device's share of the probe, in passes of several images: (their number, batch)."""
+        """Return this device's share of the probe, in passes of several images: (places, batch)."""
         scored = self.scored_batches
         mine = share_of_probe(len(scored), self.trainer.global_rank, self.trainer.world_size)
         passes = in_passes(scored, mine, self.images_in_a_pass)

@@ -1,12 +1,12 @@
 """Make the fixed (timestep, noise) items of the paired probe."""
 
-from itertools import groupby
-
 import torch
 
 from ghibli.data.folder import CaptionedImage
 from ghibli.data.latents import Moments
 from ghibli.runtime.seeding import Stream, content_key, normal, rng
+
+ITEMS_TOGETHER, SMALL = 16, 256  # items scored at once, for images up to so many pixels a side
 
 
 def strata(content_hash: str, items: int, num_train_timesteps: int) -> list[int]:
@@ -53,24 +53,38 @@ def make_items(
     return batches
 
 
+def images_in_a_pass(resolution: int, items_per_image: int) -> int:
+    """Return how many images are scored at once: small ones together, as a few items use a processor badly.
+
+    It depends on nothing that a study compares: rounding may depend on it.
+    """
+    return max(1, ITEMS_TOGETHER // items_per_image) if resolution <= SMALL else 1
+
+
+def items_in_a_pass(resolution: int, items_per_image: int) -> int:
+    """Return how many items are scored at once."""
+    return images_in_a_pass(resolution, items_per_image) * items_per_image
+
+
 def in_passes(
     batches: list[dict[str, torch.Tensor]], rows: list[int], size: int
-) -> list[tuple[int, dict[str, torch.Tensor]]]:
-    """Divide some images into passes of up to `size` that follow each other and have one shape.
+) -> list[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Divide some images into passes of up to `size` images of one shape.
 
-    A pass is (number of images, one batch of size x K items). Its last image fills it up, so that all
-    passes are equally large: then rounding does not depend on which images share one.
+    A pass is (places of its images in `rows`, one batch of size x K items). Its last image fills it up, so
+    that all passes are equally large: then rounding does not depend on which images share one.
 
     Args:
         batches: the items of all images, from make_items.
-        rows: which images, in the order of their passes.
+        rows: which images.
     """
+    alike: dict[torch.Size, list[int]] = {}
+    for place, row in enumerate(rows):
+        alike.setdefault(batches[row]["latents"].shape, []).append(place)
     passes = []
-    for _, alike in groupby(rows, key=lambda row: batches[row]["latents"].shape):
-        same = list(alike)
-        for start in range(0, len(same), size):
-            chosen = same[start : start + size]
-            filled = [*chosen, *chosen[-1:] * (size - len(chosen))]
-            together = {key: torch.cat([batches[row][key] for row in filled]) for key in batches[chosen[0]]}
-            passes.append((len(chosen), together))
+    for places in alike.values():
+        for start in range(0, len(places), size):
+            chosen = places[start : start + size]
+            filled = [batches[rows[place]] for place in [*chosen, *chosen[-1:] * (size - len(chosen))]]
+            passes.append((chosen, {key: torch.cat([one[key] for one in filled]) for key in filled[0]}))
     return passes

@@ -9,6 +9,7 @@ import torch
 from ghibli.config.registry import Shape, fp32_copies, optimizer_entry
 from ghibli.config.schema import Config, OptimizerConfig
 from ghibli.data.latents import chunk_size
+from ghibli.data.validation_items import items_in_a_pass
 from ghibli.models.cost import FRAGMENTS, Cost, measure_cost
 from ghibli.training.module import GhibliModule
 
@@ -53,9 +54,10 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
     gradients = sum(4 * p.numel() for p in module.trainable.values())
     latents = latents_size(config.model.resolution, images, config.data.flip)
     branches = 1 if loss.own_guidance == 1 else 2
+    scored = items_in_a_pass(side, config.validation.items_per_image)
     phases = {
         "encoding the images": cost["encode"].at(side, chunk_size(side)),
-        "the probe": cost["score"].at(side, branches * config.validation.items_per_image),
+        "the probe": cost["score"].at(side, branches * scored),
     }
     if config.finetune != "none":
         # of all of which the backward pass needs what they computed

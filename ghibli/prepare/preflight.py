@@ -16,6 +16,7 @@ from ghibli.config.paths import check_adapter, check_base_path, check_images
 from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import left_out
+from ghibli.data.validation_items import images_in_a_pass
 from ghibli.diffusion.samplers import cells_of
 from ghibli.evaluation import diagnosis
 from ghibli.evaluation.diagnosis import Finding
@@ -372,7 +373,8 @@ def memory_advice(phase: str, config: Config) -> str:
         return f"lower data.batch_size to {half} with data.accumulate={more}, which gives the same gradients"
     if phase == "training" and config.compute.checkpoint_every == 0:
         return "set compute.checkpoint_every=1, which saves memory and computes a third more"
-    if phase == "the probe" and config.validation.items_per_image > 1:
+    shares = images_in_a_pass(config.model.resolution, config.validation.items_per_image) > 1
+    if phase == "the probe" and config.validation.items_per_image > 1 and not shares:
         return f"lower validation.items_per_image to {config.validation.items_per_image // 2}"
     if phase == "drawing the grid" and len(config.sample.prompts) > 1:
         return "give fewer sample.prompts, or draw no grids with sample.every_n_epochs=0"

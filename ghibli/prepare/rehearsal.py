@@ -15,6 +15,7 @@ from transformers import CLIPTextModel
 from ghibli.adapters import lora
 from ghibli.config.schema import Config, at_full_precision
 from ghibli.data.latents import chunk_size
+from ghibli.data.validation_items import items_in_a_pass
 from ghibli.models.base import BaseModel
 from ghibli.models.performance import recompute, shrink_frozen
 from ghibli.prepare.fake_gpu import CUDA, FakeGpu, fake_gpu
@@ -211,12 +212,11 @@ def idle_phases(module: GhibliModule, precision: str, gpu: FakeGpu) -> dict[str,
     config, vae = module.config, module.base.vae
     module.eval()
     guidance = config.loss.own_guidance
+    scored = items_in_a_pass(config.model.resolution, config.validation.items_per_image)
 
     def probe() -> None:
         with autocast(precision):
-            module.scores(
-                fake_batch(module, config.validation.items_per_image), guidance, module.base_alphas_cumprod
-            )
+            module.scores(fake_batch(module, scored), guidance, module.base_alphas_cumprod)
 
     found = {"the probe": peak_of(probe, gpu)}
 

@@ -121,7 +121,7 @@ def comparison_page(title: str, runs: list[RunData], study: Path | None) -> dict
         "verdict": [
             *study_verdict(labelled, found, noise),
             *try_read(lambda: seed_sentences(finished), []),
-            *winner_sentences(finished),
+            *winner_sentences(finished, is_study=study is not None),
         ],
         "keys": keys,
         "named": names != settings_labels(runs, keys),

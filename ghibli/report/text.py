@@ -217,9 +217,9 @@ def seed_sentences(trials: list[Trial]) -> list[str]:
     return [] if found is None else [f"{str(found)[:1].upper()}{str(found)[1:]}."]
 
 
-def winner_sentences(trials: list[Trial]) -> list[str]:
+def winner_sentences(trials: list[Trial], is_study: bool) -> list[str]:
     """Say what the best of several runs is worth on images and seeds that did not choose it, where known."""
-    return [f"{line[:1].upper()}{line[1:]}." for line in winner_lines(trials)]
+    return [f"{line[:1].upper()}{line[1:]}." for line in winner_lines(trials, is_study)]
 
 
 def lower_first(sentence: str) -> str:

@@ -34,7 +34,7 @@ EPOCHS = re.compile(r"^trainer:\n(?:[ \t].*\n)*?[ \t]+max_epochs: (\d+)$", re.MU
 
 @dataclass(frozen=True)
 class Gain:
-    """The gain or the price after an epoch and its 95 % interval, in percent."""
+    """The gain or the price after an epoch and its 95 % interval, in percent; none if its ends are equal."""
 
     epoch: int
     value: float
@@ -42,7 +42,8 @@ class Gain:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.1f} % ({self.low:.1f} to {self.high:.1f}) after epoch {self.epoch}"
+        interval = "" if self.low == self.high else f" ({self.low:.1f} to {self.high:.1f})"
+        return f"{self.value:.1f} %{interval} after epoch {self.epoch}"
 
 
 def view(folder: Path, width: int, now: datetime, height: int | None = None) -> list[str]:
@@ -182,10 +183,14 @@ def read_gains(run: RunDir, measure: str = "val_gain") -> list[Gain]:
     for row in readable_rows(run.probe):
         try:
             values = [100 * float(row[f"probe/{measure}{end}"]) for end in ("", "_low", "_high")]
-            found.append(Gain(int(row["epoch"]), *values))
+            number = int(row["epoch"])
         except (KeyError, TypeError, ValueError):
             continue
-    return [gain for gain in found if all(map(math.isfinite, (gain.value, gain.low, gain.high)))]
+        if all(map(math.isfinite, values[1:])):
+            found.append(Gain(number, *values))
+        elif math.isfinite(values[0]):  # of one image
+            found.append(Gain(number, *values[:1] * 3))
+    return found
 
 
 def readable_rows(file: Path) -> list[dict[str, str]]:

@@ -75,9 +75,9 @@ def effects(trials: list[Trial]) -> list[Effect]:
     """Compute the effect of every varied setting, between neighbouring values, largest first.
 
     The standard error is over the choice of held-out images (jackknife); what another seed would change
-    is not part of it.
+    is not part of it. Repeats of the best trials are left out: they would count one corner of the grid most.
     """
-    scored = without_duplicates([trial for trial in trials if trial.best is not None])
+    scored = without_duplicates([trial for trial in trials if trial.best is not None and not trial.repeats])
     found = [effect for key in varied(scored) if key != "seed" for effect in effects_of(key, scored)]
     return sorted(found, key=lambda effect: -abs(effect.difference.value))
 

@@ -55,6 +55,7 @@ class Study:
     evaluate: EvaluateConfig  # for sweep.evaluate
     cache_dir: str  # of this command: a trial in the folder may be a stranger's
     plan: list[PlannedTrial] | None  # None with a sweeper that decides while it runs
+    is_local: bool  # this process trains, not those of a launcher
     lock: Lock  # held until the process ends
 
 
@@ -79,7 +80,7 @@ class CheckSweep(Callback):
         name = plan[number].name if plan else Path(config.hydra.runtime.output_dir).name
         position = progress(number, None if plan is None else [trial.work for trial in plan])
         logger.info(f"{position}: {name}" if name else position)
-        self.stopwatch = Stopwatch(Work(int(config.trainer.max_epochs), config.loss.guidance != 1))
+        self.stopwatch = None if plan is None else Stopwatch(plan[number].work)
 
     def on_job_end(self, config: Any, **_: Any) -> None:
         if self.stopwatch is not None:
@@ -160,7 +161,8 @@ def open_study(cfg: Any, plan: list[PlannedTrial] | None) -> Study:
     settings = to_dataclass(OmegaConf.to_container(cfg.sweep, resolve=True), SweepConfig)
     evaluate = to_dataclass(OmegaConf.to_container(cfg.evaluate, resolve=True), EvaluateConfig)
     lock = RunDir(folder).lock(key="hydra.sweep.dir")
-    studies.append(Study(folder, settings, evaluate, str(cfg.cache_dir), plan, lock))
+    is_local = "BasicLauncher" in cfg.hydra.launcher._target_
+    studies.append(Study(folder, settings, evaluate, str(cfg.cache_dir), plan, is_local, lock))
     for note in failure_notes(folder):
         note.unlink()
     return studies[-1]

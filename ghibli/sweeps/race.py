@@ -1,9 +1,11 @@
 """Race trials: stop one that is behind the best by more than chance allows; it can be resumed.
 
-After every epoch but its last, a trial is compared with the best finished trial of as many epochs, at that
-epoch and on the same items of the same held-out images, by a paired t-test. A study makes many such looks, so
-each is made at ALPHA divided by their number (Bonferroni; Dunn 1961): the chance of stopping any trial at an
-epoch at which it is truly not behind is at most ALPHA, however the looks depend on each other. (Tests that
+After every epoch but its last, a trial is compared with the best finished trial of as many epochs, at
+that epoch and on the same items of the same held-out images, by a paired t-test. A study makes many such
+looks, and at each the rival is the best of several on these very images, so all comparisons that could be
+made are counted, and each is made at ALPHA divided by their number (Bonferroni; Dunn 1961): the chance of
+stopping any trial at an epoch at which it is truly not behind is at most ALPHA, however the comparisons
+depend on each other. (Tests that
 spend ALPHA over growing samples, as the Hoeffding races of Maron & Moore 1994 do, do not fit: every look sees
 all images.) What the test cannot know is whether a trial that is behind now would have caught up.
 """
@@ -55,9 +57,12 @@ class Runner:
         return self.history[best_epoch(self.history)].val.double().mean().item()
 
 
-def looks(epochs: list[int]) -> int:
-    """Count the looks at trials of so many epochs: after each but the last; the first trial has no rival."""
-    return max(1, sum(count - 1 for count in epochs[1:]))
+def comparisons(epochs: list[int]) -> int:
+    """Count the comparisons of trials of so many epochs: with each earlier trial, at each epoch but the last.
+
+    The rival of a look is one of them alone, but which one the same images decide.
+    """
+    return max(1, sum(number * (count - 1) for number, count in enumerate(epochs)))
 
 
 def behind(losses: torch.Tensor, leaders: torch.Tensor, chance: float) -> bool:
@@ -116,14 +121,15 @@ def images_needed(points: float, spread: float, chance: float) -> int:
 def spread_of(histories: list[list[Probe]]) -> float | None:
     """Return the standard deviation over images of the differences between runs, in points of gain.
 
-    It is pooled over all pairs that were scored on the same items, each at its last epoch; None without any.
+    It is pooled over all pairs that were scored on the same items, each at its last epoch; None without any,
+    or where all are equal.
     """
     squares = []
     for one, other in combinations([history[-1] for history in histories], 2):
         if torch.equal(one.base_val, other.base_val) and len(one.val) > 1:
             share = 100 / one.base_val.double().mean()
             squares.append(((one.val - other.val).double().mean(1) * share).var().item())
-    return (sum(squares) / len(squares)) ** 0.5 if squares else None
+    return (sum(squares) / len(squares)) ** 0.5 if any(squares) else None
 
 
 def history_of(run: RunDir) -> list[Probe]:
@@ -154,10 +160,10 @@ def past_histories(config: Config) -> list[list[Probe]]:
 
 
 def announcement(epochs: list[int], histories: list[list[Probe]]) -> list[str]:
-    """Say how many looks there are, and how many held-out images a difference needs, from earlier runs."""
-    count, spread = looks(epochs), spread_of(histories)
+    """Say how many comparisons there may be, and how many held-out images a difference needs."""
+    count, spread = comparisons(epochs), spread_of(histories)
     lines = [
-        f"{len(epochs)} trials, {sum(epochs)} epochs at most; {count} looks, each at a chance of "
+        f"{len(epochs)} trials, {sum(epochs)} epochs at most; up to {count} comparisons, each at a chance of "
         f"{ALPHA / count:.2g} to stop a trial that is not behind, {ALPHA:g} for all"
     ]
     if spread is None:
@@ -169,7 +175,7 @@ def announcement(epochs: list[int], histories: list[list[Probe]]) -> list[str]:
     return [
         *lines,
         f"to see a difference in one look it takes {needs} of gain (80 % power; runs of these images differ "
-        f"by {spread:.1f} points from image to image); they have {len(histories[0][-1].val)}",
+        f"by {spread:.1f} points from image to image); those runs had {len(histories[0][-1].val)}",
     ]
 
 
@@ -191,7 +197,7 @@ def race(trials: list[list[str]], train: Train) -> None:
         logger.info(line)
     common = set(trials[0]).intersection(*trials)
     names = [", ".join(word for word in overrides if word not in common) for overrides in trials]
-    chance, finished = ALPHA / looks(epochs), list[Runner]()
+    chance, finished = ALPHA / comparisons(epochs), list[Runner]()
     plan = [Work.of(config) for config, _ in planned]
     for number, (config, run) in enumerate(planned):
         logger.info("")
@@ -220,7 +226,7 @@ def replay(histories: list[list[Probe]], chance: float | None = None) -> dict[st
     """
     epochs = [len(history) - 1 for history in histories]
     runners = [Runner(str(number), epochs[number], history) for number, history in enumerate(histories)]
-    chance = ALPHA / looks(epochs) if chance is None else chance
+    chance = ALPHA / comparisons(epochs) if chance is None else chance
     finished: list[Runner] = []
     stopped: dict[int, int] = {}
     for number, one in enumerate(runners):

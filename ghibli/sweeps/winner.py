@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ghibli.evaluation.gain import Gain, gain_over_seeds, paired_difference, paired_gain
+from ghibli.evaluation.statistics import crossed_mean
 from ghibli.sweeps.effects import number_of, settings_key, without_duplicates
 from ghibli.sweeps.trials import Trial
 
@@ -37,7 +38,7 @@ def winner(trials: list[Trial]) -> Winner | None:
     Returns:
         None for fewer than two trials that were scored on the same items, or for too few held-out images.
     """
-    scored = without_duplicates([trial for trial in trials if trial.best is not None])
+    scored = without_duplicates([trial for trial in trials if trial.best is not None and not trial.repeats])
     if not scored:
         return None
     first = max(scored, key=lambda trial: trial.scores.val_gain.value)
@@ -54,40 +55,53 @@ def winner(trials: list[Trial]) -> Winner | None:
 
 @dataclass(frozen=True)
 class Seeded:
-    """The gain of the best trial's settings with other seeds, which did not choose them."""
+    """The gain of some settings with other seeds than that of the trial which was among the best."""
 
+    place: int  # of that trial: 1 is the best
     seeds: int
     gain: Gain  # mean over these seeds; its error is over images and over seeds
 
     def __str__(self) -> str:
+        which = {1: "the best trial", 2: "the second trial"}.get(self.place, f"trial {self.place}")
         return (
-            f"the best trial's settings with {number_of(self.seeds, 'other seed')}: "
+            f"{which}'s settings with {number_of(self.seeds, 'other seed')}: "
             f"{self.gain.signed_size}, an error over images and seeds"
         )
 
 
-def seeded(trials: list[Trial]) -> Seeded | None:
-    """Return the gain of the best trial's settings with other seeds (`sweep.repeats`).
+@dataclass(frozen=True)
+class Order:
+    """How far apart the settings of the best two trials are, with seeds that chose neither."""
 
-    The seed that was the best of many trials was partly lucky and is left out.
+    seeds: int
+    ahead: Gain  # the best trial's gain minus the second's; its error is over images and over seeds
 
-    Returns:
-        None for fewer than two repeats of the best trial on the same items.
+    def __str__(self) -> str:
+        points = f"{100 * self.ahead.value:+.2f} +- {100 * self.ahead.standard_error:.2f} points"
+        low, high = 100 * self.ahead.low, 100 * self.ahead.high
+        if low > 0 or high < 0:
+            verdict = "the first is better" if low > 0 else "the second is better"
+        else:
+            verdict = "which is better is open"
+        return (
+            f"the best two with {number_of(self.seeds, 'other seed')} in pairs: {points} (95 % {low:+.2f} to "
+            f"{high:+.2f}), {verdict}"
+        )
+
+
+def by_settings(trials: list[Trial]) -> list[list[Trial]]:
+    """Return groups of trials that differ in the seed alone, each with its best first, the best group first.
+
+    What `sweep.repeats` trained is never first in its group: it was not there to be chosen. Only trials that
+    were scored on the same items as the best are in a group.
     """
-    scored = without_duplicates([trial for trial in trials if trial.best is not None])
-    first = max((t for t in scored if not t.repeats), key=lambda t: t.scores.val_gain.value, default=None)
-    if first is None:
-        return None
-    base = first.scores.base_val
-    again = [
-        trial for trial in scored
-        if trial.repeats and without_seed(trial) == without_seed(first)
-        and torch.equal(trial.scores.base_val, base)
-    ]  # fmt: skip
-    if len(again) < 2 or len(base) < 2:
-        return None
-    losses = torch.stack([trial.scores.val for trial in again])
-    return Seeded(len(again), gain_over_seeds(losses, base))
+    scored = [trial for trial in trials if trial.best is not None]
+    ordered = sorted(scored, key=lambda trial: (trial.repeats, -trial.scores.val_gain.value))
+    groups: dict[str, list[Trial]] = {}
+    for trial in without_duplicates(ordered):
+        if torch.equal(trial.scores.base_val, ordered[0].scores.base_val):
+            groups.setdefault(without_seed(trial), []).append(trial)
+    return list(groups.values())
 
 
 def without_seed(trial: Trial) -> str:
@@ -95,20 +109,47 @@ def without_seed(trial: Trial) -> str:
     return settings_key({key: value for key, value in trial.settings.items() if key != "seed"})
 
 
-def is_close(trials: list[Trial]) -> bool:
-    """Tell whether the order of the best two trials may be chance: a paired difference below two errors.
+def seeded(trials: list[Trial]) -> list[Seeded]:
+    """Return the gain of the best settings with other seeds, for all that have two or more (`sweep.repeats`).
 
-    Not if the best was repeated already, or if the two differ in the seed alone.
+    The seed that was the best of many trials was partly lucky and is left out.
     """
-    first_attempts = [trial for trial in trials if trial.best is not None and not trial.repeats]
-    best = sorted(without_duplicates(first_attempts), key=lambda trial: -trial.scores.val_gain.value)[:2]
-    if len(best) < 2 or seeded(trials) is not None:
+    found = []
+    for place, (_, *others) in enumerate(by_settings(trials), start=1):
+        if len(others) >= 2 and len(others[0].scores.val) >= 2:
+            base, losses = others[0].scores.base_val, torch.stack([one.scores.val for one in others])
+            found.append(Seeded(place, len(others), gain_over_seeds(losses, base)))
+    return found
+
+
+def order(trials: list[Trial]) -> Order | None:
+    """Compare the settings of the best two trials over the other seeds that both have.
+
+    Returns:
+        None for fewer than two such seeds, or fewer than two held-out images.
+    """
+    groups = by_settings(trials)
+    if len(groups) < 2:
+        return None
+    first, second = ({trial.settings["seed"]: trial for trial in others} for _, *others in groups[:2])
+    shared = sorted(first.keys() & second.keys())
+    base = groups[0][0].scores.base_val
+    if len(shared) < 2 or len(base) < 2:
+        return None
+    pairs = [second[seed].scores.val.double() - first[seed].scores.val.double() for seed in shared]
+    found = crossed_mean(torch.stack(pairs).sum(2) / base.double().sum(1).mean())
+    return Order(len(shared), Gain(found.value, found.standard_error, freedom=found.freedom))
+
+
+def is_close(trials: list[Trial]) -> bool:
+    """Tell whether the order of the best two settings may be chance: a paired difference below two errors.
+
+    Not if both were trained with two more seeds already.
+    """
+    groups = by_settings(trials)[:2]
+    if len(groups) < 2 or min(map(len, groups)) > 2:
         return False
-    if without_seed(best[0]) == without_seed(best[1]):
-        return False
-    if not torch.equal(best[0].scores.base_val, best[1].scores.base_val):
-        return False
-    difference, error = paired_difference(best[1].scores.val, best[0].scores.val)
+    difference, error = paired_difference(groups[1][0].scores.val, groups[0][0].scores.val)
     return difference < 2 * error
 
 
@@ -122,8 +163,13 @@ def close_second(trials: list[Trial]) -> str | None:
     )
 
 
-def winner_lines(trials: list[Trial]) -> Iterator[str]:
-    """Yield what is to be expected of the best trial, as far as the study tells."""
-    for line in (winner(trials), seeded(trials), close_second(trials)):
+def winner_lines(trials: list[Trial], is_study: bool = True) -> Iterator[str]:
+    """Yield what is to be expected of the best trials, as far as they tell.
+
+    Args:
+        is_study: sweep.py trained them, so it can repeat them.
+    """
+    advice = close_second(trials) if is_study else None
+    for line in (winner(trials), *seeded(trials), order(trials), advice):
         if line is not None:
             yield str(line)

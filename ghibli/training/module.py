@@ -214,10 +214,10 @@ class GhibliModule(L.LightningModule):
             use_average(self.optimizers(use_pl_optimizer=False), wanted=True)
         self.probe.begin_epoch()
 
-    def validation_step(self, batch: tuple[int, dict[str, Any]], batch_idx: int) -> None:
-        count, items = batch
+    def validation_step(self, batch: tuple[list[int], dict[str, Any]], batch_idx: int) -> None:
+        places, items = batch
         scores = self.scores(items, self.config.loss.own_guidance, self.base_alphas_cumprod)
-        self.probe.add(scores, count)
+        self.probe.add(scores, places)
 
     def on_validation_epoch_end(self) -> None:
         """Log what stops early and chooses the best epoch."""

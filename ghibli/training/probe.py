@@ -49,7 +49,7 @@ class PairedProbe:
         self.history: list[Probe] = []  # of the untouched model, then after every epoch
         self.base_losses = torch.empty(0)  # (P + Q + R, K) of the base at guidance 1
         self.expected = torch.empty(0)  # (T,): what the base is expected to score at each timestep
-        self._scores: list[torch.Tensor] = []
+        self._scores: dict[int, torch.Tensor] = {}  # place among this device's images -> (2, K)
 
     def score_untouched(self, module: Scorer, stage: str) -> None:
         """Score the still untouched base, or read that from the cache: the reference of every gain.
@@ -78,15 +78,20 @@ class PairedProbe:
 
     def begin_epoch(self) -> None:
         """Forget the scores of the epoch before."""
-        self._scores = []
+        self._scores = {}
 
-    def add(self, scores: torch.Tensor, count: int) -> None:
-        """Add the scores of a pass whose first `count` images count, (2, images x K)."""
-        self._scores.append(self.by_image(scores)[:count])
+    def add(self, scores: torch.Tensor, places: list[int]) -> None:
+        """Add the scores of a pass, (2, images x K), whose images have these places among this device's."""
+        self._scores.update(self.by_image(scores, places))
 
-    def by_image(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores of a pass, (2, images x K), as (images, 2, K)."""
-        return scores.unflatten(1, (-1, self.config.validation.items_per_image)).transpose(0, 1)
+    def by_image(self, scores: torch.Tensor, places: list[int]) -> dict[int, torch.Tensor]:
+        """Return the scores of a pass, (2, images x K), as place -> (2, K), without what filled it up."""
+        by_image = scores.unflatten(1, (-1, self.config.validation.items_per_image)).transpose(0, 1)
+        return dict(zip(places, by_image, strict=False))
+
+    def collected(self) -> torch.Tensor:
+        """Return the scores of all of this device's images in their order, (images, 2, K)."""
+        return torch.stack([self._scores[place] for place in sorted(self._scores)])
 
     def end_epoch(self, module: L.LightningModule) -> dict[str, float]:
         """Add a Probe to the history; return what early stopping and the best checkpoint go by.
@@ -95,7 +100,7 @@ class PairedProbe:
             Diverged: a score is not finite.
         """
         data = module.trainer.datamodule
-        probe = self.probe_of(gather(module, torch.cat(self._scores)).cpu(), data)
+        probe = self.probe_of(gather(module, self.collected()).cpu(), data)
         if probe.broken:
             items = named_items(probe.broken, data)
             raise Diverged(items, len(self.history), self.config.optimizer.lr)
@@ -148,12 +153,12 @@ class PairedProbe:
         with counted("scoring the base") as on_progress, trainer.precision_plugin.forward_context():
 
             def score(rows: list[int]) -> torch.Tensor:
-                found: list[torch.Tensor] = []
-                for count, items in in_passes(batches, rows, data.images_in_a_pass):
+                found: dict[int, torch.Tensor] = {}
+                for places, items in in_passes(batches, rows, data.images_in_a_pass):
                     batch = module.transfer_batch_to_device(items, module.device, 0)
-                    found += self.by_image(module.scores(batch, guidance, alphas_cumprod))[:count].cpu()
+                    found |= self.by_image(module.scores(batch, guidance, alphas_cumprod).cpu(), places)
                     on_progress(len(found), len(rows))
-                return torch.stack(found)
+                return torch.stack([found[place] for place in range(len(rows))])
 
             return trainer.strategy.broadcast(cached_scores(folder, settings, data.scored_images, score))
 

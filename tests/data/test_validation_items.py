@@ -9,7 +9,7 @@ import torch
 
 from ghibli.data.folder import CaptionedImage
 from ghibli.data.latents import Moments, encode
-from ghibli.data.validation_items import in_passes, make_items, strata
+from ghibli.data.validation_items import images_in_a_pass, in_passes, make_items, strata
 from ghibli.models.base import BaseModel
 
 T, SCALING = 1000, 0.18215
@@ -106,24 +106,24 @@ def test_an_images_moments_do_not_depend_on_the_others(base: BaseModel, images: 
         assert torch.equal(together.logvar[index], alone.logvar[0])
 
 
-def test_passes_hold_neighbours_of_one_shape_and_are_all_of_one_size() -> None:
-    """Every image once, in order; the last of a pass fills it up."""
+def test_passes_hold_images_of_one_shape_and_are_all_of_one_size() -> None:
+    """Every image once, with its place; the last of a pass fills it up."""
     shapes = [(4, 2, 2)] * 3 + [(4, 2, 4)] + [(4, 2, 2)] * 2
     batches = [
         {"latents": torch.full((2, *shape), float(row)), "timesteps": torch.tensor([row, 10 + row])}
         for row, shape in enumerate(shapes)
     ]
-    passes = in_passes(batches, [0, 1, 2, 3, 5, 4], 2)
-    assert [count for count, _ in passes] == [2, 1, 1, 2]
-    assert [batch["timesteps"][::2].tolist() for _, batch in passes] == [[0, 1], [2, 2], [3, 3], [5, 4]]
-    assert [batch["timesteps"][1::2].tolist() for _, batch in passes] == [
-        [10, 11],
-        [12, 12],
-        [13, 13],
-        [15, 14],
-    ]
-    assert [tuple(batch["latents"].shape) for _, batch in passes] == [
-        (4, *shapes[row]) for row in (0, 2, 3, 5)
-    ]
+    passes = in_passes(batches, [0, 1, 3, 2, 5], 3)
+    assert [places for places, _ in passes] == [[0, 1, 3], [4], [2]]
+    assert [batch["timesteps"].tolist() for _, batch in passes] == [
+        [0, 10, 1, 11, 2, 12], [5, 15] * 3, [3, 13] * 3,
+    ]  # fmt: skip
+    assert [tuple(batch["latents"].shape) for _, batch in passes] == [(6, *shapes[row]) for row in (0, 5, 3)]
     alone = in_passes(batches, [1, 3], 1)
     assert all(torch.equal(alone[0][1][key], batches[1][key]) for key in batches[1])
+
+
+def test_small_images_share_a_pass() -> None:
+    """As many items at 256 px have as many pixels as a fourth of them at 512."""
+    assert [images_in_a_pass(side, 4) for side in (64, 128, 256, 264, 512)] == [4, 4, 4, 1, 1]
+    assert [images_in_a_pass(128, items) for items in (1, 2, 5, 16, 40)] == [16, 8, 3, 1, 1]

@@ -254,7 +254,7 @@ def test_the_probe(run: Rehearsed) -> None:
     with torch.no_grad(), autocast("bf16-mixed"):
         for batch in run.data.val_dataloader():
             run.module.validation_step(run.module.transfer_batch_to_device(batch, CUDA, 0), 0)
-    scores = torch.cat(run.module.probe._scores)
+    scores = run.module.probe.collected()
     assert scores.shape == (2, 2, 1) and scores.device == CUDA and scores.dtype == torch.float32
     run.module.probe.end_epoch(run.module)
     assert run.module.probe.history[-1].val.shape == (1, 1)

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 import train
 from ghibli.config import files, keys
 from ghibli.config.schema import Command, Config
+from ghibli.data.validation_items import images_in_a_pass
 from ghibli.runs import identity, launch
 from ghibli.runs.compose import LONGEST_NAME, folder_name, register, to_config
 from ghibli.runs.folder import RunDir
@@ -102,7 +103,10 @@ def test_the_probe_is_cheap() -> None:
         saves = steps // settings.checkpoint.every_n_steps + 1  # and at the end of the epoch
         probed = 2 * min(settings.validation.max_images, held_out)
         items = settings.validation.items_per_image
-        groups, together = -(-settings.validation.price_images // items), max(1, data.batch_size // items)
+        groups, together = (
+            -(-settings.validation.price_images // items),
+            images_in_a_pass(settings.model.resolution, items),
+        )
         scored = -(-(probed + groups) // together) * together + resume_check.IMAGES * saves
         return scored * items / (3 * training)
 

@@ -72,6 +72,12 @@ def test_the_price_is_that_of_the_last_epoch(tmp_path: Path) -> None:
     assert not [line for line in monitor.view(run.path, 80, START) if line.startswith("price")]
 
 
+def test_a_gain_of_one_image_is_shown_without_an_interval(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    write_gains(run, [(0.0, math.nan, math.nan), (0.2, math.nan, math.nan), (math.nan,) * 3])
+    assert "gain     20.0 % after epoch 1; best 20.0 %, epoch 1" in monitor.view(run.path, 80, START)
+
+
 @pytest.mark.parametrize("width", [40, 80, 120])
 @pytest.mark.parametrize("epochs", [2, 12, 500])
 def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int, epochs: int) -> None:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from ghibli.evaluation.gain import Probe, paired_gain
 from ghibli.runs.folder import RunDir
 from ghibli.sweeps.trials import Trial
-from ghibli.sweeps.winner import close_second, is_close, seeded, winner
+from ghibli.sweeps.winner import by_settings, close_second, is_close, order, seeded, winner
 
 
 def trials_of(base: torch.Tensor, losses: list[torch.Tensor]) -> list[Trial]:
@@ -54,13 +55,15 @@ def test_nothing_is_said_of_one_trial_or_too_few_images() -> None:
     assert winner(trials_of(base[:6], [base[:6], 0.5 * base[:6]])) is None
 
 
-def repeated(base: torch.Tensor, seeds: list[torch.Tensor], chosen: torch.Tensor) -> list[Trial]:
+def repeated(
+    base: torch.Tensor, seeds: list[torch.Tensor], chosen: torch.Tensor, rank: int = 8
+) -> list[Trial]:
     """A trial that was chosen, with seed 0, and its repeats with other seeds."""
     trials = []
     for seed, losses in enumerate([chosen, *seeds]):
         probe = Probe(val=losses, val_g1=losses, train=losses, base_val=base, base_train=base)
         path = Path(f"a+seed={seed}" if seed else "a")
-        trials.append(Trial(RunDir(path), {"lora.rank": 8, "seed": seed}, {}, probe))
+        trials.append(Trial(RunDir(path), {"lora.rank": rank, "seed": seed}, {}, probe))
     return trials
 
 
@@ -76,7 +79,7 @@ def test_the_interval_over_images_and_seeds_holds_the_true_gain() -> None:
             + of_image + 0.05 * torch.randn(40, 4, generator=draws)
             for _ in range(3)
         ]  # fmt: skip
-        found = seeded(repeated(base, seeds, chosen=seeds[0] - 0.2))
+        (found,) = seeded(repeated(base, seeds, chosen=seeds[0] - 0.2))
         assert found.seeds == 3
         covered += found.gain.low <= 0.3 <= found.gain.high
         alone = paired_gain(torch.stack(seeds).mean(0), base)
@@ -88,11 +91,12 @@ def test_the_interval_over_images_and_seeds_holds_the_true_gain() -> None:
 def test_the_seed_that_was_chosen_is_left_out() -> None:
     base = torch.ones(8, 2)
     others = [base - 0.2 - 0.01 * torch.arange(8)[:, None] for _ in range(2)]
-    found = seeded(repeated(base, others, chosen=base - 0.9))
+    (found,) = seeded(repeated(base, others, chosen=base - 0.9))
     assert found.gain.value == paired_gain(others[0], base).value
     assert "with 2 other seeds" in str(found)
-    assert seeded(repeated(base, others[:1], chosen=base - 0.9)) is None
-    assert seeded([]) is None
+    assert "the best trial's settings with 2 other seeds" in str(found)
+    assert seeded(repeated(base, others[:1], chosen=base - 0.9)) == []
+    assert seeded([]) == []
 
 
 def test_a_second_within_two_errors_asks_for_repeats() -> None:
@@ -103,16 +107,34 @@ def test_a_second_within_two_errors_asks_for_repeats() -> None:
     assert "sweep.repeats=3" in close_second(trials_of(base, [best, near]))
     assert close_second(trials_of(base, [best, best + 0.1])) is None
     assert close_second(trials_of(base, [best])) is None
-    again = repeated(base, [near, best - 0.01], chosen=best - 0.02)
-    assert close_second([*again, *trials_of(base, [near])]) is None
 
 
-def test_two_seeds_of_the_same_settings_have_no_order() -> None:
+def test_the_order_of_the_best_two_is_that_of_the_seeds_that_chose_neither() -> None:
+    """Here the second trial's settings are the better ones, by the same with every seed."""
+    draws = torch.Generator().manual_seed(0)
+    base = torch.ones(40, 2)
+    seeds = [0.1 * torch.randn(40, 2, generator=draws) for _ in range(3)]
+    first = repeated(base, [base - 0.48 + one for one in seeds], chosen=base - 0.501)
+    second = repeated(base, [base - 0.52 + one for one in seeds], chosen=base - 0.5, rank=4)
+    found = order([*second, *first])
+    assert found.seeds == 3
+    assert found.ahead.value == pytest.approx(-0.04, abs=1e-6)
+    assert "with 3 other seeds in pairs: -4.00" in str(found) and "the second is better" in str(found)
+    assert [one.place for one in seeded([*second, *first])] == [1, 2]
+    assert winner([*second, *first]).trials == 2  # not among the repeats
+    assert order([*second, *first[:2]]) is None
+
+
+def test_repeats_are_asked_for_until_both_have_them() -> None:
+    """A command that was stopped halfway goes on; two seeds of the same settings have no order."""
     base = torch.ones(40, 2)
     best = base - 0.5 + 0.1 * torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
-    pair = trials_of(base, [best, best + 0.001 * torch.arange(40)[:, None].cos()])
-    assert is_close(pair)
-    for seed, trial in enumerate(pair):
-        trial.settings.clear()
-        trial.settings.update({"lora.rank": 8, "seed": seed})
-    assert not is_close(pair)
+    near = best + 0.001 * torch.arange(40)[:, None].cos()
+    first, second = repeated(base, [best, near], best), repeated(base, [best, near], near, rank=4)
+    assert is_close([first[0], second[0]])
+    assert is_close([*first, *second[:2]])
+    assert not is_close([*first, *second])
+    swept = [Trial(RunDir(Path(str(seed))), first[seed].settings, {}, first[seed].best) for seed in range(3)]
+    assert not is_close(swept)
+    assert [len(group) for group in by_settings([*swept, second[0]])] == [3, 1]
+    assert not by_settings([*swept, second[0]])[0][0].repeats
