@@ -37,6 +37,7 @@ CHANGED_SINCE = [  # columns, Student's intervals; alpha / rank is in B; two ste
     "adapter/pytorch_lora_weights.safetensors", "adapter_last/pytorch_lora_weights.safetensors",
     "samples/adapter.png",
 ]  # fmt: skip
+SCORES = ("last.probe.", "best.probe.", "status.json gain")  # to rounding, as in probe.csv
 
 
 def ghibli(*words: str) -> str:
@@ -54,11 +55,15 @@ def test_a_half_done_run_resumes_to_the_same_end(runs: Path, capsys: pytest.Capt
     assert "settings of version 1" in said and "the code has changed since this run was started" in said
     same_processor = processor_name() == json.loads((KEPT / "half" / "status.json").read_text())["processor"]
     if same_processor:
-        assert different_parts(runs / "finished", runs / "half") == CHANGED_SINCE
+        parts = different_parts(runs / "finished", runs / "half")
+        assert [part for part in parts if not part.startswith(SCORES)] == CHANGED_SINCE
         rows = zip(*(read_rows(runs / run / "probe.csv") for run in ("finished", "half")), strict=True)
         for before, now in rows:
             kept = [key for key in before if not key.endswith(("_low", "_high"))]
-            assert [now[key] for key in kept] == [before[key] for key in kept]
+            for key in kept:  # several images share a pass now, so the last digits are others
+                assert now[key] == before[key] or float(now[key]) == pytest.approx(
+                    float(before[key]), rel=1e-4, abs=1e-5
+                ), key
             assert now["probe/val_images"] == "3"
     base = load("demo")
     layers = named_layers(base)
