@@ -107,7 +107,10 @@ def read_material(run: RunDir, config: Config, options: InfluenceOptions) -> Mat
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = at_full_precision(config)
-    config = replace(config, lora=replace(config.lora, init=None))  # the checkpoints have the weights
+    config = replace(
+        config, lora=replace(config.lora, init=None),  # the checkpoints have the weights
+        loss=replace(config.loss, keep=0.0),  # the brake is no part of what an image itself teaches
+    )  # fmt: skip
     if options.items is not None:
         config = replace(config, validation=replace(config.validation, items_per_image=options.items))
     if config.threads is not None:

@@ -175,3 +175,11 @@ def test_what_cannot_be_measured(make_config: Callable[..., Config], tmp_path: P
         assert "--exclude 0 is out of range" in refused(str(run.path), "--exclude", "0")
         assert "--minutes inf is not a finite number" in refused(str(run.path), "--minutes", "inf")
     assert "holds no run" in refused(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_brake_is_no_part_of_an_images_own_loss(measured: Influences, copied: RunDir) -> None:
+    """What is measured of a run with loss.keep is what its images alone did."""
+    config = finished_config(copied)
+    config = replace(config, loss=replace(config.loss, keep=1.0))
+    assert influence(copied, config, ALL) == measured
