@@ -255,6 +255,13 @@ class LossConfig:
         return self.guidance if self.guidance_target is None else 1 / self.guidance_target
 
     @property
+    def guidance_text(self) -> str:
+        """The guidance of the training in words: `guidance 1`, or `guidance target 7.5`."""
+        if self.guidance_target is None:
+            return f"guidance {self.guidance:g}"
+        return f"guidance target {self.guidance_target:g}"
+
+    @property
     def weighting_name(self) -> str | None:
         """The entry of WEIGHTINGS that weighs the examples; None = none does."""
         return "min_snr" if self.weighting is None and self.snr_gamma is not None else self.weighting
@@ -641,7 +648,7 @@ def describe(config: Config) -> str:
     if config.model.frozen_bits is not None:
         parts.append(f"base in {config.model.frozen_bits} bits")
     if config.finetune != "none":
-        parts += [f"training guidance {config.loss.guidance:g}", f"lr {config.optimizer.lr:g}"]
+        parts += [f"training {config.loss.guidance_text}", f"lr {config.optimizer.lr:g}"]
     return ", ".join(parts)
 
 

@@ -43,7 +43,7 @@ def at_the_start(
     """Return the findings before the first step.
 
     Args:
-        guidance: of the training, loss.guidance.
+        guidance: of the training, LossConfig.own_guidance.
         alphas_cumprod, base_alphas_cumprod: (T,) of the training and of the base.
         trainable: the weights that are trained.
     """
@@ -66,7 +66,8 @@ def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
     if len(history) < 2 or not history[-1].base_val.isfinite().all():
         return []
     rate, finetune = config.optimizer.lr, config.finetune
-    found = [collapse(history, rate)] if config.loss.guidance == 1 else []
+    # a guided loss starts far above the loss of zero
+    found = [collapse(history, rate)] if config.loss.own_guidance <= 1 else []
     found.append(no_effect(history, finetune))
     enough_images = len(history[-1].val) >= FEWEST_IMAGES
     # a training with other noise than the probe's may get worse at any learning rate
@@ -114,13 +115,20 @@ def weights_in_16_bits(trainable: Iterable[torch.Tensor]) -> Finding | None:
 
 
 def guided_sampling_scale(guidance: float) -> Finding | None:
-    """Return a finding if training uses guidance.
+    """Return a finding if training uses guidance, in its loss or (below 1) in its target.
 
     Guidance moves the sampling scale at which images look as usual.
     """
     if guidance == 1:
         return None
     scale = usual_guidance(guidance)
+    if guidance < 1:
+        return Finding(
+            "sampling scale",
+            f"trained with loss.guidance_target={1 / guidance:g}, the guidance is in the weights: sample at "
+            f"about {scale:g}, a column of the grids, as a larger scale guides twice (`ghibli evaluate RUN` "
+            "tries more)",
+        )
     return Finding(
         "sampling scale",
         f"trained with loss.guidance={guidance:g}, the images are mush when sampled at 1 and not at their "
@@ -132,9 +140,9 @@ def guided_sampling_scale(guidance: float) -> Finding | None:
 def collapse(history: list[Probe], rate: float) -> Finding | None:
     """Return a finding if the loss is that of a network that always predicts zero.
 
-    Checked at guidance 1, and only if the base's loss was far below.
+    Checked where the noise is learned at guidance 1 or below, and only if the base's loss was far below.
     """
-    now, base = history[-1].val_g1.mean().item(), history[-1].base_val.mean().item()
+    now, base = history[-1].val.mean().item(), history[-1].base_val.mean().item()
     if now < COLLAPSED or base >= COLLAPSED:
         return None
     return Finding(

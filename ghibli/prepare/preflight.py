@@ -73,7 +73,7 @@ def check(overrides: list[str], card: str | None = None) -> list[Finding]:
     found += of_base
     if module:
         alphas = module.alphas_cumprod, module.base_alphas_cumprod
-        found += diagnosis.at_the_start(config.loss.guidance, *alphas, module.trainable.values())
+        found += diagnosis.at_the_start(config.loss.own_guidance, *alphas, module.trainable.values())
     if trainer:
         found.append(about_device(trainer))
     if is_read:
@@ -235,7 +235,7 @@ def about_run(
         result_or_finding(found, "workers", data.check_workers)
     found.append(about_memory(module, data, trainer))
     shapes = [tuple(p.shape) for p in module.trainable.values()]
-    cells = len(cells_of(config.sample, config.loss.guidance))
+    cells = len(cells_of(config.sample, config.loss.own_guidance))
     found.append(about_disk(memory.estimate_disk(config, shapes, epochs, cells), folder))
     size = memory.latents_size(
         config.model.resolution, len(data.train_images) + len(data.val_images), config.data.flip

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, describe
 from ghibli.diffusion.process import guided_noise
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
@@ -167,6 +167,7 @@ def test_the_probe_of_a_guided_target(make_config: Callable[..., Config]) -> Non
     assert make_config("loss.guidance_target=4").loss.own_guidance == 0.25
     assert make_config().loss.own_guidance == 1
     assert make_config("loss.guidance=7.5").loss.own_guidance == 7.5
+    assert "training guidance target 4, lr" in describe(make_config("loss.guidance_target=4"))
 
 
 def test_the_plain_loss_of_a_guided_target_is_that_of_the_noise(

@@ -61,7 +61,7 @@ class Doctor(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         found = diagnosis.at_the_start(
-            self.config.loss.guidance, pl_module.alphas_cumprod, pl_module.base_alphas_cumprod,
+            self.config.loss.own_guidance, pl_module.alphas_cumprod, pl_module.base_alphas_cumprod,
             pl_module.trainable.values(),
         )  # fmt: skip
         self.report(trainer, found)
