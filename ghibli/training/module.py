@@ -93,16 +93,22 @@ class GhibliModule(L.LightningModule):
             return uncond, cond, noise
         return uncond, cond, velocity(latents, noise, timesteps, alphas_cumprod)
 
-    def prediction(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def prediction(
+        self, batch: dict[str, Any], wanted: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what is trained and its target, each (B, C, H, W): the guided loss, or a guided target.
 
         The guided target, uncond + s (noise - uncond) without a gradient, is ai-toolkit's do_guidance_loss.
+
+        Args:
+            wanted: what is learned in place of the noise, or of v, (B, C, H, W); None = these.
         """
         loss = self.config.loss
         if loss.share_dropout or loss.unconditional == "base":
             uncond, cond, target = self.branches_apart(batch)
         else:
             uncond, cond, target = self.branches(batch, loss.own_guidance, self.alphas_cumprod)
+        target = target if wanted is None else wanted
         if uncond is None:
             return cond, target
         if loss.guidance_target is not None:
@@ -186,7 +192,7 @@ class GhibliModule(L.LightningModule):
             terms[name] = function(prediction, target).mean()
             loss = loss + self.config.loss.terms[name] * terms[name]
         if kept is not None:
-            terms["keep"] = mse(self.prediction(on_other_captions(batch))[0], kept).mean()
+            terms["keep"] = mse(*self.prediction(on_other_captions(batch), kept)).mean()
             loss = loss + self.config.loss.keep * terms["keep"]
         if "regularization_latents" in batch:
             besides = loss_function(self.config.loss)(*self.prediction(of_regularization(batch)))
