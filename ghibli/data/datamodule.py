@@ -29,7 +29,7 @@ from ghibli.data.drawing import draw_missing
 from ghibli.data.exclude import split_without_excluded
 from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, repeated_folders, summarise
 from ghibli.data.latents import CHUNK, Moments, chunk_size, encode
-from ghibli.data.sources import image_set_hash
+from ghibli.data.sources import image_set_hash, require_none_held_out
 from ghibli.data.split import first_by_content
 from ghibli.data.validation_items import in_passes, make_items
 from ghibli.images.duplicates import thumbnail
@@ -181,12 +181,15 @@ class GhibliDataModule(L.LightningDataModule):
         """Read and encode data.regularization: as squares, so that any of them fit into one batch.
 
         Raises:
-            UserError: no such folder, too few usable images, or others than before a resume.
+            UserError: no such folder, too few usable images, held-out ones, or others than before a resume.
         """
-        data = self.config.data
+        data, key = self.config.data, "data.regularization"
+        thumbnails = dict(self.thumbnails)
         found = read_folder(
-            root, style="", default_caption=data.caption, min_side=data.min_side, key="data.regularization"
-        ).images
+            root, style="", default_caption=data.caption, min_side=data.min_side, key=key,
+            on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
+        ).images  # fmt: skip
+        require_none_held_out(found, self.held_out, thumbnails, f"{key}={root}")
         if self.trainer.is_global_zero:
             what = f"the image set data.regularization={root}"
             check_unchanged(self.run, "regularization_hash", image_set_hash(found), what)

@@ -56,13 +56,48 @@ def require_unseen(
             f"({listed([image.path.name for image in same])}), and the distance to them would reward copies: "
             "give a folder of other images, or null for the held-out ones"
         )
-    rows = [np.stack([thumbnails[image.path] for image in side]) for side in (training, reference) if side]
-    near = near_duplicates(*rows) if len(rows) == 2 else []
-    if near:
-        names = [f"{reference[r].path.name} of {training[t].path.name}" for t, r, _ in near]
+    if near := near_pairs(reference, training, thumbnails):
         logger.warning(
-            f"{key}: {len(near)} of its images are near-duplicates of training images: {listed(names)}"
+            f"{key}: {len(near)} of its images are near-duplicates of training images: {listed(near)}"
         )
+
+
+def require_none_held_out(
+    trained: list[CaptionedImage],
+    held_out: list[CaptionedImage],
+    thumbnails: dict[Path, np.ndarray],
+    key: str,
+) -> None:
+    """Check that no image that is trained beside the image set is held out of it; name those that nearly are.
+
+    Args:
+        thumbnails: of all these images, by file.
+        key: the setting that names the folder of `trained`, as it was typed.
+
+    Raises:
+        UserError: some are.
+    """
+    hashes = {image.content_hash for image in held_out}
+    same = [image.path.name for image in trained if image.content_hash in hashes]
+    if same:
+        raise UserError(
+            f"{key}: {len(same)} of its {len(trained)} images are held out of this run's training "
+            f"({listed(same)}), and the gain would be that of images it has learned: give a folder of others"
+        )
+    if near := near_pairs(trained, held_out, thumbnails):
+        logger.warning(
+            f"{key}: {len(near)} of its images are near-duplicates of held-out images: {listed(near)}"
+        )
+
+
+def near_pairs(
+    images: list[CaptionedImage], others: list[CaptionedImage], thumbnails: dict[Path, np.ndarray]
+) -> list[str]:
+    """Name the images that are near-duplicates of others: `a.png of b.png`."""
+    if not images or not others:
+        return []
+    rows = [np.stack([thumbnails[image.path] for image in side]) for side in (others, images)]
+    return [f"{images[i].path.name} of {others[o].path.name}" for o, i, _ in near_duplicates(*rows)]
 
 
 def listed(names: list[str]) -> str:

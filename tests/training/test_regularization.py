@@ -1,18 +1,21 @@
 """data.regularization: images of what is to be kept, as in DreamBooth and in kohya's scripts."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import train
 from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config
+from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import EncodedImages, EpochPlan, TrainExamples
 from ghibli.data.latents import Moments
-from ghibli.demo.scenes.scene import PRETRAIN_SEEDS, write_folder
+from ghibli.demo.scenes.scene import FINETUNE_SEEDS, PRETRAIN_SEEDS, write_folder
 from ghibli.models.load import load
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
@@ -104,6 +107,30 @@ def test_a_run_has_its_column_and_knows_its_images_again(
     (photos / "captions.txt").write_text((photos / "captions.txt").read_text().replace("|", "|really "))
     with pytest.raises(UserError, match="the image set data.regularization=.* is not the same"):
         train.run(make_config(*words, "trainer.max_epochs=2"), run, resumes=True)
+
+
+def test_held_out_images_are_not_trained_beside(
+    make_config: Callable[..., Config], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not by their content; one that was saved anew is named."""
+    root = tmp_path / "set"
+    write_folder(root, "drawn", 8, FINETUNE_SEEDS.start)
+    words = (f"data.root={root}", "data.draw=null", f"data.regularization={photos}", "trainer.max_epochs=1")
+    config = make_config(*words, "data.batch_size=2", "data.accumulate=1", "sample.every_n_epochs=0")
+    data = GhibliDataModule(config, None, RunDir(tmp_path / "run"), 1000)
+    data.read()
+    (held_out, *_) = data.held_out
+    copy = photos / "images" / "copy.png"
+    shutil.copy(held_out.path, copy)
+    with (photos / "captions.txt").open("a") as file:
+        file.write("copy.png|a copy\n")
+    with pytest.raises(UserError, match=r"^data.regularization=.*: 1 of its 6 images are held .*copy.png"):
+        train.run(config, RunDir(tmp_path / "one"))
+    with Image.open(copy) as image:
+        image.copy().save(copy, compress_level=1)
+    train.run(config, RunDir(tmp_path / "two"))
+    said = f"near-duplicates of held-out images: copy.png of {held_out.path.name}"
+    assert said in caplog.text
 
 
 def test_a_folder_that_is_not_there_is_named(make_config: Callable[..., Config], tmp_path: Path) -> None:
