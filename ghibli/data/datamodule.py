@@ -26,7 +26,7 @@ from ghibli.data.dataset import (
     share_of_probe,
 )
 from ghibli.data.drawing import draw_missing
-from ghibli.data.exclude import split_without_excluded
+from ghibli.data.exclude import set_in_words, split_without_excluded
 from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, repeated_folders, summarise
 from ghibli.data.latents import CHUNK, Moments, chunk_size, encode
 from ghibli.data.sources import image_set_hash, require_none_held_out
@@ -150,7 +150,7 @@ class GhibliDataModule(L.LightningDataModule):
         } | ({"excluded": self.excluded} if self.excluded else {})
         write_json(self.run.split, split)
         data_hash = image_set_hash(folder.images)
-        check_unchanged(self.run, "data_hash", data_hash, f"the image set data.root={self.config.data.root}")
+        check_unchanged(self.run, "data_hash", data_hash, f"the image set {set_in_words(self.config.data)}")
 
     def _encode(self) -> None:
         images, data = self.train_images + self.val_images, self.config.data

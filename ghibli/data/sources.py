@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, DataConfig
 from ghibli.data.drawing import draw_missing
-from ghibli.data.exclude import split_without_excluded
+from ghibli.data.exclude import set_in_words, split_without_excluded
 from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import first_by_content
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS
@@ -106,20 +106,20 @@ def listed(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
-def require_same_images(images: list[CaptionedImage], noted_hash: object, root: str | None) -> None:
+def require_same_images(images: list[CaptionedImage], noted_hash: object, data: DataConfig) -> None:
     """Require, by content and captions, the images that a run was trained on.
 
     Args:
         images: all of them, held-out ones included.
         noted_hash: data_hash of its status.json; None = not known.
-        root: data.root, for the message.
+        data: which images they are, for the message.
 
     Raises:
         UserError: they are others.
     """
     if noted_hash not in (None, found_hash := image_set_hash(images)):
         raise UserError(
-            f"data.root={root}: these are not the images that this run was trained on (data_hash "
+            f"{set_in_words(data)}: these are not the images that this run was trained on (data_hash "
             f"{found_hash[:12]}, was {str(noted_hash)[:12]}): put them back"
         )
 
@@ -150,7 +150,7 @@ def real_images(
             on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
         )
     found, split = split_without_excluded(found, thumbnails, data)
-    require_same_images(found.images, noted_hash, data.root)
+    require_same_images(found.images, noted_hash, data)
     training, held_out = split.train, split.held_out
     if data.reference is not None:
         if Path(data.reference).is_relative_to(config.cache_dir):  # any other folder is the user's

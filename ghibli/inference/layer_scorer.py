@@ -135,7 +135,7 @@ def check_images(run: RunDir, data: GhibliDataModule) -> None:
     Raises:
         UserError: they are others.
     """
-    require_same_images(data.read().images, run.status.read().get("data_hash"), data.config.data.root)
+    require_same_images(data.read().images, run.status.read().get("data_hash"), data.config.data)
     try:
         trained = set(read_json(run.split)["train"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
