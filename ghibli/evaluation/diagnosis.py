@@ -6,6 +6,7 @@ Pure functions from settings and scores to findings; the callback Doctor calls t
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -291,17 +292,29 @@ def few_images(images: int, features: int, real_frechet: float) -> list[Finding]
     return [Finding("few images", text)]
 
 
-def not_finite(names: list[str], timesteps: list[int], losses: list[float], step: int, rate: float) -> str:
+class TrainedExample(NamedTuple):
+    """An example of training, and the losses of its forward pass."""
+
+    name: str
+    timestep: int
+    loss: float  # of denoising
+    total: float  # of its batch, with all terms that are added
+
+
+def not_finite(examples: list[TrainedExample], step: int, rate: float) -> str:
     """Return the message for a loss or gradient that is not finite, naming the examples to blame.
 
     Args:
-        names, timesteps, losses: of the examples since the last optimiser step.
+        examples: those since the last optimiser step.
     """
-    examples = list(zip(names, timesteps, losses, strict=True))
-    broken = [e for e in examples if e[2] - e[2] != 0]  # inf and NaN
+    broken = [e for e in examples if not math.isfinite(e.loss)]
+    beside = [e for e in examples if not math.isfinite(e.total)]
     if broken:
         what = "the loss is not finite for " + list_examples(broken)
         cure = "run it again, and if it is the same images, check them; otherwise lower"
+    elif beside:
+        what = "a weight or a term of the loss is not finite, with the losses of " + list_examples(beside)
+        cure = "lower"
     else:
         what = "a gradient is not finite, after the losses of " + list_examples(examples)
         cure = "lower"
@@ -311,8 +324,8 @@ def not_finite(names: list[str], timesteps: list[int], losses: list[float], step
     )
 
 
-def list_examples(examples: list[tuple[str, int, float]]) -> str:
+def list_examples(examples: list[TrainedExample]) -> str:
     """Format examples with their losses, five at most: `panda.png at timestep 812 (nan), ...`."""
-    listed = [f"{name} at timestep {timestep} ({loss:.3g})" for name, timestep, loss in examples[:5]]
+    listed = [f"{one.name} at timestep {one.timestep} ({one.loss:.3g})" for one in examples[:5]]
     more = len(examples) - len(listed)
     return ", ".join(listed) + (f" and {more} more" if more else "")

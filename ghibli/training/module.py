@@ -24,7 +24,8 @@ from ghibli.training.optimizers import check_optimizer, lr_factor, make_optimize
 from ghibli.training.price import price_items
 from ghibli.training.probe import PairedProbe
 
-LossListener = Callable[[dict[str, Any], torch.Tensor], None]  # (batch, losses (B,)) of a forward pass
+LossListener = Callable[[dict[str, Any], torch.Tensor, torch.Tensor], None]
+"""(batch, denoising losses (B,), the loss () that they and all terms make) of a forward pass."""
 
 
 class GhibliModule(L.LightningModule):
@@ -185,8 +186,6 @@ class GhibliModule(L.LightningModule):
         seed_global_rng(Stream.DROPOUT, self.config.seed, batch["example"][0])
         prediction, target = self.prediction(batch)
         losses = loss_function(self.config.loss)(prediction, target)
-        for listen in self.loss_listeners:
-            listen(batch, losses.detach())
         loss, terms = self.weighted(losses, batch["timesteps"]).mean(), {}
         for name, function in term_functions(self.config.loss).items():
             terms[name] = function(prediction, target).mean()
@@ -198,6 +197,8 @@ class GhibliModule(L.LightningModule):
             besides = loss_function(self.config.loss)(*self.prediction(of_regularization(batch)))
             terms["regularization"] = self.weighted(besides, batch["timesteps"]).mean()
             loss = loss + self.config.loss.regularization * terms["regularization"]
+        for listen in self.loss_listeners:
+            listen(batch, losses.detach(), loss.detach())
         expected = self.probe.expected[batch["timesteps"]].mean()
         plain = mse(prediction.detach(), target).mean()  # as `expected`, whatever loss.function trains
         if self.config.loss.guidance_target is not None:  # the error of the noise is 1 / s of the target's

@@ -292,9 +292,10 @@ def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callabl
     )
     gradient = SimpleNamespace(grad=torch.tensor([torch.inf]))
 
-    def step(loss: float) -> None:
+    def step(loss: float, beside: float = 0.1) -> None:
         doctor = Doctor(make_config(), RunDir(tmp_path))
-        doctor.note({"name": ["cat.png"], "timesteps": torch.tensor([812])}, torch.tensor([loss]))
+        total = torch.tensor(loss + beside)
+        doctor.note({"name": ["cat.png"], "timesteps": torch.tensor([812])}, torch.tensor([loss]), total)
         module = SimpleNamespace(trainable={"a": gradient}, trainer=trainer)
         doctor.on_before_optimizer_step(trainer, module, None)
 
@@ -303,6 +304,9 @@ def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callabl
         UserError, match=r"step 3: the loss is not finite for cat.png at timestep 812 \(nan\)"
     ):
         step(torch.nan)
+    said = r"step 3: a weight or a term of the loss is not finite, with the losses of cat.png at timestep 812"
+    with pytest.raises(UserError, match=said):
+        step(0.2, torch.inf)
 
 
 @pytest.mark.parametrize("reader", ["a logged step", "a checkpoint", "validation"])
@@ -319,7 +323,8 @@ def test_on_a_gpu_the_answer_is_read_later(
 
     def step(name: str, loss: float) -> None:
         module = SimpleNamespace(trainable={"a": SimpleNamespace(grad=torch.tensor([loss]))})
-        doctor.note({"name": [name], "timesteps": torch.tensor([812])}, torch.tensor([loss]))
+        batch = {"name": [name], "timesteps": torch.tensor([812])}
+        doctor.note(batch, torch.tensor([loss]), torch.tensor(loss))
         doctor.on_before_optimizer_step(trainer, module, None)
         trainer.global_step += 1
         doctor.on_train_batch_end(trainer, module, None, None, 0)

@@ -121,6 +121,18 @@ def test_a_guided_target_is_held_to_the_guided_base(make_config: Callable, uncon
     assert found == pytest.approx((cond.double() - target).square().mean().item(), rel=1e-5)
 
 
+def test_who_listens_hears_what_is_added(make_config: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A term that is not finite shows in the total alone; in fp16 the gradient says nothing."""
+    module, heard = module_of(make_config("loss.keep=0.3"), 0.05), []
+    module.loss_listeners.append(lambda batch, *losses: heard.append(losses))
+    batch = batch_of(module.base)
+    loss = module.training_step(batch, 0)["loss"]
+    assert torch.equal(heard[0][1], loss.detach()) and heard[0][0].shape == (2,)
+    monkeypatch.setattr(GhibliModule, "base_prediction", lambda *_: batch["latents"] * torch.inf)
+    module.training_step(batch, 0)
+    assert heard[1][0].isfinite().all() and not heard[1][1].isfinite()
+
+
 def test_at_the_start_there_is_nothing_to_hold(make_config: Callable) -> None:
     """The adapter's B is zero: the term is exactly 0, and the step's loss that without it, to the bit."""
     batch = batch_of(load("demo"))
