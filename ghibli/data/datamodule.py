@@ -295,9 +295,13 @@ class GhibliDataModule(L.LightningDataModule):
         Raises:
             UserError: there is too little.
         """
-        data = self.config.data
-        if data.workers > 0:
-            check_shared_memory(data.workers, data.batch_size * max(map(example_bytes, set(self.shapes))))
+        data, side = self.config.data, self.config.model.resolution
+        if data.workers == 0:
+            return
+        largest = max(map(example_bytes, set(self.shapes)))
+        if data.regularization is not None:  # each beside an image, and square
+            largest += example_bytes((side, side))
+        check_shared_memory(data.workers, data.batch_size * largest)
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches from the trainer's current optimiser step on, made ahead.

@@ -12,6 +12,7 @@ from PIL import Image
 import train
 from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config
+from ghibli.data import datamodule
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import EncodedImages, EpochPlan, TrainExamples
 from ghibli.data.latents import Moments
@@ -59,6 +60,25 @@ def test_they_take_turns_beside_the_examples(make_config: Callable[..., Config])
     dropped = make_config("loss.caption_dropout=1").loss
     first = TrainExamples(encoded(8, (4, 8, 8), encoded(5, (4, 8, 8))), plan, dropped, seed=3)[0]
     assert first["regularization_ids"].tolist() == [0, 0, 0]
+
+
+def test_shared_memory_is_asked_for_both_images(
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At least what an example's tensors have, twice that of an image alone."""
+    asked: list[int] = []
+    monkeypatch.setattr(datamodule, "check_shared_memory", lambda workers, size: asked.append(size))
+    config = make_config(
+        "model.resolution=512", "data.workers=2", "data.batch_size=3", f"data.regularization={tmp_path}"
+    )
+    data = GhibliDataModule(config, None, RunDir(tmp_path), 1000)
+    data.shapes = [(512, 512)]
+    data.check_workers()
+    images = encoded(8, (4, 64, 64), encoded(5, (4, 64, 64)))
+    example = TrainExamples(images, EpochPlan(8, 2, 1000), config.loss, seed=3)
+    tensors = [value for value in example[0].values() if isinstance(value, torch.Tensor)]
+    needed = 3 * sum(tensor.nbytes for tensor in tensors)
+    assert needed <= asked[0] < 1.1 * needed
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
