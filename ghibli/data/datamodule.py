@@ -191,12 +191,15 @@ class GhibliDataModule(L.LightningDataModule):
         ).images  # fmt: skip
         require_none_held_out(found, self.held_out, thumbnails, f"{key}={root}")
         if self.trainer.is_global_zero:
-            what = f"the image set data.regularization={root}"
+            if repeated := repeated_folders([image.name for image in found]):
+                logger.info(f"{key}: {repeated}")
+            what = f"the image set {key}={root}"
             check_unchanged(self.run, "regularization_hash", image_set_hash(found), what)
         moments = self._moments(found, device, mirrored=False, resize=data.square_resize)
         return EncodedImages(
             [image.name for image in found], moments, None, self.base.tokenize([p.caption for p in found]),
             self.base.tokenize([""])[0], [], self.base.vae.config.scaling_factor,
+            [image.repeats for image in found],
         )  # fmt: skip
 
     def held_out_items(self, device: torch.device) -> list[dict[str, torch.Tensor]]:

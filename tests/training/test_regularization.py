@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +81,44 @@ def test_shared_memory_is_asked_for_both_images(
     tensors = [value for value in example[0].values() if isinstance(value, torch.Tensor)]
     needed = 3 * sum(tensor.nbytes for tensor in tensors)
     assert needed <= asked[0] < 1.1 * needed
+
+
+def test_kohyas_repeats_and_the_offset_of_the_noise_count_there_too(
+    make_config: Callable[..., Config],
+) -> None:
+    """Three turns of seven for an image of 3_dog/; the offset is one number a channel, 0.1 wide."""
+    plan, plain = EpochPlan(8, 2, 1000), make_config().loss
+    beside = replace(encoded(5, (4, 8, 8)), repeats=[1, 3, 1, 1, 1])
+    images = encoded(8, (4, 8, 8), beside)
+    examples = TrainExamples(images, plan, plain, seed=3)
+    moved = TrainExamples(images, plan, replace(plain, noise_offset=0.1), seed=3)
+    seen, offsets = [], []
+    for example in range(70):
+        one, other = examples[example], moved[example]
+        seen.append(round(one["regularization_latents"].mean().item()))
+        parts = other["regularization_noise"] - one["regularization_noise"]
+        assert torch.allclose(parts, parts[:, :1, :1].expand_as(parts), atol=1e-5)
+        offsets.append(parts[:, 0, 0])
+        assert not torch.allclose(parts, other["noise"] - one["noise"])
+    assert [seen.count(image) for image in range(5)] == [10, 30, 10, 10, 10]
+    assert torch.stack(offsets).std().item() == pytest.approx(0.1, rel=0.15)
+
+
+def test_repeats_are_read_from_kohyas_folders(
+    make_config: Callable[..., Config], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "kohya"
+    for folder, file in zip(("3_dog", "1_cat"), sorted((photos / "images").iterdir())[:2], strict=True):
+        (root / folder).mkdir(parents=True)
+        shutil.copy(file, root / folder / "it.png")
+    config = make_config(f"data.regularization={root}", "data.caption=a photo")
+    data = GhibliDataModule(config, load("demo"), RunDir(tmp_path / "run"), 1000)
+    data.read()
+    data.trainer = SimpleNamespace(is_global_zero=True)
+    caplog.set_level("INFO")
+    found = data._encode_regularization(root, torch.device("cpu"))
+    assert [found.names[row] for row in found.rows] == ["1_cat/it.png", *["3_dog/it.png"] * 3]
+    assert "data.regularization: 3_dog/ (1 images, each 3 times in an epoch)" in caplog.text
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
