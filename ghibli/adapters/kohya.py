@@ -163,7 +163,7 @@ def metadata_of(
         "ss_learning_rate": f"{config.optimizer.lr:g}",
         "ss_optimizer": config.optimizer.name,
         "ss_resolution": f"({size}, {size})",
-        "ss_training_comment": f"training guidance {config.loss.guidance:g}; trigger words: {words}",
+        "ss_training_comment": f"training {config.loss.guidance_text}; trigger words: {words}",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{v2_architecture if is_v2 else 'stable-diffusion-v1'}/lora",
         "modelspec.implementation": "diffusers",

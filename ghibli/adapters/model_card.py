@@ -64,7 +64,7 @@ license: creativeml-openrail-m
 
 ## How good it is
 
-{gain_sentence(status, config.loss.guidance)}
+{gain_sentence(status, config.loss.own_guidance)}
 
 {distance_section(run)}
 
@@ -178,7 +178,7 @@ def gain_sentence(status: dict[str, Any], guidance: float) -> str:
     """Summarise the held-out gain with its standard error, and say what a gain below 0 means.
 
     Args:
-        guidance: of the training loss.
+        guidance: of the training, LossConfig.own_guidance.
     """
     value, error = status.get("gain"), status.get("gain_se")
     if value is None or error is None or not is_number(value, error):
@@ -186,11 +186,13 @@ def gain_sentence(status: dict[str, Any], guidance: float) -> str:
     side, meaning = "lower than", ""
     if value < 0:
         side = "HIGHER than"
-        meaning = (
-            " It predicts the noise worse than the base: do not expect better images."
-            if guidance == 1
-            else f" Trained at guidance {guidance:g} it is no predictor of the noise: judge its images."
-        )
+        if guidance == 1:
+            meaning = " It predicts the noise worse than the base: do not expect better images."
+        elif guidance > 1:
+            meaning = f" Trained at guidance {guidance:g} it is no predictor of the noise: judge its images."
+        else:
+            target = f"{1 / guidance:g}"
+            meaning = f" Trained with a guidance target of {target} it did not start at 0: judge its images."
     return (
         f"On held-out images its denoising loss is {100 * abs(value):.1f} % +- {100 * error:.1f} % (standard "
         f"error) {side} the base's at the same noise and timesteps, after epoch "
@@ -233,7 +235,7 @@ def settings_rows(config: Config, status: dict[str, object]) -> str:
     )
     rows = {
         "adapter": lora if config.finetune == "lora" else "all weights of the UNet",
-        "loss": f"guidance {config.loss.guidance:g}, caption dropout {config.loss.caption_dropout:g}",
+        "loss": f"{config.loss.guidance_text}, caption dropout {config.loss.caption_dropout:g}",
         "optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.lr:g}",
         "steps": status.get("step"),
         "resolution": f"{config.model.resolution} px",

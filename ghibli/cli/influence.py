@@ -93,10 +93,13 @@ def closing_lines(found: "Influences", share: float, folder: str) -> list[str]:
     ]
     if left:
         lines.append(f"left     {left} images: the same command goes on with them")
-    exclude = path_setting("data.exclude", f"{folder}/influence_exclude.txt")
+    lines.append(f"files    {quoted(f'{folder}/influence.csv')}, influence.png: both rankings")
+    file = f"{folder}/influence_exclude.txt"
+    if not found.listed:
+        return [*lines, f"list     {quoted(file)} was edited and stays as it is: move it away for a new one"]
+    exclude = path_setting("data.exclude", file)
     return [
         *lines,
-        f"files    {quoted(f'{folder}/influence.csv')}, influence.png: both rankings",
-        f"list     {quoted(f'{folder}/influence_exclude.txt')}: the {len(worst)} that agree least; to train "
-        f"without them, add {quoted(exclude)} to the run's command",
+        f"list     {quoted(file)}: the {len(worst)} that agree least; to train without them, add "
+        f"{quoted(exclude)} to the run's command",
     ]

@@ -255,6 +255,13 @@ class LossConfig:
         return self.guidance if self.guidance_target is None else 1 / self.guidance_target
 
     @property
+    def guidance_text(self) -> str:
+        """The guidance of the training in words: `guidance 1`, or `guidance target 7.5`."""
+        if self.guidance_target is None:
+            return f"guidance {self.guidance:g}"
+        return f"guidance target {self.guidance_target:g}"
+
+    @property
     def weighting_name(self) -> str | None:
         """The entry of WEIGHTINGS that weighs the examples; None = none does."""
         return "min_snr" if self.weighting is None and self.snr_gamma is not None else self.weighting
@@ -272,16 +279,7 @@ class LossConfig:
         require(0 <= self.keep < inf, "loss.keep", self.keep, "0 (off) or more, and finite")
         weight = self.regularization
         require(0 < weight < inf, "loss.regularization", weight, "more than 0, and finite")
-        require(
-            self.guidance >= 1, "loss.guidance", self.guidance,
-            "1 (off) or more; 7.5 is the reference study's second value",
-        )  # fmt: skip
-        target = self.guidance_target
-        ok = target is None or (1 <= target < inf)
-        require(ok, "loss.guidance_target", target, "1 or more, and finite; or null")
-        wanted = f"null with loss.guidance={self.guidance:g}: one of the two is guided, loss or target"
-        require(target is None or self.guidance == 1, "loss.guidance_target", target, wanted)
-        require_choice("loss.unconditional", self.unconditional, ("trained", "detached", "base"))
+        self.check_guidance()
         dropout, gamma = self.caption_dropout, self.snr_gamma
         require(0 <= dropout <= 1, "loss.caption_dropout", dropout, "from 0 to 1")
         require(gamma is None or gamma > 0, "loss.snr_gamma", gamma, "more than 0, or null")
@@ -294,6 +292,23 @@ class LossConfig:
             )
         require_choice("loss.timesteps", self.timesteps, ("spread", "independent"))
         self.check_timesteps()
+
+    def check_guidance(self) -> None:
+        """Require one guidance, of loss or target, and no setting of the other branch without any."""
+        require(
+            self.guidance >= 1, "loss.guidance", self.guidance,
+            "1 (off) or more; 7.5 is the reference study's second value",
+        )  # fmt: skip
+        target, kind = self.guidance_target, self.unconditional
+        ok = target is None or (1 <= target < inf)
+        require(ok, "loss.guidance_target", target, "1 or more, and finite; or null")
+        wanted = f"null with loss.guidance={self.guidance:g}: one of the two is guided, loss or target"
+        require(target is None or self.guidance == 1, "loss.guidance_target", target, wanted)
+        require_choice("loss.unconditional", kind, ("trained", "detached", "base"))
+        is_guided = self.own_guidance != 1
+        why = "since at guidance 1 there is no unconditional branch (loss.guidance, loss.guidance_target)"
+        require(is_guided or kind == "trained", "loss.unconditional", kind, f"trained, {why}")
+        require(is_guided or not self.share_dropout, "loss.share_dropout", "true", f"false, {why}")
 
     def check_timesteps(self) -> None:
         """Require a range and parameters that the distribution has."""
@@ -552,6 +567,9 @@ class Config:
                 "use finetune=lora, or loss.unconditional=detached"
             )
         check_keep(self)
+        weight = self.loss.regularization
+        ok = weight == 1 or self.data.regularization is not None
+        require(ok, "loss.regularization", weight, "1 without images to weigh: give data.regularization=DIR")
         for section in fields(self):  # what no section refuses by its range
             require_finite(section.name, getattr(self, section.name))
 
@@ -641,7 +659,7 @@ def describe(config: Config) -> str:
     if config.model.frozen_bits is not None:
         parts.append(f"base in {config.model.frozen_bits} bits")
     if config.finetune != "none":
-        parts += [f"training guidance {config.loss.guidance:g}", f"lr {config.optimizer.lr:g}"]
+        parts += [f"training {config.loss.guidance_text}", f"lr {config.optimizer.lr:g}"]
     return ", ".join(parts)
 
 

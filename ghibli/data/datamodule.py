@@ -26,10 +26,10 @@ from ghibli.data.dataset import (
     share_of_probe,
 )
 from ghibli.data.drawing import draw_missing
-from ghibli.data.exclude import split_without_excluded
+from ghibli.data.exclude import set_in_words, split_without_excluded
 from ghibli.data.folder import CaptionedImage, ImageFolder, read_folder, repeated_folders, summarise
 from ghibli.data.latents import CHUNK, Moments, chunk_size, encode
-from ghibli.data.sources import image_set_hash
+from ghibli.data.sources import image_set_hash, require_none_held_out
 from ghibli.data.split import first_by_content
 from ghibli.data.validation_items import images_in_a_pass, in_passes, make_items
 from ghibli.images.duplicates import thumbnail
@@ -150,7 +150,7 @@ class GhibliDataModule(L.LightningDataModule):
         } | ({"excluded": self.excluded} if self.excluded else {})
         write_json(self.run.split, split)
         data_hash = image_set_hash(folder.images)
-        check_unchanged(self.run, "data_hash", data_hash, f"the image set data.root={self.config.data.root}")
+        check_unchanged(self.run, "data_hash", data_hash, f"the image set {set_in_words(self.config.data)}")
 
     def _encode(self) -> None:
         images, data = self.train_images + self.val_images, self.config.data
@@ -181,19 +181,25 @@ class GhibliDataModule(L.LightningDataModule):
         """Read and encode data.regularization: as squares, so that any of them fit into one batch.
 
         Raises:
-            UserError: no such folder, too few usable images, or others than before a resume.
+            UserError: no such folder, too few usable images, held-out ones, or others than before a resume.
         """
-        data = self.config.data
+        data, key = self.config.data, "data.regularization"
+        thumbnails = dict(self.thumbnails)
         found = read_folder(
-            root, style="", default_caption=data.caption, min_side=data.min_side, key="data.regularization"
-        ).images
+            root, style="", default_caption=data.caption, min_side=data.min_side, key=key,
+            on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
+        ).images  # fmt: skip
+        require_none_held_out(found, self.held_out, thumbnails, f"{key}={root}")
         if self.trainer.is_global_zero:
-            what = f"the image set data.regularization={root}"
+            if repeated := repeated_folders([image.name for image in found]):
+                logger.info(f"{key}: {repeated}")
+            what = f"the image set {key}={root}"
             check_unchanged(self.run, "regularization_hash", image_set_hash(found), what)
         moments = self._moments(found, device, mirrored=False, resize=data.square_resize)
         return EncodedImages(
             [image.name for image in found], moments, None, self.base.tokenize([p.caption for p in found]),
             self.base.tokenize([""])[0], [], self.base.vae.config.scaling_factor,
+            [image.repeats for image in found],
         )  # fmt: skip
 
     def held_out_items(self, device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -292,9 +298,13 @@ class GhibliDataModule(L.LightningDataModule):
         Raises:
             UserError: there is too little.
         """
-        data = self.config.data
-        if data.workers > 0:
-            check_shared_memory(data.workers, data.batch_size * max(map(example_bytes, set(self.shapes))))
+        data, side = self.config.data, self.config.model.resolution
+        if data.workers == 0:
+            return
+        largest = max(map(example_bytes, set(self.shapes)))
+        if data.regularization is not None:  # each beside an image, and square
+            largest += example_bytes((side, side))
+        check_shared_memory(data.workers, data.batch_size * largest)
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches from the trainer's current optimiser step on, made ahead.

@@ -90,6 +90,12 @@ class EncodedImages:
     keep_ids: torch.Tensor | None = None  # (N, L) of captions on which the base is kept (loss.keep)
     regularization: "EncodedImages | None" = None  # images of what is to be kept, all of one shape
 
+    @property
+    def rows(self) -> list[int]:
+        """The images of an epoch, by their indices, unshuffled: each as often as it is repeated."""
+        repeats = self.repeats or [1] * len(self.names)
+        return [row for row, times in enumerate(repeats) for _ in range(times)]
+
 
 @dataclass(frozen=True)
 class EpochPlan:
@@ -106,8 +112,8 @@ class TrainExamples(Dataset):
     def __init__(self, images: EncodedImages, plan: EpochPlan, loss: LossConfig, seed: int):
         self.images, self.plan, self.loss, self.seed = images, plan, loss, seed
         self.timestep = timestep_function(loss, plan.num_train_timesteps)
-        repeats = images.repeats or [1] * len(images.names)
-        self.rows = [row for row, times in enumerate(repeats) for _ in range(times)]  # an epoch's, unshuffled
+        self.rows = images.rows
+        self.rows_beside = [] if images.regularization is None else images.regularization.rows
         self._order: tuple[int, list[int]] = (-1, [])  # (epoch, its images in order)
 
     def __len__(self) -> int:
@@ -154,15 +160,18 @@ class TrainExamples(Dataset):
     def beside(self, images: EncodedImages, example: int, dropped: bool) -> dict[str, torch.Tensor]:
         """Return the image of data.regularization that is trained beside an example, at its timestep.
 
-        They take turns in an order that depends on the seed.
+        They take turns in an order that depends on the seed, each as often as it is repeated.
 
         Args:
             dropped: train it without its caption.
         """
-        count, seed = len(images.names), self.seed
-        image = int(rng(Stream.REGULARIZATION, seed).permutation(count)[example % count])
+        count, seed = len(self.rows_beside), self.seed
+        image = self.rows_beside[int(rng(Stream.REGULARIZATION, seed).permutation(count)[example % count])]
         shape = tuple(images.moments.mean[image].shape)
         noise, posterior_noise = (normal(shape, Stream.REGULARIZATION, seed, example, k) for k in range(2))
+        if self.loss.noise_offset > 0:
+            offset = normal((shape[0], 1, 1), Stream.REGULARIZATION, seed, example, 2)
+            noise = noise + self.loss.noise_offset * offset
         return {
             "regularization_latents": images.moments.sample(image, posterior_noise, images.scaling_factor),
             "regularization_noise": noise,

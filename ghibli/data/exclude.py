@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,33 @@ def excluded_names(file: str, folder: ImageFolder) -> set[str]:
     return found
 
 
+def set_in_words(data: DataConfig) -> str:
+    """Name what an image set depends on: `data.root=DIR`, or `data.root=DIR without data.exclude=FILE`."""
+    root = f"data.root={data.root}"
+    return root if data.exclude is None else f"{root} without {path_setting('data.exclude', data.exclude)}"
+
+
 def write_names(file: Path, names: list[str]) -> None:
     """Write a list for data.exclude atomically; names that are not UTF-8 keep their bytes."""
-    content = b"".join(os.fsencode(name) + b"\n" for name in names)
-    write_atomically(file, lambda opened: opened.write(content))
+    write_atomically(file, lambda opened: opened.write(as_list(names)))
+
+
+def as_list(names: list[str]) -> bytes:
+    """Return the content of a list for data.exclude."""
+    return b"".join(os.fsencode(name) + b"\n" for name in names)
+
+
+def update_names(file: Path, names: list[str], written: str) -> str:
+    """Write a list as write_names does, unless the file there was edited.
+
+    Args:
+        written: sha256 of what was written there last, hex; empty = a file there is the user's.
+
+    Returns:
+        The sha256 of the list, hex; empty where the user's file stays.
+    """
+    wanted = sha256(as_list(names)).hexdigest()
+    if file.exists() and sha256(read_plain(file, LARGEST)).hexdigest() not in (wanted, written):
+        return ""
+    write_names(file, names)
+    return wanted

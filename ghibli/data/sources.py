@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, DataConfig
 from ghibli.data.drawing import draw_missing
-from ghibli.data.exclude import split_without_excluded
+from ghibli.data.exclude import set_in_words, split_without_excluded
 from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import first_by_content
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS
@@ -56,13 +56,48 @@ def require_unseen(
             f"({listed([image.path.name for image in same])}), and the distance to them would reward copies: "
             "give a folder of other images, or null for the held-out ones"
         )
-    rows = [np.stack([thumbnails[image.path] for image in side]) for side in (training, reference) if side]
-    near = near_duplicates(*rows) if len(rows) == 2 else []
-    if near:
-        names = [f"{reference[r].path.name} of {training[t].path.name}" for t, r, _ in near]
+    if near := near_pairs(reference, training, thumbnails):
         logger.warning(
-            f"{key}: {len(near)} of its images are near-duplicates of training images: {listed(names)}"
+            f"{key}: {len(near)} of its images are near-duplicates of training images: {listed(near)}"
         )
+
+
+def require_none_held_out(
+    trained: list[CaptionedImage],
+    held_out: list[CaptionedImage],
+    thumbnails: dict[Path, np.ndarray],
+    key: str,
+) -> None:
+    """Check that no image that is trained beside the image set is held out of it; name those that nearly are.
+
+    Args:
+        thumbnails: of all these images, by file.
+        key: the setting that names the folder of `trained`, as it was typed.
+
+    Raises:
+        UserError: some are.
+    """
+    hashes = {image.content_hash for image in held_out}
+    same = [image.path.name for image in trained if image.content_hash in hashes]
+    if same:
+        raise UserError(
+            f"{key}: {len(same)} of its {len(trained)} images are held out of this run's training "
+            f"({listed(same)}), and the gain would be that of images it has learned: give a folder of others"
+        )
+    if near := near_pairs(trained, held_out, thumbnails):
+        logger.warning(
+            f"{key}: {len(near)} of its images are near-duplicates of held-out images: {listed(near)}"
+        )
+
+
+def near_pairs(
+    images: list[CaptionedImage], others: list[CaptionedImage], thumbnails: dict[Path, np.ndarray]
+) -> list[str]:
+    """Name the images that are near-duplicates of others: `a.png of b.png`."""
+    if not images or not others:
+        return []
+    rows = [np.stack([thumbnails[image.path] for image in side]) for side in (others, images)]
+    return [f"{images[i].path.name} of {others[o].path.name}" for o, i, _ in near_duplicates(*rows)]
 
 
 def listed(names: list[str]) -> str:
@@ -71,20 +106,20 @@ def listed(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
-def require_same_images(images: list[CaptionedImage], noted_hash: object, root: str | None) -> None:
+def require_same_images(images: list[CaptionedImage], noted_hash: object, data: DataConfig) -> None:
     """Require, by content and captions, the images that a run was trained on.
 
     Args:
         images: all of them, held-out ones included.
         noted_hash: data_hash of its status.json; None = not known.
-        root: data.root, for the message.
+        data: which images they are, for the message.
 
     Raises:
         UserError: they are others.
     """
     if noted_hash not in (None, found_hash := image_set_hash(images)):
         raise UserError(
-            f"data.root={root}: these are not the images that this run was trained on (data_hash "
+            f"{set_in_words(data)}: these are not the images that this run was trained on (data_hash "
             f"{found_hash[:12]}, was {str(noted_hash)[:12]}): put them back"
         )
 
@@ -115,7 +150,7 @@ def real_images(
             on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
         )
     found, split = split_without_excluded(found, thumbnails, data)
-    require_same_images(found.images, noted_hash, data.root)
+    require_same_images(found.images, noted_hash, data)
     training, held_out = split.train, split.held_out
     if data.reference is not None:
         if Path(data.reference).is_relative_to(config.cache_dir):  # any other folder is the user's

@@ -194,11 +194,24 @@ def cells_of(config: SampleConfig, training_guidance: float) -> list[Cell]:
     """Return the columns of a grid: every sampler at every guidance scale, each once.
 
     A run trained with guidance w is also drawn at the scale that suits it, usual_guidance(w).
+
+    Args:
+        training_guidance: LossConfig.own_guidance.
     """
     scales = list(config.guidance)
     if training_guidance != 1:
         scales.append(usual_guidance(training_guidance))
     return list(dict.fromkeys(Cell(sampler, scale) for sampler in config.samplers for scale in scales))
+
+
+def own_cell(config: SampleConfig, training_guidance: float) -> Cell:
+    """Return the cell that shows a run best: the last of the grid, at the scale that suits its training.
+
+    Args:
+        training_guidance: LossConfig.own_guidance; 1 = the last of sample.guidance suits it.
+    """
+    scale = config.guidance[-1] if training_guidance == 1 else usual_guidance(training_guidance)
+    return Cell(config.samplers[-1], scale)
 
 
 def draw_cells(

@@ -6,6 +6,7 @@ Pure functions from settings and scores to findings; the callback Doctor calls t
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -43,7 +44,7 @@ def at_the_start(
     """Return the findings before the first step.
 
     Args:
-        guidance: of the training, loss.guidance.
+        guidance: of the training, LossConfig.own_guidance.
         alphas_cumprod, base_alphas_cumprod: (T,) of the training and of the base.
         trainable: the weights that are trained.
     """
@@ -66,7 +67,8 @@ def after_epoch(history: list[Probe], config: Config) -> list[Finding]:
     if len(history) < 2 or not history[-1].base_val.isfinite().all():
         return []
     rate, finetune = config.optimizer.lr, config.finetune
-    found = [collapse(history, rate)] if config.loss.guidance == 1 else []
+    # a guided loss starts far above the loss of zero
+    found = [collapse(history, rate)] if config.loss.own_guidance <= 1 else []
     found.append(no_effect(history, finetune))
     enough_images = len(history[-1].val) >= FEWEST_IMAGES
     # a training with other noise than the probe's may get worse at any learning rate
@@ -114,13 +116,20 @@ def weights_in_16_bits(trainable: Iterable[torch.Tensor]) -> Finding | None:
 
 
 def guided_sampling_scale(guidance: float) -> Finding | None:
-    """Return a finding if training uses guidance.
+    """Return a finding if training uses guidance, in its loss or (below 1) in its target.
 
     Guidance moves the sampling scale at which images look as usual.
     """
     if guidance == 1:
         return None
     scale = usual_guidance(guidance)
+    if guidance < 1:
+        return Finding(
+            "sampling scale",
+            f"trained with loss.guidance_target={1 / guidance:g}, the guidance is in the weights: sample at "
+            f"about {scale:g}, a column of the grids, as a larger scale guides twice (`ghibli evaluate RUN` "
+            "tries more)",
+        )
     return Finding(
         "sampling scale",
         f"trained with loss.guidance={guidance:g}, the images are mush when sampled at 1 and not at their "
@@ -132,9 +141,9 @@ def guided_sampling_scale(guidance: float) -> Finding | None:
 def collapse(history: list[Probe], rate: float) -> Finding | None:
     """Return a finding if the loss is that of a network that always predicts zero.
 
-    Checked at guidance 1, and only if the base's loss was far below.
+    Checked where the noise is learned at guidance 1 or below, and only if the base's loss was far below.
     """
-    now, base = history[-1].val_g1.mean().item(), history[-1].base_val.mean().item()
+    now, base = history[-1].val.mean().item(), history[-1].base_val.mean().item()
     if now < COLLAPSED or base >= COLLAPSED:
         return None
     return Finding(
@@ -283,17 +292,29 @@ def few_images(images: int, features: int, real_frechet: float) -> list[Finding]
     return [Finding("few images", text)]
 
 
-def not_finite(names: list[str], timesteps: list[int], losses: list[float], step: int, rate: float) -> str:
+class TrainedExample(NamedTuple):
+    """An example of training, and the losses of its forward pass."""
+
+    name: str
+    timestep: int
+    loss: float  # of denoising
+    total: float  # of its batch, with all terms that are added
+
+
+def not_finite(examples: list[TrainedExample], step: int, rate: float) -> str:
     """Return the message for a loss or gradient that is not finite, naming the examples to blame.
 
     Args:
-        names, timesteps, losses: of the examples since the last optimiser step.
+        examples: those since the last optimiser step.
     """
-    examples = list(zip(names, timesteps, losses, strict=True))
-    broken = [e for e in examples if e[2] - e[2] != 0]  # inf and NaN
+    broken = [e for e in examples if not math.isfinite(e.loss)]
+    beside = [e for e in examples if not math.isfinite(e.total)]
     if broken:
         what = "the loss is not finite for " + list_examples(broken)
         cure = "run it again, and if it is the same images, check them; otherwise lower"
+    elif beside:
+        what = "a weight or a term of the loss is not finite, with the losses of " + list_examples(beside)
+        cure = "lower"
     else:
         what = "a gradient is not finite, after the losses of " + list_examples(examples)
         cure = "lower"
@@ -303,8 +324,8 @@ def not_finite(names: list[str], timesteps: list[int], losses: list[float], step
     )
 
 
-def list_examples(examples: list[tuple[str, int, float]]) -> str:
+def list_examples(examples: list[TrainedExample]) -> str:
     """Format examples with their losses, five at most: `panda.png at timestep 812 (nan), ...`."""
-    listed = [f"{name} at timestep {timestep} ({loss:.3g})" for name, timestep, loss in examples[:5]]
+    listed = [f"{one.name} at timestep {one.timestep} ({one.loss:.3g})" for one in examples[:5]]
     more = len(examples) - len(listed)
     return ", ".join(listed) + (f" and {more} more" if more else "")

@@ -86,7 +86,8 @@ def models_to_evaluate(run: RunDir, config: Config) -> dict[str, ModelCells]:
     """Return the untouched base, and the trained run where there is one, with their cells."""
     models = {"base": ModelCells(for_sampling(run_base(run, config)), cells_of(config.sample, 1))}
     if config.finetune != "none":
-        models["run"] = ModelCells(trained_base(run, config), cells_of(config.sample, config.loss.guidance))
+        cells = cells_of(config.sample, config.loss.own_guidance)
+        models["run"] = ModelCells(trained_base(run, config), cells)
     return models
 
 
@@ -139,7 +140,7 @@ def scores(
         "scan_samples": options.scan_samples,
         "num_inference_steps": config.sample.num_inference_steps,
         "sampler_steps": options.sampler_steps,
-        "training_guidance": config.loss.guidance,
+        "training_guidance": config.loss.own_guidance,
         "cache_dir": config.cache_dir,
         "reference_file": cache.files[REFERENCE],
         "units_file": cache.files[UNITS],

@@ -63,6 +63,7 @@ class Influences:
     blocks: dict[str, list[float]] = field(default_factory=dict)  # key of a training image -> (B,)
     levels: dict[str, list[float]] = field(default_factory=dict)  # the same -> (K,) cosines
     ranked: list[RankedImage] = field(default_factory=list)  # the most helpful first
+    listed: str = ""  # sha256 of influence_exclude.txt as it was written; empty where the user's stays
 
     @property
     def is_whole(self) -> bool:
@@ -165,7 +166,7 @@ def read_influences(file: Path) -> Influences:
         images=int(content["images"]), base=numbers(content["base"]),
         blocks={str(key): numbers(values) for key, values in content["blocks"].items()},
         levels={str(key): numbers(values) for key, values in content["levels"].items()},
-        ranked=[image_of(one) for one in content["ranked"]],
+        ranked=[image_of(one) for one in content["ranked"]], listed=str(content.get("listed", "")),
     )  # fmt: skip
 
 

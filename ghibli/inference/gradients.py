@@ -124,7 +124,11 @@ def put(module: GhibliModule, stage: Stage) -> None:
 
 
 def training_loss(module: GhibliModule, batch: Batch) -> torch.Tensor:
-    """Return the loss of some items of one image as training has it, but without dropout (eval mode)."""
+    """Return the loss of some items of one image as training has it, but without dropout (eval mode).
+
+    What training adds beside the images is left out: read_material sets loss.keep=0, and the items have no
+    images of data.regularization.
+    """
     if not len(module.probe.expected):  # the base's scores there, which only the log needs
         module.probe.expected = torch.zeros(module.num_train_timesteps, device=module.device)
     return module.training_step({**batch, "example": [0] * len(batch["timesteps"])}, 0)["loss"]

@@ -13,7 +13,7 @@ import torch
 from ghibli.adapters.trained import run_base
 from ghibli.config.schema import Config, at_full_precision
 from ghibli.data.datamodule import GhibliDataModule
-from ghibli.data.exclude import write_names
+from ghibli.data.exclude import update_names
 from ghibli.data.folder import CaptionedImage
 from ghibli.data.split import first_by_content
 from ghibli.diffusion.timesteps import quantile_function
@@ -78,7 +78,8 @@ class Material:
 def influence(run: RunDir, config: Config, options: InfluenceOptions) -> Influences:
     """Measure what each training image did to the gain, and write the ranking, a sheet and a list.
 
-    What is measured is kept in influence.json: the same command goes on with the rest.
+    What is measured is kept in influence.json: the same command goes on with the rest. A list that was edited
+    since it was written stays as it is.
 
     Raises:
         UserError: a file of the user would be replaced, another base or other images than in training, or no
@@ -95,7 +96,9 @@ def influence(run: RunDir, config: Config, options: InfluenceOptions) -> Influen
     write_influences(run, found)
     by_name = {image.name: image for image in material.images}
     write_sheet(run.path / "influence.png", found, by_name)
-    write_names(run.path / "influence_exclude.txt", [one.name for one in found.worst(options.exclude)])
+    worst = [one.name for one in found.worst(options.exclude)]
+    found = replace(found, listed=update_names(run.path / "influence_exclude.txt", worst, found.listed))
+    write_influences(run, found)
     return found
 
 
@@ -107,7 +110,10 @@ def read_material(run: RunDir, config: Config, options: InfluenceOptions) -> Mat
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = at_full_precision(config)
-    config = replace(config, lora=replace(config.lora, init=None))  # the checkpoints have the weights
+    config = replace(
+        config, lora=replace(config.lora, init=None),  # the checkpoints have the weights
+        loss=replace(config.loss, keep=0.0),  # the brake is no part of what an image itself teaches
+    )  # fmt: skip
     if options.items is not None:
         config = replace(config, validation=replace(config.validation, items_per_image=options.items))
     if config.threads is not None:
@@ -144,6 +150,7 @@ def start(material: Material, kept: Influences | None) -> Influences:
         of=of, checkpoints=[stage.label for stage in material.stages],
         preconditioned=all(stage.preconditioned for stage in material.stages), held_out=held_out,
         images=len(material.images), base=base_by_block(run, held_out).tolist(),
+        listed="" if kept is None else kept.listed,
     )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def make_scorer(run: RunDir, config: Config, base: BaseModel, adapter: Adapter) 
         UserError: other images than in training, or fewer than 5 for each half.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = GhibliModule(replace(at_full_precision(config), finetune="none"), base).eval()
+    module = GhibliModule(replace(at_full_precision(config), finetune="none", seeds=1), base).eval()
     data = GhibliDataModule(config, base, run, module.num_train_timesteps)
     data.prepare_data()
     check_images(run, data)
@@ -135,7 +135,7 @@ def check_images(run: RunDir, data: GhibliDataModule) -> None:
     Raises:
         UserError: they are others.
     """
-    require_same_images(data.read().images, run.status.read().get("data_hash"), data.config.data.root)
+    require_same_images(data.read().images, run.status.read().get("data_hash"), data.config.data)
     try:
         trained = set(read_json(run.split)["train"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -36,7 +36,7 @@ class Memory:
         return BESIDE + FRAGMENTS * (self.kept + self.phases[self.highest])
 
 
-def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory:
+def estimate_memory(module: GhibliModule, images: int, precision: str, beside: int = 0) -> Memory:
     """Estimate what training, probe and grids of this run take beside what the process holds already.
 
     The model runs on 64 x 64 and 64 x 128 px; what its operations keep alive is counted, scaled up and
@@ -47,12 +47,13 @@ def estimate_memory(module: GhibliModule, images: int, precision: str) -> Memory
         module: on the CPU, before training; left as it was.
         images: number of images whose latents are kept.
         precision: Lightning's, such as 32-true or bf16-mixed.
+        beside: number of images in data.regularization.
     """
     config, side = module.config, module.config.model.resolution
     cost, loss = step_costs(module), config.loss
     shapes = [tuple(p.shape) for p in module.trainable.values()]
     gradients = sum(4 * p.numel() for p in module.trainable.values())
-    latents = latents_size(config.model.resolution, images, config.data.flip)
+    latents = latents_size(side, images, config.data.flip) + latents_size(side, beside)
     branches = 1 if loss.own_guidance == 1 else 2
     scored = items_in_a_pass(side, config.validation.items_per_image)
     phases = {

@@ -16,6 +16,7 @@ from ghibli.config.paths import check_adapter, check_base_path, check_images
 from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import left_out
+from ghibli.data.folder import list_images
 from ghibli.data.validation_items import images_in_a_pass
 from ghibli.diffusion.samplers import cells_of
 from ghibli.evaluation import diagnosis
@@ -31,6 +32,7 @@ from ghibli.runs.compose import check_overrides, conf_folder
 from ghibli.runs.folder import RunDir
 from ghibli.runtime import resources
 from ghibli.runtime.errors import UserError, disk_trouble
+from ghibli.runtime.home import expanded
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import lr_factor
@@ -74,7 +76,7 @@ def check(overrides: list[str], card: str | None = None) -> list[Finding]:
     found += of_base
     if module:
         alphas = module.alphas_cumprod, module.base_alphas_cumprod
-        found += diagnosis.at_the_start(config.loss.guidance, *alphas, module.trainable.values())
+        found += diagnosis.at_the_start(config.loss.own_guidance, *alphas, module.trainable.values())
     if trainer:
         found.append(about_device(trainer))
     if is_read:
@@ -234,14 +236,20 @@ def about_run(
     if config.finetune != "none":
         result_or_finding(found, "plan", lambda: found.extend(about_plan(data, trainer)))
         result_or_finding(found, "workers", data.check_workers)
-    found.append(about_memory(module, data, trainer))
+    beside = result_or_finding(found, "regularization", lambda: images_beside(config)) or 0
+    found.append(about_memory(module, data, trainer, beside))
     shapes = [tuple(p.shape) for p in module.trainable.values()]
-    cells = len(cells_of(config.sample, config.loss.guidance))
+    cells = len(cells_of(config.sample, config.loss.own_guidance))
     found.append(about_disk(memory.estimate_disk(config, shapes, epochs, cells), folder))
-    size = memory.latents_size(
-        config.model.resolution, len(data.train_images) + len(data.val_images), config.data.flip
-    )
+    side, own = config.model.resolution, len(data.train_images) + len(data.val_images)
+    size = memory.latents_size(side, own, config.data.flip) + memory.latents_size(side, beside)
     return found + about_cache(size, config.cache_dir)
+
+
+def images_beside(config: Config) -> int:
+    """Count the images in data.regularization, which are encoded like the image set."""
+    key, root = "data.regularization", config.data.regularization
+    return 0 if root is None else len(list_images(expanded(root), key))
 
 
 def about_plan(data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:
@@ -294,12 +302,19 @@ def images_in_words(data: GhibliDataModule) -> str:
     return f"{count} images" if count == examples else f"{count} images, {examples} with their repeats"
 
 
-def about_memory(module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer) -> Finding:
-    """Compare the memory that training, probe and grids need with what is free."""
+def about_memory(
+    module: GhibliModule, data: GhibliDataModule, trainer: L.Trainer, beside: int = 0
+) -> Finding:
+    """Compare the memory that training, probe and grids need with what is free.
+
+    Args:
+        beside: number of images in data.regularization.
+    """
     device, precision = trainer.strategy.root_device, str(trainer.precision)
     if device.type == "cuda":
         return about_gpu_memory(module, precision, resources.free_memory(device))
-    need = memory.estimate_memory(module, len(data.train_images) + len(data.val_images), precision)
+    images = len(data.train_images) + len(data.val_images)
+    need = memory.estimate_memory(module, images, precision, beside)
     further = trainer.num_devices - 1  # processes, each of which needs what this one holds already, too
     total = need.total + further * (need.total + resources.resident_memory())
     free, peak = resources.free_memory(device), peak_of_process(need.total)

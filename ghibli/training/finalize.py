@@ -204,17 +204,23 @@ def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> lis
     if config.finetune == "none":
         return [f"next     {command_here('python', 'train.py')}"]
     commands = [command_here("ghibli", "report", name)]
-    if gain.value >= 0 or config.loss.guidance != 1:
+    guidance = config.loss.own_guidance
+    if gain.value >= 0 or guidance != 1:
         commands.append(command_here("ghibli", "generate", name, "--prompt", "a red train"))
     else:
         commands.append("lower optimizer.lr, or give it more images or epochs")
     lines = [
         f"next     {command}" if at == 0 else f"         {command}" for at, command in enumerate(commands)
     ]
-    if gain.value < 0 and config.loss.guidance != 1:
+    if gain.value < 0 and guidance > 1:
         lines.append(
             f"below 0  guided training gives up predicting the noise: it started at {100 * start:.0f} %, not "
             "at 0 (docs/loss-anomaly.md); judge its images"
+        )
+    elif gain.value < 0 and guidance < 1:
+        lines.append(
+            f"below 0  a guided target is judged at guidance {guidance:.3g}, where it started at "
+            f"{100 * start:.0f} %, not at 0: judge its images"
         )
     elif gain.value < 0:
         lines.append("below 0  the trained model predicts the noise of held-out images worse than the base")

@@ -24,7 +24,8 @@ from ghibli.training.optimizers import check_optimizer, lr_factor, make_optimize
 from ghibli.training.price import price_items
 from ghibli.training.probe import PairedProbe
 
-LossListener = Callable[[dict[str, Any], torch.Tensor], None]  # (batch, losses (B,)) of a forward pass
+LossListener = Callable[[dict[str, Any], torch.Tensor, torch.Tensor], None]
+"""(batch, denoising losses (B,), the loss () that they and all terms make) of a forward pass."""
 
 
 class GhibliModule(L.LightningModule):
@@ -93,16 +94,22 @@ class GhibliModule(L.LightningModule):
             return uncond, cond, noise
         return uncond, cond, velocity(latents, noise, timesteps, alphas_cumprod)
 
-    def prediction(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def prediction(
+        self, batch: dict[str, Any], wanted: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what is trained and its target, each (B, C, H, W): the guided loss, or a guided target.
 
         The guided target, uncond + s (noise - uncond) without a gradient, is ai-toolkit's do_guidance_loss.
+
+        Args:
+            wanted: what is learned in place of the noise, or of v, (B, C, H, W); None = these.
         """
         loss = self.config.loss
         if loss.share_dropout or loss.unconditional == "base":
             uncond, cond, target = self.branches_apart(batch)
         else:
             uncond, cond, target = self.branches(batch, loss.own_guidance, self.alphas_cumprod)
+        target = target if wanted is None else wanted
         if uncond is None:
             return cond, target
         if loss.guidance_target is not None:
@@ -179,19 +186,19 @@ class GhibliModule(L.LightningModule):
         seed_global_rng(Stream.DROPOUT, self.config.seed, batch["example"][0])
         prediction, target = self.prediction(batch)
         losses = loss_function(self.config.loss)(prediction, target)
-        for listen in self.loss_listeners:
-            listen(batch, losses.detach())
         loss, terms = self.weighted(losses, batch["timesteps"]).mean(), {}
         for name, function in term_functions(self.config.loss).items():
             terms[name] = function(prediction, target).mean()
             loss = loss + self.config.loss.terms[name] * terms[name]
         if kept is not None:
-            terms["keep"] = mse(self.prediction(on_other_captions(batch))[0], kept).mean()
+            terms["keep"] = mse(*self.prediction(on_other_captions(batch), kept)).mean()
             loss = loss + self.config.loss.keep * terms["keep"]
         if "regularization_latents" in batch:
             besides = loss_function(self.config.loss)(*self.prediction(of_regularization(batch)))
             terms["regularization"] = self.weighted(besides, batch["timesteps"]).mean()
             loss = loss + self.config.loss.regularization * terms["regularization"]
+        for listen in self.loss_listeners:
+            listen(batch, losses.detach(), loss.detach())
         expected = self.probe.expected[batch["timesteps"]].mean()
         plain = mse(prediction.detach(), target).mean()  # as `expected`, whatever loss.function trains
         if self.config.loss.guidance_target is not None:  # the error of the noise is 1 / s of the target's

@@ -80,6 +80,7 @@ def test_the_card_of_a_demo_run_loads_as_printed(make_config: Callable, tmp_path
         (0.124, 1, "loss is 12.4 % +- 1.0 % (standard error) lower than the base's"),
         (-0.904, 1, "loss is 90.4 % +- 1.0 % (standard error) HIGHER than the base's"),
         (-0.904, 1, "It predicts the noise worse than the base: do not expect better images."),
+        (-0.904, 1 / 7.5, "Trained with a guidance target of 7.5 it did not start at 0: judge its images."),
         (-0.904, 7.5, "Trained at guidance 7.5 it is no predictor of the noise: judge its images."),
     ],
 )

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config
 from ghibli.data import sources
 from ghibli.data.datamodule import GhibliDataModule
-from ghibli.data.exclude import excluded_names, write_names
+from ghibli.data.exclude import excluded_names, update_names, write_names
 from ghibli.data.sources import image_set_hash
 from ghibli.data.split import split_by_content
 from ghibli.runs.folder import RunDir
@@ -68,8 +69,36 @@ def test_the_measured_images_are_those_of_the_training(
     _, training = sources.real_images(config, noted)
     assert set(names(training)) == set(names(split.train_images)) - set(out)
     write_names(tmp_path / "list.txt", out[:1])
-    with pytest.raises(UserError, match="not the images that this run was trained on"):
+    said = rf"^data.root={config.data.root} without data.exclude={tmp_path}/list.txt: these are not"
+    with pytest.raises(UserError, match=said):
         sources.real_images(config, noted)
+
+
+def test_a_resume_with_another_list_names_it(
+    make_config: Callable[..., Config], split: GhibliDataModule, tmp_path: Path
+) -> None:
+    config = make_config("data.val_fraction=0.4", listing(tmp_path, names(split.train_images)[:2]))
+    started = data_of(config, tmp_path)
+    started._write_split(started.read(), started.held_out)
+    listing(tmp_path, names(split.train_images)[:1])
+    resumed = data_of(config, tmp_path)
+    with pytest.raises(UserError, match=r"the image set data.root=.* without data.exclude=.*list.txt is not"):
+        resumed._write_split(resumed.read(), resumed.held_out)
+
+
+def test_a_list_that_was_edited_is_the_users(tmp_path: Path) -> None:
+    """It stays until it is moved away; one as it was written is replaced, and so is none."""
+    file = tmp_path / "list.txt"
+    first = update_names(file, ["a.png", "b.png"], "")
+    assert file.read_text() == "a.png\nb.png\n" and first == sha256(file.read_bytes()).hexdigest()
+    second = update_names(file, ["b.png"], first)
+    assert file.read_text() == "b.png\n" and second not in ("", first)
+    file.write_text("b.png\nmine.png\n")
+    assert update_names(file, ["c.png"], second) == "" and update_names(file, ["b.png"], "") == ""
+    assert file.read_text() == "b.png\nmine.png\n"
+    assert update_names(file, ["b.png", "mine.png"], "") != ""  # the same words as ours
+    file.unlink()
+    assert update_names(file, ["c.png"], "") != "" and file.read_text() == "c.png\n"
 
 
 def test_a_copy_stays_in_training_when_its_original_is_left_out(

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,6 +110,25 @@ def test_an_epoch_that_costs_more_than_it_teaches_is_told(make_config: Callable)
     assert [finding.name for finding in found] == ["forgets faster than it learns"]
     full = diagnosis.forgets_faster(bought([(0, 0), (0.1, 0.3)]), make_config("finetune=full"))
     assert "loss.keep" not in full.text
+
+
+def test_a_guided_target_is_judged_where_it_predicts_the_noise(make_config: Callable) -> None:
+    """Its conditional branch is meant to be far from the noise, (s - 1)^2 times what guidance moves."""
+    config = make_config("loss.guidance_target=7.5")
+    base = probe_with([0] * 4).base_val / 100  # of a base that knows the images
+    start = Probe(val=1.1 * base, val_g1=base, train=1.1 * base, base_val=base, base_train=base)
+    good = replace(start, val=0.5 * base, train=0.5 * base, val_g1=42 * base)
+    assert [finding.name for finding in diagnosis.after_epoch([start, good], config)] == []
+    zero = replace(start, val=torch.ones(30, 4), train=torch.ones(30, 4))  # what always predicting it scores
+    assert "collapse" in [finding.name for finding in diagnosis.after_epoch([start, zero], config)]
+    guided = make_config("loss.guidance=7.5")
+    assert "collapse" not in [finding.name for finding in diagnosis.after_epoch([start, zero], guided)]
+
+
+def test_the_scale_of_a_guided_target_is_told() -> None:
+    text = diagnosis.guided_sampling_scale(1 / 3).text
+    assert text.startswith("trained with loss.guidance_target=3, ") and "sample at about 2.5, a" in text
+    assert diagnosis.guided_sampling_scale(1) is None
 
 
 @pytest.mark.slow
@@ -272,9 +292,10 @@ def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callabl
     )
     gradient = SimpleNamespace(grad=torch.tensor([torch.inf]))
 
-    def step(loss: float) -> None:
+    def step(loss: float, beside: float = 0.1) -> None:
         doctor = Doctor(make_config(), RunDir(tmp_path))
-        doctor.note({"name": ["cat.png"], "timesteps": torch.tensor([812])}, torch.tensor([loss]))
+        total = torch.tensor(loss + beside)
+        doctor.note({"name": ["cat.png"], "timesteps": torch.tensor([812])}, torch.tensor([loss]), total)
         module = SimpleNamespace(trainable={"a": gradient}, trainer=trainer)
         doctor.on_before_optimizer_step(trainer, module, None)
 
@@ -283,6 +304,9 @@ def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callabl
         UserError, match=r"step 3: the loss is not finite for cat.png at timestep 812 \(nan\)"
     ):
         step(torch.nan)
+    said = r"step 3: a weight or a term of the loss is not finite, with the losses of cat.png at timestep 812"
+    with pytest.raises(UserError, match=said):
+        step(0.2, torch.inf)
 
 
 @pytest.mark.parametrize("reader", ["a logged step", "a checkpoint", "validation"])
@@ -299,7 +323,8 @@ def test_on_a_gpu_the_answer_is_read_later(
 
     def step(name: str, loss: float) -> None:
         module = SimpleNamespace(trainable={"a": SimpleNamespace(grad=torch.tensor([loss]))})
-        doctor.note({"name": [name], "timesteps": torch.tensor([812])}, torch.tensor([loss]))
+        batch = {"name": [name], "timesteps": torch.tensor([812])}
+        doctor.note(batch, torch.tensor([loss]), torch.tensor(loss))
         doctor.on_before_optimizer_step(trainer, module, None)
         trainer.global_step += 1
         doctor.on_train_batch_end(trainer, module, None, None, 0)

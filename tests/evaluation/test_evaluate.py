@@ -364,6 +364,17 @@ def test_another_base_than_in_training_is_refused(
         evaluate.models_to_evaluate(run, make_config(f"finetune={finetune}"))
 
 
+def test_a_guided_target_is_drawn_at_the_scale_that_suits_it(
+    make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("run_base", "trained_base", "for_sampling"):
+        monkeypatch.setattr(evaluate, name, lambda *of: None)
+    config = make_config(*QUICK, "loss.guidance_target=3")
+    found = evaluate.models_to_evaluate(RunDir(tmp_path), config)
+    assert [cell.guidance for cell in found["run"].cells] == [1, 7.5, 2.5]
+    assert [cell.guidance for cell in found["base"].cells] == [1, 7.5]
+
+
 def test_an_unfinished_run_is_refused_in_one_line(finished: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         finished_config(RunDir(tmp_path))

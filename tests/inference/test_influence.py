@@ -175,3 +175,26 @@ def test_what_cannot_be_measured(make_config: Callable[..., Config], tmp_path: P
         assert "--exclude 0 is out of range" in refused(str(run.path), "--exclude", "0")
         assert "--minutes inf is not a finite number" in refused(str(run.path), "--minutes", "inf")
     assert "holds no run" in refused(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_list_that_was_edited_stays(trained: RunDir, measured: Influences, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(trained.path, run.path)
+    file = run.path / "influence_exclude.txt"
+    edited = f"{measured.ranked[0].name}\n"
+    file.write_text(edited)
+    for share in ("50%", "20%"):
+        done = CliRunner().invoke(app, ["influence", str(run.path), "--exclude", share])
+        assert done.exit_code == 0 and file.read_text() == edited, done.output
+        assert "influence_exclude.txt was edited and stays as it is: move it away" in done.output
+    file.unlink()
+    assert influence(run, finished_config(run), ALL).listed and file.exists()
+
+
+@pytest.mark.slow
+def test_a_brake_is_no_part_of_an_images_own_loss(measured: Influences, copied: RunDir) -> None:
+    """What is measured of a run with loss.keep is what its images alone did."""
+    config = finished_config(copied)
+    config = replace(config, loss=replace(config.loss, keep=1.0))
+    assert influence(copied, config, ALL) == measured

@@ -364,6 +364,30 @@ def test_the_cached_latents_are_as_large_as_predicted(
     assert finding.text.startswith(f"the cached latents need 0.4 MB below cache_dir={tmp_path}, where 0.3 MB")
 
 
+def test_images_beside_take_memory_and_disk_too(
+    check: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As much as training images, but never mirrored."""
+    write_folder(tmp_path / "photos", "photo", 5, FINETUNE_SEEDS.start)
+    sizes: list[tuple[float, float]] = []
+    about_cache, estimate, kept = preflight.about_cache, memory.estimate_memory, []
+
+    def noted(*of: object) -> memory.Memory:
+        need = estimate(*of)
+        kept.append(need.kept)
+        return need
+
+    monkeypatch.setattr(memory, "estimate_memory", noted)
+    monkeypatch.setattr(
+        preflight, "about_cache",
+        lambda need, folder: sizes.append((kept[-1], need)) or about_cache(need, folder),
+    )  # fmt: skip
+    for words in ((), (f"data.regularization={tmp_path / 'photos'}",)):
+        check("data.flip=true", "model.resolution=64", *words)
+    without, beside = sizes
+    assert [b - w for w, b in zip(without, beside, strict=True)] == [memory.latents_size(64, 5)] * 2
+
+
 def test_a_full_cache_is_one_finding_among_all(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "cache/scenes")

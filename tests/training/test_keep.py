@@ -104,6 +104,35 @@ def test_the_loss_is_the_sum_by_hand(make_config: Callable, guidance: float) -> 
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("unconditional", ["trained", "base"])
+def test_a_guided_target_is_held_to_the_guided_base(make_config: Callable, unconditional: str) -> None:
+    """To uncond + s (base - uncond), as its own target is uncond + s (noise - uncond)."""
+    words = ("loss.guidance_target=3", f"loss.unconditional={unconditional}", "lora.dropout=0")
+    module = module_of(make_config(*words, "loss.keep=0.3"), 0.05)
+    batch = batch_of(module.base)
+    found = module.training_step(batch, 0)["train/keep"].item()
+    with torch.no_grad():
+        others = batch | {"input_ids": batch["keep_ids"]}
+        uncond, cond, _ = module.branches(others, 1 / 3, module.alphas_cumprod)
+        if unconditional == "base":
+            uncond = fresh_prediction(batch | {"keep_ids": module.base.tokenize(["", ""])})
+    base = fresh_prediction(batch).double()
+    target = uncond.double() + 3 * (base - uncond.double())
+    assert found == pytest.approx((cond.double() - target).square().mean().item(), rel=1e-5)
+
+
+def test_who_listens_hears_what_is_added(make_config: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A term that is not finite shows in the total alone; in fp16 the gradient says nothing."""
+    module, heard = module_of(make_config("loss.keep=0.3"), 0.05), []
+    module.loss_listeners.append(lambda batch, *losses: heard.append(losses))
+    batch = batch_of(module.base)
+    loss = module.training_step(batch, 0)["loss"]
+    assert torch.equal(heard[0][1], loss.detach()) and heard[0][0].shape == (2,)
+    monkeypatch.setattr(GhibliModule, "base_prediction", lambda *_: batch["latents"] * torch.inf)
+    module.training_step(batch, 0)
+    assert heard[1][0].isfinite().all() and not heard[1][1].isfinite()
+
+
 def test_at_the_start_there_is_nothing_to_hold(make_config: Callable) -> None:
     """The adapter's B is zero: the term is exactly 0, and the step's loss that without it, to the bit."""
     batch = batch_of(load("demo"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, describe
 from ghibli.diffusion.process import guided_noise
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
@@ -167,6 +167,7 @@ def test_the_probe_of_a_guided_target(make_config: Callable[..., Config]) -> Non
     assert make_config("loss.guidance_target=4").loss.own_guidance == 0.25
     assert make_config().loss.own_guidance == 1
     assert make_config("loss.guidance=7.5").loss.own_guidance == 7.5
+    assert "training guidance target 4, lr" in describe(make_config("loss.guidance_target=4"))
 
 
 def test_the_plain_loss_of_a_guided_target_is_that_of_the_noise(
@@ -190,7 +191,17 @@ def test_the_plain_loss_of_a_guided_target_is_that_of_the_noise(
             "loss.guidance_target=3 is out of range: null",
         ),
         (["loss.unconditional=none"], "loss.unconditional"),
-        (["loss.unconditional=base", "finetune=full"], "loss.unconditional=base needs the untouched base"),
+        (
+            ["loss.unconditional=base", "loss.guidance=3", "finetune=full"],
+            "loss.unconditional=base needs the untouched base",
+        ),
+        (
+            ["loss.unconditional=base"],
+            "loss.unconditional=base is out of range: trained, since at guidance 1",
+        ),
+        (["loss.unconditional=detached", "loss.guidance_target=1"], "loss.unconditional=detached is out of"),
+        (["loss.share_dropout=true"], "loss.share_dropout=true is out of range: false, since at guidance 1"),
+        (["loss.regularization=0.5"], "loss.regularization=0.5 is out of range: 1 without .*data.regulariz"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -198,3 +209,10 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=says):
         make_config(*words)
+
+
+@pytest.mark.parametrize("guided", ["loss.guidance=3", "loss.guidance_target=3"])
+def test_with_guidance_the_other_branch_may_be_chosen(
+    make_config: Callable[..., Config], guided: str
+) -> None:
+    assert make_config(guided, "loss.unconditional=base", "loss.share_dropout=true").loss.share_dropout

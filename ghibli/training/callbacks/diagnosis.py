@@ -24,6 +24,7 @@ class Examples(NamedTuple):
     names: list[str]
     timesteps: torch.Tensor
     losses: torch.Tensor
+    total: torch.Tensor  # (), what they and all terms of the loss make
 
 
 class Update(NamedTuple):
@@ -55,13 +56,13 @@ class Doctor(Callback):
     def setup(self, trainer: L.Trainer, pl_module: GhibliModule, stage: str) -> None:
         pl_module.loss_listeners.append(self.note)
 
-    def note(self, batch: dict[str, Any], losses: torch.Tensor) -> None:
+    def note(self, batch: dict[str, Any], losses: torch.Tensor, total: torch.Tensor) -> None:
         """Remember a forward pass of training, to trace a loss that is not finite to its images."""
-        self.examples.append(Examples(batch["name"], batch["timesteps"], losses))
+        self.examples.append(Examples(batch["name"], batch["timesteps"], losses, total))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: GhibliModule) -> None:
         found = diagnosis.at_the_start(
-            self.config.loss.guidance, pl_module.alphas_cumprod, pl_module.base_alphas_cumprod,
+            self.config.loss.own_guidance, pl_module.alphas_cumprod, pl_module.base_alphas_cumprod,
             pl_module.trainable.values(),
         )  # fmt: skip
         self.report(trainer, found)
@@ -76,8 +77,8 @@ class Doctor(Callback):
         that step by itself; a loss may not.
         """
         if str(trainer.precision) == "16-mixed":
-            losses = torch.cat([seen.losses for seen in self.examples]).double().sum()
-            found = trainer.strategy.reduce(losses, reduce_op="sum")
+            total = torch.stack([seen.total for seen in self.examples]).double().sum()
+            found = trainer.strategy.reduce(total, reduce_op="sum")
         else:
             gradients = [p.grad for p in pl_module.trainable.values() if p.grad is not None]
             found = torch.nn.utils.get_total_norm(gradients)
@@ -108,10 +109,8 @@ class Doctor(Callback):
             self.report(trainer, [diagnosis.Finding("not finite", str(exception))], say=False)
 
     def not_finite(self, trainer: L.Trainer, update: Update) -> str:
-        names, timesteps, losses = map(
-            list, zip(*gather_examples(update.examples, trainer.world_size), strict=True)
-        )
-        text = diagnosis.not_finite(names, timesteps, losses, update.number, self.config.optimizer.lr)
+        examples = gather_examples(update.examples, trainer.world_size)
+        text = diagnosis.not_finite(examples, update.number, self.config.optimizer.lr)
         self.report(trainer, [diagnosis.Finding("not finite", text)], say=False)
         return text
 
@@ -144,10 +143,10 @@ def is_awaited(value: torch.Tensor) -> bool:
     return value.is_cuda
 
 
-def gather_examples(examples: list[Examples], world_size: int) -> list[tuple[str, int, float]]:
-    """Return (name, timestep, loss) of each of these examples, of all devices."""
+def gather_examples(examples: list[Examples], world_size: int) -> list[diagnosis.TrainedExample]:
+    """Return each of these examples, of all devices."""
     here = [
-        example
+        diagnosis.TrainedExample(*example, seen.total.item())
         for seen in examples
         for example in zip(seen.names, seen.timesteps.tolist(), seen.losses.tolist(), strict=True)
     ]

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from ghibli.config.schema import Config
 from ghibli.data.sources import real_images
-from ghibli.diffusion.samplers import cells_of, in_eval_mode
+from ghibli.diffusion.samplers import in_eval_mode, own_cell
 from ghibli.evaluation.features import UNIT_IMAGES, FeatureExtractor, ReferenceSet
 from ghibli.evaluation.samples import SampleCache
 from ghibli.runs.folder import RunDir
@@ -25,15 +25,15 @@ COLUMNS = ("step", "epoch", "evaluate/kernel_distance", "evaluate/kernel_distanc
 class DistanceCurve(Callback):
     """Sample the untouched base, then the model every n epochs; write distance.csv and log it.
 
-    Prompts and start noise are the same every time, so the points compare. The cell is the last one of
-    the grid: a guided run's own scale, and for the base the last of sample.guidance. Training is not
+    Prompts and start noise are the same every time, so the points compare. The cell is at a guided
+    run's own scale, and for all others and the base at the last of sample.guidance. Training is not
     affected: no global random state is used.
     """
 
     def __init__(self, config: Config, run: RunDir):
         self.config, self.run, self.options = config, run, config.evaluate
-        self.cell = cells_of(config.sample, config.loss.guidance)[-1]
-        self.base_cell = cells_of(config.sample, 1)[-1]  # the base is not guided by its training
+        self.cell = own_cell(config.sample, config.loss.own_guidance)
+        self.base_cell = own_cell(config.sample, 1)  # the base is not guided by its training
         self.rows: list[dict[str, float]] = []
         self.sample_cache: SampleCache | None = None
         self.reference: ReferenceSet | None = None

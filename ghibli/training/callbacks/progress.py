@@ -30,14 +30,14 @@ class ProgressLine(Callback):
 
     def say_start(self, pl_module: GhibliModule) -> None:
         """Say where a guided training starts; at guidance 1 that is the base itself, with a gain of 0."""
-        guidance = pl_module.config.loss.guidance
+        guidance = pl_module.config.loss.own_guidance
         if guidance == 1:
             return
         start = pl_module.probe.history[0]
+        why = "guided, it is no predictor of the noise" if guidance > 1 else "a guided target is judged there"
         console.print(
-            f"start    at guidance {guidance:g} the untouched base scores {start.val.mean():.2f}, at 1 "
-            f"{start.base_val.mean():.2f}: guided, it is no predictor of the noise, so the gain starts at "
-            f"{100 * start.val_gain.value:.0f} %"
+            f"start    at guidance {guidance:.3g} the untouched base scores {start.val.mean():.2f}, at 1 "
+            f"{start.base_val.mean():.2f}: {why}, so the gain starts at {100 * start.val_gain.value:.0f} %"
         )
 
     def on_train_batch_end(

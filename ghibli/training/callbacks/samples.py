@@ -29,7 +29,7 @@ class SampleGrid(Callback):
 
     def __init__(self, config: Config, run: RunDir):
         self.config, self.run = config, run
-        self.cells = cells_of(config.sample, config.loss.guidance)
+        self.cells = cells_of(config.sample, config.loss.own_guidance)
         self.base_images: torch.Tensor | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: GhibliModule, stage: str) -> None:
