@@ -1,8 +1,10 @@
 """`ghibli app`: a page in the browser that draws with what was trained, and trains; needs gradio."""
 
 import threading
+from typing import Any, NoReturn
 
 import gradio as gr
+from gradio import processing_utils
 from starlette.middleware import Middleware
 
 from ghibli.app.address import find_address, in_url, is_loopback, is_wildcard, without_proxies
@@ -97,6 +99,7 @@ def serve(overrides: list[str], host: str, port: int | None) -> tuple[gr.Blocks,
         UserError: the host is unknown, the port is taken, or the base cannot be loaded.
     """
     host, found = find_address(host, port)
+    fetch_no_url()
     folder = make_private_folder()
     gr.routes.DEFAULT_TEMP_DIR = str(folder)  # set at gradio's import; the server makes a folder in it
     is_private = is_loopback(host)
@@ -131,3 +134,17 @@ def listen(blocks: gr.Blocks, guard: Middleware, host: str, port: int) -> str:
             theme=THEME, app_kwargs={"middleware": [guard]},
         )  # fmt: skip
     return str(address)
+
+
+def fetch_no_url() -> None:
+    """Have gradio refuse a file that is named by a URL, in this process.
+
+    It would download it for whichever component is sent one, past the limits of guard.py.
+    """
+    for name in ("async_ssrf_protected_download", "async_ssrf_protected_get"):
+        setattr(processing_utils, name, refuse_url)
+
+
+async def refuse_url(*_: Any, **__: Any) -> NoReturn:
+    """Raise an error that gradio shows on the page."""
+    raise gr.Error("a URL is no file: save it and choose the file", print_exception=False)
