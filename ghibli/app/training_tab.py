@@ -220,14 +220,18 @@ def form_fields() -> list[Any]:
 
 
 def keep_advancing(queue: Queue, is_served: Callable[[], bool]) -> None:
-    """Start the next run whenever one is over, while the page is served; a trouble is logged once."""
+    """Start the next run whenever one is over, while the page is served.
+
+    Whatever goes wrong is logged once and tried again: no run would be trained after the end of this loop.
+    """
     told = ""
     while is_served():
         try:
             queue.advance()
             told = ""
-        except (UserError, OSError) as error:
+        except Exception as error:
             if str(error) != told:
-                logger.warning(f"the queue of runs: {error}")
+                is_known = isinstance(error, UserError | OSError)
+                logger.warning(f"the queue of runs: {error}", exc_info=None if is_known else error)
             told = str(error)
         time.sleep(PAUSE)

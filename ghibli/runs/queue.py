@@ -30,6 +30,7 @@ from ghibli.runs.status import read_json
 from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import ROOT, write_json
+from ghibli.runtime.terminal import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +111,10 @@ class Queue:
         Raises:
             UserError: the queue's folder cannot be changed.
         """
-        ended = {
-            number: code for number, child in self._children.items() if (code := child.poll()) is not None
-        }
-        if not ended and not any(job.waits for job in self.jobs()):
+        if not self._ended() and not any(job.waits for job in self.jobs()):
             return
         with self._changing() as jobs:
+            ended = self._ended()  # once more: another thread may have noted some meanwhile
             jobs[:] = [replace(job, code=ended.get(job.number, job.code)) for job in jobs]
             for number in ended:
                 del self._children[number]
@@ -171,6 +170,11 @@ class Queue:
         except OSError:
             return []
         return [line for line in text.splitlines() if line.strip()][-lines:]
+
+    def _ended(self) -> dict[int, int]:
+        """Return the exit codes of the children that ended since advance last looked, by job number."""
+        polled = [(number, child.poll()) for number, child in tuple(self._children.items())]
+        return {number: code for number, code in polled if code is not None}
 
     def _append(self, words: list[str], folder: str | None) -> Job:
         """Add a job under the next number; forget the oldest that are over."""
@@ -248,5 +252,18 @@ def folder_of(words: list[str]) -> str | None:
 
 def require_setting(word: str) -> None:
     """Raise a UserError for a word that is no KEY=VALUE of a run, such as an option of Hydra's."""
+    if not can_be_passed(word):
+        raise UserError(f"{one_line(word[:60])} holds a character that no command takes: leave it out")
     if not re.match(r"[+~]{0,2}[\w./@]+=", word) or re.match(r"[+~]*hydra", word):
         raise UserError(f"{quoted(word[:60])} is no setting of a run: give KEY=VALUE, as after train.py")
+
+
+def can_be_passed(word: str) -> bool:
+    """Return whether a process can be given a word: it has no NUL and no half of a surrogate pair.
+
+    But those that stand for the bytes of a file name that is no UTF-8.
+    """
+    try:
+        return b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:
+        return False

@@ -7,8 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from subprocess import Popen
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import psutil
@@ -101,6 +104,29 @@ def test_one_after_another(here: Path) -> None:
     assert printed == [f"began seed=1 hydra.run.dir={first.folder}"]
 
 
+def test_the_end_of_a_run_is_noted_once(here: Path) -> None:
+    """However many threads see it at the same time."""
+    runs = Queue()
+    started(runs)
+    child, together = runs._children[1], Barrier(4, timeout=30)
+
+    def poll() -> int | None:  # each thread comes to know before any of them notes it
+        code = Popen.poll(child)
+        with suppress(BrokenBarrierError):
+            together.wait()
+        return code
+
+    (here / "end").touch()
+    child.wait()
+    child.poll = poll
+    with ThreadPoolExecutor(4) as pool:
+        told = [pool.submit(runs.advance) for _ in range(4)]
+        time.sleep(1)
+        together.abort()
+        assert [one.exception() for one in told] == [None] * 4
+    assert runs.jobs()[0].code == 0 and runs._children == {}
+
+
 def test_it_outlives_who_started_it_and_is_found_again(here: Path) -> None:
     """Whoever starts it is killed; another process finds it by its files, and stops it as Ctrl-C would."""
     script = (
@@ -181,6 +207,8 @@ def test_a_run_that_ends_in_an_error_says_which(here: Path) -> None:
         (["hydra.run.dir=/tmp/x"], "hydra.run.dir=/tmp/x is no setting of a run"),
         (["+hydra.sweeper=x"], "'?.*hydra.sweeper=x'? is no setting of a run"),
         (["a panda"], "'a panda' is no setting of a run"),
+        (["data.caption=a\0b"], r"data.caption=a\\x00b holds a character that no command takes"),
+        (["data.caption=\ud800"], r"data.caption=\\ud800 holds a character that no command takes"),
         (["lora.rnak=3"], "unknown key lora.rnak"),
         (["lora.rank=0", "optimizer.lr=-1"], "lora.rank=0.*; and: optimizer.lr=-1"),
         (["data=ghibli", "data.root=no/such"], "data.root=no/such: no such folder"),
