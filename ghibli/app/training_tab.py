@@ -33,7 +33,7 @@ CLOSED = (
 
 @dataclass(frozen=True)
 class Training:
-    """The handlers, which share a queue."""
+    """The handlers, which share a queue; keep_advancing has its runs trained."""
 
     queue: Queue
     runs: Runs
@@ -49,7 +49,6 @@ class Training:
     def start(self, *values: Any) -> str:
         """Put the run of the form into the queue; say so."""
         job = self.queue.add(TrainingForm(*values).words())
-        self.queue.advance()
         return f"run {job.number} is in the queue"
 
     def check(self, *values: Any) -> str:
@@ -71,7 +70,6 @@ class Training:
         """Put the watched run into the queue, to be resumed; say so."""
         run = self.watched(choice)
         job = self.queue.add_resume(run.path)
-        self.queue.advance()
         return f"run {job.number} of the queue resumes {run_name(run)}"
 
     @errors_as_text

@@ -19,14 +19,14 @@ class Job:
     number: int
     words: list[str]  # what follows train.py
     folder: str | None = None  # of the run; None until it begins, if nothing names it
-    process: int | None = None  # its id; None until it begins
+    process: int | None = None  # its id; None until it begins, and of one that could not be started
     began: float | None = None  # when the process was made, in seconds since 1970
     code: int | None = None  # what it exited with; None until then, and where nobody waited for it
 
     @property
     def waits(self) -> bool:
         """Whether it has not begun."""
-        return self.process is None
+        return self.process is None and self.code is None
 
     @property
     def is_alive(self) -> bool:

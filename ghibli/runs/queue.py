@@ -28,8 +28,8 @@ from ghibli.runs.jobs import Job, as_job, is_training
 from ghibli.runs.launch import claimed
 from ghibli.runs.status import read_json
 from ghibli.runtime.commands import path_setting, quoted
-from ghibli.runtime.errors import UserError
-from ghibli.runtime.files import ROOT, write_json
+from ghibli.runtime.errors import UserError, first_line
+from ghibli.runtime.files import ROOT, write_json, write_text
 from ghibli.runtime.terminal import one_line
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Queue:
         """Note what ended, and start the next run if none is at work.
 
         Raises:
-            UserError: the queue's folder cannot be changed.
+            UserError: the queue's folder cannot be changed. What is wrong with a run is its outcome.
         """
         if not self._ended() and not any(job.waits for job in self.jobs()):
             return
@@ -122,7 +122,10 @@ class Queue:
             if at is None or self._children or any(job.is_at_work for job in jobs):
                 return
             self._store(jobs)  # on a full disk a run would be started that nobody knew of
-            jobs[at] = self._start(jobs[at])
+            try:
+                jobs[at] = self._start(jobs[at])
+            except (UserError, OSError, ValueError) as error:  # it is over: the next one gets its turn
+                jobs[at] = self._failed(jobs[at], error)
 
     def stop(self, folder: Path) -> None:
         """Ask the process that trains in a folder to stop, as Ctrl-C does: it saves after its step.
@@ -156,6 +159,8 @@ class Queue:
         if job.is_at_work:
             return "is being trained"
         last = (self.tail(job, 1) or [""])[0]
+        if job.process is None:
+            return last or "could not be started"
         if job.code not in (None, *SAVED_AT_STOP) and last.startswith("error:"):
             return last
         status = RunDir(Path(job.folder or "")).status
@@ -188,21 +193,36 @@ class Queue:
         return job
 
     def _start(self, job: Job) -> Job:
-        """Start a job's process; return it with its folder and process."""
+        """Start a job's process; return it with its folder and process.
+
+        Raises:
+            UserError, OSError, ValueError: it cannot be started; nothing of it is left.
+        """
         words, folder = list(job.words), job.folder
         if folder is None:
             folder = str(claimed(Path(run_dir_for(None, None))))
             words.append(path_setting("hydra.run.dir", folder))
-        with open(self.printed(job), "wb") as printed:
-            child = subprocess.Popen(
-                [sys.executable, "-u", str(ROOT / "train.py"), *words],
-                stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        try:
+            with open(self.printed(job), "wb") as printed:
+                child = subprocess.Popen(
+                    [sys.executable, "-u", str(ROOT / "train.py"), *words], stdin=subprocess.DEVNULL,
+                    stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+        except BaseException:
+            if job.folder is None:
+                Path(folder).rmdir()
+            raise
         self._children[job.number] = child
         began = time.time()
         with suppress(psutil.Error):  # it has ended already: the time of its start will do
             began = psutil.Process(child.pid).create_time()
         return replace(job, folder=folder, process=child.pid, began=began)
+
+    def _failed(self, job: Job, error: Exception) -> Job:
+        """Return a job that could not be started as one that is over, with the reason as what it printed."""
+        with suppress(OSError):  # outcome has words of its own for a job that has printed nothing
+            write_text(self.printed(job), f"error: it could not be started: {first_line(error)}\n")
+        return replace(job, code=1)
 
     @contextmanager
     def _changing(self) -> Iterator[list[Job]]:
@@ -228,11 +248,17 @@ def patient_lock(path: Path) -> lock.Lock:
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            return lock.take(path, "the current folder")
-        except UserError:
-            if time.monotonic() > end or not lock.is_held(path):
-                raise
-            time.sleep(0.05)
+            return lock.take(path, "")
+        except UserError as error:  # its advice is for a run's folder
+            reason = error.__cause__
+        if isinstance(reason, OSError):
+            raise UserError(
+                f"the queue of runs in {path.parent} cannot be changed ({reason.strerror}): start the page "
+                "in a folder that can be written, on a disk with file locks"
+            ) from reason
+        if time.monotonic() > end:
+            raise UserError(f"another process keeps the queue of runs in {path.parent} locked: end it")
+        time.sleep(0.05)
 
 
 def folder_of(words: list[str]) -> str | None:

@@ -10,6 +10,7 @@ from ghibli.runtime.errors import UserError
 
 pytest.importorskip("gradio")
 from ghibli.app import training_tab
+from ghibli.app.training import Runs
 
 
 @pytest.fixture
@@ -17,6 +18,18 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
     """A queue in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return Queue()
+
+
+def test_what_is_in_the_queue_is_not_told_as_a_failure(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever read an error would press Train again."""
+
+    def advance() -> None:
+        raise UserError("no folder can be made")
+
+    monkeypatch.setattr(queue, "advance", advance)
+    handlers = training_tab.Training(queue, Runs())
+    assert handlers.start(*[""] * 9, "seed=1") == "run 1 is in the queue"
+    assert [job.words for job in queue.jobs()] == [["seed=1"]]
 
 
 def test_the_loop_outlives_every_trouble(

@@ -200,6 +200,55 @@ def test_a_run_that_ends_in_an_error_says_which(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "raised"),
+    [("claimed", UserError("no folder")), ("Popen", OSError(12, "Cannot allocate memory")),
+     ("Popen", ValueError("embedded null byte"))],
+)  # fmt: skip
+def test_a_run_that_cannot_be_started_is_over(
+    here: Path, monkeypatch: pytest.MonkeyPatch, name: str, raised: Exception
+) -> None:
+    """It is not tried again, leaves no folder behind, and the next one gets its turn."""
+    runs = Queue()
+    runs.add(["seed=1"])
+    runs.add(["seed=2"])
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.subprocess if name == "Popen" else queue, name, fail)
+        runs.advance()
+    assert [job.waits for job in runs.jobs()] == [False, True] and runs.at_work() is None
+    assert runs.outcome(runs.jobs()[0]) == f"error: it could not be started: {raised}"
+    assert not list(here.glob("outputs/train/*"))
+    runs.printed(runs.jobs()[0]).unlink()  # a disk that takes no more
+    assert runs.outcome(runs.jobs()[0]) == "could not be started"
+    runs.advance()
+    assert wait(runs.at_work).words == ["seed=2"]
+
+
+def test_a_queue_that_cannot_be_changed_says_so(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of a run's folder would name a setting that there is not."""
+    (here / "file").touch()
+    with pytest.raises(UserError, match=r"^the queue of runs in .*/file/queue cannot be changed \(Not a dir"):
+        Queue(here / "file/queue").add([])
+    monkeypatch.setattr(queue, "PATIENCE", 0.1)
+    runs = Queue()
+    script = (
+        "import sys; from pathlib import Path; from ghibli.runs import lock; "
+        f"taken = lock.take(Path({str(runs.folder / '.lock')!r}), ''); print(flush=True); input()"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    with Popen([sys.executable, "-c", script], env=environment, **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(UserError, match="^another process keeps the queue of runs in .* locked: end it$"):
+            runs.add([])
+        other.communicate(b"\n")
+    assert runs.add([]).number == 1
+
+
+@pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["-m"], "-m is no setting of a run"),
