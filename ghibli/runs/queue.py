@@ -87,11 +87,13 @@ class Queue:
             UserError: there is nothing to resume from, or it is trained or waits already.
         """
         run = run_to_resume(str(folder))
-        if lock.is_held(run.path / ".lock"):
-            raise UserError(f"{run.path} is being trained")
-        if any(job.folder == str(run.path) and job.waits for job in self.jobs()):
-            raise UserError(f"{run.path} waits already")
-        return self._append([path_setting("resume", run.path)], str(run.path))
+        with self._changing() as jobs:
+            same = [job for job in jobs if job.folder == str(run.path)]
+            if lock.is_held(run.path / ".lock") or any(job.is_at_work for job in same):  # it may still load
+                raise UserError(f"{run.path} is being trained")
+            if any(job.waits for job in same):
+                raise UserError(f"{run.path} waits already")
+            return self._added(jobs, [path_setting("resume", run.path)], str(run.path))
 
     def remove(self, number: int) -> None:
         """Take a job out that has not begun.
@@ -182,14 +184,18 @@ class Queue:
         return {number: code for number, code in polled if code is not None}
 
     def _append(self, words: list[str], folder: str | None) -> Job:
-        """Add a job under the next number; forget the oldest that are over."""
+        """Add a job under the next number."""
         with self._changing() as jobs:
-            job = Job(max((other.number for other in jobs), default=0) + 1, words, folder)
-            over = [other for other in jobs if not (other.waits or other.is_at_work)]
-            for old in over[: max(len(over) - KEPT, 0)]:
-                jobs.remove(old)
-                self.printed(old).unlink(missing_ok=True)
-            jobs.append(job)
+            return self._added(jobs, words, folder)
+
+    def _added(self, jobs: list[Job], words: list[str], folder: str | None) -> Job:
+        """Add a job to the list under the next number; forget the oldest that are over."""
+        job = Job(max((other.number for other in jobs), default=0) + 1, words, folder)
+        over = [other for other in jobs if not (other.waits or other.is_at_work)]
+        for old in over[: max(len(over) - KEPT, 0)]:
+            jobs.remove(old)
+            self.printed(old).unlink(missing_ok=True)
+        jobs.append(job)
         return job
 
     def _start(self, job: Job) -> Job:

@@ -179,6 +179,22 @@ def test_what_can_be_resumed(here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         runs.add_resume(run.path)
 
 
+def test_a_run_is_resumed_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever presses twice: at the same time, or while it loads. Its later stop would be undone."""
+    run = RunDir(here / "outputs/train/run")
+    monkeypatch.setattr(queue, "run_to_resume", lambda name: run)
+    runs = Queue()
+    with ThreadPoolExecutor(8) as pool:
+        told = [one.exception() for one in [pool.submit(runs.add_resume, run.path) for _ in range(8)]]
+    assert sorted(map(str, told)) == [*[f"{run.path} waits already"] * 7, "None"]
+    runs.remove(1)
+    runs._append(["seed=7", f"resume={run.path}"], str(run.path))
+    runs.advance()
+    wait(lambda: runs.tail(runs.jobs()[0], 1))
+    with pytest.raises(UserError, match=f"^{run.path} is being trained$"):
+        runs.add_resume(run.path)
+
+
 def test_a_run_that_still_loads_is_stopped_at_once(here: Path) -> None:
     """It holds no lock yet, and a shell in the background may have given it a deaf ear for SIGINT."""
     runs = Queue()
