@@ -123,9 +123,11 @@ def queue_list(queue: Queue) -> str:
     waiting = [job for job in jobs if job.waits]
     begun = [job for job in reversed(jobs) if not job.waits][:SHOWN]
     entries = [tag("li", f"{label_of(job)}: ", tag("b", queue.outcome(job))) for job in [*begun, *waiting]]
+    trouble = queue.trouble()
+    told = [] if trouble is None else [tag("p", tag("b", one_line(trouble)))]
     if not entries:
-        return "Nothing was asked for yet."
-    return str(tag("ul", *entries, class_="jobs"))
+        return str(told[0]) if told else "Nothing was asked for yet."
+    return str(tag("div", *told, tag("ul", *entries, class_="jobs")))
 
 
 def label_of(job: Job) -> str:

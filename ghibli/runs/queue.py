@@ -4,6 +4,7 @@ All of it is in files: whoever looks again, after a crash too, finds what waits 
 process has a session of its own, so neither the end of the one that started it nor its Ctrl-C reaches it.
 """
 
+import json
 import logging
 import os
 import re
@@ -26,10 +27,11 @@ from ghibli.runs.find import OUTPUTS, run_to_resume
 from ghibli.runs.folder import RunDir
 from ghibli.runs.jobs import Job, as_job, is_training
 from ghibli.runs.launch import claimed
-from ghibli.runs.status import read_json
+from ghibli.runs.status import LARGEST
 from ghibli.runtime.commands import path_setting, quoted
+from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError, first_line
-from ghibli.runtime.files import ROOT, write_json, write_text
+from ghibli.runtime.files import ROOT, read_plain, write_json, write_text
 from ghibli.runtime.terminal import one_line
 
 logger = logging.getLogger(__name__)
@@ -63,10 +65,12 @@ class Queue:
         return self.folder / f"{job.number}.txt"
 
     def jobs(self) -> list[Job]:
-        """Return the jobs in the order in which they came; none where the file cannot be read."""
-        content = read_json(self.file)
-        listed = content if isinstance(content, list) else []
-        return [job for entry in listed if (job := as_job(entry)) is not None]
+        """Return the jobs in the order in which they came, as far as the file can be read."""
+        return self._read()[0]
+
+    def trouble(self) -> str | None:
+        """Say why the file, or a part of it, cannot be read; None if it can. Until then it is not changed."""
+        return self._read()[1]
 
     def at_work(self) -> Job | None:
         """Return the job whose run is being trained."""
@@ -111,7 +115,7 @@ class Queue:
         """Note what ended, and start the next run if none is at work.
 
         Raises:
-            UserError: the queue's folder cannot be changed. What is wrong with a run is its outcome.
+            UserError: the queue's file cannot be read or changed. What is wrong with a run is its outcome.
         """
         if not self._ended() and not any(job.waits for job in self.jobs()):
             return
@@ -188,6 +192,26 @@ class Queue:
         with self._changing() as jobs:
             return self._added(jobs, words, folder)
 
+    def _read(self) -> tuple[list[Job], str | None]:
+        """Return the jobs that can be read, and why there may be others."""
+        try:
+            content = json.loads(read_plain(self.file, LARGEST))
+        except FileNotFoundError:
+            return [], None
+        except (OSError, ValueError, RecursionError) as error:
+            return [], self._unreadable(first_line(error))
+        if not isinstance(content, list):
+            return [], self._unreadable("it is no list")
+        jobs = [job for entry in content if (job := as_job(entry)) is not None]
+        if strange := len(content) - len(jobs):
+            return jobs, self._unreadable(f"{strange} of its entries are damaged or of another version")
+        return jobs, None
+
+    def _unreadable(self, why: str) -> str:
+        """Say what to do with a file that cannot be read."""
+        file = relative_path(self.file)
+        return f"{file} cannot be read, and no further run is trained: {why}: repair the file or move it away"
+
     def _added(self, jobs: list[Job], words: list[str], folder: str | None) -> Job:
         """Add a job to the list under the next number; forget the oldest that are over."""
         job = Job(max((other.number for other in jobs), default=0) + 1, words, folder)
@@ -232,9 +256,15 @@ class Queue:
 
     @contextmanager
     def _changing(self) -> Iterator[list[Job]]:
-        """Yield the jobs to be changed in place, which nobody else changes meanwhile; store them."""
+        """Yield the jobs to be changed in place, which nobody else changes meanwhile; store them.
+
+        Raises:
+            UserError: the file is locked, or cannot be read: it is left as it is.
+        """
         with self._turn, patient_lock(self.folder / ".lock"):
-            jobs = self.jobs()
+            jobs, trouble = self._read()
+            if trouble is not None:  # whatever it holds would be lost
+                raise UserError(trouble)
             before = list(jobs)
             yield jobs
             if jobs != before:

@@ -124,6 +124,18 @@ def test_a_run_that_loads_shows_what_it_prints(here: Path, monkeypatch: pytest.M
     assert Page(training.queue_list(runs)).text == "1. seed=1: is being trained"
 
 
+def test_a_queue_that_cannot_be_read_is_told(here: Path) -> None:
+    runs = Queue()
+    assert training.queue_list(runs) == "Nothing was asked for yet."
+    runs.folder.mkdir(parents=True)
+    runs.file.write_text("{")
+    assert "outputs/queue/queue.json cannot be read" in Page(training.queue_list(runs)).text
+    runs._store([Job(1, ["seed=1"])])
+    runs.file.write_text(runs.file.read_text().replace("]\n", ', {"machine": "<b>"}]'))
+    told = Page(training.queue_list(runs)).text
+    assert "1 of its entries are damaged" in told and "1. seed=1: waits" in told
+
+
 def test_which_run_is_watched(here: Path) -> None:
     queue = Queue()
     assert Runs().watched(queue, training.AT_WORK) is None

@@ -1,5 +1,6 @@
 """The queue of runs: one at a time, each outliving who started it, found again from files alone."""
 
+import json
 import os
 import signal
 import subprocess
@@ -370,9 +371,28 @@ def test_a_damaged_file_is_no_job(entry: Any) -> None:
     assert job is None or isinstance(job.words, list)
 
 
-def test_a_queue_that_cannot_be_read_is_empty(here: Path) -> None:
+def test_a_queue_that_cannot_be_read_is_left_as_it_is(here: Path) -> None:
+    """What it holds may be many runs, or those of another version of this program."""
     runs = Queue()
+    assert runs.trouble() is None
     runs.folder.mkdir(parents=True)
-    for content in ("", "{", "{}", "[3]", '[{"number": 1}]', "[" * 10_000):
-        runs.file.write_text(content)
+    for content in ("", "{", "{}", "[3]", '[{"number": 1}]', "[" * 10_000, "\xff"):
+        runs.file.write_bytes(content.encode("latin-1"))
         assert runs.jobs() == [] and runs.at_work() is None
+        with pytest.raises(UserError, match="^outputs/queue/queue.json cannot be read, and no") as told:
+            runs.add([])
+        assert str(told.value) == runs.trouble() and "\n" not in str(told.value)
+        assert runs.file.read_bytes() == content.encode("latin-1")
+
+
+def test_entries_of_another_version_are_not_lost(here: Path) -> None:
+    runs = Queue()
+    runs._store([Job(1, ["seed=1"])])
+    (own,) = json.loads(runs.file.read_text())
+    text = json.dumps([own, own | {"number": 2, "machine": "b"}])
+    runs.file.write_text(text)
+    assert [job.number for job in runs.jobs()] == [1]
+    for change in (lambda: runs.add([]), lambda: runs.remove(1), runs.advance):
+        with pytest.raises(UserError, match="1 of its entries are damaged or of another version: repair"):
+            change()
+    assert runs.file.read_text() == text
