@@ -25,7 +25,7 @@ from ghibli.runs import lock
 from ghibli.runs.compose import check_overrides, run_dir_for
 from ghibli.runs.find import OUTPUTS, run_to_resume
 from ghibli.runs.folder import RunDir
-from ghibli.runs.jobs import Job, as_job, is_training
+from ghibli.runs.jobs import Job, as_job, found_again, is_training
 from ghibli.runs.launch import claimed
 from ghibli.runs.status import LARGEST
 from ghibli.runtime.commands import path_setting, quoted
@@ -95,7 +95,7 @@ class Queue:
             same = [job for job in jobs if job.folder == str(run.path)]
             if lock.is_held(run.path / ".lock") or any(job.is_at_work for job in same):  # it may still load
                 raise UserError(f"{run.path} is being trained")
-            if any(job.waits for job in same):
+            if any(job.waits or job.is_cut_off for job in same):
                 raise UserError(f"{run.path} waits already")
             return self._added(jobs, [path_setting("resume", run.path)], str(run.path))
 
@@ -117,21 +117,17 @@ class Queue:
         Raises:
             UserError: the queue's file cannot be read or changed. What is wrong with a run is its outcome.
         """
-        if not self._ended() and not any(job.waits for job in self.jobs()):
+        if not self._ended() and not any(job.waits or job.is_cut_off for job in self.jobs()):
             return
         with self._changing() as jobs:
             ended = self._ended()  # once more: another thread may have noted some meanwhile
             jobs[:] = [replace(job, code=ended.get(job.number, job.code)) for job in jobs]
             for number in ended:
                 del self._children[number]
+            jobs[:] = [found_again(job) if job.is_cut_off else job for job in jobs]
             at = next((at for at, job in enumerate(jobs) if job.waits), None)
-            if at is None or self._children or any(job.is_at_work for job in jobs):
-                return
-            self._store(jobs)  # on a full disk a run would be started that nobody knew of
-            try:
-                jobs[at] = self._start(jobs[at])
-            except (UserError, OSError, ValueError) as error:  # it is over: the next one gets its turn
-                jobs[at] = self._failed(jobs[at], error)
+            if at is not None and not self._children and not any(job.is_at_work for job in jobs):
+                self._begin(jobs, at)
 
     def stop(self, folder: Path) -> None:
         """Ask the process that trains in a folder to stop, as Ctrl-C does: it saves after its step.
@@ -160,10 +156,10 @@ class Queue:
 
     def outcome(self, job: Job) -> str:
         """Say in some words what a job does, or how it ended."""
-        if job.waits:
-            return "waits"
         if job.is_at_work:
             return "is being trained"
+        if job.waits or job.is_cut_off:
+            return "waits"
         last = (self.tail(job, 1) or [""])[0]
         if job.process is None:
             return last or "could not be started"
@@ -215,38 +211,45 @@ class Queue:
     def _added(self, jobs: list[Job], words: list[str], folder: str | None) -> Job:
         """Add a job to the list under the next number; forget the oldest that are over."""
         job = Job(max((other.number for other in jobs), default=0) + 1, words, folder)
-        over = [other for other in jobs if not (other.waits or other.is_at_work)]
+        over = [other for other in jobs if not (other.waits or other.is_cut_off or other.is_at_work)]
         for old in over[: max(len(over) - KEPT, 0)]:
             jobs.remove(old)
             self.printed(old).unlink(missing_ok=True)
         jobs.append(job)
         return job
 
+    def _begin(self, jobs: list[Job], at: int) -> None:
+        """Start a job of the list; one that cannot be started is over, and the next one gets its turn.
+
+        It is stored before: a kill in between, or a full disk, leaves no process that nobody knows of.
+        """
+        waiting = jobs[at]
+        try:
+            jobs[at] = replace(with_folder(waiting), began=time.time())
+            self._store(jobs)
+            jobs[at] = self._start(jobs[at])
+        except (OSError, ValueError) as error:
+            folder = jobs[at].folder
+            if folder is not None and folder != waiting.folder:
+                Path(folder).rmdir()
+            jobs[at] = self._failed(waiting, error)
+
     def _start(self, job: Job) -> Job:
-        """Start a job's process; return it with its folder and process.
+        """Start a job's process; return it with that.
 
         Raises:
-            UserError, OSError, ValueError: it cannot be started; nothing of it is left.
+            OSError, ValueError: it cannot be started.
         """
-        words, folder = list(job.words), job.folder
-        if folder is None:
-            folder = str(claimed(Path(run_dir_for(None, None))))
-            words.append(path_setting("hydra.run.dir", folder))
-        try:
-            with open(self.printed(job), "wb") as printed:
-                child = subprocess.Popen(
-                    [sys.executable, "-u", str(ROOT / "train.py"), *words], stdin=subprocess.DEVNULL,
-                    stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
-                )  # fmt: skip
-        except BaseException:
-            if job.folder is None:
-                Path(folder).rmdir()
-            raise
+        with open(self.printed(job), "wb") as printed:
+            child = subprocess.Popen(
+                [sys.executable, "-u", str(ROOT / "train.py"), *job.words],
+                stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
         self._children[job.number] = child
         began = time.time()
         with suppress(psutil.Error):  # it has ended already: the time of its start will do
             began = psutil.Process(child.pid).create_time()
-        return replace(job, folder=folder, process=child.pid, began=began)
+        return replace(job, process=child.pid, began=began)
 
     def _failed(self, job: Job, error: Exception) -> Job:
         """Return a job that could not be started as one that is over, with the reason as what it printed."""
@@ -273,6 +276,18 @@ class Queue:
     def _store(self, jobs: list[Job]) -> None:
         """Write queue.json."""
         write_json(self.file, [asdict(job) for job in jobs])
+
+
+def with_folder(job: Job) -> Job:
+    """Return a job with a folder of its own, which is made where its words name none.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if job.folder is not None:
+        return job
+    folder = claimed(Path(run_dir_for(None, None)))
+    return replace(job, words=[*job.words, path_setting("hydra.run.dir", folder)], folder=str(folder))
 
 
 def patient_lock(path: Path) -> lock.Lock:

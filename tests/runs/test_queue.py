@@ -28,7 +28,7 @@ from ghibli.runs.queue import Queue
 from ghibli.runtime.errors import UserError
 
 STAND_IN = f"""
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(REPO)!r})
 from ghibli.runs.folder import RunDir
@@ -44,7 +44,7 @@ if "seed=7" in sys.argv:
 run, stopped = RunDir(Path(folder)), []
 signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
 with run.lock():
-    run.status.update(state="running", step=1)
+    run.status.update(state="running", step=1, process=os.getpid())
     (run.path / "checkpoints").mkdir(exist_ok=True)
     while not (stopped or Path("end").exists()):
         time.sleep(0.01)
@@ -151,7 +151,49 @@ def test_it_outlives_who_started_it_and_is_found_again(here: Path) -> None:
     assert RunDir(Path(job.folder)).status.state == "interrupted"
     runs.advance()
     wait(lambda: runs.at_work() and is_locked(runs.at_work()))
-    assert runs.at_work().words == ["seed=2"]
+    assert runs.at_work().words[0] == "seed=2"
+
+
+def killed_at_start(here: Path, body: str) -> None:
+    """Start a run in a process that is killed at its Popen, in which `body` says what becomes of the run."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from ghibli.runs import queue\n"
+        f"queue.ROOT = Path({str(here / 'code')!r}); runs = queue.Queue(); start = queue.subprocess.Popen\n"
+        f"def killed(*words, **options):\n    {body}\n    os.kill(os.getpid(), 9)\n"
+        "queue.subprocess.Popen = killed; runs.add(['seed=1']); runs.add(['seed=2']); runs.advance()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "pass",
+        "start(*words, **options)",  # it still loads
+        "start(*words, **options); time.sleep(3)",  # it has its lock
+        "Path('end').touch(); start(*words, **options).wait()",  # it is over
+    ],
+)
+def test_a_kill_within_a_start_trains_no_run_twice(here: Path, body: str) -> None:
+    """Nor does it lose one, whether the process of the run came to be or not."""
+    killed_at_start(here, body)
+    runs, is_over = Queue(), "wait()" in body
+    assert [runs.outcome(job) for job in runs.jobs()] in (["waits"] * 2, ["is being trained", "waits"])
+    for _ in range(3):
+        runs.advance()
+    (folder, *more) = sorted(here.glob("outputs/train/*"))
+    first, second = runs.jobs()
+    assert first.folder == str(folder.relative_to(here))
+    assert (len(more), second.waits) == (is_over, not is_over)
+    if not is_over:
+        wait(lambda: is_locked(first))
+        assert runs.at_work() == first and first.process == lock.holder(folder / ".lock")
+        (here / "end").touch()
+        wait(lambda: runs.advance() or not runs.jobs()[1].waits)
+    assert runs.outcome(runs.jobs()[0]) == "finished"
+    assert runs.tail(first, 5) == [f"began seed=1 hydra.run.dir={first.folder}"]
 
 
 def test_a_run_that_is_stopped_is_resumed(here: Path) -> None:
@@ -241,7 +283,7 @@ def test_a_run_that_cannot_be_started_is_over(
     runs.printed(runs.jobs()[0]).unlink()  # a disk that takes no more
     assert runs.outcome(runs.jobs()[0]) == "could not be started"
     runs.advance()
-    assert wait(runs.at_work).words == ["seed=2"]
+    assert wait(runs.at_work).words[0] == "seed=2"
 
 
 def test_a_queue_that_cannot_be_changed_says_so(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +352,6 @@ def started_unseen(runs: Queue) -> Job:
     job = runs.jobs()[0]
     status = RunDir(Path(job.folder)).status
     wait(lambda: status.read().get("step"))
-    status.update(process=job.process)  # as train.py notes it
     return job
 
 
