@@ -61,7 +61,8 @@ def page(session: AppSession, queue: Queue | None) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Images"), gr.Row():
                 with gr.Column(scale=2, min_width=240, elem_id="settings"):
-                    settings, suggested = settings_column(session), gr.State(None)
+                    settings = settings_column(session)
+                    suggested = gr.State(settings.guidance.value)
                 with gr.Column(scale=3, min_width=240, elem_id="work"):
                     cancel = gr.Button("Cancel", size="sm", elem_id="cancel")
                     with gr.Tabs():

@@ -18,6 +18,7 @@ gradio = pytest.importorskip("gradio")
 from gradio import processing_utils  # noqa: E402
 
 from ghibli.app.drawing import Drawing  # noqa: E402  (needs gradio)
+from ghibli.app.page import page  # noqa: E402
 
 STEPS = 2
 
@@ -26,7 +27,10 @@ def test_what_the_visitor_chose_stays_when_the_run_changes(app_session: Any) -> 
     """The guidance that suits the new run replaces the one that suited the old, and no other."""
     drawing = Drawing(app_session)
     usual = load_model([RUN], []).guidance
-    first = drawing.on_runs_changed([RUN], 7.5, 7.5)
+    handlers = page(app_session, None).fns.values()
+    inputs = next(one.inputs for one in handlers if one.name == "on_runs_changed")
+    first = drawing.on_runs_changed(*(one.value for one in inputs))  # as the page opens
+    assert inputs[0].value == [RUN]
     assert first[0]["value"] == first[1] == usual
     assert "value" not in drawing.on_runs_changed([], 3.0, usual)[0]
     assert drawing.on_runs_changed([], usual, usual)[0]["value"] == 7.5
