@@ -13,12 +13,15 @@ from ghibli.app.answers import Stopped
 from ghibli.app.history import History
 from ghibli.app.labels import run_label, with_numbers
 from ghibli.app.settings import Settings
+from ghibli.config.schema import Config
 from ghibli.inference.control import ControlOf, load_control
 from ghibli.inference.generate import Count
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.request import ControlOptions
+from ghibli.runs.compose import base_config
 from ghibli.runs.find import runs_with_weights
 from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
 from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError
 
@@ -71,6 +74,14 @@ class AppSession:
             self._model = self._control = None  # frees the memory for the next one
             self._model = (names, load_model(names, [] if names else self._overrides))
         return self._model[1]
+
+    def config_of(self, names: list[str]) -> Config:
+        """Return the settings of what model_of loads.
+
+        Raises:
+            UserError: no longer a finished run, or a setting that is not accepted.
+        """
+        return finished_config(RunDir(Path(names[0]))) if names else base_config(self._overrides)
 
     def control_of(self, options: ControlOptions, file: Path | None, model: LoadedModel) -> ControlOf:
         """Load a ControlNet for a photo; the last one is kept.
