@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image
 
 from ghibli.app.answers import Stopped
 from ghibli.app.history import History
@@ -45,7 +46,8 @@ class AppSession:
         self.lock = threading.Lock()  # of the model
         self._overrides = overrides
         self._model: tuple[list[str], LoadedModel] | None = None
-        self._control: tuple[ControlOptions, LoadedModel, Callable[[Path | None], ControlOf]] | None = None
+        self._control: tuple[ControlOptions, LoadedModel, Callable[[Image.Image | None], ControlOf]] | None
+        self._control = None
         self._stops: defaultdict[str, set[threading.Event]] = defaultdict(set)  # by visitor
 
     def runs(self) -> dict[str, RunDir]:
@@ -83,11 +85,11 @@ class AppSession:
         """
         return finished_config(RunDir(Path(names[0]))) if names else base_config(self._overrides)
 
-    def control_of(self, options: ControlOptions, file: Path | None, model: LoadedModel) -> ControlOf:
+    def control_of(self, options: ControlOptions, own: Image.Image | None, model: LoadedModel) -> ControlOf:
         """Load a ControlNet for a photo; the last one is kept.
 
         Args:
-            file: the photo's own control image; None = computed of the photo.
+            own: the photo's own control image; None = computed of the photo.
 
         Raises:
             UserError: as load_control.
@@ -95,7 +97,7 @@ class AppSession:
         if self._control is None or self._control[0] != options or self._control[1] is not model:
             self._control = None
             self._control = (options, model, load_control(options, model.base))
-        return self._control[2](file)
+        return self._control[2](own)
 
     @contextmanager
     def turn(self, visitor: str, progress: gr.Progress) -> Iterator[Count]:

@@ -90,7 +90,8 @@ def restyle_all(
     try:
         with counted("restyling") as on_progress:
             for done, (photo, file) in enumerate(zip(photos, files, strict=True), start=1):
-                control_of = None if control is None else control(photo.control)
+                own = None if photo.control is None else read_image(photo.control)[0]
+                control_of = None if control is None else control(own)
                 pair = restyle_file(model, photo, options, file, control_of)
                 written += pair is not None
                 if pair is not None and len(pairs) < SHEET_PAIRS:
