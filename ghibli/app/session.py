@@ -4,8 +4,9 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from PIL import Image
@@ -31,6 +32,19 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
 PROGRESS = gr.Progress()  # as a parameter's default it makes gradio pass a progress bar of its own
 
 
+Loaded = list[tuple[Any, ...]]  # of each run its path and files_of
+
+
+def files_of(run: RunDir) -> list[tuple[str, int, int]]:
+    """Return what tells a run's weights and settings from later ones: files with their times and sizes."""
+    found = []
+    for file in [run.config, *sorted(run.adapter.rglob("*")), *sorted(run.unet.rglob("*"))]:
+        with suppress(OSError):  # it is being replaced
+            stat = file.stat()
+            found.append((str(file), stat.st_mtime_ns, stat.st_size))
+    return found
+
+
 class AppSession:
     """The model behind the page; one request is served at a time, across all visitors."""
 
@@ -45,7 +59,7 @@ class AppSession:
         self.history = History(shared=is_private)
         self.lock = threading.Lock()  # of the model
         self._overrides = overrides
-        self._model: tuple[list[str], LoadedModel] | None = None
+        self._model: tuple[Loaded, LoadedModel] | None = None
         self._control: tuple[ControlOptions, LoadedModel, Callable[[Image.Image | None], ControlOf]] | None
         self._control = None
         self._stops: defaultdict[str, set[threading.Event]] = defaultdict(set)  # by visitor
@@ -61,7 +75,7 @@ class AppSession:
         return list(zip(labels, runs, strict=True))
 
     def model_of(self, names: list[str]) -> LoadedModel:
-        """Load the base of some runs with their adapters on it; the last one is kept.
+        """Load the base of some runs with their adapters on it, once until they change.
 
         Raises:
             UserError: no longer a run, a link out of a run folder, or runs that cannot be combined.
@@ -72,9 +86,10 @@ class AppSession:
             raise UserError(f"{unknown[:80]} is no longer a finished run: reload the page")
         for name in names:
             known[name].refuse_links()  # its sample grids are shown to everyone who can reach the page
-        if self._model is None or self._model[0] != names:
+        wanted = [(name, *files_of(known[name])) for name in names]
+        if self._model is None or self._model[0] != wanted:
             self._model = self._control = None  # frees the memory for the next one
-            self._model = (names, load_model(names, [] if names else self._overrides))
+            self._model = (wanted, load_model(names, [] if names else self._overrides))
         return self._model[1]
 
     def config_of(self, names: list[str]) -> Config:
