@@ -123,7 +123,7 @@ def restyle_file(
         logger.warning(f"{photo.path.name} is skipped: {reason}")
         return None
     if before.info["frames"] > 1:
-        logger.warning(f"{photo.path.name}: the first of its {before.info['frames']} images is restyled")
+        logger.warning(f"{photo.path.name}: only the first of its images is restyled")
     mask = None if photo.mask is None else read_image(photo.mask)[0]
     after = restyle_photo(model, before, photo.prompt, options, mask=mask, control_of=control_of)
     settings = asdict(options) | {"prompt": photo.prompt, "photo": readable(photo.path.name)}
