@@ -172,7 +172,7 @@ def belonging(file: str | None, photo: Image.Image, what: str, exactly: bool = F
     """
     if file is None:
         return None
-    image = read_small(Path(file))
+    image = read_small(Path(file), what)
     ratio = image.width * photo.height / (image.height * photo.width)
     if image.size != photo.size if exactly else abs(ratio - 1) > SAME_SHAPE:
         raise UserError(

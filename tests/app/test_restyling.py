@@ -106,6 +106,7 @@ def test_the_bar_counts_every_step(app_session: AppSession, photo: Path, way: st
     [
         (["other.png", "", None, 1, None],
          "the mask has 64x64 px and the photo 96x96: a mask has its photo's size"),
+        (["gone.png", "", None, 1, None], "the mask was removed after an hour: choose it again"),
         ([None, "canny", None, 1, None], "--control canny needs --control-model"),
         ([None, OWN_IMAGE, "demo/control", 1, None], "give the image that the ControlNet is to see"),
         ([None, "canny", "no/such/folder", 1, None], "--control-model no/such/folder: no such folder"),
@@ -121,6 +122,14 @@ def test_what_cannot_be_is_told_and_the_frames_stay(
     answer = restyled(session, photo, 0.5, "img2img", *given)
     assert words in answer[3], answer[3]
     assert len(answer) == 6 and all(one == gradio.skip() for one in (*answer[:3], *answer[4:]))
+
+
+def test_a_photo_that_the_page_has_removed_is_named(app_session: AppSession, outside: Path) -> None:
+    """It deletes uploads after an hour, while the visitor's tab still shows them."""
+    gone, told = outside / "gone.png", "the photo was removed after an hour: choose it again"
+    assert restyled(app_session, gone, 0.5, "img2img", *NO_STRUCTURE)[3] == f"**{told}**"
+    with pytest.raises(gradio.Error, match=told):
+        Restyling(app_session).preview(str(gone))
 
 
 def test_a_control_image_is_read_as_its_photo_is(
