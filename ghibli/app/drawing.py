@@ -5,23 +5,27 @@ arguments first and the values as `*values`, of which `Settings` collects those 
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
+from ghibli.adapters.model_card import public_name
 from ghibli.app.answers import errors_in_words, errors_on_page
 from ghibli.app.commands import draw_command
 from ghibli.app.images import WIDTH, checked, sample_grids
 from ghibli.app.session import PROGRESS, AppSession
-from ghibli.app.settings import SETTINGS, Settings, check_prompt, stored_settings, text_of
+from ghibli.app.settings import RANGES, SETTINGS, Settings, check_prompt, stored_settings, text_of
+from ghibli.config.schema import Config
 from ghibli.images.grid import to_image
 from ghibli.inference.generate import generate_images, settings_grid
 from ghibli.inference.request import parse_axis, unused_negative
 from ghibli.inference.safety import has_checker
+from ghibli.runtime.terminal import one_line
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,50 @@ class Drawing:
             UserError: a value that no request may have.
         """
         now, offered = dict(zip(SETTINGS, current, strict=True)), self.session.runs()
-        runs = [name for name in stored.pop("adapters", []) if isinstance(name, str) and name in offered]
         found = {name: stored[name] for name in SETTINGS if name in stored}
-        found["runs"] = runs or now["runs"]
+        if "adapters" in stored:
+            found["runs"] = [name for name in stored["adapters"] if name in offered]
         asked = Settings(**(now | found | {"safe": bool(now["safe"])}))
         asked.request(64)  # refuses what no request may be
-        gr.Info("settings taken from the image")
+        beyond = out_of_reach({name: getattr(asked, name) for name in RANGES})
+        asked = replace(asked, **{name: now[name] for name in beyond})
+        lost = [*not_offered(stored, offered, self.session.config_of(asked.runs)), *beyond.values()]
+        if lost:
+            gr.Warning(escape(one_line(f"taken from the image, except for {'; '.join(lost)}")))
+        else:
+            gr.Info("settings taken from the image")
         return [getattr(asked, name) for name in SETTINGS]
+
+
+def out_of_reach(values: dict[str, float]) -> dict[str, str]:
+    """Say of the settings that the page's sliders cannot show what they are, by name."""
+    return {
+        name: f"{name} {values[name]:g}, which is not from {low:g} to {high:g}"
+        for name, (low, high) in RANGES.items()
+        if not low <= values[name] <= high
+    }
+
+
+def not_offered(stored: dict[str, Any], offered: Container[str], config: Config) -> Iterator[str]:
+    """Say what else of an image's settings the page has nothing for.
+
+    Args:
+        stored: with the image, by parsed_settings.
+        offered: the paths of the runs to choose from.
+        config: of what the page draws with once the rest is taken.
+    """
+    names, base, side = stored.get("adapters", []), stored.get("base"), config.model.resolution
+    for name in names:
+        if name not in offered:
+            yield f"{name[:80]}, which is no finished run here"
+    weights = stored.get("weights")
+    for name, weight in zip(names, weights if isinstance(weights, list) else [], strict=False):
+        if weight != 1:
+            yield f"the weight {str(weight)[:20]} of {name[:80]}"
+    if isinstance(base, str) and base != public_name(config.model.path):
+        yield f"its base {base[:80]}"
+    if stored.get("size", [side, side]) != [side, side]:
+        yield f"its size: the page draws {side}x{side} px"
 
 
 def status_line(notes: list[str], start: float) -> str:

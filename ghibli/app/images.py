@@ -17,12 +17,17 @@ DECODER = ThreadPoolExecutor(1, "photo")  # one photo at a time; each thread wou
 WIDTH = 1200  # px, of photos and sample grids on the page
 
 
-def read_small(photo: Path) -> Image.Image:
+def read_small(photo: Path, what: str = "photo") -> Image.Image:
     """Read a photo, reduced to at most WIDTH px on its longer side; one at a time, which bounds the memory.
 
+    Args:
+        what: the file is, for a message.
+
     Raises:
-        Unusable: not an image, damaged, or one that takes more memory than DECODED.
+        Unusable: not an image, damaged, one that takes more memory than DECODED, or no longer there.
     """
+    if not photo.exists():  # page.UPLOAD_CLEANUP
+        raise Unusable(f"the {what} was removed after an hour: choose it again")
     return DECODER.submit(decode_small, photo).result()
 
 

@@ -1,8 +1,10 @@
 """`ghibli app`: a page in the browser that draws with what was trained, and trains; needs gradio."""
 
 import threading
+from typing import Any, NoReturn
 
 import gradio as gr
+from gradio import processing_utils
 from starlette.middleware import Middleware
 
 from ghibli.app.address import find_address, in_url, is_loopback, is_wildcard, without_proxies
@@ -59,7 +61,8 @@ def page(session: AppSession, queue: Queue | None) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Images"), gr.Row():
                 with gr.Column(scale=2, min_width=240, elem_id="settings"):
-                    settings, suggested = settings_column(session), gr.State(None)
+                    settings = settings_column(session)
+                    suggested = gr.State(settings.guidance.value)
                 with gr.Column(scale=3, min_width=240, elem_id="work"):
                     cancel = gr.Button("Cancel", size="sm", elem_id="cancel")
                     with gr.Tabs():
@@ -97,6 +100,7 @@ def serve(overrides: list[str], host: str, port: int | None) -> tuple[gr.Blocks,
         UserError: the host is unknown, the port is taken, or the base cannot be loaded.
     """
     host, found = find_address(host, port)
+    fetch_no_url()
     folder = make_private_folder()
     gr.routes.DEFAULT_TEMP_DIR = str(folder)  # set at gradio's import; the server makes a folder in it
     is_private = is_loopback(host)
@@ -131,3 +135,17 @@ def listen(blocks: gr.Blocks, guard: Middleware, host: str, port: int) -> str:
             theme=THEME, app_kwargs={"middleware": [guard]},
         )  # fmt: skip
     return str(address)
+
+
+def fetch_no_url() -> None:
+    """Have gradio refuse a file that is named by a URL, in this process.
+
+    It would download it for whichever component is sent one, past the limits of guard.py.
+    """
+    for name in ("async_ssrf_protected_download", "async_ssrf_protected_get"):
+        setattr(processing_utils, name, refuse_url)
+
+
+async def refuse_url(*_: Any, **__: Any) -> NoReturn:
+    """Raise an error that gradio shows on the page."""
+    raise gr.Error("a URL is no file: save it and choose the file", print_exception=False)

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ghibli.app.session import AppSession
-from ghibli.app.settings import PROMPT_LIMIT
+from ghibli.app.settings import PROMPT_LIMIT, RANGES
 from ghibli.config.registry import SAMPLERS
 from ghibli.runtime.errors import UserError
 
@@ -54,10 +54,12 @@ def settings_column(session: AppSession) -> SettingsColumn:
     negative = gr.Textbox("", label="Negative prompt", max_length=PROMPT_LIMIT)
     labels = [(entry.label, name) for name, entry in SAMPLERS.items()]
     sampler = gr.Dropdown(labels, value="ddim", label="Sampler", elem_id="sampler")
-    guidance = gr.Slider(1, 30, value=7.5, step=0.5, label="Guidance", info="1 = off", elem_id="guidance")
-    steps = gr.Slider(1, 100, value=30, step=1, label="Steps", elem_id="steps")
+    guidance = gr.Slider(
+        *RANGES["guidance"], value=7.5, step=0.5, label="Guidance", info="1 = off", elem_id="guidance"
+    )
+    steps = gr.Slider(*RANGES["steps"], value=30, step=1, label="Steps", elem_id="steps")
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
-    scale = gr.Slider(0, 1.5, value=1, step=0.05, label="Adapter scale", info="0 = the base")
+    scale = gr.Slider(*RANGES["scale"], value=1, step=0.05, label="Adapter scale", info="0 = the base")
     safe = gr.Checkbox(False, label="Safety checker", interactive=False)
     others = [negative, sampler, guidance, steps, seed, scale, safe]
     return SettingsColumn(runs, others, guidance, safe, prompt)

@@ -107,7 +107,8 @@ class Restyling:
         control = self.allowed(structure.options())
         before = read_small(Path(photo))
         mask = belonging(structure.mask, before, "mask", exactly=True)
-        belonging(structure.control_image if structure.controlled_by else None, before, "control image")
+        steering = structure.control_image if structure.controlled_by else None
+        given = belonging(steering, before, "control image")
         with self.session.turn(str(request.session_hash), progress) as count:
             model = self.session.model_of(runs)
             options = settings.restyle_options(
@@ -115,7 +116,7 @@ class Restyling:
             )
             steers = None
             if control is not None:
-                steers = self.session.control_of(control, structure.controlled_by, model)
+                steers = self.session.control_of(control, given, model)
             asked = Asked(before, settings.prompt + escaped(model.config.data.style), mask, steers)
             afters = [restyle_counted(model, asked, replace(options, scale=0.0), count("base"))]
             afters.append(
@@ -171,7 +172,7 @@ def belonging(file: str | None, photo: Image.Image, what: str, exactly: bool = F
     """
     if file is None:
         return None
-    image = read_small(Path(file))
+    image = read_small(Path(file), what)
     ratio = image.width * photo.height / (image.height * photo.width)
     if image.size != photo.size if exactly else abs(ratio - 1) > SAME_SHAPE:
         raise UserError(

@@ -4,27 +4,45 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ghibli.app.answers import Stopped
 from ghibli.app.history import History
 from ghibli.app.labels import run_label, with_numbers
 from ghibli.app.settings import Settings
+from ghibli.config.schema import Config
 from ghibli.inference.control import ControlOf, load_control
 from ghibli.inference.generate import Count
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.request import ControlOptions
+from ghibli.runs.compose import base_config
 from ghibli.runs.find import runs_with_weights
 from ghibli.runs.folder import RunDir
+from ghibli.runs.settings import finished_config
 from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry
 
 PROGRESS = gr.Progress()  # as a parameter's default it makes gradio pass a progress bar of its own
+
+
+Loaded = list[tuple[Any, ...]]  # of each run its path and files_of
+
+
+def files_of(run: RunDir) -> list[tuple[str, int, int]]:
+    """Return what tells a run's weights and settings from later ones: files with their times and sizes."""
+    found = []
+    for file in [run.config, *sorted(run.adapter.rglob("*")), *sorted(run.unet.rglob("*"))]:
+        with suppress(OSError):  # it is being replaced
+            stat = file.stat()
+            found.append((str(file), stat.st_mtime_ns, stat.st_size))
+    return found
 
 
 class AppSession:
@@ -41,8 +59,9 @@ class AppSession:
         self.history = History(shared=is_private)
         self.lock = threading.Lock()  # of the model
         self._overrides = overrides
-        self._model: tuple[list[str], LoadedModel] | None = None
-        self._control: tuple[ControlOptions, LoadedModel, Callable[[Path | None], ControlOf]] | None = None
+        self._model: tuple[Loaded, LoadedModel] | None = None
+        self._control: tuple[ControlOptions, LoadedModel, Callable[[Image.Image | None], ControlOf]] | None
+        self._control = None
         self._stops: defaultdict[str, set[threading.Event]] = defaultdict(set)  # by visitor
 
     def runs(self) -> dict[str, RunDir]:
@@ -56,7 +75,7 @@ class AppSession:
         return list(zip(labels, runs, strict=True))
 
     def model_of(self, names: list[str]) -> LoadedModel:
-        """Load the base of some runs with their adapters on it; the last one is kept.
+        """Load the base of some runs with their adapters on it, once until they change.
 
         Raises:
             UserError: no longer a run, a link out of a run folder, or runs that cannot be combined.
@@ -67,16 +86,25 @@ class AppSession:
             raise UserError(f"{unknown[:80]} is no longer a finished run: reload the page")
         for name in names:
             known[name].refuse_links()  # its sample grids are shown to everyone who can reach the page
-        if self._model is None or self._model[0] != names:
+        wanted = [(name, *files_of(known[name])) for name in names]
+        if self._model is None or self._model[0] != wanted:
             self._model = self._control = None  # frees the memory for the next one
-            self._model = (names, load_model(names, [] if names else self._overrides))
+            self._model = (wanted, load_model(names, [] if names else self._overrides))
         return self._model[1]
 
-    def control_of(self, options: ControlOptions, file: Path | None, model: LoadedModel) -> ControlOf:
+    def config_of(self, names: list[str]) -> Config:
+        """Return the settings of what model_of loads.
+
+        Raises:
+            UserError: no longer a finished run, or a setting that is not accepted.
+        """
+        return finished_config(RunDir(Path(names[0]))) if names else base_config(self._overrides)
+
+    def control_of(self, options: ControlOptions, own: Image.Image | None, model: LoadedModel) -> ControlOf:
         """Load a ControlNet for a photo; the last one is kept.
 
         Args:
-            file: the photo's own control image; None = computed of the photo.
+            own: the photo's own control image; None = computed of the photo.
 
         Raises:
             UserError: as load_control.
@@ -84,7 +112,7 @@ class AppSession:
         if self._control is None or self._control[0] != options or self._control[1] is not model:
             self._control = None
             self._control = (options, model, load_control(options, model.base))
-        return self._control[2](file)
+        return self._control[2](own)
 
     @contextmanager
     def turn(self, visitor: str, progress: gr.Progress) -> Iterator[Count]:

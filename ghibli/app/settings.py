@@ -15,6 +15,7 @@ from ghibli.inference.request import ControlOptions, ImageRequest, RestyleOption
 from ghibli.runtime.errors import UserError
 
 PROMPT_LIMIT = 4000  # characters
+RANGES = {"guidance": (1, 30), "steps": (1, 100), "scale": (0, 1.5), "hires": (1, 2)}  # of the sliders
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def parsed_settings(text: Any) -> dict[str, Any]:
         raise UserError("that file holds no settings: it takes PNG files of `ghibli generate` or this page")
     if isinstance(stored.get("prompts"), list) and stored["prompts"]:
         stored["prompt"] = stored["prompts"][0]
-    if not isinstance(stored.get("adapters", []), list):
+    adapters = stored.get("adapters", [])
+    if not (isinstance(adapters, list) and all(isinstance(name, str) for name in adapters)):
         del stored["adapters"]
     return stored

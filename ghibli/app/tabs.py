@@ -20,7 +20,7 @@ from ghibli.app.parts import (
 )
 from ghibli.app.restyling import CONTROLNETS, OWN_IMAGE, Restyling
 from ghibli.app.session import AppSession
-from ghibli.app.settings import PROMPT_LIMIT, parsed_settings
+from ghibli.app.settings import PROMPT_LIMIT, RANGES, parsed_settings
 from ghibli.inference.request import AXES, KNEES, WAYS, default_way
 from ghibli.runtime.errors import UserError
 
@@ -41,7 +41,7 @@ def draw_tab(handlers: Drawing, settings: SettingsColumn) -> tuple[Any, PromptFi
             command_box("base-command", "The base in the terminal"),
         ][::-1]  # as the handlers return them
         hires = gr.Slider(
-            1, 2, value=1, step=0.25, label="Larger", elem_id="hires",
+            *RANGES["hires"], value=1, step=0.25, label="Larger", elem_id="hires",
             info="a second pass at so many times the size, by image-to-image; 1 = none",
         )  # fmt: skip
         stored = gr.File(

@@ -1,5 +1,6 @@
 """What the training tab shows, without gradio: the form, the queue's list, a run as its files tell it."""
 
+import atexit
 import math
 import re
 import shlex
@@ -35,6 +36,8 @@ SHOWN = 12  # jobs that are over
 LISTED = 60  # runs to choose from
 AGE = 10.0  # s for which the list of runs is used
 PRINTED = 6  # last lines of what a process printed
+CHECK_LIMIT = 1200.0  # s that `ghibli check` may take: it loads the base
+CHECKING = threading.Lock()
 LEVEL = re.compile(r"(error|warning|note): ")  # begin of a finding of `ghibli check`
 AT_WORK = ""  # the choice that follows whatever is being trained
 KEYS = {  # fields of the form -> settings of train.py
@@ -88,16 +91,43 @@ def names_in_conf(group: str) -> list[str]:
 def check(words: list[str]) -> str:
     """Run `ghibli check` in a process of its own; return what it found as HTML.
 
-    It loads the base, which this process then need not hold twice.
+    It loads the base, which this process then need not hold twice; two checks at once would.
+
+    Raises:
+        UserError: a word that is no setting, another check is running, or this one took too long.
     """
     for word in words:
         require_setting(word)
-    command = [sys.executable, "-m", "ghibli", "check", *words]
-    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
-    done = subprocess.run(command, stderr=subprocess.STDOUT, errors="replace", check=False, **pipes)
-    every = [line for line in done.stdout.splitlines() if line.strip()]
+    if not CHECKING.acquire(blocking=False):
+        raise UserError("a check is running: wait for its end")
+    try:
+        printed = printed_by([sys.executable, "-m", "ghibli", "check", *words])
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"the check took more than {CHECK_LIMIT / 60:g} minutes and was ended: try it in a terminal, "
+            f"{command_here('ghibli', 'check')}"
+        ) from error
+    finally:
+        CHECKING.release()
+    every = [line for line in printed.splitlines() if line.strip()]
     lines = [line for line in every if LEVEL.match(line)] or every
     return str(tag("ul", *map(finding, lines), class_="findings"))
+
+
+def printed_by(command: list[str]) -> str:
+    """Return what a command prints; it ends no later than this process.
+
+    Raises:
+        TimeoutExpired: it took more than CHECK_LIMIT, and was ended.
+    """
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, stderr=subprocess.STDOUT, errors="replace", **pipes) as child:
+        atexit.register(child.kill)
+        try:
+            return child.communicate(timeout=CHECK_LIMIT)[0]
+        finally:
+            child.kill()
+            atexit.unregister(child.kill)
 
 
 def finding(line: str) -> Markup:
@@ -123,9 +153,11 @@ def queue_list(queue: Queue) -> str:
     waiting = [job for job in jobs if job.waits]
     begun = [job for job in reversed(jobs) if not job.waits][:SHOWN]
     entries = [tag("li", f"{label_of(job)}: ", tag("b", queue.outcome(job))) for job in [*begun, *waiting]]
+    trouble = queue.trouble()
+    told = [] if trouble is None else [tag("p", tag("b", one_line(trouble)))]
     if not entries:
-        return "Nothing was asked for yet."
-    return str(tag("ul", *entries, class_="jobs"))
+        return str(told[0]) if told else "Nothing was asked for yet."
+    return str(tag("div", *told, tag("ul", *entries, class_="jobs")))
 
 
 def label_of(job: Job) -> str:

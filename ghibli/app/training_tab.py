@@ -33,7 +33,7 @@ CLOSED = (
 
 @dataclass(frozen=True)
 class Training:
-    """The handlers, which share a queue."""
+    """The handlers, which share a queue; keep_advancing has its runs trained."""
 
     queue: Queue
     runs: Runs
@@ -49,7 +49,6 @@ class Training:
     def start(self, *values: Any) -> str:
         """Put the run of the form into the queue; say so."""
         job = self.queue.add(TrainingForm(*values).words())
-        self.queue.advance()
         return f"run {job.number} is in the queue"
 
     def check(self, *values: Any) -> str:
@@ -71,7 +70,6 @@ class Training:
         """Put the watched run into the queue, to be resumed; say so."""
         run = self.watched(choice)
         job = self.queue.add_resume(run.path)
-        self.queue.advance()
         return f"run {job.number} of the queue resumes {run_name(run)}"
 
     @errors_as_text
@@ -220,14 +218,18 @@ def form_fields() -> list[Any]:
 
 
 def keep_advancing(queue: Queue, is_served: Callable[[], bool]) -> None:
-    """Start the next run whenever one is over, while the page is served; a trouble is logged once."""
+    """Start the next run whenever one is over, while the page is served.
+
+    Whatever goes wrong is logged once and tried again: no run would be trained after the end of this loop.
+    """
     told = ""
     while is_served():
         try:
             queue.advance()
             told = ""
-        except (UserError, OSError) as error:
+        except Exception as error:
             if str(error) != told:
-                logger.warning(f"the queue of runs: {error}")
+                is_known = isinstance(error, UserError | OSError)
+                logger.warning(f"the queue of runs: {error}", exc_info=None if is_known else error)
             told = str(error)
         time.sleep(PAUSE)

@@ -154,8 +154,8 @@ def decode(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
         at_least: px; a JPEG may be decoded as small as that, which is faster. None = at full size.
 
     Returns:
-        The image, with the number of `frames` in the file in its info (the first one is read), and the size
-        of the whole image, upright: what `resize.size_for` chooses the shape from.
+        The image, with the number of `frames` in the file by frames_in in its info (the first one is read),
+        and the size of the whole image, upright: what `resize.size_for` chooses the shape from.
 
     Raises:
         Unusable: Pillow cannot read the file or convert it to RGB.
@@ -186,13 +186,27 @@ def decode(path: Path, at_least: int | None = None) -> tuple[Image.Image, Size]:
 
 
 def frames_in(file: Image.Image) -> int:
-    """Return how many images a file has; 1 for a photo with a small copy or a depth map of itself (MPO)."""
+    """Return how many images a file has; 1 for a photo with a small copy or a depth map of itself (MPO).
+
+    Of a TIFF at most 2: Pillow compares each with all before it, and a photo's size holds a million.
+    """
     if file.format == "MPO":
         return 1
     try:
-        return getattr(file, "n_frames", 1)
+        return tiff_frames(file) if file.format == "TIFF" else getattr(file, "n_frames", 1)
     except Exception:  # a later one is damaged: it is not read anyway
         return 1
+
+
+def tiff_frames(file: Image.Image) -> int:
+    """Return 1 for a TIFF of one image and 2 for one of several; it stays at the first."""
+    try:
+        file.seek(1)
+        return 2
+    except EOFError:
+        return 1
+    finally:
+        file.seek(0)
 
 
 def upright_size(stored: Size, loaded: Image.Image) -> Size:

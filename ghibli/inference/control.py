@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from transformers import AutoImageProcessor, AutoModelForDepthEstimation, pipeli
 
 from ghibli.diffusion.process import Unet
 from ghibli.images.edges import canny
-from ghibli.images.read import read_image
 from ghibli.inference.request import ControlOptions
 from ghibli.models.base import BaseModel
 from ghibli.models.hub import CLIP_FILES, PART_FILES
@@ -35,7 +33,7 @@ class Control:
 ControlOf = Callable[[Image.Image], Control]  # makes the control of a photo in the result's size
 
 
-def load_control(options: ControlOptions, base: BaseModel) -> Callable[[Path | None], ControlOf]:
+def load_control(options: ControlOptions, base: BaseModel) -> Callable[[Image.Image | None], ControlOf]:
     """Load what steers: given a photo's own control image, or None to compute it, it returns a ControlOf.
 
     Raises:
@@ -44,11 +42,11 @@ def load_control(options: ControlOptions, base: BaseModel) -> Callable[[Path | N
     controlnet = load_controlnet(options.model, base)
     compute = depth_estimator(options.depth_model) if options.source == "depth" else canny
 
-    def control_of(file: Path | None, photo: Image.Image) -> Control:
-        image = compute(photo) if file is None else read_image(file)[0]
+    def control_of(own: Image.Image | None, photo: Image.Image) -> Control:
+        image = compute(photo) if own is None else own
         return Control(controlnet, image.resize(photo.size, Image.Resampling.LANCZOS), options.scale)
 
-    return lambda file: partial(control_of, file)
+    return lambda own: partial(control_of, own)
 
 
 def load_controlnet(name: str, base: BaseModel) -> ControlNetModel:

@@ -90,7 +90,8 @@ def restyle_all(
     try:
         with counted("restyling") as on_progress:
             for done, (photo, file) in enumerate(zip(photos, files, strict=True), start=1):
-                control_of = None if control is None else control(photo.control)
+                own = None if photo.control is None else read_image(photo.control)[0]
+                control_of = None if control is None else control(own)
                 pair = restyle_file(model, photo, options, file, control_of)
                 written += pair is not None
                 if pair is not None and len(pairs) < SHEET_PAIRS:
@@ -122,7 +123,7 @@ def restyle_file(
         logger.warning(f"{photo.path.name} is skipped: {reason}")
         return None
     if before.info["frames"] > 1:
-        logger.warning(f"{photo.path.name}: the first of its {before.info['frames']} images is restyled")
+        logger.warning(f"{photo.path.name}: only the first of its images is restyled")
     mask = None if photo.mask is None else read_image(photo.mask)[0]
     after = restyle_photo(model, before, photo.prompt, options, mask=mask, control_of=control_of)
     settings = asdict(options) | {"prompt": photo.prompt, "photo": readable(photo.path.name)}

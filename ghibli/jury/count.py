@@ -85,7 +85,7 @@ def ballot_of(file: Path) -> str:
 
 
 def read_votes(files: Sequence[Path], key: Key) -> Ballots:
-    """Read files of votes; of several by one voter, the one with most votes counts.
+    """Read files of votes; of several by one voter, the one with most votes counts, of equals the newest.
 
     Raises:
         UserError: a file of another ballot, a damaged one, or no vote at all.
@@ -94,10 +94,9 @@ def read_votes(files: Sequence[Path], key: Key) -> Ballots:
     notes = []
     for file in files:
         voter, cast = votes_in(file, key)
-        if voter in by_voter:
-            fewer = min(by_voter[voter], (file, cast), key=lambda one: len(one[1]))
-            notes.append(f"{fewer[0].name} is not counted: the same voter sent another file")
-        by_voter[voter] = max(by_voter.get(voter, (file, cast)), (file, cast), key=lambda one: len(one[1]))
+        sent = [*([by_voter[voter]] if voter in by_voter else []), (file, cast)]
+        *others, by_voter[voter] = sorted(sent, key=lambda one: (len(one[1]), one[0].stat().st_mtime_ns))
+        notes += [f"{one.name} is not counted: the same voter sent another file" for one, _ in others]
     rows = [
         (*placed(key, pair, left), number, OUTCOMES[choice])
         for number, (_, cast) in enumerate(by_voter.values())

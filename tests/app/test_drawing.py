@@ -1,6 +1,8 @@
 """Drawing on the page: what a visitor chose stays, and settings and commands make the same image again."""
 
+import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from typer.testing import CliRunner
 
 from ghibli.cli.main import app as command_line
 from ghibli.inference.load import load_model
+from ghibli.inference.request import ImageRequest
 
 gradio = pytest.importorskip("gradio")
 from gradio import processing_utils  # noqa: E402
 
 from ghibli.app.drawing import Drawing  # noqa: E402  (needs gradio)
+from ghibli.app.page import page  # noqa: E402
+from ghibli.app.settings import text_of  # noqa: E402
 
 STEPS = 2
 
@@ -26,13 +31,61 @@ def test_what_the_visitor_chose_stays_when_the_run_changes(app_session: Any) -> 
     """The guidance that suits the new run replaces the one that suited the old, and no other."""
     drawing = Drawing(app_session)
     usual = load_model([RUN], []).guidance
-    first = drawing.on_runs_changed([RUN], 7.5, 7.5)
+    handlers = page(app_session, None).fns.values()
+    inputs = next(one.inputs for one in handlers if one.name == "on_runs_changed")
+    first = drawing.on_runs_changed(*(one.value for one in inputs))  # as the page opens
+    assert inputs[0].value == [RUN]
     assert first[0]["value"] == first[1] == usual
     assert "value" not in drawing.on_runs_changed([], 3.0, usual)[0]
     assert drawing.on_runs_changed([], usual, usual)[0]["value"] == 7.5
 
 
-def test_settings_come_back_from_a_png(app_session: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The messages that pop up on the page."""
+    messages: list[str] = []
+    for name in ("Info", "Warning"):
+        monkeypatch.setattr(gradio, name, messages.append)
+    return messages
+
+
+def test_what_cannot_be_taken_from_an_image_is_named(
+    app_session: Any, told: list[str], tmp_path: Path
+) -> None:
+    """The image is of the base here, of other weights, of another size: the same settings draw another."""
+    drawing, page_now = Drawing(app_session), [[RUN], "x", "", "ddim", 7.5, 30, 0, 1, False, 1]
+    model, asked = (
+        load_model([], ["model=demo", "data=demo"]),
+        ImageRequest(["a"], "ddim", 3.0, 5, 7, (128, 64)),
+    )
+    side = model.config.model.resolution
+    text = replace(asked, size=(side, side)), replace(asked, scale=2.0), replace(asked, guidance=40.0)
+    own = [json.loads(text_of(one, model)["ghibli"]) for one in text]
+    gone = {"adapters": [RUN, "outputs/<b>"], "weights": [0.5, 1.0]}
+    taken = []
+    for stored in (
+        own[0],
+        own[1],
+        own[2] | gone | {"base": "other/base"},
+        own[0] | {"weights": 3, "size": 3},
+    ):
+        info = PngInfo()
+        info.add_text("ghibli", json.dumps(stored))
+        Image.new("RGB", (8, 8)).save(tmp_path / "image.png", pnginfo=info)
+        taken.append(drawing.settings_of(str(tmp_path / "image.png"), *page_now))
+    assert [one[0] for one in taken] == [[], [], [RUN], []]
+    assert [(one[4], one[7]) for one in taken] == [(3.0, 1.0), (3.0, 1), (7.5, 1.0), (3.0, 1.0)]
+    size = f"its size: the page draws {side}x{side} px"
+    assert told == [
+        "settings taken from the image",
+        f"taken from the image, except for {size}; scale 2, which is not from 0 to 1.5",
+        "taken from the image, except for outputs/&lt;b&gt;, which is no finished run here; "
+        f"the weight 0.5 of {RUN}; its base other/base; {size}; guidance 40, which is not from 1 to 30",
+        f"taken from the image, except for {size}",
+    ]
+
+
+def test_settings_come_back_from_a_png(app_session: Any, told: list[str], tmp_path: Path) -> None:
     """From the page's own image and from generate's; what is no such file is named."""
     drawing = Drawing(app_session)
     page_now = [[], "x", "", "ddim", 7.5, 30, 0, 1, False, 1]
@@ -42,6 +95,7 @@ def test_settings_come_back_from_a_png(app_session: Any, tmp_path: Path) -> None
     file = tmp_path / "page.png"
     file.write_bytes(processing_utils.encode_pil_to_bytes(trained))
     assert drawing.settings_of(str(file), *page_now) == values
+    assert told == ["settings taken from the image"]
     assert drawing.settings_of(None, *page_now) == page_now
     for line in (command, base_command):
         words = shlex.split(line)

@@ -3,6 +3,7 @@
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.page_requests import NO_STRUCTURE, RUN, call, index_of
@@ -12,6 +13,8 @@ from ghibli.cli.main import app as command_line
 from ghibli.runtime.errors import UserError
 
 pytest.importorskip("gradio")
+from gradio import processing_utils
+
 from ghibli.app import page
 from ghibli.app.address import find_address
 from ghibli.app.parts import UPLOAD_LIMIT
@@ -65,3 +68,21 @@ def test_a_photo_that_is_too_large_is_refused(address: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(f"{address}gradio_api/upload", body, form))
     assert refused.value.code == 413
+
+
+@pytest.mark.parametrize("at", [1, 2, 15])  # the photo's file, a text, a control image
+def test_no_url_is_fetched(address: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio takes one in the place of an upload, and would store whatever it serves, of any size."""
+    fetched: list[str] = []
+
+    async def get(url: str, **_: Any) -> Any:
+        fetched.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(processing_utils.sh, "get", get)
+    settings = ["a lake", "", "ddim", 1, 2, 0, 1, False, 0.5, "img2img", *NO_STRUCTURE]
+    values: list[Any] = [[], None, *settings]
+    values[at] = {"path": "https://example.com/a.png", "meta": {"_type": "gradio.FileData"}}
+    event = call(address, index_of(address, "restyle"), values)
+    assert not event["success"] and not fetched
+    assert event["output"]["error"] == "a URL is no file: save it and choose the file"

@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 from ghibli.cli.main import app as command_line
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
+from ghibli.runtime.errors import UserError
 
 gradio = pytest.importorskip("gradio")
 from gradio import processing_utils  # noqa: E402
 
-from ghibli.app.restyling import OWN_IMAGE, Restyling  # noqa: E402  (needs gradio)
+from ghibli.app import session  # noqa: E402  (needs gradio)
+from ghibli.app.restyling import OWN_IMAGE, Restyling  # noqa: E402
 from ghibli.app.session import AppSession  # noqa: E402
 
 REQUEST = gradio.Request(session_hash="somebody")
@@ -104,6 +106,7 @@ def test_the_bar_counts_every_step(app_session: AppSession, photo: Path, way: st
     [
         (["other.png", "", None, 1, None],
          "the mask has 64x64 px and the photo 96x96: a mask has its photo's size"),
+        (["gone.png", "", None, 1, None], "the mask was removed after an hour: choose it again"),
         ([None, "canny", None, 1, None], "--control canny needs --control-model"),
         ([None, OWN_IMAGE, "demo/control", 1, None], "give the image that the ControlNet is to see"),
         ([None, "canny", "no/such/folder", 1, None], "--control-model no/such/folder: no such folder"),
@@ -119,6 +122,35 @@ def test_what_cannot_be_is_told_and_the_frames_stay(
     answer = restyled(session, photo, 0.5, "img2img", *given)
     assert words in answer[3], answer[3]
     assert len(answer) == 6 and all(one == gradio.skip() for one in (*answer[:3], *answer[4:]))
+
+
+def test_a_photo_that_the_page_has_removed_is_named(app_session: AppSession, outside: Path) -> None:
+    """It deletes uploads after an hour, while the visitor's tab still shows them."""
+    gone, told = outside / "gone.png", "the photo was removed after an hour: choose it again"
+    assert restyled(app_session, gone, 0.5, "img2img", *NO_STRUCTURE)[3] == f"**{told}**"
+    with pytest.raises(gradio.Error, match=told):
+        Restyling(app_session).preview(str(gone))
+
+
+def test_a_control_image_is_read_as_its_photo_is(
+    app_session: AppSession, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reduced, so that the page's limit of memory holds: a JPEG at full size takes many times as much."""
+    Image.new("RGB", (4800, 2400), "teal").save(outside / "large.jpg")
+    seen: list[Any] = []
+
+    def load_control(*_: Any) -> Any:
+        def see(own: Any) -> None:
+            seen.append(own)
+            raise UserError("that will do")
+
+        return see
+
+    monkeypatch.setattr(session, "load_control", load_control)
+    large = outside / "large.jpg"
+    answer = restyled(app_session, large, 0.5, "img2img", None, OWN_IMAGE, "demo/control", 1, str(large))
+    assert answer[3] == "**that will do**"
+    assert [one.size for one in seen] == [(1200, 600)]
 
 
 def test_visitors_from_elsewhere_name_no_weights(app_session: AppSession, photo: Path) -> None:

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.page_requests import RUN
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from ghibli.inference.load import load_model
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 
@@ -31,6 +35,24 @@ def test_only_what_was_trained_is_offered(app_session: Any, outside: Path) -> No
     for strange in ("/etc", "../run", f"{RUN}/"):
         with pytest.raises(UserError, match="is no longer a finished run: reload the page"):
             app_session.model_of([strange])
+
+
+def test_a_run_that_was_trained_on_is_loaded_anew(app_session: Any, outside: Path) -> None:
+    """Under the same name its weights are others; without a change they are not loaded twice."""
+    before = app_session.model_of([RUN])
+    assert app_session.model_of([RUN]) is before
+    file = RunDir(outside / RUN).adapter / "pytorch_lora_weights.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, adapter_metadata(file))
+    found = app_session.model_of([RUN])
+    ours, theirs, old = (model.at(1).unet.state_dict() for model in (found, load_model([RUN], []), before))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not all(torch.equal(ours[name], old[name]) for name in old)
+    assert app_session.model_of([RUN]) is found
+
+
+def adapter_metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
 
 
 @pytest.mark.slow

@@ -1,7 +1,12 @@
 """What the training tab shows: the form as settings of train.py, and a run as its files tell it."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +21,7 @@ from ghibli.report.run_data import read_run
 from ghibli.runs import monitor
 from ghibli.runs.compose import compose_config
 from ghibli.runs.folder import RunDir
-from ghibli.runs.jobs import Job
+from ghibli.runs.jobs import Job, is_process
 from ghibli.runs.queue import Queue
 from ghibli.runtime.errors import UserError
 
@@ -67,6 +72,52 @@ def test_the_form_asks_for_what_its_fields_say(here: Path) -> None:
 def test_a_check_runs_no_option_of_hydra() -> None:
     with pytest.raises(UserError, match="^--multirun is no setting of a run"):
         training.check(["seed=1", "--multirun"])
+
+
+@pytest.fixture
+def slow(here: Path) -> Path:
+    """A program that notes its process and then takes a minute, in the place of Python."""
+    file = here / "slow"
+    lines = ("import os, pathlib, time", "pathlib.Path('pid').write_text(str(os.getpid()))", "time.sleep(60)")
+    file.write_text("\n".join([f"#!{sys.executable}", *lines]))
+    file.chmod(0o755)
+    return file
+
+
+def began() -> int:
+    """Wait until that program has begun; return its process."""
+    while not (Path("pid").exists() and Path("pid").read_text()):
+        time.sleep(0.01)
+    return int(Path("pid").read_text())
+
+
+def test_one_check_runs_at_a_time_and_not_for_ever(slow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", str(slow))
+    monkeypatch.setattr(training, "CHECK_LIMIT", 6.0)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(training.check, ["seed=1"])
+        process = began()
+        with pytest.raises(UserError, match="^a check is running: wait for its end$"):
+            training.check(["seed=1"])
+        with pytest.raises(UserError, match=r"^the check took more than 0.1 minutes and was ended: try "):
+            first.result()
+    assert not is_process(process, None)
+    slow.write_text(f"#!{python}\nprint('reading', 'error: no images', sep=chr(10))\n")
+    assert Page(training.check(["seed=1"])).text == "error: no images"
+
+
+def test_a_check_ends_with_the_page(slow: Path) -> None:
+    script = (
+        "import sys, threading, time; from pathlib import Path; from ghibli.app import training\n"
+        f"sys.executable = {str(slow)!r}\n"
+        "threading.Thread(target=training.check, args=(['seed=1'],), daemon=True).start()\n"
+        "while not Path('pid').exists(): time.sleep(0.01)\n"
+        "sys.exit(143)"  # as after SIGTERM
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 143
+    assert not is_process(began(), None)
 
 
 def test_findings_are_escaped_and_have_their_level() -> None:
@@ -122,6 +173,18 @@ def test_a_run_that_loads_shows_what_it_prints(here: Path, monkeypatch: pytest.M
     assert "loading: a run writes its first file after some seconds" in page.text
     assert "loading torch ..." in page.text and "script" not in {name for name, _ in page.tags}
     assert Page(training.queue_list(runs)).text == "1. seed=1: is being trained"
+
+
+def test_a_queue_that_cannot_be_read_is_told(here: Path) -> None:
+    runs = Queue()
+    assert training.queue_list(runs) == "Nothing was asked for yet."
+    runs.folder.mkdir(parents=True)
+    runs.file.write_text("{")
+    assert "outputs/queue/queue.json cannot be read" in Page(training.queue_list(runs)).text
+    runs._store([Job(1, ["seed=1"])])
+    runs.file.write_text(runs.file.read_text().replace("]\n", ', {"machine": "<b>"}]'))
+    told = Page(training.queue_list(runs)).text
+    assert "1 of its entries are damaged" in told and "1. seed=1: waits" in told
 
 
 def test_which_run_is_watched(here: Path) -> None:

@@ -5,6 +5,8 @@ import io
 import os
 import re
 import stat
+import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image, ImageCms, features
 
 from ghibli.images import read as reading
 from ghibli.images.jpeg import has_more_scans
-from ghibli.images.read import Unusable, check_image, image_endings, open_file, open_image, read_image
+from ghibli.images.read import Unusable, check_image, decode, image_endings, open_file, open_image, read_image
 from ghibli.inference.photos import find_photos
 from ghibli.prepare.download import write_image_bytes
 from ghibli.runtime.errors import UserError
@@ -256,6 +258,40 @@ def test_other_files_are_counted_by_ending(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     folder = read(tmp_path, caption="x")
     assert folder.not_read == ("1 without an ending, 1 .cr3, 1 .jxl, 2 .mp4, 3 images in old/ (1), sub/ (2)")
+
+
+def write_tiff(file: Path, directories: int) -> Path:
+    """Write a TIFF of one red pixel, which so many directories name."""
+    pixel, size = 8, 2 + 9 * 12 + 4
+    entries = [(256, 3, 1), (257, 3, 1), (258, 3, 8), (259, 3, 1), (262, 3, 2), (273, 4, pixel), (277, 3, 3),
+               (278, 3, 1), (279, 4, 3)]  # fmt: skip
+    content = bytearray(struct.pack("<2sHI", b"II", 42, 12) + bytes([*RED, 0]))
+    for number in range(directories):
+        content += struct.pack("<H", len(entries))
+        content += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+        content += struct.pack("<I", 12 + (number + 1) * size if number + 1 < directories else 0)
+    file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize("directories", [1, 2, 3])
+def test_a_tiff_gives_its_first_image(tmp_path: Path, directories: int) -> None:
+    image, size = decode(write_tiff(tmp_path / "a.tif", directories))
+    with Image.open(tmp_path / "a.tif") as theirs:
+        assert theirs.n_frames == directories
+        assert image.info["frames"] == min(theirs.n_frames, 2)
+        assert size == theirs.size == (1, 1) and image.getpixel((0, 0)) == theirs.getpixel((0, 0)) == RED
+    frames = [Image.new("L", (8 * n, 9), n) for n in range(1, 4)]
+    frames[0].save(tmp_path / "b.tif", save_all=True, append_images=frames[1:], compression="tiff_lzw")
+    image, size = decode(tmp_path / "b.tif")  # the others have another size
+    assert size == image.size == (8, 9) and image.getpixel((0, 0)) == (1, 1, 1)
+
+
+def test_a_tiff_of_many_images_is_read_at_once(tmp_path: Path) -> None:
+    """Pillow looks up each directory among all before it."""
+    file, start = write_tiff(tmp_path / "a.tif", 40_000), time.monotonic()
+    assert decode(file)[0].info["frames"] == 2
+    assert time.monotonic() - start < 5
 
 
 def test_later_images_of_a_file_and_links_to_folders_are_named(

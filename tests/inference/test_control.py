@@ -235,7 +235,7 @@ def test_ready_images_belong_to_their_photos(demo: LoadedModel, stored: str, two
         Image.new("RGB", (32, 48), colour).save(folder / f"{photo.path.stem}.jpg")
     found = with_control_images(two, folder)
     assert [photo.control and photo.control.name for photo in found] == ["a.jpg", "b.jpg"]
-    one = load_control(ControlOptions(str(folder), stored), demo.base)(found[1].control)
+    one = load_control(ControlOptions(str(folder), stored), demo.base)(Image.open(folder / "b.jpg"))
     control = one(Image.new("RGB", (64, 96)))
     assert control.image.size == (64, 96) and set(np.array(control.image).flat) == {128}
     assert [photo.control for photo in with_control_images(two, folder / "a.jpg")] == [folder / "a.jpg"] * 2

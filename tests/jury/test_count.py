@@ -1,6 +1,7 @@
 """Votes that come back as files: read as a stranger's, matched with the key, and counted in words."""
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,19 @@ def test_a_voter_counts_once(key: count.Key, vote: Callable) -> None:
         found = count.read_votes(files, key)
         assert len(found.votes) == 60 and found.voters == 1
         assert found.notes == ["part.json is not counted: the same voter sent another file"]
+
+
+def test_of_a_voters_equal_files_the_newest_counts(key: count.Key, vote: Callable) -> None:
+    """Who went back and changed some choices sends the same pairs again."""
+    old, new = (vote(name, 2.0 * sign, 1, voter="jane") for name, sign in (("old", 1), ("new", -1)))
+    for file, at in ((old, 1000), (new, 2000)):
+        os.utime(file, (at, at))
+    alone = count.read_votes([new], key)
+    for files in ([old, new], [new, old]):
+        found = count.read_votes(files, key)
+        assert found.notes == ["old.json is not counted: the same voter sent another file"]
+        assert found.voters == 1 and np.array_equal(found.votes.outcome, alone.votes.outcome)
+    assert not np.array_equal(count.read_votes([old], key).votes.outcome, alone.votes.outcome)
 
 
 @pytest.mark.parametrize(

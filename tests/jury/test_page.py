@@ -74,6 +74,28 @@ def test_people_vote_reload_and_save(browser: Any, page: Path, tmp_path: Path) -
     assert len(count.read_votes([file], key).votes) == 6
 
 
+def test_keys_that_are_not_the_pages_own(browser: Any) -> None:
+    """The browser goes back by alt and arrow; space presses the button that has the focus."""
+    from selenium.webdriver import ActionChains
+
+    def choices() -> list[str]:
+        return browser.execute_script("return state.choices")
+
+    event = (
+        "const event = new KeyboardEvent('keydown', {key: arguments[0], [arguments[1]]: true, bubbles: true, "
+        "cancelable: true}); document.body.dispatchEvent(event); return event.defaultPrevented"
+    )
+    for key in ("ArrowLeft", "Backspace", " "):
+        assert not any(browser.execute_script(event, key, held) for held in ("altKey", "ctrlKey", "metaKey"))
+    assert choices() == [] and browser.execute_script(event, "ArrowLeft", "shiftKey")
+    browser.execute_script("find('right').focus()")
+    ActionChains(browser).send_keys(" ").perform()
+    assert choices() == ["left", "right"]
+    click(browser, "left")
+    ActionChains(browser).send_keys(" ").perform()
+    assert choices() == ["left", "right", "left", "same"]
+
+
 def saved(browser: Any, folder: Path) -> Path:
     """Wait for the file that the browser saves."""
     from selenium.webdriver.support.ui import WebDriverWait

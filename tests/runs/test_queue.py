@@ -1,5 +1,6 @@
 """The queue of runs: one at a time, each outliving who started it, found again from files alone."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,8 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from subprocess import Popen
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import psutil
@@ -24,7 +28,7 @@ from ghibli.runs.queue import Queue
 from ghibli.runtime.errors import UserError
 
 STAND_IN = f"""
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(REPO)!r})
 from ghibli.runs.folder import RunDir
@@ -40,7 +44,7 @@ if "seed=7" in sys.argv:
 run, stopped = RunDir(Path(folder)), []
 signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
 with run.lock():
-    run.status.update(state="running", step=1)
+    run.status.update(state="running", step=1, process=os.getpid())
     (run.path / "checkpoints").mkdir(exist_ok=True)
     while not (stopped or Path("end").exists()):
         time.sleep(0.01)
@@ -101,6 +105,29 @@ def test_one_after_another(here: Path) -> None:
     assert printed == [f"began seed=1 hydra.run.dir={first.folder}"]
 
 
+def test_the_end_of_a_run_is_noted_once(here: Path) -> None:
+    """However many threads see it at the same time."""
+    runs = Queue()
+    started(runs)
+    child, together = runs._children[1], Barrier(4, timeout=30)
+
+    def poll() -> int | None:  # each thread comes to know before any of them notes it
+        code = Popen.poll(child)
+        with suppress(BrokenBarrierError):
+            together.wait()
+        return code
+
+    (here / "end").touch()
+    child.wait()
+    child.poll = poll
+    with ThreadPoolExecutor(4) as pool:
+        told = [pool.submit(runs.advance) for _ in range(4)]
+        time.sleep(1)
+        together.abort()
+        assert [one.exception() for one in told] == [None] * 4
+    assert runs.jobs()[0].code == 0 and runs._children == {}
+
+
 def test_it_outlives_who_started_it_and_is_found_again(here: Path) -> None:
     """Whoever starts it is killed; another process finds it by its files, and stops it as Ctrl-C would."""
     script = (
@@ -124,7 +151,49 @@ def test_it_outlives_who_started_it_and_is_found_again(here: Path) -> None:
     assert RunDir(Path(job.folder)).status.state == "interrupted"
     runs.advance()
     wait(lambda: runs.at_work() and is_locked(runs.at_work()))
-    assert runs.at_work().words == ["seed=2"]
+    assert runs.at_work().words[0] == "seed=2"
+
+
+def killed_at_start(here: Path, body: str) -> None:
+    """Start a run in a process that is killed at its Popen, in which `body` says what becomes of the run."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from ghibli.runs import queue\n"
+        f"queue.ROOT = Path({str(here / 'code')!r}); runs = queue.Queue(); start = queue.subprocess.Popen\n"
+        f"def killed(*words, **options):\n    {body}\n    os.kill(os.getpid(), 9)\n"
+        "queue.subprocess.Popen = killed; runs.add(['seed=1']); runs.add(['seed=2']); runs.advance()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "pass",
+        "start(*words, **options)",  # it still loads
+        "start(*words, **options); time.sleep(3)",  # it has its lock
+        "Path('end').touch(); start(*words, **options).wait()",  # it is over
+    ],
+)
+def test_a_kill_within_a_start_trains_no_run_twice(here: Path, body: str) -> None:
+    """Nor does it lose one, whether the process of the run came to be or not."""
+    killed_at_start(here, body)
+    runs, is_over = Queue(), "wait()" in body
+    assert [runs.outcome(job) for job in runs.jobs()] in (["waits"] * 2, ["is being trained", "waits"])
+    for _ in range(3):
+        runs.advance()
+    (folder, *more) = sorted(here.glob("outputs/train/*"))
+    first, second = runs.jobs()
+    assert first.folder == str(folder.relative_to(here))
+    assert (len(more), second.waits) == (is_over, not is_over)
+    if not is_over:
+        wait(lambda: is_locked(first))
+        assert runs.at_work() == first and first.process == lock.holder(folder / ".lock")
+        (here / "end").touch()
+        wait(lambda: runs.advance() or not runs.jobs()[1].waits)
+    assert runs.outcome(runs.jobs()[0]) == "finished"
+    assert runs.tail(first, 5) == [f"began seed=1 hydra.run.dir={first.folder}"]
 
 
 def test_a_run_that_is_stopped_is_resumed(here: Path) -> None:
@@ -153,6 +222,22 @@ def test_what_can_be_resumed(here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         runs.add_resume(run.path)
 
 
+def test_a_run_is_resumed_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever presses twice: at the same time, or while it loads. Its later stop would be undone."""
+    run = RunDir(here / "outputs/train/run")
+    monkeypatch.setattr(queue, "run_to_resume", lambda name: run)
+    runs = Queue()
+    with ThreadPoolExecutor(8) as pool:
+        told = [one.exception() for one in [pool.submit(runs.add_resume, run.path) for _ in range(8)]]
+    assert sorted(map(str, told)) == [*[f"{run.path} waits already"] * 7, "None"]
+    runs.remove(1)
+    runs._append(["seed=7", f"resume={run.path}"], str(run.path))
+    runs.advance()
+    wait(lambda: runs.tail(runs.jobs()[0], 1))
+    with pytest.raises(UserError, match=f"^{run.path} is being trained$"):
+        runs.add_resume(run.path)
+
+
 def test_a_run_that_still_loads_is_stopped_at_once(here: Path) -> None:
     """It holds no lock yet, and a shell in the background may have given it a deaf ear for SIGINT."""
     runs = Queue()
@@ -174,6 +259,55 @@ def test_a_run_that_ends_in_an_error_says_which(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "raised"),
+    [("claimed", UserError("no folder")), ("Popen", OSError(12, "Cannot allocate memory")),
+     ("Popen", ValueError("embedded null byte"))],
+)  # fmt: skip
+def test_a_run_that_cannot_be_started_is_over(
+    here: Path, monkeypatch: pytest.MonkeyPatch, name: str, raised: Exception
+) -> None:
+    """It is not tried again, leaves no folder behind, and the next one gets its turn."""
+    runs = Queue()
+    runs.add(["seed=1"])
+    runs.add(["seed=2"])
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.subprocess if name == "Popen" else queue, name, fail)
+        runs.advance()
+    assert [job.waits for job in runs.jobs()] == [False, True] and runs.at_work() is None
+    assert runs.outcome(runs.jobs()[0]) == f"error: it could not be started: {raised}"
+    assert not list(here.glob("outputs/train/*"))
+    runs.printed(runs.jobs()[0]).unlink()  # a disk that takes no more
+    assert runs.outcome(runs.jobs()[0]) == "could not be started"
+    runs.advance()
+    assert wait(runs.at_work).words[0] == "seed=2"
+
+
+def test_a_queue_that_cannot_be_changed_says_so(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of a run's folder would name a setting that there is not."""
+    (here / "file").touch()
+    with pytest.raises(UserError, match=r"^the queue of runs in .*/file/queue cannot be changed \(Not a dir"):
+        Queue(here / "file/queue").add([])
+    monkeypatch.setattr(queue, "PATIENCE", 0.1)
+    runs = Queue()
+    script = (
+        "import sys; from pathlib import Path; from ghibli.runs import lock; "
+        f"taken = lock.take(Path({str(runs.folder / '.lock')!r}), ''); print(flush=True); input()"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    with Popen([sys.executable, "-c", script], env=environment, **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(UserError, match="^another process keeps the queue of runs in .* locked: end it$"):
+            runs.add([])
+        other.communicate(b"\n")
+    assert runs.add([]).number == 1
+
+
+@pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["-m"], "-m is no setting of a run"),
@@ -181,6 +315,8 @@ def test_a_run_that_ends_in_an_error_says_which(here: Path) -> None:
         (["hydra.run.dir=/tmp/x"], "hydra.run.dir=/tmp/x is no setting of a run"),
         (["+hydra.sweeper=x"], "'?.*hydra.sweeper=x'? is no setting of a run"),
         (["a panda"], "'a panda' is no setting of a run"),
+        (["data.caption=a\0b"], r"data.caption=a\\x00b holds a character that no command takes"),
+        (["data.caption=\ud800"], r"data.caption=\\ud800 holds a character that no command takes"),
         (["lora.rnak=3"], "unknown key lora.rnak"),
         (["lora.rank=0", "optimizer.lr=-1"], "lora.rank=0.*; and: optimizer.lr=-1"),
         (["data=ghibli", "data.root=no/such"], "data.root=no/such: no such folder"),
@@ -216,7 +352,6 @@ def started_unseen(runs: Queue) -> Job:
     job = runs.jobs()[0]
     status = RunDir(Path(job.folder)).status
     wait(lambda: status.read().get("step"))
-    status.update(process=job.process)  # as train.py notes it
     return job
 
 
@@ -277,9 +412,28 @@ def test_a_damaged_file_is_no_job(entry: Any) -> None:
     assert job is None or isinstance(job.words, list)
 
 
-def test_a_queue_that_cannot_be_read_is_empty(here: Path) -> None:
+def test_a_queue_that_cannot_be_read_is_left_as_it_is(here: Path) -> None:
+    """What it holds may be many runs, or those of another version of this program."""
     runs = Queue()
+    assert runs.trouble() is None
     runs.folder.mkdir(parents=True)
-    for content in ("", "{", "{}", "[3]", '[{"number": 1}]', "[" * 10_000):
-        runs.file.write_text(content)
+    for content in ("", "{", "{}", "[3]", '[{"number": 1}]', "[" * 10_000, "\xff"):
+        runs.file.write_bytes(content.encode("latin-1"))
         assert runs.jobs() == [] and runs.at_work() is None
+        with pytest.raises(UserError, match="^outputs/queue/queue.json cannot be read, and no") as told:
+            runs.add([])
+        assert str(told.value) == runs.trouble() and "\n" not in str(told.value)
+        assert runs.file.read_bytes() == content.encode("latin-1")
+
+
+def test_entries_of_another_version_are_not_lost(here: Path) -> None:
+    runs = Queue()
+    runs._store([Job(1, ["seed=1"])])
+    (own,) = json.loads(runs.file.read_text())
+    text = json.dumps([own, own | {"number": 2, "machine": "b"}])
+    runs.file.write_text(text)
+    assert [job.number for job in runs.jobs()] == [1]
+    for change in (lambda: runs.add([]), lambda: runs.remove(1), runs.advance):
+        with pytest.raises(UserError, match="1 of its entries are damaged or of another version: repair"):
+            change()
+    assert runs.file.read_text() == text
