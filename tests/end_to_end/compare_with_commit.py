@@ -2,11 +2,11 @@
 
     python tests/end_to_end/compare_with_commit.py [COMMIT] [--images DIR] [--only NAME] [--threads N]
 
-Compared are the trained weights' bytes, the loss column, the columns of probe.csv that both have, to rounding,
-and the pixels of the grids of both. A refactor leaves all of it as it is; MEANT names what changed on purpose
-after 73ce106. --images names a folder of real images; without it that run is left out. Images with a colour
-profile other than sRGB are left out of it: commits before 894e136 ignored the profile, so they train on other
-colours.
+Compared are the trained weights' bytes, the loss column, the columns of probe.csv that both have (to
+rounding), and the pixels of the grids of both. A refactor leaves all of it as it is; MEANT names what changed
+on purpose after 73ce106. --images names a folder of real images; without it that run is left out. Images with
+a colour profile other than sRGB are left out of it: commits before 894e136 ignored the profile, so they train
+on other colours.
 """
 
 import argparse
