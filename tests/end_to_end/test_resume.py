@@ -29,7 +29,7 @@ def overrides(images: Path, folder: Path) -> list[str]:
 MOMENTS = [
     ("training_step", 8),  # in the middle of an accumulation, in the first epoch
     ("grid", 1),  # after the first validation, before the epoch's checkpoint
-    ("validation_step", 8),  # in the second epoch's validation, which has 6
+    ("validation_step", 2),  # in the second epoch's validation, of one pass
     ("save_checkpoint", 4),  # while the first epoch's checkpoint is written
     ("training_step", 17),  # in the second epoch
 ]

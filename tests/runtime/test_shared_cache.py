@@ -84,15 +84,15 @@ def test_two_processes_add_to_the_scores(tmp_path: Path) -> None:
     def score(own: list[CaptionedImage]) -> None:
         for image in own:
             number = int(image.content_hash, 16)
-            cached_scores(tmp_path, SETTINGS, [image], lambda index, n=number: torch.tensor([n / 7, n]))
+            cached_scores(tmp_path, SETTINGS, [image], lambda rows, n=number: torch.tensor([[n / 7, n]]))
 
     workers = side_by_side(lambda: score(images[::2]), lambda: score(images[1::2]))
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0]
 
-    def unknown(index: int) -> torch.Tensor:
-        raise AssertionError(f"the score of image {index} was lost")
+    def unknown(rows: list[int]) -> torch.Tensor:
+        raise AssertionError(f"the scores of images {rows} were lost")
 
     scores = cached_scores(tmp_path, SETTINGS, images, unknown)
     assert torch.equal(scores, torch.tensor([[n / 7, n] for n in range(60)]))
