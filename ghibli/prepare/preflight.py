@@ -236,7 +236,9 @@ def about_run(
     if config.finetune != "none":
         result_or_finding(found, "plan", lambda: found.extend(about_plan(data, trainer)))
         result_or_finding(found, "workers", data.check_workers)
-    beside = result_or_finding(found, "regularization", lambda: images_beside(config)) or 0
+    beside = (
+        result_or_finding(found, "regularization", lambda: images_beside(config.data.regularization)) or 0
+    )
     found.append(about_memory(module, data, trainer, beside))
     shapes = [tuple(p.shape) for p in module.trainable.values()]
     cells = len(cells_of(config.sample, config.loss.own_guidance))
@@ -246,10 +248,9 @@ def about_run(
     return found + about_cache(size, config.cache_dir)
 
 
-def images_beside(config: Config) -> int:
+def images_beside(root: str | None) -> int:
     """Count the images in data.regularization, which are encoded like the image set."""
-    key, root = "data.regularization", config.data.regularization
-    return 0 if root is None else len(list_images(expanded(root), key))
+    return 0 if root is None else len(list_images(expanded(root), "data.regularization"))
 
 
 def about_plan(data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:
