@@ -101,7 +101,7 @@ def by_settings(trials: list[Trial]) -> list[list[Trial]]:
     for trial in without_duplicates(ordered):
         if torch.equal(trial.scores.base_val, ordered[0].scores.base_val):
             groups.setdefault(without_seed(trial), []).append(trial)
-    return list(groups.values())
+    return [group for group in groups.values() if not group[0].repeats]
 
 
 def without_seed(trial: Trial) -> str:
