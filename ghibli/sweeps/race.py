@@ -1,12 +1,13 @@
 """Race trials: stop one that is behind the best by more than chance allows; it can be resumed.
 
-After every epoch but its last, a trial is compared with the best finished trial of as many epochs, at
-that epoch and on the same items of the same held-out images, by a paired t-test. A study makes many such
-looks, and at each the rival is the best of several on these very images, so all comparisons that could be
-made are counted, and each is made at ALPHA divided by their number (Bonferroni; Dunn 1961): the chance of
-stopping any trial at an epoch at which it is truly not behind is at most ALPHA, however the comparisons
-depend on each other. (Tests that spend ALPHA over growing samples, as the Hoeffding races of Maron & Moore
-1994 do, do not fit: every look sees all images.) What the test cannot know is whether a trial that is behind now would have caught up.
+After every epoch but its last, a trial is compared with the best finished trial of as many epochs, at that
+epoch and on the same items of the same held-out images, by a paired t-test. A study makes many such looks,
+and at each the rival is the best of several on these very images, so all comparisons that could be made are
+counted, and each is made at ALPHA divided by their number (Bonferroni; Dunn 1961): the chance of stopping
+any trial at an epoch at which it is truly not behind is at most ALPHA, however the comparisons depend on
+each other. (Tests that spend ALPHA over growing samples, as the Hoeffding races of Maron & Moore 1994 do,
+do not fit: every look sees all images.) What the test cannot know is whether a trial that is behind now
+would have caught up.
 """
 
 import logging
