@@ -25,9 +25,11 @@ import torch
 
 from ghibli.adapters.trained import starting_base, trained_base
 from ghibli.config.schema import Config
+from ghibli.data.sources import real_images
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, FINETUNE_SEEDS, compose, draw
 from ghibli.diffusion.process import add_noise, predict_branches
 from ghibli.diffusion.samplers import Cell, make_scheduler, sample
+from ghibli.evaluation.copies import TrainingThumbnails, copies_among, crops_of, thumbnails_of
 from ghibli.evaluation.distances import (
     frechet_distance,
     kernel_difference,
@@ -35,6 +37,7 @@ from ghibli.evaluation.distances import (
 )
 from ghibli.evaluation.features import FeatureExtractor, standardised
 from ghibli.evaluation.gain import Gain, Probe, best_epoch, paired_gain
+from ghibli.evaluation.samples import read_unit_image
 from ghibli.evaluation.scores import best_probe
 from ghibli.evaluation.statistics import Estimate
 from ghibli.images.grid import to_image
@@ -58,6 +61,7 @@ QUIET = (
     f"cache_dir={WORK}/cache",
 )  # fmt: skip
 STYLE, SIDE, STEPS = ", Studio Ghibli style", 128, 20
+DRAWN = 500  # images of data=demo
 REFERENCE, UNITS = 300, 200  # real images to compare with, and those that give the units
 PROMPTS, REAL = EVALUATION_SEEDS.start + 60_000, EVALUATION_SEEDS.start + 70_000  # their first scenes
 Settings = dict[str, tuple[str, ...]]  # name of a run -> its words, beside those of its part
@@ -218,7 +222,7 @@ def measured(run: RunDir, scale: float, count: int) -> dict[str, torch.Tensor]:
     """Return features and caption fit of images that a run draws by DDIM, from the same noise as all runs."""
 
     def make() -> dict[str, torch.Tensor]:
-        images = sampled(trained_base(run, finished_config(run)), run.path.name, scale, count)
+        images = sampled(trained_base(run, finished_config(run)), run.path.name, scale, prompts(count))
         return extractor().measure(images, prompts(count))
 
     weights = run.status.read()["settings_hash"], run.status.read()["code_hash"]
@@ -422,15 +426,46 @@ def ranks(lab: Lab) -> None:
 
 
 def sizes(lab: Lab) -> None:
-    """How many images a LoRA needs: gain on held-out and on training images, by the size of the set."""
-    began, rows = time.monotonic(), {}
-    for count in (25, 50, 100, 200, 400):
-        epochs, held_out = max(3, 1200 // count), 1 - count / 500  # 500 are drawn
-        words = ("model=demo", f"trainer.max_epochs={epochs}", f"data.val_fraction={held_out:g}")
-        found = lab.probes("sizes", {f"{count} images": words}, ())[f"{count} images"]
-        gap = [round(100 * (one.train_gain.value - one.val_gain.value), 1) for one in found]
-        rows[str(count)] = {"gain": gains(found), "training minus held out": gap}
-    note("sizes", lab, began, images=rows)
+    """How many images a LoRA needs, with as many examples for all: gain, images of new captions, copies."""
+    began, scale, rows = time.monotonic(), 7.5, {}
+    sets: Settings = {
+        f"{count} images": (
+            "model=demo", f"trainer.max_epochs={1200 // count}", f"data.val_fraction={1 - count / DRAWN:g}",
+        )
+        for count in (25, 50, 100, 200, 400)
+    }  # fmt: skip
+    for seed, (name, words) in product(range(lab.seeds), sets.items()):
+        run = lab.run("sizes", name, words, seed)
+        history = history_of(run)
+        best, last = history[best_epoch(history)], history[-1]
+        row = {
+            "best epoch": f"{best_epoch(history)} of {len(history) - 1}",
+            "gain": gains([best])[0], "gain of the last epoch": gains([last])[0],
+            "training minus held out": [points_apart(one) for one in (best, last)],
+            "distance": pair(distance(run, scale, lab.samples)), "copies": copies(run, scale, lab.samples),
+        }  # fmt: skip
+        rows.setdefault(name, []).append(row)
+        note("sizes", lab, began, sets=rows)
+
+
+def points_apart(probe: Probe) -> float:
+    """Return the gain on training images minus that on held-out ones, in points."""
+    return round(100 * (probe.train_gain.value - probe.val_gain.value), 1)
+
+
+def copies(run: RunDir, scale: float, count: int) -> dict[str, Any]:
+    """Draw the captions that a run was trained on, and count the images that are copies of its images."""
+    config = finished_config(run)
+    _, training = real_images(config, run.status.read()["data_hash"])
+    texts = [training[i % len(training)].caption for i in range(count)]
+    images = sampled(trained_base(run, config), run.path.name, scale, texts)
+    files = [read_unit_image(image.path, config) for image in training]
+    originals = TrainingThumbnails(
+        thumbnails_of(torch.stack(files)), torch.stack([crops_of(one) for one in files])
+    )
+    unseen = originals.distances(thumbnails_of(scenes(REAL, REFERENCE)))
+    found = copies_among(originals.distances(thumbnails_of(images)), unseen)
+    return {name: found[name] for name in ("below", "samples", "expected")} | {"p": rounded(found["p"], 4)}
 
 
 @torch.no_grad()
@@ -452,7 +487,7 @@ def noise(lab: Lab) -> None:
             base.unet(noisy[i : i + 20], timesteps[i : i + 20], embeds[i : i + 20], return_dict=False)[0]
             for i in range(0, count, 20)
         ])  # fmt: skip
-        images[name] = sampled(base, name, 7.5, count)
+        images[name] = sampled(base, name, 7.5, prompts(count))
     decoded = {name: models["base"].decode(latent) for name, latent in predicted.items()}
     reference = scaled(real(REAL, REFERENCE))
 
@@ -467,16 +502,16 @@ def noise(lab: Lab) -> None:
     note("noise", lab, began, count=count, predicted_noise_decoded=distances, images=of_images)
 
 
-def sampled(base: BaseModel, name: str, scale: float, count: int) -> torch.Tensor:
-    """Draw images of the prompts by DDIM, from the same noise for all, (count, 3, SIDE, SIDE) in 0 .. 1."""
+def sampled(base: BaseModel, name: str, scale: float, texts: list[str]) -> torch.Tensor:
+    """Draw an image of each text by DDIM, from the same noise for all runs, (N, 3, SIDE, SIDE) in 0 .. 1."""
     parts = []
     with counted(f"drawing: {name}, guidance {scale:g}") as on_progress:
-        for start in range(0, count, 20):
-            part = prompts(count)[start : start + 20]
+        for start in range(0, len(texts), 20):
+            part = texts[start : start + 20]
             seeds = list(range(start, start + len(part)))
             options = {"num_inference_steps": STEPS, "seeds": seeds, "resolution": SIDE}
             parts.append(sample(base, part, Cell("ddim", scale), **options))
-            on_progress(start + len(part), count)
+            on_progress(start + len(part), len(texts))
     return torch.cat(parts)
 
 
@@ -539,7 +574,7 @@ def asrun(lab: Lab) -> None:
 
 def base_distance(scale: float, count: int) -> Estimate:
     """Return the style distance of the untouched base's images."""
-    images = sampled(load("demo"), "base", scale, count)
+    images = sampled(load("demo"), "base", scale, prompts(count))
     rows = extractor().measure(images, prompts(count))["features"]
     return kernel_distance(scaled(rows), scaled(real(REAL, REFERENCE)))
 
