@@ -64,7 +64,8 @@ class GhibliDataModule(L.LightningDataModule):
         self.price_images: list[CaptionedImage] = []  # what the base was made for: see training.price
         self.price_batches: list[dict[str, torch.Tensor]] = []
         self.keep_ids: torch.Tensor | None = None  # (N, L) of the training images, with loss.keep
-        self.regularization: EncodedImages | None = None  # the images of data.regularization
+        self.beside: ImageFolder | None = None  # data.regularization
+        self.regularization: EncodedImages | None = None  # its images
 
     @property
     def scored_images(self) -> list[CaptionedImage]:
@@ -123,6 +124,26 @@ class GhibliDataModule(L.LightningDataModule):
         self.shapes = [sizes[image.path] for image in self.train_images for _ in range(image.repeats)]
         return folder
 
+    def read_regularization(self) -> ImageFolder | None:
+        """Read data.regularization, once; None without it.
+
+        Raises:
+            UserError: no such folder, too few usable images, or held-out ones.
+        """
+        data, key = self.config.data, "data.regularization"
+        if data.regularization is None or self.beside is not None:
+            return self.beside
+        self.read()
+        thumbnails = dict(self.thumbnails)
+        folder = read_folder(
+            Path(data.regularization), style="", default_caption=data.caption,
+            min_side=data.min_side, key=key,
+            on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
+        )  # fmt: skip
+        require_none_held_out(folder.images, self.held_out, thumbnails, f"{key}={data.regularization}")
+        self.beside = folder
+        return folder
+
     def setup(self, stage: str) -> None:
         """Read, split and encode the images, once; write split.json."""
         if self.is_ready:
@@ -170,30 +191,26 @@ class GhibliDataModule(L.LightningDataModule):
         if self.config.loss.keep > 0:
             self.keep_ids = self.base.tokenize(everyday.captions_to_keep(self.train_images, self.config))
             self.all_input_ids = torch.cat([self.all_input_ids, self.keep_ids])
-        if data.regularization is not None:
-            self.regularization = self._encode_regularization(Path(data.regularization), device)
+        if (beside := self.read_regularization()) is not None:
+            self.regularization = self._encode_regularization(beside, device)
             self.all_input_ids = torch.cat([self.all_input_ids, self.regularization.input_ids])
         self.base.vae.to(home)
         rows = [images.index(image) for image in self.probe_images]
         self.probe_batches = self._items(self.probe_images, moments.of(rows), input_ids[rows])
 
-    def _encode_regularization(self, root: Path, device: torch.device) -> EncodedImages:
-        """Read and encode data.regularization: as squares, so that any of them fit into one batch.
+    def _encode_regularization(self, folder: ImageFolder, device: torch.device) -> EncodedImages:
+        """Encode data.regularization: as squares, so that any of its images fit into one batch.
 
         Raises:
-            UserError: no such folder, too few usable images, held-out ones, or others than before a resume.
+            UserError: other images than before a resume.
         """
-        data, key = self.config.data, "data.regularization"
-        thumbnails = dict(self.thumbnails)
-        found = read_folder(
-            root, style="", default_caption=data.caption, min_side=data.min_side, key=key,
-            on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
-        ).images  # fmt: skip
-        require_none_held_out(found, self.held_out, thumbnails, f"{key}={root}")
+        data, found = self.config.data, folder.images
         if self.trainer.is_global_zero:
+            if folder.unusable:
+                logger.warning(f"data.regularization: {summarise(folder.unusable, elsewhere='')}")
             if repeated := repeated_folders([image.name for image in found]):
-                logger.info(f"{key}: {repeated}")
-            what = f"the image set {key}={root}"
+                logger.info(f"data.regularization: {repeated}")
+            what = f"the image set data.regularization={data.regularization}"
             check_unchanged(self.run, "regularization_hash", image_set_hash(found), what)
         moments = self._moments(found, device, mirrored=False, resize=data.square_resize)
         return EncodedImages(

@@ -16,7 +16,7 @@ from ghibli.config.paths import check_adapter, check_base_path, check_images
 from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import left_out
-from ghibli.data.folder import list_images
+from ghibli.data.folder import summarise
 from ghibli.data.validation_items import images_in_a_pass
 from ghibli.diffusion.samplers import cells_of
 from ghibli.evaluation import diagnosis
@@ -32,7 +32,6 @@ from ghibli.runs.compose import check_overrides, conf_folder
 from ghibli.runs.folder import RunDir
 from ghibli.runtime import resources
 from ghibli.runtime.errors import UserError, disk_trouble
-from ghibli.runtime.home import expanded
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import lr_factor
@@ -40,7 +39,11 @@ from ghibli.training.trainer import make_callbacks, make_trainer
 
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}  # in this order
 PREPARED = "prepared.json"  # in conf/local: the base that `ghibli prepare` checked
-REPORTED_LATER = {"unusable images", "missing captions"}  # by the run itself, when it encodes the images
+REPORTED_LATER = {
+    "unusable images",
+    "missing captions",
+    "regularization",
+}  # by the run itself, when it encodes the images
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -81,6 +84,7 @@ def check(overrides: list[str], card: str | None = None) -> list[Finding]:
         found.append(about_device(trainer))
     if is_read:
         found += about_images(data, base)
+        found += result_or_finding(found, "regularization", lambda: about_regularization(data)) or []
     if is_read and module and trainer:
         found += about_run(module, data, trainer, run.path)
     return by_level(found)
@@ -92,12 +96,13 @@ def before_training(module: GhibliModule, data: GhibliDataModule, trainer: L.Tra
     A prediction, such as too little memory, does not stop a run; a certain failure does.
 
     Raises:
-        UserError: no usable images, or fewer than one optimiser step takes.
+        UserError: no usable images, fewer than one optimiser step takes, or held-out ones in
+            data.regularization.
     """
     if not trainer.is_global_zero:
         return
     read_dataset(data)
-    found = about_images(data, data.base)
+    found = about_images(data, data.base) + about_regularization(data)
     if module.config.finetune != "none":
         data.steps_per_epoch(trainer.accumulate_grad_batches, trainer.world_size)
         data.check_workers()
@@ -202,6 +207,22 @@ def about_images(data: GhibliDataModule, base: BaseModel | None) -> list[Finding
     return found
 
 
+def about_regularization(data: GhibliDataModule) -> list[Finding]:
+    """Describe the images of data.regularization; an empty list without it.
+
+    Raises:
+        UserError: as GhibliDataModule.read_regularization.
+    """
+    folder = data.read_regularization()
+    if folder is None:
+        return []
+    skipped = f"; {summarise(folder.unusable, elsewhere='')}" if folder.unusable else ""
+    text = (
+        f"data.regularization={data.config.data.regularization}: {len(folder.images)} usable images{skipped}"
+    )
+    return [Finding("regularization", text, "warning" if skipped else "note")]
+
+
 def about_device(trainer: L.Trainer) -> Finding:
     """Describe the device and the precision."""
     device = trainer.strategy.root_device
@@ -236,9 +257,7 @@ def about_run(
     if config.finetune != "none":
         result_or_finding(found, "plan", lambda: found.extend(about_plan(data, trainer)))
         result_or_finding(found, "workers", data.check_workers)
-    beside = (
-        result_or_finding(found, "regularization", lambda: images_beside(config.data.regularization)) or 0
-    )
+    beside = 0 if data.beside is None else len(data.beside.images)
     found.append(about_memory(module, data, trainer, beside))
     shapes = [tuple(p.shape) for p in module.trainable.values()]
     cells = len(cells_of(config.sample, config.loss.own_guidance))
@@ -246,11 +265,6 @@ def about_run(
     side, own = config.model.resolution, len(data.train_images) + len(data.val_images)
     size = memory.latents_size(side, own, config.data.flip) + memory.latents_size(side, beside)
     return found + about_cache(size, config.cache_dir)
-
-
-def images_beside(root: str | None) -> int:
-    """Count the images in data.regularization, which are encoded like the image set."""
-    return 0 if root is None else len(list_images(expanded(root), "data.regularization"))
 
 
 def about_plan(data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:

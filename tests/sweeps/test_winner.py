@@ -138,3 +138,16 @@ def test_repeats_are_asked_for_until_both_have_them() -> None:
     assert not is_close(swept)
     assert [len(group) for group in by_settings([*swept, second[0]])] == [3, 1]
     assert not by_settings([*swept, second[0]])[0][0].repeats
+
+
+def test_a_repeat_never_stands_for_settings_whose_own_trial_is_gone() -> None:
+    """Its first trial has failed: with the best gain of all among the repeats, the settings have no place."""
+    base = torch.ones(40, 2)
+    first = repeated(base, [base - 0.9, base - 0.8], chosen=base - 0.85)[1:]
+    second = repeated(base, [base - 0.3, base - 0.2], chosen=base - 0.25, rank=4)
+    assert [[trial.repeats for trial in group] for group in by_settings([*first, *second])] == [
+        [trial.repeats for trial in second[:1]] + [first[0].repeats] * 2
+    ]
+    assert [one.place for one in seeded([*first, *second])] == [1]
+    assert seeded([*first, *second])[0].gain.value == pytest.approx(0.25, abs=1e-6)
+    assert order([*first, *second]) is None

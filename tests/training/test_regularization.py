@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.commands import SMALL
 from PIL import Image
 
 import train
@@ -19,11 +20,19 @@ from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import EncodedImages, EpochPlan, TrainExamples
 from ghibli.data.latents import Moments
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, PRETRAIN_SEEDS, write_folder
+from ghibli.evaluation.diagnosis import Finding
 from ghibli.models.load import load
+from ghibli.prepare import preflight
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_rows
 from ghibli.training.module import GhibliModule
+
+
+def checked(words: tuple[str, ...]) -> Finding:
+    """Return what `ghibli check` says of data.regularization."""
+    (found,) = [one for one in preflight.check([*SMALL, *words]) if one.name == "regularization"]
+    return found
 
 
 @pytest.fixture
@@ -116,7 +125,7 @@ def test_repeats_are_read_from_kohyas_folders(
     data.read()
     data.trainer = SimpleNamespace(is_global_zero=True)
     caplog.set_level("INFO")
-    found = data._encode_regularization(root, torch.device("cpu"))
+    found = data._encode_regularization(data.read_regularization(), torch.device("cpu"))
     assert [found.names[row] for row in found.rows] == ["1_cat/it.png", *["3_dog/it.png"] * 3]
     assert "data.regularization: 3_dog/ (1 images, each 3 times in an epoch)" in caplog.text
 
@@ -186,11 +195,33 @@ def test_held_out_images_are_not_trained_beside(
         file.write("copy.png|a copy\n")
     with pytest.raises(UserError, match=r"^data.regularization=.*: 1 of its 6 images are held .*copy.png"):
         train.run(config, RunDir(tmp_path / "one"))
+    assert (found := checked(words)).level == "error" and "1 of its 6 images are held out" in found.text
     with Image.open(copy) as image:
         image.copy().save(copy, compress_level=1)
     train.run(config, RunDir(tmp_path / "two"))
     said = f"near-duplicates of held-out images: copy.png of {held_out.path.name}"
     assert said in caplog.text
+
+
+def test_images_that_are_skipped_are_named(
+    make_config: Callable[..., Config],
+    images: Path,
+    photos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By `ghibli check`, and once by the run."""
+    words = (f"data.root={images}", "data.draw=null", f"data.regularization={photos}")
+    assert checked(words).text.endswith("photos: 5 usable images")
+    broken = sorted((photos / "images").iterdir())[0]
+    broken.write_bytes(b"no image")
+    found = checked(words)
+    assert found.level == "warning" and f"4 usable images; 1 skipped: {broken.name} (" in found.text
+    config = make_config(f"data.regularization={photos}")
+    data = GhibliDataModule(config, load("demo"), RunDir(tmp_path / "run"), 1000)
+    data.trainer = SimpleNamespace(is_global_zero=True)
+    data._encode_regularization(data.read_regularization(), torch.device("cpu"))
+    assert caplog.text.count(f"data.regularization: 1 skipped: {broken.name} (") == 1
 
 
 def test_a_folder_that_is_not_there_is_named(make_config: Callable[..., Config], tmp_path: Path) -> None:
