@@ -63,6 +63,7 @@ QUIET = (
 STYLE, SIDE, STEPS = ", Studio Ghibli style", 128, 20
 DRAWN = 500  # images of data=demo
 REFERENCE, UNITS = 300, 200  # real images to compare with, and those that give the units
+RACED = ("dropout", "guidance", "mistakes", "ranks", "rates")  # trials of one held-out set and one loss
 PROMPTS, REAL = EVALUATION_SEEDS.start + 60_000, EVALUATION_SEEDS.start + 70_000  # their first scenes
 Settings = dict[str, tuple[str, ...]]  # name of a run -> its words, beside those of its part
 
@@ -88,9 +89,20 @@ LOSSES: Settings = {
     "p2": ("loss.weighting=p2",),
     "timesteps 250 to 999": ("loss.timestep_range=[250,999]",),
     "logit-normal timesteps": ("loss.timestep_distribution=logit_normal",),
-    "EMA of 50 steps": ("optimizer.ema_decay=0.98",),
-    "Muon": ("optimizer.name=muon",),
 }
+OPTIMIZERS: Settings = {
+    "AdamW, 5e-4 (default)": (),
+    "AdamW, 1e-3": ("optimizer.lr=1e-3",),
+    "AdamW, 2e-3": ("optimizer.lr=2e-3",),
+    "LoRA+, 5e-4": ("optimizer.lora_plus=16",),
+    "Muon, 5e-3": ("optimizer.name=muon", "optimizer.lr=5e-3"),
+    "Muon, 2e-2": ("optimizer.name=muon", "optimizer.lr=2e-2"),
+    "Prodigy": ("optimizer.name=prodigy", "optimizer.lr=1"),
+    "schedule-free AdamW, 2e-3": (
+        "optimizer.name=adamw_schedulefree", "optimizer.schedule=constant", "optimizer.lr=2e-3",
+    ),
+    "EMA of 5 steps": ("optimizer.ema_decay=0.8",),
+}  # fmt: skip
 RATES = (1, 2, 4, 8)  # times the smallest rate of a kind of training
 KINDS = {
     "all weights": (("finetune=full",), 5e-5),
@@ -283,16 +295,26 @@ def dropout(lab: Lab) -> None:
 
 
 def losses(lab: Lab) -> None:
-    """Losses, weightings, timesteps and optimisers: gain, and style distance at 7.5, against the default."""
+    """Losses, weightings and timesteps: gain, and style distance at 7.5, against the default."""
+    against_default(lab, "losses", LOSSES)
+
+
+def optimizers(lab: Lab) -> None:
+    """Optimisers at several rates, and EMA: gain, and style distance at 7.5, against the default."""
+    against_default(lab, "optimizers", OPTIMIZERS)
+
+
+def against_default(lab: Lab, part: str, settings: Settings) -> None:
+    """Compare settings with the first of them, in pairs of seeds."""
     began, scale = time.monotonic(), 7.5
     common = ("model=demo", "trainer.max_epochs=2")
-    found = lab.probes("losses", LOSSES, common)
-    first = next(iter(LOSSES))
+    found = lab.probes(part, settings, common)
+    first = next(iter(settings))
     table = {}
-    for name, words in LOSSES.items():
+    for name, words in settings.items():
         runs, others = (
-            [lab.run("losses", label, (*common, *own), seed) for seed in range(lab.seeds)]
-            for label, own in ((name, words), (first, LOSSES[first]))
+            [lab.run(part, label, (*common, *own), seed) for seed in range(lab.seeds)]
+            for label, own in ((name, words), (first, settings[first]))
         )
         row: dict[str, Any] = {"gain": gains(found[name])}
         row["balanced gain"] = [probe.balanced_gain.signed_size for probe in found[name]]
@@ -306,7 +328,7 @@ def losses(lab: Lab) -> None:
                 pair(apart(run, other, scale, lab.samples)) for run, other in zip(runs, others, strict=True)
             ]
         table[name] = row
-    note("losses", lab, began, guidance=scale, table=table)
+    note(part, lab, began, guidance=scale, table=table)
 
 
 def guidance_of(base: BaseModel, count: int = 48) -> torch.Tensor:
@@ -349,6 +371,7 @@ def guidance(lab: Lab) -> None:
         row = {
             "projection": rounded(rho.item(), 3),
             "cosine": rounded((rho * usual.norm() / ours.norm()).item(), 3),
+            "gain": gains([one for one in [best_probe(run)] if one is not None])[0],
             "distance by scale": {f"{s:g}": pair(distance(run, s, lab.samples)) for s in scales},
         }
         rows.setdefault(name, []).append(row)
@@ -597,8 +620,9 @@ def which_gain(lab: Lab) -> None:
 
 def race(lab: Lab, orders: int = 50, bootstraps: int = 200) -> None:
     """Race the trials that other parts have trained to the end: winner, epochs, and false stops."""
-    began, rows, draws = time.monotonic(), {}, np.random.default_rng(0)
-    for folder in sorted(path for path in WORK.glob("*/") if path.name not in ("cache", "measured")):
+    began, draws = time.monotonic(), np.random.default_rng(0)
+    rows = lab.before.get("race", {}).get("studies", {})
+    for folder in (WORK / part for part in RACED):
         runs = [RunDir(path) for path in sorted(folder.glob("*+seed=0"))]
         histories = [history_of(run) for run in runs if run.status.state == "finished"]
         if len(histories) < 4:
@@ -641,7 +665,7 @@ def held_out(probe: Probe) -> list[tuple[str, torch.Tensor]]:
 
 
 PARTS: tuple[Callable[[Lab], None], ...] = (
-    mistakes, noise, dropout, losses, guidance, rates, which_gain, ranks, sizes, asrun, race,
+    mistakes, noise, dropout, losses, optimizers, guidance, rates, which_gain, ranks, sizes, asrun, race,
 )  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """Make the figures and numbers of docs/loss-anomaly.md: `python docs/loss_anomaly.py [PART ...]`.
 
-Parts: curves, checkpoints, epochs, power, schedule, diverged, guidance, error, curves50; all by default.
-Runs and their samples are kept in outputs/loss-anomaly/ and made once.
+Parts: curves, checkpoints, epochs, power, schedule, diverged, guidance, guidance_images, error, curves50; all
+by default. Runs and their samples are kept in outputs/loss-anomaly/ and made once.
 """
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib
 
@@ -35,6 +36,7 @@ from ghibli.runs.compose import register
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.console import counted
 from ghibli.runtime.files import read_rows, write_json
+from ghibli.runtime.provenance import now, provenance
 from ghibli.training.callbacks.checkpoints import load_weights
 from ghibli.training.module import GhibliModule
 
@@ -109,14 +111,15 @@ def known_numbers() -> dict[str, dict]:
 
 
 def note(part: str, **numbers: object) -> None:
-    """Add numbers to numbers.json and print them."""
-    write_json(FIGURES / "numbers.json", known_numbers() | {part: numbers})
+    """Add numbers to numbers.json, with date and commit, and print them."""
+    about = {"date": now(), "commit": provenance()["git_commit"]}
+    write_json(FIGURES / "numbers.json", known_numbers() | {part: about | numbers})
     print(part, json.dumps(numbers, indent=1), flush=True)
 
 
 def curves(epochs: int = 10) -> None:
     """Plot the unpaired loss that the students saw, and the paired gain of the same runs."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6.4), sharex=True, layout="constrained")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6.4), sharex=True, layout="constrained")
     numbers = {}
     for name, colour in (("slides_asrun", ORANGE), ("slides", BLUE)):
         run = run_of(f"{name}-{epochs}")
@@ -124,11 +127,13 @@ def curves(epochs: int = 10) -> None:
         above.plot(np.arange(1, len(losses) + 1), losses, color=colour, lw=1.2, marker=".", label=name)
         middle, error = losses.mean(), errors.mean()
         band = (middle - 1.96 * error, middle + 1.96 * error)
-        above.axhspan(*band, color=colour, alpha=0.13, lw=0)
+        above.axhspan(*band, color=colour, alpha=0.13, lw=0, label="its 95 % band if nothing is learned")
         gain, gain_error = column(run, "probe/val_gain"), column(run, "probe/val_gain_se")
         low, high = (100 * column(run, f"probe/val_gain_{end}") for end in ("low", "high"))
         below.plot(np.arange(len(gain)), 100 * gain, color=colour, lw=1.4, label=name)
-        below.fill_between(np.arange(len(gain)), low, high, color=colour, alpha=0.2, lw=0)
+        below.fill_between(
+            np.arange(len(gain)), low, high, color=colour, alpha=0.2, lw=0, label="95 % interval"
+        )
         numbers[name] = {
             "epoch loss, least and most": [round(losses.min(), 4), round(losses.max(), 4)],
             "its standard error": round(error, 4),
@@ -144,7 +149,8 @@ def curves(epochs: int = 10) -> None:
     below.axhline(0, color=GREY, lw=0.8)
     below.set(xlabel="epoch", ylabel="paired gain, held-out images (%)")
     above.set_ylabel("mean training loss of an epoch")
-    above.legend(frameon=False)
+    for axis in (above, below):
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, f"curves-{epochs}")
     note(f"curves-{epochs}", **numbers)
 
@@ -187,11 +193,10 @@ def epochs() -> None:
     run = run_of("slides_asrun-10")
     loss, error = (column(run, f"train/epoch_loss{end}", 1).mean() for end in ("", "_se"))
     needed = (1.96 * 2**0.5 * error / (0.01 * loss)) ** 2
-    students = (1.96 * 2**0.5 * 0.002 / (0.01 * 0.126)) ** 2
     paired = column(run_of("slides-10"), "probe/val_gain_se")[1]
     note(
         "epochs", loss=round(loss, 4), error_of_an_epoch=round(error, 5), epochs=round(needed, 1),
-        epochs_of_the_slides=round(students, 1), paired_error_after_one_epoch=round(paired, 5),
+        paired_error_after_one_epoch=round(paired, 5),
     )  # fmt: skip
 
 
@@ -253,7 +258,8 @@ def schedule() -> None:
         numbers[label] = {"mean loss of the base": round(losses.mean().item(), 4)}
     axes[0].set(xlabel="timestep", ylabel="loss of the untouched base", yscale="log")
     axes[1].set(xlabel="timestep", ylabel="amplitude of the noise, sqrt(1 - abar)", ylim=(0, 1.02))
-    axes[1].legend(frameon=False, loc="lower right")
+    for axis in axes:
+        axis.legend(frameon=False, loc="best", fontsize=8)
     save(figure, "schedule")
     own, linear = (list(numbers.values())[i]["mean loss of the base"] for i in (0, 1))
     numbers["the base at the wrong schedule is worse by a factor of"] = round(linear / own, 2)
@@ -265,8 +271,9 @@ def schedule() -> None:
 
 def images(name: str, models: dict[str, GhibliModule], scale: float = 7.5) -> None:
     """Save a row of six images for each model, from the same prompts and start noise."""
-    prompts = [f"{compose(EVALUATION_SEEDS.start + i).caption}, Studio Ghibli style" for i in range(6)]
-    figure, axes = plt.subplots(len(models), 6, figsize=(10, 1.72 * len(models)), layout="constrained")
+    captions = [compose(EVALUATION_SEEDS.start + i).caption for i in range(6)]
+    prompts = [f"{caption}, Studio Ghibli style" for caption in captions]
+    figure, axes = plt.subplots(len(models), 6, figsize=(10, 1 + 1.72 * len(models)), layout="constrained")
     for row, (label, module) in enumerate(models.items()):
         drawn = sample(
             module.base,
@@ -280,6 +287,12 @@ def images(name: str, models: dict[str, GhibliModule], scale: float = 7.5) -> No
             axes[row, col].imshow(to_image(drawn[col]))
             axes[row, col].set(xticks=[], yticks=[])
         axes[row, 0].set_ylabel(label.replace(", ", ",\n"), fontsize=8)
+    for axis, caption in zip(axes[0], captions, strict=True):
+        axis.set_title("\n".join(wrap(caption, 22)), fontsize=7)
+    figure.suptitle(
+        f"DDIM, 30 steps, guidance {scale:g}; 128 px, enlarged; each prompt ends in Studio Ghibli style",
+        fontsize=8,
+    )
     save(figure, name)
 
 
@@ -311,7 +324,7 @@ def scene(seed: int, look: str = "drawn") -> torch.Tensor:
 
 
 def guidance(count: int = 64) -> None:
-    """Measure the kernel distance to drawn images over the sampling scale, for four trainings."""
+    """Measure the style distance to drawn images over the sampling scale, for four trainings."""
     vae, first = load("demo").vae, EVALUATION_SEEDS.start
     drawn = torch.stack([scene(first + 1000 + i) for i in range(300)])
     own = extract_in_batches(lambda x: style_features(vae, x), drawn)
@@ -343,6 +356,10 @@ def guidance(count: int = 64) -> None:
         write_json(measured, numbers)
     note("guidance", **numbers)
     plot_guidance(numbers)
+
+
+def guidance_images() -> None:
+    """Draw the same prompts by an ordinary and a guided training, at four scales."""
     models = {f"trained with {w:g}": model_of(run_of(f"guidance-{w:g}-dropout-0.1")) for w in (1, 7.5)}
     for scale in (1, 7.5, 15, 56):
         images(f"guidance-images-{scale:g}", models, scale)
@@ -359,7 +376,7 @@ def plot_guidance(numbers: dict[str, dict[str, list[float]]]) -> None:
         label = f"trained with guidance {w:g}, caption dropout {d:g}"
         for axis, x in zip(axes, (scales, scales / w), strict=True):
             axis.errorbar(x, values, 1.96 * errors, label=label, lw=1.3, elinewidth=0.8, **style)
-    axes[0].set(ylabel="kernel distance to drawn images", xlabel="sampling scale s")
+    axes[0].set(ylabel="style distance to drawn images, +- 95 %", xlabel="sampling scale s")
     axes[1].set(xlabel="s / training guidance")
     for axis in axes:
         axis.axhline(numbers["photo"][0], color=GREY, lw=0.8, ls=":")
@@ -369,6 +386,7 @@ def plot_guidance(numbers: dict[str, dict[str, list[float]]]) -> None:
     axes[1].set_xticks((0.13, 0.5, 1, 2, 7.5, 30), ["0.13", "0.5", "1", "2", "7.5", "30"])
     for axis in axes:
         axis.minorticks_off()
+        axis.set_yticks((0.5, 1, 2, 5, 10, 20), ["0.5", "1", "2", "5", "10", "20"])
     axes[0].text(4.5, numbers["photo"][0] * 1.06, "photograph-like images", color=GREY, fontsize=8)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     save(figure, "guidance")
@@ -405,7 +423,18 @@ def error(redraws: int = 100, images: int = 30) -> None:
 
 def main() -> None:
     register()
-    every = (curves, checkpoints, epochs, power, schedule, diverged, guidance, error, curves50)
+    every = (
+        curves,
+        checkpoints,
+        epochs,
+        power,
+        schedule,
+        diverged,
+        guidance,
+        guidance_images,
+        error,
+        curves50,
+    )
     parts = {part.__name__: part for part in every}
     for name in sys.argv[1:] or parts:
         parts[name]()

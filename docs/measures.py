@@ -27,6 +27,7 @@ from ghibli.models.load import load
 from ghibli.runtime.cache import cached
 from ghibli.runtime.console import counted
 from ghibli.runtime.files import write_json
+from ghibli.runtime.provenance import now, provenance
 
 NUMBERS = Path(__file__).parent / "measures" / "numbers.json"
 WORK = Path("outputs/measures")
@@ -130,10 +131,11 @@ def layouts_of(name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def note(part: str, **numbers: object) -> None:
-    """Add numbers to numbers.json and print them."""
+    """Add numbers to numbers.json, with date and commit, and print them."""
     known = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
     NUMBERS.parent.mkdir(exist_ok=True)
-    write_json(NUMBERS, known | {part: numbers})
+    about = {"date": now(), "commit": provenance()["git_commit"]}
+    write_json(NUMBERS, known | {part: about | numbers})
     print(part, json.dumps(numbers, indent=1), flush=True)
 
 
