@@ -1,7 +1,7 @@
 """Which gain goes along with better images? `python docs/gain_check.py STUDY`, on evaluated trials.
 
 For every trial of a study (`python sweep.py sweep.evaluate=true`): the gain of its best epoch, the gain with
-all ranges of timesteps counted alike, and of its images in the cell nearest to real ones the kernel distance
+all ranges of timesteps counted alike, and of its images in the cell nearest to real ones the style distance
 and the caption fit. Prints Spearman's rank correlation of both gains with both, with 95 % intervals over
 trials (bootstrap), and of the first minus the second on the same resamples.
 """

@@ -227,7 +227,7 @@ def plot(table: Table, photo: dict[str, Any], file: Path) -> None:
                     color=f"C{number}",
                 )  # fmt: skip
         axes.plot(photo["look"].value, photo[name].mean().item(), "kx", label="the photo itself")
-        axes.set(xscale="log", xlabel="kernel distance to the look", ylabel=f"distance to the twin: {label}")
+        axes.set(xscale="log", xlabel="style distance to the look", ylabel=f"distance to the twin: {label}")
         axes.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=90)

@@ -94,7 +94,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         left.plot(steps, distances, dashed, marker="o", ms=4, color=colour, label=entry.label)
         if not entry.is_stochastic:
             right.plot(steps, [row["to_exact"] for row in own], marker="o", ms=4, color=colour)
-    left.set(title="Kernel distance to real images", xlabel="steps", yscale="log", xticks=STEPS)
+    left.set(title="Style distance to real images", xlabel="steps", yscale="log", xticks=STEPS)
     right.set(title="Distance to the image of endless steps", xlabel="steps", yscale="log", xticks=STEPS)
     for axes in (left, right):
         axes.set_xticklabels([str(steps) for steps in STEPS])

@@ -214,8 +214,9 @@ def distance_section(run: RunDir) -> str:
             for model, cells in found["models"].items()
             for row in cells
         ]
+        name = "KID" if found["features"] == "inception" else "Style distance"
         head = [
-            f"Kernel distance of {plain(found['samples'])} samples to {plain(found['reference_images'])} "
+            f"{name} of {plain(found['samples'])} samples to {plain(found['reference_images'])} "
             f"real images ({plain(found['features'])} features), lower is better:",
             "",
             "| model | sampler | guidance | distance |",

@@ -35,7 +35,7 @@ UNIT_IMAGES = 200  # training images, at most, in whose deviations style feature
 
 def distance_names(kind: str | None) -> tuple[str, str]:
     """Return the names of the kernel distance and the Frechet distance with these features."""
-    return ("KID", "FID") if kind == "inception" else ("kernel distance", "Frechet")
+    return ("KID", "FID") if kind == "inception" else ("style distance", "Frechet")
 
 
 def extract_in_batches(

@@ -201,8 +201,8 @@ def agreement(found: Preference, names: Sequence[str], order: np.ndarray, votes:
         return []
     same = sum(distances[one] < distances[other] for one, other in told)  # in the order of preference
     return [
-        f"kernel distance and eye agree on {same} of {len(told)} pairs of models that the votes tell apart: "
-        + ", ".join(f"{names[k]} {distances[k]:.2f}" for k in distances)
+        f"the distance of `ghibli evaluate` and the eye agree on {same} of {len(told)} pairs of models that "
+        "the votes tell apart: " + ", ".join(f"{names[k]} {distances[k]:.2f}" for k in distances)
     ]
 
 

@@ -179,7 +179,7 @@ def distance_curves(runs: LabelledRuns) -> Figure | None:
     )
     series = [Series(one.label, one.points, one.colour, dashed=one.dashed) for one in series]  # no bands
     caption = "Images sampled during training; epoch 0 is the untouched base. Whiskers are 95 % intervals."
-    axes = ChartAxes("epoch", "kernel distance", zero=True)
+    axes = ChartAxes("epoch", "image distance", zero=True)
     return line_chart("Distance to real images", series, axes, caption)
 
 

@@ -71,7 +71,7 @@ COLUMNS = [
         optional=True,
     ),
     Column(
-        title="kernel distance",
+        title="image distance",
         csv_names=("distance", "distance_se"),
         value=lambda trial: trial.distance,
         text=distance_text,

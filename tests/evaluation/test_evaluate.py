@@ -144,7 +144,7 @@ def test_the_command_prints_the_table_of_a_folder_with_an_equals_sign(
         console.print(runs.evaluation_table(copy, copy.read_evaluation()))
     lines = captured.get().splitlines()
     assert "6 samples, 2 steps, 16 real images" in " ".join(captured.get().split())
-    assert any(line.startswith("model") and "kernel distance" in line for line in lines)
+    assert any(line.startswith("model") and "style distance" in line for line in lines)
     row = result["models"]["run"][1]
     kernel, below = ("{:.2f} +- {:.2f}".format(*pair) for pair in (row["kernel"], below_base(row)))
     (line,) = (line for line in lines if line.startswith("run") and "DDIM 7.5" in line)

@@ -187,7 +187,7 @@ def test_the_evaluation_is_a_table_a_chart_and_sentences(tmp_path: Path) -> None
         Image.new("RGB", (30, 30)).save(run.path / "evaluation_nearest.png")
     page = page_of(tmp_path)
     for said in (
-        "precision 20 %, recall 95 %", "large number is the kernel distance to", "Fr\u00e9chet 150.0",
+        "precision 20 %, recall 95 %", "large number is the style distance to", "Fr\u00e9chet 150.0",
         "A model trained at guidance 7.5 is not made to be sampled at 1: its images are mush",
         "12 samples per cell, 16 real images, 8 steps, style features", "0.48 \u00b1 0.21",
         "below base +3.70 \u00b1 1.30", "150.0 (116.5)", "recall 95 %", "few images",

@@ -74,12 +74,12 @@ def test_without_it_the_tables_are_as_before(study: Path) -> None:
 
 
 def test_a_column_that_is_empty_everywhere_is_not_shown(study: Path) -> None:
-    assert "kernel distance" not in terminal(study)[0]
-    assert "kernel distance" not in page_of(study).text.partition("Ranking")[2].partition("Each run")[0]
+    assert "image distance" not in terminal(study)[0]
+    assert "image distance" not in page_of(study).text.partition("Ranking")[2].partition("Each run")[0]
     (study / "low" / "evaluation.json").write_text(
         '{"models": {"run": [{"sampler": "ddim", "guidance": 7.5, "kernel": [0.5, 0.25]}]}}'
     )
-    assert "kernel distance" in terminal(study)[0]
+    assert "image distance" in terminal(study)[0]
     row = next(row for row in csv_rows(study) if row["trial"] == "low")
     assert (row["distance"], row["distance_se"]) == ("0.5", "0.25")
     assert "0.50 +- 0.25 (ddim 7.5)" in " ".join(terminal(study))

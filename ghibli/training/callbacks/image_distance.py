@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from ghibli.config.schema import Config
 from ghibli.data.sources import real_images
 from ghibli.diffusion.samplers import in_eval_mode, own_cell
-from ghibli.evaluation.features import UNIT_IMAGES, FeatureExtractor, ReferenceSet
+from ghibli.evaluation.features import UNIT_IMAGES, FeatureExtractor, ReferenceSet, distance_names
 from ghibli.evaluation.samples import SampleCache
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.files import write_rows
@@ -68,8 +68,9 @@ class DistanceCurve(Callback):
         beside = "" if self.cell == self.base_cell else f" in {self.base_cell.label}"
         base = "" if epoch == 0 else f", base {self.rows[0][COLUMNS[2]]:.2f}{beside}"
         who = "base   " if epoch == 0 else f"epoch {epoch}"
+        name, _ = distance_names(self.options.features)
         logger.info(
-            f"{who}  kernel distance {distance.value:.2f} +- {distance.standard_error:.2f} to real images "
+            f"{who}  {name} {distance.value:.2f} +- {distance.standard_error:.2f} to real images "
             f"({self.options.epoch_samples} drawn, {cell.label}{base})"
         )
 

@@ -49,7 +49,7 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
         for model, kernels in result["scan"].items()
         for scale, kernel in kernels.items()
     ]
-    distance = ("kernel distance", "standard error")
+    distance = ("image distance", "standard error")
     return [
         Table(
             "evaluate/cells", "images by sampler and guidance",
