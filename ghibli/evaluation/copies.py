@@ -42,14 +42,25 @@ class TrainingThumbnails:
     whole: torch.Tensor  # (N, 768)
     crops: torch.Tensor  # (N, V, 768)
 
+    def nearest(self, thumbnails: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the training image that each thumbnail (M, 768), as it is or mirrored, comes nearest to.
+
+        Returns:
+            Its distance to that image or a part of it, (M,), and the image's row, (M,) int64.
+        """
+        views, parts = torch.cat([self.whole, self.crops.flatten(0, 1)]), self.crops.shape[1]
+        mirrored = thumbnails.view(-1, 3, THUMBNAIL, THUMBNAIL).flip(-1).flatten(1)
+        found = [
+            torch.cdist(part, views).min(1) for both in (thumbnails, mirrored) for part in both.split(CHUNK)
+        ]
+        distances, at = (torch.cat(rows).view(2, -1) for rows in zip(*found, strict=True))
+        distances, side = distances.min(0)
+        view = at.gather(0, side[None])[0]
+        return distances, torch.where(view < len(self.whole), view, (view - len(self.whole)) // parts)
+
     def distances(self, thumbnails: torch.Tensor) -> torch.Tensor:
         """Return the distance of each thumbnail (M, 768) to the nearest training image or part of one."""
-        views = torch.cat([self.whole, self.crops.flatten(0, 1)])
-        mirrored = thumbnails.view(-1, 3, THUMBNAIL, THUMBNAIL).flip(-1).flatten(1)
-        nearest = [
-            torch.cdist(part, views).amin(1) for both in (thumbnails, mirrored) for part in both.split(CHUNK)
-        ]
-        return torch.minimum(*torch.cat(nearest).chunk(2))
+        return self.nearest(thumbnails)[0]
 
 
 def copies_among(samples: torch.Tensor, unseen: torch.Tensor) -> dict[str, Any]:

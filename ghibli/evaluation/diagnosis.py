@@ -93,8 +93,8 @@ def wrong_noise_schedule(alphas_cumprod: torch.Tensor, base_alphas_cumprod: torc
     meant, given = ((1 - table[middle]).sqrt().item() for table in (base_alphas_cumprod, alphas_cumprod))
     return Finding(
         "noise schedule",
-        f"at timestep {middle} the base expects {percent_text(meant)} noise and this training gives it "
-        f"{percent_text(given)}: the adapter learns to correct this mismatch before it learns the style, and "
+        f"at timestep {middle} the base expects noise with an amplitude of {meant:.3f} and this training "
+        f"gives it {given:.3f}: the adapter learns to correct this mismatch before it learns the style, and "
         "every sampler uses the base's schedule; keep loss.noise_schedule=base, unless you want to reproduce "
         "the reference study's error",
     )

@@ -2,7 +2,7 @@
 
 The Frechet distance is what the literature reports, but it has no interval, and with few images it is
 mostly bias; so it is always shown beside the distance between two real sets of the same size. The kernel
-distance is unbiased at every size and has a standard error, so models are judged by it.
+distance is unbiased at every size and has a standard error, so models are ordered by it.
 """
 
 import torch

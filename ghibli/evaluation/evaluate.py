@@ -226,10 +226,11 @@ def copying_ratio(rows: Measurements, real: RealImages) -> float:
 def nearest_copies(rows: Measurements, real: RealImages) -> list[tuple[int, int, float]]:
     """Find the samples nearest to a training image: (sample, training image, distance), nearest first.
 
-    The distance is that of thumbnails, divided by the median distance of unseen real images.
+    The distance is that of thumbnails, mirrored and in parts too, divided by the median distance of unseen
+    real images.
     """
-    unseen = torch.cdist(real.own["thumbnails"], real.training.whole).min(1).values.median()
-    distances, images = torch.cdist(rows["thumbnails"], real.training.whole).min(1)
+    unseen = real.training.distances(real.own["thumbnails"]).median()
+    distances, images = real.training.nearest(rows["thumbnails"])
     first = distances.argsort()[:NEAREST_SAMPLES]
     return [(int(i), int(images[i]), (distances[i] / unseen).item()) for i in first]
 

@@ -58,6 +58,7 @@ def test_a_fifth_of_copies_is_found_that_the_median_hides(
     samples = training.distances(torch.cat([copies, others[COPIED:]]))
     found = copies_among(samples, training.distances(real))
     assert found["below"] >= 0.9 * COPIED
+    assert training.nearest(copies)[1].tolist() == list(range(COPIED))
     assert found["p"] < 1e-4
     assert found["quantiles"]["0.5"] > 0.8  # what a median would have said
     assert counted_copies(found).startswith("signs of copies: ")

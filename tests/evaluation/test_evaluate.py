@@ -236,20 +236,20 @@ def test_too_few_images_are_a_finding_and_enough_are_not(finished: RunDir, resul
 
 
 def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -> None:
-    """A sample that equals a training image comes first, with distance 0."""
+    """Samples that equal a training image, its mirror image or a part of one come first, with distance 0."""
     assert finished.evaluation_nearest.stat().st_size > 10_000
     draws = torch.Generator().manual_seed(0)
-    training = torch.rand(9, 12, generator=draws)
-    own = {"thumbnails": torch.rand(5, 12, generator=draws)}
-    samples = {"thumbnails": torch.rand(7, 12, generator=draws)}
+    training, crops = torch.rand(9, 768, generator=draws), torch.rand(9, 2, 768, generator=draws)
+    own = {"thumbnails": torch.rand(5, 768, generator=draws)}
+    samples = {"thumbnails": torch.rand(7, 768, generator=draws)}
     samples["thumbnails"][4] = training[2]
-    found = evaluate.nearest_copies(
-        samples,
-        evaluate.RealImages(
-            None, None, own, None, TrainingThumbnails(training, torch.empty(len(training), 0, 12))
-        ),
-    )
-    assert found[0] == (4, 2, 0.0) and len(found) == evaluate.NEAREST_SAMPLES
+    samples["thumbnails"][1] = training[8].view(3, 16, 16).flip(-1).flatten()
+    samples["thumbnails"][5] = crops[6, 1]
+    thumbnails = TrainingThumbnails(training, crops)
+    found = evaluate.nearest_copies(samples, evaluate.RealImages(None, None, own, None, thumbnails))
+    assert sorted(pair for *pair, _ in found[:3]) == [[1, 8], [4, 2], [5, 6]]
+    assert [distance for *_, distance in found[:3]] == pytest.approx([0, 0, 0], abs=1e-3)  # of cdist's rounding
+    assert len(found) == evaluate.NEAREST_SAMPLES
     assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
 
 
