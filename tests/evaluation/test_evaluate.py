@@ -248,7 +248,7 @@ def test_the_nearest_training_images_are_shown(finished: RunDir, result: dict) -
     thumbnails = TrainingThumbnails(training, crops)
     found = evaluate.nearest_copies(samples, evaluate.RealImages(None, None, own, None, thumbnails))
     assert sorted(pair for *pair, _ in found[:3]) == [[1, 8], [4, 2], [5, 6]]
-    assert [distance for *_, distance in found[:3]] == pytest.approx([0, 0, 0], abs=1e-3)  # of cdist's rounding
+    assert [distance for *_, distance in found[:3]] == pytest.approx([0, 0, 0], abs=1e-3)
     assert len(found) == evaluate.NEAREST_SAMPLES
     assert [distance for _, _, distance in found] == sorted(distance for _, _, distance in found)
 
