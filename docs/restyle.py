@@ -5,6 +5,7 @@ in outputs/restyle/, and measures what is there. It can be stopped and goes on w
 """
 
 import itertools
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -210,31 +211,39 @@ def row_of(cell: dict[str, Any]) -> dict[str, list[float]]:
     return {"look": pair(cell["look"]), **{name: pair(mean_of(cell[name])) for name in MEASURES}}
 
 
-def plot(table: Table, photo: dict[str, Any], file: Path) -> None:
-    """Draw distance to the twins over distance to the look, a curve for each way, with its strengths."""
+def plot(numbers: dict[str, Any], file: Path) -> None:
+    """Draw distance to the twins over distance to the look, a curve for each way, with the strengths."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for axes, (name, label) in zip(panels, MEASURES.items(), strict=True):
-        for number, (way, cells) in enumerate(table.items()):
-            looks = [cell["look"].value for cell in cells.values()]
-            twins = [mean_of(cell[name]) for cell in cells.values()]
+        for number, way in enumerate(dict.fromkeys(row["way"] for row in numbers["rows"])):
+            rows = [row for row in numbers["rows"] if row["way"] == way]
+            looks, twins = ([row[of][0] for row in rows] for of in ("look", name))
             axes.errorbar(
-                looks, [twin.value for twin in twins], [twin.standard_error for twin in twins],
-                marker="o", ms=4, color=f"C{number}", lw=1.4, elinewidth=0.7, label=way.replace("_", " + "),
+                looks, twins, [row[name][1] for row in rows], marker="o", ms=4, color=f"C{number}", lw=1.4,
+                elinewidth=0.7, label=way.replace("_", " + "),
             )  # fmt: skip
-            for strength, x, twin in zip(cells, looks, twins, strict=True):
-                axes.annotate(
-                    f"{strength:g}", (x, twin.value), (3, 4), textcoords="offset points", fontsize=7,
-                    color=f"C{number}",
-                )  # fmt: skip
-        axes.plot(photo["look"].value, photo[name].mean().item(), "kx", label="the photo itself")
-        axes.set(xscale="log", xlabel="style distance to the look", ylabel=f"distance to the twin: {label}")
+            if way == USUAL[0]:  # the others lie below it, each strength a little to the left
+                for row, x, y in zip(rows, looks, twins, strict=True):
+                    axes.annotate(
+                        f"{row['strength']:g}", (x, y), (4, 4), textcoords="offset points", fontsize=8
+                    )
+        axes.plot(numbers["photo"]["look"][0], numbers["photo"][name][0], "kx", label="the photo itself")
+        axes.set(
+            xscale="log", xlabel="style distance to the drawn look", ylabel=f"distance to the twin: {label}"
+        )
+        axes.set_xticks((0.25, 0.5, 1, 2, 4, 8), ["0.25", "0.5", "1", "2", "4", "8"])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
+    figure.suptitle("numbers: strength, in the same order on every curve; +- one standard error", fontsize=9)
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=90)
 
 
 def main() -> None:
-    """Draw the named ways, then measure all that is there."""
+    """Draw the named ways, then measure all that is there; `plot` alone makes the figure from the numbers."""
+    if sys.argv[1:] == ["plot"]:
+        plot(json.loads((FOLDER / "numbers.json").read_text()), FOLDER / "curve.png")
+        return
     if len(sys.argv) < 2 or set(sys.argv[2:]) - set(WAYS):
         raise UserError(f"python docs/restyle.py RUN [WAY ...], of {', '.join(WAYS)}")
     model = load_model([sys.argv[1]], [])
@@ -256,13 +265,14 @@ def main() -> None:
     rows = [{"way": way, "strength": s} | row_of(cell) for way in table for s, cell in table[way].items()]
     others = [way for way in table if way != USUAL[0]]
     FOLDER.mkdir(exist_ok=True)
-    write_json(FOLDER / "numbers.json", {
+    numbers = {
         "made": now(), "from": provenance(), "weights": weights, "guidance": model.guidance, "steps": STEPS,
         "photos": PHOTOS, "photo": row_of(photo), "rows": rows,
         "nearer": {w: {name: pair(nearer(look, table, w, name)) for name in MEASURES} for w in others},
         "knee": {way: knee(cells, photo) for way, cells in table.items()},
-    })  # fmt: skip
-    plot(table, photo, FOLDER / "curve.png")
+    }  # fmt: skip
+    write_json(FOLDER / "numbers.json", numbers)
+    plot(numbers, FOLDER / "curve.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 The images of each sampler and number of steps are measured once and kept in outputs/samplers/.
 """
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +92,17 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         own = [row for row in rows if row["sampler"] == name]
         steps, colour = [row["steps"] for row in own], f"C{number}"
         dashed = "--" if entry.is_stochastic else "-"
-        distances = [row["distance"][0] for row in own]
-        left.plot(steps, distances, dashed, marker="o", ms=4, color=colour, label=entry.label)
+        distances, errors = zip(*(row["distance"] for row in own), strict=True)
+        at = [step + 0.18 * (number - len(SAMPLERS) / 2) for step in steps]  # so that no error hides another
+        style = {"ls": dashed, "marker": "o", "ms": 4, "color": colour, "elinewidth": 0.6}
+        left.errorbar(at, distances, errors, label=entry.label, **style)
         if not entry.is_stochastic:
             right.plot(steps, [row["to_exact"] for row in own], marker="o", ms=4, color=colour)
-    left.set(title="Style distance to real images", xlabel="steps", yscale="log", xticks=STEPS)
+    left.set(title="Style distance to real images, +- one standard error", xlabel="steps", xticks=STEPS)
+    left.set_yscale("symlog", linthresh=0.3)
+    left.set_yticks((-0.3, 0, 0.3, 1, 3, 10), ["-0.3", "0", "0.3", "1", "3", "10"])
     right.set(title="Distance to the image of endless steps", xlabel="steps", yscale="log", xticks=STEPS)
+    right.set_yticks((0.02, 0.05, 0.1, 0.2), ["0.02", "0.05", "0.1", "0.2"])
     for axes in (left, right):
         axes.set_xticklabels([str(steps) for steps in STEPS])
         axes.minorticks_off()
@@ -115,7 +122,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    measured = measure()
-    write_json(FOLDER / "distances.json", measured)
+    if sys.argv[1:] != ["plot"]:  # alone, that makes the figure and the table from the numbers
+        write_json(FOLDER / "distances.json", measure())
+    measured = json.loads((FOLDER / "distances.json").read_text())
     plot(measured, FOLDER / "steps.png")
     print(table(measured))
