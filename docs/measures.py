@@ -1,7 +1,7 @@
 """Make the numbers of docs/measures.md: `python docs/measures.py [PART ...]`.
 
-Parts: altered, layouts, sizes, copies; all by default. Features are kept in outputs/measures/ and made once,
-so a part that was stopped goes on where it was.
+Parts: altered, layouts, others, sizes, copies; all by default. Features are kept in outputs/measures/, made
+once, so a part that was stopped goes on where it was.
 """
 
 import json
@@ -14,16 +14,20 @@ import scipy.stats
 import torch
 from torch.nn.functional import avg_pool2d, conv2d, interpolate
 
+from ghibli.adapters.trained import starting_base
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, FINETUNE_SEEDS, compose, draw
 from ghibli.evaluation.copies import TrainingThumbnails, copies_among, crops_of, thumbnails_of
-from ghibli.evaluation.distances import kernel_distance
+from ghibli.evaluation.distances import frechet_distance, kernel_distance, precision_recall
 from ghibli.evaluation.features import (
+    FeatureExtractor,
     extract_in_batches,
     layout_features,
     standardised,
     style_features,
 )
+from ghibli.evaluation.statistics import mean_of
 from ghibli.models.load import load
+from ghibli.runs.compose import compose_config
 from ghibli.runtime.cache import cached
 from ghibli.runtime.console import counted
 from ghibli.runtime.files import write_json
@@ -175,6 +179,40 @@ def layouts() -> None:
     note("layouts", distances=found, columns=["distance", "its error"])
 
 
+def others() -> None:
+    """Measure the other numbers of `ghibli evaluate` for altered real images, and for exchanged captions."""
+    config = compose_config(["data=demo", "model=demo"])
+    extractor = FeatureExtractor(config, starting_base(config))
+    captions = [f"{compose(ALTERED + i).caption}, Studio Ghibli style" for i in range(COUNT)]
+    training, reference = (
+        features_of(n, lambda f=f: scenes(f)) for n, f in (("training", TRAINING), ("reference", REFERENCE))
+    )
+    found = {}
+    for name, alter in ALTERATIONS.items():
+        rows = standardised(features_of(name, lambda alter=alter: alter(scenes(ALTERED))), training)
+        real = standardised(reference, training)
+        precision, recall = precision_recall(rows, real)
+        found[name] = {
+            "frechet": round(frechet_distance(rows, real), 1),
+            "precision": round(precision, 3), "recall": round(recall, 3),
+        }  # fmt: skip
+        if name != "nights only":  # those are other scenes
+            images = alter(scenes(ALTERED)).clamp(0, 1)
+            found[name]["caption fit"] = fit(extractor, images, captions)
+    turned = captions[1:] + captions[:1]
+    note("others", measures=found, captions_exchanged=fit(extractor, scenes(ALTERED), turned))
+
+
+def fit(extractor: FeatureExtractor, images: torch.Tensor, captions: list[str]) -> list[float]:
+    """Return the mean fit of images and captions by the demo's CLIP, with its standard error."""
+    rows = [
+        extractor.measure(images[at : at + 50], captions[at : at + 50])["caption_fit"]
+        for at in range(0, len(images), 50)
+    ]
+    found = mean_of(torch.cat(rows))
+    return [round(found.value, 1), round(found.standard_error, 1)]
+
+
 def sizes(repeats: int = 100) -> None:
     """Measure real against real images with few reference images, in both units."""
     reference, others = (
@@ -233,7 +271,7 @@ def copies() -> None:
 
 
 def main() -> None:
-    parts = {part.__name__: part for part in (altered, layouts, sizes, copies)}
+    parts = {part.__name__: part for part in (altered, layouts, others, sizes, copies)}
     for name in sys.argv[1:] or parts:
         parts[name]()
 
