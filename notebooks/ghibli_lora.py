@@ -26,6 +26,7 @@
 REPOSITORY = "https://github.com/YOU/ghibli-lora-lab"  # your copy of the repository
 DEMO = None  # True: the small demo, also on Kaggle and Colab; None: only elsewhere
 FOLDER = None  # keeps run and cache; None: a place that survives the session
+CAPTION = "a scene"  # of images that have none, such as all of the Kaggle set
 EXTRA = []  # further settings, such as ["lora.rank=16", "data.epochs=5"]
 
 # %%
@@ -95,10 +96,9 @@ if DEMO:
     SETTINGS = ["model=demo", "data=demo"]
 else:
     ATTACHED = Path("/kaggle/input/real-to-ghibli-image-dataset-5k-paired-images")
-    do("-m", "ghibli", "prepare", "--data", ATTACHED if ATTACHED.is_dir() else "kaggle")
-    SETTINGS = [  # for a card with 16 GB, such as a T4; docs/training-sd15.md has others
-        "model=sd15", "data=ghibli", "data.batch_size=4", "data.accumulate=1", "compute.checkpoint_every=1",
-    ]  # fmt: skip
+    DATA = ATTACHED if ATTACHED.is_dir() else "kaggle"
+    do("-m", "ghibli", "prepare", "--data", DATA, "--caption", CAPTION)
+    SETTINGS = ["model=sd15", "data=ghibli", "compute=t4"]  # 16 GB; docs/training-sd15.md has other cards
 SETTINGS += [f"cache_dir={CACHE}", "checkpoint.every_n_steps=10", "logger=csv", *EXTRA]
 
 # %% [markdown]
@@ -132,7 +132,9 @@ run = Run(RUN)
 show(run)
 
 # %%
-run.probe[["epoch", "probe/val_gain", "probe/val_gain_se", "probe/train_gain", "probe/val_loss"]]
+run.probe[
+    ["epoch", "probe/val_gain", "probe/val_gain_se", "probe/train_gain", "probe/val_loss", "probe/price"]
+]
 
 # %% [markdown]
 # ## Export and download
@@ -158,6 +160,7 @@ print(f"{ZIP}: {ZIP.stat().st_size / 1e6:.1f} MB")  # Kaggle lists it on the rig
 #
 # ```python
 # pipeline.load_lora_weights("adapter")
+# pipeline.unet.eval()  # else dropout stays on
 # ```
 #
 # `ghibli generate`, `restyle`, `evaluate` and `report` take the run's folder: docs/README.md says which page

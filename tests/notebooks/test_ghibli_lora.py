@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 import time
 import zipfile
@@ -15,6 +16,11 @@ from faults.compare import different_parts, image, rows_of
 from helpers.commands import REPO, run_python
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from ghibli.cli.main import app
+from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
+from ghibli.runs.compose import compose_config
 
 jupytext = pytest.importorskip("jupytext")
 nbclient = pytest.importorskip("nbclient")
@@ -46,6 +52,28 @@ def notebook_for(folder: Path) -> dict:
     (cell,) = [one for one in notebook["cells"] if "parameters" in one["metadata"].get("tags", [])]
     cell["source"] += f"\nFOLDER = {str(folder)!r}\nDEMO = True\nEXTRA = {SHRUNK!r}\n"
     return notebook
+
+
+@pytest.mark.slow
+def test_the_kaggle_set_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layout has no captions; the demo stands in for Stable Diffusion 1.5."""
+    write_folder(tmp_path / "ten", "drawn", 10, FINETUNE_SEEDS.start)
+    shutil.copytree(tmp_path / "ten" / "images", tmp_path / "kaggle" / "dataset" / "trainB_ghibli")
+    shutil.copytree(REPO / "conf", tmp_path / "conf", ignore=shutil.ignore_patterns("local"))
+    monkeypatch.chdir(tmp_path)
+    cells = {cell["source"] for cell in jupytext.read(FOLDER / "ghibli_lora.ipynb")["cells"]}
+    (parameters,) = [cell for cell in cells if cell.startswith("REPOSITORY")]
+    (cell,) = [cell for cell in cells if cell.startswith("if DEMO:")]
+    done: list[tuple] = []
+    scope = {"do": lambda *words: done.append(words), "CACHE": "cache", "Path": Path}
+    exec(f"{parameters}\nDEMO = False\n{cell}", scope)
+    ((_, program, *words),) = done
+    assert program == "ghibli"
+    words = [str(tmp_path / "kaggle") if word == "kaggle" else word for word in words]
+    result = CliRunner().invoke(app, [*words, "--base", "demo"])
+    assert result.exit_code == 0, result.output
+    assert "dataset/trainB_ghibli/ without captions; 10 usable" in result.output
+    assert compose_config(scope["SETTINGS"]).compute.checkpoint_every == 0
 
 
 def execute(notebook: dict) -> None:
