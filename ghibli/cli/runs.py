@@ -27,9 +27,9 @@ WATCH_STYLES = {"doctor": "yellow", "reason": "red", "gain": "bold"}  # first wo
 FEWEST = 100  # samples of a cell below which precision and recall say nothing
 LEGEND = (
     "cell: sampler and guidance. Distances to real images: lower is better, and the floor is what other real "
-    "images have.\nbelow base: by how much, +- one standard error. layout: the same distance by where things "
-    "are in the image,\nwhich the first does not see. captions: how well an image fits its "
-    f"prompt, higher is better.\nprecision and recall: shown from {FEWEST} samples on. See docs/evaluation.md"
+    "images have. below base: by how much, +- one standard error. layout: the same distance by where things "
+    "are in the image, which the first does not see. captions: how well an image fits its prompt, higher is "
+    f"better. precision and recall: shown from {FEWEST} samples on. See docs/evaluation.md"
 )
 
 
@@ -183,7 +183,9 @@ def evaluate_command(
         run.refuse_links()
     for run, config in zip(runs, configs, strict=True):
         result = evaluate_module.evaluate(run, config)
-        console.print(evaluation_table(run, result))
+        width = console.width if console.is_terminal else None
+        for table in evaluation_tables(run, result, width):
+            console.print(table)
         console.print(LEGEND)
         for finding in result["findings"]:
             console.print(one_line(f"{finding['name']}: {finding['text']}"), style="yellow")
@@ -192,23 +194,43 @@ def evaluate_command(
         log_evaluation(config, run, result)
 
 
-def evaluation_table(run: RunDir, result: dict[str, Any]) -> Table:
-    """Build the table of the reference study for one run: a row per model and cell."""
+def evaluation_tables(run: RunDir, result: dict[str, Any], width: int | None = None) -> list[Table]:
+    """Build the table of the reference study for one run: a row per model and cell.
+
+    Args:
+        width: columns of the terminal, None = as many as needed. Where the table needs more, it is two.
+    """
     from ghibli.evaluation.evaluate import steps_text
     from ghibli.evaluation.features import distance_names
 
     kernel, frechet = distance_names(result["features"])
+    names = (kernel, "below base", "layout", frechet, "captions", "precision", "recall")
     counts = f"{result['samples']} samples, {steps_text(result)}, {result['reference_images']} real images"
-    table = Table(title=one_line(f"{run.path}: {counts}"), box=None, pad_edge=False, title_justify="left")
-    for name in ("model", "cell", kernel, "below base", "layout", frechet, "captions", "precision", "recall"):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
-    for model, rows in result["models"].items():
-        for row in rows:
-            cell = f"{sampler_label(row['sampler'])} {row['guidance']:g}"
-            table.add_row(model, cell, *evaluation_cells(row, result["samples"]))
-    floor = evaluation_cells(result["real"], result["samples"])
-    table.add_row("real", f"floor of {result['floor_images']}", *floor)
-    return full_width(table)
+    rows = [
+        (
+            model,
+            f"{sampler_label(row['sampler'])} {row['guidance']:g}",
+            evaluation_cells(row, result["samples"]),
+        )
+        for model, found in result["models"].items()
+        for row in found
+    ]
+    floor = f"floor of {result['floor_images']}", evaluation_cells(result["real"], result["samples"])
+    rows.append(("real", *floor))
+
+    def table(part: slice, title: str | None = None) -> Table:
+        made = Table(title=title, box=None, pad_edge=False, title_justify="left")
+        for name in ("model", "cell", *names[part]):
+            made.add_column(name, no_wrap=True, justify="left" if name in ("model", "cell") else "right")
+        for model, cell, values in rows:
+            made.add_row(model, cell, *values[part])
+        return full_width(made)
+
+    title = one_line(f"{run.path}: {counts}")
+    whole = table(slice(None), title)
+    if width is None or whole.width is None or whole.width <= width:
+        return [whole]
+    return [table(slice(3), title), table(slice(3, None))]
 
 
 def evaluation_cells(row: dict[str, Any], samples: int) -> tuple[str, ...]:

@@ -141,7 +141,7 @@ def test_the_command_prints_the_table_of_a_folder_with_an_equals_sign(
     assert "evaluation.json" in capsys.readouterr().out.replace("\n", "")
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(runs.evaluation_table(copy, copy.read_evaluation()))
+        console.print(*runs.evaluation_tables(copy, copy.read_evaluation(), 200))
     lines = captured.get().splitlines()
     assert "6 samples, 2 steps, 16 real images" in " ".join(captured.get().split())
     assert any(line.startswith("model") and "style distance" in line for line in lines)
@@ -151,6 +151,18 @@ def test_the_command_prints_the_table_of_a_folder_with_an_equals_sign(
     assert kernel in line and below in line and line.split()[-2:] == ["-", "-"]  # few samples
     assert runs.evaluation_cells(row, 100)[-1] == f"{100 * row['recall']:.0f} %"
     assert lines[-1].split()[:4] == ["real", "floor", "of", "6"]
+    halves = runs.evaluation_tables(copy, copy.read_evaluation(), 80)
+    console = Console(width=80)
+    with console.capture() as captured:
+        for half in halves:
+            console.print(half)
+    columns = [
+        line.split("cell")[1].split() for line in captured.get().splitlines() if line.startswith("model")
+    ]
+    assert columns == [
+        ["style", "distance", "below", "base", "layout"], ["Frechet", "captions", "precision", "recall"],
+    ]  # fmt: skip
+    assert kernel in captured.get() and f"{row['frechet']:.1f}" in captured.get()
 
 
 def below_base(row: dict) -> tuple[float, float]:
