@@ -6,7 +6,7 @@ from pathlib import Path
 from ghibli.adapters.files import format_number
 from ghibli.app.settings import Settings
 from ghibli.inference.request import RestyleOptions
-from ghibli.runtime.commands import command_line, quoted
+from ghibli.runtime.commands import command_here, quoted
 
 
 def draw_command(settings: Settings, sources: list[str], axes: Sequence[str] = ()) -> str:
@@ -16,7 +16,7 @@ def draw_command(settings: Settings, sources: list[str], axes: Sequence[str] = (
         axes: settings that a grid varies, such as guidance=3,7.
     """
     words = ["--hires", format_number(settings.hires)] if settings.hires != 1 else []
-    command = command_line(
+    command = command_here(
         "ghibli", "generate", *sources, "--prompt", settings.prompt, *shared_words(settings), *words
     )
     return command + "".join(f" --grid {quoted(axis)}" for axis in axes)
@@ -38,7 +38,7 @@ def restyle_command(
         more += ["--control-model", options.control.model]
         if options.control.scale != 1:
             more += ["--control-scale", format_number(options.control.scale)]
-    return command_line(
+    return command_here(
         "ghibli", "restyle", photo, *loaded, "--prompt", settings.prompt,
         "--strength", format_number(options.strength), "--way", options.way, *shared_words(settings), *more,
     )  # fmt: skip

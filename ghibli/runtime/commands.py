@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # what needs no quotes in bash, as in shlex
+ROOT, SCRIPTS = Path(__file__).resolve().parents[2], ("train.py", "sweep.py")
 MEANT_OTHERWISE = ("", "latest", "null")  # values of a path key that name no folder
 
 
@@ -24,10 +25,17 @@ def command_here(name: str, *words: str | Path) -> str:
     """Return command_line for the shell that this process was started from.
 
     Args:
-        name: python, ghibli or wandb. If that shell would not find this installation's, as before
+        name: python, ghibli, wandb, ... If that shell would not find this installation's, as before
             `source .venv/bin/activate`, its path takes the place of the name.
     """
-    return command_line(*program(name), *words)
+    return command_line(*program(name), *map(script, words))
+
+
+def script(word: str | Path) -> str | Path:
+    """Return a word of a command; of train.py or sweep.py the path, if the current folder has none."""
+    if word not in SCRIPTS or Path(word).is_file() or not (ROOT / word).is_file():
+        return word
+    return short_path(str(ROOT / word))
 
 
 def program(name: str) -> list[str]:

@@ -206,7 +206,9 @@ def closing_lines(config: Config, folder: Path, gain: Gain, start: float) -> lis
     commands = [command_here("ghibli", "report", name)]
     guidance = config.loss.own_guidance
     if gain.value >= 0 or guidance != 1:
-        commands.append(command_here("ghibli", "generate", name, "--prompt", "a red train"))
+        commands.append(
+            command_here("ghibli", "generate", name, "--prompt", f"a red train{config.data.style}")
+        )
     else:
         commands.append("lower optimizer.lr, or give it more images or epochs")
     lines = [

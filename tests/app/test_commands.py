@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,7 @@ def asked() -> Any:
         )
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.setattr(images, "load_sources", load)
         patch.setattr(
             images, "write_generated", lambda model, request, *_, **__: vars(found).update(request=request)

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.commands import run_python
+from helpers.commands import REPO, run_python
 
 from ghibli.config.schema import age_of
 from ghibli.config.typed_paths import at_home
@@ -21,7 +21,9 @@ def ghibli(*words: str, cwd: Path) -> tuple[int, str, str]:
 
 
 def test_list_without_runs_says_how_to_make_one(tmp_path: Path) -> None:
-    assert ghibli("list", cwd=tmp_path) == (0, "no runs below outputs/ yet: python train.py makes one\n", "")
+    """With the path of train.py, which is not in the current folder."""
+    code, said, trouble = ghibli("list", cwd=tmp_path)
+    assert (code, said, trouble) == (0, f"no runs below outputs/ yet: python {REPO}/train.py makes one\n", "")
 
 
 def test_list_shows_state_settings_and_gain(tmp_path: Path) -> None:

@@ -435,7 +435,7 @@ def test_ctrl_c_as_a_user_presses_it(images: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
-    assert out.endswith("stopped; go on with: python train.py resume=run\n")
+    assert out.endswith(f"stopped; go on with: python {REPO}/train.py resume=run\n")
 
 
 def test_ctrl_c_before_training_begins(images: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.commands import run_python
+from helpers.commands import REPO, run_python
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -28,6 +28,7 @@ SOME = [
     "naïve", "ジブリ", "(1)", "~", "~root", "a  b", " a ", "it's", "$x", "a\nb", "latest", "null", "1e3",
     "lora.rank=8,loss.guidance=7.5", "'a'", '"a"', "\\", "a\\'", "a\\\\", "\udce9", "#", "a,b", "[a]", "true",
 ]  # fmt: skip
+PROGRAMS = ("python", "ghibli", "wandb", "tensorboard", "trackio")
 STUB = "import os, sys; os.write(1, b'\\0'.join(map(os.fsencode, sys.argv[1:])))"
 
 
@@ -129,7 +130,7 @@ def venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with .venv/bin/python and ghibli, which are this process's, and an empty PATH."""
     folder = tmp_path / ".venv" / "bin"
     folder.mkdir(parents=True)
-    for name in ("python", "ghibli"):
+    for name in PROGRAMS:
         (folder / name).write_text('#!/bin/sh\nprintf "%s\\0" "${0##*/}" "$@"\n')
         (folder / name).chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
@@ -138,7 +139,7 @@ def venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["python", "ghibli"])
+@pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("place", ["activated", "below", "beside"])
 def test_a_command_runs_as_printed_in_the_shell_at_hand(
     venv: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
@@ -162,9 +163,17 @@ def test_another_python_on_the_path_is_not_ours(
     other.mkdir()
     (other / "python").symlink_to(venv / "python")
     monkeypatch.setenv("PATH", str(other))
-    assert command_here("python", "train.py") == ".venv/bin/python train.py"
+    assert command_here("python", "x.py") == ".venv/bin/python x.py"
     (venv / "ghibli").unlink()
     assert command_here("ghibli", "list") == ".venv/bin/python -m ghibli list"
+
+
+def test_a_script_is_found_from_another_folder(venv: Path) -> None:
+    assert (
+        command_here("python", "train.py", "a=train.py") == f".venv/bin/python {REPO / 'train.py'} a=train.py"
+    )
+    Path("train.py").touch()
+    assert command_here("python", "train.py") == ".venv/bin/python train.py"
 
 
 def test_a_path_that_begins_with_a_dash_is_no_option() -> None:

@@ -25,7 +25,7 @@ from ghibli.training.finalize import Result, base_loss_line, closing_lines, gain
 @pytest.mark.parametrize(
     ("words", "gain", "said", "unsaid"),
     [
-        ((), 0.12, "ghibli generate 'a run' --prompt 'a red train'", "below 0"),
+        ((), 0.12, "ghibli generate 'a run' --prompt 'a red train, Studio Ghibli style'", "below 0"),
         ((), -0.02, "lower optimizer.lr", "ghibli generate"),
         (("loss.guidance=7.5",), -0.904, "it started at -4300 %, not at 0", "lower optimizer.lr"),
         (("loss.guidance_target=4",), -0.1, "at guidance 0.25, where it started at -4300", "lower opt"),

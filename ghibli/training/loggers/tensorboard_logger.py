@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import flatten
-from ghibli.runtime.commands import command_line
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import relative_path
 from ghibli.training.loggers.dashboard import Table
 
@@ -74,7 +74,7 @@ class TensorBoardDashboard:
         self.writer.add_hparams(self.settings, dict(values), run_name=".", global_step=step)
 
     def how_to_look(self) -> list[str]:
-        return [f"board    {command_line('tensorboard', '--logdir', Path(relative_path(self.folder)))}"]
+        return [f"board    {command_here('tensorboard', '--logdir', Path(relative_path(self.folder)))}"]
 
     def close(self) -> None:
         self.writer.flush()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.commands import command_line
+from ghibli.runtime.commands import command_here
 from ghibli.training.loggers.dashboard import Table
 
 PACKAGE = Path(trackio.__file__).parent
@@ -73,7 +73,7 @@ class TrackioDashboard:
         self.raise_failure()
 
     def how_to_look(self) -> list[str]:
-        return [f"trackio  {command_line('trackio', 'show', '--project', self.project)}"]
+        return [f"trackio  {command_here('trackio', 'show', '--project', self.project)}"]
 
     def close(self) -> None:
         """Write what is left.

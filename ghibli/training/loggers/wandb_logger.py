@@ -17,7 +17,7 @@ from PIL import Image
 
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.runtime.commands import command_line
+from ghibli.runtime.commands import command_here
 from ghibli.runtime.errors import UserError
 from ghibli.training.loggers.dashboard import Table, first_words
 
@@ -30,6 +30,7 @@ FOLDERS = {  # variables of W&B -> folder below wandb/ of the run; a value of th
 }  # fmt: skip
 SETTINGS = "WANDB_CONFIG_DIR"  # the folder in which W&B looks for a file `settings`
 TELEMETRY = "WANDB_ERROR_REPORTING"  # reports to W&B's own developers
+HOST = "not recorded"  # in the place of the machine's name, which W&B sends unless it is given one
 STEP = "trainer/global_step"  # what W&B draws all curves over
 variables: list[str] = []  # of the environment, set for the W&B run that is open
 
@@ -64,8 +65,8 @@ class WandbDashboard:
         lines = [] if self.experiment.offline else [f"W&B      {self.experiment.url}"]
         parts = offline_parts(self.run)
         if parts:
-            lines.append(f"W&B      {command_line('wandb', 'beta', 'leet', parts[-1])}")
-            lines.append(f"         {command_line('wandb', 'sync', *parts)}   (once logged in)")
+            lines.append(f"W&B      {command_here('wandb', 'beta', 'leet', parts[-1])}")
+            lines.append(f"         {command_here('wandb', 'sync', *parts)}   (once logged in)")
         return lines
 
     def close(self) -> None:
@@ -87,7 +88,8 @@ def open_dashboard(config: Config, run: RunDir, name: str) -> WandbDashboard | N
     try:
         is_logged_in = mode != "offline" and logged_in(run)
         if mode == "online" and not is_logged_in:
-            raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use auto")
+            login = command_here("wandb", "login")
+            raise UserError(f"wandb.mode=online, but nobody is logged in: run `{login}`, or use auto")
         if is_logged_in:
             try:
                 return start(config, run, name, "online")
@@ -157,7 +159,7 @@ def start(config: Config, run: RunDir, name: str, mode: str) -> WandbDashboard:
         settings=wandb.Settings(
             mode=mode, init_timeout=START_SECONDS, x_service_wait=START_SECONDS, console="off", silent=True,
             x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=mode == "offline",
-            x_save_requirements=False, disable_git=True, disable_code=True, save_code=False,
+            x_save_requirements=False, disable_git=True, disable_code=True, save_code=False, host=HOST,
         ),
     )  # fmt: skip
     experiment.define_metric(STEP)

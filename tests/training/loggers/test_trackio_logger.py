@@ -10,6 +10,7 @@ from helpers.commands import CACHE
 from helpers.dashboards import curves_of, trackio_runs, use_all
 
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.commands import command_here
 from ghibli.training.loggers import choice, dashboard
 
 trackio = pytest.importorskip("trackio")
@@ -58,7 +59,7 @@ def test_a_resumed_run_goes_on_in_its_own_and_another_of_its_settings_is_another
     assert [(alert["title"], alert["text"], alert["step"]) for alert in second["alerts"]] == [
         ("name", "text", 1)
     ]
-    assert other.how_to_look() == ["trackio  trackio show --project ghibli-lora-lab"]
+    assert other.how_to_look() == [f"trackio  {command_here('trackio', 'show')} --project ghibli-lora-lab"]
 
 
 def test_a_name_with_slashes_leads_nowhere_else(

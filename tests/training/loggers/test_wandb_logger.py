@@ -250,6 +250,7 @@ def test_a_resumed_run_keeps_its_id_and_all_its_parts_are_named(
 
     def init(**settings: object) -> MagicMock:
         asked.append(settings["id"])
+        assert settings["settings"].host == wandb_logger.HOST
         (run.path / "wandb" / f"offline-run-2026010{len(asked)}_000000-abc").mkdir(parents=True)
         return MagicMock(offline=True, id="abc")
 
@@ -260,7 +261,9 @@ def test_a_resumed_run_keeps_its_id_and_all_its_parts_are_named(
     leet, sync = boards[-1].how_to_look()
     words = shlex.split(sync.partition("(once")[0])
     parts = sorted((run.path / "wandb").glob("offline-run-*"))
-    assert words[:2] == ["wandb", "sync"] and [Path(word).resolve() for word in words[2:]] == parts
+    assert (Path(words[0]).name, words[1]) == ("wandb", "sync") and [
+        Path(word).resolve() for word in words[2:]
+    ] == parts
     assert len(parts) == 2 and Path(shlex.split(leet)[-1]).resolve() == parts[-1]
     (parts[0] / "run-abc.wandb.synced").touch()
     assert wandb_logger.offline_parts(run) == [os.path.relpath(parts[1])]
