@@ -22,7 +22,7 @@ from ghibli.runtime.errors import UserError, one_line_errors
 from ghibli.runtime.terminal import one_line
 from ghibli.sweeps import grid
 from ghibli.sweeps.grid import studies
-from ghibli.sweeps.jobs import run_trial
+from ghibli.sweeps.jobs import past_runs, run_trial
 
 
 def main() -> None:
@@ -61,16 +61,18 @@ def run_requested_study(request: grid.StudyRequest) -> None:
         with grid.hydra_on_conf():
             overrides = [*request.fixed, *(override.input_line for override in request.free)]
             trials = grid.grid_trials(request.cfg, overrides)
-            plan, _ = grid.check_trials("sweep", trials)
+            plan, example = grid.check_trials("sweep", trials)
         grid.open_study(request.cfg, plan)
         if request.settings.race:
             race.race(trials, raced_job)
         else:
+            console.print(search.halving_announcement(plan, past_runs(example)))
             search.successive_halving(trials, requested_job)
     else:
         with grid.hydra_on_conf():
-            grid.check_trials("sweep", search.corner_trials(request))
+            plan, example = grid.check_trials("sweep", search.corner_trials(request))
         study = grid.open_study(request.cfg, None)
+        console.print(search.announcement(request, plan, past_runs(example)))
         search.optuna_search(request, study, requested_job)
 
 

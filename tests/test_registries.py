@@ -262,3 +262,8 @@ def test_a_toy_layout_is_read(register: Callable, tmp_path: Path) -> None:
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="classes/CAPTION/; docs/data.md shows them"):
         read(empty)
+
+
+def test_a_term_of_an_empty_registry_says_how_one_is_added(make_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match=r"^loss.terms=slope is unknown: there is none yet; docs/ext"):
+        make_config("+loss.terms.slope=0.1")

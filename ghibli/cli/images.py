@@ -252,7 +252,7 @@ def app_command(
     ] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="by default the first free one from 7860")] = None,
 ) -> None:
-    """Open a page in the browser to generate and restyle with a run, the base beside it, until Ctrl-C."""
+    """Open a page in the browser to draw, restyle and train, with the base beside each run, until Ctrl-C."""
     from ghibli.app.address import find_address, is_loopback
     from ghibli.app.private_folder import ended_by_signals
 

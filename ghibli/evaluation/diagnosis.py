@@ -256,7 +256,7 @@ def forgets_faster(history: list[Probe], config: Config) -> Finding | None:
         return None
     epoch = len(history) - 1
     stop = f"stop before it, trainer.max_epochs={epoch - 1}, or " if epoch > 1 else ""
-    brake = " or brake with loss.keep=1 (docs/understanding.md)" if config.finetune == "lora" else ""
+    brake = " or brake with loss.keep=0.3 (docs/understanding.md)" if config.finetune == "lora" else ""
     return Finding(
         "forgets faster than it learns",
         f"in epoch {epoch} the loss on held-out images fell by {learned:.4f} +- {learned_error:.4f}, and "

@@ -87,14 +87,23 @@ def table_cell(value: Any) -> str:
 
 
 def result_rows(first: Side, second: Side) -> list[Row]:
-    """Return the rows of state, epochs and gain."""
-    columns = []
-    for side in (first, second):
-        gain, error = side.status.get("gain"), side.status.get("gain_se")
-        text = "-" if gain is None else f"{100 * gain:.1f} %"
-        text += f" +- {100 * error:.1f} %" if gain is not None and error is not None else ""
-        columns.append((side.run.status.state, str(side.status.get("epoch", "-")), text))
-    return list(zip(("state", "epochs", "gain"), *columns, strict=True))
+    """Return the rows of state, epochs, gain and, where one was measured, price."""
+    names = ("gain", "price") if "price" in first.status | second.status else ("gain",)
+    columns = [
+        (
+            side.run.status.state, str(side.status.get("epoch", "-")),
+            *(share_text(side.status.get(name), side.status.get(f"{name}_se")) for name in names),
+        )
+        for side in (first, second)
+    ]  # fmt: skip
+    return list(zip(("state", "epochs", *names), *columns, strict=True))
+
+
+def share_text(value: float | None, error: float | None) -> str:
+    """Format a share with its standard error, in percent; a dash for None."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" + (f" +- {100 * error:.1f} %" if error is not None else "")
 
 
 def relevant_kinds(keys: list[str], first: Side, second: Side) -> list[str]:

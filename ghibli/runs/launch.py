@@ -39,6 +39,8 @@ from ghibli.runs.resume import resumed_config
 from ghibli.runs.reuse import require_same_trial
 from ghibli.runtime.errors import UserError, one_line_errors
 
+MULTIRUN = ("-m", "--multirun")
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +61,8 @@ def hydra_entry(config_dir: Path, config_name: str, job: Callable[[Any], Any]) -
 
     def run() -> None:
         reject_spaces_around_equals(sys.argv[1:])
-        is_sweep = config_name == "sweep" or any(word in ("-m", "--multirun") for word in sys.argv[1:])
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)  # Hydra wants it first
+        is_sweep = config_name == "sweep" or any(word in MULTIRUN for word in sys.argv[1:])
         sys.argv[1:] = with_typed_paths(sys.argv[1:], is_sweep)
         decorate = hydra_main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
         words = list(sys.argv[1:])

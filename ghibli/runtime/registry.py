@@ -46,6 +46,10 @@ class Registry(Generic[Entry]):
         if name not in self._entries:
             key = key or self.key
             typed = f"{key} {name}" if key.startswith("--") else f"{key}={name}"
+            if not self._entries:
+                raise UserError(
+                    f"{typed} is unknown: there is none yet; docs/extending.md says how one is added"
+                )
             hint = did_you_mean(name, self._entries)
             raise UserError(f"{typed} is unknown: choose one of {', '.join(self._entries)}{hint}")
         return self._entries[name]

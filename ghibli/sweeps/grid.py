@@ -126,17 +126,20 @@ def announcement(cfg: Any, overrides: list[str], plan: list[PlannedTrial], past:
     given = default_grid(cfg, overrides)
     epochs = sum(trial.work.epochs for trial in plan)
     of = f" of grid={cfg.hydra.runtime.choices.grid}, over {', '.join(given)}" if given else ""
-    left = seconds_left([trial.work for trial in plan], past)
-    time = (
-        "the first one will tell how long they take"
-        if left is None
-        else f"about {in_words(left)} at the pace of your last runs of this base and images"
-    )
+    time = time_in_all([trial.work for trial in plan], past)
     return [
         f"{len(plan)} trials{of}: {epochs} epochs in all; {time}",
         "to train others, sweep something yourself, such as lora.rank=4,8; Ctrl-C stops, the same command "
         "goes on",
     ]
+
+
+def time_in_all(works: list[Work], past: list[Timed]) -> str:
+    """Say about how long trials take, from finished runs of this base and images."""
+    left = seconds_left(works, past)
+    if left is None:
+        return "the first one will tell how long they take"
+    return f"about {in_words(left)} at the pace of your last runs of this base and images"
 
 
 def name_anew(cfg: Any) -> None:

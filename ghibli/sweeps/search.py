@@ -16,7 +16,8 @@ from ghibli.runs.reuse import require_same_trial_except_epochs
 from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_rows
-from ghibli.sweeps.grid import Study, StudyRequest, settings_and_folder
+from ghibli.sweeps.grid import PlannedTrial, Study, StudyRequest, settings_and_folder, time_in_all
+from ghibli.sweeps.jobs import Timed, Work
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,36 @@ def optuna_search(request: StudyRequest, study: Study, train: Train) -> None:
             table.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         else:
             table.tell(trial.number, gain)
+
+
+def announcement(request: StudyRequest, plan: list[PlannedTrial], past: list[Timed]) -> str:
+    """Say how many trials a search trains, over which keys, and about how long it takes.
+
+    Args:
+        plan: corner_trials, of whose kinds the trials will be.
+        past: finished runs of this base and images, to estimate the time from.
+    """
+    count = request.settings.search or 0
+    works = [plan[at % len(plan)].work for at in range(count)]
+    keys = ", ".join(override.get_key_element() for override in request.free)
+    return f"{count} trials over {keys}; {time_in_all(works, past)}; Ctrl-C stops, the same command goes on"
+
+
+def halving_announcement(plan: list[PlannedTrial], past: list[Timed]) -> str:
+    """Say how many trials begin, until which epochs how many of them go on, and about how long it takes.
+
+    Args:
+        past: finished runs of this base and images, to estimate the time from.
+    """
+    left, done, works, parts = len(plan), 0, [], []
+    for rung in rungs(plan[0].work.epochs):
+        works += [Work(rung - done, plan[0].work.is_guided)] * left
+        parts.append(f"{left} until epoch {rung}")
+        left, done = math.ceil(left / REDUCTION), rung
+    return (
+        f"{len(plan)} trials: {', '.join(parts)}; {time_in_all(works, past)}; Ctrl-C stops, the same command "
+        "goes on"
+    )
 
 
 def database(folder: Path) -> str:

@@ -66,6 +66,7 @@ def compared(
         ({"grown": [[5, 1, 2]]}, ["differ in epochs added on resume"]),
         ({"state": "interrupted"}, ["state finished interrupted", "once both are finished"]),
         ({"gain": 0.5}, ["gain 25.0 % +- 1.0 % 50.0 % +- 1.0 %"]),
+        ({"price": 1.2, "price_se": 0.1}, ["price - 120.0 % +- 10.0 %"]),
     ],
 )
 def test_differences_and_conclusion(compared: Callable, changes: dict, words: list[str]) -> None:

@@ -474,3 +474,11 @@ def test_cfg_job_prints_settings_that_compose_again(printed: Callable[..., str])
 )
 def test_the_default_alpha_follows_rank_but_for_rslora(words: tuple[str, ...], alpha: float) -> None:
     assert composed(*DEMO, *words).lora.alpha == alpha
+
+
+def test_multirun_may_stand_between_the_words(tmp_path: Path) -> None:
+    done = run_python(str(REPO / "train.py"), "lora.rank=4,8", "-m", "lora.dropout=0,7", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: trial lora.rank=4, lora.dropout=7: lora.dropout=7.* is out of range.*\n", done.stderr
+    )

@@ -6,6 +6,7 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ import train
 from ghibli.runs import launch
 from ghibli.runs.folder import RunDir
 from ghibli.sweeps import grid, repeats, search, trials
+from ghibli.sweeps.grid import PlannedTrial
+from ghibli.sweeps.jobs import Work
 from ghibli.sweeps.winner import seeded
 from ghibli.training import session
 
@@ -243,6 +246,19 @@ def test_unasked_the_best_are_repeated_where_the_second_is_close(
         assert len([path for path in folder.iterdir() if "+seed=" in path.name]) == expected
         printed = " ".join(capsys.readouterr().out.split())
         assert ("the best trial's settings with 2 other seeds" in printed) == (expected > 0)
+
+
+def test_a_search_says_how_much_it_trains() -> None:
+    """And a study by halving too: as many epochs as its rungs add up to."""
+    plan = [PlannedTrial(f"lora.rank={rank}", Work(9, False)) for rank in (2, 4, 8, 16)]
+    past = [(Work(9, False), 90.0)]
+    free = [SimpleNamespace(get_key_element=lambda: "lora.rank")]
+    asked = SimpleNamespace(settings=SimpleNamespace(search=8), free=free)
+    said = search.announcement(asked, plan, past)
+    assert said.startswith("8 trials over lora.rank; about 12 min at the pace of your last runs")
+    assert "the first one will tell how long they take" in search.announcement(asked, plan, [])
+    said = search.halving_announcement(plan, past)  # 4 + 2 * 2 + 6 = 14 epochs of 10 s
+    assert said.startswith("4 trials: 4 until epoch 1, 2 until epoch 3, 1 until epoch 9; about 2 min")
 
 
 def test_a_running_trial_is_reopened_with_its_values() -> None:
