@@ -167,22 +167,31 @@ def check_overrides(overrides: list[str]) -> tuple[Config | None, RunDir | None,
     register()
     overrides = with_typed_paths(overrides)
     with COMPOSING, initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        errors = errors_in(lambda: compose_cfg(overrides))
+        cfg, errors = composed(overrides)
         if errors:
             own_errors, overrides = check_each_override(overrides)
             errors = own_errors or errors
-            if errors_in(lambda: compose_cfg(overrides)):
+            cfg, others = composed(overrides)
+            if others:
                 return None, None, errors
-        cfg = compose_cfg(overrides)
     errors += list(dict.fromkeys(error for check in checks_of(cfg) for error in errors_in(check)))
     if errors:
         return None, None, errors + errors_in(lambda: check_base_path(cfg.model.path or ""))
     return to_config(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
 
 
+def composed(overrides: list[str]) -> tuple[Any, list[str]]:
+    """Compose with these overrides: (the config, no errors), or (None, the error in a list)."""
+    try:
+        with hydra_errors():
+            return compose_cfg(overrides), []
+    except UserError as error:
+        return None, [str(error)]
+
+
 def check_each_override(overrides: list[str]) -> tuple[list[str], list[str]]:
     """Compose with each override alone: (errors, the overrides without one)."""
-    errors = {one: errors_in(partial(compose_cfg, [one])) for one in overrides}
+    errors = {one: composed([one])[1] for one in overrides}
     valid = [one for one in overrides if not errors[one]]
     return [error for found in errors.values() for error in found], valid
 
