@@ -193,6 +193,10 @@ def test_a_run_that_was_online_is_logged_offline_without_a_login(
     choice.log_evaluation(config, finished, result)
     assert modes == ["offline"] and "logging offline" in " ".join(capsys.readouterr().out.split())
     assert board.alerts == ["few images"] and len(board.logged["evaluate/cells"].data) == 5
+    first, wanted = board.logged["evaluate/cells"].data[0], result["models"]["base"][0]
+    assert first[3:7] == [*wanted["kernel"], *wanted["layout"]] and first[-2:] == [
+        wanted["precision"], wanted["recall"],
+    ]  # fmt: skip
 
 
 def test_the_difference_to_the_base_is_the_tables(result: dict) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 from ghibli.evaluation.gain import Gain
 from ghibli.training.loggers.dashboard import Table
 
+NOT_MEASURED = (None, None)  # value and error, in evaluations of before or without a CLIP
+
 
 def gain_curve(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the gain of all epochs so far with its 95 % band, from rows of probe.csv."""
@@ -40,20 +42,27 @@ def gain_by_timestep(gains: Mapping[str, Gain]) -> Table:
 def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
     """Return the content of evaluation.json: the cells, and the guidance scan."""
     cells = [
-        [model, row["sampler"], row["guidance"], *row["kernel"], row["frechet"], row["recall"]]
+        [
+            model, row["sampler"], row["guidance"], *row["kernel"], *(row.get("layout") or NOT_MEASURED),
+            row["frechet"], *(row.get("caption_fit") or NOT_MEASURED), row["precision"], row["recall"],
+        ]
         for model, found in result["models"].items()
         for row in found
-    ]
+    ]  # fmt: skip
     scan = [
         [model, float(scale), *kernel]
         for model, kernels in result["scan"].items()
         for scale, kernel in kernels.items()
     ]
-    distance = ("image distance", "standard error")
+    distance = ("image distance", "error of the distance")
+    names = (
+        *distance, "layout distance", "error of the layout", "frechet", "caption fit", "error of the fit",
+        "precision", "recall",
+    )  # fmt: skip
     return [
         Table(
             "evaluate/cells", "images by sampler and guidance",
-            ("model", "sampler", "guidance", *distance, "frechet", "recall"), cells,
+            ("model", "sampler", "guidance", *names), cells,
         ),
         Table("evaluate/scan", "guidance scan", ("model", "guidance", *distance), scan),
     ]  # fmt: skip
