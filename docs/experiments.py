@@ -445,7 +445,17 @@ def ranks(lab: Lab) -> None:
         for variant, rank, rate in product(("lora", "rslora"), (1, 2, 4, 8, 16), ("2e-4", "5e-4", "1e-3"))
     }  # fmt: skip
     found = lab.probes("ranks", settings, common)
-    note("ranks", lab, began, gain={name: gains(probes) for name, probes in found.items()})
+    differences = {}
+    for name, probes in found.items():
+        variant, rank, rate = name.split(", ")
+        others = {f"minus rank 1, {rate}": found[f"{variant}, rank 1, {rate}"]} if rank != "rank 1" else {}
+        if variant == "rslora":
+            others[f"minus lora, {rank}"] = found[f"lora, {rank}, {rate}"]
+        differences |= {f"{name}, {other}": points(probes, own) for other, own in others.items()}
+    note(
+        "ranks", lab, began,
+        gain={name: gains(probes) for name, probes in found.items()}, differences=differences,
+    )  # fmt: skip
 
 
 def sizes(lab: Lab) -> None:
