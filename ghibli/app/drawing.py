@@ -123,7 +123,7 @@ class Drawing:
             UserError: a value that no request may have.
         """
         now, offered = dict(zip(SETTINGS, current, strict=True)), self.session.runs()
-        found = {name: stored[name] for name in SETTINGS if name in stored}
+        found = {name: stored[name] for name in SETTINGS if name in stored and name != "runs"}
         if "adapters" in stored:
             found["runs"] = [name for name in stored["adapters"] if name in offered]
         asked = Settings(**(now | found | {"safe": bool(now["safe"])}))

@@ -117,3 +117,17 @@ def test_settings_come_back_from_a_png(app_session: Any, told: list[str], tmp_pa
             drawing.settings_of(str(tmp_path / "forged.png"), *page_now)
     with pytest.raises(gradio.Error, match="that file holds no settings"):
         drawing.settings_of(str(tmp_path / "other.png"), *page_now)
+
+
+@pytest.mark.parametrize("runs", [[1], ["/etc"], 5])
+def test_an_image_chooses_runs_by_its_adapters_alone(
+    app_session: Any, told: list[str], tmp_path: Path, runs: Any
+) -> None:
+    """An entry `runs`, which no image of ours has, is not looked at: it could name any path."""
+    info = PngInfo()
+    info.add_text("ghibli", json.dumps({"runs": runs, "steps": 3}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png", pnginfo=info)
+    page_now = [[RUN], "x", "", "ddim", 7.5, 30, 0, 1, False, 1]
+    taken = Drawing(app_session).settings_of(str(tmp_path / "image.png"), *page_now)
+    assert taken == [[RUN], "x", "", "ddim", 7.5, 3, 0, 1, False, 1]
+    assert told == ["settings taken from the image"]
