@@ -3,7 +3,6 @@
 import logging
 import os
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from ghibli.config.schema import DataConfig
 from ghibli.data.folder import CaptionedImage, ImageFolder
 from ghibli.data.split import Split, split_apart
-from ghibli.runs.folder import RunDir
+from ghibli.runs.folder import LARGEST_LIST, RunDir
 from ghibli.runs.status import read_json
 from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError, did_you_mean
@@ -20,7 +19,6 @@ from ghibli.runtime.home import expanded
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 2**26  # bytes of a list; a million names are a third of that
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -98,7 +96,7 @@ def excluded_names(file: str, folder: ImageFolder) -> set[str]:
     """
     what = path_setting("data.exclude", file)
     try:
-        content = read_plain(expanded(file), LARGEST)
+        content = read_plain(expanded(file), LARGEST_LIST)
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror}") from error
     known = {image.name for image in folder.images} | folder.unusable.keys()
@@ -135,19 +133,3 @@ def write_names(file: Path, names: list[str]) -> None:
 def as_list(names: list[str]) -> bytes:
     """Return the content of a list for data.exclude."""
     return b"".join(os.fsencode(name) + b"\n" for name in names)
-
-
-def update_names(file: Path, names: list[str], written: str) -> str:
-    """Write a list as write_names does, unless the file there was edited.
-
-    Args:
-        written: sha256 of what was written there last, hex; empty = a file there is the user's.
-
-    Returns:
-        The sha256 of the list, hex; empty where the user's file stays.
-    """
-    wanted = sha256(as_list(names)).hexdigest()
-    if file.exists() and sha256(read_plain(file, LARGEST)).hexdigest() not in (wanted, written):
-        return ""
-    write_names(file, names)
-    return wanted

@@ -64,6 +64,7 @@ class Influences:
     levels: dict[str, list[float]] = field(default_factory=dict)  # the same -> (K,) cosines
     ranked: list[RankedImage] = field(default_factory=list)  # the most helpful first
     listed: str = ""  # sha256 of influence_exclude.txt as it was written; empty where the user's stays
+    # while that file is replaced: the old and the new, with a space between
 
     @property
     def is_whole(self) -> bool:

@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config
 from ghibli.data import exclude, sources
 from ghibli.data.datamodule import GhibliDataModule
-from ghibli.data.exclude import excluded_names, update_names, write_names
+from ghibli.data.exclude import excluded_names, write_names
 from ghibli.data.sources import image_set_hash
 from ghibli.data.split import split_by_content
 from ghibli.runs.folder import RunDir
@@ -125,21 +124,6 @@ def test_other_images_than_the_run_was_started_with_are_named(
     resumed = data_of(config, run.path)
     with pytest.raises(UserError, match=rf"the image set {where} is not the same"):
         resumed._write_split(resumed.read(), resumed.held_out)
-
-
-def test_a_list_that_was_edited_is_the_users(tmp_path: Path) -> None:
-    """It stays until it is moved away; one as it was written is replaced, and so is none."""
-    file = tmp_path / "list.txt"
-    first = update_names(file, ["a.png", "b.png"], "")
-    assert file.read_text() == "a.png\nb.png\n" and first == sha256(file.read_bytes()).hexdigest()
-    second = update_names(file, ["b.png"], first)
-    assert file.read_text() == "b.png\n" and second not in ("", first)
-    file.write_text("b.png\nmine.png\n")
-    assert update_names(file, ["c.png"], second) == "" and update_names(file, ["b.png"], "") == ""
-    assert file.read_text() == "b.png\nmine.png\n"
-    assert update_names(file, ["b.png", "mine.png"], "") != ""  # the same words as ours
-    file.unlink()
-    assert update_names(file, ["c.png"], "") != "" and file.read_text() == "c.png\n"
 
 
 def test_a_copy_stays_in_training_when_its_original_is_left_out(
