@@ -92,7 +92,8 @@ def influence(run: RunDir, config: Config, options: InfluenceOptions) -> Influen
     if missing:
         announce(found, material, len(missing))
         found = measure(material, found, missing, options.minutes)
-    found = replace(found, ranked=rank(found, material.images))
+    ranked = with_copies(rank(found, material.images), material.data.train_images)
+    found = replace(found, ranked=ranked, left_out=material.data.excluded)
     write_influences(run, found)
     by_name = {image.name: image for image in material.images}
     write_sheet(run.path / "influence.png", found, by_name)
@@ -255,6 +256,21 @@ def rank(found: Influences, images: list[CaptionedImage]) -> list[RankedImage]:
     return sorted(ranked, key=lambda one: -one.influence.value)
 
 
+def with_copies(ranked: list[RankedImage], images: list[CaptionedImage]) -> list[RankedImage]:
+    """Return the ranked images with the names of all other training images that have the same bytes.
+
+    Left out alone, an image would go on being trained by its copies.
+    """
+    contents = {image.name: image.content_hash for image in images}
+    named: dict[str, list[str]] = {}  # content hash -> names
+    for name, content in sorted(contents.items()):
+        named.setdefault(content, []).append(name)
+    return [
+        replace(one, copies=[name for name in named[contents[one.name]] if name != one.name])
+        for one in ranked
+    ]
+
+
 def write_list(run: RunDir, found: Influences, share: float) -> Influences:
     """Write the list for data.exclude, unless the one there was edited; return what is known of it then.
 
@@ -264,7 +280,7 @@ def write_list(run: RunDir, found: Influences, share: float) -> Influences:
     Args:
         share: of the ranked images, the worst, that it names.
     """
-    names = [one.name for one in found.worst(share)]
+    names = found.to_exclude(share)
     wanted = hashlib.sha256(as_list(names)).hexdigest()
     if run.is_list_edited(wanted):
         found = replace(found, listed="")

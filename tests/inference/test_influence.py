@@ -15,16 +15,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import train
+from ghibli.cli.influence import closing_lines
 from ghibli.cli.main import app
 from ghibli.config.files import to_yaml
 from ghibli.config.schema import Config
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.exclude import write_names
+from ghibli.data.folder import CaptionedImage
 from ghibli.evaluation.influence import Influences, RankedImage, read_influences
 from ghibli.evaluation.statistics import Estimate
 from ghibli.inference import influence as command
 from ghibli.inference.gradients import Batch, HeldOut, Products
-from ghibli.inference.influence import InfluenceOptions, influence, write_list
+from ghibli.inference.influence import InfluenceOptions, influence, with_copies, write_list
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
@@ -170,6 +172,24 @@ def ranking(**more: Any) -> Influences:
     )  # fmt: skip
 
 
+def test_the_list_names_copies_and_what_the_run_left_out_itself(tmp_path: Path) -> None:
+    """Else the images that were left out before, or the copies of a bad one, would be trained again."""
+    files = ("0.png", "a/3.png", "1.png", "2.png", "3.png", "twin of 2.png", "twin of 3.png", "4.png")
+    content = {"a/3.png": "3.png", "twin of 2.png": "2.png", "twin of 3.png": "3.png"}
+    images = [CaptionedImage(tmp_path / name, "a cat", content.get(name, name), name=name) for name in files]
+    found = ranking(left_out=["bad.png", "worse.png"])
+    found = replace(found, ranked=with_copies(found.ranked, images))
+    assert found.to_exclude(0.2) == ["bad.png", "worse.png", "3.png", "a/3.png", "twin of 3.png"]
+    assert found.to_exclude(0.4) == [*found.to_exclude(0.2), "2.png", "twin of 2.png"]
+    run = RunDir(tmp_path)
+    found = write_list(run, found, 0.4)
+    assert run.exclude_list.read_text().splitlines() == found.to_exclude(0.4)
+    assert read_influences(run.influence) == found
+    said = closing_lines(found, 0.4, "run")[-1]
+    assert "the 2 that agree least and 3 copies of them and the 2 that the run left out already; to" in said
+    assert ".txt: the 2 that agree least; to train" in closing_lines(ranking(listed="a"), 0.4, "run")[-1]
+
+
 def test_a_list_as_it_was_written_is_replaced_and_an_edited_one_is_the_users(tmp_path: Path) -> None:
     """It stays until it is moved away; one with the same words as ours is not edited."""
     run = RunDir(tmp_path)
@@ -211,6 +231,30 @@ def test_a_list_is_ours_after_a_kill_in_the_midst(
     found = write_list(run, read_influences(run.influence), 0.6)
     assert run.exclude_list.read_text() == "3.png\n2.png\n0.png\n"
     assert found.listed == sha256(run.exclude_list.read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+def test_a_run_with_a_list_and_copies_of_an_image(
+    make_config: Callable[..., Config], images: Path, tmp_path: Path
+) -> None:
+    """The list of all names what the run left out, and every file that it trained with."""
+    root, run = tmp_path / "set", RunDir(tmp_path / "run")
+    shutil.copytree(images, root)
+    settings = (*SETTINGS, f"data.root={root}", "data.draw=null", "trainer.max_epochs=1")
+    data = GhibliDataModule(make_config(*settings), None, RunDir(tmp_path), 1000)
+    data.read()
+    out, copied = data.train_images[:2]
+    shutil.copy(copied.path, copied.path.with_name("twin.png"))
+    with open(root / "captions.txt", "a") as table:
+        table.write("twin.png|another caption\n")
+    write_names(tmp_path / "list.txt", [out.name])
+    train.run(make_config(*settings, f"data.exclude={tmp_path}/list.txt"), run)
+    (tmp_path / "list.txt").unlink()  # the run knows what it left out
+    found = influence(run, finished_config(run), replace(ALL, exclude=1.0))
+    trained = images_of(run)
+    assert "twin.png" in trained and len(found.ranked) == len(trained) - 1
+    listed = run.exclude_list.read_text().splitlines()
+    assert listed[0] == out.name and sorted(listed[1:]) == sorted(trained)
 
 
 def refused(*words: str) -> str:
