@@ -489,7 +489,7 @@ def points_apart(probe: Probe) -> float:
 def copies(run: RunDir, scale: float, count: int) -> dict[str, Any]:
     """Draw the captions that a run was trained on, and count the images that are copies of its images."""
     config = finished_config(run)
-    _, training = real_images(config, run.status.read()["data_hash"])
+    _, training = real_images(config, run)
     texts = [training[i % len(training)].caption for i in range(count)]
     images = sampled(trained_base(run, config), run.path.name, scale, texts)
     files = [read_unit_image(image.path, config) for image in training]

@@ -4,6 +4,7 @@ Gradio calls a handler with the values of its input components by position. A ha
 arguments first and the values as `*values`, of which `Settings` collects those of the settings.
 """
 
+import math
 import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -39,15 +40,18 @@ class Drawing:
         """Return guidance, suggested guidance, the safety checker's switch and the sample grids of some runs.
 
         Args:
-            guidance, suggested: on the page, and by the last call; what the visitor chose is kept.
+            guidance, suggested: on the page, and by the last call; what the visitor chose is kept. The slider
+                reaches both, however high a run's scan or training guidance puts them.
         """
         with self.session.lock:
             model = self.session.model_of(names)
         base = model.config.model.path
         available = has_checker(base)
         label = f"Safety checker ({f'of {base}' if available else f'{base} has none'})"
+        shown = model.guidance if guidance == suggested else guidance
+        reach = gr.update(maximum=math.ceil(max(RANGES["guidance"][1], model.guidance, shown)))
         return [
-            gr.update(value=model.guidance) if guidance == suggested else gr.skip(),
+            reach | {"value": shown} if guidance == suggested else reach,
             model.guidance,
             gr.update(value=available, interactive=available, label=label),
             sample_grids(names),
@@ -123,7 +127,7 @@ class Drawing:
             UserError: a value that no request may have.
         """
         now, offered = dict(zip(SETTINGS, current, strict=True)), self.session.runs()
-        found = {name: stored[name] for name in SETTINGS if name in stored}
+        found = {name: stored[name] for name in SETTINGS if name in stored and name != "runs"}
         if "adapters" in stored:
             found["runs"] = [name for name in stored["adapters"] if name in offered]
         asked = Settings(**(now | found | {"safe": bool(now["safe"])}))

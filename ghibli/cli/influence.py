@@ -84,7 +84,6 @@ def influence_tables(found: "Influences") -> Iterator[Table]:
 def closing_lines(found: "Influences", share: float, folder: str) -> list[str]:
     """Say what was ranked, where it is, and what to do with it."""
     harmful, odd = sum(one.is_harmful for one in found.ranked), sum(one.is_odd for one in found.ranked)
-    worst = found.worst(share)
     left = found.images - len(found.ranked)
     lines = [
         f"ranked   {len(found.ranked)} of {found.images} training images on {found.held_out} held-out ones, "
@@ -100,6 +99,18 @@ def closing_lines(found: "Influences", share: float, folder: str) -> list[str]:
     exclude = path_setting("data.exclude", file)
     return [
         *lines,
-        f"list     {quoted(file)}: the {len(worst)} that agree least; to train without them, add "
+        f"list     {quoted(file)}: {list_in_words(found, share)}; to train without them, add "
         f"{quoted(exclude)} to the run's command",
     ]
+
+
+def list_in_words(found: "Influences", share: float) -> str:
+    """Say which images the list names: the worst, their copies, and what the run left out itself."""
+    worst = found.worst(share)
+    copies = sum(len(one.copies) for one in worst)
+    parts = [f"the {len(worst)} that agree least"]
+    if copies:
+        parts.append(f"{copies} {'copy' if copies == 1 else 'copies'} of them")
+    if found.left_out:
+        parts.append(f"the {len(found.left_out)} that the run left out already")
+    return " and ".join(parts)

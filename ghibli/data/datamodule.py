@@ -112,7 +112,7 @@ class GhibliDataModule(L.LightningDataModule):
                 on_size=lambda path, size: sizes.update({path: size_for(size, resolution, data.resize)}),
             )  # fmt: skip
         everything = {image.name for image in folder.images}
-        folder, split = split_without_excluded(folder, thumbnails, data)
+        folder, split = split_without_excluded(folder, thumbnails, data, self.run)
         self.excluded = sorted(everything - {image.name for image in folder.images})
         self.train_images, self.held_out, self.moved = split.train, split.held_out, split.moved
         if not self.train_images:

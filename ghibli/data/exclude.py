@@ -1,8 +1,8 @@
 """The images that data.exclude=FILE leaves out, of a split that does not depend on them."""
 
+import logging
 import os
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +10,26 @@ import numpy as np
 from ghibli.config.schema import DataConfig
 from ghibli.data.folder import CaptionedImage, ImageFolder
 from ghibli.data.split import Split, split_apart
+from ghibli.runs.folder import LARGEST_LIST, RunDir
+from ghibli.runs.status import read_json
 from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError, did_you_mean
 from ghibli.runtime.files import read_plain, write_atomically
 from ghibli.runtime.home import expanded
 
-LARGEST = 2**26  # bytes of a list; a million names are a third of that
+logger = logging.getLogger(__name__)
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def split_without_excluded(
-    folder: ImageFolder, thumbnails: dict[Path, np.ndarray], data: DataConfig
+    folder: ImageFolder, thumbnails: dict[Path, np.ndarray], data: DataConfig, run: RunDir | None
 ) -> tuple[ImageFolder, Split]:
     """Split all images, then leave out those that data.exclude names: so no other one changes its side.
 
     Args:
         thumbnails: of every image, by file; what duplicates.near_duplicates compares.
+        run: whose images these are; None = of no run.
 
     Returns:
         The folder and the split without them.
@@ -37,7 +41,7 @@ def split_without_excluded(
     split = split_apart(folder.images, thumbnails, data.val_fraction)
     if data.exclude is None:
         return folder, split
-    names = excluded_names(data.exclude, folder)
+    names = names_left_out(data.exclude, folder, run)
 
     def kept(images: list[CaptionedImage]) -> list[CaptionedImage]:
         return [image for image in images if image.name not in names]
@@ -52,6 +56,38 @@ def split_without_excluded(
     return replace(folder, images=kept(folder.images)), left
 
 
+def names_left_out(file: str, folder: ImageFolder, run: RunDir | None) -> set[str]:
+    """Return the names in a list, but of a started run those that it noted: its images never change.
+
+    The list may have been edited, written anew or deleted since the start; then that is said.
+
+    Raises:
+        UserError: as excluded_names, of a run that has not started.
+    """
+    noted = None if run is None else noted_names(run)
+    if noted is None:
+        return excluded_names(file, folder)
+    try:
+        is_same = excluded_names(file, folder) - folder.unusable.keys() == noted - folder.unusable.keys()
+    except UserError:
+        is_same = False
+    if not is_same:
+        logger.warning(
+            f"{path_setting('data.exclude', file)} is not as it was when the run was started, or gone: the "
+            f"{len(noted)} images that its split.json names stay left out"
+        )
+    return noted
+
+
+def noted_names(run: RunDir) -> set[str] | None:
+    """Return the images that a run left out when it was started, from its split.json; None before that."""
+    split = read_json(run.split)
+    if "data_hash" not in run.status.read() or not isinstance(split, dict) or "train" not in split:
+        return None
+    names = split.get("excluded", [])
+    return {str(name) for name in names} if isinstance(names, list) else None
+
+
 def excluded_names(file: str, folder: ImageFolder) -> set[str]:
     """Read the names in a list, which has one a line, as split.json names images; empty lines count for none.
 
@@ -60,7 +96,7 @@ def excluded_names(file: str, folder: ImageFolder) -> set[str]:
     """
     what = path_setting("data.exclude", file)
     try:
-        content = read_plain(expanded(file), LARGEST)
+        content = read_plain(expanded(file), LARGEST_LIST)
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror}") from error
     known = {image.name for image in folder.images} | folder.unusable.keys()
@@ -97,19 +133,3 @@ def write_names(file: Path, names: list[str]) -> None:
 def as_list(names: list[str]) -> bytes:
     """Return the content of a list for data.exclude."""
     return b"".join(os.fsencode(name) + b"\n" for name in names)
-
-
-def update_names(file: Path, names: list[str], written: str) -> str:
-    """Write a list as write_names does, unless the file there was edited.
-
-    Args:
-        written: sha256 of what was written there last, hex; empty = a file there is the user's.
-
-    Returns:
-        The sha256 of the list, hex; empty where the user's file stays.
-    """
-    wanted = sha256(as_list(names)).hexdigest()
-    if file.exists() and sha256(read_plain(file, LARGEST)).hexdigest() not in (wanted, written):
-        return ""
-    write_names(file, names)
-    return wanted

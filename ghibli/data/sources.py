@@ -14,6 +14,7 @@ from ghibli.data.folder import CaptionedImage, read_folder
 from ghibli.data.split import first_by_content
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS
 from ghibli.images.duplicates import near_duplicates, thumbnail
+from ghibli.runs.folder import RunDir
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError
 
@@ -125,7 +126,7 @@ def require_same_images(images: list[CaptionedImage], noted_hash: object, data: 
 
 
 def real_images(
-    config: Config, noted_hash: str | None = None
+    config: Config, run: RunDir | None = None
 ) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
     """Return (reference, training images), each in an order that depends on their content alone.
 
@@ -133,7 +134,7 @@ def real_images(
     either. Folders in the cache are drawn first.
 
     Args:
-        noted_hash: of the image set that a run was trained on; None = not known.
+        run: that was trained on them; None = none.
 
     Raises:
         UserError: no such folder, too few images to compare with, other images than the run was trained on,
@@ -149,8 +150,8 @@ def real_images(
             on_progress=on_progress,
             on_image=lambda path, image: thumbnails.update({path: thumbnail(image)}),
         )
-    found, split = split_without_excluded(found, thumbnails, data)
-    require_same_images(found.images, noted_hash, data)
+    found, split = split_without_excluded(found, thumbnails, data, run)
+    require_same_images(found.images, None if run is None else run.status.read().get("data_hash"), data)
     training, held_out = split.train, split.held_out
     if data.reference is not None:
         if Path(data.reference).is_relative_to(config.cache_dir):  # any other folder is the user's

@@ -63,7 +63,7 @@ def evaluate(run: RunDir, config: Config) -> dict[str, Any]:
         UserError: a base, image set or feature network is missing, or there are too few images.
     """
     models = models_to_evaluate(run, config)
-    reference_images, training_images = real_images(config, run.status.read().get("data_hash"))
+    reference_images, training_images = real_images(config, run)
     if len(training_images) < LEAST:
         raise UserError(f"too few training images to evaluate with: at least {LEAST} are needed")
     extractor = FeatureExtractor(config, models["base"].base)

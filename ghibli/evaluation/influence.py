@@ -32,6 +32,7 @@ class RankedImage:
     influence: Estimate  # 1 is the mean size; below 0 it lowers the gain
     agreement: float  # lowest modified z-score over the noise levels; far below 0: unlike the others
     level: int  # where that is, 0 = least noise
+    copies: list[str] = field(default_factory=list)  # names of other training files with the same bytes
 
     @property
     def is_harmful(self) -> bool:
@@ -63,7 +64,9 @@ class Influences:
     blocks: dict[str, list[float]] = field(default_factory=dict)  # key of a training image -> (B,)
     levels: dict[str, list[float]] = field(default_factory=dict)  # the same -> (K,) cosines
     ranked: list[RankedImage] = field(default_factory=list)  # the most helpful first
+    left_out: list[str] = field(default_factory=list)  # names that the run was trained without
     listed: str = ""  # sha256 of influence_exclude.txt as it was written; empty where the user's stays
+    # while that file is replaced: the old and the new, with a space between
 
     @property
     def is_whole(self) -> bool:
@@ -77,6 +80,11 @@ class Influences:
     def worst(self, share: float) -> list[RankedImage]:
         """Return the share of the images that agree least, at least one, the least first."""
         return self.by_agreement[: max(1, round(share * len(self.ranked)))]
+
+    def to_exclude(self, share: float) -> list[str]:
+        """Return the names for data.exclude: what the run left out, then the worst with their copies."""
+        worst = [name for one in self.worst(share) for name in (one.name, *one.copies)]
+        return [*self.left_out, *worst]
 
     def timesteps(self, level: int) -> str:
         """Format the timesteps of a noise level: `500-749`."""
@@ -161,13 +169,19 @@ def read_influences(file: Path) -> Influences:
     if content["made_by"] != MADE_BY:
         raise ValueError("not written by ghibli influence")
     return Influences(
-        of=dict(content["of"]), checkpoints=[str(one) for one in content["checkpoints"]],
+        of=dict(content["of"]), checkpoints=names(content["checkpoints"]),
         preconditioned=bool(content["preconditioned"]), held_out=int(content["held_out"]),
         images=int(content["images"]), base=numbers(content["base"]),
         blocks={str(key): numbers(values) for key, values in content["blocks"].items()},
         levels={str(key): numbers(values) for key, values in content["levels"].items()},
         ranked=[image_of(one) for one in content["ranked"]], listed=str(content.get("listed", "")),
+        left_out=names(content.get("left_out", [])),
     )  # fmt: skip
+
+
+def names(values: list[Any]) -> list[str]:
+    """Return a list of names of influence.json."""
+    return [str(value) for value in values]
 
 
 def numbers(values: list[Any]) -> list[float]:
@@ -182,7 +196,7 @@ def image_of(content: dict[str, Any]) -> RankedImage:
     )
     return RankedImage(
         str(content["name"]), str(content["caption"]), Estimate(value, error, freedom=freedom),
-        float(content["agreement"]), int(content["level"]),
+        float(content["agreement"]), int(content["level"]), names(content.get("copies", [])),
     )  # fmt: skip
 
 
@@ -195,10 +209,10 @@ def kept_influences(run: RunDir) -> Influences | None:
     try:
         return read_influences(run.influence)
     except FileNotFoundError:
-        names: tuple[str, ...] = OUTPUTS
+        outputs: tuple[str, ...] = OUTPUTS
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        names = (run.influence.name, *OUTPUTS)
-    foreign = next((run.path / name for name in names if (run.path / name).exists()), None)
+        outputs = (run.influence.name, *OUTPUTS)
+    foreign = next((run.path / name for name in outputs if (run.path / name).exists()), None)
     if foreign is not None:
         raise UserError(f"{foreign} was not written by ghibli influence and would be replaced: move it away")
     return None

@@ -13,7 +13,7 @@ import torch
 from ghibli.adapters.trained import run_base
 from ghibli.config.schema import Config, at_full_precision
 from ghibli.data.datamodule import GhibliDataModule
-from ghibli.data.exclude import update_names
+from ghibli.data.exclude import as_list, write_names
 from ghibli.data.folder import CaptionedImage
 from ghibli.data.split import first_by_content
 from ghibli.diffusion.timesteps import quantile_function
@@ -92,14 +92,12 @@ def influence(run: RunDir, config: Config, options: InfluenceOptions) -> Influen
     if missing:
         announce(found, material, len(missing))
         found = measure(material, found, missing, options.minutes)
-    found = replace(found, ranked=rank(found, material.images))
+    ranked = with_copies(rank(found, material.images), material.data.train_images)
+    found = replace(found, ranked=ranked, left_out=material.data.excluded)
     write_influences(run, found)
     by_name = {image.name: image for image in material.images}
     write_sheet(run.path / "influence.png", found, by_name)
-    worst = [one.name for one in found.worst(options.exclude)]
-    found = replace(found, listed=update_names(run.path / "influence_exclude.txt", worst, found.listed))
-    write_influences(run, found)
-    return found
+    return write_list(run, found, options.exclude)
 
 
 def read_material(run: RunDir, config: Config, options: InfluenceOptions) -> Material:
@@ -256,6 +254,42 @@ def rank(found: Influences, images: list[CaptionedImage]) -> list[RankedImage]:
         for at, (image, one) in enumerate(zip(measured, own, strict=True))
     ]
     return sorted(ranked, key=lambda one: -one.influence.value)
+
+
+def with_copies(ranked: list[RankedImage], images: list[CaptionedImage]) -> list[RankedImage]:
+    """Return the ranked images with the names of all other training images that have the same bytes.
+
+    Left out alone, an image would go on being trained by its copies.
+    """
+    contents = {image.name: image.content_hash for image in images}
+    named: dict[str, list[str]] = {}  # content hash -> names
+    for name, content in sorted(contents.items()):
+        named.setdefault(content, []).append(name)
+    return [
+        replace(one, copies=[name for name in named[contents[one.name]] if name != one.name])
+        for one in ranked
+    ]
+
+
+def write_list(run: RunDir, found: Influences, share: float) -> Influences:
+    """Write the list for data.exclude, unless the one there was edited; return what is known of it then.
+
+    Its hash is stored before the file is replaced, so that after a kill neither the old nor the new one
+    counts as edited.
+
+    Args:
+        share: of the ranked images, the worst, that it names.
+    """
+    names = found.to_exclude(share)
+    wanted = hashlib.sha256(as_list(names)).hexdigest()
+    if run.is_list_edited(wanted):
+        found = replace(found, listed="")
+    else:
+        write_influences(run, replace(found, listed=f"{found.listed} {wanted}".strip()))
+        write_names(run.exclude_list, names)
+        found = replace(found, listed=wanted)
+    write_influences(run, found)
+    return found
 
 
 def write_sheet(file: Path, found: Influences, by_name: dict[str, CaptionedImage]) -> None:

@@ -1,5 +1,6 @@
 """The files of a run folder and their names; its lock."""
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +14,14 @@ from ghibli.runs import lock
 from ghibli.runs.status import RunStatus, read_json
 from ghibli.runtime.commands import path_setting
 from ghibli.runtime.errors import UserError, first_line
-from ghibli.runtime.files import TEMPORARY, checksum_of, is_whole, require_stored, write_atomically
+from ghibli.runtime.files import (
+    TEMPORARY,
+    checksum_of,
+    is_whole,
+    read_plain,
+    require_stored,
+    write_atomically,
+)
 from ghibli.runtime.rank import is_first
 
 FOLDERS = (  # that a run writes into
@@ -26,6 +34,7 @@ FILES = (
 )  # fmt: skip
 CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best.ckpt")
 BY_LIBRARIES = (".hydra", "wandb", ".wandb", "tensorboard")  # folders that Hydra and dashboards write into
+LARGEST_LIST = 2**26  # bytes of a list for data.exclude; a million names are a third of that
 EVALUATION_NAMES = {"reference_pictures": "reference_images", "floor_pictures": "floor_images"}
 
 
@@ -136,6 +145,27 @@ class RunDir:
     def influence(self) -> Path:
         """What each training image did to the gain, as `ghibli influence` measured it."""
         return self.path / "influence.json"
+
+    @property
+    def exclude_list(self) -> Path:
+        """The images that `ghibli influence` advises to leave out: a list for data.exclude."""
+        return self.path / "influence_exclude.txt"
+
+    def is_list_edited(self, wanted: str = "") -> bool:
+        """Return whether exclude_list is the user's: no longer as `ghibli influence` wrote it.
+
+        Args:
+            wanted: sha256, hex, of a list that would be written: one with the same words is not the user's.
+        """
+        try:
+            found = hashlib.sha256(read_plain(self.exclude_list, LARGEST_LIST)).hexdigest()
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        content = read_json(self.influence)
+        listed = content.get("listed") if isinstance(content, dict) else None
+        return found not in (wanted, *str(listed).split())
 
     @property
     def has_weights(self) -> bool:

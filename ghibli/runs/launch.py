@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,13 +201,13 @@ def reject_seeds_of_trial(config: Config) -> None:
 
 
 def check_places(config: Config) -> None:
-    """Check the paths of a run to resume.
+    """Check the paths of a run to resume; which images data.exclude left out is in its split.json.
 
     Raises:
         UserError: one does not exist; the message says how to name its new place.
     """
     try:
-        check_paths(config)
+        check_paths(replace(config, data=replace(config.data, exclude=None)))
     except UserError as error:
         raise UserError(f"{error}; if it only moved, say where it is now beside resume=, KEY=DIR") from None
 

@@ -43,6 +43,8 @@ def plan_removal(run: RunDir) -> Removal:
     if run.status.state == "running":
         raise UserError(f"{run.path} is running: stop it first")
     own = {*FILES, *FOLDERS, *BY_LIBRARIES}
+    if run.is_list_edited():
+        own.remove(run.exclude_list.name)
     files, folders = [], []
     others = sorted(path for path in run.path.iterdir() if path.name not in own)
     for path in sorted(path for path in run.path.iterdir() if path.name in own):

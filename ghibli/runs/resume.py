@@ -18,10 +18,11 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_plain
 
 PLACES = {  # key of a folder or file -> the hash in status.json of its content
-    "data.root": "data_hash", "data.exclude": "data_hash", "data.regularization": "regularization_hash",
+    "data.root": "data_hash", "data.regularization": "regularization_hash",
     "model.path": "base_hash", "model.config": "base_hash", "model.adapter": "base_hash",
     "lora.init": "init_hash",
 }  # fmt: skip
+OPTIONAL = ("data.regularization", "lora.init")  # of these: without a place no hash is compared
 
 
 def resumed_config(run: RunDir, overrides: Any) -> Config:
@@ -92,9 +93,14 @@ def refused_changes(stored: Config, config: Config, proven: list[str]) -> list[D
     That is all that affects its result, but more epochs, and the places whose content a hash proves.
     """
     grows = config.trainer["max_epochs"] > stored.trainer["max_epochs"]
-    allowed = [*proven, *(("trainer.max_epochs", "data.epochs") if grows else ())]
+    growth = ("trainer.max_epochs", "data.epochs") if grows else ()
+
+    def is_allowed(key: str, *values: Any) -> bool:
+        is_proven = key in proven and not (key in OPTIONAL and None in values)
+        return is_proven or key in growth or not affects_result(key)
+
     found = differences(*(flatten(dataclasses.asdict(one)) for one in (stored, config)))
-    return [change for change in found if change[0] not in allowed and affects_result(change[0])]
+    return [change for change in found if not is_allowed(*change)]
 
 
 def chosen_groups(run: RunDir) -> dict[str, str]:

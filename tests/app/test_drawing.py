@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from ghibli.cli.main import app as command_line
-from ghibli.inference.load import load_model
+from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.request import ImageRequest
 
 gradio = pytest.importorskip("gradio")
@@ -38,6 +38,24 @@ def test_what_the_visitor_chose_stays_when_the_run_changes(app_session: Any) -> 
     assert first[0]["value"] == first[1] == usual
     assert "value" not in drawing.on_runs_changed([], 3.0, usual)[0]
     assert drawing.on_runs_changed([], usual, usual)[0]["value"] == 7.5
+
+
+def test_the_slider_reaches_the_guidance_of_a_run(app_session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan may find 56, and a training at 30 suits 41: gradio refuses to draw beyond a slider's end."""
+    handler = next(one for one in page(app_session, None).fns.values() if one.name == "on_runs_changed")
+    slider, drawing = handler.outputs[0], Drawing(app_session)
+
+    def after(update: dict[str, Any]) -> Any:
+        """The slider as gradio makes it anew from an update."""
+        changed = {key: value for key, value in update.items() if key != "__type__"}
+        return type(slider)(**(slider.constructor_args | changed | {"render": False}))
+
+    for usual, highest in ((55.6, 56), (12.0, 30)):
+        monkeypatch.setattr(LoadedModel, "guidance", usual)
+        assert after(drawing.on_runs_changed([RUN], 7.5, 7.5)[0]).preprocess(usual) == usual
+        kept = drawing.on_runs_changed([RUN], 44.5, 7.5)[0]
+        assert "value" not in kept and after(kept).preprocess(44.5) == 44.5
+        assert after(drawing.on_runs_changed([RUN], 3.0, 7.5)[0]).maximum == highest
 
 
 @pytest.fixture
@@ -117,3 +135,17 @@ def test_settings_come_back_from_a_png(app_session: Any, told: list[str], tmp_pa
             drawing.settings_of(str(tmp_path / "forged.png"), *page_now)
     with pytest.raises(gradio.Error, match="that file holds no settings"):
         drawing.settings_of(str(tmp_path / "other.png"), *page_now)
+
+
+@pytest.mark.parametrize("runs", [[1], ["/etc"], 5])
+def test_an_image_chooses_runs_by_its_adapters_alone(
+    app_session: Any, told: list[str], tmp_path: Path, runs: Any
+) -> None:
+    """An entry `runs`, which no image of ours has, is not looked at: it could name any path."""
+    info = PngInfo()
+    info.add_text("ghibli", json.dumps({"runs": runs, "steps": 3}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png", pnginfo=info)
+    page_now = [[RUN], "x", "", "ddim", 7.5, 30, 0, 1, False, 1]
+    taken = Drawing(app_session).settings_of(str(tmp_path / "image.png"), *page_now)
+    assert taken == [[RUN], "x", "", "ddim", 7.5, 3, 0, 1, False, 1]
+    assert told == ["settings taken from the image"]

@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ from helpers.image_folders import read, write_image
 
 from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config
-from ghibli.data import sources
+from ghibli.data import exclude, sources
 from ghibli.data.datamodule import GhibliDataModule
-from ghibli.data.exclude import excluded_names, update_names, write_names
+from ghibli.data.exclude import excluded_names, write_names
 from ghibli.data.sources import image_set_hash
 from ghibli.data.split import split_by_content
 from ghibli.runs.folder import RunDir
@@ -58,47 +57,73 @@ def test_only_the_listed_images_are_left_out(
     assert settings_hash(config) != settings_hash(make_config("data.val_fraction=0.4"))
 
 
-def test_the_measured_images_are_those_of_the_training(
-    make_config: Callable[..., Config], split: GhibliDataModule, tmp_path: Path
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is warned of a list."""
+    messages: list[str] = []
+    monkeypatch.setattr(exclude.logger, "warning", messages.append)
+    return messages
+
+
+@pytest.mark.parametrize("change", ["shorter", "other names", "deleted"])
+def test_a_started_run_keeps_its_images_whatever_becomes_of_the_list(
+    make_config: Callable[..., Config], split: GhibliDataModule, tmp_path: Path, said: list[str], change: str
 ) -> None:
-    """What evaluates a run later reads the same list, and notices another one."""
-    out = names(split.train_images)[:2]
+    """Resumed, evaluated or measured, and one line says that the list is another; a new run reads it."""
+    out, run = names(split.train_images)[:2], RunDir(tmp_path / "run")
     config = make_config("data.val_fraction=0.4", listing(tmp_path, out))
     config = replace(config, data=replace(config.data, reference=None))
-    noted = image_set_hash(data_of(config, tmp_path).folder.images)
-    _, training = sources.real_images(config, noted)
+    started = data_of(config, run.path)
+    started._write_split(started.read(), started.held_out)
+    before = run.split.read_bytes()
+    assert names(data_of(config, run.path).train_images) == names(started.train_images) and not said
+    if change == "deleted":
+        (tmp_path / "list.txt").unlink()
+    else:
+        listing(tmp_path, out[:1] if change == "shorter" else ["of another set.png"])
+    resumed = data_of(config, run.path)
+    resumed._write_split(resumed.read(), resumed.held_out)
+    assert names(resumed.train_images) == names(started.train_images) and resumed.excluded == sorted(out)
+    assert run.split.read_bytes() == before
+    _, training = sources.real_images(config, run)
     assert set(names(training)) == set(names(split.train_images)) - set(out)
-    write_names(tmp_path / "list.txt", out[:1])
-    said = rf"^data.root={config.data.root} without data.exclude={tmp_path}/list.txt: these are not"
-    with pytest.raises(UserError, match=said):
-        sources.real_images(config, noted)
+    text = "is not as it was when the run was started, or gone: the 2 images that its split.json names stay"
+    assert said == [f"data.exclude={tmp_path}/list.txt {text} left out"] * 2
+    if change == "shorter":
+        assert data_of(config, tmp_path / "new").excluded == out[:1]
+    else:
+        with pytest.raises(UserError, match="data.exclude="):
+            data_of(config, tmp_path / "new")
 
 
-def test_a_resume_with_another_list_names_it(
+def test_what_an_attempt_without_a_start_left_is_not_read(
     make_config: Callable[..., Config], split: GhibliDataModule, tmp_path: Path
 ) -> None:
+    """A split.json beside no data_hash is of no run that goes on, and a damaged one tells nothing."""
+    out, run = names(split.train_images)[:2], RunDir(tmp_path / "run")
+    run.path.mkdir()
+    config = make_config("data.val_fraction=0.4", listing(tmp_path, out))
+    run.split.write_text('{"train": {}, "val": {}, "unusable": {}}')
+    assert data_of(config, run.path).excluded == sorted(out)
+    run.split.write_text("{")
+    run.status.update(data_hash="0" * 64)
+    assert data_of(config, run.path).excluded == sorted(out)
+
+
+def test_other_images_than_the_run_was_started_with_are_named(
+    make_config: Callable[..., Config], split: GhibliDataModule, tmp_path: Path
+) -> None:
+    run, where = RunDir(tmp_path / "run"), rf"data.root=.* without data.exclude={tmp_path}/list.txt"
     config = make_config("data.val_fraction=0.4", listing(tmp_path, names(split.train_images)[:2]))
-    started = data_of(config, tmp_path)
+    config = replace(config, data=replace(config.data, reference=None))
+    started = data_of(config, run.path)
     started._write_split(started.read(), started.held_out)
-    listing(tmp_path, names(split.train_images)[:1])
-    resumed = data_of(config, tmp_path)
-    with pytest.raises(UserError, match=r"the image set data.root=.* without data.exclude=.*list.txt is not"):
+    run.status.update(data_hash="0" * 64)
+    with pytest.raises(UserError, match=rf"^{where}: these are not"):
+        sources.real_images(config, run)
+    resumed = data_of(config, run.path)
+    with pytest.raises(UserError, match=rf"the image set {where} is not the same"):
         resumed._write_split(resumed.read(), resumed.held_out)
-
-
-def test_a_list_that_was_edited_is_the_users(tmp_path: Path) -> None:
-    """It stays until it is moved away; one as it was written is replaced, and so is none."""
-    file = tmp_path / "list.txt"
-    first = update_names(file, ["a.png", "b.png"], "")
-    assert file.read_text() == "a.png\nb.png\n" and first == sha256(file.read_bytes()).hexdigest()
-    second = update_names(file, ["b.png"], first)
-    assert file.read_text() == "b.png\n" and second not in ("", first)
-    file.write_text("b.png\nmine.png\n")
-    assert update_names(file, ["c.png"], second) == "" and update_names(file, ["b.png"], "") == ""
-    assert file.read_text() == "b.png\nmine.png\n"
-    assert update_names(file, ["b.png", "mine.png"], "") != ""  # the same words as ours
-    file.unlink()
-    assert update_names(file, ["c.png"], "") != "" and file.read_text() == "c.png\n"
 
 
 def test_a_copy_stays_in_training_when_its_original_is_left_out(

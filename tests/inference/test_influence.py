@@ -4,7 +4,9 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +15,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import train
+from ghibli.cli.influence import closing_lines
 from ghibli.cli.main import app
 from ghibli.config.files import to_yaml
 from ghibli.config.schema import Config
 from ghibli.data.datamodule import GhibliDataModule
-from ghibli.evaluation.influence import Influences, read_influences
+from ghibli.data.exclude import write_names
+from ghibli.data.folder import CaptionedImage
+from ghibli.evaluation.influence import Influences, RankedImage, read_influences
+from ghibli.evaluation.statistics import Estimate
 from ghibli.inference import influence as command
 from ghibli.inference.gradients import Batch, HeldOut, Products
-from ghibli.inference.influence import InfluenceOptions, influence
+from ghibli.inference.influence import InfluenceOptions, influence, with_copies, write_list
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
@@ -152,6 +158,103 @@ def test_the_command_says_what_it_did(measured: Influences, trained: RunDir) -> 
     assert f"{count} of {count} training images on {measured.held_out} held-out ones" in done.output
     assert f"the {round(0.2 * count)} that agree least" in done.output and "data.exclude=" in done.output
     assert measured.ranked[0].name in done.output and measured.ranked[-1].name in done.output
+
+
+def ranking(**more: Any) -> Influences:
+    """Five ranked images, of which `3.png` agrees least, then `2.png`."""
+    ranked = [
+        RankedImage(f"{place}.png", "a cat", Estimate(1.0, 0.1, freedom=7), agreement, 0)
+        for place, agreement in enumerate((-1.0, -0.5, -4.0, -9.0, 0.5))
+    ]
+    return Influences(
+        of={"items": 4, "timesteps": 1000}, checkpoints=["best.ckpt (step 8)"], preconditioned=True,
+        held_out=9, images=5, ranked=ranked, **more,
+    )  # fmt: skip
+
+
+def test_the_list_names_copies_and_what_the_run_left_out_itself(tmp_path: Path) -> None:
+    """Else the images that were left out before, or the copies of a bad one, would be trained again."""
+    files = ("0.png", "a/3.png", "1.png", "2.png", "3.png", "twin of 2.png", "twin of 3.png", "4.png")
+    content = {"a/3.png": "3.png", "twin of 2.png": "2.png", "twin of 3.png": "3.png"}
+    images = [CaptionedImage(tmp_path / name, "a cat", content.get(name, name), name=name) for name in files]
+    found = ranking(left_out=["bad.png", "worse.png"])
+    found = replace(found, ranked=with_copies(found.ranked, images))
+    assert found.to_exclude(0.2) == ["bad.png", "worse.png", "3.png", "a/3.png", "twin of 3.png"]
+    assert found.to_exclude(0.4) == [*found.to_exclude(0.2), "2.png", "twin of 2.png"]
+    run = RunDir(tmp_path)
+    found = write_list(run, found, 0.4)
+    assert run.exclude_list.read_text().splitlines() == found.to_exclude(0.4)
+    assert read_influences(run.influence) == found
+    said = closing_lines(found, 0.4, "run")[-1]
+    assert "the 2 that agree least and 3 copies of them and the 2 that the run left out already; to" in said
+    assert ".txt: the 2 that agree least; to train" in closing_lines(ranking(listed="a"), 0.4, "run")[-1]
+
+
+def test_a_list_as_it_was_written_is_replaced_and_an_edited_one_is_the_users(tmp_path: Path) -> None:
+    """It stays until it is moved away; one with the same words as ours is not edited."""
+    run = RunDir(tmp_path)
+    first = write_list(run, ranking(), 0.2)
+    assert run.exclude_list.read_text() == "3.png\n"
+    assert first.listed == sha256(b"3.png\n").hexdigest() and not run.is_list_edited()
+    second = write_list(run, first, 0.4)
+    assert run.exclude_list.read_text() == "3.png\n2.png\n" and not run.is_list_edited()
+    run.exclude_list.write_text("3.png\nmine.png\n")
+    assert run.is_list_edited()
+    third = write_list(run, second, 0.2)
+    assert third.listed == read_influences(run.influence).listed == "" and run.is_list_edited()
+    assert run.exclude_list.read_text() == "3.png\nmine.png\n"
+    run.exclude_list.write_text("3.png\n")
+    assert write_list(run, third, 0.2).listed == first.listed and not run.is_list_edited()
+    run.exclude_list.unlink()
+    assert write_list(run, third, 0.4).listed == second.listed
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_list_is_ours_after_a_kill_in_the_midst(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    """Just before the file is replaced or just after, before its hash alone is stored."""
+    run = RunDir(tmp_path)
+    kept = write_list(run, ranking(), 0.2)
+
+    def killed(file: Path, names: list[str]) -> None:
+        if is_replaced:
+            write_names(file, names)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "write_names", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_list(run, kept, 0.4)
+    assert run.exclude_list.read_text() == ("3.png\n2.png\n" if is_replaced else "3.png\n")
+    assert not run.is_list_edited()
+    found = write_list(run, read_influences(run.influence), 0.6)
+    assert run.exclude_list.read_text() == "3.png\n2.png\n0.png\n"
+    assert found.listed == sha256(run.exclude_list.read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+def test_a_run_with_a_list_and_copies_of_an_image(
+    make_config: Callable[..., Config], images: Path, tmp_path: Path
+) -> None:
+    """The list of all names what the run left out, and every file that it trained with."""
+    root, run = tmp_path / "set", RunDir(tmp_path / "run")
+    shutil.copytree(images, root)
+    settings = (*SETTINGS, f"data.root={root}", "data.draw=null", "trainer.max_epochs=1")
+    data = GhibliDataModule(make_config(*settings), None, RunDir(tmp_path), 1000)
+    data.read()
+    out, copied = data.train_images[:2]
+    shutil.copy(copied.path, copied.path.with_name("twin.png"))
+    with open(root / "captions.txt", "a") as table:
+        table.write("twin.png|another caption\n")
+    write_names(tmp_path / "list.txt", [out.name])
+    train.run(make_config(*settings, f"data.exclude={tmp_path}/list.txt"), run)
+    (tmp_path / "list.txt").unlink()  # the run knows what it left out
+    found = influence(run, finished_config(run), replace(ALL, exclude=1.0))
+    trained = images_of(run)
+    assert "twin.png" in trained and len(found.ranked) == len(trained) - 1
+    listed = run.exclude_list.read_text().splitlines()
+    assert listed[0] == out.name and sorted(listed[1:]) == sorted(trained)
 
 
 def refused(*words: str) -> str:

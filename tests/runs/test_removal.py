@@ -1,7 +1,10 @@
 """`ghibli rm`: what a run wrote goes, and nothing else."""
 
+import json
 import os
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +42,19 @@ def test_a_file_that_no_run_writes_stays(run: RunDir) -> None:
     remove(plan)
     assert "what no run writes stays: my notes.txt" in plan.summary(done=True)
     assert list(run.path.iterdir()) == [note] and note.read_text() == "mine"
+
+
+@pytest.mark.parametrize("stored", [{"listed": ""}, {"listed": "0" * 64}, {}, [], None])
+def test_a_list_of_images_that_was_edited_stays(run: RunDir, stored: Any) -> None:
+    """Another run may be trained with it; one that is as `ghibli influence` wrote it goes."""
+    run.exclude_list.write_text("a.png\n")
+    run.influence.write_text("{" if stored is None else json.dumps(stored))
+    plan = plan_removal(run)
+    assert "what no run writes stays: influence_exclude.txt" in plan.summary(done=False)
+    run.influence.write_text(json.dumps({"listed": sha256(b"a.png\n").hexdigest()}))
+    assert plan_removal(run).others == []
+    remove(plan)
+    assert list(run.path.iterdir()) == [run.exclude_list] and run.exclude_list.read_text() == "a.png\n"
 
 
 def test_what_a_link_leads_to_stays(run: RunDir, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class DistanceCurve(Callback):
 
     def measure_real(self, module: GhibliModule) -> tuple[SampleCache, ReferenceSet]:
         """Measure the real images; return the cache that holds them and the reference set they make."""
-        images, training = real_images(self.config)
+        images, training = real_images(self.config, self.run)
         plain = replace(self.config, model=replace(self.config.model, clip=None))
         extractor = FeatureExtractor(plain, module.base)
         cache = SampleCache(plain, extractor, [image.caption for image in images])

@@ -126,7 +126,8 @@ class Records(Callback):
         if trainer.is_global_zero:
             write_rows(self.run.metrics, (*METRICS, *term_columns(trainer)), self.rows)
             if self.probe_rows:
-                write_rows(self.run.probe, tuple(self.probe_rows[0]), self.probe_rows)
+                columns = max(self.probe_rows, key=len)  # a price may begin or end with a resume
+                write_rows(self.run.probe, tuple(columns), self.probe_rows)
 
 
 @dataclass

@@ -20,12 +20,13 @@ def gain_curve(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def gain_and_price(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Return what was learned and what was forgotten in every epoch so far; nothing without a price."""
-    if not rows or "probe/price" not in rows[0]:
+    """Return what was learned and what was forgotten in every epoch with a price; nothing without one."""
+    priced = [row for row in rows if row.get("probe/price", "") != ""]
+    if not priced:
         return []
     return [Table(
         "probe/gain_and_price", "learned and forgotten", ("epoch", "gain", "price"),
-        [[int(row["epoch"]), float(row["probe/val_gain"]), float(row["probe/price"])] for row in rows],
+        [[int(row["epoch"]), float(row["probe/val_gain"]), float(row["probe/price"])] for row in priced],
         chart="lines",
     )]  # fmt: skip
 
