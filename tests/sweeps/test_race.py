@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 import torch
 from helpers.commands import SMALL, python_sweep
@@ -95,6 +96,33 @@ def test_the_images_needed_have_the_power(points: float, spread: float, chance: 
     draws = np.random.default_rng(0).normal(points, spread, (2000, count))
     found = scipy.stats.ttest_1samp(draws, 0, axis=1, alternative="greater").pvalue < chance
     assert found.mean() == pytest.approx(power[0], abs=0.04)
+
+
+def power_of(count: int, points: float, spread: float, chance: float) -> float:
+    """Chance that a one-sided t-test finds the difference, integrated over the standard deviation it sees."""
+    bound, shift = scipy.stats.t.isf(chance, count - 1), points / spread * count**0.5
+    seen = scipy.stats.chi(count - 1, scale=(count - 1) ** -0.5)  # over the true one
+
+    def found_by(share: float) -> float:
+        return seen.pdf(share) * scipy.stats.norm.cdf(shift - bound * share)
+
+    return scipy.integrate.quad(found_by, seen.ppf(1e-10), seen.isf(1e-10), limit=200)[0]
+
+
+@pytest.mark.parametrize(
+    ("points", "spread", "chance"),
+    [
+        (3, 10, 0.0025), (1, 13.4, 0.0025), (0.5, 20, 1e-3), (3, 10, 1e-5), (1, 8, 0.05), (10, 5, 1e-4),
+        (30, 3, 0.0025), (1, 60, 1e-4),
+    ],
+)  # fmt: skip
+def test_the_images_needed_are_the_fewest_however_many(points: float, spread: float, chance: float) -> None:
+    """By integration, where scipy's noncentral t is NaN for counts far above: 15755 was said for 152."""
+    count = race.images_needed(points, spread, chance)
+    assert power_of(count, points, spread, chance) >= race.POWER - 1e-6
+    assert count == 3 or power_of(count - 1, points, spread, chance) < race.POWER + 1e-6
+    quantiles = scipy.stats.norm.isf(chance) + scipy.stats.norm.ppf(race.POWER)
+    assert count == pytest.approx((quantiles * spread / points) ** 2, rel=0.01, abs=10)
 
 
 def test_the_spread_is_that_of_the_differences_in_points() -> None:
