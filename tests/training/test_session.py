@@ -9,7 +9,7 @@ import pytest
 
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.training.callbacks.checkpoints import StopRequested
+from ghibli.training.callbacks.checkpoints import CleanStop, StopRequested
 from ghibli.training.callbacks.race import Outrun
 from ghibli.training.session import note_interruption, training_session
 
@@ -40,6 +40,13 @@ def test_ctrl_c_names_the_command_that_goes_on(
     assert run.status.state == ("finished" if state == "finished" else "interrupted")
 
 
+def interrupted_and_outrun(stop: CleanStop) -> None:
+    """Ctrl-C in the last step of an epoch, and the race stops the trial when the next one begins."""
+    stop.in_training = True
+    signal.raise_signal(signal.SIGINT)
+    raise Outrun("behind the best")
+
+
 def test_ctrl_c_in_the_step_before_a_race_stops_the_trial_ends_the_study(
     make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -48,12 +55,6 @@ def test_ctrl_c_in_the_step_before_a_race_stops_the_trial_ends_the_study(
     with pytest.raises(Outrun), training_session(make_config(), run, resumes=False):
         raise Outrun("behind the best")
     assert (run.status.state, run.status.read()["reason"]) == ("interrupted", "behind the best")
-    with (
-        pytest.raises(SystemExit) as stopped,
-        training_session(make_config(), run, resumes=False) as session,
-    ):
-        session.stop.in_training = True
-        signal.raise_signal(signal.SIGINT)
-        raise Outrun("behind the best")
-    assert stopped.value.code == 130
+    with pytest.raises(SystemExit, match="130"), training_session(make_config(), run, resumes=False) as now:
+        interrupted_and_outrun(now.stop)
     assert run.status.state == "interrupted" and "behind" not in run.status.read()["reason"]
