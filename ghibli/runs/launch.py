@@ -35,6 +35,7 @@ from ghibli.runs.compose import (
 from ghibli.runs.find import run_to_resume
 from ghibli.runs.folder import RunDir
 from ghibli.runs.here import on_this_machine
+from ghibli.runs.repeats import refuse_change_of_one
 from ghibli.runs.resume import resumed_config
 from ghibli.runs.reuse import require_same_trial
 from ghibli.runtime.errors import UserError, one_line_errors
@@ -257,6 +258,7 @@ def resumed_here(run: RunDir, cfg: Any, overrides: Any) -> Config:
     """Return the settings of a run to resume, as resumed_config does, with the cache of this command."""
     names = {override.key_or_group for override in parse_overrides(overrides.task)}
     config = resumed_config(run, overrides)
+    refuse_change_of_one(run, from_yaml(run.config), config)
     return on_this_machine(config, cfg.cache_dir, keep_root="data.root" in names)
 
 

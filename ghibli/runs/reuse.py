@@ -8,6 +8,7 @@ from ghibli.config.files import CHECKSUM_LINE, LONGEST, from_yaml, to_yaml
 from ghibli.config.schema import CONFIG_VERSION, Config, age_of
 from ghibli.runs.folder import RunDir, step_of
 from ghibli.runs.identity import code_hash, describe_commit, finished_objective, settings_hash
+from ghibli.runs.repeats import shares_settings_with
 from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
 from ghibli.runtime.commands import command_here, path_setting, quoted
 from ghibli.runtime.errors import UserError
@@ -124,8 +125,8 @@ def resume_or_restart(config: Config, run: RunDir, resumes: bool = False) -> tup
     if resumes:
         if has_ended(config, run):
             more = f"trainer.max_epochs={2 * config.trainer['max_epochs']}"
-            folder = os.path.relpath(run.path)
-            again = command_here("python", "train.py", path_setting("resume", folder), more)
+            folder, whole = (os.path.relpath(one.path) for one in (run, shares_settings_with(run, config)))
+            again = command_here("python", "train.py", path_setting("resume", whole), more)
             logger.info(f"{folder} is finished, and nothing was done; to train on: {again}")
             store_more_seeds(config, run)
             return finished_objective(run), True
