@@ -83,6 +83,22 @@ def require_same_trial(config: Config, run: RunDir) -> None:
         )
 
 
+def require_free(config: Config, run: RunDir, resumes: bool = False) -> None:
+    """Check that no other process works in a run folder, and none of another run is there.
+
+    Args:
+        resumes: whatever is there is gone on with.
+
+    Raises:
+        UserError: the folder is not free.
+    """
+    if not run.path.exists():
+        return
+    if not resumes:
+        require_same_trial(config, run)
+    run.lock().close()
+
+
 def require_same_trial_except_epochs(config: Config, run: RunDir) -> None:
     """Check that a folder is free, or holds this trial of successive halving, for any number of epochs.
 

@@ -11,7 +11,7 @@ from ghibli.runs.attempts import attempt
 from ghibli.runs.find import has_checkpoint
 from ghibli.runs.folder import RunDir
 from ghibli.runs.repeats import repetition, with_seed
-from ghibli.runs.reuse import has_ended
+from ghibli.runs.reuse import has_ended, require_free
 from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
@@ -39,7 +39,8 @@ def train_other_seeds(
             continue
         logger.info("")
         logger.info(f"seed {seed}: training {number} of {len(seeds)}, {relative_path(run.path)}")
-        attempt(run, partial(train, own, run, resumes), "training")
+        job, check = (partial(act, own, run, resumes) for act in (train, require_free))
+        attempt(run, job, "training", check)
 
 
 def runs_of(first: RunDir, seeds: list[int]) -> dict[int, RunDir]:
