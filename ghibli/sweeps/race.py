@@ -27,7 +27,7 @@ from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runtime.errors import UserError
 from ghibli.sweeps.grid import settings_and_folder
-from ghibli.sweeps.jobs import PAST_RUNS, Work, progress
+from ghibli.sweeps.jobs import PAST_RUNS, Stopwatch, Work, progress
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,9 @@ def race(trials: list[list[str]], train: Train) -> None:
     for number, (config, run) in enumerate(planned):
         logger.info("")
         logger.info(f"{progress(number, plan)}: {names[number]}")
+        stopwatch = Stopwatch(plan[number])
         train(config, run, judge_by(finished, epochs[number], chance))
+        stopwatch.stop()
         if run.status.state == "finished" and len(history := history_of(run)) > 1:
             finished.append(Runner(names[number], epochs[number], history))
         elif run.status.state == "interrupted":

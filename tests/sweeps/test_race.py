@@ -1,7 +1,9 @@
 """Racing: its test against scipy's, false stops on simulated scores, and what a raced study leaves behind."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ import scipy.stats
 import torch
 from helpers.commands import SMALL, python_sweep
 
+from ghibli.config.schema import Config
 from ghibli.evaluation.gain import Probe
 from ghibli.runs.folder import RunDir
-from ghibli.sweeps import grid, race
+from ghibli.sweeps import grid, jobs, race
 from ghibli.sweeps.trials import read_trials
 
 IMAGES, ITEMS, EPOCHS = 50, 4, 5
@@ -158,6 +161,30 @@ def test_what_is_said_before_a_study() -> None:
     assert "4 trials, 20 epochs at most; up to 24 comparisons, each at a chance of 0.0021" in lines[0]
     assert "those runs had 50" in lines[1] and " for 1 point and " in lines[1]
     assert "is known after two runs" in race.announcement([5] * 4, [])[1]
+
+
+def test_a_race_says_how_long_the_rest_takes(
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first trial takes 5 minutes, the second is stopped after one: 3 on average."""
+    config, clock, said = make_config(), [0.0], list[str]()
+    monkeypatch.setattr(jobs, "timed", [])
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(race, "settings_and_folder", lambda words: (config, RunDir(tmp_path / words[0])))
+    monkeypatch.setattr(race, "past_histories", lambda config: [])
+    monkeypatch.setattr(race, "logger", SimpleNamespace(info=said.append))
+    minutes = iter([5, 1, 0])
+
+    def train(config: Config, run: RunDir, judge: race.Judge) -> float:
+        clock[0] += 60 * next(minutes)
+        return 0.5
+
+    race.race([["seed=0"], ["seed=1"], ["seed=2"]], train)
+    assert [line for line in said if line.startswith("trial ")] == [
+        "trial 1 of 3: seed=0",
+        "trial 2 of 3, about 10 min left: seed=1",
+        "trial 3 of 3, about 3 min left: seed=2",
+    ]
 
 
 @pytest.mark.slow
