@@ -15,6 +15,14 @@ from ghibli.sweeps.trials import Trial
 from ghibli.sweeps.winner import by_settings, close_second, is_close, order, seeded, winner
 
 
+@pytest.fixture(autouse=True)
+def first_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of `a`, which `a+seed=1` repeats."""
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("a", "config.yaml").touch()
+
+
 def trials_of(base: torch.Tensor, losses: list[torch.Tensor]) -> list[Trial]:
     probes = [Probe(val=one, val_g1=one, train=one, base_val=base, base_train=base) for one in losses]
     return [Trial(RunDir(Path()), {"lora.rank": rank}, {}, probe) for rank, probe in enumerate(probes)]
