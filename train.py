@@ -9,6 +9,7 @@ from ghibli.config.schema import Config
 from ghibli.runs import distributed, identity, reuse
 from ghibli.runs.attempts import failures
 from ghibli.runs.folder import RunDir
+from ghibli.runs.here import on_this_machine
 from ghibli.runs.launch import current_run, hydra_entry, job_config
 from ghibli.runs.repeats import planned_seeds
 from ghibli.runtime.console import console
@@ -81,7 +82,9 @@ def main(cfg: Any) -> float:
         if len(seeds) > 1:
             from ghibli.training.seeds import closing_lines, train_other_seeds
 
-            train_other_seeds(first, seeds, config.cache_dir, resumes, run)
+            if first is not run_dir:
+                config = on_this_machine(from_yaml(first.config), config.cache_dir)
+            train_other_seeds(first, seeds, config, run_dir if resumes else None, run)
             for line in closing_lines(first, seeds):
                 console.print(line)
             if failures:

@@ -223,6 +223,11 @@ class LoraConfig:
         require(len(self.targets) > 0 or self.text_encoder, "lora.targets", self.targets, wanted)
 
 
+def guidance_text(guidance: float, target: float | None) -> str:
+    """Say the guidance of a training: `guidance 1`, or `guidance target 7.5`."""
+    return f"guidance {guidance:g}" if target is None else f"guidance target {target:g}"
+
+
 @dataclass
 class LossConfig:
     """The training loss."""
@@ -257,9 +262,7 @@ class LossConfig:
     @property
     def guidance_text(self) -> str:
         """The guidance of the training in words: `guidance 1`, or `guidance target 7.5`."""
-        if self.guidance_target is None:
-            return f"guidance {self.guidance:g}"
-        return f"guidance target {self.guidance_target:g}"
+        return guidance_text(self.guidance, self.guidance_target)
 
     @property
     def weighting_name(self) -> str | None:

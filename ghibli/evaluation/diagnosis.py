@@ -18,6 +18,7 @@ EPOCHS_TO_LEARN = 3  # a learning rate that fits shows in the first epoch; three
 NOTHING = 0.001  # a gain below this is nothing, even if it is significantly above zero
 VISIBLE = 0.01  # 2 standard errors must be below this before the absence of a gain means anything
 FEWEST_IMAGES = 5  # held out; with fewer a standard error is meaningless
+MEASURED = 7.5  # the guidance of trainings whose sampling scale was measured, see usual_guidance
 COLLAPSED = 0.9  # always predicting zero has loss 1.0, the variance of the noise
 
 
@@ -126,15 +127,16 @@ def guided_sampling_scale(guidance: float) -> Finding | None:
     if guidance < 1:
         return Finding(
             "sampling scale",
-            f"trained with loss.guidance_target={1 / guidance:g}, the guidance is in the weights: sample at "
-            f"about {scale:g}, a column of the grids, as a larger scale guides twice (`ghibli evaluate RUN` "
-            "tries more)",
+            f"trained with loss.guidance_target={1 / guidance:g}, sample at about {scale:g}, a column of the "
+            "grids: the guess that follows from the loss, though short trainings on the demo were nearer "
+            "to real images at larger scales (`ghibli evaluate RUN` tries more)",
         )
+    guess = "" if guidance == MEASURED else f", a guess from trainings at {MEASURED:g} on the demo"
     return Finding(
         "sampling scale",
         f"trained with loss.guidance={guidance:g}, the images are mush when sampled at 1 and not at their "
         f"best at {guidance:g}; neither means that training failed: sample at about {scale:g}, the last "
-        "column of the grids (`ghibli evaluate RUN` tries more)",
+        f"column of the grids{guess} (`ghibli evaluate RUN` tries more)",
     )
 
 

@@ -83,6 +83,12 @@ def price_sentence(data: RunData) -> str | None:
     price = None if data.best is None else price_of(data.best)
     if price is None or not math.isfinite(price.value):
         return None
+    if math.isnan(price.standard_error):
+        side = "above" if price.value >= 0 else "below"
+        return (
+            f"The price: on what the base was made for, its loss is {price.size} {side} the base's; so few "
+            "images give no standard error, so this proves nothing: raise validation.price_images."
+        )
     if price.low > 0:
         return f"The price: on what the base was made for, its loss is {price.size} above the base's."
     if price.high < 0:

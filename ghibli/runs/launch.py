@@ -33,11 +33,12 @@ from ghibli.runs.compose import (
     reject_spaces_around_equals,
     to_config,
 )
-from ghibli.runs.find import run_to_resume
+from ghibli.runs.find import has_checkpoint, run_to_resume
 from ghibli.runs.folder import RunDir
 from ghibli.runs.here import on_this_machine
+from ghibli.runs.repeats import planned_seeds, refuse_change_of_one, repetition, with_seed
 from ghibli.runs.resume import resumed_config
-from ghibli.runs.reuse import require_same_trial
+from ghibli.runs.reuse import require_free, require_same_trial
 from ghibli.runtime.errors import UserError, one_line_errors
 
 MULTIRUN = ("-m", "--multirun")
@@ -154,6 +155,7 @@ def check_job(cfg: Any) -> None:
             check_places(config)
             reject_seeds_outside(config)
             run.lock().close()
+            check_other_seeds(run, config, resumes=True)
 
 
 def check_new_run(cfg: Any) -> None:
@@ -180,6 +182,20 @@ def check_new_run(cfg: Any) -> None:
         with read_write(cfg.hydra.run):
             cfg.hydra.run.dir = str(run.path)
     run.lock().close()
+    check_other_seeds(run, config)
+
+
+def check_other_seeds(run: RunDir, config: Config, resumes: bool = False) -> None:
+    """Check the folders of the further trainings of a run with several seeds, before the first one begins.
+
+    Raises:
+        UserError: another process works in one of them, or it holds another run.
+    """
+    first, seeds = planned_seeds(run, config)
+    for seed in seeds[1:]:
+        other = repetition(first, seed)
+        if other != run:
+            require_free(with_seed(config, first, seed), other, resumes and has_checkpoint(other))
 
 
 def reject_seeds_outside(config: Config) -> None:
@@ -261,6 +277,7 @@ def resumed_here(run: RunDir, cfg: Any, overrides: Any) -> Config:
     """Return the settings of a run to resume, as resumed_config does, with the cache of this command."""
     names = {override.key_or_group for override in parse_overrides(overrides.task)}
     config = resumed_config(run, overrides)
+    refuse_change_of_one(run, from_yaml(run.config), config)
     return on_this_machine(config, cfg.cache_dir, keep_root="data.root" in names)
 
 

@@ -2,16 +2,17 @@
 
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from ghibli.config.files import CHECKSUM_LINE, LONGEST
+from ghibli.config.files import CHECKSUM_LINE, LONGEST, from_yaml, to_yaml
 from ghibli.config.schema import CONFIG_VERSION, Config, age_of
 from ghibli.runs.folder import RunDir, step_of
 from ghibli.runs.identity import code_hash, describe_commit, finished_objective, settings_hash
+from ghibli.runs.repeats import shares_settings_with
 from ghibli.runs.settings import describe_differences, differences, relevant_settings, stored_settings
 from ghibli.runtime.commands import command_here, path_setting, quoted
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.files import is_whole, read_plain
+from ghibli.runtime.files import is_whole, read_plain, write_text
 from ghibli.runtime.rank import is_first
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,22 @@ def require_same_trial(config: Config, run: RunDir) -> None:
         )
 
 
+def require_free(config: Config, run: RunDir, resumes: bool = False) -> None:
+    """Check that no other process works in a run folder, and none of another run is there.
+
+    Args:
+        resumes: whatever is there is gone on with.
+
+    Raises:
+        UserError: the folder is not free.
+    """
+    if not run.path.exists():
+        return
+    if not resumes:
+        require_same_trial(config, run)
+    run.lock().close()
+
+
 def require_same_trial_except_epochs(config: Config, run: RunDir) -> None:
     """Check that a folder is free, or holds this trial of successive halving, for any number of epochs.
 
@@ -124,9 +141,10 @@ def resume_or_restart(config: Config, run: RunDir, resumes: bool = False) -> tup
     if resumes:
         if has_ended(config, run):
             more = f"trainer.max_epochs={2 * config.trainer['max_epochs']}"
-            folder = os.path.relpath(run.path)
-            again = command_here("python", "train.py", path_setting("resume", folder), more)
+            folder, whole = (os.path.relpath(one.path) for one in (run, shares_settings_with(run, config)))
+            again = command_here("python", "train.py", path_setting("resume", whole), more)
             logger.info(f"{folder} is finished, and nothing was done; to train on: {again}")
+            store_more_seeds(config, run)
             return finished_objective(run), True
         warn_of_changes(run)
         return None, True
@@ -134,6 +152,7 @@ def resume_or_restart(config: Config, run: RunDir, resumes: bool = False) -> tup
     objective, folder = finished_objective(run), os.path.relpath(run.path)
     if objective is not None:
         logger.info(f"{folder} is finished: its objective was {objective:.4f}")
+        store_more_seeds(config, run)
         return objective, False
     status, checkpoint = run.status.read(), run.usable_checkpoint()
     if status.get("state") == "failed":
@@ -146,6 +165,16 @@ def resume_or_restart(config: Config, run: RunDir, resumes: bool = False) -> tup
     if run.status.path.exists():
         delete_results(run)
     return None, False
+
+
+def store_more_seeds(config: Config, run: RunDir) -> None:
+    """Raise `seeds` in a finished run's settings, from which a resume of any of its trainings knows them all.
+
+    Raises:
+        UserError: its config.yaml is damaged.
+    """
+    if config.seeds > 1 and config.seeds > (stored := from_yaml(run.config)).seeds:
+        write_text(run.config, to_yaml(replace(stored, seeds=config.seeds)))
 
 
 def has_ended(config: Config, run: RunDir) -> bool:

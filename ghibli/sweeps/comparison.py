@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ghibli.adapters.trained import starting_base, trained_base
 from ghibli.config.registry import SAMPLERS, sampler_label
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, SampleConfig
 from ghibli.diffusion.process import usual_guidance
 from ghibli.diffusion.samplers import Cell, cells_of, draw_cells
 from ghibli.evaluation.features import ReferenceSet, distance_names
@@ -214,8 +214,8 @@ def write_models(folder: Path, trials: list[Trial]) -> Path | None:
     found = [(trial, config) for trial in trained if (config := config_or_none(trial)) is not None]
     if not found:
         return None
-    widest = max((config for _, config in found), key=lambda config: config.loss.guidance)
-    cells, sample = cells_of(widest.sample, widest.loss.guidance), widest.sample
+    widest = max((config for _, config in found), key=lambda config: config.loss.own_guidance)
+    sample, cells = widest.sample, cells_for(widest.sample, [config for _, config in found])
     labels = unique_names([trial for trial, _ in found], short_model_name, "\n")
     loaders = base_loaders([config for _, config in found])
     for label, (trial, config) in zip(labels, found, strict=True):
@@ -230,6 +230,13 @@ def write_models(folder: Path, trials: list[Trial]) -> Path | None:
     file = folder / "models.png"
     write_atomically(file, lambda opened: grid.save(opened, format="PNG"))
     return file
+
+
+def cells_for(sample: SampleConfig, configs: list[Config]) -> list[Cell]:
+    """Return the cells of a grid with the scales of `sample` and the own scale of each of these trainings."""
+    guided = sorted({config.loss.own_guidance for config in configs} - {1})
+    scales = dict.fromkeys([*sample.guidance, *map(usual_guidance, guided)])
+    return cells_of(replace(sample, guidance=list(scales)), 1)
 
 
 def config_or_none(trial: Trial) -> Config | None:

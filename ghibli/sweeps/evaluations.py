@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from ghibli.config.schema import guidance_text
 from ghibli.runs.settings import as_yaml
 from ghibli.sweeps.trials import Trial, varied
 
@@ -34,15 +35,20 @@ def is_complete(result: dict[str, Any]) -> bool:
 
 
 def model_name(trial: Trial) -> str:
-    """Name a trial's model: `LoRA, trained at guidance 7.5`."""
+    """Name a trial's model: `LoRA, trained at guidance 7.5`, or `... guidance target 7.5`."""
     kind = str(trial.settings.get("finetune"))
-    return UNGUIDED_NAMES.get(kind) or f"LoRA, trained at guidance {trial.settings.get('loss.guidance'):g}"
+    return UNGUIDED_NAMES.get(kind) or f"LoRA, trained at {guidance_of(trial)}"
 
 
 def short_model_name(trial: Trial) -> str:
     """Return a short name of a trial's model, to stand beside an image: `LoRA 7.5`."""
     kind = str(trial.settings.get("finetune"))
-    return UNGUIDED_NAMES.get(kind) or f"LoRA {trial.settings.get('loss.guidance'):g}"
+    return UNGUIDED_NAMES.get(kind) or f"LoRA {guidance_of(trial).removeprefix('guidance ')}"
+
+
+def guidance_of(trial: Trial) -> str:
+    """Say the guidance of a trial's training, as guidance_text does."""
+    return guidance_text(trial.settings["loss.guidance"], trial.settings.get("loss.guidance_target"))
 
 
 def unique_names(

@@ -11,6 +11,7 @@ would have caught up.
 """
 
 import logging
+import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runtime.errors import UserError
 from ghibli.sweeps.grid import settings_and_folder
-from ghibli.sweeps.jobs import PAST_RUNS, Work, progress
+from ghibli.sweeps.jobs import PAST_RUNS, Stopwatch, Work, progress
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +109,18 @@ def images_needed(points: float, spread: float, chance: float) -> int:
         spread: standard deviation over images of a difference between trials, in points.
         chance: as for behind.
 
-    The power is that of the noncentral t.
+    The power is that of the noncentral t, sought around the normal's count: far above it scipy answers NaN.
     """
+    sum_of_quantiles = scipy.special.ndtri(1 - chance) + scipy.special.ndtri(POWER)
+    normal = int(min(MOST_IMAGES, (sum_of_quantiles * spread / points) ** 2))
 
     def finds(count: int) -> bool:
         bound = scipy.special.stdtrit(count - 1, 1 - chance)
-        return bool(scipy.special.nctdtr(count - 1, points / spread * count**0.5, bound) < 1 - POWER)
+        missed = float(scipy.special.nctdtr(count - 1, points / spread * count**0.5, bound))
+        return count > normal if math.isnan(missed) else missed < 1 - POWER
 
-    return bisect_left(range(3, MOST_IMAGES), True, key=finds) + 3
+    counts = range(max(3, normal // 2), 2 * normal + 20)
+    return counts[0] + bisect_left(counts, True, key=finds)
 
 
 def spread_of(histories: list[list[Probe]]) -> float | None:
@@ -202,7 +207,9 @@ def race(trials: list[list[str]], train: Train) -> None:
     for number, (config, run) in enumerate(planned):
         logger.info("")
         logger.info(f"{progress(number, plan)}: {names[number]}")
+        stopwatch = Stopwatch(plan[number])
         train(config, run, judge_by(finished, epochs[number], chance))
+        stopwatch.stop()
         if run.status.state == "finished" and len(history := history_of(run)) > 1:
             finished.append(Runner(names[number], epochs[number], history))
         elif run.status.state == "interrupted":

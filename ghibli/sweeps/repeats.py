@@ -2,25 +2,23 @@
 
 import logging
 from collections.abc import Callable
-from itertools import count, islice
+from itertools import chain, count, islice
 
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.repeats import repeated_config, repetition
 from ghibli.sweeps.grid import Study
 from ghibli.sweeps.jobs import run_trial
-from ghibli.sweeps.trials import read_trials
-from ghibli.sweeps.winner import by_settings, is_close
+from ghibli.sweeps.trials import Trial, read_trials
+from ghibli.sweeps.winner import PAIRED_SEEDS, by_settings, is_close, shared_seeds
 
 logger = logging.getLogger(__name__)
-
-UNASKED = 2  # further seeds of the best two where their order is open: the fewest that have a spread
 
 
 def repeat_best_trials(study: Study, train: Callable[[Config, RunDir], float]) -> None:
     """Train the `sweep.best` best trials `sweep.repeats` more times each, with the next seeds.
 
-    Unasked, where the order of the best two settings may be chance: with two more seeds each. Not with a
+    Unasked, where the order of the best two settings may be chance: with the same two seeds each. Not with a
     launcher, as they would be trained by this process, where the study may not be.
     """
     trials, repeats = read_trials(study.folder), study.settings.repeats
@@ -31,14 +29,25 @@ def repeat_best_trials(study: Study, train: Callable[[Config, RunDir], float]) -
                 repeat_trial(study, best.run, best.settings["seed"] + number, train)
     elif study.is_local and is_close(trials):
         logger.info(
-            f"the second trial is within two errors of the best: training both with {UNASKED} more seeds "
-            "(sweep.repeats=0 leaves that out)"
+            "the second trial is within two errors of the best: training both with the same "
+            f"{PAIRED_SEEDS} other seeds (sweep.repeats=0 leaves that out)"
         )
-        for best, *others in groups[:2]:
-            taken = {trial.settings["seed"] for trial in (best, *others)}
-            free = (seed for seed in count(best.settings["seed"] + 1) if seed not in taken)
-            for seed in islice(free, max(0, UNASKED - len(others))):
-                repeat_trial(study, best.run, seed, train)
+        for best, seed in missing_for_order(groups):
+            repeat_trial(study, best.run, seed, train)
+
+
+def missing_for_order(groups: list[list[Trial]]) -> list[tuple[Trial, int]]:
+    """Return (trial to repeat, seed) until the best two groups share PAIRED_SEEDS that chose neither.
+
+    Seeds that one of the two was trained with already come first.
+    """
+    bests = [best for best, *_ in groups[:2]]
+    had = [{trial.settings["seed"] for trial in others} for _, *others in groups[:2]]
+    chosen = {best.settings["seed"] for best in bests}
+    new = (seed for seed in count(bests[0].settings["seed"] + 1) if seed not in chosen.union(*had))
+    missing = max(0, PAIRED_SEEDS - len(shared_seeds(groups)))
+    seeds = islice(chain(sorted((had[0] ^ had[1]) - chosen), new), missing)
+    return [(best, seed) for seed in seeds for best, own in zip(bests, had, strict=True) if seed not in own]
 
 
 def repeat_trial(study: Study, first: RunDir, seed: int, train: Callable[[Config, RunDir], float]) -> None:

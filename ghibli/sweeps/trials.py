@@ -9,7 +9,7 @@ from ghibli.config.files import read_settings
 from ghibli.evaluation.gain import Gain, Probe
 from ghibli.evaluation.scores import best_probe
 from ghibli.runs.folder import RunDir
-from ghibli.runs.repeats import REPEAT
+from ghibli.runs.repeats import first_of
 from ghibli.runs.settings import relevant_settings
 from ghibli.runtime.files import read_plain
 
@@ -66,8 +66,8 @@ class Trial:
 
     @property
     def repeats(self) -> bool:
-        """True for a trial that repeats another one with a new seed."""
-        return REPEAT in self.run.path.name
+        """True for a trial that repeats another one, which is there, with a new seed."""
+        return first_of(self.run) is not self.run
 
     @property
     def distance(self) -> tuple[float, float, str] | None:

@@ -11,6 +11,7 @@ from ghibli.sweeps.effects import number_of, settings_key, without_duplicates
 from ghibli.sweeps.trials import Trial
 
 FEWEST_IMAGES = 8  # held out; in halves of fewer than four nothing is chosen
+PAIRED_SEEDS = 2  # that the best two must share for their order: the fewest that have a spread
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,12 @@ def without_seed(trial: Trial) -> str:
     return settings_key({key: value for key, value in trial.settings.items() if key != "seed"})
 
 
+def shared_seeds(groups: list[list[Trial]]) -> list[int]:
+    """Return the seeds that the best two groups of by_settings share, without those that chose them."""
+    first, second = ({trial.settings["seed"] for trial in others} for _, *others in groups[:2])
+    return sorted(first & second)
+
+
 def seeded(trials: list[Trial]) -> list[Seeded]:
     """Return the gain of the best settings with other seeds, for all that have two or more (`sweep.repeats`).
 
@@ -132,9 +139,9 @@ def order(trials: list[Trial]) -> Order | None:
     if len(groups) < 2:
         return None
     first, second = ({trial.settings["seed"]: trial for trial in others} for _, *others in groups[:2])
-    shared = sorted(first.keys() & second.keys())
+    shared = shared_seeds(groups)
     base = groups[0][0].scores.base_val
-    if len(shared) < 2 or len(base) < 2:
+    if len(shared) < PAIRED_SEEDS or len(base) < 2:
         return None
     pairs = [second[seed].scores.val.double() - first[seed].scores.val.double() for seed in shared]
     found = crossed_mean(torch.stack(pairs).sum(2) / base.double().sum(1).mean())
@@ -144,10 +151,10 @@ def order(trials: list[Trial]) -> Order | None:
 def is_close(trials: list[Trial]) -> bool:
     """Tell whether the order of the best two settings may be chance: a paired difference below two errors.
 
-    Not if both were trained with two more seeds already.
+    Not if both were trained with the same PAIRED_SEEDS already, which neither was chosen with.
     """
-    groups = by_settings(trials)[:2]
-    if len(groups) < 2 or min(map(len, groups)) > 2:
+    groups = by_settings(trials)
+    if len(groups) < 2 or len(shared_seeds(groups)) >= PAIRED_SEEDS:
         return False
     difference, error = paired_difference(groups[1][0].scores.val, groups[0][0].scores.val)
     return difference < 2 * error

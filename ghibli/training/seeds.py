@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from ghibli.config.schema import Config
 from ghibli.evaluation.scores import best_probe
@@ -9,7 +10,8 @@ from ghibli.evaluation.seeds import over_seeds
 from ghibli.runs.attempts import attempt
 from ghibli.runs.find import has_checkpoint
 from ghibli.runs.folder import RunDir
-from ghibli.runs.repeats import repeated_config, repetition
+from ghibli.runs.repeats import repetition, with_seed
+from ghibli.runs.reuse import has_ended, require_free
 from ghibli.runtime.commands import command_here
 from ghibli.runtime.console import relative_path
 from ghibli.runtime.errors import UserError
@@ -19,23 +21,26 @@ logger = logging.getLogger(__name__)
 Train = Callable[[Config, RunDir, bool], float]  # (settings, folder, resumes) -> objective
 
 
-def train_other_seeds(first: RunDir, seeds: list[int], cache_dir: str, resumes: bool, train: Train) -> None:
+def train_other_seeds(
+    first: RunDir, seeds: list[int], config: Config, resumed: RunDir | None, train: Train
+) -> None:
     """Train what is missing of a run with several seeds; a training that fails stops none of the others.
 
     Args:
         first: trained with seeds[0]; the others lie beside it.
-        resumes: go on from checkpoints that are there, whatever code they were made by.
+        config: its settings.
+        resumed: the one of them that this command has resumed: the others go on from checkpoints that are
+            there, whatever code they were made by; None = a new run.
     """
     for number, seed in enumerate(seeds[1:], start=2):
-        run = repetition(first, seed)
-
-        def job(seed: int = seed, run: RunDir = run) -> float:
-            config = repeated_config(first, seed, cache_dir)
-            return train(config, run, resumes and has_checkpoint(run))
-
+        run, own = repetition(first, seed), with_seed(config, first, seed)
+        resumes = resumed is not None and has_checkpoint(run)
+        if run == resumed and has_ended(own, run):
+            continue
         logger.info("")
         logger.info(f"seed {seed}: training {number} of {len(seeds)}, {relative_path(run.path)}")
-        attempt(run, job, "training")
+        job, check = (partial(act, own, run, resumes) for act in (train, require_free))
+        attempt(run, job, "training", check)
 
 
 def runs_of(first: RunDir, seeds: list[int]) -> dict[int, RunDir]:

@@ -148,6 +148,8 @@ def training_session(config: Config, run: RunDir, resumes: bool) -> Iterator[Ses
             restore()
         raise SystemExit(note_interruption(run, request)) from None
     except Outrun as lost:
+        if stop.received:  # in the last step before: no further trial may begin
+            raise SystemExit(note_interruption(run, StopRequested(stop.received))) from None
         run.status.update(state="interrupted", reason=str(lost), ended=now())
         raise
     except BaseException as error:

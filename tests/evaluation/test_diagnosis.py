@@ -128,7 +128,16 @@ def test_a_guided_target_is_judged_where_it_predicts_the_noise(make_config: Call
 def test_the_scale_of_a_guided_target_is_told() -> None:
     text = diagnosis.guided_sampling_scale(1 / 3).text
     assert text.startswith("trained with loss.guidance_target=3, ") and "sample at about 2.5, a" in text
+    assert "guess that follows from the loss" in text and "nearer to real images at larger scales" in text
+    assert "guides twice" not in text and "`ghibli evaluate RUN` tries more" in text
     assert diagnosis.guided_sampling_scale(1) is None
+
+
+def test_a_scale_that_was_not_measured_is_called_a_guess() -> None:
+    """Only trainings at 1 and 7.5 were."""
+    measured, guessed = (diagnosis.guided_sampling_scale(guidance).text for guidance in (7.5, 4))
+    assert "sample at about 15, the last column of the grids (`ghibli evaluate RUN`" in measured
+    assert "sample at about 11, the last column of the grids, a guess from trainings at 7.5 on the" in guessed
 
 
 @pytest.mark.slow

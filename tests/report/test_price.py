@@ -1,7 +1,9 @@
 """The price in the report: a sentence, a curve, a column; nothing of it where it was never measured."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from helpers import report_material
 from helpers.report_material import make_run, page_of
 
 from ghibli.evaluation.gain import Probe
+from ghibli.report.text import price_sentence
 from ghibli.training.loggers.tables import gain_and_price
 
 
@@ -31,6 +34,16 @@ def test_one_run_says_what_it_cost(tmp_path: Path) -> None:
     assert "The price: on what the base was made for, its loss is 20.0 % ± 0.0 % above the base's." in text
     assert "Price: what it forgot" in text
     assert [f"{100 * gain / 2:.1f} % ± 0.0 %" in text for gain in (0.3, 0.4, 0.35)] == [True] * 3
+
+
+@pytest.mark.parametrize(("value", "side"), [(0.123, "above"), (-0.123, "below")])
+def test_a_price_without_an_error_is_not_called_chance(value: float, side: str) -> None:
+    """Of one group of images: it has no interval, so nothing is known of it."""
+    row = {"probe/price": value, "probe/price_se": math.nan, "probe/price_groups": 1}
+    said = price_sentence(SimpleNamespace(best=row))
+    assert said is not None and f"its loss is 12.3 % {side} the base's; so few images give no" in said
+    row |= {"probe/price_se": 0.1, "probe/price_groups": 8}
+    assert "no more than chance" in str(price_sentence(SimpleNamespace(best=row)))
 
 
 @pytest.mark.usefixtures("priced")

@@ -1,6 +1,8 @@
 """Runs that repeat another one with other seeds: their folders, and which trainings belong together."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,14 @@ from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
 from ghibli.runs.identity import settings_hash
 from ghibli.runs.launch import reject_seeds_of_trial, reject_seeds_outside
-from ghibli.runs.repeats import first_of, planned_seeds, repeated_config, repetition
+from ghibli.runs.repeats import (
+    first_of,
+    planned_seeds,
+    refuse_change_of_one,
+    repeated_config,
+    repetition,
+    shares_settings_with,
+)
 from ghibli.runtime.errors import UserError
 from ghibli.sweeps.grid import check_trials, hydra_on_conf
 
@@ -43,6 +52,32 @@ def test_a_repetition_is_the_run_with_that_seed(
     run, config = first
     assert settings_hash(repeated_config(run, 6, config.cache_dir)) == settings_hash(make_config("seed=6"))
     assert settings_hash(config) == settings_hash(make_config("seed=5"))
+
+
+def test_one_of_several_is_resumed_as_it_is(
+    make_config: Callable[..., Config], first: tuple[RunDir, Config]
+) -> None:
+    """More epochs for one alone would make the mean one of unequal trainings; the first one takes them."""
+    run, config = first
+    second, other = repetition(run, 6), repetition(run, 9)  # a study's sweep.repeats might make the other
+    own = repeated_config(run, 6, config.cache_dir)
+    longer, elsewhere = deepcopy(own), deepcopy(own)
+    longer.trainer["max_epochs"] += 1
+    elsewhere.cache_dir = "elsewhere"
+    with pytest.raises(UserError) as raised:
+        refuse_change_of_one(second, own, longer)
+    assert "one of 3 trainings that share all settings but the seed" in str(raised.value)
+    assert f"give trainer.max_epochs beside resume={run.path}, for all" in str(raised.value)
+    for same in (own, elsewhere):
+        refuse_change_of_one(second, own, same)
+    refuse_change_of_one(run, config, longer)
+    alone = make_config("seed=9")
+    refuse_change_of_one(other, alone, replace(alone, threads=1))
+    assert [shares_settings_with(*one) for one in ((second, own), (run, config), (other, alone))] == [
+        run,
+        run,
+        other,
+    ]
 
 
 def test_a_run_alone_has_its_own_seed(make_config: Callable[..., Config], tmp_path: Path) -> None:

@@ -14,9 +14,12 @@ from helpers.commands import REPO, SMALL
 from helpers.stand_in import QUICK, StandIn, stop_at
 
 import train
+from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config
 from ghibli.runs import compare, compose, launch, reuse
 from ghibli.runs.folder import RunDir
+from ghibli.runs.identity import settings_hash
+from ghibli.runs.repeats import planned_seeds, repetition
 from ghibli.runtime.errors import UserError
 from ghibli.training.module import GhibliModule
 
@@ -66,6 +69,21 @@ def test_a_finished_trial_returns_its_objective_without_training(
     assert train.run(config, finished) == done[1]
     assert f"is finished: its objective was {done[1]:.4f}" in capsys.readouterr().out
     assert content_of(finished.path) == before
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_finished_run_notes_that_more_seeds_were_asked_for(
+    finished: RunDir, config: Config, resumes: bool
+) -> None:
+    """Otherwise a resume of its fifth training, killed, would know of three, or of none."""
+    member = repetition(finished, config.seed + 4)
+    for asked, known in ((3, 3), (5, 5), (2, 5), (1, 5)):
+        train.run(replace(config, seeds=asked), finished, resumes)
+        stored = from_yaml(finished.config)
+        assert (stored.seeds, settings_hash(stored)) == (known, settings_hash(config))
+        first, seeds = planned_seeds(member, config)
+        assert (first, seeds) == (finished, [config.seed + number for number in range(known)])
 
 
 def test_a_changed_objective_is_not_trusted(

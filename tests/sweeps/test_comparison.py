@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import sweep
+from ghibli.config.schema import Config
 from ghibli.evaluation.distances import kernel_difference
 from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
@@ -85,6 +87,26 @@ def test_models_of_one_name_are_distinguished_by_what_varies(trials: list[Trial]
     ranks[1].settings["lora.rank"] = 4
     wanted = [f"LoRA, trained at guidance 1 (rank {rank})" for rank in (4, 8)]
     assert evaluations.unique_names(ranks) == wanted
+
+
+def test_a_guided_target_is_no_training_at_guidance_1(
+    trials: list[Trial], make_config: Callable[..., Config]
+) -> None:
+    """In names and in the columns of models.png, which have the own scale of each: 15, 7.5 / 3 = 2.5."""
+    trials[2].settings.update({"loss.guidance": 1.0, "loss.guidance_target": 3.0})
+    names = ["LoRA, trained at guidance 1", "LoRA, trained at guidance target 3"]
+    assert evaluations.unique_names(trials[1:]) == names
+    short = evaluations.unique_names(trials[1:], evaluations.short_model_name)
+    assert short == ["LoRA 1", "LoRA target 3"]
+    words = ("sample.samplers=[ddim]", "sample.guidance=[1,7.5]")
+    plain, target, guided = (
+        make_config(*words, *more) for more in ((), ("loss.guidance_target=3",), ("loss.guidance=7.5",))
+    )
+    for configs, wanted in (
+        ([plain], [1, 7.5]), ([plain, guided], [1, 7.5, 15]), ([plain, target, guided], [1, 7.5, 2.5, 15]),
+    ):  # fmt: skip
+        cells = comparison.cells_for(configs[-1].sample, configs)
+        assert [cell.guidance for cell in cells] == wanted
 
 
 def test_two_bases_have_a_line_each(trials: list[Trial], tmp_path: Path) -> None:

@@ -1,17 +1,21 @@
 """Racing: its test against scipy's, false stops on simulated scores, and what a raced study leaves behind."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 import torch
 from helpers.commands import SMALL, python_sweep
 
+from ghibli.config.schema import Config
 from ghibli.evaluation.gain import Probe
 from ghibli.runs.folder import RunDir
-from ghibli.sweeps import grid, race
+from ghibli.sweeps import grid, jobs, race
 from ghibli.sweeps.trials import read_trials
 
 IMAGES, ITEMS, EPOCHS = 50, 4, 5
@@ -97,6 +101,33 @@ def test_the_images_needed_have_the_power(points: float, spread: float, chance: 
     assert found.mean() == pytest.approx(power[0], abs=0.04)
 
 
+def power_of(count: int, points: float, spread: float, chance: float) -> float:
+    """Chance that a one-sided t-test finds the difference, integrated over the standard deviation it sees."""
+    bound, shift = scipy.stats.t.isf(chance, count - 1), points / spread * count**0.5
+    seen = scipy.stats.chi(count - 1, scale=(count - 1) ** -0.5)  # over the true one
+
+    def found_by(share: float) -> float:
+        return seen.pdf(share) * scipy.stats.norm.cdf(shift - bound * share)
+
+    return scipy.integrate.quad(found_by, seen.ppf(1e-10), seen.isf(1e-10), limit=200)[0]
+
+
+@pytest.mark.parametrize(
+    ("points", "spread", "chance"),
+    [
+        (3, 10, 0.0025), (1, 13.4, 0.0025), (0.5, 20, 1e-3), (3, 10, 1e-5), (1, 8, 0.05), (10, 5, 1e-4),
+        (30, 3, 0.0025), (1, 60, 1e-4),
+    ],
+)  # fmt: skip
+def test_the_images_needed_are_the_fewest_however_many(points: float, spread: float, chance: float) -> None:
+    """By integration, where scipy's noncentral t is NaN for counts far above: 15755 was said for 152."""
+    count = race.images_needed(points, spread, chance)
+    assert power_of(count, points, spread, chance) >= race.POWER - 1e-6
+    assert count == 3 or power_of(count - 1, points, spread, chance) < race.POWER + 1e-6
+    quantiles = scipy.stats.norm.isf(chance) + scipy.stats.norm.ppf(race.POWER)
+    assert count == pytest.approx((quantiles * spread / points) ** 2, rel=0.01, abs=10)
+
+
 def test_the_spread_is_that_of_the_differences_in_points() -> None:
     base = torch.full((4, 2), 2.0)
     ours, theirs = base.clone(), base.clone()
@@ -130,6 +161,30 @@ def test_what_is_said_before_a_study() -> None:
     assert "4 trials, 20 epochs at most; up to 24 comparisons, each at a chance of 0.0021" in lines[0]
     assert "those runs had 50" in lines[1] and " for 1 point and " in lines[1]
     assert "is known after two runs" in race.announcement([5] * 4, [])[1]
+
+
+def test_a_race_says_how_long_the_rest_takes(
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first trial takes 5 minutes, the second is stopped after one: 3 on average."""
+    config, clock, said = make_config(), [0.0], list[str]()
+    monkeypatch.setattr(jobs, "timed", [])
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(race, "settings_and_folder", lambda words: (config, RunDir(tmp_path / words[0])))
+    monkeypatch.setattr(race, "past_histories", lambda config: [])
+    monkeypatch.setattr(race, "logger", SimpleNamespace(info=said.append))
+    minutes = iter([5, 1, 0])
+
+    def train(config: Config, run: RunDir, judge: race.Judge) -> float:
+        clock[0] += 60 * next(minutes)
+        return 0.5
+
+    race.race([["seed=0"], ["seed=1"], ["seed=2"]], train)
+    assert [line for line in said if line.startswith("trial ")] == [
+        "trial 1 of 3: seed=0",
+        "trial 2 of 3, about 10 min left: seed=1",
+        "trial 3 of 3, about 3 min left: seed=2",
+    ]
 
 
 @pytest.mark.slow

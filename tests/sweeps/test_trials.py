@@ -22,6 +22,17 @@ def test_times_that_are_none_give_no_minutes(tmp_path: Path) -> None:
         assert Trial(RunDir(tmp_path), {}, {"started": started, "ended": ended}, None).minutes is None
 
 
+def test_a_repeat_is_told_by_the_trial_that_it_repeats(tmp_path: Path) -> None:
+    """Not by a name alone: `sweep.py ++seed=0,1` puts +seed= into every one, so no trial was left to rank."""
+    names = ["lora.rank=4", "++seed=0", "++seed=0,lora.rank=4", "lora.rank=4,++seed=0", "lora.rank=8+seed=1"]
+    repeats = ["lora.rank=4+seed=1", "lora.rank=4,++seed=0+seed=1", "++seed=0,lora.rank=4+seed=2"]
+    for name in (*names, *repeats):
+        run = RunDir(tmp_path / name)
+        run.status.update(state="finished")
+        run.config.write_text("seed: 0")
+    assert {trial.run.path.name for trial in read_trials(tmp_path) if trial.repeats} == set(repeats)
+
+
 def test_an_odd_trial_does_not_hide_the_others(tmp_path: Path) -> None:
     """Values of other types in its config.yaml, a note that is no text, a checkpoint of another program."""
     odd = {

@@ -1,5 +1,6 @@
 """The winner of a study on images that did not choose it: the curse, and that it is lifted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,18 @@ import torch
 
 from ghibli.evaluation.gain import Probe, paired_gain
 from ghibli.runs.folder import RunDir
+from ghibli.runs.repeats import repetition
+from ghibli.sweeps.repeats import missing_for_order
 from ghibli.sweeps.trials import Trial
 from ghibli.sweeps.winner import by_settings, close_second, is_close, order, seeded, winner
+
+
+@pytest.fixture(autouse=True)
+def first_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of `a`, which `a+seed=1` repeats."""
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("a", "config.yaml").touch()
 
 
 def trials_of(base: torch.Tensor, losses: list[torch.Tensor]) -> list[Trial]:
@@ -138,6 +149,49 @@ def test_repeats_are_asked_for_until_both_have_them() -> None:
     assert not is_close(swept)
     assert [len(group) for group in by_settings([*swept, second[0]])] == [3, 1]
     assert not by_settings([*swept, second[0]])[0][0].repeats
+
+
+def of_seeds(rank: int, gains: list[float]) -> list[Trial]:
+    """Trials of the same settings with the seeds 0, 1, ..., swept, and these gains."""
+    base, losses = torch.ones(8, 2), list[torch.Tensor]()
+    for seed, gain in enumerate(gains):
+        luck = torch.randn(8, 2, generator=torch.Generator().manual_seed(10 * rank + seed))
+        losses.append(base * (1 - gain) + 0.1 * (luck - luck.mean()))
+    probes = [Probe(val=one, val_g1=one, train=one, base_val=base, base_train=base) for one in losses]
+    return [
+        Trial(RunDir(Path(f"{rank}-{seed}")), {"lora.rank": rank, "seed": seed}, {}, probe)
+        for seed, probe in enumerate(probes)
+    ]
+
+
+def repeat_of(trial: Trial, seed: int) -> Trial:
+    """The same settings with another seed, a little worse."""
+    worse = trial.scores.val + 0.05 + 0.01 * torch.rand(8, 2, generator=torch.Generator().manual_seed(seed))
+    settings = trial.settings | {"seed": seed}
+    return replace(
+        trial, run=repetition(trial.run, seed), settings=settings, best=replace(trial.scores, val=worse)
+    )
+
+
+@pytest.mark.parametrize(
+    ("gains", "wanted"),
+    [
+        (([0.5], [0.49]), [(8, 1), (4, 1), (8, 2), (4, 2)]),
+        (([0.5, 0.3], [0.3, 0.49]), [(8, 2), (4, 2), (8, 3), (4, 3)]),  # 1 chose one of them, 0 the other
+        (([0.5, 0.3, 0.3], [0.3, 0.49, 0.3]), [(8, 3), (4, 3)]),  # three seeds each, but one in common
+        (([0.5, 0.3, 0.3], [0.49]), [(4, 1), (4, 2)]),
+        (([0.5, 0.3, 0.3], [0.49, 0.3, 0.3]), []),
+    ],
+)
+def test_the_best_two_are_repeated_until_they_share_seeds_that_chose_neither(
+    gains: tuple[list[float], list[float]], wanted: list[tuple[int, int]]
+) -> None:
+    trials = [*of_seeds(8, gains[0]), *of_seeds(4, gains[1])]
+    repeats = missing_for_order(by_settings(trials))
+    assert [(trial.settings["lora.rank"], seed) for trial, seed in repeats] == wanted
+    assert is_close(trials) == (wanted != []) and (order(trials) is None) == (wanted != [])
+    done = [repeat_of(trial, seed) for trial, seed in repeats]
+    assert order([*trials, *done]).seeds == 2 and not is_close([*trials, *done])
 
 
 def test_a_repeat_never_stands_for_settings_whose_own_trial_is_gone() -> None:

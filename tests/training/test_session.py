@@ -2,13 +2,16 @@
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
-from ghibli.training.callbacks.checkpoints import StopRequested
-from ghibli.training.session import note_interruption
+from ghibli.training.callbacks.checkpoints import CleanStop, StopRequested
+from ghibli.training.callbacks.race import Outrun
+from ghibli.training.session import note_interruption, training_session
 
 SWEEP = ["sweep.py", "lora.rank=4,8", "data.root=a b"]
 
@@ -35,3 +38,23 @@ def test_ctrl_c_names_the_command_that_goes_on(
     resumes = not is_trial and state == "running"
     assert ("python train.py resume=study/lora.rank=4" in said) == resumes
     assert run.status.state == ("finished" if state == "finished" else "interrupted")
+
+
+def interrupted_and_outrun(stop: CleanStop) -> None:
+    """Ctrl-C in the last step of an epoch, and the race stops the trial when the next one begins."""
+    stop.in_training = True
+    signal.raise_signal(signal.SIGINT)
+    raise Outrun("behind the best")
+
+
+def test_ctrl_c_in_the_step_before_a_race_stops_the_trial_ends_the_study(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Without it the race alone stops the trial, and the study goes on with the next one."""
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(Outrun), training_session(make_config(), run, resumes=False):
+        raise Outrun("behind the best")
+    assert (run.status.state, run.status.read()["reason"]) == ("interrupted", "behind the best")
+    with pytest.raises(SystemExit, match="130"), training_session(make_config(), run, resumes=False) as now:
+        interrupted_and_outrun(now.stop)
+    assert run.status.state == "interrupted" and "behind" not in run.status.read()["reason"]
