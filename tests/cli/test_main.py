@@ -87,7 +87,8 @@ def test_demo_draw_prints_a_command_that_can_be_pasted(
     assert code == 0
     stub = "python() { printf '%s\\0' \"$@\"; }\n" + out.rpartition(": ")[2]
     pasted = subprocess.run(["bash", "-c", stub], capture_output=True, check=True).stdout.split(b"\0")
-    assert pasted[:3] == [b"train.py", b"data=ghibli", b"data.root=" + bytes(tmp_path / "a (1) $x")]
+    assert pasted[0] == bytes(REPO / "train.py")
+    assert pasted[1:3] == [b"data=ghibli", b"data.root=" + bytes(tmp_path / "a (1) $x")]
     assert len(list((tmp_path / "a (1) $x" / "images").iterdir())) == 2
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.commands import REPO
 
 from ghibli.config.schema import Config
 from ghibli.runs.folder import RunDir
@@ -34,9 +35,9 @@ def test_ctrl_c_names_the_command_that_goes_on(
         if lock is not None:
             lock.close()
     said = capsys.readouterr().out
-    assert ("python sweep.py lora.rank=4,8 'data.root=a b'" in said) == is_trial
+    assert (f"python {REPO}/sweep.py lora.rank=4,8 'data.root=a b'" in said) == is_trial
     resumes = not is_trial and state == "running"
-    assert ("python train.py resume=study/lora.rank=4" in said) == resumes
+    assert (f"python {REPO}/train.py resume=study/lora.rank=4" in said) == resumes
     assert run.status.state == ("finished" if state == "finished" else "interrupted")
 
 
