@@ -39,8 +39,8 @@ def train_other_seeds(
             continue
         logger.info("")
         logger.info(f"seed {seed}: training {number} of {len(seeds)}, {relative_path(run.path)}")
-        job, check = (partial(act, own, run, resumes) for act in (train, require_free))
-        attempt(run, job, "training", check)
+        check = partial(require_free, own, run, resumes)
+        attempt(run, partial(train, own, run, resumes), "training", check)
 
 
 def runs_of(first: RunDir, seeds: list[int]) -> dict[int, RunDir]:
