@@ -367,11 +367,12 @@ def guidance(lab: Lab) -> None:
         run = lab.run("guidance", name, (*common, *words), seed)
         ordinary = lab.run("guidance", "1, as shipped", common, seed)
         ours, usual = (guidance_of(trained_base(one, finished_config(one))) for one in (run, ordinary))
+        history = history_of(run)
         rho = (ours * usual).sum() / usual.square().sum()
         row = {
             "projection": rounded(rho.item(), 3),
             "cosine": rounded((rho * usual.norm() / ours.norm()).item(), 3),
-            "gain": gains([one for one in [best_probe(run)] if one is not None])[0],
+            "gain": gains([history[best_epoch(history)]])[0],
             "distance by scale": {f"{s:g}": pair(distance(run, s, lab.samples)) for s in scales},
         }
         rows.setdefault(name, []).append(row)

@@ -222,7 +222,7 @@ def plot(numbers: dict[str, Any], file: Path) -> None:
                 looks, twins, [row[name][1] for row in rows], marker="o", ms=4, color=f"C{number}", lw=1.4,
                 elinewidth=0.7, label=way.replace("_", " + "),
             )  # fmt: skip
-            if way == USUAL[0]:  # the others lie below it, each strength a little to the left
+            if way == USUAL[0]:  # the others have the same strengths in the same order
                 for row, x, y in zip(rows, looks, twins, strict=True):
                     axes.annotate(
                         f"{row['strength']:g}", (x, y), (4, 4), textcoords="offset points", fontsize=8

@@ -678,7 +678,7 @@ def images_name(data: DataConfig) -> str:
 
 
 def age_of(version: object) -> str:
-    """Return `an older`, `a newer` or, for what is no number, `another`, for settings of another version."""
+    """Return `an older`, `a newer` or `another` (not a number), for settings of another version."""
     if not isinstance(version, int):
         return "another"
     return "an older" if version < CONFIG_VERSION else "a newer"

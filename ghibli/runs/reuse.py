@@ -87,7 +87,7 @@ def require_free(config: Config, run: RunDir, resumes: bool = False) -> None:
     """Check that no other process works in a run folder, and none of another run is there.
 
     Args:
-        resumes: whatever is there is gone on with.
+        resumes: the run that is there goes on, whatever it is.
 
     Raises:
         UserError: the folder is not free.
