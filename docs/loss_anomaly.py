@@ -20,6 +20,7 @@ from scipy.stats import norm, studentized_range
 
 from ghibli.adapters import apply
 from ghibli.config.files import from_yaml
+from ghibli.config.paths import resolve_path
 from ghibli.data.folder import CaptionedImage
 from ghibli.data.latents import Moments
 from ghibli.data.validation_items import make_items
@@ -30,7 +31,6 @@ from ghibli.evaluation.distances import kernel_distance
 from ghibli.evaluation.features import extract_in_batches, standardised, style_features
 from ghibli.evaluation.gain import paired_gain
 from ghibli.images.grid import to_image
-from ghibli.models.base import resolve_path
 from ghibli.models.load import load
 from ghibli.runs.compose import register
 from ghibli.runs.folder import RunDir

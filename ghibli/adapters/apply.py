@@ -15,10 +15,11 @@ from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.layers import Layer, LoRA, to_factors
 from ghibli.adapters.names import layer_name, layer_paths, named_layers
 from ghibli.config.checks import require
+from ghibli.config.paths import adapter_in
 from ghibli.config.schema import ModelConfig
-from ghibli.models.base import BaseModel, resolve_path
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
-from ghibli.models.safetensors import ADAPTER_FILE, check_whole
+from ghibli.models.safetensors import check_whole
 from ghibli.runtime.errors import UserError
 
 
@@ -33,24 +34,20 @@ def load_base(model: ModelConfig) -> BaseModel:
     require(model.clip_skip <= layers, "model.clip_skip", model.clip_skip, f"from 1 to {layers}, its layers")
     base.clip_skip = model.clip_skip
     if model.adapter is not None:
-        merge(base, resolve_path(model.adapter), model.adapter_scale)
+        merge(base, model.adapter, model.adapter_scale)
     return base
 
 
-def merge(base: BaseModel, folder: Path, scale: float) -> None:
+def merge(base: BaseModel, folder: str | Path, scale: float) -> None:
     """Merge an adapter into the base's weights, in place: W + scale (W' - W).
 
     Args:
-        folder: holds pytorch_lora_weights.safetensors, in any layout.
+        folder: as model.adapter; holds pytorch_lora_weights.safetensors, in any layout.
 
     Raises:
         UserError: no such file, or an adapter that does not fit this base.
     """
-    file, what = folder / ADAPTER_FILE, f"model.adapter={folder}"
-    if not file.is_file():
-        others = [other.name for other in sorted(folder.glob("*.safetensors"))]
-        hint = f"; rename {others[0]} to that" if others else ""
-        raise UserError(f"{what}: no {ADAPTER_FILE} there{hint}")
+    file, what = adapter_in(str(folder)), f"model.adapter={folder}"
     check_whole(file, what)
     try:
         adapter = read_adapter(file, base, "its file")

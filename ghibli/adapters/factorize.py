@@ -8,41 +8,17 @@ B A, is not multiplied out: with B = Q R and A^T = P T, its singular values are 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ghibli.adapters.files import Adapter
 from ghibli.adapters.layers import Full, Layer, LoRA
 from ghibli.adapters.names import named_layers
+from ghibli.adapters.request import Size
 from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.home import expanded
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # B (out, r) and A (r, inputs), float64
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much of an update to keep: a rank, or the smallest rank with a share of its squared norm."""
-
-    rank: int | None = None
-    keep: float | None = None  # 0 .. 1
-
-    def __post_init__(self) -> None:
-        if (self.rank is None) == (self.keep is None):
-            raise UserError("give one of --rank N and --keep SHARE, such as --keep 0.95")
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"--rank {self.rank} must be at least 1")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise UserError(f"--keep {self.keep} must be above 0 and at most 1")
-
-    def rank_of(self, values: torch.Tensor) -> int:
-        """Return how many of the singular values, largest first, are kept; at least 1."""
-        if self.rank is not None:
-            return min(self.rank, len(values))
-        energy, keep = values.square().cumsum(0), self.keep or 1.0
-        return min(int((energy < keep * energy[-1] * (1 - 1e-12)).sum()) + 1, len(values))
 
 
 @dataclass(frozen=True)
@@ -219,17 +195,3 @@ def metadata_after(adapters: list[Adapter], reworked: Reworked, title: str) -> d
         "ss_network_dim": size, "ss_network_alpha": size,
         "ss_output_name": title, "modelspec.title": title,
     }  # fmt: skip
-
-
-def new_file(to: Path | None, default: Path) -> Path:
-    """Return where to write; a file that is there is never replaced.
-
-    Raises:
-        UserError: it exists, or does not end in .safetensors.
-    """
-    target = default if to is None else expanded(to)
-    if target.suffix != ".safetensors":
-        raise UserError(f"--to {target}: the name must end in .safetensors")
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists already: move it away, or choose another name with --to FILE")
-    return target

@@ -1,4 +1,4 @@
-"""Adapter files: finding one, and what it holds for a given base."""
+"""What an adapter file holds for a given base."""
 
 import hashlib
 from collections import Counter
@@ -8,13 +8,8 @@ from pathlib import Path
 from ghibli.adapters.layers import OFT, UNSCALED, InputOFT, Layer, LoRA
 from ghibli.adapters.names import target_of
 from ghibli.adapters.read import read_layers
-from ghibli.config.paths import NO_PICKLE, PICKLES, convert_command
+from ghibli.adapters.request import find_file
 from ghibli.models.base import BaseModel
-from ghibli.models.safetensors import ADAPTER_FILE, check_whole
-from ghibli.runs.folder import RunDir
-from ghibli.runtime.commands import list_hint
-from ghibli.runtime.errors import UserError
-from ghibli.runtime.home import expanded
 
 
 @dataclass(frozen=True)
@@ -78,37 +73,6 @@ def is_plain(adapter: Adapter) -> bool:
 def format_number(value: float) -> str:
     """Format a number so that it reads back as the same one, whole numbers without a point."""
     return str(int(value)) if value == int(value) else repr(value)
-
-
-def find_file(path: str | Path, what: str) -> Path:
-    """Find an adapter file: the path itself, the only one in a folder, or the one of a run.
-
-    Args:
-        what: the key or flag that named it, for messages.
-
-    Raises:
-        UserError: nothing there, several files, a pickle, or a file that is cut off.
-    """
-    place = expanded(path)
-    if RunDir(place).config.is_file():
-        place = RunDir(place).adapter
-    if place.is_dir():
-        found = sorted(place.glob("*.safetensors"))
-        named = [file for file in found if file.name == ADAPTER_FILE]
-        if not found or (len(found) > 1 and not named):
-            there = (
-                f"several: {', '.join(file.name for file in found[:4])}; name one of them"
-                if found
-                else "none"
-            )
-            raise UserError(f"{what} {path}: which .safetensors file? there are {there}")
-        place = (named or found)[0]
-    if not place.is_file():
-        raise UserError(f"{what} {path}: no such file or run {list_hint()}")
-    if place.suffix in PICKLES:
-        raise UserError(f"{what} {path}: {NO_PICKLE}; {convert_command([place])}")
-    check_whole(place, what)
-    return place
 
 
 def read_adapter(path: str | Path, base: BaseModel, what: str) -> Adapter:

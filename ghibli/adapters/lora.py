@@ -23,9 +23,10 @@ from torch import nn
 
 from ghibli.adapters.names import named_layers, target_of
 from ghibli.adapters.settings import METADATA
+from ghibli.config.paths import ADAPTER_FILE
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
-from ghibli.models.safetensors import ADAPTER_FILE, with_sorted_metadata
+from ghibli.models.safetensors import with_sorted_metadata
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_atomically
 from ghibli.runtime.seeding import Stream, seed_global_rng

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
+from ghibli.config.paths import DEMO, resolve_path
 from ghibli.config.registry import sampler_label
 from ghibli.config.schema import Config, describe
 from ghibli.diffusion.process import usual_guidance
-from ghibli.models.base import DEMO, resolve_path
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.files import ROOT
 from ghibli.runtime.home import expanded

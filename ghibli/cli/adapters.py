@@ -28,15 +28,16 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a run's adapter for diffusers, ComfyUI and A1111, with a model card, and verify every file."""
-    with loading():
-        from ghibli.inference import export
-        from ghibli.runs.find import finished_run
-        from ghibli.runs.settings import finished_config
+    from ghibli.runs.find import finished_run
+    from ghibli.runs.settings import finished_config
 
     found = finished_run(run)
+    config, target = finished_config(found), folder or found.path / "export"
     found.refuse_links()
-    target = folder or found.path / "export"
-    for check in export.export(found, finished_config(found), target, merge=merge):
+    with loading():
+        from ghibli.inference import export
+
+    for check in export.export(found, config, target, merge=merge):
         console.print(f"{check.file}: {check.summary}")
     console.print(f"card     {target / 'README.md'}")
 
@@ -70,15 +71,19 @@ def import_command(
     ] = None,
 ) -> None:
     """Describe an adapter file, check that it fits the base, and print the commands that use it."""
+    from ghibli.adapters.request import find_file
+    from ghibli.runs.compose import base_config
+    from ghibli.runs.find import path_named
+
+    source = path_named(file)
+    find_file(source, "import")
+    config = base_config(overrides or [])
     with loading():
         from ghibli.adapters import apply, files
         from ghibli.adapters.describe import describe_adapter
-        from ghibli.runs.compose import base_config
-        from ghibli.runs.find import path_named
 
-    config = base_config(overrides or [])
     base = apply.load_base(config.model)
-    for line in describe_adapter(files.read_adapter(path_named(file), base, "import"), base, overrides or []):
+    for line in describe_adapter(files.read_adapter(source, base, "import"), base, overrides or []):
         console.print(one_line(line))  # titles and comments in the file are anyone's
 
 
@@ -101,16 +106,18 @@ def resize_command(
     to: ToOption = None,
 ) -> None:
     """Shrink an adapter to its largest singular values, and say how much of its update is kept."""
+    from ghibli.adapters import request
+    from ghibli.runs.compose import base_config
+    from ghibli.runs.find import path_named
+
+    size = request.Size(rank, keep)
+    source = request.find_file(path_named(file), "resize")
+    ending = f"rank{rank}" if keep is None else f"keep{keep:g}"
+    target = request.new_file(to, source.with_name(fitting(source.stem, f"_{ending}.safetensors")))
+    config = base_config(overrides or [])
     with loading():
         from ghibli.adapters import apply, factorize, files, trained
-        from ghibli.runs.compose import base_config
-        from ghibli.runs.find import path_named
 
-    size = factorize.Size(rank, keep)
-    source = files.find_file(path_named(file), "resize")
-    ending = f"rank{rank}" if keep is None else f"keep{keep:g}"
-    target = factorize.new_file(to, source.with_name(fitting(source.stem, f"_{ending}.safetensors")))
-    config = base_config(overrides or [])
     base = apply.load_base(config.model)
     adapter = files.read_adapter(source, base, "resize")
     if files.depends_on_base(adapter):
@@ -138,18 +145,20 @@ def merge_command(
     keep: KeepOption = None,
 ) -> None:
     """Add several adapters to one file: exactly, or with --rank or --keep at a smaller size."""
-    with loading():
-        from ghibli.adapters import apply, factorize, files, trained
-        from ghibli.inference.load import split_weight
-        from ghibli.runs.compose import base_config
+    from ghibli.adapters import request
+    from ghibli.inference.sources import split_weight
+    from ghibli.runs.compose import base_config
 
-    size = factorize.Size(rank, keep) if (rank, keep) != (None, None) else None
-    target = factorize.new_file(to, to)
+    size = request.Size(rank, keep) if (rank, keep) != (None, None) else None
+    target = request.new_file(to, to)
     names = {word: split_weight(word) for word in sources}
     overrides = [word for word, (name, _) in names.items() if "=" in word and not exists(name)]
     named = [found for word, found in names.items() if word not in overrides]
-    found_files = [(files.find_file(name, "merge"), weight) for name, weight in named]
+    found_files = [(request.find_file(name, "merge"), weight) for name, weight in named]
     config = base_config(overrides)
+    with loading():
+        from ghibli.adapters import apply, factorize, files, trained
+
     base = apply.load_base(config.model)
     adapters = [(files.read_adapter(file, base, "merge"), weight) for file, weight in found_files]
     if any(files.depends_on_base(adapter) for adapter, _ in adapters):
@@ -174,15 +183,20 @@ def extract_command(
     ] = None,
 ) -> None:
     """Extract an adapter from a fully fine-tuned model by the singular values of its difference."""
+    from ghibli.adapters.request import Size, check_tuned, new_file
+    from ghibli.config.paths import check_base_path
+    from ghibli.runs.find import path_named
+
+    size, target, source = Size(rank, keep), new_file(to, to), str(path_named(tuned))
+    check_base_path(base_path)
+    check_tuned(source)
     with loading():
         from ghibli.adapters import factorize
         from ghibli.adapters.trained import tuned_model
         from ghibli.models.load import load
-        from ghibli.runs.find import path_named
 
-    size, target = factorize.Size(rank, keep), factorize.new_file(to, to)
     base = load(base_path, config)
-    found, left_out = factorize.extract(tuned_model(str(path_named(tuned)), base, config), base, size)
+    found, left_out = factorize.extract(tuned_model(source, base, config), base, size)
     write_reworked(found, target, factorize.metadata_after([], found, target.stem))
     if left_out:
         what = f"{len(left_out)} weights that no LoRA holds (norms, biases, VAE), such as {left_out[0]}"

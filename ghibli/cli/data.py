@@ -1,5 +1,6 @@
 """`ghibli demo`, `check`, `prepare`, `caption` and `convert`."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -8,12 +9,13 @@ import typer
 from ghibli.cli.options import app, loading
 from ghibli.runtime.commands import command_here, path_setting, quoted
 from ghibli.runtime.console import console, counted
-from ghibli.runtime.errors import UserError
+from ghibli.runtime.errors import UserError, require_folder
 from ghibli.runtime.files import require_target
 from ghibli.runtime.terminal import one_line
 
 demo = typer.Typer(no_args_is_help=True, help="The embedded demo.")
 app.add_typer(demo, name="demo")
+logger = logging.getLogger(__name__)
 
 
 @demo.command("draw")
@@ -51,6 +53,13 @@ def check_command(
     ] = None,
 ) -> None:
     """Check settings, base, images, memory and disk of a run before it starts; trains nothing."""
+    from ghibli.runs.compose import check_overrides
+
+    errors = check_overrides(overrides or [])[2]
+    for error in errors:  # known without torch, and at once
+        logger.error(f"error: config: {error}")
+    if errors:
+        raise typer.Exit(2)
     with loading():
         from ghibli.prepare import preflight
 
@@ -78,9 +87,14 @@ def prepare_command(
     into: Annotated[Path, typer.Option(help="where zip and parquet files are unpacked")] = Path("data"),
 ) -> None:
     """Fetch the base and your images, check both, and make them the defaults of train.py."""
+    from ghibli.config.paths import check_base_path
+    from ghibli.prepare.request import require_images
+    from ghibli.runs.compose import conf_folder
+
+    require_images(data)
+    check_base_path(base)
     with loading():
         from ghibli.prepare import preflight, prepare
-        from ghibli.runs.compose import conf_folder
 
     local = conf_folder() / "local" / "default.yaml"
     found = prepare.prepare(base, config, data, caption, into, local.parent)
@@ -101,6 +115,7 @@ def caption_command(
     batch_size: Annotated[int, typer.Option(help="images captioned together", min=1)] = 8,
 ) -> None:
     """Caption the images that have no caption, with BLIP. Existing captions stay; Ctrl-C loses one batch."""
+    require_folder("folder", folder)
     with loading():
         from ghibli.data.folder import summarise
         from ghibli.prepare import captioning

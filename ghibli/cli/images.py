@@ -21,7 +21,6 @@ from ghibli.cli.options import (
     prompt_lines,
     split_words,
 )
-from ghibli.config.paths import check_base_path
 from ghibli.inference.request import (
     CONTROLS,
     KNEES,
@@ -45,6 +44,7 @@ from ghibli.runtime.terminal import one_line
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from ghibli.inference.load import LoadedModel
+    from ghibli.inference.sources import FoundSources
 
 
 @app.command("generate")
@@ -92,7 +92,7 @@ def generate_command(
     if axes:
         grid_requests(request, axes)
     require_target(folder, "--to", len(lines) * 3 * request.final_size[0] * request.final_size[1])
-    model = load_sources(sources)
+    model = load(named_sources(sources))
     if interpolate and not model.weights:
         raise UserError("--interpolate varies the scale of an adapter, and no adapter is loaded")
     if base and not model.names:
@@ -216,17 +216,19 @@ def restyle_command(
         1.0 if guidance is None else guidance, steps, seed, negative, scale, 512, way,
         control_options(control, control_model, control_scale, depth_model),
     )  # fmt: skip
-    with loading():
-        from ghibli.images import grid
-        from ghibli.inference import generate, restyle
-        from ghibli.inference import photos as photo_files
+    from ghibli.inference import photos as photo_files
 
     found = photo_files.with_masks(photo_files.find_photos(photos, prompt, ""), mask)
     if control is not None and control not in CONTROLS:
         found = photo_files.with_control_images(found, Path(control))
     require_target(folder, "--to", len(found) * 3 * options.resolution**2)
+    named = named_sources(sources)
+    with loading():
+        from ghibli.images import grid
+        from ghibli.inference import generate, restyle
+
     restyle.output_files([photo.path for photo in found], folder)
-    model = load_sources(sources)
+    model = load(named)
     model.at(scale)  # refuses what cannot be scaled, before anything is drawn
     options = dataclasses.replace(
         options, guidance=model.guidance if guidance is None else guidance,
@@ -281,11 +283,12 @@ def require_settings(words: list[str]) -> None:
     for word in words:
         if "=" not in word:
             raise UserError(f"`{word}` is no setting: the page takes KEY=VALUE, and lists all runs itself")
-    check_base_path(base_config(words).model.path)
+    base_config(words)
 
 
-def load_sources(sources: list[str] | None) -> "LoadedModel":
-    """Load what was named; by default the newest finished run, or the base if there is none."""
+def named_sources(sources: list[str] | None) -> "FoundSources":
+    """Find what was named; by default the newest finished run, or the base if there is none."""
+    from ghibli.inference.sources import find_sources
     from ghibli.runs.find import finished_run
 
     named, overrides = split_words(sources or [])
@@ -295,7 +298,12 @@ def load_sources(sources: list[str] | None) -> "LoadedModel":
             console.print(f"with     {quoted(named[0])}")
         except UserError:
             console.print("no finished run below outputs/ yet: generating with the base", style="yellow")
-    with loading():
-        from ghibli.inference.load import load_model
+    return find_sources(named, overrides)
 
-    return load_model(named, overrides)
+
+def load(found: "FoundSources") -> "LoadedModel":
+    """Load what was named."""
+    with loading():
+        from ghibli.inference.load import load_found
+
+    return load_found(found)

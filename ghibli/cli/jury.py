@@ -25,6 +25,7 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
 from ghibli.runtime.terminal import one_line
 
+MOST_MODELS = 8
 BYTES = 10**6  # of an image in the page, at most, about
 
 
@@ -62,13 +63,20 @@ def jury_command(
         return
     lines = prompt_lines(prompt, prompts)
     named, overrides = split_words(sources)
+    from ghibli.config.paths import check_model
+    from ghibli.inference.sources import find_sources
+    from ghibli.runs.compose import compose_config
+
+    if not 2 <= len(named) <= MOST_MODELS:
+        raise UserError(f"name from 2 to {MOST_MODELS} runs or adapter files to compare")
+    for source in named:
+        find_sources([source], [])  # before torch is loaded and anything drawn
+    config = compose_config(overrides)
+    check_model(config.model)
     with loading():
         from ghibli.jury import ballot
-        from ghibli.runs.compose import compose_config
 
-    if not 2 <= len(named) <= ballot.MOST_MODELS:
-        raise UserError(f"name from 2 to {ballot.MOST_MODELS} runs or adapter files to compare")
-    lines = lines or list(compose_config(overrides).sample.prompts)
+    lines = lines or list(config.sample.prompts)
     items = ballot.items_needed(len(named), len(lines), pairs)
     request = ImageRequest(
         ballot.items_of(lines, items), sampler, 1.0 if guidance is None else guidance, steps, seed,
@@ -91,12 +99,12 @@ def counting_command(folder: Path) -> str:
 
 def count_votes(files: list[Path], key: Path | None, folder: Path) -> None:
     """Print what the files of votes say about their ballot."""
-    with loading():
-        from ghibli.jury import count as counting
-
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise UserError(f"{missing[0]}: no such file")
+    with loading():
+        from ghibli.jury import count as counting
+
     if key is None:
         name = f"ballot-{counting.ballot_of(files[0])}.key.json"
         places = [place / name for place in (files[0].parent, folder)]

@@ -15,7 +15,7 @@ from ghibli.cli.options import app, loading
 from ghibli.config.checks import require_finite
 from ghibli.config.registry import sampler_label
 from ghibli.runs import cleaning, listing, monitor, removal
-from ghibli.runs.find import OUTPUTS, finished_run, folders_with, run_named
+from ghibli.runs.find import OUTPUTS, finished_run, folders_with, require_there, run_named
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.commands import command_here, list_hint
 from ghibli.runtime.console import console, full_width
@@ -290,9 +290,11 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page about runs or a study: verdict, curves, images, tables; it needs no network."""
+    folders = [run_named(str(folder)).path if str(folder) == "latest" else folder for folder in folders]
+    for folder in folders:
+        require_there(folder)
     with loading():
         from ghibli.report import page
 
-    folders = [run_named(str(folder)).path if str(folder) == "latest" else folder for folder in folders]
     file = page.write(folders, out)
     console.print(one_line(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): one page, for any browser"))

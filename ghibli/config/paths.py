@@ -4,11 +4,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ghibli.config.registry import DASHBOARDS
-from ghibli.config.schema import Config
+from ghibli.config.schema import Config, ModelConfig
 from ghibli.runtime.commands import command_here, install_command, path_setting, quoted
 from ghibli.runtime.errors import UserError, require_folder
+from ghibli.runtime.files import ROOT
 from ghibli.runtime.home import expanded
 
+DEMO = ROOT / "ghibli" / "demo"  # the embedded demo base, a diffusers folder
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name
 BASE_FILES = (
     "tokenizer/*.json", "text_encoder/config.json", "text_encoder/*.safetensors", "vae/config.json",
     "vae/*.safetensors", "unet/config.json", "unet/*.safetensors", "scheduler/scheduler_config.json",
@@ -35,9 +38,12 @@ def check_paths(config: Config) -> None:
     check_images(config)
     if config.data.regularization is not None:
         require_folder("data.regularization", config.data.regularization)
-    check_base_path(config.model.path)
-    if config.model.adapter is not None:
-        check_adapter(Path(config.model.adapter))
+    check_model(config.model)
+
+
+def resolve_path(path: str) -> Path:
+    """Resolve a path as typed: `demo` and what is below it lie in this package, `~` is the home folder."""
+    return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else expanded(path)
 
 
 def check_dashboard(name: str) -> None:
@@ -61,14 +67,24 @@ def check_images(config: Config) -> None:
         )
 
 
+def check_model(model: ModelConfig) -> None:
+    """Check that model.path can be a base, and that model.adapter holds an adapter.
+
+    Raises:
+        UserError: as check_base and adapter_in.
+    """
+    check_base_path(model.path)
+    if model.adapter is not None:
+        adapter_in(model.adapter)
+
+
 def check_base_path(model_path: str) -> None:
-    """Check model.path; without a slash it may name a base of this package, which is looked up later.
+    """Check that model.path, as typed, can be a base.
 
     Raises:
         UserError: as check_base.
     """
-    if "/" in model_path:
-        check_base(expanded(model_path), model_path)
+    check_base(resolve_path(model_path), model_path)
 
 
 def check_base(path: Path, model_path: str) -> None:
@@ -105,15 +121,25 @@ def check_base_folder(folder: Path, model_path: str) -> None:
         )
 
 
-def check_adapter(path: Path) -> None:
-    """Raise a UserError for an adapter stored as a pickle only; a missing one is found when it is merged."""
-    path, given = expanded(path), path
-    candidates = [path] if path.suffix in PICKLES else sorted(path.glob("*"))
-    pickles = [file for file in candidates if file.suffix in PICKLES]
-    if pickles and not any(path.glob("*.safetensors")):
-        raise UserError(
-            f"model.adapter={given}: {NO_PICKLE}; {convert_command(pickles)}, and give its folder"
-        )
+def adapter_in(path: str) -> Path:
+    """Return the adapter file of model.adapter, a folder.
+
+    Raises:
+        UserError: there is none, or it is a pickle.
+    """
+    folder = resolve_path(path)
+    file = folder / ADAPTER_FILE
+    if file.is_file():
+        return file
+    candidates = [folder] if folder.suffix in PICKLES else sorted(folder.glob("*"))
+    pickles = [other for other in candidates if other.suffix in PICKLES]
+    others = [other.name for other in candidates if other.suffix == ".safetensors"]
+    if pickles and not others:
+        raise UserError(f"model.adapter={path}: {NO_PICKLE}; {convert_command(pickles)}, and give its folder")
+    if folder.suffix == ".safetensors" and folder.is_file():
+        raise UserError(f"model.adapter={path} is a file: put it in a folder, named {ADAPTER_FILE}, for that")
+    hint = f"; rename {others[0]} to that" if others else ""
+    raise UserError(f"model.adapter={path}: no {ADAPTER_FILE} there{hint}")
 
 
 def convert_command(files: list[Path]) -> str:

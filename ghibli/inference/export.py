@@ -12,11 +12,11 @@ from ghibli.adapters.files import read_adapter
 from ghibli.adapters.model_card import model_card
 from ghibli.adapters.sidecar import clean_name, write_sidecar
 from ghibli.adapters.trained import run_base, trained_base
+from ghibli.config.paths import ADAPTER_FILE
 from ghibli.config.schema import Config, at_full_precision, describe
 from ghibli.inference.owned import check_ours, prepared
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
-from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.models.save import has_original_layout, save_folder, save_single_file
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,19 +12,12 @@ from ghibli.adapters.trained import for_sampling, run_base, starting_base, train
 from ghibli.config.checks import require_finite
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import usual_guidance
+from ghibli.inference.sources import FoundSources, find_sources
 from ghibli.models.base import BaseModel
-from ghibli.runs.compose import base_config
-from ghibli.runs.find import finished_run
 from ghibli.runs.folder import RunDir
-from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
-from ghibli.runtime.home import exists, expanded
 
 logger = logging.getLogger(__name__)
-
-WEIGHT = re.compile(
-    r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE
-)
 
 
 @dataclass
@@ -86,26 +78,23 @@ def scanned_scale(run: RunDir) -> float | None:
 def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
     """Load the base that fits the sources, with their adapters on it.
 
-    Args:
-        sources: run folders, `latest`, adapter files or folders, each optionally with :WEIGHT.
-        overrides: of train.py, which choose the base where no run does.
+    Args, Raises:
+        as find_sources.
+    """
+    return load_found(find_sources(sources, overrides))
+
+
+def load_found(found: FoundSources) -> LoadedModel:
+    """Load the base of what was found, with the adapters on it.
 
     Raises:
-        UserError: nothing there, or sources that cannot be combined.
+        UserError: a base or an adapter that cannot be read.
     """
-    named = [split_weight(source) for source in sources]
-    runs = [RunDir(Path(name)) for name, _ in named if RunDir(Path(name)).config.is_file()]
-    if runs and overrides:
-        raise UserError(f"{overrides[0]}: {runs[0].path} has its own base and settings; leave it out")
-    configs = [finished_config(run) for run in runs]
-    config = configs[0] if configs else base_config(overrides)
-    check_combination(runs, configs, len(named))
-    if runs and config.finetune == "full":
-        return LoadedModel(trained_base(runs[0], config), config, [], [named[0][0]])
+    config, runs, names = found.config, found.runs, [name for name, _ in found.named]
+    if found.is_tuned:
+        return LoadedModel(trained_base(runs[0], config), config, [], names)
     base = for_sampling(run_base(runs[0], config) if runs else load_base(config.model))
-    adapters = [(read_adapter(name, base, "adapter"), weight) for name, weight in named]
-    files = [adapter.file for adapter, _ in adapters]
-    reject_duplicates([(*source, file) for source, file in zip(named, files, strict=True)])
+    adapters = [(read_adapter(name, base, "adapter"), weight) for name, weight in found.named]
     load_adapters(base, adapters)
     for adapter, _ in adapters:
         wanted = adapter.metadata.get("ss_clip_skip", "None")
@@ -114,24 +103,8 @@ def load_model(sources: list[str], overrides: list[str]) -> LoadedModel:
                 f"{adapter.file.name} was trained at clip skip {wanted}, and this draws at {base.clip_skip}: "
                 f"model.clip_skip={wanted} changes that for an adapter file"
             )
-    note_frozen_bits(runs, configs)
-    return LoadedModel(base, config, [weight for _, weight in adapters], [name for name, _ in named])
-
-
-def check_combination(runs: list[RunDir], configs: list[Config], sources: int) -> None:
-    """Raise a UserError for runs that cannot be loaded together.
-
-    Args:
-        sources: number of runs and adapter files in all.
-    """
-    for run, config in zip(runs, configs, strict=True):
-        if base_identity(config) != base_identity(configs[0]):
-            bases = f"{configs[0].model.path} and {config.model.path}"
-            raise UserError(f"these runs have different bases: {bases}")
-        if config.finetune == "none":
-            raise UserError(f"{run.path} only measured the base: name no run to generate with the base alone")
-        if config.finetune == "full" and sources > 1:
-            raise UserError(f"{run.path} trained all weights: it cannot be combined with others")
+    note_frozen_bits(runs, found.configs)
+    return LoadedModel(base, config, [weight for _, weight in adapters], names)
 
 
 def note_frozen_bits(runs: list[RunDir], configs: list[Config]) -> None:
@@ -140,42 +113,3 @@ def note_frozen_bits(runs: list[RunDir], configs: list[Config]) -> None:
     if any(bits):
         each = ", ".join(f"{run.path} in {b or 'full'}" for run, b in zip(runs, bits, strict=True))
         logger.info(f"trained on a base of other bits ({each}); it is loaded in full precision for all")
-
-
-def base_identity(config: Config) -> tuple[str, str | None, float]:
-    """Return what tells one starting base from another."""
-    return config.model.path, config.model.adapter, config.model.adapter_scale
-
-
-def reject_duplicates(sources: list[tuple[str, float, Path]]) -> None:
-    """Raise a UserError for an adapter that is named twice, whatever the names.
-
-    Args:
-        sources: (name, weight, file) of each.
-    """
-    first: dict[Path, tuple[str, float]] = {}
-    for name, weight, file in sources:
-        if file.resolve() in first:
-            other, its_weight = first[file.resolve()]
-            same = name if name == other else f"{other} and {name} are the same adapter: {name}"
-            raise UserError(
-                f"{same} is named twice: name it once, with its weight, {name}:{weight + its_weight:g}"
-            )
-        first[file.resolve()] = name, weight
-
-
-def split_weight(source: str) -> tuple[str, float]:
-    """Split `PATH:0.7` into (PATH, 0.7); the default weight is 1; `latest` is the newest finished run.
-
-    A path that exists is taken as it is, colons and all.
-
-    Raises:
-        UserError: a weight such as `nan`.
-    """
-    path, colon, number = source.rpartition(":")
-    name, weight = source, 1.0
-    if colon and path and not exists(expanded(source)) and WEIGHT.fullmatch(number):
-        name, weight = path, float(number)
-        if not math.isfinite(weight):
-            raise UserError(f"{source}: the weight must be a finite number, such as {path}:0.7")
-    return (str(finished_run(name).path) if name == "latest" else name), weight

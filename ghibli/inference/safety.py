@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from ghibli.models.base import resolve_path
+from ghibli.config.paths import resolve_path
 from ghibli.models.configs import check_config
 from ghibli.models.load import load_part, quiet
 from ghibli.runtime.errors import UserError, first_line

@@ -15,6 +15,7 @@ from ghibli.adapters.model_card import model_card
 from ghibli.adapters.sidecar import clean_name, write_sidecar
 from ghibli.adapters.subset import Parts, parameters_of, split, write_subset
 from ghibli.adapters.trained import run_base
+from ghibli.config.paths import ADAPTER_FILE
 from ghibli.config.schema import Config
 from ghibli.evaluation.gain import paired_gain
 from ghibli.evaluation.layer_map import LayerMap, Row, block_of, blocks_of, check_own_files, write_map
@@ -30,7 +31,6 @@ from ghibli.evaluation.slimming import (
 from ghibli.inference.layer_scorer import LayerScorer, make_scorer
 from ghibli.inference.owned import check_ours, prepared
 from ghibli.models.base import BaseModel
-from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.console import counted
 from ghibli.runtime.errors import UserError

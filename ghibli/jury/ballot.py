@@ -25,7 +25,6 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_json, write_text
 
 SAME_EVERY = 8  # one pair in so many shows one model twice, from two noises
-MOST_MODELS = 8
 LOSSLESS = 256  # px; larger images are compressed, all alike
 QUALITY = 92  # of WebP
 

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -12,13 +11,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ghibli.runtime.files import ROOT
-from ghibli.runtime.home import expanded
-
 WHOLE = 1024 * 1024  # px of the largest image that the VAE takes in one piece
 TILE = 512  # px, side of a tile of a larger one
 TOKENIZER_LOCK = Lock()  # a fast tokenizer raises when two threads use it at once
-DEMO = ROOT / "ghibli" / "demo"  # the embedded demo base, a diffusers folder
 COMPUTED_BY = {  # settings that change what a part's weights compute, but not their names and shapes
     "text_encoder": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
     "vae": ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor"),
@@ -128,11 +123,6 @@ class BaseModel:
         for part in (self.text_encoder, self.vae, self.unet):
             part.to(device)
         return self
-
-
-def resolve_path(path: str) -> Path:
-    """Resolve a path as typed: `demo` and what is below it lie in this package, `~` is the home folder."""
-    return DEMO / path[5:] if path == "demo" or path.startswith("demo/") else expanded(path)
 
 
 def results_key(weights: str, base: BaseModel) -> str:

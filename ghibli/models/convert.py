@@ -3,9 +3,6 @@
 import warnings
 from pathlib import Path
 
-import torch
-from safetensors.torch import save
-
 from ghibli.config.paths import PICKLES
 from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.files import require_stored, write_atomically
@@ -27,6 +24,9 @@ def to_safetensors(file: Path) -> Path:
         raise UserError(f"{file}: no such file")
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists already: move it away first")
+    import torch  # takes seconds, and what is wrong above is said at once
+    from safetensors.torch import save
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol: what cannot be read is an error

@@ -17,8 +17,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ghibli.config.paths import NO_PICKLE, PICKLES, check_base, convert_command
-from ghibli.models.base import BaseModel, resolve_path
+from ghibli.config.paths import NO_PICKLE, PICKLES, check_base, convert_command, resolve_path
+from ghibli.models.base import BaseModel
 from ghibli.models.configs import check_config
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.original import original_weights

@@ -10,7 +10,6 @@ from ghibli.config.paths import NO_PICKLE, convert_command
 from ghibli.runtime.errors import UserError, first_line
 from ghibli.runtime.files import require_plain
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zipped, or bare
 

@@ -7,7 +7,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.config.paths import DEMO
+from ghibli.models.base import BaseModel
 
 SCHEDULER = {
     "_class_name": "PNDMScheduler",

@@ -9,12 +9,11 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from ghibli.config.paths import PICKLES, convert_command
+from ghibli.config.paths import PICKLES, convert_command, resolve_path
 from ghibli.data.folder import enter_and_list, read_beside
 from ghibli.data.inside import require_inside
 from ghibli.data.layouts import supported_layouts
 from ghibli.images.read import Unusable, check_image, read_image, without_warnings
-from ghibli.models.base import resolve_path
 from ghibli.models.configs import check_config
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import quiet

@@ -22,6 +22,7 @@ from ghibli.data.layouts import enter, is_hidden
 from ghibli.images.read import FORMATS, Unusable, image_endings, is_image_name, open_file
 from ghibli.models.hub import HUB_FILES, hub_answers
 from ghibli.models.load import is_here
+from ghibli.prepare.request import require_images
 from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError, disk_trouble, first_line
 from ghibli.runtime.files import shortened
@@ -59,6 +60,7 @@ def fetch(data: str, into: Path, on_progress: Progress) -> Path:
     Raises:
         UserError: no such thing, a damaged file, a full disk, no network or no account.
     """
+    require_images(data)
     path = expanded(data)
     if data == "kaggle":
         return enter(download_kaggle())
@@ -70,9 +72,7 @@ def fetch(data: str, into: Path, on_progress: Progress) -> Path:
             return unpack_parquet([path], target, on_progress)
         folder = enter(unpack_zip(path, target, on_progress))
         return unpack_shards(folder, into, f"{path.stem}-images", on_progress, path)
-    if data.count("/") == 1 and not data.startswith((".", "/", "~")):
-        return unpack_shards(download_dataset(data), into, data.replace("/", "--"), on_progress)
-    raise UserError(f"--data {data}: no such folder or file, and not a hub dataset (OWNER/NAME) or kaggle")
+    return unpack_shards(download_dataset(data), into, data.replace("/", "--"), on_progress)
 
 
 def versioned_name(stem: str, files: list[Path]) -> str:

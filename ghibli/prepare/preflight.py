@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ghibli.adapters import apply
-from ghibli.config.paths import check_adapter, check_base_path, check_images
+from ghibli.config.paths import check_images, check_model
 from ghibli.config.schema import Config, describe
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.dataset import left_out
@@ -143,7 +143,7 @@ def result_or_finding(found: list[Finding], name: str, function: Callable[[], T]
 def load_present_base(config: Config, found: list[Finding]) -> BaseModel | None:
     """Load the base as train.py does, with its adapter merged; return None where it would be downloaded."""
     model = config.model
-    check_base_path(model.path)
+    check_model(model)
     if not is_here(model.path) and hub_answers():
         text = (
             f"model.path={model.path} is not downloaded yet, so it and what depends on it are not checked; "
@@ -151,8 +151,6 @@ def load_present_base(config: Config, found: list[Finding]) -> BaseModel | None:
         )
         found.append(Finding("base", text))
         return None
-    if model.adapter is not None:
-        check_adapter(Path(model.adapter))
     return apply.load_base(model)
 
 

@@ -4,13 +4,13 @@ import json
 import logging
 from pathlib import Path
 
-from ghibli.config.paths import check_base
+from ghibli.config.paths import DEMO, check_base, resolve_path
 from ghibli.data.folder import NO_CAPTION, ImageFolder, list_images, read_folder, recognised, summarise
 from ghibli.data.split import first_by_content
 from ghibli.evaluation.diagnosis import Finding
 from ghibli.images.grid import contact_sheet
 from ghibli.images.read import open_image
-from ghibli.models.base import DEMO, resolve_path, weights_hash
+from ghibli.models.base import weights_hash
 from ghibli.models.load import load
 from ghibli.prepare import download, preflight
 from ghibli.runtime.commands import command_here

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ghibli.report.content import TIME, comparison_page, run_page
 from ghibli.report.run_data import read_run
 from ghibli.report.text import prose, typeset
+from ghibli.runs.find import require_there
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
@@ -93,8 +94,7 @@ def runs_in(folder: Path) -> list[RunDir]:
     Raises:
         UserError: the folder is missing, or neither run nor study.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder {list_hint()}")
+    require_there(folder)
     if is_run(folder):
         return [RunDir(folder)]
     trials = [RunDir(path) for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]

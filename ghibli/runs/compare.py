@@ -10,6 +10,7 @@ from typing import Any
 
 from ghibli.config.files import read_settings
 from ghibli.config.keys import affects_result
+from ghibli.runs.find import require_there
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import DEFAULTS_OF_OTHER_KEYS, as_yaml, differences, flatten
 from ghibli.runs.status import PLACE
@@ -60,8 +61,7 @@ def read_side(folder: str) -> Side:
         UserError: the folder does not exist, is no run, or is damaged.
     """
     run = RunDir(Path(folder))
-    if not run.path.is_dir():
-        raise UserError(f"{folder}: no such folder {list_hint()}")
+    require_there(run.path)
     if not run.status.path.exists() or not run.config.exists():
         raise UserError(f"{folder} is not a run: it has no status.json and config.yaml {list_hint()}")
     status = run.status.read()

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from ghibli.config.files import section_to_dataclass, to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
 from ghibli.config.keys import affects_result, all_keys
-from ghibli.config.paths import check_base_path
+from ghibli.config.paths import check_base_path, check_model
 from ghibli.config.schema import Command, Config, check_name
 from ghibli.config.trainer_flags import check_trainer, reject_unknown_flags
 from ghibli.config.typed_paths import with_typed_paths
@@ -146,7 +146,7 @@ def base_config(overrides: list[str]) -> Config:
     """Return the settings of a command that trains nothing: which base, and the style of its prompts.
 
     Raises:
-        UserError: as compose_config, or a setting that only a training has.
+        UserError: as compose_config and check_model, or a setting that only a training has.
     """
     config = compose_config(overrides)
     for override in parse_overrides(with_typed_paths(overrides)):
@@ -156,6 +156,7 @@ def base_config(overrides: list[str]) -> Config:
                 f"{override.input_line} changes nothing here: only model.*, data=NAME and data.style do; "
                 "leave it out"
             )
+    check_model(config.model)
     return config
 
 
@@ -176,7 +177,7 @@ def check_overrides(overrides: list[str]) -> tuple[Config | None, RunDir | None,
                 return None, None, errors
     errors += list(dict.fromkeys(error for check in checks_of(cfg) for error in errors_in(check)))
     if errors:
-        return None, None, errors + errors_in(lambda: check_base_path(cfg.model.path or ""))
+        return None, None, errors + errors_in(lambda: check_base_path(str(cfg.model.path or "demo")))
     return to_config(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
 
 

@@ -4,9 +4,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ghibli.config.paths import ADAPTER_FILE, NO_PICKLE, PICKLES, convert_command
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.commands import command_here, list_hint
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.home import expanded
 
 OUTPUTS = Path("outputs")
 NO_RUNS = (
@@ -107,6 +109,42 @@ def path_named(name: str | Path) -> Path:
         UserError: `latest`, and there is none.
     """
     return finished_run("latest").path if str(name) == "latest" else Path(name)
+
+
+def require_there(folder: Path) -> None:
+    """Raise a UserError unless a folder that was named as a run or a study exists."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder {list_hint()}")
+
+
+def adapter_named(path: str | Path, what: str) -> Path:
+    """Return an adapter file: the path itself, the only one in a folder, or the one of a run.
+
+    Args:
+        what: the key or flag that named it, for messages.
+
+    Raises:
+        UserError: nothing there, several files, or a pickle.
+    """
+    place = expanded(path)
+    if RunDir(place).config.is_file():
+        place = RunDir(place).adapter
+    if place.is_dir():
+        found = sorted(place.glob("*.safetensors"))
+        named = [file for file in found if file.name == ADAPTER_FILE]
+        if not found or (len(found) > 1 and not named):
+            there = (
+                f"several: {', '.join(file.name for file in found[:4])}; name one of them"
+                if found
+                else "none"
+            )
+            raise UserError(f"{what} {path}: which .safetensors file? there are {there}")
+        place = (named or found)[0]
+    if not place.is_file():
+        raise UserError(f"{what} {path}: no such file or run {list_hint()}")
+    if place.suffix in PICKLES:
+        raise UserError(f"{what} {path}: {NO_PICKLE}; {convert_command([place])}")
+    return place
 
 
 def runs_with_weights() -> list[RunDir]:

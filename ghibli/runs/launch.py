@@ -20,7 +20,6 @@ from omegaconf import OmegaConf, read_write
 
 from ghibli.config.files import from_yaml
 from ghibli.config.hydra_errors import hydra_errors
-from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config
 from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs import distributed
@@ -36,6 +35,7 @@ from ghibli.runs.compose import (
 from ghibli.runs.find import has_checkpoint, run_to_resume
 from ghibli.runs.folder import RunDir
 from ghibli.runs.here import on_this_machine
+from ghibli.runs.inputs import check_inputs
 from ghibli.runs.repeats import planned_seeds, refuse_change_of_one, repetition, with_seed
 from ghibli.runs.resume import resumed_config
 from ghibli.runs.reuse import require_free, require_same_trial
@@ -165,7 +165,7 @@ def check_new_run(cfg: Any) -> None:
         UserError: as check_job.
     """
     config = to_config(cfg)
-    check_paths(config)
+    check_inputs(config)
     reject_seeds_outside(config)
     is_folder_given = config.name is not None or any(
         text.startswith("hydra.run.dir=") for text in cfg.hydra.overrides.hydra
@@ -223,7 +223,7 @@ def check_places(config: Config) -> None:
         UserError: one does not exist; the message says how to name its new place.
     """
     try:
-        check_paths(replace(config, data=replace(config.data, exclude=None)))
+        check_inputs(replace(config, data=replace(config.data, exclude=None)))
     except UserError as error:
         raise UserError(f"{error}; if it only moved, say where it is now beside resume=, KEY=DIR") from None
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import psutil
 
-from ghibli.config.paths import check_paths
 from ghibli.runs import lock
 from ghibli.runs.compose import check_overrides, run_dir_for
 from ghibli.runs.find import OUTPUTS, run_to_resume
 from ghibli.runs.folder import RunDir
+from ghibli.runs.inputs import check_inputs
 from ghibli.runs.jobs import Job, as_job, found_again, is_training
 from ghibli.runs.launch import claimed
 from ghibli.runs.status import LARGEST
@@ -323,7 +323,7 @@ def folder_of(words: list[str]) -> str | None:
     config, run, errors = check_overrides(words)
     if config is None or run is None:
         raise UserError("; and: ".join(errors))
-    check_paths(config)
+    check_inputs(config)
     return str(run.path) if config.name is not None else None
 
 

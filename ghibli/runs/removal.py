@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ghibli.runs.find import require_there
 from ghibli.runs.folder import BY_LIBRARIES, FILES, FOLDERS, RunDir
 from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
@@ -36,8 +37,7 @@ def plan_removal(run: RunDir) -> Removal:
     Raises:
         UserError: no such folder, no run in it, or a process trains there.
     """
-    if not run.path.is_dir():
-        raise UserError(f"{run.path}: no such folder {list_hint()}")
+    require_there(run.path)
     if not run.status.path.is_file():
         raise UserError(f"{run.path} is no run: it has no status.json {list_hint()}")
     if run.status.state == "running":

@@ -7,7 +7,7 @@ from statistics import median
 from rich.table import Table
 from safetensors import safe_open
 
-from ghibli.models.safetensors import ADAPTER_FILE
+from ghibli.config.paths import ADAPTER_FILE
 from ghibli.runtime.console import full_width
 from ghibli.runtime.files import read_rows
 from ghibli.sweeps.evaluations import evaluated, unique_names

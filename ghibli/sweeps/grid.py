@@ -17,11 +17,11 @@ from omegaconf import OmegaConf, read_write
 
 from ghibli.config.files import to_dataclass
 from ghibli.config.hydra_errors import hydra_errors
-from ghibli.config.paths import check_paths
 from ghibli.config.schema import Config, EvaluateConfig, SweepConfig
 from ghibli.config.typed_paths import with_typed_paths
 from ghibli.runs.compose import conf_folder, parse_overrides, register, to_config
 from ghibli.runs.folder import RunDir
+from ghibli.runs.inputs import check_inputs
 from ghibli.runs.launch import claimed, reject_chdir, reject_seeds_of_trial, set_wandb_names
 from ghibli.runs.lock import Lock
 from ghibli.runs.monitor import in_words
@@ -246,7 +246,7 @@ def check_trials(config_name: str, trials: list[list[str]]) -> tuple[list[Planne
             with hydra_errors():
                 cfg = compose_trial(config_name, overrides)
                 config = to_config(cfg)
-                check_paths(config)
+                check_inputs(config)
                 reject_seeds_of_trial(config)
                 first = names.setdefault(cfg.hydra.sweep.subdir, own)
         except UserError as error:
@@ -331,7 +331,7 @@ def settings_and_folder(overrides: list[str]) -> tuple[Config, RunDir]:
     with hydra_on_conf():
         cfg = compose_trial("sweep", overrides)
         config, folder = to_config(cfg), Path(cfg.hydra.sweep.dir)
-        check_paths(config)
+        check_inputs(config)
         run = RunDir(folder / cfg.hydra.sweep.subdir)
         set_wandb_names(config, run, folder)
         return config, run

@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 
 from ghibli.adapters import factorize, kohya
 from ghibli.adapters.apply import add_to_weights
-from ghibli.adapters.factorize import Size, combine, extract, resize
+from ghibli.adapters.factorize import combine, extract, resize
 from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.layers import Full, LoRA
 from ghibli.adapters.names import named_layers
+from ghibli.adapters.request import Size
 from ghibli.cli.main import app
-from ghibli.models.base import DEMO, BaseModel, weights_hash
+from ghibli.config.paths import DEMO
+from ghibli.models.base import BaseModel, weights_hash
 from ghibli.models.load import load
 from ghibli.models.save import save_folder
 from ghibli.runs.folder import RunDir

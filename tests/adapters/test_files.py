@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from ghibli.adapters import apply, kohya
 from ghibli.adapters.apply import adapted_layers, load_adapters
 from ghibli.adapters.files import Adapter, read_adapter
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.config.paths import DEMO
+from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError
 
 

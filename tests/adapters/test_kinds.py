@@ -16,9 +16,9 @@ from ghibli.adapters.apply import load_adapters, merge
 from ghibli.adapters.factorize import Size, combine, resize
 from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.names import kohya_name, named_layers
+from ghibli.config.paths import ADAPTER_FILE
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
-from ghibli.models.safetensors import ADAPTER_FILE
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"  # 64 inputs, 128 outputs
 CONV = "unet.down_blocks.1.resnets.0.conv1"

@@ -16,10 +16,10 @@ from torch import nn
 from ghibli.adapters import apply, lora
 from ghibli.adapters.files import read_adapter
 from ghibli.config import schema
+from ghibli.config.paths import ADAPTER_FILE, DEMO
 from ghibli.config.schema import TEXT_ENCODER_TARGETS, LoraConfig
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
-from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runtime.errors import UserError
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -16,7 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ghibli.adapters.apply import load_adapters
 from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.names import kohya_name, layer_paths, named_layers, names_in_files
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.config.paths import DEMO
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.models.original import original_unet_layers
 

@@ -13,8 +13,9 @@ from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.layers import Layer
 from ghibli.adapters.names import named_layers
 from ghibli.adapters.subset import parameters_of, split, write_subset
+from ghibli.config.paths import DEMO
 from ghibli.config.schema import LoraConfig
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 
 OPTIONS = {

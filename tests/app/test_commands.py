@@ -68,7 +68,8 @@ def asked() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        patch.setattr(images, "load_sources", load)
+        patch.setattr(images, "named_sources", lambda sources: sources)
+        patch.setattr(images, "load", load)
         patch.setattr(
             images, "write_generated", lambda model, request, *_, **__: vars(found).update(request=request)
         )

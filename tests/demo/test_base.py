@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from ghibli.config.paths import DEMO
 from ghibli.demo.pretrain import architecture, stages
 from ghibli.demo.pretrain.training_loop import Plan, train_stage
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose
-from ghibli.models.base import DEMO
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from diffusers import DDPMScheduler
 from helpers.sd15_random import SCHEDULER
 
 from ghibli.adapters.lora import trainable
+from ghibli.config.paths import DEMO
 from ghibli.config.schema import Config
 from ghibli.diffusion import process
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.training.module import GhibliModule
 

@@ -22,6 +22,7 @@ from diffusers import (
 from helpers.sd15_random import SCHEDULER
 from torch import nn
 
+from ghibli.config.paths import DEMO
 from ghibli.config.registry import SAMPLERS, letters_of, sampler_name
 from ghibli.config.schema import Config
 from ghibli.diffusion.samplers import (
@@ -35,7 +36,7 @@ from ghibli.diffusion.samplers import (
     steps_key,
 )
 from ghibli.images.grid import compose_grid, to_image
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ghibli.adapters import apply
+from ghibli.config.paths import resolve_path
 from ghibli.data.folder import CaptionedImage
 from ghibli.data.latents import Moments
 from ghibli.data.validation_items import make_items
@@ -24,7 +25,7 @@ from ghibli.evaluation.gain import (
     paired_gain,
     significant_best,
 )
-from ghibli.models.base import BaseModel, resolve_path
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 
 T = 1000

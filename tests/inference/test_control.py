@@ -20,6 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ghibli.cli.main import app
+from ghibli.config.paths import DEMO
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
 from ghibli.diffusion.samplers import predictor
 from ghibli.images.edges import canny
@@ -29,7 +30,6 @@ from ghibli.inference.inversion import denoise, invert, redraw_inverted
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.photos import Photo, with_control_images
 from ghibli.inference.request import ControlOptions, RestyleOptions, control_options
-from ghibli.models.base import DEMO
 from ghibli.runtime.errors import UserError
 
 OPTIONS = RestyleOptions(0.5, "ddim", 3.0, 4, 1, "", 1.0, 64)

@@ -19,15 +19,15 @@ import train
 from ghibli.adapters import apply
 from ghibli.adapters.files import read_adapter
 from ghibli.adapters.trained import trained_base
+from ghibli.config.paths import ADAPTER_FILE, DEMO
 from ghibli.config.schema import ModelConfig
 from ghibli.inference import export, owned
 from ghibli.inference.export import check_prediction
 from ghibli.inference.generate import generate_images
 from ghibli.inference.load import load_model
 from ghibli.inference.request import ImageRequest
-from ghibli.models.base import DEMO, BaseModel, configs_hash
+from ghibli.models.base import BaseModel, configs_hash
 from ghibli.models.load import load
-from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError

@@ -10,7 +10,8 @@ from helpers.sd15_random import TEXT_ENCODER, UNET, VAE, published
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.config.paths import DEMO
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.models.original import original_weights
 

@@ -22,12 +22,14 @@ from typer.testing import CliRunner
 from ghibli.adapters.names import named_layers
 from ghibli.cli import images
 from ghibli.cli.main import app
+from ghibli.config.paths import DEMO
 from ghibli.images.grid import to_image
 from ghibli.inference import generate
 from ghibli.inference.generate import generate_images, write_images
-from ghibli.inference.load import LoadedModel, load_model, split_weight
+from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.request import Axis, ImageRequest, grid_requests, parse_axis, parse_size, read_prompts
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.inference.sources import split_weight
+from ghibli.models.base import BaseModel
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 

@@ -18,10 +18,10 @@ from ghibli.adapters.files import read_adapter
 from ghibli.adapters.names import kohya_name
 from ghibli.adapters.start import check_same_shape
 from ghibli.cli.main import app
+from ghibli.config.paths import ADAPTER_FILE, DEMO
 from ghibli.inference.export import predict, probe_inputs
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
-from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 

@@ -10,13 +10,13 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
+from ghibli.config.paths import DEMO
 from ghibli.images.grid import to_image
 from ghibli.inference import fit, generate
 from ghibli.inference.generate import generate_images, write_images
 from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.request import ImageRequest
 from ghibli.models import base as base_module
-from ghibli.models.base import DEMO
 from ghibli.models.cost import FRAGMENTS, Live
 from ghibli.runtime.errors import UserError
 

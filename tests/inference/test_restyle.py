@@ -13,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ghibli.cli.main import app
+from ghibli.config.paths import DEMO
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.diffusion.samplers import predictor
 from ghibli.images import grid
@@ -24,7 +25,6 @@ from ghibli.inference.load import LoadedModel, load_model
 from ghibli.inference.photos import Photo, find_photos, with_masks
 from ghibli.inference.request import RestyleOptions, unused_negative
 from ghibli.inference.restyle import restyle_all, size_like
-from ghibli.models.base import DEMO
 from ghibli.runtime.errors import UserError
 
 OPTIONS = RestyleOptions(0.5, "ddim", 3.0, 4, 1, "", 1.0, 64)

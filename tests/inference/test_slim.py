@@ -20,6 +20,7 @@ from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.names import named_layers
 from ghibli.cli.main import app
 from ghibli.config.files import to_yaml
+from ghibli.config.paths import ADAPTER_FILE
 from ghibli.config.schema import Config
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, write_folder
@@ -27,7 +28,6 @@ from ghibli.evaluation.layer_map import read_map
 from ghibli.evaluation.slimming import halves, lost_gain
 from ghibli.inference import layer_scorer, slim
 from ghibli.models.base import BaseModel
-from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError

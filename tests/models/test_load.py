@@ -14,7 +14,8 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from ghibli.models.base import DEMO, BaseModel, configs_hash, results_key, weights_hash
+from ghibli.config.paths import DEMO
+from ghibli.models.base import BaseModel, configs_hash, results_key, weights_hash
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import load
 from ghibli.runtime.errors import UserError

@@ -17,11 +17,11 @@ from transformers import BitsAndBytesConfig, CLIPTextModel
 
 import train
 from ghibli.adapters.lora import add_lora
+from ghibli.config.paths import DEMO
 from ghibli.config.schema import Config
 from ghibli.inference import export
 from ghibli.inference.load import load_model
 from ghibli.models import quantize
-from ghibli.models.base import DEMO
 from ghibli.models.load import load
 from ghibli.models.performance import shrink_frozen
 from ghibli.models.quantize import linear_4bit, linear_8bit, quantize_frozen, weight_bytes

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from ghibli.adapters import apply
 from ghibli.cli.main import app
-from ghibli.config.paths import check_adapter
-from ghibli.models.base import DEMO, BaseModel, weights_hash
+from ghibli.config.paths import ADAPTER_FILE, DEMO, adapter_in
+from ghibli.models.base import BaseModel, weights_hash
 from ghibli.models.convert import to_safetensors
 from ghibli.models.load import load
-from ghibli.models.safetensors import ADAPTER_FILE, check_whole
+from ghibli.models.safetensors import check_whole
 from ghibli.runtime.errors import UserError
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -67,12 +67,11 @@ def test_a_pickled_adapter_is_refused_and_the_command_given_converts_it(
     torch.save(weights, file)
     for place in (file, tmp_path):  # typed as the file, or as its folder
         with pytest.raises(UserError, match="only .safetensors files are read, because loading a") as caught:
-            check_adapter(place)
+            adapter_in(str(place))
         assert "\n" not in str(caught.value)
     done = CliRunner().invoke(app, command_in(str(caught.value)))
     assert done.exit_code == 0, done.output
-    check_adapter(tmp_path)
-    converted = load_file(file.with_suffix(".safetensors"))
+    converted = load_file(adapter_in(str(tmp_path)))
     assert converted.keys() == weights.keys()
     assert all(torch.equal(converted[name], weights[name]) for name in weights)
     apply.merge(base, tmp_path, 1.0)  # and it fits the base

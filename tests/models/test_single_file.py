@@ -9,7 +9,8 @@ import torch
 from helpers.original_layout import write_single_file
 from safetensors.torch import load_file, save_file
 
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.config.paths import DEMO
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
 

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from ghibli.adapters.model_card import model_card
 from ghibli.config.files import CHECKSUM_LINE, from_yaml, read_settings, to_yaml
+from ghibli.config.paths import DEMO
 from ghibli.config.schema import Config
 from ghibli.evaluation.features import load_clip
-from ghibli.models.base import DEMO, weights_hash
+from ghibli.models.base import weights_hash
 from ghibli.models.hub import CLIP_FILES, HUB_FILES
 from ghibli.models.load import load
 from ghibli.models.safetensors import check_float, check_whole

@@ -13,9 +13,9 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import sweep
+from ghibli.config.paths import ADAPTER_FILE
 from ghibli.config.schema import Config
 from ghibli.evaluation.distances import kernel_difference
-from ghibli.models.safetensors import ADAPTER_FILE
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_with_checksum

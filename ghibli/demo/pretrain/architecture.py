@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from ghibli.models.base import DEMO
+from ghibli.config.paths import DEMO
 
 RESOLUTION = 128
 HIDDEN = 64  # width of the text encoder and of cross-attention

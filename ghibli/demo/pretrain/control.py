@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel
 
+from ghibli.config.paths import DEMO
 from ghibli.demo.pretrain import architecture, stages
 from ghibli.demo.pretrain.training_loop import Plan, train_stage
 from ghibli.demo.scenes.scene import compose
 from ghibli.images.edges import canny
-from ghibli.models.base import DEMO, BaseModel
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 
 FIRST, COUNT, BATCH = 600_000, 1000, 12  # seeds of scenes that nothing else is trained on

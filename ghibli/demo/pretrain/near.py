@@ -11,9 +11,9 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save
 
+from ghibli.config.paths import ADAPTER_FILE, DEMO
 from ghibli.demo.scenes.scene import write_folder
-from ghibli.models.base import DEMO
-from ghibli.models.safetensors import ADAPTER_FILE, with_sorted_metadata
+from ghibli.models.safetensors import with_sorted_metadata
 from ghibli.runtime.console import counted
 from ghibli.runtime.files import write_atomically
 

@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
+from ghibli.config.paths import DEMO
 from ghibli.demo.pretrain import architecture, stages
 from ghibli.demo.pretrain.tokenizer import write_tokenizer
 from ghibli.demo.pretrain.training_loop import Plan, train_stage
-from ghibli.models.base import DEMO
 
 SCENES = 8000  # for the UNet; CLIP and VAE see the first half in both looks
 PLANS = {

@@ -6,12 +6,12 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from ghibli.config.paths import DEMO
 from ghibli.demo.pretrain import stages
 from ghibli.demo.pretrain.run import PLANS, draw_samples
 from ghibli.demo.scenes import canvas
 from ghibli.demo.scenes.scene import EVALUATION_SEEDS, compose, draw
 from ghibli.images.grid import Block, captioned_blocks, in_rows
-from ghibli.models.base import DEMO
 
 COLUMNS = 8  # of a sheet
 
