@@ -177,7 +177,7 @@ def check_overrides(overrides: list[str]) -> tuple[Config | None, RunDir | None,
                 return None, None, errors
     errors += list(dict.fromkeys(error for check in checks_of(cfg) for error in errors_in(check)))
     if errors:
-        return None, None, errors + errors_in(lambda: check_base_path(str(cfg.model.path or "demo")))
+        return None, None, errors + errors_in(lambda: cfg.model.path and check_base_path(str(cfg.model.path)))
     return to_config(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
 
 
