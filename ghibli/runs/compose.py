@@ -177,8 +177,14 @@ def check_overrides(overrides: list[str]) -> tuple[Config | None, RunDir | None,
                 return None, None, errors
     errors += list(dict.fromkeys(error for check in checks_of(cfg) for error in errors_in(check)))
     if errors:
-        return None, None, errors + errors_in(lambda: cfg.model.path and check_base_path(str(cfg.model.path)))
+        return None, None, errors + errors_in(lambda: check_base_if_named(cfg))
     return to_config(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
+
+
+def check_base_if_named(cfg: Any) -> None:
+    """Check model.path of a composed config, unless it is empty, which is an error of its own."""
+    if cfg.model.path:
+        check_base_path(str(cfg.model.path))
 
 
 def composed(overrides: list[str]) -> tuple[Any, list[str]]:

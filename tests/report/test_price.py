@@ -62,7 +62,10 @@ def test_without_it_nothing_is_said(tmp_path: Path) -> None:
         assert "price" not in text and "Price" not in text
 
 
-def test_dashboards_get_both_curves() -> None:
-    rows = [{"epoch": "1", "probe/val_gain": "0.5", "probe/price": "0.25"}]
-    assert [table.rows for table in gain_and_price(rows)] == [[[1, 0.5, 0.25]]]
-    assert gain_and_price([{"epoch": 1, "probe/val_gain": 0.5}]) == gain_and_price([]) == []
+def test_dashboards_get_both_curves_with_their_bands() -> None:
+    gain = {"probe/val_gain": "0.5", "probe/val_gain_low": "0.4", "probe/val_gain_high": "0.6"}
+    price = {"probe/price": "0.25", "probe/price_low": "0.1", "probe/price_high": "0.4"}
+    (table,) = gain_and_price([{"epoch": "1"} | gain | price])
+    assert table.rows == [[1, 0.5, 0.4, 0.6, 0.25, 0.1, 0.4]]
+    assert len(table.columns) == 7
+    assert gain_and_price([{"epoch": 1} | gain]) == gain_and_price([]) == []

@@ -7,28 +7,34 @@ from ghibli.evaluation.gain import Gain
 from ghibli.training.loggers.dashboard import Table
 
 NOT_MEASURED = (None, None)  # value and error, in evaluations of before or without a CLIP
+BAND = ("", "_low", "_high")  # a value and the ends of its 95 % interval, as columns of probe.csv
 
 
 def gain_curve(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the gain of all epochs so far with its 95 % band, from rows of probe.csv."""
-    ends = ("", "_low", "_high")
     return Table(
         "probe/gain_curve", "held-out gain over the base", ("epoch", "gain", "95 % low", "95 % high"),
-        [[int(row["epoch"]), *(float(row[f"probe/val_gain{end}"]) for end in ends)] for row in rows],
+        [[int(row["epoch"]), *band(row, "probe/val_gain")] for row in rows],
         chart="lines",
     )  # fmt: skip
 
 
 def gain_and_price(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Return what was learned and what was forgotten in every epoch with a price; nothing without one."""
+    """Return what was learned and forgotten, in 95 % bands, in every epoch that has a price."""
     priced = [row for row in rows if row.get("probe/price", "") != ""]
     if not priced:
         return []
+    names = [f"{name}{end}" for name in ("gain", "price") for end in ("", ", 95 % low", ", 95 % high")]
     return [Table(
-        "probe/gain_and_price", "learned and forgotten", ("epoch", "gain", "price"),
-        [[int(row["epoch"]), float(row["probe/val_gain"]), float(row["probe/price"])] for row in priced],
+        "probe/gain_and_price", "learned and forgotten", ("epoch", *names),
+        [[int(row["epoch"]), *band(row, "probe/val_gain"), *band(row, "probe/price")] for row in priced],
         chart="lines",
     )]  # fmt: skip
+
+
+def band(row: Mapping[str, Any], name: str) -> list[float]:
+    """Return a value of probe.csv and the ends of its 95 % interval."""
+    return [float(row[f"{name}{end}"]) for end in BAND]
 
 
 def gain_by_timestep(gains: Mapping[str, Gain]) -> Table:

@@ -55,4 +55,6 @@ def test_a_price_may_begin_or_end_with_a_resume(tmp_path: Path, prices: tuple[fl
         assert all((row[f"probe/{name}"] == "") == (price is None) for name in PRICE)
     epoch = prices.index(0.25)
     drawn = [table.rows for table in tables if table.name == "probe/gain_and_price"]
-    assert drawn[-1] == [[epoch, pytest.approx(history[epoch].val_gain.value), 0.25]]
+    gain, price = history[epoch].val_gain, history[epoch].forgotten
+    bands = [gain.value, gain.low, gain.high, price.value, price.low, price.high]
+    assert drawn[-1] == [[epoch, *map(pytest.approx, bands)]]
