@@ -32,8 +32,8 @@ def export_command(
     from ghibli.runs.settings import finished_config
 
     found = finished_run(run)
-    config, target = finished_config(found), folder or found.path / "export"
     found.refuse_links()
+    config, target = finished_config(found), folder or found.path / "export"
     with loading():
         from ghibli.inference import export
 
