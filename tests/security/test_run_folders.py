@@ -273,17 +273,17 @@ def test_a_folder_with_files_of_another_program_is_refused(
 @pytest.mark.slow
 def test_a_closed_terminal_saves_as_sigterm_does(tmp_path: Path) -> None:
     """Shell and kernel both send SIGHUP: the second one does not stop at once; SIGTERM still does."""
-    before = signal.getsignal(signal.SIGHUP)
-    with CleanStop(RunDir(tmp_path)) as stop:
-        stop.in_training = True
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.received == signal.SIGHUP
-        with pytest.raises(StopRequested, match="SIGTERM"):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGHUP) == before
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
+        with CleanStop(RunDir(tmp_path)) as stop:
+            stop.in_training = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == signal.SIGHUP
+            with pytest.raises(StopRequested, match="SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with CleanStop(RunDir(tmp_path)):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # under nohup
     finally:
