@@ -483,10 +483,7 @@ def test_an_image_does_not_depend_on_its_neighbours(demo: BaseModel, sampler: st
     alone = torch.cat(
         [sample(demo, [p], cell, seeds=[s], **options) for p, s in zip(PROMPTS, SEEDS, strict=True)]
     )
-    for other in (
-        alone,
-        swapped.flip(0),
-    ):  # a quarter of a grey level: processors round up to 2e-4 differently
+    for other in (alone, swapped.flip(0)):  # to a quarter of a grey level; rounding makes up to 2e-4
         torch.testing.assert_close(together, other, rtol=0, atol=1e-3)
 
 
