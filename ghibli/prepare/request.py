@@ -13,8 +13,9 @@ def require_images(data: str) -> None:
     Raises:
         UserError: there is no such folder or file, and it is no such name.
     """
+    path = expanded(data)
     is_hub_id = data.count("/") == 1 and not data.startswith((".", "/", "~"))
-    if data != "kaggle" and not expanded(data).exists() and not is_hub_id:
+    if not (data == "kaggle" or path.is_dir() or path.is_file() or is_hub_id):
         raise UserError(
             f"--data {data}: no such folder or file, and not a hub dataset (OWNER/NAME) or kaggle"
         )

@@ -38,6 +38,7 @@ WRONG = {  # a command -> what its only line begins with
     "caption nope": "folder=nope: no such folder",
     "convert nope.bin": "nope.bin: no such file",
     "prepare --data nope": "--data nope: no such folder or file, and not a hub dataset",
+    "prepare --data /dev/null": "--data /dev/null: no such folder or file, and not a hub dataset",
     "prepare --data folder --base nope": "model.path=nope: no such folder or file",
     "check lora.rnk=2": "config: unknown key lora.rnk",
 }  # fmt: skip
