@@ -55,15 +55,15 @@ def check_command(
     """Check settings, base, images, memory and disk of a run before it starts; trains nothing."""
     from ghibli.runs.compose import check_overrides
 
-    errors = check_overrides(overrides or [])[2]
+    config, run, errors = check_overrides(overrides or [])
     for error in errors:  # known without torch, and at once
         logger.error(f"error: config: {error}")
-    if errors:
+    if config is None or run is None:
         raise typer.Exit(2)
     with loading():
         from ghibli.prepare import preflight
 
-    found = preflight.check(overrides or [], card)
+    found = preflight.check_run(config, run, card)
     preflight.log_findings(found)
     if any(finding.level == "error" for finding in found):
         raise typer.Exit(2)

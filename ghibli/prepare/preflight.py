@@ -58,10 +58,19 @@ def check(overrides: list[str], card: str | None = None) -> list[Finding]:
     Raises:
         UserError: `card` is no size.
     """
-    size = None if card is None else card_size(card)
     config, run, errors = check_overrides(overrides)
     if config is None or run is None:
         return [Finding("config", error, "error") for error in errors]
+    return check_run(config, run, card)
+
+
+def check_run(config: Config, run: RunDir, card: str | None = None) -> list[Finding]:
+    """Return what check does, for settings that are composed already.
+
+    Raises:
+        UserError: `card` is no size.
+    """
+    size = None if card is None else card_size(card)
     found = [Finding("config", f"{describe(config)}, seed {config.seed}; every value is in range", "note")]
     base = result_or_finding(found, "base", lambda: load_present_base(config, found))
     of_base: list[Finding] = []

@@ -10,6 +10,7 @@ WRONG = {  # a command -> what its only line begins with
     "generate nope --prompt x": "adapter nope: no such file or run",
     "generate --prompt x model.path=nope": "model.path=nope: no such folder or file",
     "generate --prompt x model.adapter=nope": "model.adapter=nope: no pytorch_lora_weights.safetensors there",
+    "generate --prompt x model.adapter=cut.safetensors": "model.adapter=cut.safetensors is a file: put it in",
     "restyle nope.png": "nope.png: no such file or folder",
     "restyle image.png --prompt x --with nope": "adapter nope: no such file or run",
     "restyle image.png --prompt x --mask nope": "--mask nope: no such file or folder",
