@@ -10,6 +10,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import ghibli.runtime.installed  # noqa: F401  ends here where the packages are missing
+
+# isort: split
 import train
 from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config

@@ -4,6 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import ghibli.runtime.installed  # noqa: F401  ends here where the packages are missing
+
+# isort: split
 from ghibli.config.files import from_yaml
 from ghibli.config.schema import Config
 from ghibli.runs import distributed, identity, reuse

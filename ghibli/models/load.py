@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import diffusers.utils.logging
 import torch
@@ -34,6 +35,7 @@ CONFIG_FILES = (
 UNUSED_KEYS = (  # published files hold these beside the text encoder's weights; nothing is lost without them
     "position_ids", "text_projection.", "visual_projection.", "vision_model.", "logit_scale",
 )  # fmt: skip
+ALIVE: WeakSet[UNet2DConditionModel] = WeakSet()  # of the bases loaded before
 
 
 def load(path: str, config: str | None = None) -> BaseModel:
@@ -48,7 +50,8 @@ def load(path: str, config: str | None = None) -> BaseModel:
     """
     place = resolve_path(path)
     check_base(place, path)
-    gc.collect()  # a base with adapter layers refers to itself: 4 GB stay until a collection
+    if ALIVE:  # a base with adapter layers refers to itself: 4 GB stay until a collection
+        gc.collect()
     if place.is_dir():
         parts = load_folder(place, path)
     elif place.is_file():
@@ -66,6 +69,7 @@ def load(path: str, config: str | None = None) -> BaseModel:
     base.tokenizer.model_max_length = base.text_encoder.config.max_position_embeddings
     for part in (base.text_encoder, base.vae, base.unet):
         part.requires_grad_(False).eval()
+    ALIVE.add(base.unet)
     return base
 
 

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from ghibli.adapters.lora import without_adapters
 from ghibli.config.schema import Config, describe
 from ghibli.diffusion.samplers import NotFinite, cells_of, draw_cells, steps_key
 from ghibli.images.grid import compose_grid
@@ -49,7 +50,8 @@ class SampleGrid(Callback):
         label = "sampling the base"
         folder = Path(self.config.cache_dir) / "base_grids"
         try:
-            drawn = cached(folder, key, lambda: {"images": self.draw(trainer, pl_module, label)})
+            with without_adapters(pl_module.base):
+                drawn = cached(folder, key, lambda: {"images": self.draw(trainer, pl_module, label)})
             self.base_images = drawn["images"]
         except NotFinite as error:  # in 16 bits, say: training goes on without grids
             logger.warning(f"no sample grids: {error}")
