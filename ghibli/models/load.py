@@ -50,7 +50,7 @@ def load(path: str, config: str | None = None) -> BaseModel:
     """
     place = resolve_path(path)
     check_base(place, path)
-    if ALIVE:  # a base with adapter layers refers to itself: 4 GB stay until a collection
+    if ALIVE:  # a module that trained a base refers to itself: 4 GB stay until a collection
         gc.collect()
     if place.is_dir():
         parts = load_folder(place, path)

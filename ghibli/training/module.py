@@ -239,7 +239,7 @@ class GhibliModule(L.LightningModule):
         shrink_frozen(self.base, str(self.trainer.precision))
         self.to(self.trainer.strategy.root_device)
         self.eval()
-        with lora.without_adapters(self.base):  # a new one adds exactly 0, and takes a third of the time
+        with lora.without_adapters(self.base):  # a new one would add exactly 0, and take time
             self.add_price_items()
         self.remember_prompts()
         with lora.without_adapters(self.base):

@@ -1,11 +1,13 @@
 """Bases that cannot be used are refused in one line that names the reason; the others load completely."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from ghibli.config.paths import DEMO
+from ghibli.config.schema import Config
 from ghibli.models.base import BaseModel, configs_hash, results_key, weights_hash
 from ghibli.models.hub import hub_answers
 from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
+from ghibli.training.module import GhibliModule
 
 WEIGHTS = {
     "text_encoder": "model.safetensors",
@@ -56,6 +60,28 @@ def edit_weights(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[st
 
 
 # What loads
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """No garbage collection of Python's own accord."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_base_that_nobody_uses_any_more_is_freed_before_the_next(
+    make_config: Callable[..., Config], no_collection: None
+) -> None:
+    """What trains it refers to itself, so it would lie in memory beside the next."""
+    base = load("demo")
+    GhibliModule(make_config("lora.rank=4"), base, base_hash="tested")
+    before = weakref.ref(base.unet)
+    del base
+    assert before() is not None
+    load("demo")
+    assert before() is None
 
 
 def test_a_folder_loads_whole_and_frozen(folder: Path, capfd: pytest.CaptureFixture) -> None:
