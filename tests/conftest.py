@@ -1,16 +1,20 @@
 """Fixtures: the demo base, the real configuration shrunk, and train.py in a process of its own."""
 
 import atexit
+import copy
 import gc
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.commands import CACHE, REPO, SMALL, run_python
+from transformers import CLIPTokenizer
 
 import ghibli.runtime.console  # noqa: F401  # silences bitsandbytes before it is imported
 
@@ -24,10 +28,11 @@ os.environ["PATH"] = os.pathsep.join(
 
 from hydra import compose, initialize_config_dir
 
+from ghibli.config.paths import DEMO
 from ghibli.config.schema import Config
 from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
+from ghibli.models.load import load, load_folder
 from ghibli.runs.compose import register, to_config
 from ghibli.runtime import console  # noqa: F401  prints what the package logs, whatever a test imports
 
@@ -75,6 +80,27 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+demo_parts = cache(partial(load_folder, DEMO, "demo"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def demo_is_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let each load of the demo copy what the first one has read; not where reading is what is tested."""
+    if request.path.parent.name in ("models", "rehearsal"):
+        yield
+        return
+    parts = demo_parts()
+
+    def copied(folder: Path, path: str) -> tuple[Any, ...]:
+        if folder != DEMO:
+            return load_folder(folder, path)
+        return CLIPTokenizer.from_pretrained(DEMO / "tokenizer"), *copy.deepcopy(parts[1:])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ghibli.models.load.load_folder", copied)
+        yield
+
+
 @pytest.fixture
 def base() -> BaseModel:
     """A fresh demo base; tests may attach adapters to it."""
@@ -86,10 +112,14 @@ def make_config(images: Path) -> Callable[..., Config]:
     """Composes conf/train.yaml as `train.py` does, shrunk, with further overrides."""
     register()
 
-    def make(*overrides: str) -> Config:
+    @cache
+    def composed(*overrides: str) -> Config:
         with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
             words = [*SMALL, f"data.root={images}", "data.draw=null", *overrides]
             return to_config(compose("train", overrides=words))
+
+    def make(*overrides: str) -> Config:
+        return copy.deepcopy(composed(*overrides))
 
     return make
 

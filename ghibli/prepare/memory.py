@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,8 @@ from ghibli.config.schema import Config, OptimizerConfig
 from ghibli.data.latents import chunk_size
 from ghibli.data.validation_items import items_in_a_pass
 from ghibli.models.cost import FRAGMENTS, Cost, measure_cost
+from ghibli.runs.identity import code_hash
+from ghibli.runtime.cache import cached
 from ghibli.training.module import GhibliModule
 
 CHECKPOINTS = 4  # last, previous, best, and the one that is being written
@@ -87,7 +91,33 @@ def latents_size(resolution: int, images: int, flip: bool = False) -> int:
     return (2 if flip else 1) * images * 2 * 4 * 4 * (resolution // 8) ** 2
 
 
+def draws(config: Config) -> bool:
+    """Return whether a run samples images: grids, or what the base was made for."""
+    return config.sample.every_n_epochs > 0 or config.samples_price
+
+
 def step_costs(module: GhibliModule) -> dict[str, Cost]:
+    """Return the cost of each kind of step, kept in the cache for each base, adapter and code."""
+    config = module.config
+    key = {
+        "base": module.results_key, "finetune": config.finetune, "lora": asdict(config.lora),
+        "frozen_bits": config.model.frozen_bits, "compute": asdict(config.compute), "draws": draws(config),
+        "code": code_hash(),
+    }  # fmt: skip
+
+    @cache
+    def measure() -> dict[str, torch.Tensor]:
+        found = measure_steps(module).items()
+        return {name: torch.tensor(astuple(cost), dtype=torch.float64) for name, cost in found}
+
+    try:
+        found = cached(Path(config.cache_dir) / "step_costs", key, measure)
+    except OSError:  # a cache that cannot be written; who needs it says so
+        found = measure()
+    return {name: Cost(*values.tolist()) for name, values in found.items()}
+
+
+def measure_steps(module: GhibliModule) -> dict[str, Cost]:
     """Measure each kind of step in fp32 on the CPU, without touching the global random generators."""
     base, channels = module.base, module.base.vae.config.latent_channels
     was_training = module.unet.training, module.text_encoder.training
@@ -104,9 +134,10 @@ def step_costs(module: GhibliModule) -> dict[str, Cost]:
         with torch.no_grad():
             found = {
                 "encode": measure_cost(lambda h, w: base.vae.encode(torch.zeros(1, 3, h, w)).latent_dist, 32),
-                "decode": measure_cost(lambda h, w: base.decode(latents(h, w)), 32),
                 "score": measure_cost(predict, 64),
             }
+            if draws(module.config):
+                found["decode"] = measure_cost(lambda h, w: base.decode(latents(h, w)), 32)
         if module.trainable:
             module.unet.train()
             module.text_encoder.train()

@@ -17,6 +17,7 @@ FILES_OF = (
     "evaluation",
     "latents",
     "price",
+    "step_costs",
 )  # folders of the cache, with a file per entry
 DRAWN = "scenes-*"  # folders of drawn images, each an entry
 DAY = 86_400.0  # seconds

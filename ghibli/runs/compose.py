@@ -5,6 +5,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from itertools import filterfalse
@@ -175,10 +176,22 @@ def check_overrides(overrides: list[str]) -> tuple[Config | None, RunDir | None,
             cfg, others = composed(overrides)
             if others:
                 return None, None, errors
+    if not errors:
+        with suppress(UserError), hydra_errors():  # one check of all; only where it fails, each on its own
+            return new_run(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
     errors += list(dict.fromkeys(error for check in checks_of(cfg) for error in errors_in(check)))
-    if errors:
-        return None, None, errors + errors_in(lambda: check_base_if_named(cfg))
-    return to_config(cfg), RunDir(Path(OmegaConf.select(cfg, "hydra.run.dir"))), []
+    return None, None, errors + errors_in(lambda: check_base_if_named(cfg))
+
+
+def new_run(cfg: Any) -> Config:
+    """Return the configuration of a run that is to be started anew.
+
+    Raises:
+        UserError: as to_config, or it is to be resumed, or Lightning knows no such flag.
+    """
+    require_new_run(cfg)
+    check_trainer(OmegaConf.to_container(cfg.trainer, resolve=True))
+    return to_config(cfg)
 
 
 def check_base_if_named(cfg: Any) -> None:

@@ -1,6 +1,8 @@
 """The adapter: which layers, how scaled, the same as merged weights, in a file that others can load."""
 
 import json
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,18 @@ def options_of(**changes: object) -> LoraConfig:
         "text_encoder_targets": "attention", "variant": "lora", "init": None,
     }  # fmt: skip
     return LoraConfig(**(options | changes))
+
+
+@pytest.fixture(scope="module")
+def model() -> BaseModel:
+    """A base that no test changes."""
+    return load("demo")
+
+
+@pytest.fixture
+def base(model: BaseModel) -> BaseModel:
+    """A base that may be changed."""
+    return deepcopy(model)
 
 
 def attach(base: BaseModel, seed: int = 0, **changes: object) -> BaseModel:
@@ -148,11 +162,11 @@ def test_a_fresh_adapter_changes_no_bit(base: BaseModel) -> None:
     assert torch.equal(noise_pred(base), before)
 
 
-def test_the_seed_alone_decides_the_initial_a() -> None:
+def test_the_seed_alone_decides_the_initial_a(model: BaseModel) -> None:
     def first_weights(seed: int, disturb: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(disturb)
         torch.rand(disturb)
-        return lora.trainable(attach(load("demo"), seed=seed))
+        return lora.trainable(attach(deepcopy(model), seed=seed))
 
     one, same, other = first_weights(1, 3), first_weights(1, 4), first_weights(2, 3)
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -200,11 +214,10 @@ def test_one_layer_is_w_x_plus_scaled_b_a_x(base: BaseModel) -> None:
     torch.testing.assert_close(layer(x), written)
 
 
-def test_the_adapter_is_the_base_with_w_plus_scaled_b_a(base: BaseModel) -> None:
+def test_the_adapter_is_the_base_with_w_plus_scaled_b_a(model: BaseModel, base: BaseModel) -> None:
     """Against weights of an untouched base with alpha / rank B A added by hand."""
     weights = lora.trainable(randomise(attach(base)))
-    by_hand = load("demo")
-    before = noise_pred(by_hand)
+    by_hand, before = deepcopy(model), noise_pred(model)
     add_by_hand(by_hand, weights, SCALE)
     ours = noise_pred(base)
     torch.testing.assert_close(ours, noise_pred(by_hand), rtol=0, atol=1e-5)
@@ -305,42 +318,54 @@ def test_the_files_keys_are_the_published_ones(base: BaseModel, tmp_path: Path) 
 ALL = schema.TARGETS["all"]
 
 
+@pytest.fixture(scope="module")
+def stock() -> StableDiffusionPipeline:
+    """The pipeline of diffusers, to be copied."""
+    return StableDiffusionPipeline.from_pretrained(DEMO, safety_checker=None)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("with_settings", [True, False], ids=["", "no metadata, as before diffusers 0.34"])
 @pytest.mark.parametrize(
     ("variant", "targets"), [("lora", ALL), ("dora", ALL), ("rslora", TARGETS), ("lora", ["proj_in", "to_q"])]
 )
 def test_diffusers_loads_all_of_it_at_its_strength(
-    variant: str, targets: list[str], with_settings: bool, base: BaseModel, tmp_path: Path
-) -> None:
-    """Whatever its first key is; DoRA's magnitudes of both parts; alpha is the rank."""
-    plain = noise_pred(base)
+    variant: str, targets: list[str], stock: StableDiffusionPipeline, model: BaseModel, base: BaseModel,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Whatever its first key is; DoRA's magnitudes of both parts; alpha is the rank.
+
+    Also without metadata, as before diffusers 0.34.
+    """
+    plain = noise_pred(model)
     randomise(attach(base, variant=variant, targets=targets, text_encoder_targets="all"))
-    file = lora.save_adapter(base, tmp_path)
-    if not with_settings:
-        save_file(load_file(file), file)
-    pipeline = StableDiffusionPipeline.from_pretrained(DEMO, safety_checker=None)
-    pipeline.load_lora_weights(tmp_path)
-    theirs = load("demo")
-    theirs.unet, theirs.text_encoder = pipeline.unet.eval(), pipeline.text_encoder.eval()
     live = noise_pred(base)
     assert (live - plain).norm() > 0.05 * plain.norm()
-    torch.testing.assert_close(noise_pred(theirs), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    file = lora.save_adapter(base, tmp_path)
+    for _ in ("with metadata", "without"):
+        pipeline = StableDiffusionPipeline(**deepcopy(stock.components), requires_safety_checker=False)
+        pipeline.load_lora_weights(tmp_path)
+        theirs = replace(model, unet=pipeline.unet.eval(), text_encoder=pipeline.text_encoder.eval())
+        torch.testing.assert_close(noise_pred(theirs), live, rtol=0, atol=1e-5 * live.abs().max().item())
+        save_file(load_file(file), file)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
-def test_our_reader_reads_it_as_it_was_trained(variant: str, base: BaseModel, tmp_path: Path) -> None:
+def test_our_reader_reads_it_as_it_was_trained(
+    variant: str, model: BaseModel, base: BaseModel, tmp_path: Path
+) -> None:
     randomise(attach(base, variant=variant, targets=ALL, text_encoder_targets="all"))
     adapter = read_adapter(lora.save_adapter(base, tmp_path), base, "adapter")
     assert adapter.kinds == ["DoRA" if variant == "dora" else "LoRA"]
-    fresh, live = load("demo"), noise_pred(base)
+    fresh, live = deepcopy(model), noise_pred(base)
     wanted = lora.layers_to_train(fresh, options_of(targets=ALL, text_encoder_targets="all"))
     assert adapter.layers.keys() == wanted
     apply.load_adapters(fresh, [(adapter, 1.0)])
     torch.testing.assert_close(noise_pred(fresh), live, rtol=0, atol=1e-5 * live.abs().max().item())
 
 
-def test_a_file_of_an_earlier_version_reads_as_before(base: BaseModel, tmp_path: Path) -> None:
+def test_a_file_of_an_earlier_version_reads_as_before(
+    model: BaseModel, base: BaseModel, tmp_path: Path
+) -> None:
     """B unscaled, alpha in the metadata alone, older names for attention, magnitudes without `.weight`."""
     live = randomise(attach(base, variant="dora"))
     names = {"lora_A": "lora.down", "lora_B": "lora.up"}
@@ -355,7 +380,7 @@ def test_a_file_of_an_earlier_version_reads_as_before(base: BaseModel, tmp_path:
         settings |= {f"{part}.r": RANK, f"{part}.lora_alpha": ALPHA, f"{part}.use_dora": True}
     assert any(key.endswith("lora.up.weight") for key in state)
     save_file(state, tmp_path / ADAPTER_FILE, {"lora_adapter_metadata": json.dumps(settings)})
-    fresh, wanted = load("demo"), noise_pred(live)
+    fresh, wanted = deepcopy(model), noise_pred(live)
     apply.merge(fresh, tmp_path, 1.0)
     torch.testing.assert_close(noise_pred(fresh), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
@@ -363,11 +388,13 @@ def test_a_file_of_an_earlier_version_reads_as_before(base: BaseModel, tmp_path:
 # Merging a file into a base
 
 
-def test_merge_adds_scaled_b_a_and_leaves_an_ordinary_base(base: BaseModel, tmp_path: Path) -> None:
+def test_merge_adds_scaled_b_a_and_leaves_an_ordinary_base(
+    model: BaseModel, base: BaseModel, tmp_path: Path
+) -> None:
     scale = 0.4
     weights = lora.trainable(randomise(attach(base)))
     lora.save_adapter(base, tmp_path)
-    merged, by_hand = load("demo"), load("demo")
+    merged, by_hand = deepcopy(model), deepcopy(model)
     names = [set(part.state_dict()) for part in (merged.unet, merged.text_encoder)]
     add_by_hand(by_hand, weights, scale * SCALE)
     apply.merge(merged, tmp_path, scale)
@@ -377,7 +404,7 @@ def test_merge_adds_scaled_b_a_and_leaves_an_ordinary_base(base: BaseModel, tmp_
     assert torch.equal(noise_pred(attach(merged)), before), "a new adapter starts from the merged base"
 
 
-def test_merge_refuses_what_does_not_fit(base: BaseModel, tmp_path: Path) -> None:
+def test_merge_refuses_what_does_not_fit(model: BaseModel, base: BaseModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.adapter=.*: no pytorch_lora_weights"):
         apply.merge(base, tmp_path / "nothing", 1)
     fitting = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
@@ -395,4 +422,4 @@ def test_merge_refuses_what_does_not_fit(base: BaseModel, tmp_path: Path) -> Non
         folder.mkdir()
         save_file(content, folder / ADAPTER_FILE)
         with pytest.raises(UserError, match=r"model\.adapter=.* does not fit"):
-            apply.merge(load("demo"), folder, 1)
+            apply.merge(deepcopy(model), folder, 1)

@@ -1,6 +1,8 @@
 """lora.variant=loha, lokr, oft: what PEFT trains is saved, read, merged, exported and trained further."""
 
 import json
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,16 @@ from ghibli.runtime.errors import UserError
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CASES = [("loha", ["to_q", "conv1", "proj_in"]), ("lokr", ["to_q", "conv1", "proj_in"]), ("oft", ATTENTION)]
-ALL = pytest.mark.parametrize(("variant", "targets"), CASES, ids=[variant for variant, _ in CASES])
+
+
+@dataclass
+class Case:
+    """A kind that no test changes: a base with an adapter of it, and the file of that adapter."""
+
+    variant: str
+    targets: list[str]
+    live: BaseModel
+    file: Path
 
 
 def options_of(variant: str, targets: list[str], **changes: object) -> LoraConfig:
@@ -47,14 +58,32 @@ def options_of(variant: str, targets: list[str], **changes: object) -> LoraConfi
     return LoraConfig(**(options | changes))
 
 
-def trained(variant: str, targets: list[str], **changes: object) -> BaseModel:
-    """A base with an adapter of this kind, its weights random, as after training."""
-    base = load("demo")
-    lora.add_lora(base, options_of(variant, targets, **changes), 0)
+@pytest.fixture(scope="module")
+def model() -> BaseModel:
+    """A base that no test changes."""
+    return load("demo")
+
+
+@pytest.fixture
+def base(model: BaseModel) -> BaseModel:
+    """A base that may be changed."""
+    return deepcopy(model)
+
+
+def trained(base: BaseModel, variant: str, targets: list[str]) -> BaseModel:
+    """Add an adapter of this kind to a base, its weights random, as after training."""
+    lora.add_lora(base, options_of(variant, targets), 0)
     generator = torch.Generator().manual_seed(5)
     for parameter in lora.trainable(base).values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     return base
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[variant for variant, _ in CASES])
+def case(request: pytest.FixtureRequest, model: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    variant, targets = request.param
+    live = trained(deepcopy(model), variant, targets)
+    return Case(variant, targets, live, lora.save_adapter(live, tmp_path_factory.mktemp(variant)))
 
 
 @torch.no_grad()
@@ -74,23 +103,21 @@ def peft_layers(base: BaseModel) -> dict[str, LycorisLayer | OFTLayer]:
     }
 
 
-@ALL
-def test_it_starts_as_the_base_and_changes_it_then(variant: str, targets: list[str]) -> None:
-    base = load("demo")
+def test_it_starts_as_the_base_and_changes_it_then(case: Case, base: BaseModel) -> None:
     before = noise_pred(base)
-    lora.add_lora(base, options_of(variant, targets), 0)
+    lora.add_lora(base, options_of(case.variant, case.targets), 0)
     torch.testing.assert_close(noise_pred(base), before, rtol=0, atol=2e-6)
-    assert (noise_pred(trained(variant, targets)) - before).norm() > 0.03 * before.norm()
+    assert (noise_pred(case.live) - before).norm() > 0.03 * before.norm()
 
 
-@ALL
-def test_the_file_is_what_peft_merges(variant: str, targets: list[str], tmp_path: Path) -> None:
+def test_the_file_is_what_peft_merges(case: Case, model: BaseModel) -> None:
     """Each layer's difference, read from the file, beside PEFT's own merged weight."""
-    live = trained(variant, targets)
-    adapter = read_adapter(lora.save_adapter(live, tmp_path), load("demo"), "adapter")
+    live = deepcopy(case.live)
+    adapter = read_adapter(case.file, model, "adapter")
     layers = peft_layers(live)
-    assert set(adapter.layers) == set(layers) == lora.layers_to_train(live, options_of(variant, targets))
-    plain = named_layers(load("demo"))
+    wanted = lora.layers_to_train(live, options_of(case.variant, case.targets))
+    assert set(adapter.layers) == set(layers) == wanted
+    plain = named_layers(model)
     for name, layer in layers.items():
         weight = plain[name].weight.detach()
         ours = adapter.layers[name].delta(weight.double())
@@ -100,13 +127,12 @@ def test_the_file_is_what_peft_merges(variant: str, targets: list[str], tmp_path
         assert theirs.abs().max() > 1e-3
 
 
-@ALL
-def test_pefts_own_loader_reads_the_file(variant: str, targets: list[str], tmp_path: Path) -> None:
+def test_pefts_own_loader_reads_the_file(case: Case, base: BaseModel) -> None:
     """diffusers has none for these kinds: fresh layers of PEFT by the file's settings, and its tensors."""
-    live = trained(variant, targets)
-    adapter = read_adapter(lora.save_adapter(live, tmp_path), live, "adapter")
+    live, fresh = deepcopy(case.live), base
+    adapter = read_adapter(case.file, live, "adapter")
     settings = json.loads(adapter.metadata["lora_adapter_metadata"])
-    fresh, state = load("demo"), load_file(adapter.file)
+    state = load_file(adapter.file)
     for part, module in fresh.adaptable.items():
         own = {key.removeprefix(f"{part}."): each for key, each in settings.items() if key.startswith(part)}
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[own.pop("peft_type")]
@@ -124,60 +150,49 @@ def test_pefts_own_loader_reads_the_file(variant: str, targets: list[str], tmp_p
     torch.testing.assert_close(noise_pred(fresh), noise_pred(live), rtol=0, atol=1e-5)
 
 
-@ALL
 def test_added_merged_and_through_kohyas_file_it_is_the_live_model(
-    variant: str, targets: list[str], tmp_path: Path
+    case: Case, model: BaseModel, tmp_path: Path
 ) -> None:
-    live = trained(variant, targets)
-    wanted = noise_pred(live)
-    file = lora.save_adapter(live, tmp_path)
-    again = load("demo")
-    adapter = read_adapter(file, again, "adapter")
+    wanted = noise_pred(case.live)
+    again, merged, from_kohya = (deepcopy(model) for _ in range(3))
+    adapter = read_adapter(case.file, again, "adapter")
     save_file(to_kohya(adapter, again), tmp_path / "kohya.safetensors")
     load_adapters(again, [(adapter, 1.0)])
     torch.testing.assert_close(noise_pred(again), wanted, rtol=0, atol=1e-5)
-    merged, from_kohya = load("demo"), load("demo")
-    merge(merged, tmp_path, 1.0)
+    merge(merged, case.file.parent, 1.0)
     torch.testing.assert_close(noise_pred(merged), wanted, rtol=0, atol=1e-5)
     load_adapters(from_kohya, [(read_adapter(tmp_path / "kohya.safetensors", from_kohya, "file"), 1.0)])
     torch.testing.assert_close(noise_pred(from_kohya), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
-@ALL
-def test_trained_further_it_starts_where_the_file_ends(
-    variant: str, targets: list[str], tmp_path: Path
-) -> None:
+def test_trained_further_it_starts_where_the_file_ends(case: Case, model: BaseModel, tmp_path: Path) -> None:
     """Written again, the file has the same bytes; with another alpha, it is the same model."""
-    live = trained(variant, targets)
-    file = lora.save_adapter(live, tmp_path / "first")
+    file, wanted = case.file, noise_pred(case.live)
     for alpha in (4.0, 10.0):
-        base = load("demo")
-        options = options_of(variant, targets, init=str(file), alpha=alpha)
+        base = deepcopy(model)
+        options = options_of(case.variant, case.targets, init=str(file), alpha=alpha)
         adapter = read_adapter(file, base, "lora.init")
         check_same_shape(adapter, options, base)
         lora.add_lora(base, options, 1)
         start_from(adapter, lora.trainable(base), options)
-        torch.testing.assert_close(noise_pred(base), noise_pred(live), rtol=0, atol=1e-5)
+        torch.testing.assert_close(noise_pred(base), wanted, rtol=0, atol=1e-5)
         again = lora.save_adapter(base, tmp_path / f"again {alpha}")
         if alpha == 4.0:  # then no factor is rescaled
             assert load_file(again).keys() == load_file(file).keys()
             assert all(torch.equal(load_file(again)[key], value) for key, value in load_file(file).items())
 
 
-@ALL
-def test_import_prints_settings_that_take_the_file(variant: str, targets: list[str], tmp_path: Path) -> None:
-    base = load("demo")
-    adapter = read_adapter(lora.save_adapter(trained(variant, targets), tmp_path), base, "file")
-    line = next(line for line in describe_adapter(adapter, base, []) if line.startswith("train "))
-    assert f"lora.variant={variant}" in line and "lora.rank=4" in line
+def test_import_prints_settings_that_take_the_file(case: Case, model: BaseModel) -> None:
+    adapter = read_adapter(case.file, model, "file")
+    line = next(line for line in describe_adapter(adapter, model, []) if line.startswith("train "))
+    assert f"lora.variant={case.variant}" in line and "lora.rank=4" in line
 
 
-def test_another_variant_is_refused_by_the_key(tmp_path: Path) -> None:
-    base = load("demo")
-    adapter = read_adapter(lora.save_adapter(trained("loha", ATTENTION), tmp_path), base, "file")
+def test_another_variant_is_refused_by_the_key(model: BaseModel, base: BaseModel, tmp_path: Path) -> None:
+    adapter = read_adapter(lora.save_adapter(trained(base, "loha", ATTENTION), tmp_path), model, "file")
     with pytest.raises(UserError, match=r"lora\.variant of this run differ"):
-        check_same_shape(adapter, options_of("lokr", ATTENTION, init="FILE"), base)
+        check_same_shape(adapter, options_of("lokr", ATTENTION, init="FILE"), model)
 
 
 def test_oft_refuses_blocks_that_do_not_fit_and_kernels(base: BaseModel) -> None:
@@ -218,20 +233,21 @@ def test_rotations_of_pefts_oft_layer(terms: int | None) -> None:
     )
 
 
-def test_lokrs_convolutions_in_kohyas_file_have_two_factors_as_lycoris_reads_them(tmp_path: Path) -> None:
+def test_lokrs_convolutions_in_kohyas_file_have_two_factors_as_lycoris_reads_them(
+    model: BaseModel, base: BaseModel, tmp_path: Path
+) -> None:
     """LyCORIS's `lokr.py`, and ComfyUI's, in float64: kron(w1, w2_a w2_b) alpha / rank, without a core.
 
     ComfyUI's torch.kron fails on most cores, and stable-diffusion.cpp reads none.
     """
-    base = load("demo")
-    file = lora.save_adapter(trained("lokr", ["to_q", "conv1"]), tmp_path)
-    adapter = read_adapter(file, base, "adapter")
+    file = lora.save_adapter(trained(base, "lokr", ["to_q", "conv1"]), tmp_path)
+    adapter = read_adapter(file, model, "adapter")
     convolutions = [name for name, layer in adapter.layers.items() if getattr(layer, "t2", None) is not None]
     assert convolutions, "PEFT trains a core"
-    state = to_kohya(adapter, base)
+    state = to_kohya(adapter, model)
     assert not [key for key in state if key.endswith("_t2")]
     for name in convolutions:
-        weight = named_layers(base)[name].weight.detach().double()
+        weight = named_layers(model)[name].weight.detach().double()
         own = {key.partition(".")[2]: value.double() for key, value in state.items() if key.startswith(
             f"lora_{name.replace('.', '_')}.")}  # fmt: skip
         scale = own["alpha"] / own["lokr_w2_b"].shape[0]
@@ -241,22 +257,21 @@ def test_lokrs_convolutions_in_kohyas_file_have_two_factors_as_lycoris_reads_the
             whole.reshape(weight.shape), wanted, rtol=0, atol=1e-6 * wanted.abs().max()
         )
     save_file(state, tmp_path / "kohya.safetensors")
-    again = read_adapter(tmp_path / "kohya.safetensors", base, "file")
-    assert all(torch.equal(value, to_kohya(again, base)[key]) for key, value in state.items())
-    line = next(line for line in describe_adapter(again, base, []) if line.startswith("train "))
+    again = read_adapter(tmp_path / "kohya.safetensors", model, "file")
+    assert all(torch.equal(value, to_kohya(again, model)[key]) for key, value in state.items())
+    line = next(line for line in describe_adapter(again, model, []) if line.startswith("train "))
     assert "not possible: lora.variant=lokr trains convolutions decomposed over the kernel" in line
 
 
-def test_dora_of_convolutions_is_what_peft_merges(tmp_path: Path) -> None:
-    live = load("demo")
+def test_dora_of_convolutions_is_what_peft_merges(model: BaseModel, base: BaseModel, tmp_path: Path) -> None:
+    live = base
     options = options_of("dora", ["to_q", "conv1", "proj_in"])
     lora.add_lora(live, options, 0)
     generator = torch.Generator().manual_seed(5)
     for parameter in lora.trainable(live).values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    plain = load("demo")
-    adapter = read_adapter(lora.save_adapter(live, tmp_path), plain, "adapter")
-    known = named_layers(plain)
+    adapter = read_adapter(lora.save_adapter(live, tmp_path), model, "adapter")
+    known = named_layers(model)
     for part, module in live.adaptable.items():
         for path, layer in module.named_modules():
             if isinstance(layer, LoraLayer):
@@ -292,9 +307,11 @@ def test_the_settings_in_a_file_are_those_that_older_pefts_know(variant: str) ->
     ],
     ids=["loha", "lokr", "whole lokr"],
 )
-def test_files_that_peft_wrote_have_pefts_strength(options: PeftConfig, tmp_path: Path) -> None:
+def test_files_that_peft_wrote_have_pefts_strength(
+    options: PeftConfig, model: BaseModel, base: BaseModel, tmp_path: Path
+) -> None:
     """Its alpha is in adapter_config.json, under another name than that of a LoRA."""
-    live = load("demo")
+    live = base
     inject_adapter_in_model(options, live.unet)
     generator = torch.Generator().manual_seed(2)
     for layer in peft_layers(live).values():
@@ -304,7 +321,7 @@ def test_files_that_peft_wrote_have_pefts_strength(options: PeftConfig, tmp_path
     tensors = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     options.save_pretrained(tmp_path)
-    adapter = read_adapter(tmp_path / "adapter_model.safetensors", load("demo"), "file")
+    adapter = read_adapter(tmp_path / "adapter_model.safetensors", model, "file")
     assert adapter.layers.keys() == peft_layers(live).keys()
     for name, layer in peft_layers(live).items():
         theirs = layer.get_delta_weight("default").detach().double()
@@ -312,10 +329,11 @@ def test_files_that_peft_wrote_have_pefts_strength(options: PeftConfig, tmp_path
         torch.testing.assert_close(adapter.layers[name].delta(weight), theirs, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("terms", ["five", 10**9, 0, None])
-def test_an_absurd_series_is_refused(terms: object, tmp_path: Path) -> None:
-    file = lora.save_adapter(trained("oft", ATTENTION), tmp_path)
-    settings = {"unet.use_cayley_neumann": True, "unet.num_cayley_neumann_terms": terms}
-    save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps(settings)})
-    with pytest.raises(UserError, match=r"oft_R.*num_cayley_neumann_terms=.* must be from 1 to 50"):
-        read_adapter(file, load("demo"), "file")
+def test_an_absurd_series_is_refused(model: BaseModel, base: BaseModel, tmp_path: Path) -> None:
+    file = lora.save_adapter(trained(base, "oft", ATTENTION), tmp_path)
+    state = load_file(file)
+    for terms in ("five", 10**9, 0, None):
+        settings = {"unet.use_cayley_neumann": True, "unet.num_cayley_neumann_terms": terms}
+        save_file(state, file, {"lora_adapter_metadata": json.dumps(settings)})
+        with pytest.raises(UserError, match=r"oft_R.*num_cayley_neumann_terms=.* must be from 1 to 50"):
+            read_adapter(file, model, "file")

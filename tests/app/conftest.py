@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 from helpers.browsers import new_browser
+from helpers.commands import GRIDS
 from helpers.page_requests import RUN
 
 import train
 from ghibli.runs.folder import RunDir
 
-QUICK = ("model.resolution=128", "trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4")
+QUICK = (*GRIDS, "sample.samplers=[ddim]", "sample.guidance=[7.5]", "model.resolution=64",
+         "trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4")  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +35,9 @@ def outside(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def app_session(outside: Path) -> Any:
+    """A page's session, which keeps the model that it has loaded."""
     session = pytest.importorskip("ghibli.app.session")
     return session.AppSession(["model=demo", "data=demo"])
 

@@ -93,12 +93,12 @@ def test_what_cannot_be_taken_from_an_image_is_named(
         taken.append(drawing.settings_of(str(tmp_path / "image.png"), *page_now))
     assert [one[0] for one in taken] == [[], [], [RUN], []]
     assert [(one[4], one[7]) for one in taken] == [(3.0, 1.0), (3.0, 1), (7.5, 1.0), (3.0, 1.0)]
-    size = f"its size: the page draws {side}x{side} px"
+    size, of_run = (f"its size: the page draws {each}x{each} px" for each in (side, 64))
     assert told == [
         "settings taken from the image",
         f"taken from the image, except for {size}; scale 2, which is not from 0 to 1.5",
         "taken from the image, except for outputs/&lt;b&gt;, which is no finished run here; "
-        f"the weight 0.5 of {RUN}; its base other/base; {size}; guidance 40, which is not from 1 to 30",
+        f"the weight 0.5 of {RUN}; its base other/base; {of_run}; guidance 40, which is not from 1 to 30",
         f"taken from the image, except for {size}",
     ]
 

@@ -1,9 +1,7 @@
 """What the training tab shows: the form as settings of train.py, and a run as its files tell it."""
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.commands import run_python
 from helpers.imports import imports_of
 from helpers.report_material import EVIL, Page, make_run
 
@@ -94,13 +93,13 @@ def began() -> int:
 def test_one_check_runs_at_a_time_and_not_for_ever(slow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = sys.executable
     monkeypatch.setattr(sys, "executable", str(slow))
-    monkeypatch.setattr(training, "CHECK_LIMIT", 6.0)
+    monkeypatch.setattr(training, "CHECK_LIMIT", 3.0)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(training.check, ["seed=1"])
         process = began()
         with pytest.raises(UserError, match="^a check is running: wait for its end$"):
             training.check(["seed=1"])
-        with pytest.raises(UserError, match=r"^the check took more than 0.1 minutes and was ended: try "):
+        with pytest.raises(UserError, match=r"^the check took more than 0.05 minutes and was ended: try "):
             first.result()
     assert not is_process(process, None)
     slow.write_text(f"#!{python}\nprint('reading', 'error: no images', sep=chr(10))\n")
@@ -108,15 +107,16 @@ def test_one_check_runs_at_a_time_and_not_for_ever(slow: Path, monkeypatch: pyte
 
 
 def test_a_check_ends_with_the_page(slow: Path) -> None:
-    script = (
-        "import sys, threading, time; from pathlib import Path; from ghibli.app import training\n"
+    script = slow.with_name("page.py")
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import threading, time; from pathlib import Path; from ghibli.app import training\n"
         f"sys.executable = {str(slow)!r}\n"
         "threading.Thread(target=training.check, args=(['seed=1'],), daemon=True).start()\n"
         "while not Path('pid').exists(): time.sleep(0.01)\n"
         "sys.exit(143)"  # as after SIGTERM
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 143
+    assert run_python(str(script), cwd=slow.parent).returncode == 143
     assert not is_process(began(), None)
 
 

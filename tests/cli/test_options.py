@@ -72,9 +72,7 @@ def test_help_of_sweep_is_its_own_and_the_pipe_may_close() -> None:
         shell = f"{shlex.join(words)} | head -1; exit ${{PIPESTATUS[0]}}"
         done = subprocess.run(["bash", "-c", shell], cwd=REPO, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(first)
-        help_of = {
-            flag: run_python(script, flag, stdin=subprocess.DEVNULL).stdout for flag in ("-h", "--help")
-        }
+        help_of = {flag: run_python(script, flag).stdout for flag in ("-h", "--help")}
         assert help_of["-h"] == help_of["--help"]
 
 

@@ -2,13 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.commands import REPO, SMALL
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 from ghibli.config import paths
 from ghibli.config.checks import not_finite, require, require_finite, share
 from ghibli.config.schema import Config
+from ghibli.runs.compose import register, to_config
 from ghibli.runtime.errors import UserError
 
 
@@ -29,15 +36,37 @@ KEYS = [
     "+trainer.limit_train_batches",
     "+trainer.val_check_interval",
 ]
+PARSER = OverridesParser.create()
+
+
+@pytest.fixture(scope="module")
+def composed(images: Path) -> DictConfig:
+    """conf/train.yaml, shrunk, as Hydra composes it."""
+    register()
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        return compose("train", overrides=[*SMALL, f"data.root={images}", "data.draw=null"])
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_no_key_takes_what_is_not_finite(make_config: Callable[..., Config], key: str) -> None:
+def test_no_key_takes_what_is_not_finite(composed: DictConfig, key: str) -> None:
+    """Whatever Hydra reads the words as is put where it would put it, without composing all again."""
     is_list = key in ("optimizer.betas", "sample.guidance", "evaluate.scales", "loss.timestep_parameters")
     for value in ("nan", "inf", "-inf"):
+        typed = PARSER.parse_override(f"{key}=[0.9,{value}]" if is_list else f"{key}={value}")
+        cfg = deepcopy(composed)
+        OmegaConf.update(cfg, typed.key_or_group, typed.value(), force_add=typed.is_add())
         with pytest.raises(UserError) as caught:
-            make_config(f"{key}=[0.9,{value}]" if is_list else f"{key}={value}")
+            to_config(cfg)
         assert key.lstrip("+").rpartition(".")[2] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "word", ["loss.guidance=nan", "optimizer.betas=[0.9,-inf]", "+trainer.limit_train_batches=inf"]
+)
+def test_no_command_line_has_what_is_not_finite(make_config: Callable[..., Config], word: str) -> None:
+    key, _, _ = word.partition("=")
+    with pytest.raises(UserError, match=key.rpartition(".")[2]):
+        make_config(word)
 
 
 def test_the_schema_has_the_keys_that_are_meant() -> None:

@@ -29,10 +29,15 @@ def test_every_preset_is_named_where_it_is_chosen() -> None:
     assert sorted([*CARDS, "cpu"]) == PRESETS
 
 
+@pytest.fixture(scope="module")
+def plain() -> Config:
+    return sd15()
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_step_sees_as_many_images_as_without(preset: str) -> None:
+def test_a_step_sees_as_many_images_as_without(plain: Config, preset: str) -> None:
     """So that what is learned changes by rounding only; no key that matters to it is another."""
-    plain, chosen = sd15(), sd15(f"compute={preset}")
+    chosen = sd15(f"compute={preset}")
     assert chosen.data.batch_size * chosen.data.accumulate == plain.data.batch_size * plain.data.accumulate
     for section in ("lora", "loss", "optimizer", "model", "validation", "sample", "early_stopping"):
         assert getattr(chosen, section) == getattr(plain, section)
@@ -64,6 +69,12 @@ def test_training_fits_on_its_card(guidance: float) -> None:
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".a", "-x", "latest", "null", "a b", "a+2", "x" * 101, ""])
 def test_a_name_that_is_none(name: str) -> None:
+    with pytest.raises(UserError, match="name"):
+        run_dir_for(None, name)
+
+
+@pytest.mark.parametrize("name", ["a/b", "null", ""])
+def test_a_command_line_with_such_a_name(name: str) -> None:
     with pytest.raises(UserError, match="name"):
         compose_config([f"name='{name}'"])
 

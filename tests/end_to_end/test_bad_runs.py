@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import BinaryIO
 import pytest
 import torch
 from faults.compare import different_parts
-from helpers.commands import REPO, SMALL
+from helpers.commands import CHECKPOINTS, REPO, SMALL, run_python
 
 import train
 from ghibli.cli.runs import list_command
@@ -52,6 +53,14 @@ def command(
         return code, said.out, said.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train.run(make_config(*QUICK), RunDir(folder))
+    return folder
 
 
 def status(folder: Path) -> dict[str, object]:
@@ -96,7 +105,7 @@ def test_a_batch_larger_than_the_training_set(command: Callable[..., Said], tmp_
         ("trainer.devices=0", "Lightning refuses these settings: `Trainer(devices=0)`"),
         ("trainer.strategy=teleport", "Lightning refuses these flags: You selected an invalid strategy"),
         ("+trainer.gradient_clip_algorithm=x", "Lightning refuses these settings: `gradient_clip_algorithm`"),
-        ("+trainer.max_steps=3", "training ended before its first epoch did"),
+        ("+trainer.max_steps=1", "training ended before its first epoch did"),
         ("early_stopping.patience=null +trainer.max_time=00:00:00:00", "training ended before its first"),
         ("model.adapter=nowhere", "model.adapter=nowhere: no pytorch_lora_weights.safetensors there"),
         ("model.path=nowhere", "model.path=nowhere: no such folder or file, and not a hub id (OWNER/NAME)"),
@@ -157,7 +166,7 @@ def test_a_disk_that_fills_up_in_training(
 ) -> None:
     """The message names the file and the disk; what was written before stays whole."""
     run = mounted("size=1m") / "run"
-    line = one_line(command(f"hydra.run.dir={run}"))
+    line = one_line(command(*CHECKPOINTS, "data.accumulate=1", f"hydra.run.dir={run}"))
     assert f"cannot write {run}/checkpoints/last.ckpt: the disk is full: free some space" in line
     assert status(run)["state"] == "failed"
     assert "No space left" in str(status(run)["reason"])
@@ -219,13 +228,12 @@ def test_one_changed_byte_anywhere_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., Said], undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run resumes from previous.ckpt, reports it, and ends with the same bits."""
-    stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
-    assert command(f"hydra.run.dir={undisturbed}")[0] == 0
+    stopped = tmp_path / "stopped"
     signal_at_step(monkeypatch, signal.SIGINT, 15)
-    assert command(f"hydra.run.dir={stopped}")[0] == 130
+    assert command(*CHECKPOINTS, f"hydra.run.dir={stopped}")[0] == 130
     monkeypatch.undo()
     run = RunDir(stopped)
     last, previous = (
@@ -287,7 +295,7 @@ def test_a_loader_process_that_is_killed(
         return original(module, batch, batch_idx)
 
     monkeypatch.setattr(GhibliModule, "training_step", step)
-    said = command("data.workers=1", f"hydra.run.dir={tmp_path}")
+    said = command(*CHECKPOINTS, "data.accumulate=1", "data.workers=1", f"hydra.run.dir={tmp_path}")
     assert "a loader process was killed, most likely because memory ran out" in one_line(said)
     assert f"go on with: python train.py resume={os.path.relpath(tmp_path)}" in said[1]
     assert status(tmp_path)["state"] == "failed"
@@ -317,15 +325,14 @@ def weights(folder: Path) -> bytes:
 
 @pytest.mark.slow
 def test_stopped_twice_and_resumed_equals_undisturbed(
-    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., Said], undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C within an accumulation, then SIGTERM in the next epoch: saved, reported, resumed."""
-    stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
-    assert command(f"hydra.run.dir={undisturbed}")[0] == 0
+    stopped = tmp_path / "stopped"
     resume = f"go on with: python train.py resume={os.path.relpath(stopped)}"
 
     signal_at_step(monkeypatch, signal.SIGINT, 3)  # 2 batches are one optimiser step, 5 of those an epoch
-    code, out, err = command(f"hydra.run.dir={stopped}", "checkpoint.every_n_steps=100")
+    code, out, err = command(f"hydra.run.dir={stopped}")
     assert (code, err) == (130, "")
     assert "stopping after this step; once more to stop at once" in out
     assert resume in out
@@ -364,11 +371,10 @@ def test_stopped_in_the_last_step_a_run_is_finished_and_no_trial_follows(
 
 @pytest.mark.slow
 def test_slurm_starts_a_job_again_that_goes_on_to_the_same_end(
-    command: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., Said], undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGUSR1 before the time is up, within an accumulation, under Lightning's own Slurm environment."""
-    undisturbed, run, scontrol = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "bin" / "scontrol"
-    assert command("trainer.max_epochs=1", f"hydra.run.dir={undisturbed}")[0] == 0
+    run, scontrol = tmp_path / "run", tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     scontrol.chmod(0o755)
@@ -376,16 +382,15 @@ def test_slurm_starts_a_job_again_that_goes_on_to_the_same_end(
     slurm = {"JOB_ID": "71", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    words = ("trainer.max_epochs=1", "checkpoint.every_n_steps=100", f"hydra.run.dir={run}")
     with monkeypatch.context() as patch:
         signal_at_step(patch, signal.SIGUSR1, 3)
-        code, out, err = command(*words)
+        code, out, err = command(f"hydra.run.dir={run}")
     assert (code, err) == (138, "")
     assert "Slurm was asked to start this job again: the same command goes on" in out
     assert (tmp_path / "asked").read_text() == "requeue 71\n"
     assert (status(run)["state"], status(run)["reason"]) == ("interrupted", "SIGUSR1")
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
-    code, out, err = command(*words)
+    code, out, err = command(f"hydra.run.dir={run}")
     assert (code, err) == (0, "")
     assert "is unfinished: resuming from step 2" in out
     assert different_parts(undisturbed, run) == []
@@ -405,43 +410,43 @@ def test_an_error_in_training_says_that_the_checkpoint_is_kept(
 
     monkeypatch.setattr(GhibliModule, "training_step", step)
     with pytest.raises(ZeroDivisionError, match="a fault of ours"):
-        command(f"hydra.run.dir={tmp_path}")
+        command(*CHECKPOINTS, "data.accumulate=1", f"hydra.run.dir={tmp_path}")
     assert status(tmp_path)["state"] == "failed"
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
-def start(images: Path, run: Path, cwd: Path) -> subprocess.Popen:
-    """train.py in a process of its own, long enough to be stopped."""
-    words = [*SMALL, f"data.root={images}", *QUICK, f"hydra.run.dir={run}"]
-    words += ["trainer.max_epochs=1000", "early_stopping.patience=null"]
-    return subprocess.Popen(
-        [sys.executable, str(REPO / "train.py"), *words],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def long_run(images: Path, run: Path) -> list[str]:
+    """The words of a train.py that goes on until it is stopped."""
+    words = [str(REPO / "train.py"), *SMALL, f"data.root={images}", *QUICK, f"hydra.run.dir={run}"]
+    return [*words, "trainer.max_epochs=1000", "early_stopping.patience=null"]
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(path: Path, is_alive: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
+        assert is_alive() and time.monotonic() < end
         time.sleep(0.02)
 
 
 @pytest.mark.slow
 def test_ctrl_c_as_a_user_presses_it(images: Path, tmp_path: Path) -> None:
-    process = start(images, tmp_path / "run", tmp_path)
-    wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "")
-    assert out.endswith(f"stopped; go on with: python {REPO}/train.py resume=run\n")
+    run, done = tmp_path / "run", list[subprocess.CompletedProcess[str]]()
+    words = [*long_run(images, run), "checkpoint.every_n_steps=1"]
+    process = threading.Thread(target=lambda: done.append(run_python(*words, cwd=tmp_path)))
+    process.start()
+    wait_for(run / "checkpoints" / "last.ckpt", process.is_alive)
+    os.kill(int(str(status(run)["process"])), signal.SIGINT)
+    process.join(timeout=60)
+    assert (done[0].returncode, done[0].stderr) == (130, "")
+    assert done[0].stdout.endswith(f"stopped; go on with: python {REPO}/train.py resume=run\n")
 
 
 def test_ctrl_c_before_training_begins(images: Path, tmp_path: Path) -> None:
     """While torch is imported: one word more, no traceback."""
-    process = start(images, tmp_path / "run", tmp_path)
-    wait_for(tmp_path / "run" / ".hydra" / "overrides.yaml", process)
+    words = [sys.executable, *long_run(images, tmp_path / "run")]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+    wait_for(tmp_path / "run" / ".hydra" / "overrides.yaml", lambda: process.poll() is None)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from helpers.commands import REPO
+from helpers.commands import GRIDS, REPO
 
 import train
 from ghibli.config.schema import Config
@@ -44,7 +44,7 @@ def test_a_run_passes_its_config_on_less_than_before_the_packages(
             caller = caller.f_back
         chains.append(chain)
 
-    config = make_config("trainer.max_epochs=1")
+    config = make_config(*GRIDS, "trainer.max_epochs=1", "data.batch_size=8", "sample.prompts=[A panda]")
     sys.setprofile(note)
     try:
         train.run(config, RunDir(tmp_path / "run"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults.compare import different_parts, image
-from helpers.commands import QUICK, SMALL, run_python
+from helpers.commands import GRIDS, QUICK, SMALL, run_python
 from helpers.dashboards import curves_of, tensorboard_events, trackio_runs
 from helpers.wandb_files import environment, offline_records, wandb_curves
 from PIL import Image
@@ -74,8 +74,8 @@ def words(images: Path) -> list[str]:
     """A short run with a finding of the doctor, a row every step, and two grids."""
     own = [word for word in SMALL if not word.startswith("wandb.")]
     return [
-        *own, *QUICK, "trainer.max_epochs=2", f"data.root={images}", "data.draw=null", "wandb.mode=offline",
-        "loss.noise_schedule=linear",
+        *own, *QUICK, *GRIDS, "trainer.max_epochs=2", "sample.samplers=[ddim]", f"data.root={images}",
+        "data.draw=null", "wandb.mode=offline", "loss.noise_schedule=linear",
     ]  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def pulled(pull: str, words: list[str], run: Path, **extra: str) -> subprocess.C
     for name, value in extra.items():
         if value == "":
             del given[name]
-    code = PULL.replace("{pull}", pull)
-    return run_python("-c", code, *words, ALL, f"hydra.run.dir={run}", env=given)
+    code, warm = PULL.replace("{pull}", pull), "HF_HOME" not in extra  # which is read when it is imported
+    return run_python("-c", code, *words, ALL, f"hydra.run.dir={run}", warm=warm, env=given)
 
 
 def lost(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -110,9 +110,8 @@ def lost(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 def test_each_shows_the_same(words: list[str], plain: Path, tmp_path: Path) -> None:
     run, store = tmp_path / "run", tmp_path / "store"
-    done = run_python(
-        "train.py", *words, ALL, f"hydra.run.dir={run}", env=environment(TRACKIO_DIR=str(store))
-    )
+    given = environment(TRACKIO_DIR=str(store))
+    done = run_python("train.py", *words, ALL, f"hydra.run.dir={run}", warm=True, env=given)
     assert lost(done) == []
     assert different_parts(plain, run) == []
     events = tensorboard_events(run / "tensorboard")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from faults.compare import different_parts
-from helpers.commands import REPO, SMALL, run_python
+from helpers.commands import GRIDS, REPO, SMALL, run_python
 from PIL import Image
 
 import train
@@ -29,6 +29,7 @@ from ghibli.runtime import rank
 from ghibli.runtime.errors import UserError
 
 TWO = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "lora.dropout=0")
+DRAWN = (*GRIDS, "sample.samplers=[ddpm]", "sample.prompts=[A panda]")
 ADAPTER = Path("adapter") / "pytorch_lora_weights.safetensors"
 
 
@@ -36,7 +37,7 @@ ADAPTER = Path("adapter") / "pytorch_lora_weights.safetensors"
 def on_two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of an undisturbed run on two devices, and all that it printed."""
     folder = tmp_path_factory.mktemp("two")
-    words = [*SMALL, f"data.root={images}", "data.draw=null", *TWO, f"hydra.run.dir={folder}"]
+    words = [*SMALL, f"data.root={images}", "data.draw=null", *DRAWN, *TWO, f"hydra.run.dir={folder}"]
     done = run_python(str(REPO / "train.py"), *words)
     assert (done.returncode, done.stderr) == (0, "")
     return folder, done.stdout
@@ -76,7 +77,7 @@ def test_two_devices_equal_one_with_the_same_global_batch(
 ) -> None:
     """Batch 2 on two devices and batch 4 on one: losses, scores, weights, images, files and words."""
     folder, printed = on_two
-    train.run(make_config("data.batch_size=4", "lora.dropout=0"), RunDir(tmp_path))
+    train.run(make_config(*DRAWN, "data.batch_size=4", "lora.dropout=0"), RunDir(tmp_path))
     assert_equal_to_rounding(folder, tmp_path)
     assert files_of(folder) == files_of(tmp_path)
     said = [printed, capsys.readouterr().out]
@@ -87,7 +88,7 @@ def test_two_devices_equal_one_with_the_same_global_batch(
 @pytest.mark.slow
 def test_a_broken_image_of_the_second_device(on_two: tuple[Path, str], images: Path, tmp_path: Path) -> None:
     """Named once, although only the second process saw it; resumed without it: equal to the bit."""
-    words = [*SMALL, f"data.root={images}", "data.draw=null", *TWO, f"hydra.run.dir={tmp_path}"]
+    words = [*SMALL, f"data.root={images}", "data.draw=null", *DRAWN, *TWO, f"hydra.run.dir={tmp_path}"]
     done = faulty("nan:1:5", *words)  # the first step of the second epoch
     assert done.returncode == 2
     (name,) = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("broken: ")]
@@ -102,9 +103,8 @@ def test_a_broken_image_of_the_second_device(on_two: tuple[Path, str], images: P
 
 
 def faulty(fault: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return run_python(
-        str(REPO / "tests" / "helpers" / "faulty.py"), *words, env=os.environ | {"FAULT": fault}
-    )
+    script, given = str(REPO / "tests" / "helpers" / "faulty.py"), os.environ | {"FAULT": fault}
+    return run_python(script, *words, warm=True, env=given)
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -125,7 +125,7 @@ def processes_of(folder: Path) -> list[int]:
 @pytest.mark.slow
 def test_killed_in_the_second_epoch_and_resumed(on_two: tuple, images: Path, tmp_path: Path) -> None:
     """The first process is gone at once; the second one follows by itself."""
-    words = [*SMALL, f"data.root={images}", "data.draw=null", *TWO, f"hydra.run.dir={tmp_path}"]
+    words = [*SMALL, f"data.root={images}", "data.draw=null", *DRAWN, *TWO, f"hydra.run.dir={tmp_path}"]
     assert faulty("kill:0:6", *words).returncode == -signal.SIGKILL
     end = time.monotonic() + 10
     while processes_of(tmp_path):
@@ -149,7 +149,7 @@ def test_killed_in_the_second_epoch_and_resumed(on_two: tuple, images: Path, tmp
 )
 def test_faults(images: Path, tmp_path: Path, fault: str, code: int, words: str) -> None:
     """No end without its reason, and no process or file left behind."""
-    small = [*SMALL, f"data.root={images}", "data.draw=null", "sample.every_n_epochs=0"]
+    small = [*SMALL, f"data.root={images}", "data.draw=null"]
     done = faulty(fault, *small, *TWO, "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}")
     assert done.returncode == code
     assert words in (done.stderr.splitlines()[-1] if code == 2 else done.stdout)
@@ -160,7 +160,7 @@ def test_faults(images: Path, tmp_path: Path, fault: str, code: int, words: str)
 @pytest.mark.slow
 def test_torchrun_needs_one_folder(images: Path, tmp_path: Path) -> None:
     """Processes started from outside work too, if they are told where."""
-    small = [*SMALL, f"data.root={images}", "data.draw=null", "sample.every_n_epochs=0"]
+    small = [*SMALL, f"data.root={images}", "data.draw=null"]
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPO / "train.py")]
     words += [*small, *TWO, "trainer.max_epochs=1"]
     done = run_python(*words, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""A study of eight trials: killed five times, and on Ray, submitit and joblib, it gives the same table.
+"""A study of four trials: killed five times, and on Ray, submitit and joblib, it gives the same table.
 
 Each takes minutes and most need an extra of pyproject.toml, so they run with `-m slow`.
 """
@@ -9,19 +9,22 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
-from helpers.commands import REPO, SMALL, run_python
+from helpers.commands import CHECKPOINTS, REPO, SMALL, run_python, warm_python
 from helpers.wandb_files import environment
 
 from ghibli.runs.folder import RunDir
 
 pytestmark = pytest.mark.slow
-GRID = ("lora.rank=2,4", "optimizer.lr=1e-4,1e-3", "loss.guidance=1,7.5", "threads=1")
+GRID = ("lora.rank=2,4", "optimizer.lr=1e-3", "loss.guidance=1,7.5", "threads=1")
 RAY = (
     "hydra/launcher=ray",
     "+hydra.launcher.ray.init.num_cpus=2",
@@ -30,15 +33,8 @@ RAY = (
 
 
 def words(folder: Path, images: Path) -> list[str]:
-    """`python sweep.py ...` of eight small trials into a folder."""
-    settings = [
-        *SMALL,
-        f"data.root={images}",
-        "data.draw=null",
-        "sample.every_n_epochs=0",
-        "sweep.repeats=0",
-        *GRID,
-    ]
+    """`python sweep.py ...` of four small trials into a folder."""
+    settings = [*SMALL, *CHECKPOINTS, f"data.root={images}", "data.draw=null", "sweep.repeats=0", *GRID]
     return [str(REPO / "sweep.py"), *settings, f"hydra.sweep.dir={folder}"]
 
 
@@ -67,14 +63,24 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     done = run_python(*words(folder, images), timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(table(folder)) == 8
+    assert len(table(folder)) == 4
     return folder
 
 
-def started(folder: Path, images: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, *words(folder, images), *more]
-    log = open(folder.with_suffix(".log"), "ab")  # noqa: SIM115
-    return subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log, env=environment())
+@contextmanager
+def killed(*command: str) -> Iterator[Callable[[], bool]]:
+    """Starts a study, and kills it at the end of the block; gives what tells whether it is alive."""
+    done: list[subprocess.CompletedProcess[str]] = []
+    study = threading.Thread(target=lambda: done.append(run_python(*command)))
+    study.start()
+    while not (children := psutil.Process(warm_python().pid).children()):
+        time.sleep(0.01)
+    try:
+        yield study.is_alive
+    finally:
+        children[0].kill()
+        study.join()
+    assert done[0].returncode == -signal.SIGKILL, "the study had ended before it could be killed"
 
 
 def running(folder: Path) -> Iterator[RunDir]:
@@ -85,11 +91,11 @@ def running(folder: Path) -> Iterator[RunDir]:
             yield run
 
 
-def half_done(study: subprocess.Popen[bytes], folder: Path) -> RunDir:
+def half_done(is_alive: Callable[[], bool], folder: Path) -> RunDir:
     """Waits for a trial that is being trained and has a checkpoint."""
     end = time.monotonic() + 300
     while not (found := list(running(folder))):
-        assert study.poll() is None and time.monotonic() < end
+        assert is_alive() and time.monotonic() < end
         time.sleep(0.05)
     return found[0]
 
@@ -103,13 +109,10 @@ def resumed(folder: Path) -> list[RunDir]:
 def test_killed_five_times_the_table_is_the_same(undisturbed: Path, images: Path, tmp_path: Path) -> None:
     folder, moments = tmp_path / "killed", random.Random(0)
     for place in range(5):
-        study = started(folder, images)
-        time.sleep(8 + 8 * moments.random())
-        if place == 0:
-            half_done(study, folder)
-        assert study.poll() is None, "the study had ended before it could be killed"
-        study.kill()
-        study.wait()
+        with killed(*words(folder, images)) as is_alive:
+            if place == 0:
+                half_done(is_alive, folder)
+            time.sleep(4 * moments.random())
     done = run_python(*words(folder, images), timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert resumed(folder)
@@ -123,17 +126,15 @@ def test_a_search_killed_three_times_is_the_same_search(images: Path, tmp_path: 
     more = (*chosen, "trainer.max_epochs=1", "loss.guidance=1", "lora.text_encoder=false")
     moments, asked = random.Random(1), []
     for name, kills in (("undisturbed", 0), ("killed", 3)):
+        folder = tmp_path / name
         for place in range(kills):
-            study = started(tmp_path / name, images, *more)
-            time.sleep(10 + 8 * moments.random())
-            if place == 0:
-                half_done(study, tmp_path / name)
-            assert study.poll() is None, "the search had ended before it could be killed"
-            study.kill()
-            study.wait()
-        done = run_python(*words(tmp_path / name, images), *more, timeout=900)
+            with killed(*words(folder, images), *more) as is_alive:
+                if place == 0:
+                    half_done(is_alive, folder)
+                time.sleep(4 * moments.random())
+        done = run_python(*words(folder, images), *more, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
-        search = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / name / 'optuna.db'}")
+        search = optuna.load_study(study_name="search", storage=f"sqlite:///{folder / 'optuna.db'}")
         asked.append([(trial.number, trial.params, trial.value) for trial in search.trials])
     assert len(asked[0]) == 12 and asked[0] == asked[1]
     assert resumed(tmp_path / "killed")
@@ -163,8 +164,11 @@ def test_other_launchers_give_the_same_table(
 @needs("ray")
 def test_ray_survives_a_worker_that_is_killed(undisturbed: Path, images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "study"
-    study = started(folder, images, *RAY)
-    os.kill(half_done(study, folder).status.read()["process"], signal.SIGKILL)
+    log = open(folder.with_suffix(".log"), "ab")  # noqa: SIM115
+    command = [sys.executable, *words(folder, images), *RAY]
+    study = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log, env=environment())
+    trial = half_done(lambda: study.poll() is None, folder)
+    os.kill(trial.status.read()["process"], signal.SIGKILL)
     assert study.wait(timeout=900) == 0, folder.with_suffix(".log").read_text()
     assert resumed(folder)
     assert table(folder) == table(undisturbed)

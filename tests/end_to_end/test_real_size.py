@@ -37,12 +37,13 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def overrides(sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two optimiser steps on two images, one held out, at 64 px."""
-    root = tmp_path_factory.mktemp("three_images")
+    root, cache = tmp_path_factory.mktemp("three_images"), tmp_path_factory.mktemp("cache")
     write_folder(root, "drawn", 3, FINETUNE_SEEDS.start)
     return [
         "model=sd15", f"model.path={sd15}", "model.resolution=64", "data=ghibli", f"data.root={root}",
         "data.val_fraction=0.01", "data.accumulate=1", "lora.rank=16", "trainer.max_epochs=1",
-        "checkpoint.every_n_steps=1", "validation.items_per_image=2",
+        "checkpoint.every_n_steps=1", "validation.items_per_image=2", "validation.price_images=2",
+        f"cache_dir={cache}",
         "sample.every_n_epochs=1", "sample.num_inference_steps=1", "sample.samplers=[ddim]",
         "sample.guidance=[7.5]", "sample.prompts=[A girl standing in a greenhouse]", "wandb.mode=disabled",
     ]  # fmt: skip

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 from faults.compare import checkpoint, different_parts
-from helpers.commands import REPO, SMALL, run_python
+from helpers.commands import CHECKPOINTS, GRIDS, REPO, SMALL, run_python
 
 pytestmark = pytest.mark.slow
 
-EXTRA = ("lora.dropout=0.1", "loss.caption_dropout=0.5", "validation.price_images=3", "loss.keep=0.5")
+EXTRA = (
+    *GRIDS, *CHECKPOINTS, "sample.samplers=[ddpm]", "sample.guidance=[7.5]", "sample.prompts=[A panda]",
+    "lora.dropout=0.1", "loss.caption_dropout=0.5", "validation.price_images=3", "loss.keep=0.5",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,32 +62,41 @@ def test_killed_and_resumed_equals_undisturbed(
     ids=lambda words: words[0],
 )
 def test_every_kind_of_adapter_too(images: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Killed in the middle of an accumulation, in the only epoch."""
+    words = (*words, "trainer.max_epochs=1")
     whole, half = tmp_path / "whole", tmp_path / "half"
     done = run_python(str(REPO / "train.py"), *overrides(images, whole), *words)
     assert done.returncode == 0, done.stderr
     killed = run_python(
-        str(REPO / "tests" / "helpers" / "killed.py"), "training_step", "17", *overrides(images, half), *words
+        str(REPO / "tests" / "helpers" / "killed.py"), "training_step", "8", *overrides(images, half), *words
     )
     assert killed.returncode == -9, killed.stderr
     assert run_python(str(REPO / "train.py"), f"resume={half}").returncode == 0
     assert not different_parts(whole, half)
+
+
+SCHEDULE_FREE = ("optimizer.name=adamw_schedulefree", "optimizer.schedule=constant")
+
+
+@pytest.fixture(scope="module")
+def averaged(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run of a schedule-free optimiser, which has two sets of weights."""
+    pytest.importorskip("schedulefree", reason="extra of this project")
+    folder = tmp_path_factory.mktemp("averaged")
+    done = run_python(str(REPO / "train.py"), *overrides(images, folder), *SCHEDULE_FREE)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.mark.parametrize(("where", "call"), [("save_checkpoint", 4), ("training_step", 17)])
-def test_averaged_weights_too(images: Path, tmp_path: Path, where: str, call: int) -> None:
-    """A schedule-free optimiser has two sets of weights; both go on where they were."""
-    pytest.importorskip("schedulefree", reason="extra of this project")
-    words = ("optimizer.name=adamw_schedulefree", "optimizer.schedule=constant")
-    whole, half = tmp_path / "whole", tmp_path / "half"
-    done = run_python(str(REPO / "train.py"), *overrides(images, whole), *words)
-    assert done.returncode == 0, done.stderr
-    killed = run_python(
-        str(REPO / "tests" / "helpers" / "killed.py"), where, str(call), *overrides(images, half), *words
-    )
+def test_averaged_weights_too(averaged: Path, images: Path, tmp_path: Path, where: str, call: int) -> None:
+    """Both sets go on where they were."""
+    words = (where, str(call), *overrides(images, tmp_path), *SCHEDULE_FREE)
+    killed = run_python(str(REPO / "tests" / "helpers" / "killed.py"), *words)
     assert killed.returncode == -9, killed.stderr
-    assert run_python(str(REPO / "train.py"), f"resume={half}").returncode == 0
-    assert not different_parts(whole, half)
-    kept = checkpoint(whole, "last")
+    assert run_python(str(REPO / "train.py"), f"resume={tmp_path}").returncode == 0
+    assert not different_parts(averaged, tmp_path)
+    kept = checkpoint(averaged, "last")
     assert not any(group["train_mode"] for group in kept["optimizer_states"][0]["param_groups"])
 
 

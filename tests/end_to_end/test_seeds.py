@@ -1,11 +1,12 @@
 """`python train.py seeds=2`: each training is that of its seed alone, and a killed one goes on."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from faults.compare import different_parts
-from helpers.commands import REPO, SMALL, run_python
+from helpers.commands import CHECKPOINTS, REPO, SMALL, run_python
 from helpers.report_material import page_of
 
 from ghibli.evaluation.gain import gain_over_seeds
@@ -18,7 +19,7 @@ STEPS = 20  # batches of one training: 2 epochs of 5 optimiser steps of 2
 
 
 def overrides(images: Path, folder: Path, *more: str) -> list[str]:
-    return [*SMALL, f"data.root={images}", "data.draw=null", f"hydra.run.dir={folder}", *more]
+    return [*SMALL, *CHECKPOINTS, f"data.root={images}", "data.draw=null", f"hydra.run.dir={folder}", *more]
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +32,25 @@ def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
+@pytest.fixture(scope="module")
+def killed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both trainings of `seeds=2`, killed in the second one."""
+    place = tmp_path_factory.mktemp("killed")
+    folder, member = place / "run", place / "run+seed=1"
+    words = overrides(images, folder, "seeds=2")
+    done = run_python(str(REPO / "tests" / "helpers" / "killed.py"), "training_step", str(STEPS + 7), *words)
+    assert done.returncode == -9, done.stderr
+    assert (folder / "adapter").exists() and member.exists() and not (member / "adapter").exists()
+    return place
+
+
 @pytest.mark.parametrize("again", ["command", "first", "member"])
 def test_killed_in_the_second_training_it_goes_on_to_the_same_result(
-    alone: list[Path], images: Path, tmp_path: Path, again: str
+    alone: list[Path], killed: Path, images: Path, tmp_path: Path, again: str
 ) -> None:
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     folder, member = tmp_path / "run", tmp_path / "run+seed=1"
     words = overrides(images, folder, "seeds=2")
-    killed = run_python(
-        str(REPO / "tests" / "helpers" / "killed.py"), "training_step", str(STEPS + 7), *words
-    )
-    assert killed.returncode == -9, killed.stderr
-    assert (folder / "adapter").exists() and member.exists() and not (member / "adapter").exists()
     words = {"command": words, "first": [f"resume={folder}"], "member": [f"resume={member}"]}[again]
     done = run_python(str(REPO / "train.py"), *words)
     assert done.returncode == 0, done.stderr

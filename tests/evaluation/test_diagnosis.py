@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.commands import CACHE
+from helpers.commands import CACHE, CHECKPOINTS
 
 import train
 from ghibli.data import latents
@@ -26,7 +26,8 @@ from ghibli.training.loggers.dashboard import DashboardLogger
 from ghibli.training.loggers.wandb_logger import WandbDashboard
 from ghibli.training.module import GhibliModule
 
-QUIET = ("sample.every_n_epochs=0", "early_stopping.patience=null", "data.batch_size=4", "data.accumulate=1")
+QUIET = ("early_stopping.patience=null", "data.batch_size=4", "data.accumulate=1")
+COARSE = "model.resolution=64"  # where no number is looked at
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_a_healthy_run_has_no_finding(findings: Callable, capsys: pytest.Capture
 
 @pytest.mark.slow
 def test_noise_schedule(findings: Callable, capsys: pytest.CaptureFixture) -> None:
-    found = findings("experiment=slides_asrun", "trainer.max_epochs=1", "data.epochs=1")
+    found = findings("experiment=slides_asrun", "trainer.max_epochs=1", "data.epochs=1", COARSE)
     seen = (
         "at timestep 500 the base expects noise with an amplitude of 0.851 and this training gives it 0.960"
     )
@@ -168,7 +169,7 @@ def test_learning_rate_too_low(findings: Callable) -> None:
 
 @pytest.mark.slow
 def test_an_adapter_without_effect(findings: Callable) -> None:
-    found = findings("trainer.max_epochs=1", "optimizer.lr=1e-30")
+    found = findings("trainer.max_epochs=1", "optimizer.lr=1e-30", COARSE)
     assert set(found) == {"no effect"}
 
 
@@ -235,7 +236,7 @@ def test_weights_in_16_bits(findings: Callable, monkeypatch: pytest.MonkeyPatch)
             weight.data = weight.data.bfloat16()
 
     monkeypatch.setattr(GhibliModule, "__init__", halved)
-    found = findings("trainer.max_epochs=1", "trainer.precision=bf16-mixed")
+    found = findings("trainer.max_epochs=1", "trainer.precision=bf16-mixed", COARSE)
     assert "the trained weights are bfloat16" in found["weights in 16 bits"]
 
 
@@ -255,7 +256,7 @@ def test_a_loss_that_is_not_finite_names_the_image(
 
     monkeypatch.setattr(GhibliModule, "training_step", broken)
     with pytest.raises(UserError, match="step 2: the loss is not finite for ") as caught:
-        findings("trainer.max_epochs=1")
+        findings("trainer.max_epochs=1", COARSE, *CHECKPOINTS)
     for name in names:
         assert f"{name} at timestep " in str(caught.value)
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
@@ -279,7 +280,7 @@ def test_scores_that_are_not_finite_end_the_run_and_name_the_image(
 
     monkeypatch.setattr(GhibliModule, "scores", broken)
     with pytest.raises(UserError, match=r"after epoch 1 the probe's loss is not finite for scene_\d+.png at"):
-        findings("trainer.max_epochs=1")
+        findings("trainer.max_epochs=1", COARSE)
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["findings"][0]["name"]) == ("failed", "not finite")
 
@@ -292,7 +293,7 @@ def test_a_base_with_scores_that_are_not_finite_is_refused(
     scores = GhibliModule.scores
     monkeypatch.setattr(GhibliModule, "scores", lambda *words: scores(*words) * torch.nan)
     with pytest.raises(UserError, match="the untouched base itself has a loss that is not finite"):
-        findings("trainer.max_epochs=1", f"cache_dir={tmp_path / 'cache'}")
+        findings("trainer.max_epochs=1", COARSE, f"cache_dir={tmp_path / 'cache'}")
 
 
 def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not(make_config: Callable, tmp_path: Path) -> None:

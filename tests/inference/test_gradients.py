@@ -11,6 +11,7 @@ from ghibli.diffusion.losses import loss_weights
 from ghibli.diffusion.process import guided_noise
 from ghibli.inference import gradients
 from ghibli.inference.gradients import Batch, HeldOut, Stage, held_out_loss, training_loss
+from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import groups_of, lr_factor
@@ -20,9 +21,21 @@ SETTINGS = ("lora.rank=2", f"lora.targets=[{BLOCK}.attn1.to_v,{BLOCK}.attn2.to_k
 CAPTIONS = ("a cat in a town", "a red train at night", "a girl by a lake", "a tree")
 
 
-def make_module(config: Config) -> GhibliModule:
+@pytest.fixture(scope="module")
+def model() -> BaseModel:
+    """A base that no test changes."""
+    return load("demo")
+
+
+@pytest.fixture
+def base(model: BaseModel) -> BaseModel:
+    """A base that may be changed."""
+    return deepcopy(model)
+
+
+def make_module(config: Config, base: BaseModel) -> GhibliModule:
     """A module whose adapters do something, in eval mode."""
-    module = GhibliModule(config, load("demo"), base_hash="x").eval()
+    module = GhibliModule(config, base, base_hash="x").eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.trainable.values():
@@ -56,9 +69,18 @@ def exact_loss(module: GhibliModule, batch: Batch, weighted: bool) -> float:
     return losses.mean().item()
 
 
-def slope(module: GhibliModule, direction: torch.Tensor, loss: Callable[[GhibliModule], float]) -> float:
+def widened(module: GhibliModule) -> GhibliModule:
+    """A copy in float64."""
+    wide = deepcopy(module).double()
+    wide.trainable = {name: dict(wide.named_parameters())[name] for name in module.trainable}  # of the copy
+    return wide
+
+
+def slope(
+    module: GhibliModule, wide: GhibliModule, direction: torch.Tensor, loss: Callable[[GhibliModule], float]
+) -> float:
     """The derivative of a loss along a direction of the trained weights: central differences in float64."""
-    wide, step = deepcopy(module).double(), 1e-4 / direction.norm().item()
+    step = 1e-4 / direction.norm().item()
 
     def at(factor: float) -> float:
         place = 0
@@ -69,29 +91,31 @@ def slope(module: GhibliModule, direction: torch.Tensor, loss: Callable[[GhibliM
                 place += parameter.numel()
         return loss(wide)
 
-    wide.trainable = {name: dict(wide.named_parameters())[name] for name in module.trainable}  # of the copy
     return (at(step) - at(-step)) / (2 * step)
 
 
 @pytest.mark.parametrize(
     "words", [(), ("loss.weighting=min_snr",), ("loss.guidance=3",)], ids=["plain", "weighted", "guided"]
 )
-def test_the_dot_products_are_derivatives(make_config: Callable[..., Config], words: tuple[str, ...]) -> None:
+def test_the_dot_products_are_derivatives(
+    make_config: Callable[..., Config], base: BaseModel, words: tuple[str, ...]
+) -> None:
     """Of the training loss along the held-out gradient, and of the held-out loss along anything."""
-    module = make_module(make_config(*SETTINGS, *words))
+    module = make_module(make_config(*SETTINGS, *words), base)
     weights = {name: p.detach().clone() for name, p in module.trainable.items()}
     count = sum(p.numel() for p in module.trainable.values())
     stage = Stage("best.ckpt", 1, weights, torch.ones(count), False)
     held_out, image = [items(module, 1), items(module, 2)], items(module, 3)
+    wide = widened(module)
     measured = HeldOut(module, [stage], held_out, lambda: None)
     (own,) = measured.blocks
     direction = torch.randn(count, generator=torch.Generator().manual_seed(5))
     for block, batch in enumerate(held_out):
-        expected = slope(module, direction, lambda wide, batch=batch: exact_loss(wide, batch, False))
+        expected = slope(module, wide, direction, lambda wide, batch=batch: exact_loss(wide, batch, False))
         assert (own[block] @ direction).item() == pytest.approx(expected, rel=1e-3)
     found, weighted = measured.products(image), "loss.weighting" in str(words)
     for block in range(2):
-        expected = slope(module, own[block], lambda wide: exact_loss(wide, image, weighted))
+        expected = slope(module, wide, own[block], lambda wide: exact_loss(wide, image, weighted))
         assert found.blocks[block].item() == pytest.approx(expected, rel=1e-3)
 
 
@@ -99,9 +123,11 @@ def one_item(batch: Batch, item: int) -> Batch:
     return {key: tensor[item : item + 1] for key, tensor in batch.items()}
 
 
-def test_checkpoints_add_up_each_with_its_weights_and_rates(make_config: Callable[..., Config]) -> None:
+def test_checkpoints_add_up_each_with_its_weights_and_rates(
+    make_config: Callable[..., Config], base: BaseModel
+) -> None:
     """Against autograd on the whole batch, and cosines of the stacked vectors in float64."""
-    module = make_module(make_config(*SETTINGS))
+    module = make_module(make_config(*SETTINGS), base)
     first = {name: p.detach().clone() for name, p in module.trainable.items()}
     second = {name: 0.5 * value for name, value in first.items()}
     count = sum(value.numel() for value in first.values())
@@ -132,11 +158,11 @@ def test_checkpoints_add_up_each_with_its_weights_and_rates(make_config: Callabl
     assert gradients.block_of(0, 20) == 0 and gradients.block_of(19, 20) == 7
 
 
-def test_step_sizes_are_those_of_adamw(make_config: Callable[..., Config]) -> None:
+def test_step_sizes_are_those_of_adamw(make_config: Callable[..., Config], base: BaseModel) -> None:
     """Against what torch's AdamW subtracts for a gradient that is small beside those before it."""
     words = ("optimizer.lr=1e-3", "optimizer.text_encoder_lr=2e-4", "optimizer.lora_plus=4")
     module = make_module(
-        make_config(*SETTINGS, *words, "optimizer.betas=[0.0,0.999]", "optimizer.weight_decay=0")
+        make_config(*SETTINGS, *words, "optimizer.betas=[0.0,0.999]", "optimizer.weight_decay=0"), base
     )
     options, trainable = module.double().config.optimizer, module.trainable
     optimizer = torch.optim.AdamW(
@@ -159,8 +185,11 @@ def test_step_sizes_are_those_of_adamw(make_config: Callable[..., Config]) -> No
     assert known
 
 
-def test_without_second_moments_the_rate_alone_counts(make_config: Callable[..., Config]) -> None:
-    module = make_module(make_config(*SETTINGS, "optimizer.name=torch.optim:NAdam", "optimizer.lr=1e-3"))
+def test_without_second_moments_the_rate_alone_counts(
+    make_config: Callable[..., Config], base: BaseModel
+) -> None:
+    config = make_config(*SETTINGS, "optimizer.name=torch.optim:NAdam", "optimizer.lr=1e-3")
+    module = make_module(config, base)
     groups = [{"params": [0], "lr": 1e-3}]
     sizes, known = gradients.step_sizes(module, [{"param_groups": groups, "state": {}}])
     assert not known and sizes.tolist() == pytest.approx([1e-3] * len(sizes))
@@ -177,9 +206,11 @@ def test_rates_are_summed_over_the_steps_of_a_stage(make_config: Callable[..., C
     assert sum(parts) == pytest.approx(sum(every)) and parts[0] == pytest.approx(sum(every[:12]))
 
 
-def test_held_out_images_are_scored_where_the_gain_is(make_config: Callable[..., Config]) -> None:
+def test_held_out_images_are_scored_where_the_gain_is(
+    make_config: Callable[..., Config], base: BaseModel
+) -> None:
     """A guided target trains cond to be uncond + 2 (noise - uncond): the noise is at a guidance of 1 / 2."""
-    module = make_module(make_config(*SETTINGS, "loss.guidance_target=2"))
+    module = make_module(make_config(*SETTINGS, "loss.guidance_target=2"), base)
     batch = items(module, 0)
     with torch.no_grad():
         uncond, cond, noise = module.branches(batch, 0.5, module.base_alphas_cumprod)

@@ -30,7 +30,7 @@ from ghibli.runtime.errors import UserError
 OPTIONS = RestyleOptions(0.5, "ddim", 3.0, 4, 1, "", 1.0, 64)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def base_alone() -> LoadedModel:
     return load_model([], ["model=demo", "data=demo"])
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ghibli.evaluation.layer_map import read_map
 from ghibli.evaluation.slimming import halves, lost_gain
 from ghibli.inference import layer_scorer, slim
 from ghibli.models.base import BaseModel
+from ghibli.models.load import load
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
@@ -48,6 +50,12 @@ def trained(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPat
     found = RunDir(tmp_path_factory.mktemp("slim") / "run")
     train.run(make_config(*SETTINGS), found)
     return found
+
+
+@pytest.fixture(scope="module")
+def model() -> BaseModel:
+    """A base that no test changes."""
+    return load("demo")
 
 
 @pytest.fixture(scope="module")
@@ -255,11 +263,11 @@ def test_no_adapter_without_a_bound_that_holds(
 
 @pytest.mark.parametrize("variant", ["dora", "lokr"])
 def test_both_files_of_a_kind_that_kohyas_layout_holds_otherwise(
-    variant: str, make_config: Callable[..., Config], base: BaseModel, tmp_path: Path
+    variant: str, make_config: Callable[..., Config], model: BaseModel, tmp_path: Path
 ) -> None:
     """Magnitudes one an output are whole differences there, and a LoKr's core is multiplied out."""
     config = make_config(f"lora.variant={variant}", "lora.rank=4", "lora.targets=[conv1]")
-    plain = load_base(config.model)
+    plain, base = model, deepcopy(model)
     lora.add_lora(base, config.lora, 0)
     for parameter in lora.trainable(base).values():
         parameter.data += 0.1

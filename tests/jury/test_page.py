@@ -21,19 +21,28 @@ def page(tmp_path: Path) -> Path:
     return ballot.write(tmp_path, ["one", "two"], prompts, pairs, drawn)
 
 
-@pytest.fixture(params=[390, 1280])
-def browser(request: pytest.FixtureRequest, page: Path, tmp_path: Path) -> Iterator[Any]:
+@pytest.fixture(scope="module", params=[390, 1280])
+def driver(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A browser of a phone's width, then one of a desk's."""
     driver = new_browser(request.param, 800)
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": request.param, "height": 800, "deviceScaleFactor": 1, "mobile": request.param < 500},
     )
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(driver: Any, page: Path, tmp_path: Path) -> Any:
+    """That browser at the page, without the votes of another test."""
     driver.execute_cdp_cmd(
         "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
     )
     driver.get(page.as_uri())
-    yield driver
-    driver.quit()
+    driver.execute_script("localStorage.clear()")
+    driver.refresh()
+    return driver
 
 
 def click(browser: Any, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from faults.compare import different_parts, rows_of
-from helpers.commands import run_python
+from helpers.commands import CHECKPOINTS, run_python
 from helpers.stand_in import StandIn, stop_at
 from peft import prepare_model_for_kbit_training
 from peft.tuners.lora import bnb as peft_bnb
@@ -34,7 +34,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="extra of this project
 
 BITS = (8, 4)
 ERROR = {8: 0.02, 4: 0.25}  # of the demo UNet's output, relative to its norm
-SHORT = ("trainer.max_epochs=1", "lora.rank=4", "lora.dropout=0.1", "sample.every_n_epochs=0")
+SHORT = ("trainer.max_epochs=1", "lora.rank=4", "lora.dropout=0.1", *CHECKPOINTS)
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import GRIDS
 
 from ghibli.config.registry import OPTIMIZERS
 from ghibli.config.schema import Config
 from ghibli.models import cost
 from ghibli.models.base import BaseModel
+from ghibli.models.load import load
 from ghibli.prepare import memory
 from ghibli.training.module import GhibliModule
 
@@ -50,3 +53,27 @@ def test_every_optimiser_has_its_own_need(
     assert (kept["adamw"], kept["adamw_schedulefree"], kept["prodigy"]) == (12, 12, 20)
     assert 4 < kept["adafactor"] < 6
     assert 4 + 2 < kept["adamw8bit"] <= 12
+
+
+def test_costs_are_measured_once_for_each_base_and_adapter(
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[dict[str, memory.Cost]] = []
+    measure = memory.measure_steps
+
+    def noted(module: GhibliModule) -> dict[str, memory.Cost]:
+        measured.append(measure(module))
+        return measured[-1]
+
+    monkeypatch.setattr(memory, "measure_steps", noted)
+
+    def costs(*words: str, cache: Path = tmp_path) -> dict[str, memory.Cost]:
+        config = make_config("lora.text_encoder=false", f"cache_dir={cache}", *words)
+        return memory.step_costs(GhibliModule(config, load("demo"), base_hash="tested"))
+
+    first = costs("lora.rank=4")
+    assert costs("lora.rank=4") == first == measured[0] and len(measured) == 1
+    assert costs("lora.rank=64")["train"].example > first["train"].example
+    assert costs("lora.rank=4", "lora.dropout=0")["train"].pixel < first["train"].pixel
+    assert costs("lora.rank=4", *GRIDS).keys() - first.keys() == {"decode"}
+    assert costs("lora.rank=4", cache=Path("/dev/null")) == first and len(measured) == 5

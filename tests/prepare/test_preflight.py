@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.commands import SMALL
+from helpers.commands import CACHE, CHECKPOINTS, GRIDS, SMALL
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -32,6 +32,9 @@ from ghibli.runtime import resources
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.resources import free_memory
 from ghibli.training.module import GhibliModule
+
+# Each word is composed alone where one is wrong.
+FEW = ("data.draw=null", "data.accumulate=2", "wandb.mode=disabled", f"cache_dir={CACHE}")
 
 
 @pytest.fixture
@@ -122,8 +125,8 @@ def test_the_command_prints_all_findings_and_fails_on_errors(
     ],
     ids=["spelling", "ranges", "places", "targets", "batch", "resume", "equals"],
 )
-def test_all_errors_at_once(check: Callable, words: list[str], messages: list[str]) -> None:
-    found = check(*words)
+def test_all_errors_at_once(images: Path, words: list[str], messages: list[str]) -> None:
+    found = preflight.check([*FEW, f"data.root={images}", *words])
     errors = [finding.text for finding in found if finding.level == "error"]
     assert [finding.level for finding in found[: len(errors)]] == ["error"] * len(errors)  # errors first
     assert len(errors) == len(messages)
@@ -419,7 +422,8 @@ def test_train_reports_errors_and_continues(
     disk = memory.estimate_disk
     monkeypatch.setattr(memory, "estimate_disk", lambda *a: needs.append(disk(*a)) or needs[0])
     monkeypatch.setattr(resources, "free_disk", lambda folder: 0)
-    config = make_config("trainer.max_epochs=2", "validation.max_images=2")
+    words = ("validation.max_images=2", "sample.samplers=[ddim]", "data.batch_size=4", *GRIDS, *CHECKPOINTS)
+    config = make_config(*words)
     train.run(config, RunDir(tmp_path))
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[:2] for line in said if line.startswith(("error", "warning", "note"))] == [

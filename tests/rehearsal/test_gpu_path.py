@@ -1,11 +1,13 @@
-"""A run at the real size of Stable Diffusion 1.5 on fake CUDA tensors: a wrong device or dtype fails.
+"""A run of Stable Diffusion 1.5 on fake CUDA tensors: a wrong device or dtype fails.
 
+The widths and the resolution are the real ones; of blocks and layers that repeat each other there is one.
 At the end one `.to(device)` after another is taken out of a copy of the code, and the rehearsal fails.
 """
 
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -23,15 +26,16 @@ from ghibli.config.schema import Config
 from ghibli.data import latents
 from ghibli.data.datamodule import GhibliDataModule
 from ghibli.data.latents import Moments
+from ghibli.demo.scenes.scene import FINETUNE_SEEDS, write_folder
 from ghibli.diffusion import samplers
 from ghibli.diffusion.samplers import Cell
 from ghibli.evaluation import features
 from ghibli.evaluation.features import FeatureExtractor
+from ghibli.models import sd15
 from ghibli.models.base import BaseModel
 from ghibli.models.load import load
 from ghibli.models.performance import shrink_frozen
 from ghibli.models.quantize import compute_in, quantize_frozen
-from ghibli.models.sd15 import TEXT_ENCODER, sd15_shapes
 from ghibli.prepare.fake_gpu import CUDA, FakeGpu, fake_gpu
 from ghibli.prepare.rehearsal import autocast, fake_base
 from ghibli.runs.folder import RunDir
@@ -43,16 +47,16 @@ from ghibli.training.trainer import make_callbacks
 
 SIZE = ("model.resolution=512", "data.batch_size=1", "data.accumulate=1", "lora.rank=32")
 SHORT = ("validation.max_images=1", "validation.items_per_image=1", "data.resize=squash")
-CLIP_L = {  # openai/clip-vit-large-patch14
-    "text_config": TEXT_ENCODER,
+CLIP_L = {  # openai/clip-vit-large-patch14, of whose layers only the first
+    "text_config": sd15.TEXT_ENCODER | {"num_hidden_layers": 2},
     "vision_config": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 16,
         "patch_size": 14, "image_size": 224,
     },
     "projection_dim": 768,
 }  # fmt: skip
 APPLY = torch.nn.Module._apply  # as it is without a fake GPU
-STEPS, EVERY = 20, 10  # rehearsed, and between two rows of metrics.csv
+STEPS, EVERY = 6, 3  # rehearsed, and between two rows of metrics.csv
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
 
 
@@ -98,7 +102,8 @@ def set_up(
 
     The later ones take the latents of the first, and with its precision the base's scores.
     """
-    cache = tmp_path_factory.mktemp("cache")
+    cache, few = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("few")
+    write_folder(few, "drawn", 4, FINETUNE_SEEDS.start)
     encode = GhibliDataModule._moments
     known: list[Moments] = []
 
@@ -109,8 +114,8 @@ def set_up(
 
     def make(*words: str, precision: str = "bf16-mixed") -> Rehearsed:
         folder = tmp_path_factory.mktemp("rehearsed")
-        config = make_config(*SIZE, *SHORT, f"cache_dir={cache}", *words)
-        base = fake_base(sd15_shapes(), gpu)
+        config = make_config(*SIZE, *SHORT, f"cache_dir={cache}", f"data.root={few}", *words)
+        base = fake_base(few_layers(), gpu)
         module: Any = GhibliModule(config, base, base_hash="rehearsed")
         data = GhibliDataModule(config, base, RunDir(folder), module.num_train_timesteps)
         trainer = stand_in(config, data, precision)
@@ -124,6 +129,22 @@ def set_up(
         return Rehearsed(module, data, trainer, gpu)
 
     return make
+
+
+def few_layers() -> BaseModel:
+    """SD 1.5 with one block and layer of each kind; the VAE keeps its four widths."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"layers_per_block": 1, **two_blocks(sd15.UNET)}.items():
+            patch.setitem(sd15.UNET, name, value)
+        patch.setitem(sd15.VAE, "layers_per_block", 1)
+        patch.setitem(sd15.TEXT_ENCODER, "num_hidden_layers", 2)
+        return sd15.sd15_shapes()
+
+
+def two_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A UNet's settings for its first and its last block alone."""
+    names = "block_out_channels", "down_block_types", "up_block_types"
+    return {name: (config[name][0], config[name][-1]) for name in names}
 
 
 def stand_in(config: Config, data: GhibliDataModule, precision: str) -> Any:
@@ -185,16 +206,19 @@ def test_compute_options(set_up: Callable[..., Rehearsed]) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_frozen_bits(make_config: Callable[..., Config], gpu: FakeGpu, bits: int) -> None:
-    """At the demo's size: bitsandbytes rounds real weights, and has fake kernels for the rest."""
+    """At the demo's widths: bitsandbytes rounds real weights, and has fake kernels for the rest."""
     pytest.importorskip("bitsandbytes", reason="extra of this project")
     with pytest.MonkeyPatch.context() as patch, _disable_current_modes():
         patch.setattr(torch.nn.Module, "_apply", APPLY)
         base = load("demo")
+        base.unet = UNet2DConditionModel.from_config({**base.unet.config, **two_blocks(base.unet.config)})
+        base.unet.requires_grad_(False)
         quantize_frozen(base, bits)
         add_lora(base, make_config("lora.rank=4").lora, 0)
     shrink_frozen(base, "bf16-mixed")
     compute_in(base, torch.bfloat16)
-    base.to(CUDA)
+    for part in base.adaptable.values():
+        part.to(CUDA)
     noise, timesteps = torch.zeros(1, 4, 8, 8).to(CUDA), torch.zeros(1, dtype=torch.long).to(CUDA)
     with autocast("bf16-mixed"):
         embeds = base.encode_prompts(base.tokenize(["a house"]).to(CUDA))
@@ -202,7 +226,7 @@ def test_frozen_bits(make_config: Callable[..., Config], gpu: FakeGpu, bits: int
     assert found.device == CUDA and found.requires_grad
 
 
-def test_twenty_steps_ask_nothing_of_the_gpu_but_where_they_log(
+def test_steps_ask_nothing_of_the_gpu_but_where_they_log(
     set_up: Callable[..., Rehearsed], tmp_path: Path
 ) -> None:
     """Neither .item(), .cpu(), bool() nor synchronize, with everything that listens to a step.
@@ -266,16 +290,21 @@ def light_unet(noisy: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torc
     return (found,) if "return_dict" in _ else found
 
 
-def drawn(base: BaseModel, sampler: str) -> torch.Tensor:
+def sampled(base: BaseModel, sampler: str, steps: int) -> torch.Tensor:
     plain_sample = inspect.unwrap(samplers.sample)  # without inference mode, which fakes do not follow
-    with torch.no_grad(), samplers.in_eval_mode(base), autocast("bf16-mixed"):
+    with torch.no_grad(), autocast("bf16-mixed"):
         return plain_sample(
-            base, ["a house"], Cell(sampler, 7.5), num_inference_steps=3, seeds=[0], resolution=512
+            base, ["a house"], Cell(sampler, 7.5), num_inference_steps=steps, seeds=[0], resolution=512
         )
 
 
+def drawn(base: BaseModel) -> torch.Tensor:
+    with samplers.in_eval_mode(base):
+        return sampled(base, "ddim", steps=2)
+
+
 def test_sampling(run: Rehearsed) -> None:
-    images = drawn(run.module.base, "ddim")
+    images = drawn(run.module.base)
     assert images.shape == (1, 3, 512, 512) and images.device.type == "cpu"
     assert next(run.module.base.vae.parameters()).device.type == "cpu"  # back at home
 
@@ -287,7 +316,7 @@ def test_the_samplers_own_arithmetic(run: Rehearsed, sampler: str, monkeypatch: 
     monkeypatch.setattr(base.unet, "forward", light_unet)
     monkeypatch.setattr(base.vae, "decode", lambda latents: SimpleNamespace(sample=latents[:, :3]))
     monkeypatch.setattr(base.text_encoder, "forward", light_text_encoder)
-    assert drawn(base, sampler).shape == (1, 3, 64, 64)
+    assert sampled(base, sampler, steps=3).shape == (1, 3, 64, 64)
 
 
 def light_text_encoder(input_ids: torch.Tensor, **_: Any) -> Any:
@@ -295,22 +324,32 @@ def light_text_encoder(input_ids: torch.Tensor, **_: Any) -> Any:
     return SimpleNamespace(last_hidden_state=embeds)
 
 
+@contextmanager
+def vae_on_gpu(base: BaseModel) -> Iterator[BaseModel]:
+    home = base.vae.device
+    base.vae.to(CUDA)
+    try:
+        yield base
+    finally:
+        base.vae.to(home)
+
+
 @pytest.fixture
-def extract(run: Rehearsed, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Evaluates three images of 512 px as `ghibli evaluate` does, with CLIP's real size."""
+def extract(run: Rehearsed, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Evaluates three images of 512 px as `ghibli evaluate` does, with CLIP's real widths."""
     for name in ("weights_hash", "part_hash"):
         monkeypatch.setattr(f"ghibli.evaluation.features.{name}", lambda part: "rehearsed")
-    with gpu.all_fake():
-        clip = CLIPModel(CLIPConfig(**CLIP_L)).eval()
-    monkeypatch.setattr("ghibli.evaluation.features.load_clip", lambda name: (clip, CLIPImageProcessor()))
+
+    def load_clip(name: str) -> tuple[CLIPModel, CLIPImageProcessor]:
+        with gpu.all_fake():
+            return CLIPModel(CLIPConfig(**CLIP_L)).eval(), CLIPImageProcessor()
 
     def measure(config: Config) -> dict[str, torch.Tensor]:
-        return FeatureExtractor(config, run.module.base).measure(torch.zeros(3, 3, 512, 512), ["a house"] * 3)
+        with vae_on_gpu(run.module.base) as base:
+            return FeatureExtractor(config, base).measure(torch.zeros(3, 3, 512, 512), ["a house"] * 3)
 
-    home = run.module.base.vae.device
-    run.module.base.vae.to(CUDA)
-    yield measure
-    run.module.base.vae.to(home)
+    monkeypatch.setattr("ghibli.evaluation.features.load_clip", load_clip)
+    return measure
 
 
 def test_features_and_caption_fit(
@@ -355,11 +394,12 @@ def encodes_captions(run: Rehearsed, extract: Callable[..., Any], images: Path) 
 
 
 def draws(run: Rehearsed, extract: Callable[..., Any], images: Path) -> None:
-    drawn(run.module.base, "ddim")
+    drawn(run.module.base)
 
 
 def encodes(run: Rehearsed, extract: Callable[..., Any], images: Path) -> None:
-    latents.encode(run.module.base, sorted(images.rglob("*.png"))[:1], resolution=512, resize="squash")
+    with vae_on_gpu(run.module.base) as base:
+        latents.encode(base, sorted(images.rglob("*.png"))[:1], resolution=512, resize="squash")
 
 
 def evaluates(run: Rehearsed, extract: Callable[..., Any], images: Path) -> None:

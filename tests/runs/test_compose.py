@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -36,8 +37,9 @@ def names_in(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+@cache
 def composed(*overrides: str, conf: Path = CONF) -> Config:
-    """Return the settings that `train.py` would train with."""
+    """Return the settings that `train.py` would train with; tests only read them."""
     register()
     with initialize_config_dir(str(conf), version_base="1.3"):
         return to_config(compose("train", overrides=list(overrides)))

@@ -159,6 +159,8 @@ def killed_at_start(here: Path, body: str) -> None:
     script = (
         "import os, sys, time; from pathlib import Path; from ghibli.runs import queue\n"
         f"queue.ROOT = Path({str(here / 'code')!r}); runs = queue.Queue(); start = queue.subprocess.Popen\n"
+        "def wait_for_status():\n"
+        "    while not any(Path('outputs/train').glob('*/status.json')):\n        time.sleep(0.01)\n"
         f"def killed(*words, **options):\n    {body}\n    os.kill(os.getpid(), 9)\n"
         "queue.subprocess.Popen = killed; runs.add(['seed=1']); runs.add(['seed=2']); runs.advance()"
     )
@@ -172,7 +174,7 @@ def killed_at_start(here: Path, body: str) -> None:
     [
         "pass",
         "start(*words, **options)",  # it still loads
-        "start(*words, **options); time.sleep(3)",  # it has its lock
+        "start(*words, **options); wait_for_status()",  # it has its lock
         "Path('end').touch(); start(*words, **options).wait()",  # it is over
     ],
 )

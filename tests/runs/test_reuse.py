@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from faults.compare import different_parts
-from helpers.commands import REPO, SMALL
+from helpers.commands import CHECKPOINTS, REPO, SMALL
 from helpers.stand_in import QUICK, StandIn, stop_at
 
 import train
@@ -23,7 +23,7 @@ from ghibli.runs.repeats import planned_seeds, repetition
 from ghibli.runtime.errors import UserError
 from ghibli.training.module import GhibliModule
 
-ONE_EPOCH = (*QUICK, "trainer.max_epochs=1")
+ONE_EPOCH = (*QUICK, *CHECKPOINTS, "trainer.max_epochs=1")
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def test_holm_is_the_papers_step_down(experiments: ModuleType) -> None:
 def test_every_run_of_every_part_has_settings_that_are_accepted(experiments: ModuleType) -> None:
     """No part fails at its last run after an hour."""
     guided = [(*experiments.GUIDED, *words) for words in experiments.UNCONDITIONAL.values()]
-    for words in (*experiments.LOSSES.values(), *guided,
+    for words in {*experiments.LOSSES.values(), *guided,
                   *experiments.MISTAKES.values(), *(words for words, _ in experiments.KINDS.values()),
-                  ("loss.guidance_target=7.5",), ("lora.variant=rslora", "lora.alpha=16")):  # fmt: skip
+                  ("loss.guidance_target=7.5",), ("lora.variant=rslora", "lora.alpha=16")}:  # fmt: skip
         experiments.compose_config([*experiments.QUIET, *words])

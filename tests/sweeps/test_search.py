@@ -198,7 +198,7 @@ def test_rungs() -> None:
 @pytest.mark.slow
 def test_halving_extends_the_best_third_and_is_exact(words: list[str], tmp_path: Path) -> None:
     """The survivor equals a run that never stopped, the others end after an epoch; a rerun trains nothing."""
-    common = ["optimizer.schedule=constant", "sample.every_n_epochs=0", "trainer.max_epochs=3"]
+    common = ["optimizer.schedule=constant", "trainer.max_epochs=3"]
     common += ["early_stopping.patience=null"]
     line = [*words, *common, "optimizer.lr=1e-6,1e-4,2e-3", "sweep.halving=true"]
     python_sweep(*line)
@@ -221,7 +221,7 @@ def test_halving_extends_the_best_third_and_is_exact(words: list[str], tmp_path:
 
 @pytest.mark.slow
 def test_the_best_are_repeated_with_other_seeds(words: list[str], capsys: pytest.CaptureFixture) -> None:
-    fast = ["sample.every_n_epochs=0", "trainer.max_epochs=1", "lora.text_encoder=false"]
+    fast = ["trainer.max_epochs=1", "lora.text_encoder=false"]
     python_sweep(*words, *fast, "optimizer.lr=1e-6,2e-3", "sweep.repeats=1", "sweep.best=1")
     folder = grid.studies[0].folder
     (repeat,) = [path.name for path in folder.iterdir() if "+seed=" in path.name]
@@ -238,7 +238,7 @@ def test_unasked_the_best_are_repeated_where_the_second_is_close(
     """What is close, tests/sweeps/test_winner.py tells; trials this small differ by many errors."""
     if close:
         monkeypatch.setattr(repeats, "is_close", lambda trials: not seeded(trials))
-    fast = ["sample.every_n_epochs=0", "trainer.max_epochs=1", "lora.text_encoder=false"]
+    fast = ["trainer.max_epochs=1", "lora.text_encoder=false"]
     line = [*words, *fast, "optimizer.lr=1e-6,2e-3", "sweep.repeats=null"]
     for _ in range(2):  # the second time they are there
         python_sweep(*line)

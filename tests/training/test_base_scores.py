@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.commands import CHECKPOINTS
 
 import train
 from ghibli.data.folder import CaptionedImage
@@ -98,7 +99,7 @@ def probe_of(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[Probe
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GhibliModule, "scores", counting)
-            words = (f"data.root={root}", f"cache_dir={tmp_path / 'cache'}", "sample.every_n_epochs=0")
+            words = (f"data.root={root}", f"cache_dir={tmp_path / 'cache'}")
             train.run(make_config("finetune=none", *words, *overrides), run)
         module = seen["module"]
         names = [p.path.name for p in module.trainer.datamodule.probe_images]
@@ -178,11 +179,11 @@ def test_what_the_probe_costs_in_examples_through_the_unet(
         saves.append(module.trainer.global_step)
         save(module, checkpoint)
 
-    config = make_config("trainer.max_epochs=1", "sample.every_n_epochs=0")
-    train.run(config, RunDir(tmp_path / "first"))  # scores the base, once
+    config = make_config("trainer.max_epochs=1", *CHECKPOINTS)
+    train.run(make_config("finetune=none"), RunDir(tmp_path / "first"))  # scores the base, once
     monkeypatch.setattr(GhibliModule, "branches", count)
     monkeypatch.setattr(GhibliModule, "on_save_checkpoint", saving)
-    train.run(make_config("trainer.max_epochs=1", "sample.every_n_epochs=0"), RunDir(tmp_path / "second"))
+    train.run(config, RunDir(tmp_path / "second"))
     split = json.loads((tmp_path / "second" / "split.json").read_text())
     together = images_in_a_pass(config.model.resolution, config.validation.items_per_image)
     probed = -(-2 * len(split["val"]) // together) * together  # what fills up a pass counts too
@@ -219,7 +220,12 @@ def test_a_switched_off_adapter_gains_exactly_nothing(make_config: Callable, tmp
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GhibliModule, "on_validation_epoch_end", keep)
-        words = ("trainer.max_epochs=1", "sample.every_n_epochs=0", f"cache_dir={tmp_path / 'cache'}")
+        words = (
+            "trainer.max_epochs=1",
+            "data.batch_size=8",
+            "lora.rank=4",
+            f"cache_dir={tmp_path / 'cache'}",
+        )
         train.run(make_config(*words), RunDir(tmp_path / "run"))
     module = seen[0]
     assert module.probe.history[-1].val_gain.value != 0

@@ -83,7 +83,7 @@ def test_a_baseline_prints_the_loss_of_the_base(
 ) -> None:
     """The mean over held-out images, as probe.csv has it."""
     run = RunDir(tmp_path)
-    train.run(make_config("finetune=none", "sample.every_n_epochs=0"), run)
+    train.run(make_config("finetune=none"), run)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss ")]
     (row,) = read_rows(run.probe)
     assert f"loss     {float(row['probe/val_loss']):.4f} +- " in line

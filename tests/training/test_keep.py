@@ -1,6 +1,8 @@
 """loss.keep: the distance to the frozen base, which is the network itself with its adapter switched off."""
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,12 @@ from ghibli.training.module import GhibliModule
 STYLE = ", Studio Ghibli style"
 
 
+@cache
+def untouched() -> BaseModel:
+    """A base that never sees an adapter; tests only read it."""
+    return load("demo")
+
+
 def batch_of(base: BaseModel) -> dict:
     draws = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=draws)
@@ -38,7 +46,7 @@ def batch_of(base: BaseModel) -> dict:
 
 def module_of(config: Config, learned: float = 0.0) -> GhibliModule:
     """A module ready for a training step, its trained weights moved by some noise."""
-    module = GhibliModule(config, load("demo"), base_hash="tested")
+    module = GhibliModule(config, copy.deepcopy(untouched()), base_hash="tested")
     module.probe.expected = torch.ones(module.num_train_timesteps)
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -50,7 +58,7 @@ def module_of(config: Config, learned: float = 0.0) -> GhibliModule:
 @torch.no_grad()
 def fresh_prediction(batch: dict) -> torch.Tensor:
     """What a base that never saw an adapter predicts on the other captions."""
-    fresh, timesteps = load("demo"), batch["timesteps"]
+    fresh, timesteps = untouched(), batch["timesteps"]
     abar = make_scheduler("ddpm", fresh).alphas_cumprod
     noisy = add_noise(batch["latents"], batch["noise"], timesteps, abar)
     return fresh.unet(noisy, timesteps, fresh.encode_prompts(batch["keep_ids"]), return_dict=False)[0]
@@ -135,7 +143,7 @@ def test_who_listens_hears_what_is_added(make_config: Callable, monkeypatch: pyt
 
 def test_at_the_start_there_is_nothing_to_hold(make_config: Callable) -> None:
     """The adapter's B is zero: the term is exactly 0, and the step's loss that without it, to the bit."""
-    batch = batch_of(load("demo"))
+    batch = batch_of(untouched())
     plain = module_of(make_config("lora.dropout=0")).training_step(batch, 0)
     held = module_of(make_config("lora.dropout=0", "loss.keep=1")).training_step(batch, 0)
     assert held["train/keep"].item() == 0 and torch.equal(held["loss"], plain["loss"])
@@ -159,7 +167,7 @@ def test_a_full_fine_tuning_is_refused(make_config: Callable) -> None:
 
 @pytest.mark.parametrize("words", [(), ("lora.text_encoder=false",)], ids=["all", "frozen text encoder"])
 def test_a_run_has_its_column(make_config: Callable, tmp_path: Path, words: tuple[str, ...]) -> None:
-    more = ("loss.keep=0.5", "trainer.max_epochs=1", "sample.every_n_epochs=0", "optimizer.lr=5e-3")
-    train.run(make_config(*more, *words), RunDir(tmp_path))
+    more = ("loss.keep=0.5", "trainer.max_epochs=1", "optimizer.lr=5e-3", "data.batch_size=7")
+    train.run(make_config(*more, "data.accumulate=1", *words), RunDir(tmp_path))
     values = [float(row["train/keep"]) for row in read_rows(tmp_path / "metrics.csv")]
-    assert values[0] == 0 and all(value > 0 for value in values[1:])
+    assert len(values) == 3 and values[0] == 0 and all(value > 0 for value in values[1:])

@@ -1,7 +1,9 @@
 """The price: what the base was made for, scored beside held-out images, and what training does to it."""
 
+import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from faults.compare import different_parts
-from helpers.commands import CACHE
+from helpers.commands import CACHE, GRIDS
 
 import train
 from ghibli.config.schema import Config
@@ -24,8 +26,6 @@ from ghibli.runtime.files import read_rows
 from ghibli.training import price
 from ghibli.training.module import GhibliModule
 from ghibli.training.price import CELL, STEPS, price_items
-
-PRICED = ("validation.price_images=3", "sample.every_n_epochs=0", "trainer.max_epochs=1")
 
 
 def untouched(config: Config, base: BaseModel) -> Any:
@@ -121,17 +121,27 @@ def trained(config: Config, folder: Path) -> GhibliModule:
     return seen[-1]
 
 
+@pytest.fixture(scope="module")
+def priced(make_config: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[GhibliModule, Path, str]:
+    """A run of one epoch with a price: its module, its folder and what it printed."""
+    folder, said = tmp_path_factory.mktemp("priced"), io.StringIO()
+    words = ("validation.price_images=3", "trainer.max_epochs=1", "optimizer.lr=5e-3", "data.batch_size=4")
+    with redirect_stdout(said):
+        module = trained(make_config(*words), folder)
+    return module, folder, said.getvalue()
+
+
 def test_the_price_is_exactly_zero_before_training_and_with_the_adapter_off(
-    make_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+    priced: tuple[GhibliModule, Path, str],
 ) -> None:
-    module = trained(make_config(*PRICED, "optimizer.lr=5e-3"), tmp_path / "run")
+    module, folder, said = priced
     start, end = (probe.forgotten for probe in module.probe.history)
     assert (start.value, start.standard_error) == (0, 0)
     assert end.value != 0
-    assert f"), forgot {end.signed_size}\n" in capsys.readouterr().out
-    row = read_rows(tmp_path / "run" / "probe.csv")[-1]
+    assert f"), forgot {end.signed_size}\n" in said
+    row = read_rows(folder / "probe.csv")[-1]
     assert float(row["probe/price"]) == end.value and row["probe/price_groups"] == "2"
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    status = json.loads((folder / "status.json").read_text())
     assert (status["price"], status["price_se"]) == (end.value, end.standard_error)
 
     data = module.trainer.datamodule
@@ -146,9 +156,9 @@ def test_the_price_is_exactly_zero_before_training_and_with_the_adapter_off(
     assert torch.equal(off.price, off.base_price) and off.forgotten.value == 0
 
 
-def test_the_items_are_scored_as_by_a_fresh_base(make_config: Callable, tmp_path: Path) -> None:
+def test_the_items_are_scored_as_by_a_fresh_base(priced: tuple[GhibliModule, Path, str]) -> None:
     """The losses in the history's first row, by the formula in float64 on a base without any adapter."""
-    module = trained(make_config(*PRICED), tmp_path / "run")
+    module = priced[0]
     fresh, data = load("demo"), module.trainer.datamodule
     abar = module.base_alphas_cumprod.double()
     for row, batch in enumerate(data.price_batches):
@@ -164,7 +174,8 @@ def test_the_items_are_scored_as_by_a_fresh_base(make_config: Callable, tmp_path
 @pytest.mark.slow
 def test_measuring_it_changes_nothing_else(make_config: Callable, tmp_path: Path) -> None:
     """Weights, optimiser, loss column and grids to the bit; and the columns of probe.csv that both have."""
-    words = ("loss.caption_dropout=0.5", "lora.text_encoder=false")  # so that all captions are encoded before
+    words = (*GRIDS, "sample.samplers=[ddpm]", "sample.prompts=[A panda]", "trainer.max_epochs=1")
+    words += ("loss.caption_dropout=0.5", "lora.text_encoder=false")  # so all captions are encoded before
     for name, count in (("without", 0), ("with", 3)):
         config = make_config(*words, f"validation.price_images={count}", f"cache_dir={CACHE}")
         train.run(config, RunDir(tmp_path / name))
@@ -185,7 +196,7 @@ def test_it_grows_with_the_learning_rate(make_config: Callable, tmp_path: Path) 
     for rate in (1e-4, 5e-4, 2.5e-3):
         words = ("validation.price_images=28", "validation.items_per_image=4", "model.resolution=128")
         config = make_config(
-            *words, f"optimizer.lr={rate}", "trainer.max_epochs=3", "sample.every_n_epochs=0",
+            *words, f"optimizer.lr={rate}", "trainer.max_epochs=3",
             "data.batch_size=4", "data.accumulate=1", "early_stopping.patience=null",
         )  # fmt: skip
         prices.append(trained(config, tmp_path / str(rate)).probe.history[-1].forgotten)

@@ -168,7 +168,7 @@ def test_a_run_has_its_column_and_knows_its_images_again(
     """Beside images of other shapes too; another folder at the same place is refused."""
     words = (
         f"data.regularization={photos}", "data.resize=bucket", "lora.text_encoder=false",
-        "trainer.max_epochs=1", "sample.every_n_epochs=0",
+        "trainer.max_epochs=1", "data.batch_size=4",
     )  # fmt: skip
     run = RunDir(tmp_path / "run")
     train.run(make_config(*words), run)
@@ -185,7 +185,7 @@ def test_held_out_images_are_not_trained_beside(
     root = tmp_path / "set"
     write_folder(root, "drawn", 8, FINETUNE_SEEDS.start)
     words = (f"data.root={root}", "data.draw=null", f"data.regularization={photos}", "trainer.max_epochs=1")
-    config = make_config(*words, "data.batch_size=2", "data.accumulate=1", "sample.every_n_epochs=0")
+    config = make_config(*words, "data.batch_size=2", "data.accumulate=1", "lora.text_encoder=false")
     data = GhibliDataModule(config, None, RunDir(tmp_path / "run"), 1000)
     data.read()
     (held_out, *_) = data.held_out

@@ -42,7 +42,7 @@ def test_it_is_torchs_average_over_the_same_steps() -> None:
 @pytest.mark.slow
 def test_a_run_judges_and_keeps_the_average(make_config: Callable[..., Config], tmp_path: Path) -> None:
     """The checkpoint of the last epoch and the adapter hold the average; what trains is as without one."""
-    words = ("sample.every_n_epochs=0", "trainer.max_epochs=1", "lora.rank=4", "lora.text_encoder=false")
+    words = ("trainer.max_epochs=1", "lora.rank=4", "lora.text_encoder=false")
     config = make_config(*words, "optimizer.ema_decay=0.7")
     averaged, plain = RunDir(tmp_path / "averaged"), RunDir(tmp_path / "plain")
     train.run(config, averaged)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from faults.compare import different_parts, rows_of
-from helpers.commands import REPO, SMALL
+from helpers.commands import CHECKPOINTS, REPO, SMALL
 from helpers.stand_in import QUICK, StandIn, stop_at
 
 import train
@@ -34,7 +34,7 @@ from ghibli.training.optimizers import lr_factor
 
 @pytest.fixture(scope="module")
 def config(make_config: Callable[..., Config]) -> Config:
-    return make_config(*QUICK)
+    return make_config(*QUICK, *CHECKPOINTS)
 
 
 @pytest.fixture(scope="module")

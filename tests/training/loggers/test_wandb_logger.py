@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 import psutil
 import pytest
 import wandb
-from helpers.commands import run_python
+from helpers.commands import GRIDS, run_python
 from helpers.dashboards import use_all
 from helpers.wandb_files import environment, offline_records
 from wandb.sdk.wandb_setup import _WandbSetup
@@ -30,7 +30,7 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 def test_unreachable_server_means_offline_after_ten_seconds(train_py: Callable, tmp_path: Path) -> None:
     start = time.monotonic()
     done = train_py(
-        "wandb.mode=auto", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}",
+        "wandb.mode=auto", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}", warm=True,
         env=environment(WANDB_API_KEY=SECRET, WANDB_BASE_URL="http://127.0.0.1:9", OTHER_TOKEN=SECRET),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,8 @@ def test_unreachable_server_means_offline_after_ten_seconds(train_py: Callable, 
 
 @pytest.mark.slow
 def test_offline_run_holds_settings_curves_and_grids(train_py: Callable, tmp_path: Path) -> None:
-    done = train_py("wandb.mode=auto", f"hydra.run.dir={tmp_path}", env=environment(HOME=str(tmp_path)))
+    words = (*GRIDS, "sample.samplers=[ddim]", "wandb.mode=auto", f"hydra.run.dir={tmp_path}")
+    done = train_py(*words, warm=True, env=environment(HOME=str(tmp_path)))
     assert done.returncode == 0, done.stderr
     records = json.dumps(offline_records(tmp_path))
     for word in (
@@ -64,7 +65,8 @@ def test_offline_run_holds_settings_curves_and_grids(train_py: Callable, tmp_pat
 
 @pytest.mark.slow
 def test_online_without_a_login_is_refused(train_py: Callable, tmp_path: Path) -> None:
-    done = train_py("wandb.mode=online", f"hydra.run.dir={tmp_path}", env=environment(HOME=str(tmp_path)))
+    words = ("wandb.mode=online", f"hydra.run.dir={tmp_path}")
+    done = train_py(*words, warm=True, env=environment(HOME=str(tmp_path)))
     assert done.returncode == 2
     assert done.stderr.startswith("error: wandb.mode=online")
     assert len(done.stderr.splitlines()) == 1
