@@ -19,5 +19,5 @@ def advice(venv: Path) -> str:
 
 
 if find_spec(NEEDED) is None:
-    print(f"error: {sys.executable} has no package {NEEDED}: {advice(VENV)}", file=sys.stderr)
+    sys.stderr.write(f"error: {sys.executable} has no package {NEEDED}: {advice(VENV)}\n")
     sys.exit(2)
