@@ -538,6 +538,11 @@ class Config:
         return [*self.loss.terms, *(name for name, is_on in own.items() if is_on)]
 
     @property
+    def draws(self) -> bool:
+        """Whether a run samples images: grids, or what the base was made for."""
+        return self.sample.every_n_epochs > 0 or self.samples_price
+
+    @property
     def samples_price(self) -> bool:
         """Whether the base is sampled before training, for the price of what is trained."""
         asked = self.validation.price_images > 0 and self.finetune != "none"

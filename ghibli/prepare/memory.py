@@ -91,17 +91,12 @@ def latents_size(resolution: int, images: int, flip: bool = False) -> int:
     return (2 if flip else 1) * images * 2 * 4 * 4 * (resolution // 8) ** 2
 
 
-def draws(config: Config) -> bool:
-    """Return whether a run samples images: grids, or what the base was made for."""
-    return config.sample.every_n_epochs > 0 or config.samples_price
-
-
 def step_costs(module: GhibliModule) -> dict[str, Cost]:
     """Return the cost of each kind of step, kept in the cache for each base, adapter and code."""
     config = module.config
     key = {
         "base": module.results_key, "finetune": config.finetune, "lora": asdict(config.lora),
-        "frozen_bits": config.model.frozen_bits, "compute": asdict(config.compute), "draws": draws(config),
+        "frozen_bits": config.model.frozen_bits, "compute": asdict(config.compute), "draws": config.draws,
         "code": code_hash(),
     }  # fmt: skip
 
@@ -136,7 +131,7 @@ def measure_steps(module: GhibliModule) -> dict[str, Cost]:
                 "encode": measure_cost(lambda h, w: base.vae.encode(torch.zeros(1, 3, h, w)).latent_dist, 32),
                 "score": measure_cost(predict, 64),
             }
-            if draws(module.config):
+            if module.config.draws:
                 found["decode"] = measure_cost(lambda h, w: base.decode(latents(h, w)), 32)
         if module.trainable:
             module.unet.train()

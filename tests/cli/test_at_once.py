@@ -52,7 +52,6 @@ WITHOUT_TORCH = """
 import contextlib, io, json, runpy, sys
 root = sys.argv[1]
 sys.path.insert(0, root)
-import ghibli.runtime.installed  # finds torch
 sys.modules["torch"] = None  # importing it raises
 answers = {}
 for command in json.loads(sys.argv[2]):
