@@ -20,7 +20,7 @@ SMALL = (
     "trainer.log_every_n_steps=1", "validation.items_per_image=2", "validation.price_images=0",
     "wandb.mode=disabled", f"cache_dir={CACHE}",
 )  # fmt: skip
-GRIDS = ("sample.every_n_epochs=1",)  # which SMALL leaves out: a grid takes as long as an epoch
+GRIDS = ("sample.every_n_epochs=1",)  # which SMALL leaves out
 CHECKPOINTS = ("checkpoint.every_n_steps=2",)  # SMALL has those of the epochs only
 QUICK = ("trainer.max_epochs=1", "optimizer.lr=5e-3", "lora.rank=4", "lora.alpha=6")  # large steps
 
