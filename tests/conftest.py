@@ -101,6 +101,12 @@ def demo_is_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def model() -> BaseModel:
+    """The demo base, shared by tests that leave it as it is."""
+    return load("demo")
+
+
 @pytest.fixture
 def base() -> BaseModel:
     """A fresh demo base; tests may attach adapters to it."""

@@ -35,7 +35,6 @@ from ghibli.data.layouts import LAYOUTS, Layout, ListedImage
 from ghibli.diffusion.samplers import Cell, cells_of, draw_cells, make_scheduler, sample
 from ghibli.inference.request import ImageRequest, RestyleOptions
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 from ghibli.prepare import memory
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
@@ -61,11 +60,6 @@ def register() -> Iterator[Callable[..., None]]:
     for registry, name in used:
         registry.remove(name)
         assert name not in registry
-
-
-@pytest.fixture(scope="module")
-def demo() -> BaseModel:
-    return load("demo")
 
 
 # The registry itself
@@ -115,7 +109,9 @@ def test_what_the_entries_name_can_be_imported() -> None:
 # A toy of each
 
 
-def test_a_toy_sampler_draws(register: Callable, demo: BaseModel, make_config: Callable[..., Config]) -> None:
+def test_a_toy_sampler_draws(
+    register: Callable, model: BaseModel, make_config: Callable[..., Config]
+) -> None:
     with pytest.raises(UserError, match=r"sample.samplers=toy is unknown"):
         make_config("sample.samplers=[toy]")
     register(SAMPLERS, EULER)
@@ -123,7 +119,7 @@ def test_a_toy_sampler_draws(register: Callable, demo: BaseModel, make_config: C
     cells = cells_of(config.sample, 1)
     assert cells == [Cell("toy", 2), Cell("ddim", 2)]
     assert (cells[0].label, cells[0].short_label) == ("Toy  guidance 2", "Toy 2")
-    images = draw_cells(demo, config.sample, cells, 64)
+    images = draw_cells(model, config.sample, cells, 64)
     assert images.shape == (2, 2, 3, 64, 64)
     assert images.isfinite().all()
     assert images[:, 0].std() > 0.01
@@ -132,17 +128,17 @@ def test_a_toy_sampler_draws(register: Callable, demo: BaseModel, make_config: C
     assert RestyleOptions(0.5, "toy", 1.0, 4, 0, "", 1.0, 64).sampler == "toy"
 
 
-def test_the_loop_serves_a_sampler_that_scales_its_latents(register: Callable, demo: BaseModel) -> None:
+def test_the_loop_serves_a_sampler_that_scales_its_latents(register: Callable, model: BaseModel) -> None:
     """Euler on sigma is DDIM in other variables (Karras et al. 2022), but for the last step to abar = 1."""
     register(SAMPLERS, EULER)
     options = {"num_inference_steps": 50, "seeds": [3], "resolution": 64}
     toy, ddim, ddpm = (
-        sample(demo, ["a red train"], Cell(name, 1), **options) for name in ("toy", "ddim", "ddpm")
+        sample(model, ["a red train"], Cell(name, 1), **options) for name in ("toy", "ddim", "ddpm")
     )
     assert (toy - ddim).abs().mean() < 0.1 * (ddpm - ddim).abs().mean()
-    scheduler = make_scheduler("toy", demo)
+    scheduler = make_scheduler("toy", model)
     assert scheduler.config.beta_schedule == "scaled_linear"
-    assert scheduler.config.prediction_type == demo.prediction_type
+    assert scheduler.config.prediction_type == model.prediction_type
 
 
 def test_a_sampler_that_is_no_longer_registered_still_has_a_label() -> None:

@@ -17,7 +17,6 @@ from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.adapters.read import sort_keys
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 from ghibli.models.original import original_unet_layers
 from ghibli.runtime.errors import UserError
 
@@ -40,12 +39,6 @@ FILES = [
 ]  # fmt: skip
 MAY_BE_MISSING = (".alpha", ".dora_scale")  # without them, another adapter, as whole as this one
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    """A base that no test changes."""
-    return load("demo")
 
 
 def content_of(what: str, model: BaseModel, folder: Path) -> tuple[Tensors, dict[str, str]]:

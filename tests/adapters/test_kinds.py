@@ -18,18 +18,11 @@ from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.config.paths import ADAPTER_FILE
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"  # 64 inputs, 128 outputs
 CONV = "unet.down_blocks.1.resnets.0.conv1"
 ROWS = [*KINDS, "oft of PEFT"]
 Differences = dict[str, torch.Tensor]  # W' - W by layer, float64
-
-
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    """A base that no test changes."""
-    return load("demo")
 
 
 @pytest.fixture

@@ -18,18 +18,11 @@ from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.layers import Layer, same_update, to_factors
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"  # 64 inputs, 128 outputs
 CONV = "unet.down_blocks.1.resnets.0.conv1"
 CASES = [(kind, name) for kind in KINDS for name in (LINEAR, CONV) if "tucker" not in kind or name == CONV]
-
-
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    """A base that no test changes."""
-    return load("demo")
 
 
 def read(base: BaseModel, state: dict[str, torch.Tensor], folder: Path) -> Adapter:

@@ -21,7 +21,6 @@ from ghibli.config import schema
 from ghibli.config.paths import ADAPTER_FILE, DEMO
 from ghibli.config.schema import TEXT_ENCODER_TARGETS, LoraConfig
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -35,18 +34,6 @@ def options_of(**changes: object) -> LoraConfig:
         "text_encoder_targets": "attention", "variant": "lora", "init": None,
     }  # fmt: skip
     return LoraConfig(**(options | changes))
-
-
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    """A base that no test changes."""
-    return load("demo")
-
-
-@pytest.fixture
-def base(model: BaseModel) -> BaseModel:
-    """A base that may be changed."""
-    return deepcopy(model)
 
 
 def attach(base: BaseModel, seed: int = 0, **changes: object) -> BaseModel:

@@ -36,11 +36,6 @@ ATTENTION = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    return load("demo")
-
-
 @pytest.mark.parametrize("size", ["demo", "real"])
 def test_original_names_are_those_that_diffusers_converts(size: str, model: BaseModel) -> None:
     base = model

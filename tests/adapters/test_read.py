@@ -16,19 +16,12 @@ from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.layers import Full, LoKr
 from ghibli.adapters.names import kohya_name, named_layers
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
 
 BLOCK = "unet.mid_block.attentions.0.transformer_blocks.0"
 Q, K, CONV = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", "unet.down_blocks.1.resnets.0.conv1"
 TEXT = "text_encoder.encoder.layers.0.mlp.fc1"
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    """A base that no test changes."""
-    return load("demo")
 
 
 @pytest.fixture

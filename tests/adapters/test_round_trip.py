@@ -20,7 +20,6 @@ from ghibli.adapters.start import start_from
 from ghibli.adapters.subset import write_subset
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 
 RANK = 4
 BLOCK = "up_blocks.2.attentions.1.transformer_blocks.0"
@@ -33,12 +32,6 @@ PLACES = [
 ]
 VARIANTS = ("lora", "rslora", "dora", "loha", "lokr", "oft")
 PARTS = {"both": ("unet", "text_encoder"), "UNet": ("unet",), "text encoder": ("text_encoder",)}
-
-
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    """A base that no test changes."""
-    return load("demo")
 
 
 def options_of(variant: str, parts: tuple[str, ...]) -> LoraConfig:

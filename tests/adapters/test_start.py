@@ -15,17 +15,11 @@ from ghibli.adapters.files import Adapter, read_adapter
 from ghibli.adapters.names import named_layers
 from ghibli.adapters.start import check_same_shape, start_from
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 OF_TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_LAYERS = (*OF_TEXT, "fc1", "fc2")
-
-
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    return load("demo")
 
 
 def adapter_of(model: BaseModel, kinds: dict[str, str], folder: Path) -> Adapter:

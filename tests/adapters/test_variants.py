@@ -33,7 +33,6 @@ from ghibli.adapters.names import named_layers
 from ghibli.adapters.start import check_same_shape, start_from
 from ghibli.config.schema import LoraConfig
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -56,18 +55,6 @@ def options_of(variant: str, targets: list[str], **changes: object) -> LoraConfi
         "text_encoder": True, "text_encoder_targets": "attention", "variant": variant, "init": None,
     }  # fmt: skip
     return LoraConfig(**(options | changes))
-
-
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    """A base that no test changes."""
-    return load("demo")
-
-
-@pytest.fixture
-def base(model: BaseModel) -> BaseModel:
-    """A base that may be changed."""
-    return deepcopy(model)
 
 
 def trained(base: BaseModel, variant: str, targets: list[str]) -> BaseModel:

@@ -37,18 +37,11 @@ from ghibli.diffusion.samplers import (
 )
 from ghibli.images.grid import compose_grid, to_image
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 from ghibli.runtime.errors import UserError
 
 PROMPTS = ["a panda on top of a red train", "a girl standing in a greenhouse, Studio Ghibli style"]
 SEEDS = [7, 11]
 SIDE = 64
-
-
-@pytest.fixture(scope="module")
-def demo() -> BaseModel:
-    """The demo base, shared by tests that leave it as it is."""
-    return load("demo")
 
 
 @pytest.fixture(scope="module")
@@ -84,28 +77,28 @@ UNGUIDED = [("ddim", 1), ("euler_a", 1)]  # which all of them predict alike
 
 @pytest.mark.parametrize(("sampler", "guidance"), [*((name, 7.5) for name in PIPELINES), *UNGUIDED])
 def test_sample_is_the_stable_diffusion_pipeline(
-    demo: BaseModel, pipeline: StableDiffusionPipeline, sampler: str, guidance: float
+    model: BaseModel, pipeline: StableDiffusionPipeline, sampler: str, guidance: float
 ) -> None:
     scheduler, settings = PIPELINES[sampler]
-    pipeline.scheduler = scheduler.from_config(demo.scheduler_config, **settings)
+    pipeline.scheduler = scheduler.from_config(model.scheduler_config, **settings)
     expected = pipeline(
         PROMPTS, height=SIDE, width=SIDE, num_inference_steps=6, guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], output_type="pt",
     ).images  # fmt: skip
     cell = Cell(sampler, guidance)
-    ours = sample(demo, PROMPTS, cell, num_inference_steps=6, seeds=SEEDS, resolution=SIDE)
+    ours = sample(model, PROMPTS, cell, num_inference_steps=6, seeds=SEEDS, resolution=SIDE)
     assert ours.shape == (2, 3, SIDE, SIDE)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
     assert ours.std() > 0.01  # an image, not one colour that any sampler would give
 
 
-def test_sampler_guidance_prompt_and_seed_all_matter(demo: BaseModel) -> None:
+def test_sampler_guidance_prompt_and_seed_all_matter(model: BaseModel) -> None:
     """Otherwise the comparisons above would prove nothing."""
 
     def image(sampler: str, guidance: float, prompt: str, seed: int) -> torch.Tensor:
         return sample(
-            demo, [prompt], Cell(sampler, guidance), num_inference_steps=6, seeds=[seed], resolution=SIDE
+            model, [prompt], Cell(sampler, guidance), num_inference_steps=6, seeds=[seed], resolution=SIDE
         )
 
     reference = image("ddim", 7.5, PROMPTS[0], 7)
@@ -139,9 +132,9 @@ class FakeUnet(nn.Module):
 
 
 @pytest.fixture
-def fake(demo: BaseModel, monkeypatch: pytest.MonkeyPatch) -> BaseModel:
+def fake(model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> BaseModel:
     """The demo with the fake noise predictor and SD 1.5's schedule, showing latents as images."""
-    base = replace(demo, unet=FakeUnet(), scheduler_config=SCHEDULER)
+    base = replace(model, unet=FakeUnet(), scheduler_config=SCHEDULER)
     monkeypatch.setattr(base, "decode", lambda latents: latents)
     return base
 
@@ -204,9 +197,9 @@ def planned(steps: int) -> list[int]:
 
 @pytest.mark.parametrize("steps", LEADING + TRAILING)
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_timesteps_are_one_of_diffusers_spacings(demo: BaseModel, sampler: str, steps: int) -> None:
+def test_timesteps_are_one_of_diffusers_spacings(model: BaseModel, sampler: str, steps: int) -> None:
     """Whichever it is, diffusers' own scheduler is the authority for the numbers."""
-    ours = make_scheduler(sampler, with_scheduler(demo, SCHEDULER))
+    ours = make_scheduler(sampler, with_scheduler(model, SCHEDULER))
     set_timesteps(ours, steps)
     spacing = "leading" if steps in LEADING else "trailing"
     theirs = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler].from_config(
@@ -216,9 +209,9 @@ def test_timesteps_are_one_of_diffusers_spacings(demo: BaseModel, sampler: str, 
     assert torch.equal(ours.timesteps, theirs.timesteps)
 
 
-def test_every_number_of_steps_starts_near_the_top(demo: BaseModel) -> None:
+def test_every_number_of_steps_starts_near_the_top(model: BaseModel) -> None:
     """Nowhere is more missing than `leading` leaves by its design, two strides; often nothing is."""
-    scheduler = make_scheduler("ddim", with_scheduler(demo, SCHEDULER))
+    scheduler = make_scheduler("ddim", with_scheduler(model, SCHEDULER))
     for steps in range(1, 1001):
         scheduler.register_to_config(timestep_spacing="leading")
         set_timesteps(scheduler, steps)
@@ -229,15 +222,15 @@ def test_every_number_of_steps_starts_near_the_top(demo: BaseModel) -> None:
         set_timesteps(scheduler, 1001)
 
 
-def test_a_cache_of_older_images_is_not_used_where_the_timesteps_changed(demo: BaseModel) -> None:
-    base = with_scheduler(demo, SCHEDULER)
+def test_a_cache_of_older_images_is_not_used_where_the_timesteps_changed(model: BaseModel) -> None:
+    base = with_scheduler(model, SCHEDULER)
     assert [steps_key(base, steps) for steps in (30, 100, 400)] == [30, 100, "400 trailing"]
-    own = with_scheduler(demo, SCHEDULER | {"timestep_spacing": "trailing"})
+    own = with_scheduler(model, SCHEDULER | {"timestep_spacing": "trailing"})
     assert steps_key(own, 400) == 400
 
 
-def test_a_bases_own_spacing_stays(demo: BaseModel) -> None:
-    own = with_scheduler(demo, SCHEDULER | {"timestep_spacing": "linspace"})
+def test_a_bases_own_spacing_stays(model: BaseModel) -> None:
+    own = with_scheduler(model, SCHEDULER | {"timestep_spacing": "linspace"})
     scheduler = make_scheduler("ddim", own)
     set_timesteps(scheduler, 10)
     assert scheduler.timesteps.tolist() == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
@@ -270,9 +263,9 @@ def test_all_1000_steps_of_ddpm_use_the_published_betas(fake: BaseModel) -> None
 
 @pytest.mark.parametrize("steps", [7, 30, 334, 900])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_steps_in_float64_equal_the_formula_to_rounding(demo: BaseModel, sampler: str, steps: int) -> None:
+def test_steps_in_float64_equal_the_formula_to_rounding(model: BaseModel, sampler: str, steps: int) -> None:
     """The scheduler we make, with float64 numbers: no fp32 rounding hides a small difference."""
-    scheduler = make_scheduler(sampler, with_scheduler(demo, SCHEDULER))
+    scheduler = make_scheduler(sampler, with_scheduler(model, SCHEDULER))
     scheduler.alphas_cumprod = abar_of_sd15()
     scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     set_timesteps(scheduler, steps)
@@ -300,9 +293,9 @@ FILES = {
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_scheduler_is_sd15s_where_its_file_leaves_something_out(
-    demo: BaseModel, sampler: str, file: str
+    model: BaseModel, sampler: str, file: str
 ) -> None:
-    scheduler = make_scheduler(sampler, with_scheduler(demo, FILES[file]))
+    scheduler = make_scheduler(sampler, with_scheduler(model, FILES[file]))
     assert scheduler.config.clip_sample is False
     assert scheduler.config.steps_offset == 1
     assert scheduler.config.prediction_type == "epsilon"
@@ -318,12 +311,12 @@ def test_scheduler_is_sd15s_where_its_file_leaves_something_out(
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_scheduler_follows_what_a_base_says_itself(demo: BaseModel, sampler: str) -> None:
+def test_scheduler_follows_what_a_base_says_itself(model: BaseModel, sampler: str) -> None:
     own = {
         "beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction",
         "steps_offset": 0, "set_alpha_to_one": True, "timestep_spacing": "trailing",
     }  # fmt: skip
-    scheduler = make_scheduler(sampler, with_scheduler(demo, SCHEDULER | own))
+    scheduler = make_scheduler(sampler, with_scheduler(model, SCHEDULER | own))
     for name, value in own.items():
         if name in scheduler.config:
             assert scheduler.config[name] == value, name
@@ -331,18 +324,18 @@ def test_scheduler_follows_what_a_base_says_itself(demo: BaseModel, sampler: str
 
 
 @pytest.mark.parametrize("guidance", [0, 0.5, 7.5])
-def test_guidance_is_the_formula_at_every_scale(demo: BaseModel, guidance: float) -> None:
+def test_guidance_is_the_formula_at_every_scale(model: BaseModel, guidance: float) -> None:
     """uncond + w (cond - uncond), in a loop around diffusers' DDIM; its pipeline has no guidance below 1."""
     scheduler = DDIMScheduler.from_config(SCHEDULER)
     scheduler.set_timesteps(10)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.inference_mode():
-        cond, uncond = (demo.encode_prompts(demo.tokenize([text])) for text in (PROMPTS[0], ""))
+        cond, uncond = (model.encode_prompts(model.tokenize([text])) for text in (PROMPTS[0], ""))
         for t in scheduler.timesteps:
-            a, b = (demo.unet(latents, t[None], embeds).sample for embeds in (uncond, cond))
+            a, b = (model.unet(latents, t[None], embeds).sample for embeds in (uncond, cond))
             latents = scheduler.step(a + guidance * (b - a), t, latents).prev_sample
-        expected = demo.decode(latents)
-    base = with_scheduler(demo, SCHEDULER)
+        expected = model.decode(latents)
+    base = with_scheduler(model, SCHEDULER)
     cell = Cell("ddim", guidance)
     ours = sample(base, PROMPTS[:1], cell, num_inference_steps=10, seeds=[7], resolution=SIDE)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
@@ -413,10 +406,12 @@ def test_every_sampler_has_a_name_of_its_own() -> None:
 
 @pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("ddpm", "ddim", "lcm")])
-def test_noise_levels_fall_from_the_top_to_nought(demo: BaseModel, sampler: str, spacing: str | None) -> None:
+def test_noise_levels_fall_from_the_top_to_nought(
+    model: BaseModel, sampler: str, spacing: str | None
+) -> None:
     """For every number of steps that is accepted: as many levels, each lower than the one before."""
     own = {} if spacing is None else {"timestep_spacing": spacing}
-    base, abar = with_scheduler(demo, SCHEDULER | own), abar_of_sd15()
+    base, abar = with_scheduler(model, SCHEDULER | own), abar_of_sd15()
     levels = ((1 - abar) / abar).sqrt()
     for steps in (1, 2, 3, 5, 7, 20, 30, 61, 103, 333, 400, 501, 998, SAMPLERS[sampler].most_steps):
         scheduler = make_scheduler(sampler, base)
@@ -427,7 +422,7 @@ def test_noise_levels_fall_from_the_top_to_nought(demo: BaseModel, sampler: str,
         assert levels[-251] < sigmas[0] <= levels[-1] * 1.001, steps
 
 
-def test_euler_and_karras_have_the_noise_levels_of_other_programs(demo: BaseModel) -> None:
+def test_euler_and_karras_have_the_noise_levels_of_other_programs(model: BaseModel) -> None:
     """k-diffusion's get_sigmas and get_sigmas_karras, which A1111 and ComfyUI use, written out."""
     abar = abar_of_sd15()
     levels = ((1 - abar) / abar).sqrt()
@@ -436,17 +431,17 @@ def test_euler_and_karras_have_the_noise_levels_of_other_programs(demo: BaseMode
     at = 999 * (1 - rising)
     between = (1 - at % 1) * levels[at.floor().long()] + (at % 1) * levels[at.ceil().long()]
     for sampler, expected in (("euler", between), ("dpmpp_2m_karras", (high + rising * (low - high)) ** 7)):
-        scheduler = make_scheduler(sampler, with_scheduler(demo, SCHEDULER))
+        scheduler = make_scheduler(sampler, with_scheduler(model, SCHEDULER))
         set_timesteps(scheduler, 20)
         torch.testing.assert_close(scheduler.sigmas[:-1].double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_base_that_predicts_velocity(demo: BaseModel, sampler: str) -> None:
+def test_a_base_that_predicts_velocity(model: BaseModel, sampler: str) -> None:
     """The v that belongs to a base's eps gives the image that the eps gives."""
     options = {"num_inference_steps": 5, "seeds": [1], "resolution": SIDE}
-    unet, abar = demo.unet, abar_of_sd15().numpy()
-    scheduler = make_scheduler(sampler, demo)
+    unet, abar = model.unet, abar_of_sd15().numpy()
+    scheduler = make_scheduler(sampler, model)
     set_timesteps(scheduler, 5)
 
     class Velocity(nn.Module):
@@ -463,9 +458,9 @@ def test_a_base_that_predicts_velocity(demo: BaseModel, sampler: str) -> None:
 
     velocity = Velocity()
     velocity.register_parameter("device", nn.Parameter(torch.zeros(1)))
-    config = demo.scheduler_config | {"prediction_type": "v_prediction"}
-    other = replace(demo, unet=velocity, scheduler_config=config)
-    expected = sample(demo, ["a lake"], Cell(sampler, 1), **options)
+    config = model.scheduler_config | {"prediction_type": "v_prediction"}
+    other = replace(model, unet=velocity, scheduler_config=config)
+    expected = sample(model, ["a lake"], Cell(sampler, 1), **options)
     drawn = sample(other, ["a lake"], Cell(sampler, 1), **options)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
 
@@ -475,22 +470,22 @@ def test_a_base_that_predicts_velocity(demo: BaseModel, sampler: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "guidance"), [*((name, 7.5) for name in SAMPLERS), *UNGUIDED])
-def test_an_image_does_not_depend_on_its_neighbours(demo: BaseModel, sampler: str, guidance: float) -> None:
+def test_an_image_does_not_depend_on_its_neighbours(model: BaseModel, sampler: str, guidance: float) -> None:
     options = {"num_inference_steps": 4, "resolution": SIDE}
     cell = Cell(sampler, guidance)
-    together = sample(demo, PROMPTS, cell, seeds=SEEDS, **options)
-    swapped = sample(demo, PROMPTS[::-1], cell, seeds=SEEDS[::-1], **options)
+    together = sample(model, PROMPTS, cell, seeds=SEEDS, **options)
+    swapped = sample(model, PROMPTS[::-1], cell, seeds=SEEDS[::-1], **options)
     alone = torch.cat(
-        [sample(demo, [p], cell, seeds=[s], **options) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+        [sample(model, [p], cell, seeds=[s], **options) for p, s in zip(PROMPTS, SEEDS, strict=True)]
     )
     for other in (alone, swapped.flip(0)):  # to a quarter of a grey level; rounding makes up to 2e-4
         torch.testing.assert_close(together, other, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_same_seed_twice_is_bit_equal(demo: BaseModel, sampler: str) -> None:
+def test_the_same_seed_twice_is_bit_equal(model: BaseModel, sampler: str) -> None:
     def draw() -> torch.Tensor:
-        return sample(demo, PROMPTS, Cell(sampler, 7.5), num_inference_steps=3, seeds=SEEDS, resolution=SIDE)
+        return sample(model, PROMPTS, Cell(sampler, 7.5), num_inference_steps=3, seeds=SEEDS, resolution=SIDE)
 
     first = draw()
     torch.manual_seed(99)  # the global generator has no say
@@ -526,17 +521,17 @@ def test_a_run_trained_with_guidance_w_is_also_drawn_at_its_own_scale(make_confi
 
 
 def test_draw_cells_is_sample_with_the_rows_seed_in_every_cell(
-    demo: BaseModel, make_config: Callable[..., Config]
+    model: BaseModel, make_config: Callable[..., Config]
 ) -> None:
     config = make_config("sample.seed=40", "sample.num_inference_steps=2").sample
     cells = [Cell("ddpm", 1), Cell("ddim", 7.5)]
-    demo.unet.train()
-    images = draw_cells(demo, config, cells, SIDE)
-    assert demo.unet.training
-    demo.unet.eval()
+    model.unet.train()
+    images = draw_cells(model, config, cells, SIDE)
+    assert model.unet.training
+    model.unet.eval()
     assert images.shape == (2, 2, 3, SIDE, SIDE)
     for c, cell in enumerate(cells):
-        expected = sample(demo, config.prompts, cell, num_inference_steps=2, seeds=[40, 41], resolution=SIDE)
+        expected = sample(model, config.prompts, cell, num_inference_steps=2, seeds=[40, 41], resolution=SIDE)
         assert torch.equal(images[:, c], expected)
 
 

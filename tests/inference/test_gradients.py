@@ -12,25 +12,12 @@ from ghibli.diffusion.process import guided_noise
 from ghibli.inference import gradients
 from ghibli.inference.gradients import Batch, HeldOut, Stage, held_out_loss, training_loss
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import groups_of, lr_factor
 
 BLOCK = "attentions.0.transformer_blocks.0"
 SETTINGS = ("lora.rank=2", f"lora.targets=[{BLOCK}.attn1.to_v,{BLOCK}.attn2.to_k]", "lora.dropout=0.5")
 CAPTIONS = ("a cat in a town", "a red train at night", "a girl by a lake", "a tree")
-
-
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    """A base that no test changes."""
-    return load("demo")
-
-
-@pytest.fixture
-def base(model: BaseModel) -> BaseModel:
-    """A base that may be changed."""
-    return deepcopy(model)
 
 
 def make_module(config: Config, base: BaseModel) -> GhibliModule:

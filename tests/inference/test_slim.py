@@ -29,7 +29,6 @@ from ghibli.evaluation.layer_map import read_map
 from ghibli.evaluation.slimming import halves, lost_gain
 from ghibli.inference import layer_scorer, slim
 from ghibli.models.base import BaseModel
-from ghibli.models.load import load
 from ghibli.runs.folder import RunDir
 from ghibli.runs.settings import finished_config
 from ghibli.runtime.errors import UserError
@@ -50,12 +49,6 @@ def trained(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPat
     found = RunDir(tmp_path_factory.mktemp("slim") / "run")
     train.run(make_config(*SETTINGS), found)
     return found
-
-
-@pytest.fixture(scope="module")
-def model() -> BaseModel:
-    """A base that no test changes."""
-    return load("demo")
 
 
 @pytest.fixture(scope="module")
