@@ -9,6 +9,7 @@ from ghibli.adapters.start import VARIANTS_OF, why_not
 from ghibli.config.schema import TARGETS, TEXT_ENCODER_TARGETS
 from ghibli.models.base import BaseModel
 from ghibli.runtime.commands import command_here, path_setting
+from ghibli.runtime.wording import number_of
 
 
 def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) -> list[str]:
@@ -18,7 +19,7 @@ def describe_adapter(adapter: Adapter, base: BaseModel, overrides: list[str]) ->
         base: what it was read for.
         overrides: of train.py, which chose that base.
     """
-    what = f"{' and '.join(adapter.kinds)} of {len(adapter.layers)} layers"
+    what = f"{' and '.join(adapter.kinds)} of {number_of(len(adapter.layers), 'layer')}"
     numbers = [
         f"{name} {', '.join(map(format_number, values))}"
         for name, values in (("rank", adapter.ranks), ("alpha", adapter.alphas))

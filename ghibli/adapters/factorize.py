@@ -17,6 +17,7 @@ from ghibli.adapters.names import named_layers
 from ghibli.adapters.request import Size
 from ghibli.models.base import BaseModel
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.wording import number_of
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # B (out, r) and A (r, inputs), float64
 
@@ -33,7 +34,8 @@ class Reworked:
         ranks = sorted({layer.rank for layer in self.layers.values() if layer.rank is not None})
         sizes = f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "whole differences"
         sizes = f"rank {ranks[0]}" if len(ranks) == 1 else sizes
-        return f"{len(self.layers)} layers, {sizes}, {100 * self.kept:.4g} % of the update's squared norm"
+        layers, kept = number_of(len(self.layers), "layer"), f"{100 * self.kept:.4g} %"
+        return f"{layers}, {sizes}, {kept} of the update's squared norm"
 
 
 def resize(adapter: Adapter, base: BaseModel, size: Size) -> Reworked:

@@ -12,6 +12,7 @@ from ghibli.runtime.console import console, counted
 from ghibli.runtime.errors import UserError, require_folder
 from ghibli.runtime.files import require_target
 from ghibli.runtime.terminal import one_line
+from ghibli.runtime.wording import number_of
 
 demo = typer.Typer(no_args_is_help=True, help="The embedded demo.")
 app.add_typer(demo, name="demo")
@@ -40,7 +41,7 @@ def draw_command(
     with counted("drawing") as on_progress:
         write_folder(folder, look, count, seed, size=size, on_progress=on_progress)
     command = command_here("python", "train.py", "data=ghibli", path_setting("data.root", folder))
-    console.print(f"{count} {look} images in {quoted(str(folder))}: {command}")
+    console.print(f"{number_of(count, f'{look} image')} in {quoted(str(folder))}: {command}")
 
 
 @app.command("check")
@@ -128,7 +129,9 @@ def caption_command(
         console.print(one_line(f"images: {summarise(result.skipped, elsewhere='')}"), style="yellow")
     if result.written:
         existing = f"{result.already_captioned} already had one"
-        console.print(one_line(f"{len(result.written)} captions written to {result.table}; {existing}"))
+        console.print(
+            one_line(f"{number_of(len(result.written), 'caption')} written to {result.table}; {existing}")
+        )
         for name, caption in list(result.written.items())[:5]:
             console.print(one_line(f"  {name}: {caption}"))
     elif not result.skipped:

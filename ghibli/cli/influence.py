@@ -12,6 +12,7 @@ from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.console import console, full_width, relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.terminal import one_line
+from ghibli.runtime.wording import number_of
 
 if TYPE_CHECKING:
     from ghibli.evaluation.influence import Influences
@@ -91,7 +92,7 @@ def closing_lines(found: "Influences", share: float, folder: str) -> list[str]:
         "held-out images at some noise"
     ]
     if left:
-        lines.append(f"left     {left} images: the same command goes on with them")
+        lines.append(f"left     {number_of(left, 'image')}: the same command goes on")
     lines.append(f"files    {quoted(f'{folder}/influence.csv')}, influence.png: both rankings")
     file = f"{folder}/influence_exclude.txt"
     if not found.listed:

@@ -24,6 +24,7 @@ from ghibli.runtime.console import console, relative_path
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import require_target
 from ghibli.runtime.terminal import one_line
+from ghibli.runtime.wording import number_of
 
 MOST_MODELS = 8
 BYTES = 10**6  # of an image in the page, at most, about
@@ -87,7 +88,9 @@ def jury_command(
     of_base = [word for word in overrides if not word.startswith("sample.prompts=")]  # those are read above
     drawn = ballot.draw(named, of_base, request, guidance=guidance, size=request.size if size else None)
     page = ballot.write(folder, named, request.prompts, planned, drawn)
-    console.print(f"ballot   {relative_path(page)}: {len(planned)} pairs; send it to people, or open it")
+    console.print(
+        f"ballot   {relative_path(page)}: {number_of(len(planned), 'pair')}; send it to people, or open it"
+    )
     console.print(f"         keep {relative_path(page.with_suffix('.key.json'))}, which says who drew what")
     console.print(f"count    {counting_command(folder)}")
 

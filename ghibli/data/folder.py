@@ -30,6 +30,7 @@ from ghibli.images.read import Size, Unusable, check_image, say_once, without_wa
 from ghibli.runtime.errors import UserError, require_folder
 from ghibli.runtime.home import expanded
 from ghibli.runtime.terminal import one_line as one_line_of
+from ghibli.runtime.wording import number_of
 
 NO_CAPTION = "it has no caption"
 LONGEST_CAPTION = 2**20  # bytes of such a file
@@ -125,7 +126,7 @@ def read_folder(
     if len(images) < 2:
         reasons = summarise(unusable, elsewhere="") + (f"; not read: {others}" if others else "")
         raise UserError(
-            f"{key}={root}: {len(images) or 'no'} usable image{'' if len(images) == 1 else 's'}, "
+            f"{key}={root}: {number_of(len(images), 'usable image') if images else 'no usable images'}, "
             f"at least 2 are needed (one to train on, one to hold out); {reasons}"
         )
     return ImageFolder(images, unusable, others)
@@ -185,9 +186,10 @@ def enter_and_list(root: Path, key: str = "data.root") -> tuple[Path, list[Liste
                 elif image.caption not in (None, first.caption):
                     unused.append(image.name)
             if unused:
+                more = " and others" if len(unused) > 3 else ""
                 say_once(
-                    f"{root}: {len(unused)} captions of {name} are not used, as another table has others for "
-                    f"{', '.join(unused[:3])}{' and others' if len(unused) > 3 else ''} (docs/data.md)"
+                    f"{root}: {number_of(len(unused), 'caption')} of {name} left unused, as another table "
+                    f"has others for {', '.join(unused[:3])}{more} (docs/data.md)"
                 )
     except OSError as error:
         raise UserError(f"{key}={root} cannot be read: {error}") from error
@@ -218,7 +220,7 @@ def repeated_folders(names: list[str]) -> str:
     """Return kohya's folders among images in words: `10_name/ (12 images, each 10 times in an epoch)`."""
     counts = Counter(name.partition("/")[0] for name in names if repeats_of(name) > 1)
     folders = [
-        f"{folder}/ ({count} images, each {repeats_of(f'{folder}/')} times in an epoch)"
+        f"{folder}/ ({number_of(count, 'image')}, each {repeats_of(f'{folder}/')} times in an epoch)"
         for folder, count in sorted(counts.items())
     ]
     return ", ".join(folders[:5]) + (f" and {len(folders) - 5} more" if len(folders) > 5 else "")

@@ -20,6 +20,7 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import LONGEST_NAME
 from ghibli.runtime.registry import Registry
 from ghibli.runtime.terminal import one_line
+from ghibli.runtime.wording import number_of
 
 SUBFOLDERS = ("images", "trainB_ghibli", "dataset/trainB_ghibli")  # the last two: the Kaggle set
 PHOTOGRAPHS = "trainA"  # of the Kaggle set, which are not trained on and not missed
@@ -197,12 +198,14 @@ def not_read(root: Path, listed: Iterable[ListedImage], several: Collection[Path
     if folders:
         most = [f"{name or 'the top folder'} ({count})" for name, count in sorted(folders.items())]
         more = f" and {len(most) - 5} more folders" if len(most) > 5 else ""
-        parts.append(f"{sum(folders.values())} images in {', '.join(most[:5])}{more}")
+        parts.append(f"{number_of(sum(folders.values()), 'image')} in {', '.join(most[:5])}{more}")
     if links:
-        parts.append(f"{len(links)} links to folders ({', '.join(links[:3])})")
+        parts.append(f"{number_of(len(links), 'link')} to folders ({', '.join(links[:3])})")
     if several:
         names = sorted(path.name for path in several)
-        parts.append(f"later images of {len(several)} files with several ({', '.join(names[:3])})")
+        parts.append(
+            f"later images of {number_of(len(several), 'file')} with several ({', '.join(names[:3])})"
+        )
     return one_line(", ".join(parts))
 
 

@@ -13,6 +13,7 @@ import torch
 from ghibli.config.schema import Config
 from ghibli.diffusion.process import usual_guidance
 from ghibli.evaluation.gain import Probe, best_epoch, paired_difference, paired_gain
+from ghibli.runtime.wording import number_of
 
 EPOCHS_TO_LEARN = 3  # a learning rate that fits shows in the first epoch; three leave a margin
 NOTHING = 0.001  # a gain below this is nothing, even if it is significantly above zero
@@ -198,9 +199,10 @@ def no_learning(history: list[Probe], rate: float) -> Finding | None:
         return None
     return Finding(
         "no learning",
-        f"after {len(history) - 1} epochs the gain since the start is {percent_text(gain.value)} +- "
-        f"{percent_text(error)}, which is nothing: the learning rate is too low, or captions and images do "
-        f"not match; try optimizer.lr={3 * rate:.2g}, and check the captions in data.root",
+        f"after {number_of(len(history) - 1, 'epoch')} the gain since the start is "
+        f"{percent_text(gain.value)} +- {percent_text(error)}, which is nothing: the learning rate is too "
+        f"low, or captions and images do not match; try optimizer.lr={3 * rate:.2g}, and check the captions "
+        "in data.root",
     )
 
 

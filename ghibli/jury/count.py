@@ -15,6 +15,7 @@ from ghibli.jury.preference import Preference, Votes, anytime_factor, fit, votes
 from ghibli.runs.folder import RunDir
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_plain
+from ghibli.runtime.wording import number_of
 
 LARGEST = 2**22  # bytes of a file of votes, or of a key
 OUTCOMES = {"left": 1.0, "right": 0.0, "same": 0.5}
@@ -147,7 +148,8 @@ def count(files: Sequence[Path], key: Key) -> list[str]:
     pairs = len(np.unique(votes.item))
     lines = [
         *ballots.notes,
-        f"{len(votes)} votes of {ballots.voters} voter{'s' * (ballots.voters > 1)} on {pairs} pairs",
+        f"{number_of(len(votes), 'vote')} of {number_of(ballots.voters, 'voter')} on "
+        f"{number_of(pairs, 'pair')}",
         "",
     ]
     order = np.argsort(-found.strengths)

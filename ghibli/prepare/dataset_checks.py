@@ -11,6 +11,7 @@ import numpy as np
 from ghibli.data.folder import NO_CAPTION, CaptionedImage, ImageFolder, summarise
 from ghibli.evaluation.diagnosis import Finding
 from ghibli.images.duplicates import near_duplicates
+from ghibli.runtime.wording import number_of
 
 STUTTER = re.compile(r"\b(\w+(?: \w+){0,3})(?:\W+\1\b){2,}", re.IGNORECASE)  # a phrase three times in a row
 MAX_SHARED_CAPTIONS = 0.5  # share of images with another image's caption above which captions teach little
@@ -156,8 +157,8 @@ def moved_to_training(moved: dict[CaptionedImage, CaptionedImage]) -> Finding | 
     examples = first_few(f"{image.name} like {other.name}" for image, other in moved.items())
     return Finding(
         "near-duplicates",
-        f"{len(moved)} images that would be held out are near-duplicates of a training image and are trained "
-        f"on with it: {examples}",
+        f"{number_of(len(moved), 'image')} trained on, not held out, as near-duplicates of a training image: "
+        f"{examples}",
         "note",
     )
 

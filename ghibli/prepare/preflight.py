@@ -32,6 +32,7 @@ from ghibli.runs.compose import check_overrides, conf_folder
 from ghibli.runs.folder import RunDir
 from ghibli.runtime import resources
 from ghibli.runtime.errors import UserError, disk_trouble
+from ghibli.runtime.wording import number_of
 from ghibli.training.callbacks.checkpoints import CleanStop
 from ghibli.training.module import GhibliModule
 from ghibli.training.optimizers import lr_factor
@@ -297,8 +298,8 @@ def about_plan(data: GhibliDataModule, trainer: L.Trainer) -> list[Finding]:
     rates = ", ".join(f"{rate(share):.3g} at {100 * share:.0f} %" for share in (0, 0.25, 0.5, 0.75, 1))
     text = (
         f"{images_in_words(data)}, batch size {batch_size} x accumulation {accumulate} x "
-        f"{devices} device{'s' * (devices > 1)}: {steps} optimiser steps per epoch, {trainer.max_epochs} "
-        f"epochs, {total} steps; learning rate {rates}"
+        f"{number_of(devices, 'device')}: {number_of(steps, 'optimiser step')} per epoch, "
+        f"{number_of(trainer.max_epochs, 'epoch')}, {number_of(total, 'step')}; learning rate {rates}"
     )
     found = [Finding("plan", text, "note")]
     if options.warmup_steps >= total:

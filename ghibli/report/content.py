@@ -36,8 +36,9 @@ from ghibli.runs.compose import check_overrides
 from ghibli.runs.resume import chosen_groups
 from ghibli.runs.settings import as_yaml, differences, relevant_settings
 from ghibli.runtime.commands import command_line
+from ghibli.runtime.wording import number_of
 from ghibli.sweeps.costs import COSTS, cost_rows
-from ghibli.sweeps.effects import Effect, effects, number_of, seed_noise
+from ghibli.sweeps.effects import Effect, effects, seed_noise
 from ghibli.sweeps.ranking import COLUMNS, visible_columns
 from ghibli.sweeps.trials import varied
 

@@ -13,7 +13,8 @@ from ghibli.evaluation.seeds import over_seeds
 from ghibli.report.run_data import RunData, gain_of, price_of, timestep_gains
 from ghibli.report.svg import tag
 from ghibli.runtime.commands import command_line, resume_words
-from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, number_of, repeated_trials
+from ghibli.runtime.wording import number_of
+from ghibli.sweeps.effects import Effect, SeedNoise, gain_difference, repeated_trials
 from ghibli.sweeps.trials import Trial
 from ghibli.sweeps.winner import winner_lines
 

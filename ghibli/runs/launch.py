@@ -40,6 +40,7 @@ from ghibli.runs.repeats import planned_seeds, refuse_change_of_one, repetition,
 from ghibli.runs.resume import resumed_config
 from ghibli.runs.reuse import require_free, require_same_trial
 from ghibli.runtime.errors import UserError, one_line_errors
+from ghibli.runtime.wording import number_of
 
 MULTIRUN = ("-m", "--multirun")
 
@@ -150,7 +151,7 @@ def check_job(cfg: Any) -> None:
             run = run_to_resume(cfg.resume)
             if cfg.resume == "latest":
                 done = run.status.read().get("epoch") or 0
-                logger.info(f"latest   {run.path}: {run.status.state}, {done} epochs done")
+                logger.info(f"latest   {run.path}: {run.status.state}, {number_of(done, 'epoch')} done")
             config = resumed_here(run, cfg, cfg.hydra.overrides)
             check_places(config)
             reject_seeds_outside(config)

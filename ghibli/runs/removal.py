@@ -9,6 +9,7 @@ from ghibli.runs.find import require_there
 from ghibli.runs.folder import BY_LIBRARIES, FILES, FOLDERS, RunDir
 from ghibli.runtime.commands import list_hint
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.wording import number_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Removal:
     def summary(self, done: bool) -> str:
         """Say in one line what goes, or went, and what stays."""
         verb = "deleted" if done else "would delete"
-        text = f"{verb} {self.run.path}: {len(self.files)} files, {self.size / 1e6:.1f} MB"
+        text = f"{verb} {self.run.path}: {number_of(len(self.files), 'file')}, {self.size / 1e6:.1f} MB"
         if self.others:
             names = ", ".join(path.name for path in self.others[:3])
             text += f"; what no run writes stays: {names}{' ...' if len(self.others) > 3 else ''}"

@@ -12,6 +12,7 @@ import torch
 
 from ghibli.evaluation.gain import Gain, paired_gain
 from ghibli.runs.settings import as_yaml
+from ghibli.runtime.wording import number_of
 from ghibli.sweeps.trials import Trial, setting_values, varied
 
 
@@ -64,11 +65,6 @@ class Effect:
             return ""
         least, most = 100 * min(self.each), 100 * max(self.each)
         return f" from {least:+.2f} to {most:+.2f} (mean +- {100 * self.error_over_pairs:.2f} over pairs)"
-
-
-def number_of(count: int, noun: str) -> str:
-    """Format a count with its noun: `1 pair`, `2 pairs`."""
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def effects(trials: list[Trial]) -> list[Effect]:

@@ -28,6 +28,7 @@ from ghibli.runs.monitor import in_words
 from ghibli.runs.reuse import is_of_a_run
 from ghibli.runtime.commands import path_setting, quoted
 from ghibli.runtime.errors import UserError, one_line_errors
+from ghibli.runtime.wording import number_of
 from ghibli.sweeps.jobs import Stopwatch, Timed, Work, past_runs, progress, seconds_left
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def announcement(cfg: Any, overrides: list[str], plan: list[PlannedTrial], past:
     of = f" of grid={cfg.hydra.runtime.choices.grid}, over {', '.join(given)}" if given else ""
     time = time_in_all([trial.work for trial in plan], past)
     return [
-        f"{len(plan)} trials{of}: {epochs} epochs in all; {time}",
+        f"{number_of(len(plan), 'trial')}{of}: {number_of(epochs, 'epoch')} in all; {time}",
         "to train others, sweep something yourself, such as lora.rank=4,8; Ctrl-C stops, the same command "
         "goes on",
     ]

@@ -26,6 +26,7 @@ from ghibli.evaluation.gain import Probe, best_epoch, paired_difference
 from ghibli.runs.find import all_runs
 from ghibli.runs.folder import RunDir, read_checkpoint
 from ghibli.runtime.errors import UserError
+from ghibli.runtime.wording import number_of
 from ghibli.sweeps.grid import settings_and_folder
 from ghibli.sweeps.jobs import PAST_RUNS, Stopwatch, Work, progress
 
@@ -168,13 +169,14 @@ def announcement(epochs: list[int], histories: list[list[Probe]]) -> list[str]:
     """Say how many comparisons there may be, and how many held-out images a difference needs."""
     count, spread = comparisons(epochs), spread_of(histories)
     lines = [
-        f"{len(epochs)} trials, {sum(epochs)} epochs at most; up to {count} comparisons, each at a chance of "
-        f"{ALPHA / count:.2g} to stop a trial that is not behind, {ALPHA:g} for all"
+        f"{number_of(len(epochs), 'trial')}, {number_of(sum(epochs), 'epoch')} at most; up to "
+        f"{number_of(count, 'comparison')}, each at a chance of {ALPHA / count:.2g} to stop a trial that is "
+        f"not behind, {ALPHA:g} for all"
     ]
     if spread is None:
         return [*lines, "how many held-out images a difference needs is known after two runs of these images"]
     needs = " and ".join(
-        f"{images_needed(points, spread, ALPHA / count)} for {points} point{'s' * (points != 1)}"
+        f"{images_needed(points, spread, ALPHA / count)} for {number_of(points, 'point')}"
         for points in POINTS
     )
     return [
@@ -217,7 +219,8 @@ def race(trials: list[list[str]], train: Train) -> None:
     trained = sum(max(0, len(history_of(run)) - 1) for _, run in planned)
     stopped = sum(run.status.state == "interrupted" for _, run in planned)
     logger.info(
-        f"raced: {stopped} of {len(planned)} trials stopped, {trained} of {sum(epochs)} epochs trained"
+        f"raced: {stopped} of {number_of(len(planned), 'trial')} stopped, {trained} of "
+        f"{number_of(sum(epochs), 'epoch')} trained"
     )
 
 

@@ -16,6 +16,7 @@ from ghibli.runs.reuse import require_same_trial_except_epochs
 from ghibli.runtime.commands import install_command
 from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import read_rows
+from ghibli.runtime.wording import number_of
 from ghibli.sweeps.grid import PlannedTrial, Study, StudyRequest, settings_and_folder, time_in_all
 from ghibli.sweeps.jobs import Timed, Work
 
@@ -65,7 +66,10 @@ def announcement(request: StudyRequest, plan: list[PlannedTrial], past: list[Tim
     count = request.settings.search or 0
     works = [plan[at % len(plan)].work for at in range(count)]
     keys = ", ".join(override.get_key_element() for override in request.free)
-    return f"{count} trials over {keys}; {time_in_all(works, past)}; Ctrl-C stops, the same command goes on"
+    return (
+        f"{number_of(count, 'trial')} over {keys}; {time_in_all(works, past)}; Ctrl-C stops, the same "
+        "command goes on"
+    )
 
 
 def halving_announcement(plan: list[PlannedTrial], past: list[Timed]) -> str:
@@ -80,8 +84,8 @@ def halving_announcement(plan: list[PlannedTrial], past: list[Timed]) -> str:
         parts.append(f"{left} until epoch {rung}")
         left, done = math.ceil(left / REDUCTION), rung
     return (
-        f"{len(plan)} trials: {', '.join(parts)}; {time_in_all(works, past)}; Ctrl-C stops, the same command "
-        "goes on"
+        f"{number_of(len(plan), 'trial')}: {', '.join(parts)}; {time_in_all(works, past)}; Ctrl-C stops, "
+        "the same command goes on"
     )
 
 
@@ -245,7 +249,7 @@ def successive_halving(trials: list[list[str]], train: Train) -> None:
         require_same_trial_except_epochs(config, run)
     for rung in rungs(*epochs):
         logger.info("")
-        logger.info(f"{len(survivors)} trials until epoch {rung}")
+        logger.info(f"{number_of(len(survivors), 'trial')} until epoch {rung}")
         gains = [train_until(overrides, rung, train) for overrides in survivors]
         order = np.argsort([math.inf if math.isnan(gain) else -gain for gain in gains], kind="stable")
         survivors = [survivors[index] for index in order[: math.ceil(len(survivors) / REDUCTION)]]

@@ -7,7 +7,8 @@ import torch
 
 from ghibli.evaluation.gain import Gain, gain_over_seeds, paired_difference, paired_gain
 from ghibli.evaluation.statistics import crossed_mean
-from ghibli.sweeps.effects import number_of, settings_key, without_duplicates
+from ghibli.runtime.wording import number_of
+from ghibli.sweeps.effects import settings_key, without_duplicates
 from ghibli.sweeps.trials import Trial
 
 FEWEST_IMAGES = 8  # held out; in halves of fewer than four nothing is chosen

@@ -21,6 +21,7 @@ from ghibli.runtime.errors import UserError
 from ghibli.runtime.files import write_text
 from ghibli.runtime.provenance import now
 from ghibli.runtime.resources import peak_memory
+from ghibli.runtime.wording import number_of
 from ghibli.training.callbacks.checkpoints import load_weights
 from ghibli.training.loggers.dashboard import DashboardLogger
 from ghibli.training.session import Training
@@ -110,7 +111,8 @@ def headline(training: Training) -> str:
         return "measured the untouched base (finetune=none): nothing was trained"
     trainer = training.trainer
     what = describe(training.config)
-    return f"trained  {what}, {trainer.global_step} steps, {trainer.current_epoch} epochs"
+    steps, epochs = number_of(trainer.global_step, "step"), number_of(trainer.current_epoch, "epoch")
+    return f"trained  {what}, {steps}, {epochs}"
 
 
 def base_loss_line(training: Training) -> str:

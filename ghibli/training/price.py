@@ -28,6 +28,7 @@ from ghibli.models.base import BaseModel, part_hash
 from ghibli.runtime.cache import cached
 from ghibli.runtime.console import counted
 from ghibli.runtime.resources import device_name
+from ghibli.runtime.wording import number_of
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def sampled(module: Untouched, captions: list[str]) -> torch.Tensor:
         NotFinite: NaN or inf in one of them.
     """
     logger.info(
-        f"sampling {len(captions)} images of the base, once, to measure what training costs it: "
+        f"sampling {number_of(len(captions), 'image')} of the base, once, to measure what training costs it: "
         "validation.price_images=0 leaves this out"
     )
     with (

@@ -220,7 +220,7 @@ def test_the_base_of_a_run_is_the_one_that_it_was_trained_from(base: BaseModel, 
         assert file.exists() is not refused
         run.status.update(base_hash=weights_hash(base))
         said = typed("merge", run.path, *demo, "--to", run.path / "ok.safetensors")
-        assert f"1 layers, {'whole differences' if refused else 'rank 3'}, 100 %" in said
+        assert f"1 layer, {'whole differences' if refused else 'rank 3'}, 100 %" in said
 
 
 @pytest.mark.parametrize(

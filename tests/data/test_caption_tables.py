@@ -105,7 +105,7 @@ def test_captions_of_a_second_table_are_named(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,other\nb.png,two\n")
     assert captions(tmp_path, "captions.txt", "a.png|one\nb.png|two\n") == {"a.png": "one", "b.png": "two"}
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 captions of metadata.csv are not used, as another table has others for a.png" in said
+    assert "1 caption of metadata.csv left unused, as another table has others for a.png" in said
 
 
 def test_windows_paths_are_found(tmp_path: Path) -> None:

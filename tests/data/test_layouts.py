@@ -48,7 +48,7 @@ def test_kohya_s_folders_are_entered_with_their_repeats(tmp_path: Path) -> None:
         "10_ghibli style/2.png": ("ghibli style, in ink", 10),
         "2_other/0.png": ("a house, in ink", 2),
     }
-    assert folder.not_read == "1 images in 0_unused/ (1)"
+    assert folder.not_read == "1 image in 0_unused/ (1)"
     photos = {
         photo.path.relative_to(tmp_path).as_posix(): photo.prompt
         for photo in find_photos([tmp_path], None, ", in ink")

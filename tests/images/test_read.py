@@ -309,10 +309,10 @@ def test_later_images_of_a_file_and_links_to_folders_are_named(
     folder = read(root, caption="x")
     assert len(folder.images) == 6
     assert folder.not_read == (
-        "1 links to folders (more/), later images of 4 files with several (gif.gif, png.png, tif.tif)"
+        "1 link to folders (more/), later images of 4 files with several (gif.gif, png.png, tif.tif)"
     )
     found = find_photos([root], "a cat", "")
-    assert len(found) == 6 and "1 links to folders (more/)" in " ".join(capsys.readouterr().out.split())
+    assert len(found) == 6 and "1 link to folders (more/)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_a_folder_of_nothing_that_is_read_says_what_it_holds(tmp_path: Path) -> 
     (tmp_path / "a.jxl").write_text("x")
     (tmp_path / "deep" / "er").mkdir(parents=True)
     write_image(tmp_path / "deep" / "er" / "a.png")
-    with pytest.raises(UserError, match=r"no images found \(but 1 .jxl, 1 images in deep/er/ \(1\)\)"):
+    with pytest.raises(UserError, match=r"no images found \(but 1 .jxl, 1 image in deep/er/ \(1\)\)"):
         read(tmp_path)
 
 

@@ -251,7 +251,7 @@ def test_a_copy_across_the_split_is_trained_on_and_named(tmp_path: Path, base: B
             break
     assert "near-duplicates" not in lint(tmp_path, base)
     text = lint(tmp_path, base, notes=True)["near-duplicates"]
-    assert text.startswith("1 images that would be held out")
+    assert text.startswith("1 image trained on, not held out")
     assert f"{original}.png like copy.jpg" in text
 
 
@@ -261,7 +261,7 @@ def test_other_files_are_a_warning(tmp_path: Path, base: BaseModel) -> None:
     (tmp_path / "old").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "old" / "a.png")
     said = lint(tmp_path, base)["not read"]
-    assert said.startswith("beside the 8 images there are 1 .mp4, 1 images in old/ (1), which are not read")
+    assert said.startswith("beside the 8 images there are 1 .mp4, 1 image in old/ (1), which are not read")
 
 
 # Memory and disk

@@ -127,7 +127,7 @@ def test_repeats_are_read_from_kohyas_folders(
     caplog.set_level("INFO")
     found = data._encode_regularization(data.read_regularization(), torch.device("cpu"))
     assert [found.names[row] for row in found.rows] == ["1_cat/it.png", *["3_dog/it.png"] * 3]
-    assert "data.regularization: 3_dog/ (1 images, each 3 times in an epoch)" in caplog.text
+    assert "data.regularization: 3_dog/ (1 image, each 3 times in an epoch)" in caplog.text
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])

@@ -143,7 +143,7 @@ class ResumeCheck(Callback):
         rate = f"stays at {old:g}" if old == new else f"jumps from {old:g} to {new:g} at the next step"
         stretched = "" if old == new else ", as its schedule is stretched over all epochs"
         logger.info(
-            f"{done} of {before} epochs are done; now {planned} are planned, so {planned - done} are to do"
+            f"{done} of {before} epochs done; now {planned} planned, so {planned - done} to do"
             f"{at_most(ended, stoppings(trainer))}"
         )
         logger.info(f"the learning rate {rate}{stretched}")

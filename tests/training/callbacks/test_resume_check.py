@@ -260,7 +260,7 @@ def test_grown_at_a_constant_rate_equals_planned_so(command: Callable[..., str],
     command(constant, f"hydra.run.dir={planned}")
     command(constant, "data.epochs=1", "trainer.max_epochs=1", f"hydra.run.dir={grown}")
     said = command(f"resume={grown}", "data.epochs=2")
-    assert "1 of 1 epochs are done; now 2 are planned, so 1 are to do" in said
+    assert "1 of 1 epochs done; now 2 planned, so 1 to do" in said
     assert "the learning rate stays at 0.0005" in said
     assert different_parts(planned, grown) == []
     assert files.from_yaml(grown / "config.yaml").trainer["max_epochs"] == 2
