@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from rich.traceback import Traceback
 
@@ -121,10 +121,27 @@ def make_bar() -> Progress:
 
 
 def full_width(table: Table) -> Table:
-    """Make the table as wide as its content: a pipe has 80 columns and would cut it."""
-    wide = PlainConsole(width=10_000)
-    table.width = Measurement.get(wide, wide.options, table).maximum
+    """Make the table as wide as its content: a pipe has 80 columns and would cut it.
+
+    On a narrower terminal the columns that may wrap do, between words; all others stay whole.
+    """
+    table.width = measure(table).maximum
+    excess = table.width - console.width
+    if console.is_terminal and excess > 0:
+        table.width -= min(excess, sum(spare_width(column) for column in table.columns if not column.no_wrap))
     return table
+
+
+def spare_width(column: Column) -> int:
+    """Return by how much a column gets narrower where its texts are broken between words."""
+    least, most = zip(*(measure(cell) for cell in (column.header, *column.cells)), strict=True)
+    return max(most) - max(least)
+
+
+def measure(renderable: RenderableType) -> Measurement:
+    """Measure the least and the full width of what is to be printed."""
+    wide = PlainConsole(width=10_000)
+    return Measurement.get(wide, wide.options, renderable)
 
 
 @contextmanager

@@ -62,7 +62,8 @@ def cost_table(trials: list[Trial]) -> Table | None:
         return None
     table = Table(title="costs", box=None, pad_edge=False, title_justify="left")
     for name in ("model", *COSTS):
-        table.add_column(name, justify="left" if name == "model" else "right")
+        is_name = name == "model"
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name)
     for name, values in rows:
         table.add_row(name, *values)
     return full_width(table)

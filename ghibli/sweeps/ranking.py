@@ -33,6 +33,7 @@ class Column:
     csv_cells: Callable[[Any], tuple[Any, ...]] = lambda value: (value,)  # one for each of csv_names
     align: str = "right"  # in the report; the terminal aligns everything left
     optional: bool = False  # hidden from a person if no trial has a value
+    folds: bool = False  # a text of words, broken between them on a narrow terminal
 
     @property
     def name(self) -> str:
@@ -93,6 +94,7 @@ COLUMNS = [
         text=str,
         align="left",
         optional=True,
+        folds=True,
     ),
 ]
 
@@ -107,13 +109,15 @@ def visible_columns(rows: list[dict[str, Any]]) -> list[Column]:
 
 
 def ranking_table(trials: list[Trial]) -> Table:
-    """Tabulate the ranking for the terminal, as wide as it needs to be."""
+    """Tabulate the ranking for the terminal; numbers and settings are never cut."""
     keys = varied(trials)
     rows = [{column.name: column.value(trial) for column in COLUMNS} for trial in trials]
     columns = visible_columns(rows)
     table = Table(box=None, pad_edge=False)
-    for title in ("", *keys, *(column.title for column in columns)):
+    for title in ("", *keys):
         table.add_column(title, no_wrap=True)
+    for column in columns:
+        table.add_column(column.title, no_wrap=not column.folds)
     for place, (trial, row) in enumerate(zip(trials, rows, strict=True), start=1):
         settings = [as_yaml(trial.settings.get(key)) for key in keys]
         texts = [column.text_of(row[column.name]) for column in columns]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from helpers.report_material import make_run, page_of
 from rich.console import Console
 
 from ghibli.runs.folder import RunDir
+from ghibli.runtime.console import PlainConsole
 from ghibli.sweeps import ranking
 from ghibli.sweeps.ranking import COLUMNS, Column
 from ghibli.sweeps.trials import Trial, read_trials
@@ -104,3 +106,22 @@ def test_the_table_is_not_cut_in_a_pipe(tmp_path: Path) -> None:
     lines = output.getvalue().splitlines()
     assert all(name in lines[0] for name in names)
     assert "failed: the disk is full" in lines[1]
+
+
+@pytest.mark.parametrize("width", [80, 30])
+def test_on_a_narrow_terminal_a_verdict_is_broken_between_words(
+    study: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """And all numbers stay whole, even where they alone take more than its width."""
+    reason, output = "its batch is larger than the image set", io.StringIO()
+    make_run(study / "long", (0,), state="failed", reason=reason)
+    narrow = PlainConsole(file=output, force_terminal=True, color_system=None, width=width)
+    monkeypatch.setattr("ghibli.runtime.console.console", narrow)
+    narrow.print(ranking.ranking_table(read_trials(study)))
+    lines = output.getvalue().splitlines()
+    assert width == 30 or max(map(len, lines)) <= width
+    assert f"failed: {reason}" not in output.getvalue()
+    column = lines[0].index("verdict")
+    assert f"failed: {reason}" in " ".join(line[column:].strip() for line in lines)
+    assert lines[0].startswith("   lora.rank  gain over the base  epoch  min  verdict")
+    assert any(re.match(r"1  8          [\d.]+ % \+- [\d.]+ %     2      6.5", line) for line in lines)
