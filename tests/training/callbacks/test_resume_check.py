@@ -273,7 +273,7 @@ def test_a_stretched_schedule_says_its_jump_and_takes_it(run: RunDir, command: C
     before = rows_of(run.metrics)
     said = command(f"resume={run.path}", "trainer.max_epochs=4", "lora.rank=4", "wandb.project=other")
     old, new = (5e-4 * lr_factor(8, steps_per_epoch=5, epochs=n, **COSINE) for n in (2, 4))
-    assert "1 of 2 epochs are done; now 4 are planned, so 3 are to do" in said
+    assert "1 of 2 epochs done; now 4 planned, so 3 to do" in said
     assert f"jumps from {old:g} to {new:g} at the next step" in said
     rows = rows_of(run.metrics)
     assert [int(row["step"]) for row in rows] == list(range(1, 21))
@@ -307,7 +307,7 @@ def test_no_epoch_more_after_an_early_stop(
     more.trainer["max_epochs"] = 6
     train.run(more, run, resumes=True)
     said = capsys.readouterr().out
-    assert "2 of 5 epochs are done; now 6 are planned, so 4 are to do, unless early stopping ends it" in said
+    assert "2 of 5 epochs done; now 6 planned, so 4 to do, unless early stopping ends it" in said
     why = "after epoch {}: the held-out gain did not improve in the last epoch (early_stopping.patience)"
     assert said.count(f"early stopping ended the run {why.format(2)}") == 2
     assert f"early stopping ended the run {why.format(run.status.read()['epoch'])}" in said
