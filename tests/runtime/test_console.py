@@ -7,6 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from ghibli.runtime import console as console_module
 
@@ -91,3 +92,32 @@ def test_a_bar_says_what_is_left_and_never_what_it_took(done: int, shown: str) -
     for _ in range(done):
         bar.advance(task)
     assert console_module.TimeLeftColumn().render(bar.tasks[0]).plain == shown
+
+
+def printed(width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Print a table of two names that may wrap and a number that may not."""
+    output = io.StringIO()
+    console = console_module.PlainConsole(file=output, force_terminal=True, color_system=None, width=width)
+    monkeypatch.setattr("ghibli.runtime.console.console", console)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model")
+    table.add_column("peak memory", no_wrap=True)
+    table.add_row("LoRA rank 16, guidance 7.5", "12.3 MB +- 0.1")
+    table.add_row("base", "1.0 MB +- 0.1")
+    console.print(console_module.full_width(table))
+    return [line.rstrip() for line in output.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [20, 32, 40, 80])
+def test_names_wrap_between_words_and_numbers_stay_whole(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = printed(width, monkeypatch)
+    least = len("guidance") + 2 + len("12.3 MB +- 0.1")  # the longest word, the gap and the number
+    assert max(map(len, lines)) <= max(width, least)
+    number = lines[0].index("peak memory")
+    assert " ".join(" ".join(line[:number] for line in lines).split()) == (
+        "model LoRA rank 16, guidance 7.5 base"
+    )
+    assert [line[number:] for line in lines if line[number:]] == [
+        "peak memory", "12.3 MB +- 0.1", "1.0 MB +- 0.1"
+    ]  # fmt: skip
+    assert (len(lines) == 3) == (width >= 42)
